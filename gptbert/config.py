@@ -1,0 +1,242 @@
+"""The model's shape (a JSON file) and a run's settings (the command line), as frozen dataclasses."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from gptbert.errors import InputError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a GPT-BERT; the fields are the keys of the published JSON files."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_hidden_layers: int
+    vocab_size: int
+    max_position_embeddings: int
+    position_bucket_size: int
+    attention_probs_dropout_prob: float
+    hidden_dropout_prob: float
+    layer_norm_eps: float
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            kinds = (int,) if field.type is int else (int, float)
+            if isinstance(value, bool) or not isinstance(value, kinds):
+                raise InputError(f"{field.name} is {value!r}, expected a number of type {field.type.__name__}")
+        for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.hidden_size % self.num_attention_heads:
+            raise InputError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+        if self.position_bucket_size < 4 or self.position_bucket_size % 2:
+            raise InputError(f"position_bucket_size is {self.position_bucket_size}, expected an even number from 4")
+        if self.max_position_embeddings <= self.position_bucket_size:
+            raise InputError(
+                f"max_position_embeddings {self.max_position_embeddings} must be above "
+                f"position_bucket_size {self.position_bucket_size}"
+            )
+        for name in ("attention_probs_dropout_prob", "hidden_dropout_prob"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}, expected a probability below 1")
+        if self.layer_norm_eps <= 0:
+            raise InputError(f"layer_norm_eps is {self.layer_norm_eps}, expected a positive number")
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "ModelConfig":
+        """Read a published or own JSON file.
+
+        Raises:
+            InputError: the file cannot be read, a key is unknown or missing, or a value is of no use.
+        """
+        path = Path(path)
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise InputError(f"model config {path}: no such file (see configs/ for examples)") from error
+        except (OSError, ValueError) as error:
+            raise InputError(f"model config {path}: cannot be read as JSON ({error})") from error
+        if not isinstance(values, dict):
+            raise InputError(f"model config {path}: expected a JSON object")
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := sorted(set(values) - set(known)):
+            raise InputError(f"model config {path}: unknown key {', '.join(unknown)} (known: {', '.join(known)})")
+        if missing := [name for name in known if name not in values]:
+            raise InputError(f"model config {path}: missing key {', '.join(missing)}")
+        try:
+            return cls(**values)
+        except InputError as error:
+            raise InputError(f"model config {path}: {error}") from None
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a hybrid GPT-BERT: masked and causal language modelling in one transformer.
+
+    Runs as one process, or as many as torchrun starts, on GPUs (nccl) or CPUs (gloo).
+    """
+
+    train_path: Path
+    """Token file to train on (from tokenize_corpus.py, or upstream's .bin)."""
+    valid_path: Path
+    """Token file to validate on."""
+    config_file: Path
+    """JSON file with the model's shape, for example configs/small.json."""
+    tokenizer_path: Path
+    """Tokenizer JSON file that wrote the token files."""
+    output_dir: Path = Path("checkpoints")
+    """Folder of all runs; this run writes to output_dir/name."""
+    name: str = "gptbert"
+    """Name of the run: its folder, and its name in wandb."""
+
+    hybrid_numerator: int = 1
+    """Masked share of the training, numerator: the share is hybrid_numerator/hybrid_denominator."""
+    hybrid_denominator: int = 4
+    """Masked share of the training, denominator."""
+    hybrid_mode: Literal["auto", "rank", "batch"] = "auto"
+    """rank: each process trains one objective (world size a multiple of the denominator); batch: each process trains
+    both; auto: rank where the world size allows it, else batch."""
+    token_weighted_loss: bool = False
+    """One mean over all labels of both objectives, instead of numerator/denominator times each objective's mean."""
+
+    seq_length: int = 128
+    """Tokens per row."""
+    seq_length_growth: bool = False
+    """Double the row length at 70 % and again at 90 % of the run, with the rows per step divided by the same factor."""
+    local_batch_size: int = 32
+    """Rows per process and micro-batch; a larger share of the step is accumulated."""
+    global_batch_size: int = 128
+    """Rows per step at the end of the run, over all processes and both objectives."""
+    batch_reduction: float = 4.0
+    """The first step has global_batch_size/batch_reduction rows; rows grow linearly. 1 switches growth off."""
+
+    optimizer: Literal["lamb", "adamw"] = "lamb"
+    """Optimizer."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of everything but biases and LayerNorm parameters."""
+    optimizer_beta1: float = 0.9
+    """Decay of the first moment."""
+    optimizer_beta2: float = 0.98
+    """Decay of the second moment."""
+    optimizer_eps: float = 1e-8
+    """Added to the square root of the second moment."""
+    max_gradient: float = 2.0
+    """Gradients are clipped to this global norm."""
+    ema_decay: float = 0.999
+    """Decay per step of the moving average of the weights."""
+    z_loss_weight: float = 1e-4
+    """Weight of the mean of logsumexp² in the loss."""
+
+    max_steps: int = 40_000
+    """Optimizer steps of the whole run."""
+    warmup_proportion: float = 0.016
+    """Share of the steps in which the learning rate rises from 0."""
+    cooldown_proportion: float = 0.016
+    """Share of the steps, at the end, in which the learning rate falls from a tenth to 0."""
+
+    mask_p_start: float = 0.3
+    """Share of tokens masked at the first step; it moves linearly."""
+    mask_p_end: float = 0.15
+    """Share of tokens masked at the last step."""
+    mask_random_p: float = 0.1
+    """Share of masked tokens replaced by a random one."""
+    mask_keep_p: float = 0.1
+    """Share of masked tokens left as they are."""
+    mask_history: bool = False
+    """Prefer tokens that were masked less often in earlier epochs (one byte per training token and process)."""
+    n_special_tokens: int = 16
+    """Token ids below this number are special: never masked, never drawn as a random token."""
+
+    mixed_precision: bool = False
+    """Compute in bf16 (autocast); weights, gradients and optimizer state stay fp32."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: a GPU where there is one."""
+    cpu_threads: int = 0
+    """Threads per process on the CPU; 0 divides this machine's cores among its processes."""
+    timeout: int = 600
+    """Seconds after which a collective operation that hangs ends the run."""
+    seed: int = 42
+    """Seed of initialisation, shuffling, masking and dropout."""
+
+    validate_every: int = 1000
+    """Steps between validations; 0: only at the end."""
+    validation_steps: int = 0
+    """Validate on this many batches of global_batch_size rows per objective; 0: on the whole file."""
+    validation_mask_p: float = 0.15
+    """Share of tokens masked in validation; the masks are the same every time."""
+    log_every: int = 10
+    """Steps between log records; in between, nothing is read back from the device."""
+    save_every: int = 1000
+    """Steps between checkpoints; 0: only at the end."""
+    keep_checkpoints: int = 3
+    """Number of checkpoints kept, the newest ones."""
+    resume: str | None = None
+    """auto: go on from the run's newest checkpoint, or start where there is none; or the path of a checkpoint folder."""
+    wandb_project: str = "gptbert"
+    """Project in wandb."""
+    wandb_entity: str | None = None
+    """Team or user in wandb."""
+    wandb_mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: online where the user is logged in to wandb, else offline."""
+
+    def __post_init__(self) -> None:
+        at_least = {
+            "seq_length": 2, "local_batch_size": 1, "global_batch_size": 1, "batch_reduction": 1, "hybrid_numerator": 0,
+            "hybrid_denominator": 1, "max_steps": 1, "learning_rate": 0, "weight_decay": 0, "optimizer_beta1": 0,
+            "optimizer_beta2": 0, "optimizer_eps": 0, "max_gradient": 0, "ema_decay": 0, "z_loss_weight": 0,
+            "n_special_tokens": 5, "cpu_threads": 0, "timeout": 1, "seed": 0, "validate_every": 0,
+            "validation_steps": 0, "log_every": 1, "save_every": 0, "keep_checkpoints": 1,
+        }  # fmt: skip
+        for name, lowest in at_least.items():
+            if not getattr(self, name) >= lowest:
+                raise InputError(f"--{name} is {getattr(self, name)}, expected at least {lowest}")
+        for name in (
+            "warmup_proportion", "cooldown_proportion", "mask_p_start", "mask_p_end", "mask_random_p", "mask_keep_p",
+            "validation_mask_p", "ema_decay", "optimizer_beta1", "optimizer_beta2",
+        ):  # fmt: skip
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"--{name} is {getattr(self, name)}, expected a number from 0 to 1")
+        if self.hybrid_numerator > self.hybrid_denominator:
+            raise InputError(
+                f"--hybrid_numerator {self.hybrid_numerator} is above --hybrid_denominator {self.hybrid_denominator}: "
+                "the masked share of the training is at most 1/1"
+            )
+        if self.warmup_proportion + self.cooldown_proportion > 1:
+            raise InputError("--warmup_proportion and --cooldown_proportion together are above 1")
+        if self.mask_random_p + self.mask_keep_p > 1:
+            raise InputError("--mask_random_p and --mask_keep_p together are above 1")
+        if self.max_gradient == 0:
+            raise InputError("--max_gradient is 0, which would clip every gradient away; expected a positive number")
+        if self.name in {"", ".", ".."} or "/" in self.name or "\\" in self.name or "\0" in self.name:
+            raise InputError(f"--name {self.name!r} must be the name of one folder inside --output_dir")
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of this run."""
+        return self.output_dir / self.name
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of the learning rate's rise."""
+        return round(self.max_steps * self.warmup_proportion)
+
+    @property
+    def cooldown_steps(self) -> int:
+        """Steps of the learning rate's last fall."""
+        return round(self.max_steps * self.cooldown_proportion)
+
+    def to_dict(self) -> dict:
+        """The settings as JSON values."""
+        return {
+            name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(self).items()
+        }

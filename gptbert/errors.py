@@ -1,0 +1,9 @@
+"""The one error that means "your input", never "our bug"."""
+
+
+class InputError(Exception):
+    """Something the user gave cannot be used.
+
+    The message is one line that names the flag, file or line at fault and what would work; commands print it without a
+    traceback and exit with a non-zero status.
+    """

@@ -1,0 +1,303 @@
+"""GPT-BERT, to be read beside spec.md §1 (Charpentier & Samuel 2024, arXiv 2410.24159).
+
+Letters of shapes: B rows, T positions, D hidden, H heads, d = D/H, I intermediate, V vocabulary, S bucket size,
+P = 2S−1 distinct position vectors, N labelled positions.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gptbert.config import ModelConfig
+from kernels import MaskedCrossEntropy, masked_cross_entropy
+
+IGNORE_INDEX = -100
+
+
+class GPTBert(nn.Module):
+    """The whole model: embedding, blocks, and a head tied to the embedding."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = Embedding(config)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.head = Head(config)
+        distances = torch.arange(-config.max_position_embeddings + 1, config.max_position_embeddings)
+        buckets = config.position_bucket_size - 1 + position_bucket(distances, config)
+        self.register_buffer("bucket_of_distance", buckets, persistent=False)  # [2M − 1], values 0 … P − 1
+        self._initialise()
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        std = math.sqrt(2 / (5 * self.config.hidden_size))
+        for name, param in self.named_parameters():
+            if name.endswith("bias"):
+                param.zero_()
+            elif param.ndim == 2:
+                nn.init.trunc_normal_(param, std=std, a=-2 * std, b=2 * std)
+        for layer, block in enumerate(self.blocks):
+            for linear in (block.feed_forward.up, block.feed_forward.down):
+                linear.weight.mul_(math.sqrt(1 / (2 * (1 + layer))))
+
+    def encode(self, input_ids: Tensor, document_ids: Tensor, causal: bool) -> Tensor:
+        """Contextual representations.
+
+        Args:
+            input_ids: [B, T] integers.
+            document_ids: [B, T] integers; positions attend only to their own document, and −1 (padding) to nothing.
+            causal: attend only to earlier positions and oneself.
+
+        Returns:
+            [B, T, D].
+        """
+        mask = attention_mask(document_ids, causal)
+        buckets = self.position_buckets(input_ids.shape[1])
+        hidden, relative = self.embedding(input_ids)
+        representations = [hidden]
+        for block in self.blocks:
+            hidden = block(hidden, representations, relative, buckets, mask)
+        return hidden
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        document_ids: Tensor,
+        labels: Tensor,
+        causal: bool,
+        z_loss_weight: float = 0.0,
+        label_capacity: int | None = None,
+    ) -> MaskedCrossEntropy:
+        """Cross-entropy of the positions that carry a label.
+
+        Args:
+            input_ids: [B, T] integers.
+            document_ids: [B, T] integers, −1 for padding.
+            labels: [B, T] integers, −100 where there is no label; already shifted, so position t predicts labels[t].
+            causal: the objective's attention.
+            z_loss_weight: weight of logsumexp² in `total`.
+            label_capacity: an upper bound of the number of labels, which spares a GPU the wait for the exact number.
+
+        Returns:
+            Sums over the labelled positions; see `kernels.MaskedCrossEntropy`.
+        """
+        hidden = self.encode(input_ids, document_ids, causal)
+        hidden, labels = select_labelled(hidden.flatten(0, 1), labels.flatten(), label_capacity)  # [N, D], [N]
+        return masked_cross_entropy(
+            self.head(hidden),
+            self.embedding.word_embedding.weight,
+            labels,
+            self.head.bias,
+            ignore_index=IGNORE_INDEX,
+            z_loss_weight=z_loss_weight,
+        )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores [..., V] of the next token for representations [..., D] from `encode`."""
+        return F.linear(self.head(hidden), self.embedding.word_embedding.weight, self.head.bias)
+
+    def position_buckets(self, length: int) -> Tensor:
+        """[T, T] int64: β(i, j) of query i and key j."""
+        position = torch.arange(length, device=self.bucket_of_distance.device)
+        farthest = self.config.max_position_embeddings - 1
+        distance = (position[:, None] - position[None, :]).clamp(-farthest, farthest)
+        return self.bucket_of_distance[distance + farthest]
+
+
+class Embedding(nn.Module):
+    """Token embeddings and the P vectors of relative positions."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.word_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.relative_embedding = nn.Parameter(torch.empty(2 * config.position_bucket_size - 1, config.hidden_size))
+        self.relative_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layer_norm = layer_norm(config.hidden_size, config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, T] ids to x0 [B, T, D] and r [P, D]."""
+        hidden = self.dropout(self.layer_norm(self.word_embedding(input_ids)))
+        return hidden, self.relative_layer_norm(self.relative_embedding)
+
+
+class Block(nn.Module):
+    """Attention, a mix of all representations so far, feed-forward, and a mix again."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.attention_mix = LayerWeighting(2 * layer + 2)
+        self.feed_forward = FeedForward(config)
+        self.feed_forward_mix = LayerWeighting(2 * layer + 3)
+
+    def forward(
+        self, hidden: Tensor, representations: list[Tensor], relative: Tensor, buckets: Tensor, mask: Tensor
+    ) -> Tensor:
+        """x_{2l} [B, T, D] to x_{2l+2}; appends y_{2l+1} and y_{2l+2} to `representations`."""
+        representations.append(hidden + self.attention(hidden, relative, buckets, mask))
+        hidden = self.attention_mix(representations)
+        representations.append(hidden + self.feed_forward(hidden))
+        return self.feed_forward_mix(representations)
+
+
+class Attention(nn.Module):
+    """Self-attention with disentangled relative positions and a gated output."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden_size = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.scale = 1 / math.sqrt(3 * (hidden_size // self.num_heads))
+        self.query_key = nn.Linear(hidden_size, 2 * hidden_size)
+        self.value_gate = nn.Linear(hidden_size, 2 * hidden_size)
+        self.output = nn.Linear(hidden_size, hidden_size)
+        self.input_norm = layer_norm(hidden_size, config)
+        self.context_norm = layer_norm(hidden_size, config)
+        self.attention_dropout = nn.Dropout(config.attention_probs_dropout_prob)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden: Tensor, relative: Tensor, buckets: Tensor, mask: Tensor) -> Tensor:
+        """The sub-layer's output [B, T, D].
+
+        Args:
+            hidden: [B, T, D].
+            relative: [P, D], normalised position vectors.
+            buckets: [T, T], β(i, j).
+            mask: [B, 1, T, T] bool, True where query i may see key j.
+        """
+        hidden = self.input_norm(hidden)
+        query, key = self.query_key(hidden).chunk(2, dim=-1)
+        value, gate = self.value_gate(hidden).chunk(2, dim=-1)
+        position_query, position_key = self.query_key(self.dropout(relative)).chunk(2, dim=-1)
+        scores = self.scores(
+            self.heads(query), self.heads(key), self.heads(position_query), self.heads(position_key), buckets
+        )
+        context = self.attention_dropout(masked_softmax(scores, mask)) @ self.heads(value)  # [B, H, T, d]
+        context = context.transpose(1, 2).flatten(2)  # [B, T, D]
+        return self.dropout(self.output(self.context_norm(context * F.gelu(gate))))
+
+    def heads(self, x: Tensor) -> Tensor:
+        """[..., T, D] to [..., H, T, d]."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
+
+    def scores(
+        self, query: Tensor, key: Tensor, position_query: Tensor, position_key: Tensor, buckets: Tensor
+    ) -> Tensor:
+        """c·q_i·k_j + c·q_i·kp_β(i,j) + c·k_j·qp_β(i,j): [B, H, T, T].
+
+        The position terms are computed once per distinct position vector, [B, H, T, P], and then gathered.
+        """
+        query, position_query = query * self.scale, position_query * self.scale
+        scores = query @ key.transpose(-2, -1)
+        by_query = query @ position_key.transpose(-2, -1)  # [B, H, T of i, P]
+        by_key = key @ position_query.transpose(-2, -1)  # [B, H, T of j, P]
+        scores = scores + by_query.gather(-1, buckets.expand_as(scores))
+        return scores + by_key.gather(-1, buckets.T.expand_as(scores)).transpose(-2, -1)
+
+
+class FeedForward(nn.Module):
+    """Gated feed-forward sub-layer."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_norm = layer_norm(config.hidden_size, config)
+        self.up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.inner_norm = layer_norm(config.intermediate_size, config)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[B, T, D] to [B, T, D]."""
+        linear, gate = self.up(self.input_norm(hidden)).chunk(2, dim=-1)
+        return self.dropout(self.down(self.inner_norm(linear * F.gelu(gate, approximate="tanh"))))
+
+
+class LayerWeighting(nn.Module):
+    """Depth-weighted averaging: x_n = Σ_{m≤n} α_{n,m}·y_m, at first y_n alone."""
+
+    def __init__(self, num_representations: int) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.zeros(num_representations))
+        with torch.no_grad():
+            self.alpha[-1] = 1
+
+    def forward(self, representations: list[Tensor]) -> Tensor:
+        """N + 1 tensors [B, T, D] to one."""
+        mixed = self.alpha[0] * representations[0]
+        for alpha, representation in zip(self.alpha[1:], representations[1:], strict=True):
+            mixed = mixed + alpha * representation
+        return mixed
+
+
+class Head(nn.Module):
+    """What stands between the encoder and the tied output matrix."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_norm = layer_norm(config.hidden_size, config)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.output_norm = layer_norm(config.hidden_size, config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[N, D] to [N, D]."""
+        return self.dropout(self.output_norm(F.gelu(self.dense(self.input_norm(hidden)))))
+
+
+def layer_norm(size: int, config: ModelConfig) -> nn.LayerNorm:
+    """LayerNorm without scale and bias, as everywhere but in the relative embedding."""
+    return nn.LayerNorm(size, eps=config.layer_norm_eps, elementwise_affine=False)
+
+
+def position_bucket(distance: Tensor, config: ModelConfig) -> Tensor:
+    """Bucket of distances i − j, in −(S−1) … S−1: exact up to S/2, logarithmic up to max_position_embeddings.
+
+    Args:
+        distance: integers of any shape.
+        config: gives S and M.
+    """
+    middle, farthest = config.position_bucket_size // 2, config.max_position_embeddings - 1
+    magnitude = torch.where(distance.abs() < middle, middle - 1, distance.abs().clamp(max=farthest))
+    logarithmic = torch.log(magnitude / middle) / math.log(farthest / middle) * (middle - 1)
+    far = distance.sign() * (middle + logarithmic.ceil().long())
+    return torch.where(magnitude <= middle, distance, far)
+
+
+def attention_mask(document_ids: Tensor, causal: bool) -> Tensor:
+    """[B, T] document ids to [B, 1, T, T] bool: True where query i may see key j."""
+    mask = (document_ids[:, :, None] == document_ids[:, None, :]) & (document_ids >= 0)[:, None, :]
+    if causal:
+        mask = mask.tril()
+    return mask.unsqueeze(1)
+
+
+def masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
+    """Softmax over the visible keys; a query that sees none gives zeros."""
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return scores.softmax(dim=-1).masked_fill(~mask, 0.0)
+
+
+def select_labelled(hidden: Tensor, labels: Tensor, capacity: int | None) -> tuple[Tensor, Tensor]:
+    """The rows of `hidden` that carry a label.
+
+    Args:
+        hidden: [B·T, D].
+        labels: [B·T].
+        capacity: number of rows to return, at least the number of labels; the rest is filled with unlabelled rows.
+            None counts the labels, for which a GPU has to wait.
+
+    Returns:
+        [N, D] and [N].
+    """
+    labelled = labels != IGNORE_INDEX
+    if capacity is None:
+        rows = labelled.nonzero().squeeze(-1)
+        return hidden[rows], labels[rows]
+    if capacity >= len(labels):
+        return hidden, labels
+    rows = labelled.nonzero_static(size=capacity, fill_value=-1).squeeze(-1)
+    return hidden[rows], torch.where(rows >= 0, labels[rows], IGNORE_INDEX)

@@ -1,0 +1,40 @@
+"""Everything that changes during a run, as functions of the global step alone, so that ranks can never disagree."""
+
+import math
+
+from gptbert.config import TrainConfig
+
+
+def learning_rate_factor(step: int, warmup_steps: int, cooldown_steps: int, max_steps: int) -> float:
+    """Factor of the peak learning rate at `step` (from 0): linear rise, cosine to a tenth, linear fall to 0 (spec.md §4)."""
+    if step < warmup_steps:
+        return step / warmup_steps
+    if step >= max_steps - cooldown_steps:
+        return 0.1 * (max_steps - step) / max(1, cooldown_steps)
+    progress = (step - warmup_steps) / (max_steps - warmup_steps)
+    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Learning rate of the update at `step`."""
+    factor = learning_rate_factor(step, config.warmup_steps, config.cooldown_steps, config.max_steps)
+    return config.learning_rate * factor
+
+
+def mask_probability(config: TrainConfig, step: int) -> float:
+    """Share of tokens masked at `step`, linear from mask_p_start to mask_p_end."""
+    return config.mask_p_start + (config.mask_p_end - config.mask_p_start) * step / config.max_steps
+
+
+def length_factor(config: TrainConfig, step: int) -> int:
+    """Row length at `step` in multiples of seq_length: 1, then 2 from 70 % and 4 from 90 % of a growing run."""
+    if not config.seq_length_growth or step < 0.7 * config.max_steps:
+        return 1
+    return 2 if step < 0.9 * config.max_steps else 4
+
+
+def batch_size(config: TrainConfig, step: int) -> int:
+    """Rows of `step` over all ranks and objectives, linear from a reduced to the full batch, fewer where rows are longer."""
+    first, last = config.global_batch_size / config.batch_reduction, config.global_batch_size
+    rows = first + (last - first) * step / config.max_steps
+    return max(1, int(rows / length_factor(config, step) + 0.5))

@@ -1,0 +1,258 @@
+"""The token file: documents of token ids on disk, memory-mapped for training.
+
+A store is one safetensors file or a complete set of numbered shards (`train-00001-of-00003.safetensors`). Each holds
+
+- `tokens` [num_tokens]: the ids of all documents, end to end, in the smallest unsigned type that holds the vocabulary;
+- `document_offsets` [num_documents + 1] int64: document i is `tokens[document_offsets[i] : document_offsets[i + 1]]`;
+- metadata: format, vocabulary size and the hash of the tokenizer that wrote it.
+
+Documents are stored without `<s>`: the packer puts it in front of every piece (see `gptbert.data`).
+"""
+
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from gptbert.errors import InputError
+
+FORMAT = "gptbert-tokens-1"
+SHARD_TOKENS = 100_000_000
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest unsigned type that holds the ids 0 … vocab_size − 1."""
+    return np.min_scalar_type(vocab_size - 1)
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """Read-only documents of token ids.
+
+    Attributes:
+        shards: memory-mapped token ids, one array a file; documents never cross a shard.
+        document_starts: [num_documents] int64, position of each document's first token, counted through all shards.
+        document_lengths: [num_documents] int64, tokens in each document.
+        vocab_size: ids are below this number.
+        tokenizer_hash: `gptbert.tokenizer.tokenizer_hash` of the writer; None where the format has none (upstream).
+    """
+
+    shards: list[np.ndarray]
+    document_starts: np.ndarray
+    document_lengths: np.ndarray
+    vocab_size: int
+    tokenizer_hash: str | None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in all documents, `<s>` not counted."""
+        return sum(len(shard) for shard in self.shards)
+
+    @property
+    def num_documents(self) -> int:
+        """Number of documents."""
+        return len(self.document_starts)
+
+    @classmethod
+    def open(cls, path: str | Path) -> "TokenStore":
+        """Memory-map a token file, a set of shards named after it, or read one of upstream's `.bin` files.
+
+        Raises:
+            InputError: nothing is there, a shard is missing, or a file is empty, cut short or of another kind.
+        """
+        path = Path(path)
+        files = _shard_files(path)
+        if not _is_safetensors(files[0]):
+            from gptbert.upstream import read_token_file  # noqa: PLC0415  upstream's pickles need torch, ours do not
+
+            tokens, offsets = read_token_file(files[0])
+            parts, vocab_size, digest = [(tokens, offsets)], int(tokens.max(initial=0)) + 1, None
+        else:
+            opened = [_open_shard(file) for file in files]
+            if len({(shard.vocab_size, shard.tokenizer_hash) for shard in opened}) > 1:
+                raise InputError(f"token file {path}: its shards were written by different tokenizers; tokenize again")
+            parts = [(shard.tokens, shard.document_offsets) for shard in opened]
+            vocab_size, digest = opened[0].vocab_size, opened[0].tokenizer_hash
+        shard_starts = np.cumsum([0] + [len(tokens) for tokens, _ in parts])
+        store = cls(
+            shards=[tokens for tokens, _ in parts],
+            document_starts=np.concatenate([start + offsets[:-1] for start, (_, offsets) in zip(shard_starts, parts)]),
+            document_lengths=np.concatenate([np.diff(offsets) for _, offsets in parts]),
+            vocab_size=vocab_size,
+            tokenizer_hash=digest,
+        )
+        if store.num_tokens == 0:
+            raise InputError(f"token file {path}: holds no tokens; tokenize a corpus that is not empty")
+        return store
+
+    def gather(self, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Read pieces of documents, end to end.
+
+        Args:
+            starts: [num_pieces] int64, positions counted through all shards.
+            lengths: [num_pieces] int64; a piece does not cross a document.
+
+        Returns:
+            The token ids [Σ lengths] and their positions in the store [Σ lengths] int64.
+        """
+        positions = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
+        if len(self.shards) == 1:
+            return self.shards[0][positions], positions
+        shard_starts = np.cumsum([0] + [len(shard) for shard in self.shards])
+        shard_of_piece = np.searchsorted(shard_starts, starts, side="right") - 1
+        shard_of_token = np.repeat(shard_of_piece, lengths)
+        tokens = np.empty(len(positions), dtype=self.shards[0].dtype)
+        for index in np.unique(shard_of_piece):
+            here = shard_of_token == index
+            tokens[here] = self.shards[index][positions[here] - shard_starts[index]]
+        return tokens, positions
+
+
+class TokenStoreWriter:
+    """Writes a token store, shard by shard, with memory bounded by one shard.
+
+    Use it as a context manager: the output appears, complete and fsynced, when the block ends without an exception; after an
+    exception nothing is left and an older output under the same name is untouched.
+    """
+
+    def __init__(
+        self, path: str | Path, vocab_size: int, tokenizer_hash: str, shard_tokens: int = SHARD_TOKENS
+    ) -> None:
+        self.path = Path(path)
+        self.vocab_size = vocab_size
+        self.tokenizer_hash = tokenizer_hash
+        self.shard_tokens = shard_tokens
+        self.num_tokens = 0
+        self.num_documents = 0
+        self._batches: list[tuple[np.ndarray, np.ndarray]] = []
+        self._batched_tokens = 0
+        self._written: list[Path] = []
+
+    def __enter__(self) -> "TokenStoreWriter":
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._folder = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
+        except OSError as error:
+            raise InputError(f"output {self.path}: cannot be written ({error.strerror})") from error
+        return self
+
+    def append(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Add documents: `tokens` [Σ lengths] holds their ids end to end, `lengths` [num_documents] their sizes."""
+        self._batches.append((tokens.astype(token_dtype(self.vocab_size)), lengths.astype(np.int64)))
+        self._batched_tokens += len(tokens)
+        self.num_tokens += len(tokens)
+        self.num_documents += len(lengths)
+        if self._batched_tokens >= self.shard_tokens:
+            self._write_shard()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                if self.num_tokens == 0:
+                    raise InputError(f"output {self.path}: the input holds no text, so nothing was written")
+                if self._batches:
+                    self._write_shard()
+                self._publish()
+        finally:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _write_shard(self) -> None:
+        tokens = np.concatenate([batch for batch, _ in self._batches])
+        lengths = np.concatenate([lengths for _, lengths in self._batches])
+        self._batches, self._batched_tokens = [], 0
+        file = self._folder / f"{len(self._written):05d}.safetensors"
+        save_file(
+            {"tokens": tokens, "document_offsets": np.concatenate([[0], np.cumsum(lengths)])},
+            file,
+            metadata={
+                "format": FORMAT,
+                "vocab_size": str(self.vocab_size),
+                "tokenizer_hash": self.tokenizer_hash,
+            },
+        )
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+        self._written.append(file)
+
+    def _publish(self) -> None:
+        """Put the finished shards in the place of whatever an earlier job left under this name."""
+        old = [file for file in [self.path, *_numbered_shards(self.path)] if file.exists()]
+        count = len(self._written)
+        names = [self.path] if count == 1 else [_shard_name(self.path, i + 1, count) for i in range(count)]
+        for file in old:
+            if file not in names:
+                file.unlink()
+        for file, name in zip(self._written, names, strict=True):
+            file.replace(name)
+
+
+@dataclass(frozen=True)
+class _Shard:
+    tokens: np.ndarray
+    document_offsets: np.ndarray
+    vocab_size: int
+    tokenizer_hash: str
+
+
+def _open_shard(file: Path) -> _Shard:
+    try:
+        with safe_open(file, framework="pt") as handle:  # torch's side of safetensors maps the file, numpy's copies it
+            metadata = handle.metadata() or {}
+            if metadata.get("format") != FORMAT or not {"tokens", "document_offsets"} <= set(handle.keys()):
+                raise InputError(f"token file {file}: not written by tokenize_scripts/tokenize_corpus.py")
+            tokens = handle.get_tensor("tokens").numpy()
+            offsets = handle.get_tensor("document_offsets").numpy()
+            vocab_size, digest = int(metadata["vocab_size"]), metadata["tokenizer_hash"]
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"token file {file}: damaged or cut short ({reason}); tokenize the corpus again") from error
+    monotonic = len(offsets) > 0 and offsets[0] == 0 and offsets[-1] == len(tokens) and (np.diff(offsets) >= 0).all()
+    if not monotonic:
+        raise InputError(f"token file {file}: its document offsets do not fit its tokens; tokenize the corpus again")
+    return _Shard(tokens, offsets, vocab_size, digest)
+
+
+def _shard_files(path: Path) -> list[Path]:
+    """The file itself, or all of its numbered shards in order."""
+    if path.is_file():
+        if path.stat().st_size == 0:
+            raise InputError(f"token file {path}: the file is empty; tokenize the corpus again")
+        return [path]
+    if path.is_dir():
+        raise InputError(f"token file {path}: is a folder; name the token file that tokenize_corpus.py wrote")
+    shards = _numbered_shards(path)
+    if not shards:
+        raise InputError(f"token file {path}: no such file (make one with tokenize_scripts/tokenize_corpus.py)")
+    count = int(shards[0].stem.rpartition("-of-")[2])
+    for expected in (_shard_name(path, i + 1, count) for i in range(count)):
+        if expected not in shards:
+            raise InputError(f"token file {path}: its shard {expected.name} is missing; tokenize the corpus again")
+    if len(shards) != count:
+        raise InputError(f"token file {path}: shards of two different runs lie there; tokenize the corpus again")
+    return shards
+
+
+def _numbered_shards(path: Path) -> list[Path]:
+    pattern = re.compile(rf"{re.escape(path.stem)}-\d{{5}}-of-\d{{5}}{re.escape(path.suffix)}")
+    if not path.parent.is_dir():
+        return []
+    return sorted(file for file in path.parent.iterdir() if pattern.fullmatch(file.name))
+
+
+def _shard_name(path: Path, number: int, count: int) -> Path:
+    return path.with_name(f"{path.stem}-{number:05d}-of-{count:05d}{path.suffix}")
+
+
+def _is_safetensors(file: Path) -> bool:
+    """Safetensors starts with the header's length (8 bytes) and then its JSON."""
+    with file.open("rb") as handle:
+        return handle.read(9)[8:] == b"{"

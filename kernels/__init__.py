@@ -1,0 +1,7 @@
+"""The hot operations of a GPT-BERT trainer: one folder an operation, each with its readable PyTorch reference."""
+
+from kernels.lamb import lamb_step
+from kernels.masked_cross_entropy import MaskedCrossEntropy, cross_entropy_from_logits, masked_cross_entropy
+from kernels.span_mask import span_mask
+
+__all__ = ["MaskedCrossEntropy", "cross_entropy_from_logits", "lamb_step", "masked_cross_entropy", "span_mask"]

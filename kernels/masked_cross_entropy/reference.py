@@ -1,0 +1,53 @@
+"""Masked cross-entropy in plain PyTorch: fp32 mathematics (fp64 for fp64 input) on logits of any type."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class MaskedCrossEntropy(NamedTuple):
+    """Sums over the labelled rows, as scalar tensors on the input's device.
+
+    Attributes:
+        total: fp32, loss + z_loss_weight · z_loss; the one to call `backward` on.
+        loss: fp32, Σ (logsumexp − logit of the label), detached.
+        z_loss: fp32, Σ logsumexp², detached.
+        correct: int64, rows whose largest logit is the label's.
+        count: int64, labelled rows.
+    """
+
+    total: Tensor
+    loss: Tensor
+    z_loss: Tensor
+    correct: Tensor
+    count: Tensor
+
+
+def masked_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    z_loss_weight: float = 0.0,
+) -> MaskedCrossEntropy:
+    """See `kernels.masked_cross_entropy`."""
+    logits = F.linear(hidden, weight, bias)  # [N, V]
+    return cross_entropy_from_logits(logits, labels, ignore_index=ignore_index, z_loss_weight=z_loss_weight)
+
+
+def cross_entropy_from_logits(
+    logits: Tensor, labels: Tensor, *, ignore_index: int = -100, z_loss_weight: float = 0.0
+) -> MaskedCrossEntropy:
+    """See `kernels.cross_entropy_from_logits`."""
+    labelled = labels != ignore_index
+    classes = torch.where(labelled, labels, 0).long().unsqueeze(-1)  # [N, 1]
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    lse = torch.logsumexp(logits, dim=-1)
+    loss = torch.where(labelled, lse - logits.gather(-1, classes).squeeze(-1), 0.0).sum()
+    z_loss = torch.where(labelled, lse.square(), 0.0).sum()
+    correct = (labelled & (logits.argmax(dim=-1) == classes.squeeze(-1))).sum()
+    return MaskedCrossEntropy(loss + z_loss_weight * z_loss, loss.detach(), z_loss.detach(), correct, labelled.sum())

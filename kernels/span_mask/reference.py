@@ -1,0 +1,112 @@
+"""Span masking in plain PyTorch, with integers only, so that every device and batch split gives the same bits.
+
+Random numbers are Philox4x32-10 (Salmon et al. 2011) with key = seed and counter = (position, stream, row id). One call
+per token gives four numbers: a span length, a selection score, the kind of replacement and a random token. The first three
+are used where a span starts, the fourth for each token. Stream 1 at position 0 is the row's own draw. Probabilities are
+32-bit fixed-point numbers.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+_WORD = 0xFFFFFFFF
+_IGNORE = -100
+_NEVER = torch.iinfo(torch.int64).max
+_COUNT_RANGE = 21  # e²¹ times a 32-bit score still fits an int64
+
+
+def span_mask(
+    tokens: Tensor,
+    *,
+    mask_p: float,
+    random_p: float,
+    keep_p: float,
+    mask_token_id: int,
+    vocab_size: int,
+    num_special_tokens: int,
+    max_span_length: int,
+    seed: int,
+    row_ids: Tensor,
+    mask_counts: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See `kernels.span_mask`."""
+    position = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)  # [B, T]
+    length, score, kind, random_token = philox(seed, position, 0, row_ids[:, None])
+    starts = span_starts(_below(max_span_length, length) + 1, max_span_length)
+    my_start = torch.where(starts, position, 0).cummax(dim=1).values
+    score, kind = score.gather(1, my_start), kind.gather(1, my_start)
+
+    selectable = tokens >= num_special_tokens
+    if mask_counts is not None:
+        score = score * _count_weights(mask_counts, selectable)
+    score = torch.where(selectable, score, _NEVER)
+    selected = selectable & (score <= _kth_lowest(score, selectable, mask_p, seed, row_ids))
+
+    random_token = num_special_tokens + _below(vocab_size - num_special_tokens, random_token)
+    replacement = torch.where(kind < _fixed_point(random_p + keep_p), tokens, mask_token_id)
+    replacement = torch.where(kind < _fixed_point(random_p), random_token, replacement)
+    inputs = torch.where(selected, replacement, tokens).to(tokens.dtype)
+    return inputs, torch.where(selected, tokens, _IGNORE)
+
+
+def span_starts(lengths: Tensor, max_span_length: int) -> Tensor:
+    """Where spans start when they tile each row from the left.
+
+    Each position is a function from "tokens left of the running span" to the same one step on: 0 starts a span of that
+    position's length, anything else counts down. Functions compose, so a scan by doubling gives all prefixes at once.
+
+    Args:
+        lengths: [B, T] int64 in 1 … max_span_length, the length of a span that would start there.
+        max_span_length: the number of states.
+
+    Returns:
+        [B, T] bool.
+    """
+    states = torch.arange(max_span_length, device=lengths.device)
+    step = torch.where(states == 0, lengths.unsqueeze(-1), states) - 1  # [B, T, states]
+    distance = 1
+    while distance < lengths.shape[1]:
+        composed = step[:, distance:].gather(-1, step[:, :-distance])
+        step = torch.cat([step[:, :distance], composed], dim=1)
+        distance *= 2
+    left_after = step[..., 0]
+    return torch.cat([torch.ones_like(left_after[:, :1]), left_after[:, :-1] == 0], dim=1).bool()
+
+
+def philox(seed: int, position: Tensor, stream: int, row_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10: four 32-bit numbers (held in int64) per counter (position, stream, row id low, row id high)."""
+    key0, key1 = seed & _WORD, (seed >> 32) & _WORD
+    word0, word1 = position, torch.full_like(position, stream)
+    word2, word3 = (row_ids & _WORD).expand_as(position), ((row_ids >> 32) & _WORD).expand_as(position)
+    for _ in range(10):
+        product0, product1 = word0 * 0xD2511F53, word2 * 0xCD9E8D57  # the low 64 bits are right, sign or not
+        word0, word2 = (product1 >> 32) & _WORD ^ word1 ^ key0, (product0 >> 32) & _WORD ^ word3 ^ key1
+        word1, word3 = product1 & _WORD, product0 & _WORD
+        key0, key1 = (key0 + 0x9E3779B9) & _WORD, (key1 + 0xBB67AE85) & _WORD
+    return word0, word1, word2, word3
+
+
+def _kth_lowest(score: Tensor, selectable: Tensor, mask_p: float, seed: int, row_ids: Tensor) -> Tensor:
+    """[B, 1]: the score of the k-th lowest selectable token, k = max(1, ⌊n·p + u⌋)."""
+    uniform = philox(seed, torch.zeros_like(row_ids), 1, row_ids)[0]
+    k = ((selectable.sum(dim=1) * _fixed_point(mask_p) + uniform) >> 32).clamp(min=1)
+    return score.sort(dim=1).values.gather(1, (k - 1).clamp(max=score.shape[1] - 1).unsqueeze(1))
+
+
+def _count_weights(mask_counts: Tensor, selectable: Tensor) -> Tensor:
+    """Integers proportional to softmax(counts) over each row; the softmax's divisor does not change the order."""
+    counts = torch.where(selectable, mask_counts.long(), _NEVER)
+    above_lowest = (counts - counts.amin(dim=1, keepdim=True)).clamp(max=_COUNT_RANGE)
+    weights = torch.tensor([round(math.exp(count)) for count in range(_COUNT_RANGE + 1)], device=counts.device)
+    return weights[above_lowest]
+
+
+def _below(bound: int, word: Tensor) -> Tensor:
+    """Map a 32-bit number to 0 … bound − 1."""
+    return (word * bound) >> 32
+
+
+def _fixed_point(probability: float) -> int:
+    return round(probability * 2**32)
