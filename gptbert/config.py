@@ -119,7 +119,7 @@ class TrainConfig:
     """The first step has global_batch_size/batch_reduction rows; rows grow linearly. 1 switches growth off."""
 
     optimizer: Literal["lamb", "adamw"] = "lamb"
-    """Optimizer."""
+    """LAMB scales each tensor's step to its size, AdamW does not."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 0.1
@@ -181,7 +181,7 @@ class TrainConfig:
     keep_checkpoints: int = 3
     """Number of checkpoints kept, the newest ones."""
     resume: str | None = None
-    """auto: go on from the run's newest checkpoint, or start where there is none; or the path of a checkpoint folder."""
+    """auto: go on from the run's newest checkpoint, or start where there is none; or the path of a checkpoint."""
     wandb_project: str = "gptbert"
     """Project in wandb."""
     wandb_entity: str | None = None

@@ -6,7 +6,7 @@ from gptbert.config import TrainConfig
 
 
 def learning_rate_factor(step: int, warmup_steps: int, cooldown_steps: int, max_steps: int) -> float:
-    """Factor of the peak learning rate at `step` (from 0): linear rise, cosine to a tenth, linear fall to 0 (spec.md §4)."""
+    """Factor of the peak learning rate at `step`, from 0: linear rise, cosine to a tenth, linear fall to 0."""
     if step < warmup_steps:
         return step / warmup_steps
     if step >= max_steps - cooldown_steps:
@@ -34,7 +34,7 @@ def length_factor(config: TrainConfig, step: int) -> int:
 
 
 def batch_size(config: TrainConfig, step: int) -> int:
-    """Rows of `step` over all ranks and objectives, linear from a reduced to the full batch, fewer where rows are longer."""
+    """Rows of `step` over all ranks and objectives: linear growth, and fewer rows where they are longer."""
     first, last = config.global_batch_size / config.batch_reduction, config.global_batch_size
     rows = first + (last - first) * step / config.max_steps
     return max(1, int(rows / length_factor(config, step) + 0.5))

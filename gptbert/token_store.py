@@ -13,9 +13,12 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -24,7 +27,7 @@ from safetensors.numpy import save_file
 from gptbert.errors import InputError
 
 FORMAT = "gptbert-tokens-1"
-SHARD_TOKENS = 100_000_000
+SHARD_TOKENS = 50_000_000  # the writer holds a shard twice for a moment: 400 MB where ids take 4 bytes
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -80,10 +83,12 @@ class TokenStore:
                 raise InputError(f"token file {path}: its shards were written by different tokenizers; tokenize again")
             parts = [(shard.tokens, shard.document_offsets) for shard in opened]
             vocab_size, digest = opened[0].vocab_size, opened[0].tokenizer_hash
-        shard_starts = np.cumsum([0] + [len(tokens) for tokens, _ in parts])
+        shard_starts = np.cumsum([0] + [len(tokens) for tokens, _ in parts])[:-1]
         store = cls(
             shards=[tokens for tokens, _ in parts],
-            document_starts=np.concatenate([start + offsets[:-1] for start, (_, offsets) in zip(shard_starts, parts)]),
+            document_starts=np.concatenate(
+                [start + offsets[:-1] for start, (_, offsets) in zip(shard_starts, parts, strict=True)]
+            ),
             document_lengths=np.concatenate([np.diff(offsets) for _, offsets in parts]),
             vocab_size=vocab_size,
             tokenizer_hash=digest,
@@ -109,7 +114,7 @@ class TokenStore:
         shard_of_piece = np.searchsorted(shard_starts, starts, side="right") - 1
         shard_of_token = np.repeat(shard_of_piece, lengths)
         tokens = np.empty(len(positions), dtype=self.shards[0].dtype)
-        for index in np.unique(shard_of_piece):
+        for index in np.unique(shard_of_token):
             here = shard_of_token == index
             tokens[here] = self.shards[index][positions[here] - shard_starts[index]]
         return tokens, positions
@@ -118,8 +123,13 @@ class TokenStore:
 class TokenStoreWriter:
     """Writes a token store, shard by shard, with memory bounded by one shard.
 
-    Use it as a context manager: the output appears, complete and fsynced, when the block ends without an exception; after an
-    exception nothing is left and an older output under the same name is untouched.
+    Use it as a context manager: the output appears, complete and fsynced, when the block ends without an exception;
+    after an exception nothing is left and an older output under the same name is untouched.
+
+    Attributes:
+        num_tokens: tokens appended so far.
+        num_documents: documents appended so far.
+        files: the published files, in order; empty until the block has ended.
     """
 
     def __init__(
@@ -134,23 +144,51 @@ class TokenStoreWriter:
         self._batches: list[tuple[np.ndarray, np.ndarray]] = []
         self._batched_tokens = 0
         self._written: list[Path] = []
+        self.files: list[Path] = []
 
-    def __enter__(self) -> "TokenStoreWriter":
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._folder = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
-        except OSError as error:
-            raise InputError(f"output {self.path}: cannot be written ({error.strerror})") from error
+    def __enter__(self) -> Self:
+        if self.path.is_dir():
+            raise InputError(f"output {self.path}: is a folder; name a file")
+        # A folder that does not exist yet is made at the end, so that a failure leaves none behind.
+        nearest = next(folder for folder in self.path.absolute().parents if folder.exists())
+        with _write_errors(self.path):
+            self._folder = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=nearest))
         return self
 
     def append(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """Add documents: `tokens` [Σ lengths] holds their ids end to end, `lengths` [num_documents] their sizes."""
-        self._batches.append((tokens.astype(token_dtype(self.vocab_size)), lengths.astype(np.int64)))
-        self._batched_tokens += len(tokens)
+        """Add documents.
+
+        A shard takes documents up to `shard_tokens`; one that is longer gets a shard of its own. How the documents are
+        spread over calls does not matter.
+
+        Args:
+            tokens: [Σ lengths] ids below `vocab_size`, of any integer type, document after document.
+            lengths: [num_documents] integers, tokens in each document.
+
+        Raises:
+            InputError: an id is outside the vocabulary, or the disk is full.
+        """
+        if len(tokens) and (tokens.min() < 0 or tokens.max() >= self.vocab_size):
+            raise InputError(
+                f"output {self.path}: the ids reach from {tokens.min()} to {tokens.max()}, outside the vocabulary of "
+                f"{self.vocab_size}; use a tokenizer whose ids have no gaps"
+            )
+        ends = np.cumsum(lengths, dtype=np.int64)
+        first = 0
+        while first < len(lengths):
+            start = ends[first] - lengths[first]
+            room = max(self.shard_tokens - self._batched_tokens, 0)
+            stop = int(np.searchsorted(ends, start + room, side="right"))
+            if stop == first and self._batched_tokens:
+                self._write_shard()
+                continue
+            stop = max(stop, first + 1)
+            batch = tokens[start : ends[stop - 1]].astype(token_dtype(self.vocab_size))
+            self._batches.append((batch, lengths[first:stop].astype(np.int64)))
+            self._batched_tokens += len(batch)
+            first = stop
         self.num_tokens += len(tokens)
         self.num_documents += len(lengths)
-        if self._batched_tokens >= self.shard_tokens:
-            self._write_shard()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -170,17 +208,12 @@ class TokenStoreWriter:
         lengths = np.concatenate([lengths for _, lengths in self._batches])
         self._batches, self._batched_tokens = [], 0
         file = self._folder / f"{len(self._written):05d}.safetensors"
-        save_file(
-            {"tokens": tokens, "document_offsets": np.concatenate([[0], np.cumsum(lengths)])},
-            file,
-            metadata={
-                "format": FORMAT,
-                "vocab_size": str(self.vocab_size),
-                "tokenizer_hash": self.tokenizer_hash,
-            },
-        )
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
+        arrays = {"tokens": tokens, "document_offsets": np.concatenate([[0], np.cumsum(lengths)])}
+        metadata = {"format": FORMAT, "vocab_size": str(self.vocab_size), "tokenizer_hash": self.tokenizer_hash}
+        with _write_errors(self.path):
+            save_file(arrays, file, metadata=metadata)
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
         self._written.append(file)
 
     def _publish(self) -> None:
@@ -188,11 +221,24 @@ class TokenStoreWriter:
         old = [file for file in [self.path, *_numbered_shards(self.path)] if file.exists()]
         count = len(self._written)
         names = [self.path] if count == 1 else [_shard_name(self.path, i + 1, count) for i in range(count)]
-        for file in old:
-            if file not in names:
-                file.unlink()
-        for file, name in zip(self._written, names, strict=True):
-            file.replace(name)
+        with _write_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            for file, name in zip(self._written, names, strict=True):
+                file.replace(name)
+            for file in old:
+                if file not in names:
+                    file.unlink()
+        self.files = names
+
+
+@contextmanager
+def _write_errors(path: Path) -> Iterator[None]:
+    """Turn what the disk says into the one error that means "your input"."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise InputError(f"output {path}: cannot be written ({reason})") from error
 
 
 @dataclass(frozen=True)

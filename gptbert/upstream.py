@@ -101,13 +101,13 @@ def read_token_file(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         Token ids [num_tokens] and document offsets [num_documents + 1] int64.
 
     Raises:
-        InputError: the file is damaged, holds anything but tensors (such as code, which is never run), or other tensors.
+        InputError: the file is damaged, holds anything but integer tensors (code is never run).
     """
     try:
         documents = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(
-            f"token file {path}: refused, since it holds more than tensors (it may carry code); tokenize the corpus again"
+            f"token file {path}: refused, since it holds more than tensors (maybe code); tokenize the corpus again"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         reason = str(error).partition("\n")[0]

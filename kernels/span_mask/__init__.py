@@ -5,6 +5,8 @@ from torch import Tensor
 from kernels.backend import choose_backend
 from kernels.span_mask import reference
 
+DEFAULT_MAX_SPAN_LENGTH = 3
+
 
 def span_mask(
     tokens: Tensor,
@@ -15,7 +17,7 @@ def span_mask(
     mask_token_id: int,
     vocab_size: int,
     num_special_tokens: int,
-    max_span_length: int = 3,
+    max_span_length: int = DEFAULT_MAX_SPAN_LENGTH,
     seed: int,
     row_ids: Tensor,
     mask_counts: Tensor | None = None,

@@ -1,8 +1,8 @@
 """Span masking in plain PyTorch, with integers only, so that every device and batch split gives the same bits.
 
-Random numbers are Philox4x32-10 (Salmon et al. 2011) with key = seed and counter = (position, stream, row id). One call
-per token gives four numbers: a span length, a selection score, the kind of replacement and a random token. The first three
-are used where a span starts, the fourth for each token. Stream 1 at position 0 is the row's own draw. Probabilities are
+Random numbers are Philox4x32-10 (Salmon et al. 2011) with key = seed and counter = (position, stream, row id). A call
+per token gives four: a span length, a selection score, the kind of replacement and a random token. The first three are
+used where a span starts, the fourth for each token. Stream 1 at position 0 is the row's own draw. Probabilities are
 32-bit fixed-point numbers.
 """
 

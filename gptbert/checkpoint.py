@@ -1,0 +1,205 @@
+"""Checkpoints: complete or absent, the newest few kept, and enough in each to go on to the bit.
+
+run folder/checkpoints/step_00001000/
+    model.safetensors        weights, under the published names (upstream's tools load them)
+    ema.safetensors          their moving average, likewise
+    training_state.pt        optimizer, step, every rank's random state and sums, masking history
+    model_config.json        the model's shape, as --config_file reads it
+    train_config.json        the run's settings
+    tokenizer.json
+"""
+
+import json
+import os
+import pickle
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gptbert.config import ModelConfig, TrainConfig
+from gptbert.errors import InputError
+from gptbert.model import GPTBert
+from gptbert.upstream import from_upstream, to_upstream
+
+_STATE = "training_state.pt"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a save holds beside configuration and tokenizer.
+
+    Attributes:
+        step: steps done, and so the next step's number; every schedule is a function of it.
+        model: weights, names of `GPTBert`.
+        ema: their moving average.
+        optimizer: its state_dict.
+        rank_states: by rank, the random state and whatever else differs between ranks.
+        mask_counts: `MaskHistory.counts`, or None where it is off.
+    """
+
+    step: int
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    rank_states: list[dict[str, Any]]
+    mask_counts: Tensor | None
+
+
+def save(checkpoint: Checkpoint, config: TrainConfig, model_config: ModelConfig) -> Path:
+    """Write a checkpoint under a temporary name, fsync, rename; then delete all but the newest `keep_checkpoints`.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        InputError: the disk refuses; earlier checkpoints are untouched.
+    """
+    final = _folder(config.run_dir) / f"step_{checkpoint.step:08d}"
+    temporary = final.with_name(f".{final.name}.incomplete")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        for name, weights in (("model", checkpoint.model), ("ema", checkpoint.ema)):
+            published = to_upstream(weights, model_config)
+            # one tensor under two names is stored twice: safetensors has no aliases
+            save_file({key: tensor.clone() for key, tensor in published.items()}, temporary / f"{name}.safetensors")
+        state = {key: getattr(checkpoint, key) for key in ("step", "optimizer", "rank_states", "mask_counts")}
+        torch.save(state, temporary / _STATE)
+        _write_json(temporary / "model_config.json", asdict(model_config))
+        _write_json(temporary / "train_config.json", config.to_dict())
+        shutil.copyfile(config.run_dir / "tokenizer.json", temporary / "tokenizer.json")
+        for file in temporary.iterdir():
+            _sync(file)
+        _sync(temporary)
+        if final.exists():  # a run resumed from an earlier step comes by again
+            _delete(final)
+        temporary.rename(final)
+        _sync(final.parent)
+        for folder in list_checkpoints(config.run_dir)[: -config.keep_checkpoints]:
+            _delete(folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise InputError(f"checkpoint {final}: cannot be written ({error.strerror or error})") from error
+    return final
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    folder = _folder(run_dir)
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if re.fullmatch(r"step_\d{8,}", path.name) and path.is_dir())
+
+
+def find(config: TrainConfig) -> Path | None:
+    """The checkpoint that `--resume` names, or None where the run starts afresh.
+
+    Raises:
+        InputError: the named folder is no checkpoint, or the run's folder holds a run that `--resume` does not mention.
+    """
+    existing = list_checkpoints(config.run_dir)
+    if config.resume is None:
+        if existing:
+            raise InputError(
+                f"--output_dir {config.output_dir} already holds checkpoints of a run named {config.name!r}: "
+                "go on with --resume auto, or give another --name"
+            )
+        return None
+    if config.resume == "auto":
+        return existing[-1] if existing else None
+    path = Path(config.resume)
+    if not (path / _STATE).is_file():
+        inside = list_checkpoints(path)
+        if not inside:
+            raise InputError(f"--resume {path}: not a checkpoint (a folder that holds {_STATE})")
+        path = inside[-1]
+    return path
+
+
+def changed_settings(path: Path, config: TrainConfig) -> list[str]:
+    """Settings that differ from those of the run that wrote a checkpoint, where they bear on the result."""
+    try:
+        there = json.loads((path / "train_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ["train_config.json cannot be read"]
+    here = config.to_dict()
+    return [
+        f"--{name} {there.get(name)} -> {here[name]}"
+        for name in here
+        if name not in {"resume", "output_dir", "name"} and here[name] != there.get(name)
+    ]
+
+
+def load(path: Path, model_config: ModelConfig) -> Checkpoint:
+    """Read a checkpoint onto the CPU.
+
+    Raises:
+        InputError: something is missing or damaged, or the model has another shape than `model_config`.
+    """
+    try:
+        saved_config = ModelConfig.from_json(path / "model_config.json")
+        state = torch.load(path / _STATE, map_location="cpu", weights_only=True)
+        weights = {name: from_upstream(load_file(path / f"{name}.safetensors")) for name in ("model", "ema")}
+        checkpoint = Checkpoint(**weights, **state)
+    except (OSError, RuntimeError, EOFError, TypeError, pickle.UnpicklingError, SafetensorError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"--resume {path}: the checkpoint is damaged ({reason}); try an earlier one") from error
+    if saved_config != model_config:
+        here, there = asdict(model_config), asdict(saved_config)
+        changes = ", ".join(f"{key} {there[key]} there, {here[key]} here" for key in here if here[key] != there[key])
+        raise InputError(f"--resume {path}: its model differs from --config_file: {changes}")
+    return checkpoint
+
+
+def load_model(path: Path, weights: str = "ema") -> GPTBert:
+    """A model in eval mode with the weights of a checkpoint, on the CPU.
+
+    Args:
+        path: a checkpoint's folder, or a run's for its newest checkpoint.
+        weights: "ema" or "model".
+
+    Raises:
+        InputError: nothing there, or damaged.
+    """
+    path = Path(path)
+    if not (path / "model_config.json").is_file():
+        inside = list_checkpoints(path)
+        if not inside:
+            raise InputError(f"{path}: neither a checkpoint nor a run with checkpoints")
+        path = inside[-1]
+    model = GPTBert(ModelConfig.from_json(path / "model_config.json"))
+    try:
+        model.load_state_dict(from_upstream(load_file(path / f"{weights}.safetensors")))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{path}: the checkpoint is damaged ({str(error).partition(chr(10))[0]})") from error
+    return model.eval()
+
+
+def _folder(run_dir: Path) -> Path:
+    return run_dir / "checkpoints"
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=4) + "\n", encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _delete(folder: Path) -> None:
+    """Delete a checkpoint so that a kill half-way leaves nothing that looks like one."""
+    doomed = folder.with_name(f".{folder.name}.deleted")
+    folder.rename(doomed)
+    shutil.rmtree(doomed)

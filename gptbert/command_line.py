@@ -1,0 +1,66 @@
+"""Commands: a frozen dataclass is the command line, and bad input is one line on the screen."""
+
+import contextlib
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import tyro
+
+from gptbert.errors import InputError
+
+Settings = TypeVar("Settings")
+
+
+def run_command(
+    settings: type[Settings], function: Callable[[Settings], None], arguments: Sequence[str] | None = None
+) -> None:
+    """Parse the command line into `settings`, call `function` with it, and end the process.
+
+    The exit status is 0, 2 for a command line that cannot be parsed, 1 for other input that cannot be used, and
+    130 after Ctrl-C. Under torchrun only the first process of each host prints, since all of them come to the same end.
+    """
+    try:
+        function(parse(settings, arguments))
+    except InputError as error:
+        _fail(str(error), 1)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+
+
+def parse(settings: type[Settings], arguments: Sequence[str] | None = None) -> Settings:
+    """The command line as `settings`; prints one line and exits with 2 where tyro finds a mistake."""
+    output, errors = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+            return tyro.cli(settings, args=arguments, use_underscores=True)
+    except SystemExit as end:
+        if end.code in {0, None}:  # --help
+            if _speaks():
+                print(output.getvalue(), end="")
+            raise
+        _fail(_one_line(errors.getvalue()), 2)
+
+
+def _one_line(box: str) -> str:
+    """The text of the first part of the box that tyro draws around a mistake."""
+    lines = [line.strip("│ ").strip() for line in box.splitlines() if not re.fullmatch(r"[╭╰].*[╮╯]", line.strip())]
+    first_part = []
+    for line in lines:
+        if set(line) == {"─"}:
+            break
+        first_part.append(line)
+    return " ".join(first_part) + " (see --help)"
+
+
+def _fail(message: str, status: int) -> None:
+    if _speaks():
+        print(f"error: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _speaks() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") == "0"

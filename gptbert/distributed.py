@@ -1,0 +1,109 @@
+"""The processes of a run: torchrun's environment, the process group, reductions, and errors that all ranks share."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gptbert.config import TrainConfig
+from gptbert.errors import InputError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all processes of the run; without torchrun, the only one."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files, logs and the screen."""
+        return self.rank == 0
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """Sum over all ranks, in place; every rank must call it."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """Every rank's picklable value, by rank; every rank must call it."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model as data-parallel module: gradients are averaged over ranks during the synchronised backward."""
+        if self.world_size == 1:
+            return model
+        devices = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(
+            model, device_ids=devices, forward_sync_buffers=False, gradient_as_bucket_view=True
+        )
+
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """A block that fails on every rank, with the same message, if it raises an InputError on any of them."""
+        message = None
+        try:
+            yield
+        except InputError as error:
+            message = str(error)
+        failed = [text for text in self.all_gather(message) if text]
+        if failed:
+            raise InputError(failed[0])
+
+
+@contextmanager
+def connect(config: TrainConfig) -> Iterator[World]:
+    """Join the processes that torchrun started (nccl on GPUs, gloo on CPUs), and leave them at the end.
+
+    Raises:
+        InputError: `--device cuda` without a GPU for this process.
+    """
+    rank, world_size = _environment("RANK", 0), _environment("WORLD_SIZE", 1)
+    device = _choose_device(config, local_rank=_environment("LOCAL_RANK", 0))
+    if device.type == "cpu":
+        # torchrun asks for one thread a process, whatever the machine has
+        torch.set_num_threads(config.cpu_threads or max(1, _usable_cores() // _environment("LOCAL_WORLD_SIZE", 1)))
+    else:
+        torch.cuda.set_device(device)
+    if world_size == 1:
+        yield World(rank, world_size, device)
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout))
+    try:
+        yield World(rank, world_size, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def _choose_device(config: TrainConfig, local_rank: int) -> torch.device:
+    available = torch.cuda.device_count() if config.device != "cpu" else 0
+    if available == 0:
+        if config.device == "cuda":
+            raise InputError("--device cuda: torch sees no GPU; --device cpu works everywhere")
+        return torch.device("cpu")
+    if local_rank >= available:
+        raise InputError(f"--device {config.device}: process {local_rank} of this host has no GPU ({available} there)")
+    return torch.device("cuda", local_rank)
+
+
+def _environment(name: str, default: int) -> int:
+    return int(os.environ.get(name, default))
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,77 @@
+"""Validation: loss, perplexity and accuracy of both objectives, with the same masks every time."""
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from gptbert.config import TrainConfig
+from gptbert.data import RowStream
+from gptbert.distributed import World
+from gptbert.metrics import LossSums
+from gptbert.model import GPTBert
+from gptbert.objectives import Masking, Objective, causal_batch, masked_batch
+from gptbert.token_store import TokenStore
+
+_MASK_SEED = 0x5EED_0F_7A11D  # of validation only, whatever the run's seed: runs are compared on the same masks
+
+
+class Validation:
+    """The validation rows of a run, and their evaluation.
+
+    Args:
+        config: of the run.
+        store: validation documents.
+        world: rows are divided among its ranks; sums are over all of them.
+        vocab_size: of the tokenizer, for random tokens in masks.
+    """
+
+    def __init__(self, config: TrainConfig, store: TokenStore, world: World, vocab_size: int) -> None:
+        self._config = config
+        self._world = world
+        self._stream = RowStream(store, config.seq_length, shuffle=False)
+        self._masking = Masking(
+            mask_p=config.validation_mask_p,
+            random_p=config.mask_random_p,
+            keep_p=config.mask_keep_p,
+            vocab_size=vocab_size,
+            num_special_tokens=config.n_special_tokens,
+            seed=_MASK_SEED,
+        )
+        self.num_rows = self._stream.slots_per_epoch
+        if config.validation_steps:
+            self.num_rows = min(self.num_rows, config.validation_steps * config.global_batch_size)
+
+    @torch.no_grad()
+    def __call__(self, model: GPTBert, precision: AbstractContextManager) -> dict[Objective, dict[str, float]]:
+        """Evaluate `model`, leaving it in the mode it was in; every rank must call it.
+
+        Returns:
+            Per objective: loss, perplexity, accuracy, z_loss.
+        """
+        was_training = model.training
+        model.eval()
+        sums = LossSums(self._world.device)
+        rank, world_size, step = self._world.rank, self._world.world_size, self._config.local_batch_size
+        first, end = self.num_rows * rank // world_size, self.num_rows * (rank + 1) // world_size
+        for row in range(first, end, step):
+            rows = self._stream.rows(row, min(step, end - row))
+            tokens, document_ids, row_ids = (
+                torch.from_numpy(array).to(self._world.device)
+                for array in (rows.tokens, rows.document_ids, rows.row_ids)
+            )
+            for batch in (
+                masked_batch(tokens, document_ids, row_ids, self._masking),
+                causal_batch(tokens, document_ids),
+            ):
+                with precision:
+                    result = model(batch.input_ids, batch.document_ids, batch.labels, batch.objective.causal)
+                sums.add(batch.objective, result)
+        model.train(was_training)
+        return sums.means(self._world)
+
+
+def unigram_entropy(tokens: Tensor) -> float:
+    """Entropy in nats of the tokens' own frequencies: the loss of the best model that ignores all context."""
+    counts = torch.bincount(tokens)
+    return torch.special.entr(counts[counts > 0] / counts.sum()).sum().item()

@@ -1,0 +1,73 @@
+"""The files that a run is given, opened and checked against each other."""
+
+from dataclasses import dataclass
+
+from gptbert.config import ModelConfig, TrainConfig
+from gptbert.errors import InputError
+from gptbert.token_store import TokenStore
+from gptbert.tokenizer import load_tokenizer, tokenizer_hash
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads.
+
+    Attributes:
+        model_config: the model's shape.
+        vocab_size: of the tokenizer; at most the model's.
+        train_store: training documents.
+        valid_store: validation documents.
+    """
+
+    model_config: ModelConfig
+    vocab_size: int
+    train_store: TokenStore
+    valid_store: TokenStore
+
+    @classmethod
+    def open(cls, config: TrainConfig) -> "Inputs":
+        """Open what the command line names.
+
+        Raises:
+            InputError: a file is missing or damaged, or files do not belong together.
+        """
+        model_config = ModelConfig.from_json(config.config_file)
+        vocab_size = load_tokenizer(config.tokenizer_path).get_vocab_size()
+        if vocab_size > model_config.vocab_size:
+            raise InputError(
+                f"--tokenizer_path {config.tokenizer_path} has {vocab_size} tokens, more than vocab_size "
+                f"{model_config.vocab_size} in --config_file {config.config_file}"
+            )
+        if config.n_special_tokens >= vocab_size:
+            raise InputError(f"--n_special_tokens {config.n_special_tokens} leaves no ordinary token of {vocab_size}")
+        longest_row = config.seq_length * (4 if config.seq_length_growth else 1)
+        return cls(
+            model_config,
+            vocab_size,
+            _open_store("--train_path", config, model_config, longest_row),
+            _open_store("--valid_path", config, model_config, config.seq_length),
+        )
+
+
+def _open_store(flag: str, config: TrainConfig, model_config: ModelConfig, row_length: int) -> TokenStore:
+    path = config.train_path if flag == "--train_path" else config.valid_path
+    try:
+        store = TokenStore.open(path)
+    except InputError as error:
+        raise InputError(f"{flag}: {error}") from None
+    if store.tokenizer_hash not in {None, tokenizer_hash(config.tokenizer_path)}:
+        raise InputError(
+            f"{flag} {path} was written with another tokenizer than --tokenizer_path {config.tokenizer_path}; "
+            "tokenize the corpus again or name its tokenizer"
+        )
+    if store.vocab_size > model_config.vocab_size:
+        raise InputError(
+            f"{flag} {path} has token ids up to {store.vocab_size - 1}, beyond vocab_size {model_config.vocab_size} "
+            f"in --config_file {config.config_file}"
+        )
+    if store.num_tokens < row_length:
+        raise InputError(
+            f"{flag} {path} holds {store.num_tokens} tokens, fewer than one row of {row_length} "
+            "(--seq_length, four times that with --seq_length_growth); give more text or shorter rows"
+        )
+    return store

@@ -1,0 +1,196 @@
+"""Sums that stay on the device between log records, and the places records go to."""
+
+import json
+import math
+import netrc
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import torch
+
+from gptbert.config import TrainConfig
+from gptbert.distributed import World
+from gptbert.objectives import Objective
+from kernels import MaskedCrossEntropy
+
+
+class LossSums:
+    """Per objective: summed loss, z-loss, correct predictions and labels, as one fp64 tensor on the device.
+
+    Attributes:
+        sums: [objectives, 4] fp64; nothing reads it back before `means`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(len(Objective), 4, dtype=torch.float64, device=device)
+
+    def add(self, objective: Objective, result: MaskedCrossEntropy) -> None:
+        """Add the sums of one forward pass."""
+        row = list(Objective).index(objective)
+        self.sums[row] += torch.stack(
+            [value.double() for value in (result.loss, result.z_loss, result.correct, result.count)]
+        )
+
+    def means(self, world: World) -> dict[Objective, dict[str, float]]:
+        """Means over the labels of all ranks, for each objective that had any; every rank must call it."""
+        sums = world.all_reduce_sum(self.sums.clone()).tolist()
+        return {
+            objective: {
+                "loss": loss / count,
+                "perplexity": perplexity(loss / count),
+                "accuracy": correct / count,
+                "z_loss": z_loss / count,
+                "count": count,
+            }
+            for objective, (loss, z_loss, correct, count) in zip(Objective, sums, strict=True)
+            if count
+        }
+
+
+class Throughput:
+    """Tokens per second of training alone.
+
+    Args:
+        tokens: seen so far.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        self._tokens = tokens
+        self._since = time.perf_counter()
+
+    def rate(self, tokens: int) -> float:
+        """Tokens per second since the last call; `tokens` have been seen by now."""
+        now = time.perf_counter()
+        rate = (tokens - self._tokens) / (now - self._since)
+        self._tokens, self._since = tokens, now
+        return rate
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """A block whose time does not count."""
+        began = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - began
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that is too large for a float."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+class Tracker(Protocol):
+    """A place that records go to."""
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Record values of a step under their stable names."""
+
+    def close(self) -> None:
+        """Finish the run's record."""
+
+
+class JsonLines:
+    """One JSON object a line, with its step, flushed at once.
+
+    Opening drops the records of steps after `first_step`: a run that was killed wrote them, and will write them again.
+    """
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        kept = [line for line, record in _records(path) if record["step"] <= first_step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """See `Tracker`."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """See `Tracker`."""
+        self._file.close()
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """All records of a `metrics.jsonl`; a last line cut short by a kill is left out."""
+    return [record for _, record in _records(path)]
+
+
+def _records(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []:
+        try:
+            records.append((line, json.loads(line)))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+class Wandb:
+    """Weights & Biases; a resumed run goes on under the same id."""
+
+    def __init__(self, config: TrainConfig, settings: dict[str, Any]) -> None:
+        import wandb  # noqa: PLC0415  slow to import, and only the main rank needs it
+
+        mode = _wandb_mode() if config.wandb_mode == "auto" else config.wandb_mode
+        id_file = config.run_dir / "wandb_id"
+        if not id_file.exists():
+            id_file.write_text(wandb.util.generate_id(), encoding="utf-8")
+        self._run = wandb.init(
+            project=config.wandb_project,
+            entity=config.wandb_entity,
+            name=config.name,
+            id=id_file.read_text(encoding="utf-8").strip(),
+            resume="allow" if mode == "online" else None,
+            dir=config.run_dir,
+            mode=mode,
+            config=settings,
+            settings=wandb.Settings(silent=True),
+        )
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """See `Tracker`."""
+        self._run.log(values, step=step)
+
+    def close(self) -> None:
+        """See `Tracker`."""
+        self._run.finish()
+
+
+def _wandb_mode() -> str:
+    """Online where the user is logged in; WANDB_MODE, where set, decides."""
+    if mode := os.environ.get("WANDB_MODE"):
+        return mode
+    if os.environ.get("WANDB_API_KEY"):
+        return "online"
+    try:
+        return "online" if netrc.netrc().authenticators("api.wandb.ai") else "offline"
+    except (OSError, netrc.NetrcParseError):
+        return "offline"
+
+
+class Trackers:
+    """All trackers of a run, as a context; none on ranks other than the main one."""
+
+    def __init__(self, config: TrainConfig, world: World, settings: dict[str, Any], first_step: int) -> None:
+        self._trackers: list[Tracker] = []
+        if world.is_main:
+            self._trackers.append(JsonLines(config.run_dir / "metrics.jsonl", first_step))
+            if config.wandb_mode != "disabled":
+                self._trackers.append(Wandb(config, settings))
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Give a record to every tracker."""
+        for tracker in self._trackers:
+            tracker.log(step, values)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for tracker in self._trackers:
+            tracker.close()

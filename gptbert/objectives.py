@@ -1,0 +1,184 @@
+"""The two objectives, and the plan that says which rank trains which rows of which objective at a step."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gptbert.config import TrainConfig
+from gptbert.errors import InputError
+from gptbert.model import IGNORE_INDEX
+from gptbert.schedules import batch_size, length_factor
+from gptbert.tokenizer import BOS_ID, MASK_ID
+from kernels import span_mask
+
+
+class Objective(Enum):
+    """Both predict the next token; they differ in what a position may see and which tokens are labels."""
+
+    MLM = "mlm"
+    CLM = "clm"
+
+    @property
+    def causal(self) -> bool:
+        """Whether attention looks only backwards."""
+        return self is Objective.CLM
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the model's forward takes: three [B, T] tensors, and the objective they are for."""
+
+    objective: Objective
+    input_ids: Tensor
+    document_ids: Tensor
+    labels: Tensor
+
+    @property
+    def label_count(self) -> Tensor:
+        """Scalar int64."""
+        return (self.labels != IGNORE_INDEX).sum()
+
+    def split(self, rows: int) -> list["Batch"]:
+        """Micro-batches of at most `rows` rows, as equal as possible."""
+        pieces = -(-len(self.labels) // rows)
+        parts = (tensor.tensor_split(pieces) for tensor in (self.input_ids, self.document_ids, self.labels))
+        return [Batch(self.objective, *part) for part in zip(*parts, strict=True)]
+
+
+@dataclass(frozen=True)
+class Masking:
+    """Parameters of masked language modelling at one step; see `kernels.span_mask`."""
+
+    mask_p: float
+    random_p: float
+    keep_p: float
+    vocab_size: int
+    num_special_tokens: int
+    seed: int
+
+
+def causal_batch(tokens: Tensor, document_ids: Tensor) -> Batch:
+    """CLM: every token that is not `<s>` or padding is a label. Both arguments are [B, T + 1]."""
+    labels = torch.where((tokens == BOS_ID) | (document_ids < 0), IGNORE_INDEX, tokens)
+    return Batch(Objective.CLM, tokens[:, :-1], document_ids[:, :-1], labels[:, 1:])
+
+
+def masked_batch(
+    tokens: Tensor, document_ids: Tensor, row_ids: Tensor, masking: Masking, mask_counts: Tensor | None = None
+) -> Batch:
+    """MLM with span masking: the selected tokens are labels, predicted from the position before them.
+
+    Args:
+        tokens: [B, T + 1].
+        document_ids: [B, T + 1].
+        row_ids: [B], keys of the masks' random numbers.
+        masking: what to mask.
+        mask_counts: [B, T + 1], how often each token was masked before, or None.
+    """
+    inputs, labels = span_mask(
+        tokens,
+        mask_p=masking.mask_p,
+        random_p=masking.random_p,
+        keep_p=masking.keep_p,
+        mask_token_id=MASK_ID,
+        vocab_size=masking.vocab_size,
+        num_special_tokens=masking.num_special_tokens,
+        seed=masking.seed,
+        row_ids=row_ids,
+        mask_counts=mask_counts,
+    )
+    return Batch(Objective.MLM, inputs[:, :-1], document_ids[:, :-1], labels[:, 1:])
+
+
+@dataclass(frozen=True)
+class Share:
+    """Consecutive rows of one objective: the slots first_slot … first_slot + num_rows · length_factor − 1."""
+
+    objective: Objective
+    first_slot: int
+    num_rows: int
+    length_factor: int
+
+
+class HybridPlan:
+    """Which rows a step has, and which of them belong to which rank; functions of the step alone (spec.md §3, §5).
+
+    Raises:
+        InputError: rank mode with a world size that the denominator does not divide, or a step too small for both
+            objectives.
+    """
+
+    def __init__(self, config: TrainConfig, world_size: int) -> None:
+        self.config = config
+        self.world_size = world_size
+        self.mode = self._choose_mode()
+        rows = np.array([self._rows(step) for step in range(config.max_steps)], dtype=np.int64)  # [steps, 2]
+        factors = np.array([length_factor(config, step) for step in range(config.max_steps)], dtype=np.int64)
+        self._row_counts = dict(zip(Objective, rows.T, strict=True))
+        slots = np.concatenate([np.zeros((1, 2), np.int64), np.cumsum(rows * factors[:, None], axis=0)])
+        self._first_slots = dict(zip(Objective, slots.T, strict=True))
+
+    def weight(self, objective: Objective) -> float:
+        """The objective's weight in the loss: its share of the training."""
+        masked = self.config.hybrid_numerator / self.config.hybrid_denominator
+        return masked if objective is Objective.MLM else 1 - masked
+
+    def num_rows(self, objective: Objective, step: int) -> int:
+        """Rows of the objective at `step`, all ranks together."""
+        return int(self._row_counts[objective][step])
+
+    def tokens_before(self, step: int) -> int:
+        """Tokens (positions of the model's input) in all steps before `step`."""
+        return int(sum(slots[step] for slots in self._first_slots.values())) * self.config.seq_length
+
+    def ranks(self, objective: Objective) -> range:
+        """The ranks that train the objective."""
+        if self.mode == "batch":
+            return range(self.world_size)
+        masked = self.world_size * self.config.hybrid_numerator // self.config.hybrid_denominator
+        return range(masked) if objective is Objective.MLM else range(masked, self.world_size)
+
+    def shares(self, step: int, rank: int) -> list[Share]:
+        """The rows of `step` that `rank` trains; empty shares are left out."""
+        factor = length_factor(self.config, step)
+        shares = []
+        for objective in Objective:
+            ranks = self.ranks(objective)
+            if rank not in ranks:
+                continue
+            rows, index = self.num_rows(objective, step), rank - ranks.start
+            first, end = rows * index // len(ranks), rows * (index + 1) // len(ranks)
+            if end > first:
+                first_slot = int(self._first_slots[objective][step]) + first * factor
+                shares.append(Share(objective, first_slot, end - first, factor))
+        return shares
+
+    def _rows(self, step: int) -> tuple[int, int]:
+        """Rows of (MLM, CLM): as near to the ratio as possible, and at least one of each where both are trained."""
+        total = batch_size(self.config, step)
+        numerator, denominator = self.config.hybrid_numerator, self.config.hybrid_denominator
+        if numerator in {0, denominator}:
+            return (total, 0) if numerator else (0, total)
+        if total < 2:
+            raise InputError(
+                f"--global_batch_size {self.config.global_batch_size} gives step {step} only one row (see "
+                "--batch_reduction, --seq_length_growth); a hybrid of both objectives needs at least two"
+            )
+        masked = min(max(1, int(total * numerator / denominator + 0.5)), total - 1)
+        return masked, total - masked
+
+    def _choose_mode(self) -> str:
+        denominator = self.config.hybrid_denominator
+        fits = self.world_size % denominator == 0
+        if self.config.hybrid_mode == "auto":
+            return "rank" if fits else "batch"
+        if self.config.hybrid_mode == "rank" and not fits:
+            sizes = ", ".join(str(denominator * multiple) for multiple in (1, 2, 3))
+            raise InputError(
+                f"--hybrid_mode rank with --hybrid_denominator {denominator} needs {sizes}, … processes, not "
+                f"{self.world_size}; --hybrid_mode batch works with any number"
+            )
+        return self.config.hybrid_mode

@@ -1,0 +1,389 @@
+"""The training loop: one step, and the run around it."""
+
+import dataclasses
+import json
+import shutil
+import sys
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from gptbert import checkpoint, schedules
+from gptbert.checkpoint import Checkpoint
+from gptbert.config import ModelConfig, TrainConfig
+from gptbert.data import Prefetcher, RowStream
+from gptbert.distributed import World, connect
+from gptbert.errors import InputError
+from gptbert.evaluate import Validation
+from gptbert.inputs import Inputs
+from gptbert.mask_history import MaskHistory
+from gptbert.metrics import LossSums, Throughput, Trackers, perplexity
+from gptbert.model import IGNORE_INDEX, GPTBert
+from gptbert.objectives import Batch, HybridPlan, Masking, Objective, Share, causal_batch, masked_batch
+from gptbert.optim import WeightAverage, build_optimizer
+from gptbert.tokenizer import PAD_ID
+from kernels import MaskedCrossEntropy
+from kernels.span_mask import DEFAULT_MAX_SPAN_LENGTH
+
+
+def fit(config: TrainConfig) -> None:
+    """Train as `config` says, from the start or from a checkpoint.
+
+    Raises:
+        InputError: on every rank, with one message, where anything given cannot be used.
+    """
+    with connect(config) as world:
+        with world.agreed():
+            inputs = Inputs.open(config)
+            plan = HybridPlan(config, world.world_size)
+            path = checkpoint.find(config)
+            resumed = checkpoint.load(path, inputs.model_config) if path else None
+            if resumed and resumed.step >= config.max_steps:
+                raise InputError(
+                    f"--resume {path}: its step {resumed.step} is the end of --max_steps {config.max_steps}"
+                )
+        with world.agreed():
+            if world.is_main:
+                prepare_run_dir(config, inputs.model_config, world)
+        if world.is_main:
+            model = inputs.model_config
+            say(
+                f"{config.name}: {world.world_size} x {world.device.type}, hybrid mode {plan.mode}, "
+                f"{inputs.train_store.num_tokens:,} training tokens, {model.num_hidden_layers} layers of "
+                f"{model.hidden_size}, run folder {config.run_dir}"
+            )
+            if resumed:
+                changes = checkpoint.changed_settings(path, config)
+                say(f"going on from {path}" + (f"; changed since: {', '.join(changes)}" if changes else ""))
+        Trainer(config, inputs, plan, world, resumed).run()
+
+
+def prepare_run_dir(config: TrainConfig, model_config: ModelConfig, world: World) -> None:
+    """Create the run's folder with its resolved settings and a copy of the tokenizer.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    settings = {
+        "train": config.to_dict(),
+        "model": dataclasses.asdict(model_config),
+        "world_size": world.world_size,
+        "device": str(world.device),
+        "torch": torch.__version__,
+    }
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        (config.run_dir / "config.json").write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")
+        shutil.copyfile(config.tokenizer_path, config.run_dir / "tokenizer.json")
+    except OSError as error:
+        raise InputError(f"--output_dir {config.output_dir}: cannot be written ({error.strerror})") from error
+
+
+class Trainer:
+    """A run in progress, as one rank sees it."""
+
+    def __init__(
+        self, config: TrainConfig, inputs: Inputs, plan: HybridPlan, world: World, resumed: Checkpoint | None = None
+    ) -> None:
+        self.config = config
+        self.inputs = inputs
+        self.plan = plan
+        self.world = world
+        torch.manual_seed(config.seed)  # the same weights on every rank
+        self.model = GPTBert(inputs.model_config).to(world.device)
+        self.ema = WeightAverage(self.model, config.ema_decay)
+        self.optimizer = build_optimizer(config, self.model)
+        self.parallel_model = world.wrap(self.model)
+        self.sums = LossSums(world.device)
+        self.mask_history = MaskHistory(inputs.train_store.num_tokens, world) if config.mask_history else None
+        self.validation = Validation(config, inputs.valid_store, world, inputs.vocab_size)
+        self.streams = {
+            objective: RowStream(inputs.train_store, config.seq_length, (config.seed, index))
+            for index, objective in enumerate(Objective)
+        }
+        self.step = 0
+        self._settle_buckets()
+        torch.manual_seed((config.seed << 20) + world.rank)  # different dropout on every rank
+        if resumed:
+            self._restore(resumed)
+
+    def run(self) -> None:
+        """All steps that are left, with records, validations and checkpoints on the way."""
+        config = self.config
+        with ExitStack() as stack:
+            settings = {**config.to_dict(), **dataclasses.asdict(self.inputs.model_config)}
+            trackers = stack.enter_context(Trackers(config, self.world, settings, self.step))
+            rows = stack.enter_context(Prefetcher(self.load_rows, self.step, config.max_steps))
+            bar = stack.enter_context(_progress_bar(config, self.world, self.step))
+            throughput = Throughput(self.plan.tokens_before(self.step))
+            while self.step < config.max_steps:
+                gradient_norm = self.train_step(rows.get(self.step))
+                self.step += 1
+                last = self.step == config.max_steps
+                if last or self.step % config.log_every == 0:
+                    record = self.training_record(gradient_norm, throughput)
+                    trackers.log(self.step, record)
+                    bar.set_postfix_str(_brief(record, "train"), refresh=False)
+                bar.update()
+                with throughput.paused():
+                    if last or (config.validate_every and self.step % config.validate_every == 0):
+                        record = self.validation_record()
+                        trackers.log(self.step, record)
+                        if self.world.is_main:
+                            say(f"step {self.step}: validation {_brief(record, 'validation')}")
+                    if last or (config.save_every and self.step % config.save_every == 0):
+                        self.save()
+
+    def load_rows(self, step: int) -> list[tuple[Share, dict[str, Tensor]]]:
+        """This rank's rows of a step, on the host; called ahead of time on another thread."""
+        loaded = []
+        for share in self.plan.shares(step, self.world.rank):
+            rows = self.streams[share.objective].rows(share.first_slot, share.num_rows, share.length_factor)
+            tensors = {field.name: torch.from_numpy(getattr(rows, field.name)) for field in dataclasses.fields(rows)}
+            if self.mask_history is None:
+                del tensors["positions"]
+            if self.world.device.type == "cuda":
+                tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+            loaded.append((share, tensors))
+        return loaded
+
+    def train_step(self, rows: list[tuple[Share, dict[str, Tensor]]]) -> Tensor:
+        """One update of the weights; reads nothing back from the device.
+
+        Args:
+            rows: from `load_rows` of this step.
+
+        Returns:
+            The gradient's global norm before clipping, a scalar on the device.
+        """
+        batches = self._batches(rows)
+        scales = self._loss_scales(batches)
+        micro_batches = [micro for batch in batches for micro in batch.split(self._micro_batch_rows())]
+        micro_batches = micro_batches or [self._empty_batch()]
+        for index, batch in enumerate(micro_batches):
+            is_last = index == len(micro_batches) - 1
+            with self._synchronised(is_last):
+                result = self._forward(batch)
+                (result.total * scales[batch.objective]).backward()
+            self.sums.add(batch.objective, result)
+        gradient_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_gradient)
+        for group in self.optimizer.param_groups:
+            group["lr"] = schedules.learning_rate(self.config, self.step)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.ema.update(self.model)
+        return gradient_norm
+
+    def training_record(self, gradient_norm: Tensor, throughput: Throughput) -> dict[str, float]:
+        """Means since the last record, and the schedules' values at the step just done; every rank must call it."""
+        step = self.step - 1
+        means = self.sums.means(self.world)
+        self.sums = LossSums(self.world.device)
+        record = {"train/loss": 0.0, "train/perplexity": 0.0, "train/accuracy": 0.0, "train/z_loss": 0.0}
+        weights = {objective: self.plan.weight(objective) for objective in means}
+        if self.config.token_weighted_loss:
+            weights = {objective: values["count"] for objective, values in means.items()}
+        total = sum(weights.values())
+        for objective, values in means.items():
+            for name in ("loss", "accuracy", "z_loss"):
+                record[f"train/{name}"] += weights[objective] / total * values[name]
+            for name in ("loss", "perplexity", "accuracy", "z_loss"):
+                record[f"train/{objective.value}/{name}"] = values[name]
+        record["train/perplexity"] = perplexity(record["train/loss"])
+        tokens = self.plan.tokens_before(self.step)
+        return record | {
+            "train/gradient_norm": gradient_norm.item(),
+            "train/learning_rate": schedules.learning_rate(self.config, step),
+            "train/batch_size": schedules.batch_size(self.config, step),
+            "train/sequence_length": self.config.seq_length * schedules.length_factor(self.config, step),
+            "train/mask_p": schedules.mask_probability(self.config, step),
+            "train/tokens": tokens,
+            "train/tokens_per_second": throughput.rate(tokens),
+        }
+
+    def validation_record(self) -> dict[str, float]:
+        """Loss, perplexity and accuracy of the weights and of their average; every rank must call it."""
+        record = {}
+        for prefix, model in (("validation", self.model), ("validation_ema", self.ema.model)):
+            for objective, values in self.validation(model, self._precision()).items():
+                for name in ("loss", "perplexity", "accuracy"):
+                    record[f"{prefix}/{objective.value}/{name}"] = values[name]
+        return record
+
+    def save(self) -> None:
+        """Write a checkpoint; every rank must call it, and all wait until it is complete."""
+        random_state = {"cpu": torch.get_rng_state()}
+        if self.world.device.type == "cuda":
+            random_state["cuda"] = torch.cuda.get_rng_state(self.world.device)
+        rank_states = self.world.all_gather({"random": random_state, "sums": self.sums.sums.cpu()})
+        with self.world.agreed():
+            if self.world.is_main:
+                state = Checkpoint(
+                    step=self.step,
+                    model=self.model.state_dict(),
+                    ema=self.ema.model.state_dict(),
+                    optimizer=self.optimizer.state_dict(),
+                    rank_states=rank_states,
+                    mask_counts=self.mask_history.counts if self.mask_history else None,
+                )
+                checkpoint.save(state, self.config, self.inputs.model_config)
+
+    def _restore(self, resumed: Checkpoint) -> None:
+        self.step = resumed.step
+        self.model.load_state_dict(resumed.model)
+        self.ema.model.load_state_dict(resumed.ema)
+        self.optimizer.load_state_dict(resumed.optimizer)
+        if self.mask_history and resumed.mask_counts is not None:
+            self.mask_history.counts.copy_(resumed.mask_counts)
+        if len(resumed.rank_states) == self.world.world_size:
+            mine = resumed.rank_states[self.world.rank]
+            torch.set_rng_state(mine["random"]["cpu"])
+            if self.world.device.type == "cuda" and "cuda" in mine["random"]:
+                torch.cuda.set_rng_state(mine["random"]["cuda"], self.world.device)
+            self.sums.sums.copy_(mine["sums"])
+        else:  # other ranks than before: dropout goes on with new random numbers
+            torch.manual_seed((self.config.seed << 20) + (self.step << 10) + self.world.rank)
+            if self.world.is_main:
+                self.sums.sums.copy_(sum(state["sums"] for state in resumed.rank_states))
+
+    def _batches(self, rows: list[tuple[Share, dict[str, Tensor]]]) -> list[Batch]:
+        """Move rows to the device and make the objective's inputs and labels of them there."""
+        device = self.world.device
+        batches, masked_positions = [], None
+        for share, tensors in rows:
+            on_device = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+            tokens, document_ids = on_device["tokens"], on_device["document_ids"]
+            if share.objective is Objective.CLM:
+                batches.append(causal_batch(tokens, document_ids))
+                continue
+            counts = None
+            if self.mask_history:
+                masked_positions = on_device["positions"][:, 1:]
+                counts = self.mask_history.lookup(on_device["positions"])
+            batches.append(masked_batch(tokens, document_ids, on_device["row_ids"], self._masking(), counts))
+        if self.mask_history:
+            self._count_masks(batches, masked_positions)
+        return batches
+
+    def _count_masks(self, batches: list[Batch], positions: Tensor | None) -> None:
+        """Tell the masking history what this step masks, on all ranks."""
+        length = self.config.seq_length * schedules.length_factor(self.config, self.step)
+        rows = self.plan.num_rows(Objective.MLM, self.step)
+        capacity = -(-rows // max(1, len(self.plan.ranks(Objective.MLM))))
+        labels = next((batch.labels for batch in batches if batch.objective is Objective.MLM), None)
+        if labels is None:
+            labels = positions = torch.full((0, length), IGNORE_INDEX, device=self.world.device)
+        self.mask_history.update(positions, labels, capacity)
+
+    def _loss_scales(self, batches: list[Batch]) -> dict[Objective, Tensor]:
+        """Factors that turn a rank's sums into its part of the step's loss.
+
+        Means are over the labels of all ranks, so their numbers are added up first: two integers. The data-parallel
+        backward averages over ranks, which the factor world_size undoes.
+        """
+        counts = {objective: torch.zeros((), dtype=torch.int64, device=self.world.device) for objective in Objective}
+        for batch in batches:
+            counts[batch.objective] = batch.label_count
+        totals = self.world.all_reduce_sum(torch.stack([counts[objective] for objective in Objective])).clamp(min=1)
+        if self.config.token_weighted_loss:
+            return dict.fromkeys(Objective, self.world.world_size / totals.sum())
+        return {
+            objective: self.plan.weight(objective) * self.world.world_size / total
+            for objective, total in zip(Objective, totals, strict=True)
+        }
+
+    def _forward(self, batch: Batch) -> MaskedCrossEntropy:
+        with self._precision():
+            return self.parallel_model(
+                batch.input_ids,
+                batch.document_ids,
+                batch.labels,
+                batch.objective.causal,
+                self.config.z_loss_weight,
+                self._label_capacity(batch),
+            )
+
+    def _label_capacity(self, batch: Batch) -> int | None:
+        """An upper bound of the labels, so that a GPU need not be asked; on the CPU counting costs nothing."""
+        if self.world.device.type == "cpu":
+            return None
+        rows, length = batch.labels.shape
+        if batch.objective is Objective.CLM:
+            return rows * length
+        mask_p = schedules.mask_probability(self.config, self.step)
+        most = int((length + 1) * mask_p) + 1 + (DEFAULT_MAX_SPAN_LENGTH - 1)  # the last span may stick out
+        return rows * min(length, most)
+
+    def _masking(self) -> Masking:
+        return Masking(
+            mask_p=schedules.mask_probability(self.config, self.step),
+            random_p=self.config.mask_random_p,
+            keep_p=self.config.mask_keep_p,
+            vocab_size=self.inputs.vocab_size,
+            num_special_tokens=self.config.n_special_tokens,
+            seed=self.config.seed,
+        )
+
+    def _micro_batch_rows(self) -> int:
+        return max(1, self.config.local_batch_size // schedules.length_factor(self.config, self.step))
+
+    def _empty_batch(self) -> Batch:
+        """A row of padding: a rank without rows must still take part in the reduction."""
+        shape, device = (1, self.config.seq_length), self.world.device
+        return Batch(
+            Objective.MLM,
+            input_ids=torch.full(shape, PAD_ID, device=device),
+            document_ids=torch.full(shape, -1, device=device),
+            labels=torch.full(shape, IGNORE_INDEX, device=device),
+        )
+
+    def _synchronised(self, is_last: bool) -> AbstractContextManager:
+        """Gradients are reduced over ranks once a step, in the backward of the last micro-batch."""
+        if is_last or not isinstance(self.parallel_model, DistributedDataParallel):
+            return nullcontext()
+        return self.parallel_model.no_sync()
+
+    def _precision(self) -> AbstractContextManager:
+        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.config.mixed_precision)
+
+    def _settle_buckets(self) -> None:
+        """Let DDP arrange its buckets before the first step.
+
+        It does so after the first backward, which moves bucket borders and with them the order of additions among more
+        than two ranks. A resumed run must not take its first step with other borders than the run that went on.
+        """
+        if self.world.world_size > 1:
+            self._forward(self._empty_batch()).total.backward()
+            self.optimizer.zero_grad()
+
+
+def say(line: str) -> None:
+    """Print a line above the progress bar."""
+    tqdm.write(line, file=sys.stderr)
+
+
+def _progress_bar(config: TrainConfig, world: World, first_step: int) -> tqdm:
+    interval = 0.5 if sys.stderr.isatty() else 10.0  # a log file wants fewer lines than a screen
+    return tqdm(
+        total=config.max_steps,
+        initial=first_step,
+        unit="step",
+        disable=not world.is_main,
+        mininterval=interval,
+        maxinterval=interval,
+        dynamic_ncols=True,
+    )
+
+
+def _brief(record: dict[str, float], prefix: str) -> str:
+    parts = [
+        f"{objective.value} {record[f'{prefix}/{objective.value}/loss']:.3f}"
+        for objective in Objective
+        if f"{prefix}/{objective.value}/loss" in record
+    ]
+    if f"{prefix}/tokens_per_second" in record:
+        parts.append(f"{record[f'{prefix}/tokens_per_second']:,.0f} tokens/s")
+    return ", ".join(parts)
