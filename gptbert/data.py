@@ -1,9 +1,9 @@
 """Rows of tokens: documents shuffled per epoch, packed end to end, found again from a number alone.
 
 An epoch of one objective is a stream: the documents in shuffled order, each followed by the `<s>` that leads the next
-one, padded before its last `<s>` to a multiple of seq_length. The stream is cut into *slots* of seq_length tokens, and
-row is `<s>` followed by one slot (or by two or four where rows have grown). Slots are numbered through all epochs, so a
-row is a pure function of (seed, objective, slot): any process can make any row, and resuming needs no replay.
+one, padded before its last `<s>` to a multiple of seq_length. The stream is cut into *slots* of seq_length tokens; a
+row is `<s>` followed by one slot (or by two or four where rows have grown). Slots are numbered through all epochs, so
+a row is a pure function of (seed, objective, slot): any process can make any row, and resuming needs no replay.
 
     documents  a a a a a   b b   c c c c          seq_length 4
     stream     a a a a | a S b b | S c c c | c P P S

@@ -114,7 +114,7 @@ class TokenStore:
         shard_of_piece = np.searchsorted(shard_starts, starts, side="right") - 1
         shard_of_token = np.repeat(shard_of_piece, lengths)
         tokens = np.empty(len(positions), dtype=self.shards[0].dtype)
-        for index in np.unique(shard_of_token):
+        for index in np.unique(shard_of_piece[lengths > 0]):
             here = shard_of_token == index
             tokens[here] = self.shards[index][positions[here] - shard_starts[index]]
         return tokens, positions

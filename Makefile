@@ -1,0 +1,48 @@
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := demo
+
+.PHONY: demo test lint bench clean install
+
+install: .venv/.installed
+
+.venv/.installed: pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@touch $@
+
+# The main job on real text: Python's own documentation, one masked and one causal rank.
+demo: install
+	@mkdir -p $(DEMO)
+	$(BIN)/python tokenize_scripts/demo_corpus.py --output $(DEMO)/corpus.jsonl
+	$(BIN)/python tokenize_scripts/split_corpus.py --input $(DEMO)/corpus.jsonl --output_dir $(DEMO)/split
+	$(BIN)/python tokenize_scripts/train_tokenizer.py --input $(DEMO)/split/train.jsonl \
+		--output $(DEMO)/tokenizer.json --vocab_size 2048
+	for part in train validation; do \
+		$(BIN)/python tokenize_scripts/tokenize_corpus.py --input $(DEMO)/split/$$part.jsonl \
+			--tokenizer_path $(DEMO)/tokenizer.json --output $(DEMO)/$$part.safetensors || exit 1; \
+	done
+	rm -rf $(DEMO)/runs/demo
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 train_distributed.py \
+		--train_path=$(DEMO)/train.safetensors --valid_path=$(DEMO)/validation.safetensors \
+		--config_file=configs/tiny.json --tokenizer_path=$(DEMO)/tokenizer.json \
+		--output_dir=$(DEMO)/runs --name=demo \
+		--hybrid_numerator=1 --hybrid_denominator=2 --mixed_precision \
+		--seq_length=128 --local_batch_size=16 --global_batch_size=32 --batch_reduction=1 \
+		--learning_rate=1e-2 --warmup_proportion=0.05 --ema_decay=0.98 \
+		--max_steps=300 --validate_every=100 --save_every=100
+	$(BIN)/python -m gptbert.demo $(DEMO)/runs/demo --valid_path $(DEMO)/validation.safetensors
+
+test: lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: install
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-enable
+
+clean:
+	rm -rf $(DEMO) .pytest_cache .ruff_cache .hypothesis .benchmarks build *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -exec rm -rf {} +

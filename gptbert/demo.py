@@ -1,0 +1,109 @@
+"""What `make demo` shows when training is over: `python -m gptbert.demo RUN_DIR`."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import tyro
+
+from gptbert.checkpoint import list_checkpoints, load_model
+from gptbert.command_line import run_command
+from gptbert.errors import InputError
+from gptbert.evaluate import unigram_entropy
+from gptbert.fill_mask import fill_masks
+from gptbert.generate import continue_text
+from gptbert.metrics import read_records
+from gptbert.objectives import Objective
+from gptbert.token_store import TokenStore
+from gptbert.tokenizer import load_tokenizer
+
+NAMES = {Objective.MLM: "masked (MLM)", Objective.CLM: "causal (CLM)"}
+MASKED_TEXTS = (
+    "Return the number of<mask> in the list.",
+    "If the file does not<mask>, an exception is raised.",
+    "This method is called when the<mask> is closed.",
+)
+PROMPT = "Return a new list that contains"
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """Show what a finished demo run learnt."""
+
+    run_dir: Annotated[Path, tyro.conf.Positional]
+    """Folder of the run."""
+    valid_path: Path
+    """Token file that the run validated on."""
+    margin: float = 0.8
+    """Nats that each objective's validation loss must be below the unigram entropy; less is a failure."""
+
+
+def show(settings: DemoSettings) -> None:
+    """Print losses beside the unigram entropy, filled masks and a continuation; draw the loss curve.
+
+    Raises:
+        InputError: there is no finished run, or it learnt less than the margin asks for.
+    """
+    records = read_records(settings.run_dir / "metrics.jsonl")
+    validations = [record for record in records if "validation/mlm/loss" in record]
+    if not validations:
+        raise InputError(f"{settings.run_dir}: no finished run (its metrics.jsonl holds no validation)")
+    store = TokenStore.open(settings.valid_path)
+    entropy = unigram_entropy(torch.from_numpy(np.concatenate(store.shards).astype(np.int64)))
+    print(f"\nValidation after {validations[-1]['step']} steps, {store.num_tokens:,} tokens")
+    print(f"  {'':<14}{'loss (nats)':>12}{'perplexity':>12}{'accuracy':>10}{'below unigram':>16}")
+    for objective, name in NAMES.items():
+        loss, ppl, accuracy = (
+            validations[-1][f"validation/{objective.value}/{metric}"] for metric in ("loss", "perplexity", "accuracy")
+        )
+        print(f"  {name:<14}{loss:>12.3f}{ppl:>12.1f}{accuracy:>10.1%}{entropy - loss:>16.3f}")
+    print(f"  {'unigram':<14}{entropy:>12.3f}{np.exp(entropy):>12.1f}")
+    _show_samples(settings.run_dir)
+    chart = settings.run_dir / "loss.png"
+    draw_losses(records, entropy, chart)
+    print(f"\nLoss curve:  {chart}\nRecords:     {settings.run_dir / 'metrics.jsonl'}\nCheckpoints:")
+    for folder in list_checkpoints(settings.run_dir):
+        print(f"  {folder}")
+    sys.stdout.flush()
+    for objective, name in NAMES.items():
+        if entropy - validations[-1][f"validation/{objective.value}/loss"] < settings.margin:
+            raise InputError(f"{name} ended less than {settings.margin} nat below the unigram entropy {entropy:.3f}")
+
+
+def draw_losses(records: list[dict], entropy: float, path: Path) -> None:
+    """Losses over steps as a PNG: training as lines, validation as points, the unigram entropy dashed."""
+    import matplotlib as mpl  # noqa: PLC0415  a development extra, which training does without
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt  # noqa: PLC0415
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for objective, color in zip(Objective, ("tab:blue", "tab:orange"), strict=True):
+        for kind, style in (("train", {"alpha": 0.6}), ("validation", {"marker": "o", "linestyle": "none"})):
+            key = f"{kind}/{objective.value}/loss"
+            points = [(record["step"], record[key]) for record in records if key in record]
+            if points:
+                axes.plot(*zip(*points, strict=True), color=color, label=f"{NAMES[objective]}, {kind}", **style)
+    axes.axhline(entropy, color="gray", linestyle="--", label="unigram entropy")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title="GPT-BERT demo")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _show_samples(run_dir: Path) -> None:
+    model, tokenizer = load_model(run_dir, weights="model"), load_tokenizer(run_dir / "tokenizer.json")
+    print("\nFilled masks")
+    for text in MASKED_TEXTS:
+        for candidates in fill_masks(model, tokenizer, text):
+            guesses = ", ".join(f"{guess.strip()!r} {probability:.0%}" for guess, probability in candidates)
+            print(f"  {text}  →  {guesses}")
+    print(f"\nContinuation\n  {' '.join(continue_text(model, tokenizer, PROMPT).split())}")
+
+
+if __name__ == "__main__":
+    run_command(DemoSettings, show)
