@@ -4,6 +4,7 @@ import json
 import math
 import netrc
 import os
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -139,7 +140,7 @@ class Wandb:
         mode = _wandb_mode() if config.wandb_mode == "auto" else config.wandb_mode
         id_file = config.run_dir / "wandb_id"
         if not id_file.exists():
-            id_file.write_text(wandb.util.generate_id(), encoding="utf-8")
+            id_file.write_text(secrets.token_hex(4), encoding="utf-8")
         self._run = wandb.init(
             project=config.wandb_project,
             entity=config.wandb_entity,

@@ -6,6 +6,7 @@ used where a span starts, the fourth for each token. Stream 1 at position 0 is t
 32-bit fixed-point numbers.
 """
 
+import functools
 import math
 
 import torch
@@ -99,8 +100,12 @@ def _count_weights(mask_counts: Tensor, selectable: Tensor) -> Tensor:
     """Integers proportional to softmax(counts) over each row; the softmax's divisor does not change the order."""
     counts = torch.where(selectable, mask_counts.long(), _NEVER)
     above_lowest = (counts - counts.amin(dim=1, keepdim=True)).clamp(max=_COUNT_RANGE)
-    weights = torch.tensor([round(math.exp(count)) for count in range(_COUNT_RANGE + 1)], device=counts.device)
-    return weights[above_lowest]
+    return _weight_table(counts.device)[above_lowest]
+
+
+@functools.cache
+def _weight_table(device: torch.device) -> Tensor:
+    return torch.tensor([round(math.exp(count)) for count in range(_COUNT_RANGE + 1)], device=device)
 
 
 def _below(bound: int, word: Tensor) -> Tensor:
