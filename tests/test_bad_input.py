@@ -1,0 +1,186 @@
+"""Bad input ends a run with one clear line, a non-zero status, no traceback and nothing written."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import socket
+
+import numpy as np
+import pytest
+
+from gptbert.command_line import run_command
+from gptbert.config import TrainConfig
+from gptbert.distributed import connect
+from gptbert.errors import InputError
+from gptbert.token_store import TokenStoreWriter
+from gptbert.trainer import fit
+from tests.runs import MODEL, flags, write_inputs
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("inputs"), train_characters=10_000)
+
+
+@pytest.fixture
+def inputs(pristine, tmp_path):
+    return shutil.copytree(pristine, tmp_path / "inputs")
+
+
+def run(arguments):
+    run_command(TrainConfig, fit, arguments)
+
+
+def truncate(path, share):
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    return path
+
+
+def bad_model(inputs, **changes):
+    path = inputs / "bad.json"
+    path.write_text(json.dumps({key: value for key, value in (MODEL | changes).items() if value is not None}))
+    return path
+
+
+def foreign_tokens(inputs, vocab_size=320, digest="0" * 64):
+    with TokenStoreWriter(inputs / "foreign.safetensors", vocab_size, digest) as writer:
+        writer.append(np.full(5000, vocab_size - 1), np.array([5000]))
+    return inputs / "foreign.safetensors"
+
+
+def own_tokens(inputs, vocab_size):
+    from gptbert.tokenizer import tokenizer_hash
+
+    return foreign_tokens(inputs, vocab_size, tokenizer_hash(inputs / "tokenizer.json"))
+
+
+def write(path, content):
+    path.write_bytes(content)
+    return path
+
+
+CASES = {
+    "missing token file": (lambda i: {"train_path": i / "gone.safetensors"}, ["--train_path", "no such file"]),
+    "empty token file": (lambda i: {"valid_path": write(i / "e.safetensors", b"")}, ["--valid_path", "empty"]),
+    "truncated token file": (
+        lambda i: {"train_path": truncate(i / "train.safetensors", 0.7)},
+        ["train.safetensors", "cut short"],
+    ),
+    "truncated header": (lambda i: {"train_path": truncate(i / "train.safetensors", 0.005)}, ["train.safetensors"]),
+    "token file of another kind": (lambda i: {"train_path": i / "train.jsonl"}, ["train.jsonl"]),
+    "token file is a folder": (lambda i: {"train_path": i}, ["--train_path", "folder"]),
+    "wrong tokenizer": (lambda i: {"train_path": foreign_tokens(i)}, ["--train_path", "another tokenizer"]),
+    "tokenizer missing": (lambda i: {"tokenizer_path": i / "gone.json"}, ["gone.json", "no such file"]),
+    "tokenizer is something else": (lambda i: {"tokenizer_path": i / "model.json"}, ["model.json", "tokenizer"]),
+    "vocabulary above the model's": (
+        lambda i: {"config_file": bad_model(i, vocab_size=300)},
+        ["320", "vocab_size 300", "--config_file"],
+    ),
+    "token ids above the model's": (
+        lambda i: {"train_path": own_tokens(i, 400)},
+        ["--train_path", "399", "vocab_size 320"],
+    ),
+    "unknown config key": (lambda i: {"config_file": bad_model(i, hidden_sise=3)}, ["hidden_sise", "bad.json"]),
+    "missing config key": (lambda i: {"config_file": bad_model(i, hidden_size=None)}, ["hidden_size", "bad.json"]),
+    "config is not JSON": (lambda i: {"config_file": i / "train.safetensors"}, ["train.safetensors", "JSON"]),
+    "ratio above 1": (lambda i: {"hybrid_numerator": 5}, ["--hybrid_numerator 5", "--hybrid_denominator 4"]),
+    "sequence longer than the corpus": (lambda i: {"seq_length": 50_000}, ["tokens", "50000", "--seq_length"]),
+    "batch too small for both": (
+        lambda i: {"global_batch_size": 1, "batch_reduction": 1},
+        ["--global_batch_size 1", "two"],
+    ),
+    "unwritable output": (lambda i: {"output_dir": i / "model.json" / "runs"}, ["--output_dir", "cannot be written"]),
+    "resume from no checkpoint": (lambda i: {"resume": i}, ["--resume", "not a checkpoint"]),
+    "resume from nowhere": (lambda i: {"resume": i / "gone"}, ["--resume", "gone", "not a checkpoint"]),
+    "unknown optimizer": (lambda i: {"optimizer": "sgd"}, ["sgd", "--optimizer", "lamb"]),
+    "unknown flag": (lambda i: {"learning_rat": 1}, ["--learning_rat"]),
+    "not a number": (lambda i: {"max_steps": "many"}, ["--max_steps", "many"]),
+    "run folder outside": (lambda i: {"name": "../elsewhere"}, ["--name", "output_dir"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_clear_line(case, inputs, capfd):
+    change, expected = CASES[case]
+    before = {path for path in inputs.rglob("*")}
+    arguments = flags(inputs, **change(inputs))
+    after_setup = {path for path in inputs.rglob("*")}
+    with pytest.raises(SystemExit) as end:
+        run(arguments)
+    output = capfd.readouterr()
+    assert end.value.code in {1, 2}
+    assert output.out == ""
+    assert len(output.err.splitlines()) == 1, output.err
+    assert output.err.startswith("error: ")
+    for text in expected:
+        assert text in output.err
+    assert before <= after_setup == {path for path in inputs.rglob("*")}, "nothing is written"
+
+
+@pytest.fixture(scope="module")
+def finished(pristine):
+    run(flags(pristine, name="finished", max_steps=2, save_every=1))
+    return pristine
+
+
+def test_a_second_run_under_the_same_name_is_refused(finished, capfd):
+    files = {path: path.stat().st_mtime_ns for path in (finished / "runs").rglob("*")}
+    with pytest.raises(SystemExit):
+        run(flags(finished, name="finished", max_steps=2))
+    assert "--resume auto" in capfd.readouterr().err
+    assert files == {path: path.stat().st_mtime_ns for path in (finished / "runs").rglob("*")}
+
+
+def test_resume_with_another_model_names_the_difference(finished, capfd):
+    config = bad_model(finished, hidden_size=64)
+    with pytest.raises(SystemExit):
+        run(flags(finished, name="finished", resume="auto", config_file=config, max_steps=4))
+    error = capfd.readouterr().err
+    assert "hidden_size 32 there, 64 here" in error
+    assert len(error.splitlines()) == 1
+
+
+def test_resume_of_a_finished_run_says_so(finished, capfd):
+    with pytest.raises(SystemExit):
+        run(flags(finished, name="finished", resume="auto", max_steps=2))
+    assert "--max_steps 2" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "training_state.pt", "model_config.json"])
+def test_resume_from_a_damaged_checkpoint(finished, tmp_path, capfd, file):
+    damaged = shutil.copytree(finished / "runs/finished/checkpoints/step_00000001", tmp_path / "damaged")
+    truncate(damaged / file, 0.5)
+    with pytest.raises(SystemExit):
+        run(flags(finished, name="other", resume=damaged, max_steps=4))
+    error = capfd.readouterr().err
+    assert "damaged" in error or "cannot be read" in error
+    assert len(error.splitlines()) == 1
+
+
+def fail_on_one_rank(rank, port, path, results):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    config = TrainConfig(path, path, path, path, device="cpu", timeout=60)
+    with connect(config) as world:
+        try:
+            with world.agreed():
+                if world.rank == 1:
+                    raise InputError("only the second rank sees this")
+        except InputError as error:
+            results.put((rank, str(error)))
+
+
+def test_a_mistake_on_one_rank_ends_all_of_them(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    ranks = [context.Process(target=fail_on_one_rank, args=(rank, port, tmp_path, results)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+    assert sorted(results.get(timeout=5) for _ in ranks) == [
+        (rank, "only the second rank sees this") for rank in range(2)
+    ]
