@@ -17,7 +17,7 @@ demo: install
 	$(BIN)/python tokenize_scripts/demo_corpus.py --output $(DEMO)/corpus.jsonl
 	$(BIN)/python tokenize_scripts/split_corpus.py --input $(DEMO)/corpus.jsonl --output_dir $(DEMO)/split
 	$(BIN)/python tokenize_scripts/train_tokenizer.py --input $(DEMO)/split/train.jsonl \
-		--output $(DEMO)/tokenizer.json --vocab_size 2048
+		--output $(DEMO)/tokenizer.json --vocab_size 1024
 	for part in train validation; do \
 		$(BIN)/python tokenize_scripts/tokenize_corpus.py --input $(DEMO)/split/$$part.jsonl \
 			--tokenizer_path $(DEMO)/tokenizer.json --output $(DEMO)/$$part.safetensors || exit 1; \
@@ -28,9 +28,9 @@ demo: install
 		--config_file=configs/tiny.json --tokenizer_path=$(DEMO)/tokenizer.json \
 		--output_dir=$(DEMO)/runs --name=demo \
 		--hybrid_numerator=1 --hybrid_denominator=2 --mixed_precision \
-		--seq_length=128 --local_batch_size=16 --global_batch_size=32 --batch_reduction=1 \
-		--learning_rate=1e-2 --warmup_proportion=0.05 --ema_decay=0.98 \
-		--max_steps=300 --validate_every=100 --save_every=100
+		--seq_length=128 --global_batch_size=32 --batch_reduction=1 \
+		--learning_rate=2e-2 --warmup_proportion=0.05 --ema_decay=0.98 \
+		--max_steps=400 --validate_every=100 --save_every=100
 	$(BIN)/python -m gptbert.demo $(DEMO)/runs/demo --valid_path $(DEMO)/validation.safetensors
 
 test: lint

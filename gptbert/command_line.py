@@ -46,14 +46,22 @@ def parse(settings: type[Settings], arguments: Sequence[str] | None = None) -> S
 
 
 def _one_line(box: str) -> str:
-    """The text of the first part of the box that tyro draws around a mistake."""
-    lines = [line.strip("│ ").strip() for line in box.splitlines() if not re.fullmatch(r"[╭╰].*[╮╯]", line.strip())]
-    first_part = []
-    for line in lines:
-        if set(line) == {"─"}:
-            break
-        first_part.append(line)
-    return " ".join(first_part) + " (see --help)"
+    """What the box says that tyro draws around mistakes: its parts, without borders, title and pointers to the help."""
+    parts: list[list[str]] = [[]]
+    for line in (line.strip("│ ") for line in box.splitlines()):
+        if re.fullmatch("[─-]{10,}", line):
+            parts.append([])
+        elif line and line[0] not in "╭╰":
+            parts[-1].append(line)
+    if "╭" not in box:  # where the screen knows no box characters, the title is a part of its own
+        parts = parts[1:]
+    messages = []
+    for part in parts:
+        if part[0].startswith("Missing from"):
+            messages.append("missing " + ", ".join(line.split()[0] for line in part if line.startswith("--")))
+        elif not part[0].startswith(("For full helptext", "Argument helptext")):
+            messages.append(" ".join(part))
+    return "; ".join(messages) + " (see --help)"
 
 
 def _fail(message: str, status: int) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -47,7 +48,7 @@ class ModelConfig:
         for name in ("attention_probs_dropout_prob", "hidden_dropout_prob"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, expected a probability below 1")
-        if self.layer_norm_eps <= 0:
+        if not 0 < self.layer_norm_eps < math.inf:
             raise InputError(f"layer_norm_eps is {self.layer_norm_eps}, expected a positive number")
 
     @classmethod
@@ -202,10 +203,14 @@ class TrainConfig:
                 raise InputError(f"--{name} is {getattr(self, name)}, expected at least {lowest}")
         for name in (
             "warmup_proportion", "cooldown_proportion", "mask_p_start", "mask_p_end", "mask_random_p", "mask_keep_p",
-            "validation_mask_p", "ema_decay", "optimizer_beta1", "optimizer_beta2",
+            "validation_mask_p", "ema_decay",
         ):  # fmt: skip
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"--{name} is {getattr(self, name)}, expected a number from 0 to 1")
+        below = {"optimizer_beta1": 1, "optimizer_beta2": 1, "learning_rate": math.inf, "seed": 2**32}
+        for name, limit in below.items():
+            if not getattr(self, name) < limit:
+                raise InputError(f"--{name} is {getattr(self, name)}, expected a number below {limit}")
         if self.hybrid_numerator > self.hybrid_denominator:
             raise InputError(
                 f"--hybrid_numerator {self.hybrid_numerator} is above --hybrid_denominator {self.hybrid_denominator}: "

@@ -225,10 +225,10 @@ class LayerWeighting(nn.Module):
             self.alpha[-1] = 1
 
     def forward(self, representations: list[Tensor]) -> Tensor:
-        """N + 1 tensors [B, T, D] to one."""
-        mixed = self.alpha[0] * representations[0]
-        for alpha, representation in zip(self.alpha[1:], representations[1:], strict=True):
-            mixed = mixed + alpha * representation
+        """Mix n + 1 tensors [B, T, D] to one, the newest first: it weighs most, so the sum rounds least."""
+        mixed = self.alpha[-1] * representations[-1]
+        for alpha, representation in zip(self.alpha[:-1].flip(0), representations[-2::-1], strict=True):
+            mixed = torch.addcmul(mixed, alpha, representation)
         return mixed
 
 

@@ -44,8 +44,9 @@ class Lamb(Optimizer):
                     state["exp_avg"] = torch.zeros_like(param)
                     state["exp_avg_sq"] = torch.zeros_like(param)
                 state["step"] += 1
-            for step in {int(self.state[param]["step"]) for param in params}:
-                same_age = [param for param in params if self.state[param]["step"] == step]
+            ages = [int(self.state[param]["step"]) for param in params]
+            for step in sorted(set(ages)):
+                same_age = [param for param, age in zip(params, ages, strict=True) if age == step]
                 lamb_step(
                     same_age,
                     [param.grad for param in same_age],

@@ -2,7 +2,6 @@
 
 import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -109,12 +108,16 @@ def read_token_file(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         raise InputError(
             f"token file {path}: refused, since it holds more than tensors (maybe code); tokenize the corpus again"
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged pickle can raise anything
         reason = str(error).partition("\n")[0]
         raise InputError(f"token file {path}: damaged or not a token file ({reason})") from error
     integers = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64)
     if not isinstance(documents, list) or not all(
-        isinstance(document, Tensor) and document.ndim == 1 and document.dtype in integers for document in documents
+        isinstance(document, Tensor)
+        and document.layout is torch.strided
+        and document.ndim == 1
+        and document.dtype in integers
+        for document in documents
     ):
         raise InputError(f"token file {path}: expected a list of 1-D integer tensors, as upstream saves it")
     arrays = [_unwrap(document.numpy(), path) for document in documents]
@@ -126,6 +129,8 @@ def read_token_file(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
 def _unwrap(ids: np.ndarray, path: str | Path) -> np.ndarray:
     if ids.dtype == np.int16:
         return ids.view(np.uint16)
-    if ids.size and ids.min() < 0:
-        raise InputError(f"token file {path}: holds negative token ids")
+    if ids.size and (ids.min() < 0 or ids.max() >= 2**32):
+        raise InputError(
+            f"token file {path}: holds token ids from {ids.min()} to {ids.max()}, expected 32 bits unsigned"
+        )
     return ids.astype(np.uint32)

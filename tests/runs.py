@@ -27,7 +27,7 @@ MODEL = {
 
 
 def write_inputs(folder: Path, train_characters: int = 60_000) -> Path:
-    """Tokenizer, token files and model configs (`model.json`, and `no_dropout.json`) from Python's own documentation."""
+    """Tokenizer, token files, `model.json` and `no_dropout.json`, from Python's own documentation."""
     texts = [topics[name] for name in sorted(topics)]
     documents, size = [], 0
     while size < train_characters:
@@ -76,7 +76,9 @@ def flags(inputs: Path, **changes: object) -> list[str]:
         "device": "cpu",
         "wandb_mode": "disabled",
     } | changes
-    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in settings.items()]
+    return [
+        f"--{name}" if value is True else f"--{name}={value}" for name, value in settings.items() if value is not False
+    ]
 
 
 def start(arguments: list[str], world_size: int = 1) -> subprocess.Popen:

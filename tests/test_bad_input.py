@@ -14,6 +14,7 @@ from gptbert.config import TrainConfig
 from gptbert.distributed import connect
 from gptbert.errors import InputError
 from gptbert.token_store import TokenStoreWriter
+from gptbert.tokenizer import tokenizer_hash
 from gptbert.trainer import fit
 from tests.runs import MODEL, flags, write_inputs
 
@@ -50,8 +51,6 @@ def foreign_tokens(inputs, vocab_size=320, digest="0" * 64):
 
 
 def own_tokens(inputs, vocab_size):
-    from gptbert.tokenizer import tokenizer_hash
-
     return foreign_tokens(inputs, vocab_size, tokenizer_hash(inputs / "tokenizer.json"))
 
 
@@ -103,9 +102,9 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_one_clear_line(case, inputs, capfd):
     change, expected = CASES[case]
-    before = {path for path in inputs.rglob("*")}
+    before = set(inputs.rglob("*"))
     arguments = flags(inputs, **change(inputs))
-    after_setup = {path for path in inputs.rglob("*")}
+    after_setup = set(inputs.rglob("*"))
     with pytest.raises(SystemExit) as end:
         run(arguments)
     output = capfd.readouterr()
@@ -115,7 +114,7 @@ def test_one_clear_line(case, inputs, capfd):
     assert output.err.startswith("error: ")
     for text in expected:
         assert text in output.err
-    assert before <= after_setup == {path for path in inputs.rglob("*")}, "nothing is written"
+    assert before <= after_setup == set(inputs.rglob("*")), "nothing is written"
 
 
 @pytest.fixture(scope="module")
@@ -158,14 +157,18 @@ def test_resume_from_a_damaged_checkpoint(finished, tmp_path, capfd, file):
     assert len(error.splitlines()) == 1
 
 
+def complain(only_if):
+    if only_if:
+        raise InputError("only the second rank sees this")
+
+
 def fail_on_one_rank(rank, port, path, results):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     config = TrainConfig(path, path, path, path, device="cpu", timeout=60)
     with connect(config) as world:
         try:
             with world.agreed():
-                if world.rank == 1:
-                    raise InputError("only the second rank sees this")
+                complain(only_if=world.rank == 1)
         except InputError as error:
             results.put((rank, str(error)))
 

@@ -1,9 +1,11 @@
 """A run killed with SIGKILL at a random step and resumed is, to the bit, the run that was never killed."""
 
+import contextlib
 import os
 import random
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,19 +32,13 @@ def kill_at(step, arguments, world_size, metrics):
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGKILL)
     workers = [process.pid]  # torchrun starts workers in sessions of their own, so find them by their command line
-    for folder in os.listdir("/proc"):
-        if folder.isdigit():
-            try:
-                with open(f"/proc/{folder}/cmdline", "rb") as file:
-                    if str(metrics.parent.name).encode() in file.read():
-                        workers.append(int(folder))
-            except OSError:
-                continue
+    for command_line in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if f"--name={metrics.parent.name}\0".encode() in command_line.read_bytes():
+                workers.append(int(command_line.parent.name))
     for worker in workers:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(worker, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
     process.wait()
 
 

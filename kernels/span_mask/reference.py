@@ -15,7 +15,7 @@ from torch import Tensor
 _WORD = 0xFFFFFFFF
 _IGNORE = -100
 _NEVER = torch.iinfo(torch.int64).max
-_COUNT_RANGE = 21  # e²¹ times a 32-bit score still fits an int64
+_COUNT_RANGE, _COUNT_SCALE = 16, 128  # 128·e¹⁶ times a 32-bit score still fits an int64
 
 
 def span_mask(
@@ -97,7 +97,7 @@ def _kth_lowest(score: Tensor, selectable: Tensor, mask_p: float, seed: int, row
 
 
 def _count_weights(mask_counts: Tensor, selectable: Tensor) -> Tensor:
-    """Integers proportional to softmax(counts) over each row; the softmax's divisor does not change the order."""
+    """Fixed-point softmax(counts) over each row, without its divisor, which does not change the order."""
     counts = torch.where(selectable, mask_counts.long(), _NEVER)
     above_lowest = (counts - counts.amin(dim=1, keepdim=True)).clamp(max=_COUNT_RANGE)
     return _weight_table(counts.device)[above_lowest]
@@ -105,7 +105,7 @@ def _count_weights(mask_counts: Tensor, selectable: Tensor) -> Tensor:
 
 @functools.cache
 def _weight_table(device: torch.device) -> Tensor:
-    return torch.tensor([round(math.exp(count)) for count in range(_COUNT_RANGE + 1)], device=device)
+    return torch.tensor([round(_COUNT_SCALE * math.exp(count)) for count in range(_COUNT_RANGE + 1)], device=device)
 
 
 def _below(bound: int, word: Tensor) -> Tensor:

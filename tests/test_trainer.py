@@ -1,0 +1,209 @@
+"""One training step and the run around it, looked at from inside."""
+
+import json
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gptbert import trainer as trainer_module
+from gptbert.checkpoint import list_checkpoints, load_model
+from gptbert.command_line import parse
+from gptbert.config import TrainConfig
+from gptbert.distributed import World
+from gptbert.inputs import Inputs
+from gptbert.metrics import read_records
+from gptbert.objectives import HybridPlan, Objective
+from gptbert.schedules import learning_rate
+from gptbert.trainer import Trainer, fit
+from tests.runs import flags, write_inputs
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("trainer"))
+
+
+def make_trainer(inputs, world=World(0, 1, CPU), **changes):  # noqa: B008  a frozen constant
+    config = parse(TrainConfig, flags(inputs, **changes))
+    return Trainer(config, Inputs.open(config), HybridPlan(config, world.world_size), world)
+
+
+def test_the_step_is_the_formula(inputs):
+    """Clipped gradient of (num/den)·mean MLM + (1−num/den)·mean CLM + z-loss, from one plain forward over all rows."""
+    trainer = make_trainer(inputs, config_file=inputs / "no_dropout.json", local_batch_size=3, max_gradient=0.5)
+    rows = trainer.load_rows(0)
+    batches = {batch.objective: batch for batch in trainer._batches(rows)}
+    loss = 0.0
+    for objective, weight in ((Objective.MLM, 1 / 4), (Objective.CLM, 3 / 4)):
+        batch = batches[objective]
+        result = trainer.model(batch.input_ids, batch.document_ids, batch.labels, objective.causal, 1e-4)
+        loss = loss + weight * result.total / result.count
+    expected = torch.autograd.grad(loss, list(trainer.model.parameters()))
+    norm = torch.stack([gradient.norm() for gradient in expected]).norm()
+    assert norm > 0.5, "or clipping is not tested"
+    seen = {}
+    step = trainer.optimizer.step
+
+    def look(*args):
+        seen.update((name, param.grad.clone()) for name, param in trainer.model.named_parameters())
+        return step(*args)
+
+    trainer.optimizer.step = look
+    torch.testing.assert_close(trainer.train_step(rows), norm)
+    for gradient, (name, _) in zip(expected, trainer.model.named_parameters(), strict=True):
+        torch.testing.assert_close(seen[name], gradient * 0.5 / norm, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_averages_and_learning_rate_follow_every_step(inputs):
+    trainer = make_trainer(inputs, ema_decay=0.9)
+    expected = [param.detach().clone() for param in trainer.model.parameters()]
+    for step in range(3):
+        trainer.train_step(trainer.load_rows(step))
+        trainer.step += 1
+        rates = {group["lr"] for group in trainer.optimizer.param_groups}
+        assert rates == {learning_rate(trainer.config, step)}
+        expected = [0.9 * mean + 0.1 * param for mean, param in zip(expected, trainer.model.parameters(), strict=True)]
+    torch.testing.assert_close(list(trainer.ema.model.parameters()), expected)
+    assert all(param.dtype == torch.float32 for param in trainer.ema.model.parameters())
+
+
+class HostReads(TorchDispatchMode):
+    """Operations for which a GPU would have to be waited for."""
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero.default", "masked_select", "unique", "equal.default")
+
+    def __init__(self, allowed):
+        super().__init__()
+        self.allowed = allowed
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        if any(word in name for word in self.FORBIDDEN) and id(args[0]) not in self.allowed():
+            self.seen.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mask_history", [False, True])
+def test_a_step_reads_nothing_back_from_the_device(inputs, monkeypatch, mask_history):
+    trainer = make_trainer(inputs, mask_history=mask_history, mixed_precision=True, local_batch_size=2)
+    monkeypatch.setattr(trainer, "_label_capacity", lambda batch: Trainer._label_capacity(on_gpu(trainer), batch))
+    steps_on_host = lambda: {id(state["step"]) for state in trainer.optimizer.state.values() if state}  # noqa: E731
+    rows = [trainer.load_rows(step) for step in range(2)]
+    with HostReads(steps_on_host) as reads:
+        for row in rows:
+            trainer.train_step(row)
+            trainer.step += 1
+    assert reads.seen == []
+    with HostReads(steps_on_host) as reads:
+        trainer.training_record(torch.tensor(1.0), trainer_module.Throughput(0))
+    assert reads.seen, "or the test sees nothing at all"
+
+
+def on_gpu(trainer):
+    """A stand-in whose device says cuda, for what depends on the device's kind alone."""
+    stand_in = object.__new__(Trainer)
+    stand_in.__dict__ = trainer.__dict__ | {"world": World(0, 1, torch.device("cuda", 0))}
+    return stand_in
+
+
+def test_label_capacity_is_an_upper_bound_and_not_a_wasteful_one(inputs):
+    trainer = make_trainer(inputs, global_batch_size=256, batch_reduction=1, seq_length=64)
+    for batch in trainer._batches(trainer.load_rows(0)):
+        capacity = Trainer._label_capacity(on_gpu(trainer), batch)
+        assert batch.label_count <= capacity
+        assert capacity < 1.35 * batch.label_count
+
+
+@pytest.fixture
+def process_group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_gradients_are_reduced_once_a_step_however_many_micro_batches(inputs, process_group):
+    trainer = make_trainer(inputs, local_batch_size=1, global_batch_size=12, batch_reduction=1)
+    trainer.parallel_model = DistributedDataParallel(trainer.model)
+    reduced = []
+
+    def hook(state, bucket):
+        reduced.extend(id(param) for param in bucket.parameters())
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    trainer.parallel_model.register_comm_hook(None, hook)
+    for step in range(2):
+        reduced.clear()
+        trainer.train_step(trainer.load_rows(step))
+        assert sorted(reduced) == sorted(id(param) for param in trainer.model.parameters())
+
+
+def test_a_rank_without_rows_takes_part(inputs):
+    trainer = make_trainer(inputs)
+    before = [param.detach().clone() for param in trainer.model.parameters()]
+    trainer.step = 5
+    assert trainer.train_step([]) == 0
+    assert all(param.isfinite().all() for param in trainer.model.parameters())
+    moved = [not torch.equal(param, old) for param, old in zip(trainer.model.parameters(), before, strict=True)]
+    assert any(moved), "weight decay moves weights even without a gradient"
+    assert trainer.sums.sums.abs().sum() == 0
+
+
+RECORDED = {
+    "train/loss", "train/perplexity", "train/accuracy", "train/z_loss", "train/gradient_norm", "train/learning_rate",
+    "train/batch_size", "train/sequence_length", "train/mask_p", "train/tokens", "train/tokens_per_second",
+    *(f"train/mlm/{name}" for name in ("loss", "perplexity", "accuracy", "z_loss")),
+    *(f"train/clm/{name}" for name in ("loss", "perplexity", "accuracy", "z_loss")),
+}  # fmt: skip
+VALIDATED = {
+    f"{weights}/{objective}/{name}"
+    for weights in ("validation", "validation_ema")
+    for objective in ("mlm", "clm")
+    for name in ("loss", "perplexity", "accuracy")
+}
+
+
+def test_a_run_leaves_everything_it_promises(inputs):
+    fit(parse(TrainConfig, flags(inputs, name="whole", max_steps=12, save_every=4, keep_checkpoints=2, log_every=5)))
+    run = inputs / "runs" / "whole"
+    records = read_records(run / "metrics.jsonl")
+    training = [record for record in records if "train/loss" in record]
+    assert [record["step"] for record in training] == [5, 10, 12]
+    assert all(set(record) == RECORDED | {"step"} for record in training)
+    validation = [record for record in records if "validation/mlm/loss" in record]
+    assert [record["step"] for record in validation] == [10, 12]
+    assert all(set(record) == VALIDATED | {"step"} for record in validation)
+    assert training[-1]["train/tokens"] == 32 * sum(record_rows for record_rows in batch_sizes(12))
+    assert [path.name for path in list_checkpoints(run)] == ["step_00000008", "step_00000012"]
+    settings = json.loads((run / "config.json").read_text())
+    assert settings["train"]["learning_rate"] == 1e-2
+    assert settings["model"]["hidden_size"] == 32
+    model = load_model(run, weights="model")
+    assert isinstance(model.embedding.word_embedding.weight, torch.Tensor)
+
+
+def batch_sizes(steps):
+    return [int(8 + 8 * step / steps + 0.5) for step in range(steps)]
+
+
+def test_validation_is_the_same_every_time_and_leaves_training_alone(inputs):
+    trainer = make_trainer(inputs, validation_steps=0)
+    state = torch.get_rng_state()
+    first, second = trainer.validation_record(), trainer.validation_record()
+    assert first == second
+    assert torch.equal(state, torch.get_rng_state())
+    assert trainer.model.training
+    few = make_trainer(inputs, validation_steps=1, seed=7)
+    few.model.load_state_dict(trainer.model.state_dict())
+    assert few.validation.num_rows == 16 < trainer.validation.num_rows
+    assert few.validation_record() != first
+    other_seed = make_trainer(inputs, validation_steps=0, seed=8)
+    other_seed.model.load_state_dict(trainer.model.state_dict())
+    assert other_seed.validation_record()["validation/mlm/loss"] == first["validation/mlm/loss"]
