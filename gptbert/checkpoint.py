@@ -10,8 +10,6 @@ run folder/checkpoints/step_00001000/
 """
 
 import json
-import os
-import pickle
 import re
 import shutil
 from dataclasses import asdict, dataclass
@@ -25,6 +23,7 @@ from torch import Tensor
 
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.errors import InputError
+from gptbert.files import finish
 from gptbert.model import GPTBert
 from gptbert.upstream import from_upstream, to_upstream
 
@@ -64,7 +63,8 @@ def save(checkpoint: Checkpoint, config: TrainConfig, model_config: ModelConfig)
     final = _folder(config.run_dir) / f"step_{checkpoint.step:08d}"
     temporary = final.with_name(f".{final.name}.incomplete")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for leftover in final.parent.glob(".step_*"):  # of a save or a deletion that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
         temporary.mkdir(parents=True)
         for name, weights in (("model", checkpoint.model), ("ema", checkpoint.ema)):
             published = to_upstream(weights, model_config)
@@ -76,17 +76,20 @@ def save(checkpoint: Checkpoint, config: TrainConfig, model_config: ModelConfig)
         _write_json(temporary / "train_config.json", config.to_dict())
         shutil.copyfile(config.run_dir / "tokenizer.json", temporary / "tokenizer.json")
         for file in temporary.iterdir():
-            _sync(file)
-        _sync(temporary)
+            finish(file)
+        finish(temporary)
         if final.exists():  # a run resumed from an earlier step comes by again
             _delete(final)
         temporary.rename(final)
-        _sync(final.parent)
-        for folder in list_checkpoints(config.run_dir)[: -config.keep_checkpoints]:
+        finish(final.parent)
+        # a run resumed from an earlier step keeps what it has just written, whatever its number
+        others = [folder for folder in list_checkpoints(config.run_dir) if folder != final]
+        for folder in others[: max(0, len(others) + 1 - config.keep_checkpoints)]:
             _delete(folder)
-    except OSError as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # libraries have their own words for a full disk
         shutil.rmtree(temporary, ignore_errors=True)
-        raise InputError(f"checkpoint {final}: cannot be written ({error.strerror or error})") from error
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise InputError(f"checkpoint {final}: cannot be written ({reason})") from error
     return final
 
 
@@ -95,7 +98,8 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     folder = _folder(run_dir)
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if re.fullmatch(r"step_\d{8,}", path.name) and path.is_dir())
+    complete = (path for path in folder.iterdir() if re.fullmatch(r"step_\d{8,}", path.name) and path.is_dir())
+    return sorted(complete, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def find(config: TrainConfig) -> Path | None:
@@ -148,7 +152,9 @@ def load(path: Path, model_config: ModelConfig) -> Checkpoint:
         state = torch.load(path / _STATE, map_location="cpu", weights_only=True)
         weights = {name: from_upstream(load_file(path / f"{name}.safetensors")) for name in ("model", "ema")}
         checkpoint = Checkpoint(**weights, **state)
-    except (OSError, RuntimeError, EOFError, TypeError, pickle.UnpicklingError, SafetensorError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # a damaged pickle can raise anything
         reason = str(error).partition("\n")[0]
         raise InputError(f"--resume {path}: the checkpoint is damaged ({reason}); try an earlier one") from error
     if saved_config != model_config:
@@ -188,14 +194,6 @@ def _folder(run_dir: Path) -> Path:
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=4) + "\n", encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _delete(folder: Path) -> None:

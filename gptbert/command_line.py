@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -21,8 +22,11 @@ def run_command(
     """Parse the command line into `settings`, call `function` with it, and end the process.
 
     The exit status is 0, 2 for a command line that cannot be parsed, 1 for other input that cannot be used, and
-    130 after Ctrl-C. Under torchrun only the first process of each host prints, since all of them come to the same end.
+    130 after Ctrl-C or SIGTERM, both of which clean up. Under torchrun only the first process of a host prints, since
+    all of them come to the same end, and SIGTERM ends at once a process that may be waiting for others.
     """
+    if "LOCAL_RANK" not in os.environ:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         function(parse(settings, arguments))
     except InputError as error:

@@ -80,7 +80,7 @@ class Throughput:
 
 def perplexity(loss: float) -> float:
     """exp(loss), infinite where that is too large for a float."""
-    return math.exp(loss) if loss < 700 else math.inf
+    return math.inf if loss > 700 else math.exp(loss)
 
 
 class Tracker(Protocol):
@@ -125,7 +125,7 @@ def _records(path: Path) -> list[tuple[str, dict[str, Any]]]:
     records = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []:
         try:
-            records.append((line, json.loads(line)))
+            records.append((line.rstrip("\n") + "\n", json.loads(line)))
         except json.JSONDecodeError:
             break
     return records

@@ -9,7 +9,6 @@ A store is one safetensors file or a complete set of numbered shards (`train-000
 Documents are stored without `<s>`: the packer puts it in front of every piece (see `gptbert.data`).
 """
 
-import os
 import re
 import shutil
 import tempfile
@@ -25,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from gptbert.errors import InputError
+from gptbert.files import finish
 
 FORMAT = "gptbert-tokens-1"
 SHARD_TOKENS = 50_000_000  # the writer holds a shard twice for a moment: 400 MB where ids take 4 bytes
@@ -212,8 +212,7 @@ class TokenStoreWriter:
         metadata = {"format": FORMAT, "vocab_size": str(self.vocab_size), "tokenizer_hash": self.tokenizer_hash}
         with _write_errors(self.path):
             save_file(arrays, file, metadata=metadata)
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
+            finish(file)
         self._written.append(file)
 
     def _publish(self) -> None:

@@ -1,0 +1,231 @@
+"""The token store: what goes in comes out, through any number of shards; what cannot be used is refused by name."""
+
+import re
+import tempfile
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from gptbert import token_store
+from gptbert.errors import InputError
+from gptbert.token_store import FORMAT, TokenStore, TokenStoreWriter, token_dtype
+
+DOCUMENTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [], [14, 15]]
+
+
+def write(path, documents=DOCUMENTS, *, vocab_size=16, digest="abc", batches=1, **options):
+    with TokenStoreWriter(path, vocab_size, digest, **options) as writer:
+        for part in np.array_split(np.arange(len(documents)), batches):
+            chosen = [documents[i] for i in part]
+            lengths = np.array([len(document) for document in chosen], dtype=np.int64)
+            writer.append(np.fromiter(chain(*chosen), np.uint32), lengths)
+    return writer
+
+
+def read(store):
+    documents = []
+    for start, length in zip(store.document_starts, store.document_lengths, strict=True):
+        tokens, positions = store.gather(np.array([start]), np.array([length]))
+        assert positions.tolist() == list(range(start, start + length))
+        documents.append(tokens.tolist())
+    return documents
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype"),
+    [(1, "uint8"), (256, "uint8"), (257, "uint16"), (32768, "uint16"), (65536, "uint16"), (65537, "uint32")],
+)
+def test_dtype_is_the_smallest_that_holds_every_id(tmp_path, vocab_size, dtype):
+    assert token_dtype(vocab_size) == dtype
+    write(tmp_path / "t.safetensors", [[0, vocab_size - 1]], vocab_size=vocab_size)
+    store = TokenStore.open(tmp_path / "t.safetensors")
+    assert store.shards[0].dtype == dtype
+    assert read(store) == [[0, vocab_size - 1]]
+
+
+def test_round_trip_keeps_documents_and_metadata(tmp_path):
+    writer = write(tmp_path / "t.safetensors")
+    store = TokenStore.open(tmp_path / "t.safetensors")
+    assert read(store) == DOCUMENTS
+    assert (store.num_documents, store.num_tokens, store.vocab_size, store.tokenizer_hash) == (5, 11, 16, "abc")
+    assert (writer.num_documents, writer.num_tokens, writer.files) == (5, 11, [tmp_path / "t.safetensors"])
+    assert [file.name for file in tmp_path.iterdir()] == ["t.safetensors"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    documents=st.lists(st.lists(st.integers(0, 299), max_size=9), min_size=1, max_size=12).filter(any),
+    shard_tokens=st.integers(1, 20),
+    batches=st.integers(1, 5),
+    data=st.data(),
+)
+def test_any_shards_hold_the_same_documents(documents, shard_tokens, batches, data):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "t.safetensors")
+        writer = write(path, documents, vocab_size=300, batches=batches, shard_tokens=shard_tokens)
+        store = TokenStore.open(path)
+        assert read(store) == documents
+        for file in writer.files:
+            lengths = np.diff(load_file(file)["document_offsets"])
+            assert lengths.sum() <= shard_tokens or np.count_nonzero(lengths) == 1
+
+        flat = np.fromiter(chain(*documents), np.int64)
+        pieces = data.draw(st.lists(st.integers(0, len(documents) - 1), max_size=8))
+        starts = store.document_starts[pieces] + store.document_lengths[pieces] // 3
+        lengths = store.document_lengths[pieces] - store.document_lengths[pieces] // 3
+        tokens, positions = store.gather(starts, lengths)
+        naive = [
+            position for start, length in zip(starts, lengths, strict=True) for position in range(start, start + length)
+        ]
+        assert positions.tolist() == naive
+        assert tokens.tolist() == flat[naive].tolist()
+        assert tokens.dtype == token_dtype(300)
+
+
+def test_shards_do_not_depend_on_the_batches(tmp_path):
+    for batches in (1, 5):
+        write(tmp_path / f"{batches}" / "t.safetensors", shard_tokens=4, batches=batches)
+    for file in (tmp_path / "1").iterdir():
+        one, other = load_file(file), load_file(tmp_path / "5" / file.name)
+        assert one["tokens"].tolist() == other["tokens"].tolist()
+        assert one["document_offsets"].tolist() == other["document_offsets"].tolist()
+
+
+def test_new_output_replaces_every_file_of_the_old_one(tmp_path):
+    path = tmp_path / "t.safetensors"
+    write(path, shard_tokens=3)
+    assert len(list(tmp_path.iterdir())) == 4
+    write(path, [[1, 2]])
+    assert list(tmp_path.iterdir()) == [path]
+    write(path, [[1, 2], [3, 4]], shard_tokens=2)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [f"t-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    assert read(TokenStore.open(path)) == [[1, 2], [3, 4]]
+
+
+def interrupted_write(path):
+    with TokenStoreWriter(path, 16, "new", shard_tokens=1) as writer:
+        writer.append(np.array([1, 2, 3]), np.array([1, 1, 1]))
+        assert len(list(path.parent.iterdir())) == 2, "shards are written while documents come in"
+        raise KeyboardInterrupt
+
+
+def test_failure_leaves_the_old_output_and_nothing_else(tmp_path):
+    path = tmp_path / "t.safetensors"
+    write(path)
+    before = path.read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_write(path)
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == before
+
+
+def test_failure_leaves_no_new_folder(tmp_path):
+    with pytest.raises(RuntimeError), TokenStoreWriter(tmp_path / "a" / "b" / "t.safetensors", 16, "abc"):
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_writer_refuses_what_it_cannot_store(tmp_path, monkeypatch):
+    path = tmp_path / "t.safetensors"
+    with pytest.raises(InputError, match="holds no text"):
+        write(path, [[]])
+    with pytest.raises(InputError, match="outside the vocabulary of 16"):
+        write(path, [[3, 16]])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"file/t.safetensors: cannot be written \(Not a directory\)"):
+        write(tmp_path / "file" / "t.safetensors")
+    with pytest.raises(InputError, match="is a folder"):
+        write(tmp_path)
+
+    def full(*arguments, **options):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(token_store, "save_file", full)
+    with pytest.raises(InputError, match=r"t.safetensors: cannot be written \(.*No space left"):
+        write(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_missing_and_empty_files_are_named(tmp_path):
+    path = tmp_path / "t.safetensors"
+    with pytest.raises(InputError, match=rf"{re.escape(str(path))}: no such file"):
+        TokenStore.open(path)
+    with pytest.raises(InputError, match="no such file"):
+        TokenStore.open(tmp_path / "no" / "folder.safetensors")
+    with pytest.raises(InputError, match="is a folder"):
+        TokenStore.open(tmp_path)
+    path.touch()
+    with pytest.raises(InputError, match="file is empty"):
+        TokenStore.open(path)
+
+
+@pytest.mark.parametrize("kept", [9, 40, 200, -1])
+def test_truncated_file_is_refused(tmp_path, kept):
+    path = tmp_path / "t.safetensors"
+    write(path)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(InputError, match="damaged or cut short"):
+        TokenStore.open(path)
+
+
+def test_foreign_and_inconsistent_safetensors_are_refused(tmp_path):
+    path = tmp_path / "t.safetensors"
+    save_file({"weight": np.zeros(3)}, path)
+    with pytest.raises(InputError, match="not written by"):
+        TokenStore.open(path)
+    metadata = {"format": FORMAT, "vocab_size": "16", "tokenizer_hash": "abc"}
+    for offsets in ([0, 2], [1, 3], [0, 4], [0, 3, 2, 3], []):
+        arrays = {"tokens": np.arange(3, dtype=np.uint8), "document_offsets": np.array(offsets, dtype=np.int64)}
+        save_file(arrays, path, metadata=metadata)
+        with pytest.raises(InputError, match="offsets do not fit"):
+            TokenStore.open(path)
+    empty = {"tokens": np.zeros(0, dtype=np.uint8), "document_offsets": np.zeros(1, dtype=np.int64)}
+    save_file(empty, path, metadata=metadata)
+    with pytest.raises(InputError, match="holds no tokens"):
+        TokenStore.open(path)
+
+
+def test_incomplete_and_mixed_shards_are_refused(tmp_path):
+    path = tmp_path / "t.safetensors"
+    second = tmp_path / "t-00002-of-00004.safetensors"
+    write(path, shard_tokens=3)
+    content = second.read_bytes()
+    second.unlink()
+    with pytest.raises(InputError, match=r"shard t-00002-of-00004\.safetensors is missing"):
+        TokenStore.open(path)
+    write(tmp_path / "other.safetensors", digest="other")
+    (tmp_path / "other.safetensors").rename(second)
+    with pytest.raises(InputError, match="different tokenizers"):
+        TokenStore.open(path)
+    second.write_bytes(content)
+    assert read(TokenStore.open(path)) == DOCUMENTS
+    (tmp_path / "t-00001-of-00009.safetensors").write_bytes(content)
+    with pytest.raises(InputError, match="two different runs"):
+        TokenStore.open(path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc to read the resident memory")
+def test_opening_maps_the_file_and_reads_only_what_is_asked_for(tmp_path):
+    size = 64 << 20
+    path = tmp_path / "t.safetensors"
+    with TokenStoreWriter(path, 256, "abc", shard_tokens=2 * size) as writer:
+        writer.append(np.full(size, 7, dtype=np.uint8), np.array([size]))
+    TokenStore.open(path)  # imports what it needs
+    before = _resident_bytes()
+    store = TokenStore.open(path)
+    tokens, _ = store.gather(np.array([size // 2]), np.array([1000]))
+    grown = _resident_bytes() - before
+    assert tokens.tolist() == [7] * 1000
+    assert grown < size // 4
+    assert store.shards[0].sum(dtype=np.int64) == 7 * size
+    assert _resident_bytes() - before > size // 2, "the measurement above would have seen a file read as a whole"
+
+
+def _resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096

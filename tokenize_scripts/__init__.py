@@ -1,0 +1,1 @@
+"""Commands that turn text into a tokenizer and into token files; none of them needs torch."""

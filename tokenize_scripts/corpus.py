@@ -1,0 +1,225 @@
+"""The corpus: documents streamed out of JSONL and text files, gzipped or not, one document in memory at a time."""
+
+import gzip
+import io
+import json
+import os
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tqdm import tqdm
+
+from gptbert.errors import InputError
+
+MAX_TEXT_DOCUMENT = 1 << 20  # characters: a text file without blank lines must not become one document
+REPORTED_LINES = 5  # bad lines shown one by one under --on_error=skip; the rest is only counted
+GZIP_MAGIC = b"\x1f\x8b"
+UTF8_MARK = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig:
+    """Where the documents come from."""
+
+    input: tuple[Path, ...]
+    """Files or folders of documents.
+    Folders are read with their sub-folders, in order of the names, without hidden files.
+    Gzip is recognised by content."""
+    format: Literal["auto", "jsonl", "text"] = "auto"
+    """jsonl: one document a line, a JSON string or an object with a `text` string.
+    text: plain UTF-8.
+    auto: jsonl for names that end in .jsonl, .ndjson or .json (or these and .gz), else text."""
+    text_documents: Literal["blank_line", "line"] = "blank_line"
+    """What ends a document in a text file: a blank line, or every line.
+    A document that reaches 1,048,576 characters is cut at the end of that line."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """Stop at a line that is no document (broken JSON, no `text`, not UTF-8), or skip and count it."""
+
+
+class Corpus:
+    """The documents of a CorpusConfig, in order, stripped of surrounding white space; empty ones are left out.
+
+    Iterating shows a progress bar over the bytes on disk and updates the counts.
+
+    Attributes:
+        files: every file that is read.
+        num_bytes: their size on disk, in bytes (compressed where they are).
+        num_documents: documents handed out so far.
+        text_bytes: their size as UTF-8, in bytes.
+        empty_documents: documents left out because nothing but white space was in them.
+        skipped_lines: bad lines left out under `on_error="skip"`.
+    """
+
+    def __init__(self, config: CorpusConfig) -> None:
+        """List the files.
+
+        Raises:
+            InputError: nothing is there, or a folder holds no file.
+        """
+        self.config = config
+        if not config.input:
+            raise InputError("--input: needs at least one file or folder")
+        listed = [file for path in config.input for file in _list_files(path)]
+        self.files = list({file.resolve(): file for file in listed}.values())
+        self.num_bytes = sum(file.stat().st_size for file in self.files)
+        self.num_documents = self.text_bytes = self.empty_documents = self.skipped_lines = 0
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield each document.
+
+        Raises:
+            InputError: a file cannot be read, or, under `on_error="stop"`, a line is bad; names file and line.
+        """
+        # On a terminal the bar moves smoothly, in the log of a batch job it adds a line now and then.
+        interval = 0.2 if sys.stderr.isatty() else 30.0
+        with tqdm(total=self.num_bytes, unit="B", unit_scale=True, delay=0.5, mininterval=interval) as bar:
+            for file in self.files:
+                read = self._jsonl_documents if self._is_jsonl(file) else self._text_documents
+                for document in read(file, _lines(file, bar.update)):
+                    text = document.strip()
+                    if not text:
+                        self.empty_documents += 1
+                        continue
+                    self.num_documents += 1
+                    self.text_bytes += len(text) if text.isascii() else len(text.encode())
+                    yield text
+
+    def counts(self) -> str:
+        """What was read and what was left out, for the last line that a script prints."""
+        skipped = f"{self.skipped_lines:,} bad lines skipped, {self.empty_documents:,} empty documents dropped"
+        return f"{self.num_documents:,} documents, {self.text_bytes:,} bytes of text ({skipped})"
+
+    def require_documents(self) -> None:
+        """Raise InputError if nothing was read."""
+        if self.num_documents == 0:
+            names = " ".join(map(str, self.config.input))
+            raise InputError(f"--input {names}: holds no text ({self.counts()}), so nothing was written")
+
+    def _is_jsonl(self, file: Path) -> bool:
+        if self.config.format != "auto":
+            return self.config.format == "jsonl"
+        name = file.name.lower().removesuffix(".gz")
+        return name.endswith((".jsonl", ".ndjson", ".json"))
+
+    def _jsonl_documents(self, file: Path, lines: Iterator[tuple[int, bytes]]) -> Iterator[str]:
+        for number, line in lines:
+            if line.isspace():
+                continue
+            try:
+                yield _parse_json(line)
+            except ValueError as error:
+                self._reject(file, number, error)
+
+    def _text_documents(self, file: Path, lines: Iterator[tuple[int, bytes]]) -> Iterator[str]:
+        every_line = self.config.text_documents == "line"
+        pieces, size = [], 0
+        for number, line in lines:
+            try:
+                piece = _decode(line)
+            except ValueError as error:
+                self._reject(file, number, error)
+                continue
+            blank = piece.isspace()
+            if every_line or not blank:
+                pieces.append(piece)
+                size += len(piece)
+            if pieces and (every_line or blank or size >= MAX_TEXT_DOCUMENT):
+                yield "".join(pieces)
+                pieces, size = [], 0
+        if pieces:
+            yield "".join(pieces)
+
+    def _reject(self, file: Path, number: int, reason: ValueError) -> None:
+        if self.config.on_error == "stop":
+            raise InputError(f"{file}:{number}: {reason}; correct it, or leave such lines out with --on_error=skip")
+        self.skipped_lines += 1
+        if self.skipped_lines <= REPORTED_LINES:
+            tqdm.write(f"skipped {file}:{number}: {reason}", file=sys.stderr)
+        elif self.skipped_lines == REPORTED_LINES + 1:
+            tqdm.write("skipped more lines, which are only counted", file=sys.stderr)
+
+
+class _CountedFile(io.FileIO):
+    """A file that tells how many bytes were read from the disk: for gzip too, that is what progress is made of."""
+
+    def __init__(self, file: Path, advance: Callable[[int], object]) -> None:
+        super().__init__(file)
+        self._advance = advance
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:
+        count = super().readinto(buffer)
+        self._advance(count)
+        return count
+
+
+def _list_files(path: Path) -> list[Path]:
+    """The file itself, or the files below a folder."""
+    if not path.exists():
+        raise InputError(f"--input {path}: no such file or folder")
+    if not path.is_dir():
+        return [path]
+
+    def fail(error: OSError) -> None:
+        raise InputError(f"--input {error.filename}: cannot be listed ({error.strerror})") from error
+
+    files = []
+    for folder, subfolders, names in os.walk(path, onerror=fail):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        files += [Path(folder, name) for name in names if not name.startswith(".")]
+    files = sorted(file for file in files if file.is_file())
+    if not files:
+        raise InputError(f"--input {path}: the folder holds no file (hidden ones are left out)")
+    return files
+
+
+def _lines(file: Path, advance: Callable[[int], object]) -> Iterator[tuple[int, bytes]]:
+    """Number the lines of a file, from 1, as bytes with their line ends; unpack gzip."""
+    try:
+        with io.BufferedReader(_CountedFile(file, advance), buffer_size=1 << 20) as stream:
+            lines = stream
+            if stream.peek(2).startswith(GZIP_MAGIC):
+                lines = io.BufferedReader(gzip.GzipFile(fileobj=stream), buffer_size=1 << 20)
+            for number, line in enumerate(lines, start=1):
+                yield number, line.removeprefix(UTF8_MARK) if number == 1 else line
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise InputError(f"{file}: the gzip data is damaged or cut short ({error}); copy the file again") from error
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror})") from error
+
+
+def _decode(line: bytes) -> str:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 (byte 0x{line[error.start]:02x} at column {error.start + 1})") from None
+
+
+def _parse_json(line: bytes) -> str:
+    """The document on a JSONL line; ValueError says in words why there is none."""
+    try:
+        value = json.loads(_decode(line.rstrip(b"\r\n")))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg.removesuffix(' at')} at column {error.colno})") from None
+    except RecursionError:
+        raise ValueError("not a document (JSON nested too deeply)") from None
+    if isinstance(value, dict):
+        if "text" not in value:
+            raise ValueError("the object has no `text`")
+        value, what = value["text"], "`text`"
+    else:
+        what = "the line"
+    if not isinstance(value, str):
+        raise ValueError(f"{what} is {_JSON_NAMES[type(value)]}, not a string")  # noqa: TRY004  a bad line, not a bug
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"half a surrogate pair, \\u{ord(value[error.start]):04x}, is no character") from None
+    return value
+
+
+_JSON_NAMES = {dict: "an object", list: "an array", int: "a number", float: "a number", bool: "a boolean"}
+_JSON_NAMES[type(None)] = "null"

@@ -1,0 +1,103 @@
+"""Train a byte-level BPE tokenizer: `train_tokenizer.py --input corpus --output tokenizer.json --vocab_size=16384`."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tqdm import tqdm
+
+from gptbert.command_line import run_command
+from gptbert.errors import InputError
+from gptbert.tokenizer import BOS_ID, SPECIAL_TOKENS, UNK_ID
+from tokenize_scripts.corpus import Corpus, CorpusConfig
+from tokenize_scripts.outputs import check_outputs, staged_outputs
+
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())  # 256 characters, each of which stands for a byte
+SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + len(ALPHABET)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTokenizerConfig(CorpusConfig):
+    """Train a byte-level BPE tokenizer: any text can be encoded, and decoding gives back every byte of it."""
+
+    output: Path
+    """The tokenizer, a JSON file of the `tokenizers` library."""
+    vocab_size: int = 16384
+    """Tokens in the vocabulary, the 16 special ones and the 256 bytes included; a small corpus may give fewer."""
+    min_frequency: int = 2
+    """How often a pair must occur in the corpus to become a token."""
+
+
+def train_tokenizer(config: TrainTokenizerConfig) -> None:
+    """Count the words of the corpus, learn the merges, write the tokenizer.
+
+    Memory grows with the number of distinct words, not with the size of the corpus.
+
+    Raises:
+        InputError: a flag, the input or the output cannot be used.
+    """
+    if config.vocab_size < SMALLEST_VOCABULARY:
+        raise InputError(
+            f"--vocab_size={config.vocab_size}: must be at least {SMALLEST_VOCABULARY} "
+            f"({len(SPECIAL_TOKENS)} special tokens and {len(ALPHABET)} bytes)"
+        )
+    if config.min_frequency < 1:
+        raise InputError(f"--min_frequency={config.min_frequency}: must be at least 1")
+    corpus = Corpus(config)
+    check_outputs([config.output], corpus.files)
+    with staged_outputs(config.output) as (staged,):
+        tokenizer = learn(_announce_merges(corpus), config.vocab_size, config.min_frequency)
+        corpus.require_documents()
+        staged.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    size = tokenizer.get_vocab_size()
+    if size < config.vocab_size:
+        print(
+            f"note: the vocabulary has {size} tokens, not {config.vocab_size}: the corpus is too small, it has no more "
+            f"pairs that occur {config.min_frequency} times; set the model's vocab_size to {size} or use more text"
+        )
+    print(f"wrote {config.output}: {size} tokens, learnt from {corpus.counts()}")
+
+
+def learn(texts: Iterator[str], vocab_size: int, min_frequency: int) -> Tokenizer:
+    """Learn a tokenizer whose special tokens have the ids 0 … 15 and whose encodings start with `<s>`.
+
+    Args:
+        texts: documents.
+        vocab_size: the most tokens it may have; fewer if no pair is left that is frequent enough.
+        min_frequency: occurrences that a pair needs to become a token.
+    """
+    tokenizer = Tokenizer(models.BPE(unk_token=SPECIAL_TOKENS[UNK_ID]))
+    # No normalizer: it would change the text for good. The byte-level splitter never puts letters and `<` or `>` into
+    # one word, so no sequence of merges can spell a special token.
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=ALPHABET,
+        show_progress=False,  # the corpus has a bar of its own
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    start = SPECIAL_TOKENS[BOS_ID]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{start} $A", pair=f"{start} $A {start} $B", special_tokens=[(start, BOS_ID)]
+    )
+    return tokenizer
+
+
+def _announce_merges(corpus: Corpus) -> Iterator[str]:
+    """The documents; then a word to explain the pause in which the library learns and shows nothing."""
+    yield from corpus
+    tqdm.write(f"read {corpus.num_documents:,} documents; learning the merges", file=sys.stderr)
+
+
+def main() -> None:
+    """Entry point."""
+    run_command(TrainTokenizerConfig, train_tokenizer)
+
+
+if __name__ == "__main__":
+    main()
