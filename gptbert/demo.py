@@ -22,11 +22,11 @@ from gptbert.tokenizer import load_tokenizer
 
 NAMES = {Objective.MLM: "masked (MLM)", Objective.CLM: "causal (CLM)"}
 MASKED_TEXTS = (
-    "Return the number of<mask> in the list.",
-    "If the file does not<mask>, an exception is raised.",
-    "This method is called when the<mask> is closed.",
+    "This is a list<mask> strings.",
+    "The first argument<mask> the name of the file.",
+    "It is an error to use this method if<mask> file is not open.",
 )
-PROMPT = "Return a new list that contains"
+PROMPT = "The following example shows how to"
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _show_samples(run_dir: Path) -> None:
     print("\nFilled masks")
     for text in MASKED_TEXTS:
         for candidates in fill_masks(model, tokenizer, text):
-            guesses = ", ".join(f"{guess.strip()!r} {probability:.0%}" for guess, probability in candidates)
+            guesses = ", ".join(f"{guess!r} {probability:.0%}" for guess, probability in candidates)
             print(f"  {text}  →  {guesses}")
     print(f"\nContinuation\n  {' '.join(continue_text(model, tokenizer, PROMPT).split())}")
 
