@@ -157,6 +157,8 @@ def load(path: Path, model_config: ModelConfig) -> Checkpoint:
     except Exception as error:  # a damaged pickle can raise anything
         reason = str(error).partition("\n")[0]
         raise InputError(f"--resume {path}: the checkpoint is damaged ({reason}); try an earlier one") from error
+    for name in ("model", "ema"):
+        _check_weights(path / f"{name}.safetensors", getattr(checkpoint, name), saved_config)
     if saved_config != model_config:
         here, there = asdict(model_config), asdict(saved_config)
         changes = ", ".join(f"{key} {there[key]} there, {here[key]} here" for key in here if here[key] != there[key])
@@ -190,6 +192,15 @@ def load_model(path: Path, weights: str = "ema") -> GPTBert:
 
 def _folder(run_dir: Path) -> Path:
     return run_dir / "checkpoints"
+
+
+def _check_weights(file: Path, weights: dict[str, Tensor], config: ModelConfig) -> None:
+    """Compare names and shapes with those of a model that takes no memory."""
+    with torch.device("meta"):
+        expected = {name: tensor.shape for name, tensor in GPTBert(config).state_dict().items()}
+    found = {name: tensor.shape for name, tensor in weights.items()}
+    if wrong := [name for name in expected | found if expected.get(name) != found.get(name)]:
+        raise InputError(f"--resume {file}: the checkpoint is damaged ({wrong[0]} does not fit model_config.json)")
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

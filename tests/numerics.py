@@ -1,9 +1,9 @@
 """The one tolerance rule: a kernel may be about as wrong as plain PyTorch is in the kernel's own precision.
 
 The reference is fp64 on the same rounded inputs. A tensor passes if its largest error is at most FACTOR times the error
-of plain PyTorch, plus a floor of FLOOR roundings of that tensor's own largest entry. Entries much smaller than the others
-(the logit gradients of classes that are not the label) are a group of their own, with a floor of their own: otherwise the
-large ones would hide that they are all wrong.
+of plain PyTorch, plus a floor of FLOOR roundings of that tensor's own largest entry. Entries much smaller than the
+others (the logit gradients of classes that are not the label) are a group of their own, with a floor of their own:
+otherwise the large ones would hide that they are all wrong.
 """
 
 import torch

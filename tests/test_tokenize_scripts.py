@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-import tracemalloc
 from itertools import chain
 from pathlib import Path
 
@@ -20,9 +19,10 @@ from tokenizers import Tokenizer
 from gptbert.errors import InputError
 from gptbert.token_store import TokenStore
 from gptbert.tokenizer import BOS_ID, SPECIAL_TOKENS, load_tokenizer, tokenizer_hash
+from tests.texts import DOCUMENTS, jsonl
 from tokenize_scripts import corpus as corpus_module
 from tokenize_scripts import tokenize_corpus as tokenize_module
-from tokenize_scripts.corpus import MAX_TEXT_DOCUMENT, Corpus, CorpusConfig
+from tokenize_scripts.corpus import Corpus, CorpusConfig
 from tokenize_scripts.demo_corpus import DemoConfig, demo_corpus
 from tokenize_scripts.split_corpus import SplitConfig, side_of, split_corpus
 from tokenize_scripts.tokenize_corpus import TokenizeConfig, encode_documents, tokenize_corpus
@@ -30,17 +30,7 @@ from tokenize_scripts.train_tokenizer import TrainTokenizerConfig, learn, train_
 
 REPOSITORY = Path(__file__).parents[1]
 SCRIPTS = ("train_tokenizer", "tokenize_corpus", "split_corpus", "demo_corpus")
-DOCUMENTS = [
-    "The cat sat on the mat.",
-    "Two lines,\nof one document.",
-    "naïve café 猫 🐈",
-    "<mask> is <s>plain</s> text",
-]
 SPECIAL_IDS = range(len(SPECIAL_TOKENS))
-
-
-def jsonl(documents):
-    return "".join(json.dumps({"id": 1, "text": document}) + "\n" for document in documents).encode()
 
 
 @pytest.fixture(scope="session")
@@ -100,93 +90,7 @@ def test_every_kind_of_input_round_trips(tmp_path, tokenizer_path, name, content
     assert TokenStore.open(output).vocab_size == load_tokenizer(tokenizer_path).get_vocab_size()
 
 
-def test_gzip_suffix_does_not_hide_the_format(tmp_path):
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(jsonl(["one"])) + gzip.compress(jsonl(["two"])))
-    assert list(Corpus(CorpusConfig(input=(tmp_path,)))) == ["one", "two"]
-    assert next(iter(Corpus(CorpusConfig(input=(tmp_path,), format="text")))).startswith('{"id"')
-
-
-def test_folder_is_read_recursively_in_order_without_hidden_files(tmp_path):
-    for name in ("b.jsonl", "a/z.jsonl", "a/b/c.jsonl", ".hidden.jsonl", ".git/config.jsonl", "a/.x/y.jsonl"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(jsonl([name]))
-    config = CorpusConfig(input=(tmp_path, tmp_path / "a", tmp_path / "b.jsonl"))
-    assert list(Corpus(config)) == ["a/b/c.jsonl", "a/z.jsonl", "b.jsonl"], "and no file twice"
-
-
-def test_inputs_that_are_not_there(tmp_path):
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / ".hidden").touch()
-    with pytest.raises(InputError, match="holds no file"):
-        Corpus(CorpusConfig(input=(tmp_path,)))
-    with pytest.raises(InputError, match="nowhere: no such file or folder"):
-        Corpus(CorpusConfig(input=(tmp_path / "nowhere",)))
-    with pytest.raises(InputError, match="--input: needs at least one"):
-        Corpus(CorpusConfig(input=()))
-
-
-def test_empty_documents_are_dropped_and_counted(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(jsonl(["x", "", " \n\t", " y "]))
-    (tmp_path / "b.txt").write_bytes(b"one\ntwo\n\n  three  \n")
-    corpus = Corpus(CorpusConfig(input=(tmp_path,), text_documents="line"))
-    assert list(corpus) == ["x", "y", "one", "two", "three"]
-    assert (corpus.num_documents, corpus.empty_documents, corpus.skipped_lines) == (5, 3, 0)
-    assert corpus.text_bytes == len("xyonetwothree")
-
-
-def test_long_text_without_blank_lines_is_cut_at_line_ends(tmp_path):
-    lines = [f"{i:07d}" + "é" * 92 for i in range(25_000)]
-    (tmp_path / "a.txt").write_text("\n".join(lines))
-    documents = list(Corpus(CorpusConfig(input=(tmp_path,))))
-    assert len(documents) == 3
-    assert all(len(document) <= MAX_TEXT_DOCUMENT + 100 for document in documents)
-    assert "\n".join(documents).split("\n") == lines
-
-
-def test_reading_holds_one_document_at_a_time(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(jsonl(["word " * 2000] * 2000))
-    (tmp_path / "b.txt").write_bytes((b"word " * 2000 + b"\n\n") * 2000)
-    corpus = Corpus(CorpusConfig(input=(tmp_path,)))
-    tracemalloc.start()
-    assert sum(1 for _ in corpus) == 4000
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 6_000_000 < corpus.num_bytes / 6
-
-
 # Broken input
-
-BAD_LINES = [
-    (b'{"text": "cut', r"not JSON \(Unterminated string .* at column 10\)"),
-    (b"[[" * 100_000, r"not a document \(JSON nested too deeply\)"),
-    (b'"tab\t"', r"not JSON \(Invalid control character at column 5\)"),
-    (b'{"txt": "a"}', "the object has no `text`"),
-    (b'{"text": 3}', "`text` is a number, not a string"),
-    (b'{"text": null}', "`text` is null, not a string"),
-    (b'["a"]', "the line is an array, not a string"),
-    (b"true", "the line is a boolean, not a string"),
-    (b'"caf\xe9"', r"not UTF-8 \(byte 0xe9 at column 5\)"),
-    (b'{"text": "a \\ud800"}', r"half a surrogate pair, \\ud800"),
-]
-
-
-@pytest.mark.parametrize(("line", "reason"), BAD_LINES)
-def test_bad_line_stops_with_file_and_line_or_is_skipped(tmp_path, line, reason):
-    file = tmp_path / "a.jsonl"
-    file.write_bytes(jsonl(["one"]) + line + b"\n" + jsonl(["two"]))
-    with pytest.raises(InputError, match=f"a.jsonl:2: {reason}"):
-        list(Corpus(CorpusConfig(input=(file,))))
-    corpus = Corpus(CorpusConfig(input=(file,), on_error="skip"))
-    assert list(corpus) == ["one", "two"]
-    assert corpus.skipped_lines == 1
-
-
-def test_text_that_is_not_utf8(tmp_path):
-    file = tmp_path / "a.txt.gz"
-    file.write_bytes(gzip.compress(b"one\ncaf\xe9\nof two\n\nthree"))
-    with pytest.raises(InputError, match=r"a.txt.gz:2: not UTF-8 \(byte 0xe9 at column 4\)"):
-        list(Corpus(CorpusConfig(input=(file,))))
-    assert list(Corpus(CorpusConfig(input=(file,), on_error="skip"))) == ["one\nof two", "three"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS[:3])

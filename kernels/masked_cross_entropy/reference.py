@@ -46,9 +46,11 @@ def cross_entropy_from_logits(
     labelled = labels != ignore_index
     classes = torch.where(labelled, labels, 0).long().unsqueeze(-1)  # [N, 1]
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    log_probability = logits.log_softmax(dim=-1).gather(-1, classes).squeeze(-1)  # [N]
-    lse = logits.gather(-1, classes).squeeze(-1) - log_probability
-    loss = -torch.where(labelled, log_probability, 0.0).sum()
-    z_loss = torch.where(labelled, lse.square(), 0.0).sum()
-    correct = (labelled & (logits.argmax(dim=-1) == classes.squeeze(-1))).sum()
+    # counted from the largest logit, so that the small loss of a confident prediction is not lost in rounding
+    largest, predicted = logits.detach().max(dim=-1, keepdim=True)  # [N, 1]
+    shifted = logits - largest
+    shifted_lse = torch.logsumexp(shifted, dim=-1)  # [N]
+    loss = torch.where(labelled, shifted_lse - shifted.gather(-1, classes).squeeze(-1), 0.0).sum()
+    z_loss = torch.where(labelled, (shifted_lse + largest.squeeze(-1)).square(), 0.0).sum()
+    correct = (labelled & (predicted == classes).squeeze(-1)).sum()
     return MaskedCrossEntropy(loss + z_loss_weight * z_loss, loss.detach(), z_loss.detach(), correct, labelled.sum())

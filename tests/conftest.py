@@ -1,0 +1,66 @@
+"""Fixtures that several files need. Those that return a function last a session, so that hypothesis takes them."""
+
+import numpy as np
+import pytest
+import torch
+
+from gptbert.config import ModelConfig, TrainConfig
+from gptbert.token_store import TokenStore
+from kernels.backend import BACKENDS
+
+TINY = ModelConfig(
+    hidden_size=16,
+    intermediate_size=24,
+    num_attention_heads=2,
+    num_hidden_layers=2,
+    vocab_size=64,
+    max_position_embeddings=32,
+    position_bucket_size=8,
+    attention_probs_dropout_prob=0.0,
+    hidden_dropout_prob=0.0,
+    layer_norm_eps=1e-5,
+)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    """Every implementation of an operation runs the same tests."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """A model's shape, small enough for milliseconds."""
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def make_config():
+    """A TrainConfig of files that need not exist, with any settings changed."""
+
+    def make(**changes):
+        paths = dict.fromkeys(("train_path", "valid_path", "config_file", "tokenizer_path"), "none")
+        return TrainConfig(**{**paths, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_store():
+    """A token store in memory: documents of these lengths, token ids 100, 101, … unless they are given."""
+
+    def make(lengths, *, tokens=None, cuts=()):
+        lengths = np.array(lengths, dtype=np.int64)
+        starts = np.cumsum(lengths) - lengths
+        tokens = np.arange(100, 100 + lengths.sum()) if tokens is None else np.array(tokens)
+        shards = np.split(
+            tokens.astype(np.uint32), [(starts[cut] if cut < len(lengths) else len(tokens)) for cut in cuts]
+        )
+        return TokenStore(shards, starts, lengths, vocab_size=int(tokens.max(initial=0)) + 1, tokenizer_hash=None)
+
+    return make

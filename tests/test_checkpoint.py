@@ -1,0 +1,306 @@
+"""Checkpoints: complete or absent, the newest kept, found again, and refused in one line when damaged."""
+
+import dataclasses
+import re
+import shutil
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import SafetensorError
+
+from gptbert import checkpoint
+from gptbert.checkpoint import Checkpoint
+from gptbert.errors import InputError
+from gptbert.model import GPTBert
+from gptbert.optim import Lamb
+
+FILES = {
+    "model.safetensors", "ema.safetensors", "training_state.pt", "model_config.json", "train_config.json",
+    "tokenizer.json",
+}  # fmt: skip
+RANDOM_STATE = torch.Generator().manual_seed(3).get_state()
+
+
+@pytest.fixture(scope="module")
+def trained(tiny):
+    """A model, its average and an optimizer with state."""
+    torch.manual_seed(0)
+    model, ema = GPTBert(tiny), GPTBert(tiny)
+    optimizer = Lamb(model.parameters())
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    return model, ema, optimizer
+
+
+@pytest.fixture
+def run(make_config, tmp_path):
+    """A run's settings, with its folder as the trainer leaves it before the first save."""
+    config = make_config(output_dir=tmp_path, name="run", keep_checkpoints=2)
+    config.run_dir.mkdir()
+    (config.run_dir / "tokenizer.json").write_text('{"a": 1}', encoding="utf-8")
+    return config
+
+
+@pytest.fixture
+def save(run, tiny, trained):
+    def save(step, config=run, mask_counts=None):
+        model, ema, optimizer = trained
+        states = [{"random": {"cpu": RANDOM_STATE}, "sums": torch.full((2, 4), 0.5)}]
+        state = Checkpoint(step, model.state_dict(), ema.state_dict(), optimizer.state_dict(), states, mask_counts)
+        return checkpoint.save(state, config, tiny)
+
+    return save
+
+
+def names(run):
+    folder = run.run_dir / "checkpoints"
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+def test_everything_comes_back_to_the_bit(run, save, tiny, trained):
+    path = save(7, mask_counts=torch.arange(9, dtype=torch.uint8))
+    assert path == run.run_dir / "checkpoints" / "step_00000007"
+    assert {file.name for file in path.iterdir()} == FILES
+    loaded = checkpoint.load(path, tiny)
+    model, ema, optimizer = trained
+    for weights, expected in ((loaded.model, model), (loaded.ema, ema)):
+        assert set(weights) == set(expected.state_dict())
+        assert all(torch.equal(weights[key], tensor) for key, tensor in expected.state_dict().items())
+    assert not torch.equal(loaded.model["head.dense.weight"], loaded.ema["head.dense.weight"])
+    fresh = Lamb(GPTBert(tiny).parameters())
+    fresh.load_state_dict(loaded.optimizer)
+    for one, other in zip(fresh.state.values(), optimizer.state.values(), strict=True):
+        assert all(torch.equal(one[key], other[key]) for key in ("step", "exp_avg", "exp_avg_sq"))
+    assert loaded.step == 7
+    assert torch.equal(loaded.rank_states[0]["random"]["cpu"], RANDOM_STATE)
+    assert torch.equal(loaded.mask_counts, torch.arange(9, dtype=torch.uint8))
+
+
+def test_only_the_newest_are_kept(run, save):
+    for step in (1, 2, 3, 4):
+        save(step)
+    assert names(run) == ["step_00000003", "step_00000004"]
+    assert checkpoint.list_checkpoints(run.run_dir) == [run.run_dir / "checkpoints" / name for name in names(run)]
+
+
+@pytest.mark.parametrize("kept", [1, 2, 3, 4, 6, 20])
+def test_as_many_are_kept_as_asked_for(run, save, kept):
+    config = dataclasses.replace(run, keep_checkpoints=kept)
+    for step in range(1, 6):
+        save(step, config=config)
+    assert names(run) == [f"step_{step:08d}" for step in range(1, 6)][-kept:]
+
+
+def test_steps_are_ordered_as_numbers(run, save):
+    for step in (99_999_999, 100_000_000, 100_000_001):
+        save(step)
+    assert [path.name for path in checkpoint.list_checkpoints(run.run_dir)] == ["step_100000000", "step_100000001"]
+
+
+def test_a_run_that_went_back_keeps_what_it_saves(run, save):
+    """Resumed from step 1 of three, its next checkpoint is not the newest by number."""
+    for step in (10, 20):
+        save(step)
+    one_kept = dataclasses.replace(run, keep_checkpoints=1)
+    assert save(15, config=one_kept).is_dir()
+
+
+def test_saving_a_step_again_replaces_it(run, save, tiny):
+    save(5)
+    save(5, mask_counts=torch.ones(3, dtype=torch.uint8))
+    assert names(run) == ["step_00000005"]
+    assert checkpoint.load(run.run_dir / "checkpoints" / "step_00000005", tiny).mask_counts is not None
+
+
+def failures():
+    disk_full = OSError(28, "No space left on device")
+    return [
+        ("gptbert.checkpoint.save_file", SafetensorError("I/O error: No space left on device")),
+        ("gptbert.checkpoint.save_file", disk_full),
+        ("torch.save", RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0\nmore")),
+        ("torch.save", disk_full),
+        ("gptbert.checkpoint._write_json", disk_full),
+        ("shutil.copyfile", disk_full),
+        ("os.fsync", disk_full),
+        ("pathlib.Path.rename", disk_full),
+    ]
+
+
+@pytest.mark.parametrize(("function", "error"), failures())
+def test_a_save_that_fails_leaves_the_old_ones_and_nothing_else(run, save, tiny, monkeypatch, function, error):
+    def fail(*args, **options):
+        raise error
+
+    for step in (1, 2):
+        save(step)
+    with monkeypatch.context() as patch:
+        patch.setattr(function, fail)
+        with pytest.raises(InputError, match="step_00000003: cannot be written") as caught:
+            save(3)
+    assert "\n" not in str(caught.value)
+    assert names(run) == ["step_00000001", "step_00000002"]
+    for path in checkpoint.list_checkpoints(run.run_dir):
+        assert checkpoint.load(path, tiny).step == int(path.name[5:])
+    save(3)
+    assert names(run) == ["step_00000002", "step_00000003"]
+
+
+@pytest.mark.parametrize("function", ["gptbert.checkpoint.save_file", "torch.save", "os.fsync", "pathlib.Path.rename"])
+def test_a_save_killed_half_way_is_no_checkpoint_and_is_cleaned_up(run, save, monkeypatch, function):
+    class Killed(BaseException):
+        pass
+
+    def die(*args, **options):
+        raise Killed
+
+    save(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(function, die)
+        with pytest.raises(Killed):
+            save(2)
+    assert checkpoint.list_checkpoints(run.run_dir) == [run.run_dir / "checkpoints" / "step_00000001"]
+    assert checkpoint.find(dataclasses.replace(run, resume="auto")).name == "step_00000001"
+    save(3)  # another step than the one that was cut short
+    assert names(run) == ["step_00000001", "step_00000003"]
+
+
+def test_a_deletion_killed_half_way_is_cleaned_up(run, save, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    real = shutil.rmtree
+
+    def die(path, *args, **options):
+        if str(path).endswith(".deleted"):
+            raise Killed
+        real(path, *args, **options)
+
+    for step in (1, 2):
+        save(step)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", die)
+        with pytest.raises(Killed):
+            save(3)
+    assert [path.name for path in checkpoint.list_checkpoints(run.run_dir)] == ["step_00000002", "step_00000003"]
+    # the same step is deleted once more: what the first deletion left must not stand in the way
+    save(1, config=dataclasses.replace(run, keep_checkpoints=9))
+    save(4)
+    assert names(run) == ["step_00000003", "step_00000004"]
+
+
+@pytest.mark.parametrize("name", sorted(FILES - {"train_config.json", "tokenizer.json"}))
+@pytest.mark.parametrize("damage", ["missing", "empty", "half", "garbage"])
+def test_a_damaged_checkpoint_is_refused_in_one_line(save, tiny, name, damage):
+    path = save(1)
+    file = path / name
+    content = file.read_bytes()
+    file.unlink()
+    if damage != "missing":
+        file.write_bytes(
+            {"empty": b"", "half": content[: len(content) // 2], "garbage": b"\x80\x02garbage" * 50}[damage]
+        )
+    with pytest.raises(InputError, match=re.escape(str(path))) as error:
+        checkpoint.load(path, tiny)
+    assert "\n" not in str(error.value)
+    if name in {"ema.safetensors", "model_config.json"}:
+        with pytest.raises(InputError) as error:
+            checkpoint.load_model(path)
+        assert "\n" not in str(error.value)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_damage_to_the_state_is_an_input_error_or_none(save, tiny, data):
+    path = save(1)
+    file = path / "training_state.pt"
+    content = bytearray(file.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    file.write_bytes(content)
+    message = ""
+    try:
+        checkpoint.load(path, tiny)
+    except InputError as error:
+        message = str(error)
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"step": 3}, {}, None, "text"])
+def test_a_state_with_other_content_is_refused(save, tiny, content):
+    path = save(1)
+    torch.save(content, path / "training_state.pt")
+    with pytest.raises(InputError, match="damaged"):
+        checkpoint.load(path, tiny)
+
+
+def test_code_in_a_checkpoint_is_not_run(save, tiny, tmp_path):
+    class Malicious:
+        def __reduce__(self):
+            return (tmp_path / "executed").touch, ()
+
+    path = save(1)
+    torch.save({"step": Malicious()}, path / "training_state.pt")
+    with pytest.raises(InputError):
+        checkpoint.load(path, tiny)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_another_models_checkpoint_is_named(save, tiny):
+    other = dataclasses.replace(tiny, hidden_size=32, vocab_size=70)
+    with pytest.raises(InputError, match="hidden_size 16 there, 32 here, vocab_size 64 there, 70 here"):
+        checkpoint.load(save(1), other)
+
+
+def test_a_fresh_run_does_not_walk_over_an_old_one(run, save):
+    assert checkpoint.find(run) is None
+    save(1)
+    with pytest.raises(InputError, match=r"already holds checkpoints of a run named 'run'.*--resume auto"):
+        checkpoint.find(run)
+    assert checkpoint.find(dataclasses.replace(run, name="other")) is None
+
+
+def test_auto_takes_the_newest_or_starts(run, save):
+    auto = dataclasses.replace(run, resume="auto")
+    assert checkpoint.find(auto) is None
+    for step in (2, 10):
+        save(step)
+    (run.run_dir / "checkpoints" / ".step_00000011.incomplete").mkdir()
+    (run.run_dir / "checkpoints" / "step_00000012").touch()
+    assert checkpoint.find(auto).name == "step_00000010"
+
+
+def test_a_path_names_a_checkpoint_or_a_run(run, save, tmp_path):
+    paths = [save(1), save(2)]
+    elsewhere = dataclasses.replace(run, name="elsewhere")
+    assert checkpoint.find(dataclasses.replace(elsewhere, resume=str(paths[0]))) == paths[0]
+    assert checkpoint.find(dataclasses.replace(elsewhere, resume=str(run.run_dir))) == paths[1]
+    for wrong in (tmp_path, tmp_path / "none", run.run_dir / "tokenizer.json"):
+        with pytest.raises(InputError, match=f"--resume {re.escape(str(wrong))}: not a checkpoint"):
+            checkpoint.find(dataclasses.replace(run, resume=str(wrong)))
+
+
+def test_settings_that_changed_are_listed(run, save, tmp_path):
+    path = save(1)
+    assert checkpoint.changed_settings(path, run) == []
+    moved = dataclasses.replace(run, resume="auto", name="other", learning_rate=0.5, seed=1)
+    assert checkpoint.changed_settings(path, moved) == ["--learning_rate 0.001 -> 0.5", "--seed 42 -> 1"]
+
+
+def test_load_model_gives_the_weights_that_were_asked_for(run, save, trained):
+    path = save(1)
+    tokens = torch.randint(5, 64, (2, 9))
+    ids = torch.zeros_like(tokens)
+    for source in (path, run.run_dir, str(path)):
+        for weights, expected in (("model", trained[0]), ("ema", trained[1])):
+            model = checkpoint.load_model(source, weights)
+            assert not model.training
+            assert torch.equal(model.encode(tokens, ids, causal=True), expected.encode(tokens, ids, causal=True))
+
+
+def test_load_model_of_nothing_is_an_input_error(tmp_path):
+    for path in (tmp_path, tmp_path / "none"):
+        with pytest.raises(InputError, match="neither a checkpoint nor a run"):
+            checkpoint.load_model(path)

@@ -1,0 +1,197 @@
+"""The hybrid plan: every rank's part of every step, without gaps or overlaps; and what each objective predicts."""
+
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptbert.data import RowStream
+from gptbert.errors import InputError
+from gptbert.objectives import Batch, HybridPlan, Masking, Objective, causal_batch, masked_batch
+from gptbert.schedules import batch_size, length_factor
+from gptbert.tokenizer import BOS_ID, MASK_ID, PAD_ID
+
+MLM, CLM = Objective.MLM, Objective.CLM
+
+
+@st.composite
+def settings_of_a_run(draw):
+    denominator = draw(st.integers(1, 6))
+    mode = draw(st.sampled_from(["auto", "batch", "rank"]))
+    world_size = denominator * draw(st.integers(1, 3)) if mode == "rank" else draw(st.integers(1, 9))
+    return world_size, {
+        "hybrid_numerator": draw(st.integers(0, denominator)),
+        "hybrid_denominator": denominator,
+        "hybrid_mode": mode,
+        "global_batch_size": draw(st.integers(8, 90)),
+        "batch_reduction": draw(st.sampled_from([1.0, 2.0, 4.0])),
+        "seq_length_growth": draw(st.booleans()),
+        "max_steps": draw(st.integers(1, 12)),
+    }
+
+
+@settings(max_examples=150, deadline=None)
+@given(settings_of_a_run())
+def test_the_ranks_shares_partition_every_step_without_gaps(make_config, run):
+    world_size, changes = run
+    config = make_config(**changes)
+    plan = HybridPlan(config, world_size)
+    next_slot = dict.fromkeys(Objective, 0)
+    tokens = 0
+    for step in range(config.max_steps):
+        assert plan.tokens_before(step) == tokens
+        factor = length_factor(config, step)
+        shares = [share for rank in range(world_size) for share in plan.shares(step, rank)]
+        assert all(share.num_rows > 0 and share.length_factor == factor for share in shares)
+        for objective in Objective:
+            for share in sorted((s for s in shares if s.objective is objective), key=lambda s: s.first_slot):
+                assert share.first_slot == next_slot[objective]  # no slot twice, none left out
+                next_slot[objective] += share.num_rows * factor
+            rows = sum(share.num_rows for share in shares if share.objective is objective)
+            assert rows == plan.num_rows(objective, step)
+        total = sum(share.num_rows for share in shares)
+        assert total == batch_size(config, step)
+        tokens += total * factor * config.seq_length
+        ratio = Fraction(config.hybrid_numerator, config.hybrid_denominator)
+        masked = plan.num_rows(MLM, step)
+        assert abs(masked - total * ratio) <= max(Fraction(1, 2), 1 - total * ratio, 1 - total * (1 - ratio))
+        assert (masked > 0) == (ratio > 0)
+        assert (masked < total) == (ratio < 1)
+    assert plan.tokens_before(config.max_steps) == tokens
+
+
+@settings(max_examples=60, deadline=None)
+@given(settings_of_a_run(), st.integers(1, 9))
+def test_the_world_size_changes_no_total(make_config, run, other_size):
+    world_size, changes = run
+    config = make_config(**{**changes, "hybrid_mode": "auto"})
+    one, other = HybridPlan(config, world_size), HybridPlan(config, other_size)
+
+    def slots(plan, step):
+        shares = [share for rank in range(plan.world_size) for share in plan.shares(step, rank)]
+        return {(s.objective, s.first_slot + row * s.length_factor) for s in shares for row in range(s.num_rows)}
+
+    for step in range(config.max_steps):
+        assert slots(one, step) == slots(other, step)
+    assert one.tokens_before(config.max_steps) == other.tokens_before(config.max_steps)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 8])
+def test_ranks_of_an_objective_have_equal_shares_give_or_take_a_row(make_config, world_size):
+    plan = HybridPlan(make_config(hybrid_mode="batch", global_batch_size=61, max_steps=7), world_size)
+    for step in range(7):
+        for objective in Objective:
+            counts = [
+                sum(share.num_rows for share in plan.shares(step, rank) if share.objective is objective)
+                for rank in range(world_size)
+            ]
+            assert max(counts) - min(counts) <= 1
+
+
+@pytest.mark.parametrize(
+    ("numerator", "denominator", "world_size"),
+    [(1, 4, 4), (1, 4, 8), (3, 4, 4), (1, 2, 6), (0, 4, 4), (4, 4, 4), (2, 3, 9)],
+)
+def test_rank_mode_gives_each_rank_one_objective(make_config, numerator, denominator, world_size):
+    config = make_config(hybrid_numerator=numerator, hybrid_denominator=denominator, hybrid_mode="rank", max_steps=3)
+    plan = HybridPlan(config, world_size)
+    for rank in range(world_size):
+        expected = MLM if rank * denominator < numerator * world_size else CLM
+        assert {share.objective for share in plan.shares(1, rank)} == {expected}
+        assert rank in plan.ranks(expected)
+    assert len(plan.ranks(MLM)) + len(plan.ranks(CLM)) == world_size
+    assert plan.weight(MLM) == numerator / denominator
+    assert plan.weight(MLM) + plan.weight(CLM) == 1
+
+
+@pytest.mark.parametrize(("world_size", "sizes"), [(3, "4, 8, 12"), (1, "4, 8, 12"), (6, "4, 8, 12")])
+def test_rank_mode_names_the_sizes_that_work(make_config, world_size, sizes):
+    with pytest.raises(InputError, match=f"--hybrid_mode rank .* {sizes}, .* not {world_size}; --hybrid_mode batch"):
+        HybridPlan(make_config(hybrid_mode="rank", max_steps=1), world_size)
+
+
+@pytest.mark.parametrize(("world_size", "mode"), [(1, "batch"), (2, "batch"), (4, "rank"), (6, "batch"), (8, "rank")])
+def test_auto_mode_uses_ranks_where_they_fit(make_config, world_size, mode):
+    plan = HybridPlan(make_config(max_steps=2), world_size)
+    assert plan.mode == mode
+    if mode == "batch":
+        assert all(len(plan.shares(0, rank)) == 2 for rank in range(world_size))
+
+
+def test_a_step_of_one_row_cannot_be_a_hybrid(make_config):
+    small = {"global_batch_size": 4, "max_steps": 5}
+    with pytest.raises(InputError, match=r"--global_batch_size 4 .*step 0 only one row"):
+        HybridPlan(make_config(**small), 1)
+    for numerator in (0, 4):
+        HybridPlan(make_config(hybrid_numerator=numerator, **small), 1)
+    HybridPlan(make_config(batch_reduction=2, **small), 1)
+
+
+@pytest.mark.parametrize(("numerator", "masked"), [(1, 1), (63, 1)])
+def test_the_smallest_hybrid_step_has_a_row_of_each(make_config, numerator, masked):
+    config = make_config(
+        hybrid_numerator=numerator, hybrid_denominator=64, global_batch_size=2, batch_reduction=1, max_steps=1
+    )
+    plan = HybridPlan(config, 1)
+    assert [plan.num_rows(objective, 0) for objective in (MLM, CLM)] == [masked, 2 - masked]
+
+
+@pytest.fixture(scope="module")
+def some_rows(make_store):
+    rows = RowStream(make_store([9, 3, 21, 0, 6]), 12, (1,)).rows(0, 4)
+    return rows, *(torch.from_numpy(array) for array in (rows.tokens, rows.document_ids, rows.row_ids))
+
+
+def test_causal_labels_are_the_next_tokens_of_the_same_piece(some_rows):
+    _, tokens, document_ids, _ = some_rows
+    batch = causal_batch(tokens, document_ids)
+    assert batch.objective.causal
+    rows, width = tokens.shape
+    assert batch.input_ids.shape == batch.document_ids.shape == batch.labels.shape == (rows, width - 1)
+    seen = 0
+    for row in range(rows):
+        for position in range(width - 1):
+            following = tokens[row, position + 1].item()
+            assert batch.input_ids[row, position] == tokens[row, position]
+            assert batch.document_ids[row, position] == document_ids[row, position]
+            if following in {BOS_ID, PAD_ID}:
+                assert batch.labels[row, position] == -100
+            else:
+                seen += 1
+                assert batch.labels[row, position] == following
+                assert document_ids[row, position] == document_ids[row, position + 1]  # predicted from its own piece
+    assert seen == batch.label_count == 39
+
+
+def test_masked_labels_are_masked_one_position_later(some_rows):
+    _, tokens, document_ids, row_ids = some_rows
+    masking = Masking(mask_p=0.4, random_p=0.0, keep_p=0.0, vocab_size=300, num_special_tokens=16, seed=5)
+    batch = masked_batch(tokens, document_ids, row_ids, masking)
+    assert not batch.objective.causal
+    hidden = tokens[:, :-1] != batch.input_ids
+    assert hidden.any()
+    assert (batch.input_ids[hidden] == MASK_ID).all()
+    assert torch.equal(batch.document_ids, document_ids[:, :-1])
+    # all inputs but the first are predicted where they are masked, and the last label masks no input
+    assert torch.equal(hidden[:, 1:], batch.labels[:, :-1] != -100)
+    labelled = batch.labels != -100
+    assert torch.equal(batch.labels[labelled], tokens[:, 1:][labelled])
+    again = masked_batch(tokens, document_ids, row_ids, masking)
+    assert torch.equal(again.labels, batch.labels)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 50))
+def test_split_keeps_every_row_in_even_pieces(rows, limit):
+    ids = torch.arange(rows * 3).view(rows, 3)
+    pieces = Batch(CLM, ids, ids + 1000, ids + 2000).split(limit)
+    sizes = [len(piece.labels) for piece in pieces]
+    assert max(sizes) <= limit
+    assert len(pieces) == -(-rows // limit)
+    assert max(sizes) - min(sizes) <= 1
+    assert torch.equal(torch.cat([piece.input_ids for piece in pieces]), ids)
+    assert torch.equal(torch.cat([piece.document_ids for piece in pieces]), ids + 1000)
+    assert torch.equal(torch.cat([piece.labels for piece in pieces]), ids + 2000)
+    assert all(piece.objective is CLM for piece in pieces)
