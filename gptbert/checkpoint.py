@@ -25,6 +25,7 @@ from gptbert.config import ModelConfig, TrainConfig
 from gptbert.errors import InputError
 from gptbert.files import finish
 from gptbert.model import GPTBert
+from gptbert.tokenizer import tokenizer_hash
 from gptbert.upstream import from_upstream, to_upstream
 
 _STATE = "training_state.pt"
@@ -106,7 +107,7 @@ def find(config: TrainConfig) -> Path | None:
     """The checkpoint that `--resume` names, or None where the run starts afresh.
 
     Raises:
-        InputError: the named folder is no checkpoint, or the run's folder holds a run that `--resume` does not mention.
+        InputError: the named folder is no checkpoint, or the run's folder holds checkpoints of another history.
     """
     existing = list_checkpoints(config.run_dir)
     if config.resume is None:
@@ -124,6 +125,11 @@ def find(config: TrainConfig) -> Path | None:
         if not inside:
             raise InputError(f"--resume {path}: not a checkpoint (a folder that holds {_STATE})")
         path = inside[-1]
+    if existing and path.resolve() != existing[-1].resolve():
+        raise InputError(
+            f"--resume {path} while the run {config.name!r} already has {existing[-1].name}: give another --name to "
+            "branch off there, or go on with --resume auto"
+        )
     return path
 
 
@@ -139,6 +145,16 @@ def changed_settings(path: Path, config: TrainConfig) -> list[str]:
         for name in here
         if name not in {"resume", "output_dir", "name"} and here[name] != there.get(name)
     ]
+
+
+def check_tokenizer(path: Path, config: TrainConfig) -> None:
+    """Compare the checkpoint's tokenizer with the run's.
+
+    Raises:
+        InputError: they differ, so the weights would read other tokens than they learnt.
+    """
+    if tokenizer_hash(path / "tokenizer.json") != tokenizer_hash(config.tokenizer_path):
+        raise InputError(f"--tokenizer_path {config.tokenizer_path} is not the tokenizer that {path} was trained with")
 
 
 def load(path: Path, model_config: ModelConfig) -> Checkpoint:

@@ -103,8 +103,8 @@ class TrainConfig:
     hybrid_denominator: int = 4
     """Masked share of the training, denominator."""
     hybrid_mode: Literal["auto", "rank", "batch"] = "auto"
-    """rank: each process trains one objective (world size a multiple of the denominator); batch: each process trains
-    both; auto: rank where the world size allows it, else batch."""
+    """rank: each process trains one objective (the number of processes is a multiple of the denominator).
+    batch: each process trains both. auto: rank where the number of processes allows it, else batch."""
     token_weighted_loss: bool = False
     """One mean over all labels of both objectives, instead of numerator/denominator times each objective's mean."""
 
@@ -182,7 +182,8 @@ class TrainConfig:
     keep_checkpoints: int = 3
     """Number of checkpoints kept, the newest ones."""
     resume: str | None = None
-    """auto: go on from the run's newest checkpoint, or start where there is none; or the path of a checkpoint."""
+    """auto: go on from the run's newest checkpoint, or start where there is none.
+    A path: go on from that checkpoint."""
     wandb_project: str = "gptbert"
     """Project in wandb."""
     wandb_entity: str | None = None

@@ -15,6 +15,7 @@ import torch
 
 from gptbert.config import TrainConfig
 from gptbert.distributed import World
+from gptbert.errors import InputError
 from gptbert.objectives import Objective
 from kernels import MaskedCrossEntropy
 
@@ -132,7 +133,11 @@ def _records(path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 class Wandb:
-    """Weights & Biases; a resumed run goes on under the same id."""
+    """Weights & Biases; a resumed run goes on under the same id.
+
+    Raises:
+        InputError: wandb refuses to start, for want of a login, say.
+    """
 
     def __init__(self, config: TrainConfig, settings: dict[str, Any]) -> None:
         import wandb  # noqa: PLC0415  slow to import, and only the main rank needs it
@@ -141,17 +146,21 @@ class Wandb:
         id_file = config.run_dir / "wandb_id"
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(4), encoding="utf-8")
-        self._run = wandb.init(
-            project=config.wandb_project,
-            entity=config.wandb_entity,
-            name=config.name,
-            id=id_file.read_text(encoding="utf-8").strip(),
-            resume="allow" if mode == "online" else None,
-            dir=config.run_dir,
-            mode=mode,
-            config=settings,
-            settings=wandb.Settings(silent=True),
-        )
+        try:
+            self._run = wandb.init(
+                project=config.wandb_project,
+                entity=config.wandb_entity,
+                name=config.name,
+                id=id_file.read_text(encoding="utf-8").strip(),
+                resume="allow" if mode == "online" else None,
+                dir=config.run_dir,
+                mode=mode,
+                config=settings,
+                settings=wandb.Settings(silent=True),
+            )
+        except wandb.Error as error:
+            reason = str(error).partition("\n")[0]
+            raise InputError(f"--wandb_mode {mode}: {reason} (--wandb_mode offline needs no account)") from error
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """See `Tracker`."""

@@ -3,13 +3,11 @@
 import dataclasses
 import json
 import shutil
-import sys
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from gptbert import checkpoint, schedules
 from gptbert.checkpoint import Checkpoint
@@ -24,6 +22,7 @@ from gptbert.metrics import LossSums, Throughput, Trackers, perplexity
 from gptbert.model import IGNORE_INDEX, GPTBert
 from gptbert.objectives import Batch, HybridPlan, Masking, Objective, Share, causal_batch, masked_batch
 from gptbert.optim import WeightAverage, build_optimizer
+from gptbert.progress import brief, progress_bar, say
 from gptbert.tokenizer import PAD_ID
 from kernels import MaskedCrossEntropy
 from kernels.span_mask import DEFAULT_MAX_SPAN_LENGTH
@@ -41,6 +40,8 @@ def fit(config: TrainConfig) -> None:
             plan = HybridPlan(config, world.world_size)
             path = checkpoint.find(config)
             resumed = checkpoint.load(path, inputs.model_config) if path else None
+            if resumed:
+                checkpoint.check_tokenizer(path, config)
             if resumed and resumed.step >= config.max_steps:
                 raise InputError(
                     f"--resume {path}: its step {resumed.step} is the end of --max_steps {config.max_steps}"
@@ -58,7 +59,11 @@ def fit(config: TrainConfig) -> None:
             if resumed:
                 changes = checkpoint.changed_settings(path, config)
                 say(f"going on from {path}" + (f"; changed since: {', '.join(changes)}" if changes else ""))
-        Trainer(config, inputs, plan, world, resumed).run()
+        trainer = Trainer(config, inputs, plan, world)
+        if resumed:
+            trainer.restore(resumed)
+            del resumed  # as large as the run's own state
+        trainer.run()
 
 
 def prepare_run_dir(config: TrainConfig, model_config: ModelConfig, world: World) -> None:
@@ -77,7 +82,8 @@ def prepare_run_dir(config: TrainConfig, model_config: ModelConfig, world: World
     try:
         config.run_dir.mkdir(parents=True, exist_ok=True)
         (config.run_dir / "config.json").write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")
-        shutil.copyfile(config.tokenizer_path, config.run_dir / "tokenizer.json")
+        with suppress(shutil.SameFileError):
+            shutil.copyfile(config.tokenizer_path, config.run_dir / "tokenizer.json")
     except OSError as error:
         raise InputError(f"--output_dir {config.output_dir}: cannot be written ({error.strerror})") from error
 
@@ -85,9 +91,7 @@ def prepare_run_dir(config: TrainConfig, model_config: ModelConfig, world: World
 class Trainer:
     """A run in progress, as one rank sees it."""
 
-    def __init__(
-        self, config: TrainConfig, inputs: Inputs, plan: HybridPlan, world: World, resumed: Checkpoint | None = None
-    ) -> None:
+    def __init__(self, config: TrainConfig, inputs: Inputs, plan: HybridPlan, world: World) -> None:
         self.config = config
         self.inputs = inputs
         self.plan = plan
@@ -107,17 +111,16 @@ class Trainer:
         self.step = 0
         self._settle_buckets()
         torch.manual_seed((config.seed << 20) + world.rank)  # different dropout on every rank
-        if resumed:
-            self._restore(resumed)
 
     def run(self) -> None:
         """All steps that are left, with records, validations and checkpoints on the way."""
         config = self.config
         with ExitStack() as stack:
             settings = {**config.to_dict(), **dataclasses.asdict(self.inputs.model_config)}
-            trackers = stack.enter_context(Trackers(config, self.world, settings, self.step))
+            with self.world.agreed():
+                trackers = stack.enter_context(Trackers(config, self.world, settings, self.step))
             rows = stack.enter_context(Prefetcher(self.load_rows, self.step, config.max_steps))
-            bar = stack.enter_context(_progress_bar(config, self.world, self.step))
+            bar = stack.enter_context(progress_bar(config, self.world, self.step))
             throughput = Throughput(self.plan.tokens_before(self.step))
             while self.step < config.max_steps:
                 gradient_norm = self.train_step(rows.get(self.step))
@@ -126,14 +129,14 @@ class Trainer:
                 if last or self.step % config.log_every == 0:
                     record = self.training_record(gradient_norm, throughput)
                     trackers.log(self.step, record)
-                    bar.set_postfix_str(_brief(record, "train"), refresh=False)
+                    bar.set_postfix_str(brief(record, "train"), refresh=False)
                 bar.update()
                 with throughput.paused():
                     if last or (config.validate_every and self.step % config.validate_every == 0):
                         record = self.validation_record()
                         trackers.log(self.step, record)
                         if self.world.is_main:
-                            say(f"step {self.step}: validation {_brief(record, 'validation')}")
+                            say(f"step {self.step}: validation {brief(record, 'validation')}")
                     if last or (config.save_every and self.step % config.save_every == 0):
                         self.save()
 
@@ -231,7 +234,8 @@ class Trainer:
                 )
                 checkpoint.save(state, self.config, self.inputs.model_config)
 
-    def _restore(self, resumed: Checkpoint) -> None:
+    def restore(self, resumed: Checkpoint) -> None:
+        """Go on where a checkpoint was written."""
         self.step = resumed.step
         self.model.load_state_dict(resumed.model)
         self.ema.model.load_state_dict(resumed.ema)
@@ -358,32 +362,3 @@ class Trainer:
         if self.world.world_size > 1:
             self._forward(self._empty_batch()).total.backward()
             self.optimizer.zero_grad()
-
-
-def say(line: str) -> None:
-    """Print a line above the progress bar."""
-    tqdm.write(line, file=sys.stderr)
-
-
-def _progress_bar(config: TrainConfig, world: World, first_step: int) -> tqdm:
-    interval = 0.5 if sys.stderr.isatty() else 10.0  # a log file wants fewer lines than a screen
-    return tqdm(
-        total=config.max_steps,
-        initial=first_step,
-        unit="step",
-        disable=not world.is_main,
-        mininterval=interval,
-        maxinterval=interval,
-        dynamic_ncols=True,
-    )
-
-
-def _brief(record: dict[str, float], prefix: str) -> str:
-    parts = [
-        f"{objective.value} {record[f'{prefix}/{objective.value}/loss']:.3f}"
-        for objective in Objective
-        if f"{prefix}/{objective.value}/loss" in record
-    ]
-    if f"{prefix}/tokens_per_second" in record:
-        parts.append(f"{record[f'{prefix}/tokens_per_second']:,.0f} tokens/s")
-    return ", ".join(parts)

@@ -140,6 +140,25 @@ def test_resume_with_another_model_names_the_difference(finished, capfd):
     assert len(error.splitlines()) == 1
 
 
+def test_resume_with_another_tokenizer_is_refused(finished, tmp_path, capfd):
+    other = write_inputs(tmp_path, train_characters=20_000)
+    with pytest.raises(SystemExit):
+        run(flags(other, name="other", resume=finished / "runs/finished", max_steps=4))
+    assert "is not the tokenizer" in capfd.readouterr().err
+
+
+def test_resume_from_an_older_checkpoint_needs_another_name(finished, capfd):
+    older = finished / "runs/finished/checkpoints/step_00000001"
+    with pytest.raises(SystemExit):
+        run(flags(finished, name="finished", resume=older, max_steps=4))
+    assert "step_00000002" in capfd.readouterr().err
+    run(flags(finished, name="branch", resume=older, max_steps=2))
+    assert (finished / "runs/branch/checkpoints/step_00000002").is_dir()
+    own_tokenizer = finished / "runs/branch/tokenizer.json"
+    run(flags(finished, name="branch", resume="auto", tokenizer_path=own_tokenizer, max_steps=3))
+    assert (finished / "runs/branch/checkpoints/step_00000003").is_dir()
+
+
 def test_resume_of_a_finished_run_says_so(finished, capfd):
     with pytest.raises(SystemExit):
         run(flags(finished, name="finished", resume="auto", max_steps=2))
@@ -187,3 +206,13 @@ def test_a_mistake_on_one_rank_ends_all_of_them(tmp_path):
     assert sorted(results.get(timeout=5) for _ in ranks) == [
         (rank, "only the second rank sees this") for rank in range(2)
     ]
+
+
+def test_wandb_online_without_a_login_is_one_line(inputs, monkeypatch, capfd):
+    monkeypatch.setenv("HOME", str(inputs))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    with pytest.raises(SystemExit):
+        run(flags(inputs, wandb_mode="online"))
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert "--wandb_mode offline" in lines[0]

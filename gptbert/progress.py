@@ -1,0 +1,40 @@
+"""What a run shows on the screen."""
+
+import sys
+
+from tqdm import tqdm
+
+from gptbert.config import TrainConfig
+from gptbert.distributed import World
+from gptbert.objectives import Objective
+
+
+def say(line: str) -> None:
+    """Print a line above the progress bar."""
+    tqdm.write(line, file=sys.stderr)
+
+
+def progress_bar(config: TrainConfig, world: World, first_step: int) -> tqdm:
+    """A bar over the run's steps with the time left, on the main rank alone."""
+    interval = 0.5 if sys.stderr.isatty() else 10.0  # a log file wants fewer lines than a screen
+    return tqdm(
+        total=config.max_steps,
+        initial=first_step,
+        unit="step",
+        disable=not world.is_main,
+        mininterval=interval,
+        maxinterval=interval,
+        dynamic_ncols=True,
+    )
+
+
+def brief(record: dict[str, float], prefix: str) -> str:
+    """The losses of a record, and its tokens per second where it has them; `prefix` is "train" or "validation"."""
+    parts = [
+        f"{objective.value} {record[f'{prefix}/{objective.value}/loss']:.3f}"
+        for objective in Objective
+        if f"{prefix}/{objective.value}/loss" in record
+    ]
+    if f"{prefix}/tokens_per_second" in record:
+        parts.append(f"{record[f'{prefix}/tokens_per_second']:,.0f} tokens/s")
+    return ", ".join(parts)
