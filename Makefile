@@ -41,7 +41,8 @@ lint: install
 	$(BIN)/ruff format --check .
 
 bench: install
-	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-enable
+	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-columns=median,iqr,rounds
+	$(BIN)/python -m benchmarks.bench_tokenize
 
 clean:
 	rm -rf $(DEMO) .pytest_cache .ruff_cache .hypothesis .benchmarks build *.egg-info

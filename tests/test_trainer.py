@@ -17,6 +17,8 @@ from gptbert.inputs import Inputs
 from gptbert.metrics import read_records
 from gptbert.objectives import HybridPlan, Objective
 from gptbert.schedules import learning_rate
+from gptbert.token_store import TokenStore
+from gptbert.tokenizer import BOS_ID
 from gptbert.trainer import Trainer, fit
 from tests.runs import flags, write_inputs
 
@@ -187,6 +189,20 @@ def test_a_run_leaves_everything_it_promises(inputs):
     assert settings["model"]["hidden_size"] == 32
     model = load_model(run, weights="model")
     assert isinstance(model.embedding.word_embedding.weight, torch.Tensor)
+
+
+def test_upstreams_token_file_trains_the_same(inputs):
+    store = TokenStore.open(inputs / "train.safetensors")
+    documents = [
+        torch.tensor([BOS_ID, *store.shards[0][start : start + length]], dtype=torch.int16)
+        for start, length in zip(store.document_starts, store.document_lengths, strict=True)
+    ]
+    torch.save(documents, inputs / "train.bin")
+    records = []
+    for name, path in (("own", inputs / "train.safetensors"), ("upstream", inputs / "train.bin")):
+        fit(parse(TrainConfig, flags(inputs, name=name, train_path=path, max_steps=2, validation_steps=1)))
+        records.append([record.get("train/loss") for record in read_records(inputs / "runs" / name / "metrics.jsonl")])
+    assert records[0] == records[1]
 
 
 def batch_sizes(steps):
