@@ -1,5 +1,6 @@
 """What a run shows on the screen."""
 
+import shutil
 import sys
 
 from tqdm import tqdm
@@ -24,7 +25,7 @@ def progress_bar(config: TrainConfig, world: World, first_step: int) -> tqdm:
         disable=not world.is_main,
         mininterval=interval,
         maxinterval=interval,
-        dynamic_ncols=True,
+        ncols=shutil.get_terminal_size(fallback=(100, 24)).columns,  # some terminals say 0, and tqdm believes it
     )
 
 
