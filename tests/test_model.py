@@ -12,21 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gptbert.config import ModelConfig
 from gptbert.model import IGNORE_INDEX, GPTBert, masked_softmax, position_bucket, select_labelled
 from gptbert.upstream import from_upstream, to_upstream
+from tests.conftest import TINY
 from tests.numerics import relative_error
 
 GOLDEN = Path(__file__).parent / "golden"
-TINY = ModelConfig(
-    hidden_size=24,
-    intermediate_size=40,
-    num_attention_heads=2,
-    num_hidden_layers=2,
-    vocab_size=61,
-    max_position_embeddings=64,
-    position_bucket_size=8,
-    attention_probs_dropout_prob=0.0,
-    hidden_dropout_prob=0.0,
-    layer_norm_eps=1e-5,
-)
 
 
 @pytest.fixture(scope="module", params=["model_a", "model_b"])
