@@ -12,6 +12,7 @@ run folder/checkpoints/step_00001000/
 import json
 import re
 import shutil
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ class Checkpoint:
         model: weights, names of `GPTBert`.
         ema: their moving average.
         optimizer: its state_dict.
-        rank_states: by rank, the random state and whatever else differs between ranks.
+        rank_states: by rank, the random state ("random") and the sums since the last record ("sums").
         mask_counts: `MaskHistory.counts`, or None where it is off.
     """
 
@@ -79,11 +80,10 @@ def save(checkpoint: Checkpoint, config: TrainConfig, model_config: ModelConfig)
         for file in temporary.iterdir():
             finish(file)
         finish(temporary)
-        if final.exists():  # a run resumed from an earlier step comes by again
+        if final.exists():
             _delete(final)
         temporary.rename(final)
         finish(final.parent)
-        # a run resumed from an earlier step keeps what it has just written, whatever its number
         others = [folder for folder in list_checkpoints(config.run_dir) if folder != final]
         for folder in others[: max(0, len(others) + 1 - config.keep_checkpoints)]:
             _delete(folder)
@@ -113,7 +113,7 @@ def find(config: TrainConfig) -> Path | None:
     if config.resume is None:
         if existing:
             raise InputError(
-                f"--output_dir {config.output_dir} already holds checkpoints of a run named {config.name!r}: "
+                f"--output_dir and --name: {config.run_dir} already holds checkpoints; "
                 "go on with --resume auto, or give another --name"
             )
         return None
@@ -135,11 +135,7 @@ def find(config: TrainConfig) -> Path | None:
 
 def changed_settings(path: Path, config: TrainConfig) -> list[str]:
     """Settings that differ from those of the run that wrote a checkpoint, where they bear on the result."""
-    try:
-        there = json.loads((path / "train_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return ["train_config.json cannot be read"]
-    here = config.to_dict()
+    here, there = config.to_dict(), _saved_settings(path)
     return [
         f"--{name} {there.get(name)} -> {here[name]}"
         for name in here
@@ -147,12 +143,15 @@ def changed_settings(path: Path, config: TrainConfig) -> list[str]:
     ]
 
 
-def check_tokenizer(path: Path, config: TrainConfig) -> None:
-    """Compare the checkpoint's tokenizer with the run's.
+def check_settings(path: Path, config: TrainConfig) -> None:
+    """Refuse to go on from a checkpoint with what its weights and moments do not fit.
 
     Raises:
-        InputError: they differ, so the weights would read other tokens than they learnt.
+        InputError: the tokenizer or the optimizer is another one.
     """
+    optimizer = _saved_settings(path).get("optimizer")
+    if optimizer != config.optimizer:
+        raise InputError(f"--optimizer {config.optimizer}, but {path} was trained with {optimizer}")
     if tokenizer_hash(path / "tokenizer.json") != tokenizer_hash(config.tokenizer_path):
         raise InputError(f"--tokenizer_path {config.tokenizer_path} is not the tokenizer that {path} was trained with")
 
@@ -165,14 +164,19 @@ def load(path: Path, model_config: ModelConfig) -> Checkpoint:
     """
     try:
         saved_config = ModelConfig.from_json(path / "model_config.json")
-        state = torch.load(path / _STATE, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch wonders aloud about damaged pickles
+            state = torch.load(path / _STATE, map_location="cpu", weights_only=True)
         weights = {name: from_upstream(load_file(path / f"{name}.safetensors")) for name in ("model", "ema")}
         checkpoint = Checkpoint(**weights, **state)
     except InputError:
         raise
     except Exception as error:  # a damaged pickle can raise anything
         reason = str(error).partition("\n")[0]
-        raise InputError(f"--resume {path}: the checkpoint is damaged ({reason}); try an earlier one") from error
+        raise InputError(
+            f"--resume {path}: the checkpoint is damaged ({reason[:100]}); "
+            "delete its folder, and --resume auto takes the one before"
+        ) from error
     for name in ("model", "ema"):
         _check_weights(path / f"{name}.safetensors", getattr(checkpoint, name), saved_config)
     if saved_config != model_config:
@@ -208,6 +212,13 @@ def load_model(path: Path, weights: str = "ema") -> GPTBert:
 
 def _folder(run_dir: Path) -> Path:
     return run_dir / "checkpoints"
+
+
+def _saved_settings(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads((path / "train_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"--resume {path}: its train_config.json is missing or damaged") from error
 
 
 def _check_weights(file: Path, weights: dict[str, Tensor], config: ModelConfig) -> None:

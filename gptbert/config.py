@@ -9,6 +9,8 @@ from typing import Literal
 
 from gptbert.errors import InputError
 
+_LARGEST_SIZE = 10_000_000
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -31,9 +33,8 @@ class ModelConfig:
             kinds = (int,) if field.type is int else (int, float)
             if isinstance(value, bool) or not isinstance(value, kinds):
                 raise InputError(f"{field.name} is {value!r}, expected a number of type {field.type.__name__}")
-        for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}, expected at least 1")
+            if field.type is int and not 1 <= value <= _LARGEST_SIZE:
+                raise InputError(f"{field.name} is {value}, expected a number from 1 to {_LARGEST_SIZE}")
         if self.hidden_size % self.num_attention_heads:
             raise InputError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
@@ -60,11 +61,12 @@ class ModelConfig:
         """
         path = Path(path)
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
         except FileNotFoundError as error:
             raise InputError(f"model config {path}: no such file (see configs/ for examples)") from error
-        except (OSError, ValueError) as error:
-            raise InputError(f"model config {path}: cannot be read as JSON ({error})") from error
+        except (OSError, ValueError, RecursionError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"model config {path}: cannot be read as JSON ({reason})") from error
         if not isinstance(values, dict):
             raise InputError(f"model config {path}: expected a JSON object")
         known = [field.name for field in dataclasses.fields(cls)]
@@ -76,6 +78,15 @@ class ModelConfig:
             return cls(**values)
         except InputError as error:
             raise InputError(f"model config {path}: {error}") from None
+
+
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Refuse a JSON object that gives a key twice, of which Python would take the last."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)} is given twice")
+    return values
 
 
 @dataclass(frozen=True)
@@ -146,9 +157,9 @@ class TrainConfig:
     """Share of the steps, at the end, in which the learning rate falls from a tenth to 0."""
 
     mask_p_start: float = 0.3
-    """Share of tokens masked at the first step; it moves linearly."""
+    """Share of tokens masked at the first step; it moves linearly to mask_p_end."""
     mask_p_end: float = 0.15
-    """Share of tokens masked at the last step."""
+    """Share of tokens masked when max_steps is reached."""
     mask_random_p: float = 0.1
     """Share of masked tokens replaced by a random one."""
     mask_keep_p: float = 0.1
@@ -163,7 +174,8 @@ class TrainConfig:
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: a GPU where there is one."""
     cpu_threads: int = 0
-    """Threads per process on the CPU; 0 divides this machine's cores among its processes."""
+    """Threads per process on the CPU, whatever OMP_NUM_THREADS says; 0 divides this machine's cores among its
+    processes."""
     timeout: int = 600
     """Seconds after which a collective operation that hangs ends the run."""
     seed: int = 42
@@ -208,10 +220,18 @@ class TrainConfig:
         ):  # fmt: skip
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"--{name} is {getattr(self, name)}, expected a number from 0 to 1")
-        below = {"optimizer_beta1": 1, "optimizer_beta2": 1, "learning_rate": math.inf, "seed": 2**32}
+        below = {
+            "optimizer_beta1": 1, "optimizer_beta2": 1, "learning_rate": math.inf, "weight_decay": math.inf,
+            "optimizer_eps": math.inf, "max_gradient": math.inf, "z_loss_weight": math.inf, "batch_reduction": math.inf,
+            "seed": 2**32, "timeout": 10**7, "global_batch_size": 10**7, "local_batch_size": 10**7,
+            "max_steps": 10**8, "seq_length": _LARGEST_SIZE,
+        }  # fmt: skip
         for name, limit in below.items():
             if not getattr(self, name) < limit:
                 raise InputError(f"--{name} is {getattr(self, name)}, expected a number below {limit}")
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
         if self.hybrid_numerator > self.hybrid_denominator:
             raise InputError(
                 f"--hybrid_numerator {self.hybrid_numerator} is above --hybrid_denominator {self.hybrid_denominator}: "
@@ -223,6 +243,8 @@ class TrainConfig:
             raise InputError("--mask_random_p and --mask_keep_p together are above 1")
         if self.max_gradient == 0:
             raise InputError("--max_gradient is 0, which would clip every gradient away; expected a positive number")
+        if len(self.name.encode()) > 200:
+            raise InputError(f"--name has {len(self.name.encode())} bytes, expected at most 200")
         if self.name in {"", ".", ".."} or "/" in self.name or "\\" in self.name or "\0" in self.name:
             raise InputError(f"--name {self.name!r} must be the name of one folder inside --output_dir")
 

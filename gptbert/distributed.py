@@ -60,6 +60,8 @@ class World:
             yield
         except InputError as error:
             message = str(error)
+        except OSError as error:
+            message = f"{error.filename}: {error.strerror}"
         failed = [text for text in self.all_gather(message) if text]
         if failed:
             raise InputError(failed[0])
@@ -83,7 +85,10 @@ def connect(config: TrainConfig) -> Iterator[World]:
         yield World(rank, world_size, device)
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout))
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout))
+    except ValueError as error:  # a variable of torchrun's environment is missing
+        raise InputError(f"{error} (torchrun sets it)") from error
     try:
         yield World(rank, world_size, device)
     finally:

@@ -1,6 +1,9 @@
 """The files that a run is given, opened and checked against each other."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.errors import InputError
@@ -31,8 +34,10 @@ class Inputs:
         Raises:
             InputError: a file is missing or damaged, or files do not belong together.
         """
-        model_config = ModelConfig.from_json(config.config_file)
-        vocab_size = load_tokenizer(config.tokenizer_path).get_vocab_size()
+        with naming("--config_file"):
+            model_config = ModelConfig.from_json(config.config_file)
+        with naming("--tokenizer_path"):
+            vocab_size = load_tokenizer(config.tokenizer_path).get_vocab_size()
         if vocab_size > model_config.vocab_size:
             raise InputError(
                 f"--tokenizer_path {config.tokenizer_path} has {vocab_size} tokens, more than vocab_size "
@@ -44,17 +49,33 @@ class Inputs:
         return cls(
             model_config,
             vocab_size,
-            _open_store("--train_path", config, model_config, longest_row),
-            _open_store("--valid_path", config, model_config, config.seq_length),
+            _open_store("--train_path", config.train_path, config, model_config, longest_row),
+            _open_store("--valid_path", config.valid_path, config, model_config, config.seq_length),
         )
 
+    def check_ids(self) -> None:
+        """Read both token files once; one rank is enough.
 
-def _open_store(flag: str, config: TrainConfig, model_config: ModelConfig, row_length: int) -> TokenStore:
-    path = config.train_path if flag == "--train_path" else config.valid_path
+        Raises:
+            InputError: an id is outside its file's vocabulary.
+        """
+        for flag, store in (("--train_path", self.train_store), ("--valid_path", self.valid_store)):
+            with naming(flag):
+                store.check_ids()
+
+
+@contextmanager
+def naming(flag: str) -> Iterator[None]:
+    """A block whose InputErrors name the flag that the user gave."""
     try:
-        store = TokenStore.open(path)
+        yield
     except InputError as error:
         raise InputError(f"{flag}: {error}") from None
+
+
+def _open_store(flag: str, path: Path, config: TrainConfig, model_config: ModelConfig, row_length: int) -> TokenStore:
+    with naming(flag):
+        store = TokenStore.open(path)
     if store.tokenizer_hash not in {None, tokenizer_hash(config.tokenizer_path)}:
         raise InputError(
             f"{flag} {path} was written with another tokenizer than --tokenizer_path {config.tokenizer_path}; "

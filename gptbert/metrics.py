@@ -17,6 +17,7 @@ from gptbert.config import TrainConfig
 from gptbert.distributed import World
 from gptbert.errors import InputError
 from gptbert.objectives import Objective
+from gptbert.progress import say
 from kernels import MaskedCrossEntropy
 
 
@@ -126,9 +127,11 @@ def _records(path: Path) -> list[tuple[str, dict[str, Any]]]:
     records = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []:
         try:
-            records.append((line.rstrip("\n") + "\n", json.loads(line)))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+            record["step"] += 0
+        except (json.JSONDecodeError, TypeError, KeyError):
             break
+        records.append((line.rstrip("\n") + "\n", record))
     return records
 
 
@@ -142,25 +145,35 @@ class Wandb:
     def __init__(self, config: TrainConfig, settings: dict[str, Any]) -> None:
         import wandb  # noqa: PLC0415  slow to import, and only the main rank needs it
 
-        mode = _wandb_mode() if config.wandb_mode == "auto" else config.wandb_mode
         id_file = config.run_dir / "wandb_id"
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(4), encoding="utf-8")
-        try:
-            self._run = wandb.init(
-                project=config.wandb_project,
-                entity=config.wandb_entity,
-                name=config.name,
-                id=id_file.read_text(encoding="utf-8").strip(),
-                resume="allow" if mode == "online" else None,
-                dir=config.run_dir,
-                mode=mode,
-                config=settings,
-                settings=wandb.Settings(silent=True),
-            )
-        except wandb.Error as error:
-            reason = str(error).partition("\n")[0]
-            raise InputError(f"--wandb_mode {mode}: {reason} (--wandb_mode offline needs no account)") from error
+        modes = [config.wandb_mode]
+        if config.wandb_mode == "auto":
+            modes = ["online", "offline"] if _wandb_mode() == "online" else [_wandb_mode()]
+        for mode in modes:
+            try:
+                self._run = wandb.init(
+                    project=config.wandb_project,
+                    entity=config.wandb_entity,
+                    name=config.name,
+                    id=id_file.read_text(encoding="utf-8").strip(),
+                    resume="allow" if mode == "online" else None,
+                    dir=config.run_dir,
+                    mode=mode,
+                    config=settings,
+                    settings=wandb.Settings(silent=True),
+                )
+            except wandb.Error as error:
+                reason = str(error).partition("\n")[0]
+                if mode == modes[-1]:
+                    raise InputError(
+                        f"wandb does not start ({mode}): {reason}; --wandb_mode disabled goes without it, "
+                        "--wandb_mode offline needs no account"
+                    ) from error
+                say(f"wandb is not reached ({reason}); recording offline")
+            else:
+                break
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """See `Tracker`."""
@@ -174,6 +187,8 @@ class Wandb:
 def _wandb_mode() -> str:
     """Online where the user is logged in; WANDB_MODE, where set, decides."""
     if mode := os.environ.get("WANDB_MODE"):
+        if mode not in {"online", "offline", "disabled"}:
+            raise InputError(f"WANDB_MODE is {mode!r}, expected online, offline or disabled")
         return mode
     if os.environ.get("WANDB_API_KEY"):
         return "online"

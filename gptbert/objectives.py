@@ -1,5 +1,6 @@
 """The two objectives, and the plan that says which rank trains which rows of which objective at a step."""
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 
@@ -171,14 +172,16 @@ class HybridPlan:
         return masked, total - masked
 
     def _choose_mode(self) -> str:
-        denominator = self.config.hybrid_denominator
+        denominator = self.config.hybrid_denominator // math.gcd(
+            self.config.hybrid_numerator, self.config.hybrid_denominator
+        )
         fits = self.world_size % denominator == 0
         if self.config.hybrid_mode == "auto":
             return "rank" if fits else "batch"
         if self.config.hybrid_mode == "rank" and not fits:
             sizes = ", ".join(str(denominator * multiple) for multiple in (1, 2, 3))
             raise InputError(
-                f"--hybrid_mode rank with --hybrid_denominator {denominator} needs {sizes}, … processes, not "
-                f"{self.world_size}; --hybrid_mode batch works with any number"
+                f"--hybrid_mode rank with --hybrid_denominator {self.config.hybrid_denominator} needs {sizes}, … "
+                f"processes, not {self.world_size}; --hybrid_mode batch works with any number"
             )
         return self.config.hybrid_mode

@@ -97,6 +97,16 @@ class TokenStore:
             raise InputError(f"token file {path}: holds no tokens; tokenize a corpus that is not empty")
         return store
 
+    def check_ids(self) -> None:
+        """Read all tokens once.
+
+        Raises:
+            InputError: an id is not below `vocab_size`.
+        """
+        largest = max(int(shard.max(initial=0)) for shard in self.shards)
+        if largest >= self.vocab_size:
+            raise InputError(f"token id {largest} in a store of {self.vocab_size} ids; tokenize the corpus again")
+
     def gather(self, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Read pieces of documents, end to end.
 
@@ -260,6 +270,8 @@ def _open_shard(file: Path) -> _Shard:
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(f"token file {file}: damaged or cut short ({reason}); tokenize the corpus again") from error
+    if tokens.ndim != 1 or tokens.dtype.kind != "u" or offsets.ndim != 1 or offsets.dtype != np.int64:
+        raise InputError(f"token file {file}: its arrays have unexpected types; tokenize the corpus again")
     monotonic = len(offsets) > 0 and offsets[0] == 0 and offsets[-1] == len(tokens) and (np.diff(offsets) >= 0).all()
     if not monotonic:
         raise InputError(f"token file {file}: its document offsets do not fit its tokens; tokenize the corpus again")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 
@@ -37,15 +38,25 @@ def fit(config: TrainConfig) -> None:
     with connect(config) as world:
         with world.agreed():
             inputs = Inputs.open(config)
+            if world.is_main:
+                inputs.check_ids()
             plan = HybridPlan(config, world.world_size)
             path = checkpoint.find(config)
             resumed = checkpoint.load(path, inputs.model_config) if path else None
             if resumed:
-                checkpoint.check_tokenizer(path, config)
-            if resumed and resumed.step >= config.max_steps:
+                checkpoint.check_settings(path, config)
+        first_step = resumed.step if resumed else 0
+        with world.agreed():
+            if len({(step, settings) for step, settings in world.all_gather((first_step, config))}) > 1:
                 raise InputError(
-                    f"--resume {path}: its step {resumed.step} is the end of --max_steps {config.max_steps}"
+                    f"--output_dir {config.output_dir}: the processes found different checkpoints there, or were given "
+                    "different flags; it must be one folder that all hosts see"
                 )
+            if first_step >= config.max_steps and config.resume != "auto":
+                raise InputError(f"--resume {path}: its step {first_step} is the end of --max_steps {config.max_steps}")
+        if first_step >= config.max_steps:
+            say(f"{config.name}: finished already, {path} is step {first_step} of {config.max_steps}")
+            return
         with world.agreed():
             if world.is_main:
                 prepare_run_dir(config, inputs.model_config, world)
@@ -181,7 +192,11 @@ class Trainer:
         return gradient_norm
 
     def training_record(self, gradient_norm: Tensor, throughput: Throughput) -> dict[str, float]:
-        """Means since the last record, and the schedules' values at the step just done; every rank must call it."""
+        """Means since the last record, and the schedules' values at the step just done; every rank must call it.
+
+        Raises:
+            InputError: the loss or the gradient is no longer finite.
+        """
         step = self.step - 1
         means = self.sums.means(self.world)
         self.sums = LossSums(self.world.device)
@@ -197,8 +212,14 @@ class Trainer:
                 record[f"train/{objective.value}/{name}"] = values[name]
         record["train/perplexity"] = perplexity(record["train/loss"])
         tokens = self.plan.tokens_before(self.step)
+        norm = gradient_norm.item()
+        if not (math.isfinite(record["train/loss"]) and math.isfinite(norm)):
+            raise InputError(
+                f"training diverged by step {self.step}: loss {record['train/loss']}, gradient norm {norm}; go on from "
+                "an earlier checkpoint (--resume PATH, another --name) with a lower --learning_rate"
+            )
         return record | {
-            "train/gradient_norm": gradient_norm.item(),
+            "train/gradient_norm": norm,
             "train/learning_rate": schedules.learning_rate(self.config, step),
             "train/batch_size": schedules.batch_size(self.config, step),
             "train/sequence_length": self.config.seq_length * schedules.length_factor(self.config, step),
@@ -239,7 +260,8 @@ class Trainer:
         self.step = resumed.step
         self.model.load_state_dict(resumed.model)
         self.ema.model.load_state_dict(resumed.ema)
-        self.optimizer.load_state_dict(resumed.optimizer)
+        state = self.optimizer.state_dict()  # the run's own settings; the checkpoint's moments
+        self.optimizer.load_state_dict({"state": resumed.optimizer["state"], "param_groups": state["param_groups"]})
         if self.mask_history and resumed.mask_counts is not None:
             self.mask_history.counts.copy_(resumed.mask_counts)
         if len(resumed.rank_states) == self.world.world_size:

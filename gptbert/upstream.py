@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -103,7 +104,9 @@ def read_token_file(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         InputError: the file is damaged, holds anything but integer tensors (code is never run).
     """
     try:
-        documents = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch wonders aloud about pickles that are refused anyway
+            documents = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(
             f"token file {path}: refused, since it holds more than tensors (maybe code); tokenize the corpus again"

@@ -8,6 +8,7 @@ import socket
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from gptbert.command_line import run_command
 from gptbert.config import TrainConfig
@@ -54,6 +55,15 @@ def own_tokens(inputs, vocab_size):
     return foreign_tokens(inputs, vocab_size, tokenizer_hash(inputs / "tokenizer.json"))
 
 
+def damaged_tokens(inputs):
+    """A token file whose last token id is not below its own vocabulary size."""
+    content = bytearray((inputs / "valid.safetensors").read_bytes())
+    with safe_open(inputs / "valid.safetensors", "np") as file:
+        tokens = file.get_tensor("tokens")
+    content[content.index(tokens.tobytes()) + 2 * len(tokens) - 1] |= 0x02  # + 512
+    return write(inputs / "damaged.safetensors", bytes(content))
+
+
 def write(path, content):
     path.write_bytes(content)
     return path
@@ -80,6 +90,21 @@ CASES = {
         lambda i: {"train_path": own_tokens(i, 400)},
         ["--train_path", "399", "vocab_size 320"],
     ),
+    "token ids above the file's own": (
+        lambda i: {"valid_path": damaged_tokens(i)},
+        ["--valid_path", "token id 5"],
+    ),
+    "key given twice": (
+        lambda i: {"config_file": write(i / "twice.json", b'{"hidden_size": 32, "hidden_size": 64}')},
+        ["--config_file", "hidden_size is given twice"],
+    ),
+    "config of absurd size": (
+        lambda i: {"config_file": bad_model(i, hidden_size=10**12)},
+        ["--config_file", "hidden_size is 1000000000000"],
+    ),
+    "name too long": (lambda i: {"name": "n" * 300}, ["--name has 300 bytes"]),
+    "path too long": (lambda i: {"train_path": "n" * 300}, ["nnn", "too long"]),
+    "infinite weight decay": (lambda i: {"weight_decay": "inf"}, ["--weight_decay is inf"]),
     "unknown config key": (lambda i: {"config_file": bad_model(i, hidden_sise=3)}, ["hidden_sise", "bad.json"]),
     "missing config key": (lambda i: {"config_file": bad_model(i, hidden_size=None)}, ["hidden_size", "bad.json"]),
     "config is not JSON": (lambda i: {"config_file": i / "train.safetensors"}, ["train.safetensors", "JSON"]),
@@ -160,9 +185,27 @@ def test_resume_from_an_older_checkpoint_needs_another_name(finished, capfd):
 
 
 def test_resume_of_a_finished_run_says_so(finished, capfd):
+    records = (finished / "runs/finished/metrics.jsonl").read_text()
+    run(flags(finished, name="finished", resume="auto", max_steps=2))  # what a batch system does once too often
+    assert "finished already" in capfd.readouterr().err
+    assert (finished / "runs/finished/metrics.jsonl").read_text() == records
     with pytest.raises(SystemExit):
-        run(flags(finished, name="finished", resume="auto", max_steps=2))
+        run(flags(finished, name="other", resume=finished / "runs/finished", max_steps=2))
     assert "--max_steps 2" in capfd.readouterr().err
+
+
+def test_resume_with_another_optimizer_is_refused(finished, capfd):
+    with pytest.raises(SystemExit):
+        run(flags(finished, name="finished", resume="auto", optimizer="adamw", max_steps=4))
+    assert "--optimizer adamw" in capfd.readouterr().err
+
+
+def test_a_run_that_diverges_says_so_and_saves_nothing(finished, capfd):
+    with pytest.raises(SystemExit) as end:
+        run(flags(finished, name="diverged", learning_rate=1e30, max_steps=8, warmup_proportion=0))
+    assert end.value.code == 1
+    assert "diverged" in capfd.readouterr().err.splitlines()[-1]
+    assert not (finished / "runs/diverged/checkpoints").exists()
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "training_state.pt", "model_config.json"])

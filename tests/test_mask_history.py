@@ -1,0 +1,33 @@
+"""Counting how often each token was masked."""
+
+import torch
+
+from gptbert.distributed import World
+from gptbert.mask_history import MaskHistory
+from gptbert.model import IGNORE_INDEX
+
+WORLD = World(0, 1, torch.device("cpu"))
+
+
+def test_counts_labels_by_their_place_in_the_store():
+    history = MaskHistory(10, WORLD)
+    positions = torch.tensor([[-1, 3, 4], [7, -1, 9]])
+    labels = torch.tensor([[IGNORE_INDEX, 50, IGNORE_INDEX], [60, IGNORE_INDEX, 70]])
+    for _ in range(2):
+        history.update(positions, labels, capacity=4)
+    assert history.lookup(torch.arange(10)).tolist() == [0, 0, 0, 2, 0, 0, 0, 2, 0, 2]
+    assert history.lookup(positions).shape == positions.shape
+
+
+def test_counts_stay_at_their_largest_value():
+    history = MaskHistory(2, WORLD)
+    for _ in range(300):
+        history.update(torch.tensor([[1]]), torch.tensor([[9]]), capacity=1)
+    assert history.lookup(torch.tensor([0, 1])).tolist() == [0, 255]
+
+
+def test_a_rank_without_rows_counts_nothing():
+    history = MaskHistory(3, WORLD)
+    nothing = torch.full((0, 5), IGNORE_INDEX)
+    history.update(nothing, nothing, capacity=2)
+    assert history.counts[:3].sum() == 0
