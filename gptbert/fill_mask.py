@@ -30,8 +30,8 @@ def fill_masks(model: GPTBert, tokenizer: Tokenizer, text: str, top_k: int = 3) 
     masks = (ids[0] == MASK_ID).nonzero().squeeze(-1)
     if len(masks) == 0:
         raise InputError(f"no <mask> in {text!r}")
-    hidden = model.encode(ids, torch.zeros_like(ids), causal=False)
-    best = model.logits(hidden[0, masks - 1]).float().softmax(dim=-1).topk(top_k)  # [masks, top_k]
+    hidden_states = model.encode(ids, torch.zeros_like(ids), causal=False)
+    best = model.logits(hidden_states[0, masks - 1]).float().softmax(dim=-1).topk(top_k)  # [masks, top_k]
     return [
         [(tokenizer.decode([token]), probability) for token, probability in zip(*row, strict=True)]
         for row in zip(best.indices.tolist(), best.values.tolist(), strict=True)

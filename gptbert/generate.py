@@ -35,8 +35,8 @@ def continue_text(
     generator = torch.Generator().manual_seed(seed)
     ids = torch.tensor([tokenizer.encode(prompt).ids], device=device)  # [1, T]
     for _ in range(num_tokens):
-        hidden = model.encode(ids, torch.zeros_like(ids), causal=True)
-        logits = model.logits(hidden[:, -1])[0].float().cpu()  # [V]
+        hidden_states = model.encode(ids, torch.zeros_like(ids), causal=True)
+        logits = model.logits(hidden_states[:, -1])[0].float().cpu()  # [V]
         logits[: MASK_ID + 1] = -torch.inf  # text holds no special tokens
         logits[tokenizer.get_vocab_size() :] = -torch.inf
         best = logits.topk(min(top_k, len(logits)))

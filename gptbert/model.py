@@ -55,11 +55,11 @@ class GPTBert(nn.Module):
         """
         mask = attention_mask(document_ids, causal)
         buckets = self.position_buckets(input_ids.shape[1])
-        hidden, relative = self.embedding(input_ids)
-        representations = [hidden]
+        hidden_states, relative = self.embedding(input_ids)
+        representations = [hidden_states]
         for block in self.blocks:
-            hidden = block(hidden, representations, relative, buckets, mask)
-        return hidden
+            hidden_states = block(hidden_states, representations, relative, buckets, mask)
+        return hidden_states
 
     def forward(
         self,
@@ -83,10 +83,11 @@ class GPTBert(nn.Module):
         Returns:
             Sums over the labelled positions; see `kernels.MaskedCrossEntropy`.
         """
-        hidden = self.encode(input_ids, document_ids, causal)
-        hidden, labels = select_labelled(hidden.flatten(0, 1), labels.flatten(), label_capacity)  # [N, D], [N]
+        hidden_states = self.encode(input_ids, document_ids, causal)
+        # [B·T, D] to [N, D]: the head sees labelled positions only
+        hidden_states, labels = select_labelled(hidden_states.flatten(0, 1), labels.flatten(), label_capacity)
         return masked_cross_entropy(
-            self.head(hidden),
+            self.head(hidden_states),
             self.embedding.word_embedding.weight,
             labels,
             self.head.bias,
@@ -94,9 +95,9 @@ class GPTBert(nn.Module):
             z_loss_weight=z_loss_weight,
         )
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden_states: Tensor) -> Tensor:
         """Scores [..., V] of the next token for representations [..., D] from `encode`."""
-        return F.linear(self.head(hidden), self.embedding.word_embedding.weight, self.head.bias)
+        return F.linear(self.head(hidden_states), self.embedding.word_embedding.weight, self.head.bias)
 
     def position_buckets(self, length: int) -> Tensor:
         """[T, T] int64: β(i, j) of query i and key j."""
@@ -119,8 +120,8 @@ class Embedding(nn.Module):
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """[B, T] ids to x0 [B, T, D] and r [P, D]."""
-        hidden = self.dropout(self.layer_norm(self.word_embedding(input_ids)))
-        return hidden, self.relative_layer_norm(self.relative_embedding)
+        hidden_states = self.dropout(self.layer_norm(self.word_embedding(input_ids)))
+        return hidden_states, self.relative_layer_norm(self.relative_embedding)
 
 
 class Block(nn.Module):
@@ -134,12 +135,12 @@ class Block(nn.Module):
         self.feed_forward_mix = LayerWeighting(2 * layer + 3)
 
     def forward(
-        self, hidden: Tensor, representations: list[Tensor], relative: Tensor, buckets: Tensor, mask: Tensor
+        self, hidden_states: Tensor, representations: list[Tensor], relative: Tensor, buckets: Tensor, mask: Tensor
     ) -> Tensor:
         """x_{2l} [B, T, D] to x_{2l+2}; appends y_{2l+1} and y_{2l+2} to `representations`."""
-        representations.append(hidden + self.attention(hidden, relative, buckets, mask))
-        hidden = self.attention_mix(representations)
-        representations.append(hidden + self.feed_forward(hidden))
+        representations.append(hidden_states + self.attention(hidden_states, relative, buckets, mask))
+        hidden_states = self.attention_mix(representations)
+        representations.append(hidden_states + self.feed_forward(hidden_states))
         return self.feed_forward_mix(representations)
 
 
@@ -159,18 +160,18 @@ class Attention(nn.Module):
         self.attention_dropout = nn.Dropout(config.attention_probs_dropout_prob)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, hidden: Tensor, relative: Tensor, buckets: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, relative: Tensor, buckets: Tensor, mask: Tensor) -> Tensor:
         """The sub-layer's output [B, T, D].
 
         Args:
-            hidden: [B, T, D].
+            hidden_states: [B, T, D].
             relative: [P, D], normalised position vectors.
             buckets: [T, T], β(i, j).
             mask: [B, 1, T, T] bool, True where query i may see key j.
         """
-        hidden = self.input_norm(hidden)
-        query, key = self.query_key(hidden).chunk(2, dim=-1)
-        value, gate = self.value_gate(hidden).chunk(2, dim=-1)
+        hidden_states = self.input_norm(hidden_states)
+        query, key = self.query_key(hidden_states).chunk(2, dim=-1)
+        value, gate = self.value_gate(hidden_states).chunk(2, dim=-1)
         position_query, position_key = self.query_key(self.dropout(relative)).chunk(2, dim=-1)
         scores = self.scores(
             self.heads(query), self.heads(key), self.heads(position_query), self.heads(position_key), buckets
@@ -209,9 +210,9 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, T, D] to [B, T, D]."""
-        linear, gate = self.up(self.input_norm(hidden)).chunk(2, dim=-1)
+        linear, gate = self.up(self.input_norm(hidden_states)).chunk(2, dim=-1)
         return self.dropout(self.down(self.inner_norm(linear * F.gelu(gate, approximate="tanh"))))
 
 
@@ -243,9 +244,9 @@ class Head(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         """[N, D] to [N, D]."""
-        return self.dropout(self.output_norm(F.gelu(self.dense(self.input_norm(hidden)))))
+        return self.dropout(self.output_norm(F.gelu(self.dense(self.input_norm(hidden_states)))))
 
 
 def layer_norm(size: int, config: ModelConfig) -> nn.LayerNorm:
@@ -281,11 +282,11 @@ def masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
     return scores.softmax(dim=-1).masked_fill(~mask, 0.0)
 
 
-def select_labelled(hidden: Tensor, labels: Tensor, capacity: int | None) -> tuple[Tensor, Tensor]:
-    """The rows of `hidden` that carry a label.
+def select_labelled(hidden_states: Tensor, labels: Tensor, capacity: int | None) -> tuple[Tensor, Tensor]:
+    """The rows of `hidden_states` that carry a label.
 
     Args:
-        hidden: [B·T, D].
+        hidden_states: [B·T, D].
         labels: [B·T].
         capacity: number of rows to return, at least the number of labels; the rest is filled with unlabelled rows.
             None counts the labels, for which a GPU has to wait.
@@ -296,8 +297,8 @@ def select_labelled(hidden: Tensor, labels: Tensor, capacity: int | None) -> tup
     labelled = labels != IGNORE_INDEX
     if capacity is None:
         rows = labelled.nonzero().squeeze(-1)
-        return hidden[rows], labels[rows]
+        return hidden_states[rows], labels[rows]
     if capacity >= len(labels):
-        return hidden, labels
+        return hidden_states, labels
     rows = labelled.nonzero_static(size=capacity, fill_value=-1).squeeze(-1)
-    return hidden[rows], torch.where(rows >= 0, labels[rows], IGNORE_INDEX)
+    return hidden_states[rows], torch.where(rows >= 0, labels[rows], IGNORE_INDEX)
