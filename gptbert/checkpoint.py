@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gptbert.config import ModelConfig, TrainConfig
-from gptbert.errors import InputError
+from gptbert.errors import InputError, first_line
 from gptbert.files import finish
 from gptbert.model import GPTBert
 from gptbert.tokenizer import tokenizer_hash
@@ -89,7 +89,7 @@ def save(checkpoint: Checkpoint, config: TrainConfig, model_config: ModelConfig)
             _delete(folder)
     except (OSError, RuntimeError, SafetensorError) as error:  # libraries have their own words for a full disk
         shutil.rmtree(temporary, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise InputError(f"checkpoint {final}: cannot be written ({reason})") from error
     return final
 
@@ -172,7 +172,7 @@ def load(path: Path, model_config: ModelConfig) -> Checkpoint:
     except InputError:
         raise
     except Exception as error:  # a damaged pickle can raise anything
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
         raise InputError(
             f"--resume {path}: the checkpoint is damaged ({reason[:100]}); "
             "delete its folder, and --resume auto takes the one before"
@@ -206,7 +206,7 @@ def load_model(path: Path, weights: str = "ema") -> GPTBert:
     try:
         model.load_state_dict(from_upstream(load_file(path / f"{weights}.safetensors")))
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{path}: the checkpoint is damaged ({str(error).partition(chr(10))[0]})") from error
+        raise InputError(f"{path}: the checkpoint is damaged ({first_line(error)})") from error
     return model.eval()
 
 

@@ -103,9 +103,9 @@ class RowStream:
         skipped = np.maximum(start - begins, 0)
         kept = np.minimum(ends - 1, end) - begins - skipped
         is_content[ends[ends <= end] - 1 - start] = False
-        filled = int(min(end, ends[-1] if len(ends) else start) - start)
+        filled = int(min(end, ends[-1]) - start)
         is_content[filled:] = False
-        content, sources = self.store.gather(self.store.document_starts[documents] + skipped, np.maximum(kept, 0))
+        content, sources = self.store.gather(self.store.document_starts[documents] + skipped, kept)
         tokens[is_content] = content
         positions[is_content] = sources
         if stop == self.slots_per_epoch:

@@ -7,3 +7,8 @@ class InputError(Exception):
     The message is one line that names the flag, file or line at fault and what would work; commands print it without a
     traceback and exit with a non-zero status.
     """
+
+
+def first_line(error: Exception) -> str:
+    """What a library says of its error, cut to the one line that a message has room for."""
+    return str(error).partition("\n")[0]

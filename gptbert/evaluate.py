@@ -30,14 +30,7 @@ class Validation:
         self._config = config
         self._world = world
         self._stream = RowStream(store, config.seq_length, shuffle=False)
-        self._masking = Masking(
-            mask_p=config.validation_mask_p,
-            random_p=config.mask_random_p,
-            keep_p=config.mask_keep_p,
-            vocab_size=vocab_size,
-            num_special_tokens=config.n_special_tokens,
-            seed=_MASK_SEED,
-        )
+        self._masking = Masking.of(config, vocab_size, mask_p=config.validation_mask_p, seed=_MASK_SEED)
         self.num_rows = self._stream.slots_per_epoch
         if config.validation_steps:
             self.num_rows = min(self.num_rows, config.validation_steps * config.global_batch_size)

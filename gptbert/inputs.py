@@ -45,12 +45,13 @@ class Inputs:
             )
         if config.n_special_tokens >= vocab_size:
             raise InputError(f"--n_special_tokens {config.n_special_tokens} leaves no ordinary token of {vocab_size}")
+        digest = tokenizer_hash(config.tokenizer_path)
         longest_row = config.seq_length * (4 if config.seq_length_growth else 1)
         return cls(
             model_config,
             vocab_size,
-            _open_store("--train_path", config.train_path, config, model_config, longest_row),
-            _open_store("--valid_path", config.valid_path, config, model_config, config.seq_length),
+            _open_store("--train_path", config.train_path, config, model_config, digest, longest_row),
+            _open_store("--valid_path", config.valid_path, config, model_config, digest, config.seq_length),
         )
 
     def check_ids(self) -> None:
@@ -73,10 +74,12 @@ def naming(flag: str) -> Iterator[None]:
         raise InputError(f"{flag}: {error}") from None
 
 
-def _open_store(flag: str, path: Path, config: TrainConfig, model_config: ModelConfig, row_length: int) -> TokenStore:
+def _open_store(
+    flag: str, path: Path, config: TrainConfig, model_config: ModelConfig, digest: str, row_length: int
+) -> TokenStore:
     with naming(flag):
         store = TokenStore.open(path)
-    if store.tokenizer_hash not in {None, tokenizer_hash(config.tokenizer_path)}:
+    if store.tokenizer_hash not in {None, digest}:
         raise InputError(
             f"{flag} {path} was written with another tokenizer than --tokenizer_path {config.tokenizer_path}; "
             "tokenize the corpus again or name its tokenizer"

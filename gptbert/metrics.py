@@ -15,7 +15,7 @@ import torch
 
 from gptbert.config import TrainConfig
 from gptbert.distributed import World
-from gptbert.errors import InputError
+from gptbert.errors import InputError, first_line
 from gptbert.objectives import Objective
 from gptbert.progress import say
 from kernels import MaskedCrossEntropy
@@ -150,7 +150,8 @@ class Wandb:
             id_file.write_text(secrets.token_hex(4), encoding="utf-8")
         modes = [config.wandb_mode]
         if config.wandb_mode == "auto":
-            modes = ["online", "offline"] if _wandb_mode() == "online" else [_wandb_mode()]
+            mode = _wandb_mode()
+            modes = ["online", "offline"] if mode == "online" else [mode]
         for mode in modes:
             try:
                 self._run = wandb.init(
@@ -165,7 +166,7 @@ class Wandb:
                     settings=wandb.Settings(silent=True),
                 )
             except wandb.Error as error:
-                reason = str(error).partition("\n")[0]
+                reason = first_line(error)
                 if mode == modes[-1]:
                     raise InputError(
                         f"wandb does not start ({mode}): {reason}; --wandb_mode disabled goes without it, "

@@ -60,6 +60,11 @@ class Masking:
     num_special_tokens: int
     seed: int
 
+    @classmethod
+    def of(cls, config: TrainConfig, vocab_size: int, *, mask_p: float, seed: int) -> "Masking":
+        """The run's replacements, with a share and a seed that differ between training and validation."""
+        return cls(mask_p, config.mask_random_p, config.mask_keep_p, vocab_size, config.n_special_tokens, seed)
+
 
 def causal_batch(tokens: Tensor, document_ids: Tensor) -> Batch:
     """CLM: every token that is not `<s>` or padding is a label. Both arguments are [B, T + 1]."""

@@ -23,7 +23,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from gptbert.errors import InputError
+from gptbert.errors import InputError, first_line
 from gptbert.files import finish
 
 FORMAT = "gptbert-tokens-1"
@@ -246,7 +246,7 @@ def _write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise InputError(f"output {path}: cannot be written ({reason})") from error
 
 
@@ -268,7 +268,7 @@ def _open_shard(file: Path) -> _Shard:
             offsets = handle.get_tensor("document_offsets").numpy()
             vocab_size, digest = int(metadata["vocab_size"]), metadata["tokenizer_hash"]
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
         raise InputError(f"token file {file}: damaged or cut short ({reason}); tokenize the corpus again") from error
     if tokens.ndim != 1 or tokens.dtype.kind != "u" or offsets.ndim != 1 or offsets.dtype != np.int64:
         raise InputError(f"token file {file}: its arrays have unexpected types; tokenize the corpus again")

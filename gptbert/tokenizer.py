@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from gptbert.errors import InputError
+from gptbert.errors import InputError, first_line
 
 UNK_ID, BOS_ID, EOS_ID, PAD_ID, MASK_ID = range(5)
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<mask>", *(f"<special_{i}>" for i in range(11)))
@@ -24,7 +24,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:
-        raise InputError(f"tokenizer {path}: not a tokenizers JSON file ({_first_line(error)})") from error
+        raise InputError(f"tokenizer {path}: not a tokenizers JSON file ({first_line(error)})") from error
     for token_id, token in enumerate(SPECIAL_TOKENS[: MASK_ID + 1]):
         if tokenizer.token_to_id(token) != token_id:
             raise InputError(
@@ -39,10 +39,6 @@ def tokenizer_hash(path: str | Path) -> str:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"tokenizer {path}: cannot be read as JSON ({_first_line(error)})") from error
+        raise InputError(f"tokenizer {path}: cannot be read as JSON ({first_line(error)})") from error
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]

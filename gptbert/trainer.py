@@ -55,7 +55,8 @@ def fit(config: TrainConfig) -> None:
             if first_step >= config.max_steps and config.resume != "auto":
                 raise InputError(f"--resume {path}: its step {first_step} is the end of --max_steps {config.max_steps}")
         if first_step >= config.max_steps:
-            say(f"{config.name}: finished already, {path} is step {first_step} of {config.max_steps}")
+            if world.is_main:
+                say(f"{config.name}: finished already, {path} is step {first_step} of {config.max_steps}")
             return
         with world.agreed():
             if world.is_main:
@@ -344,14 +345,8 @@ class Trainer:
         return rows * min(length, most)
 
     def _masking(self) -> Masking:
-        return Masking(
-            mask_p=schedules.mask_probability(self.config, self.step),
-            random_p=self.config.mask_random_p,
-            keep_p=self.config.mask_keep_p,
-            vocab_size=self.inputs.vocab_size,
-            num_special_tokens=self.config.n_special_tokens,
-            seed=self.config.seed,
-        )
+        mask_p = schedules.mask_probability(self.config, self.step)
+        return Masking.of(self.config, self.inputs.vocab_size, mask_p=mask_p, seed=self.config.seed)
 
     def _micro_batch_rows(self) -> int:
         return max(1, self.config.local_batch_size // schedules.length_factor(self.config, self.step))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gptbert.config import ModelConfig
-from gptbert.errors import InputError
+from gptbert.errors import InputError, first_line
 from gptbert.model import position_bucket
 from gptbert.tokenizer import BOS_ID
 
@@ -112,7 +112,7 @@ def read_token_file(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
             f"token file {path}: refused, since it holds more than tensors (maybe code); tokenize the corpus again"
         ) from error
     except Exception as error:  # a damaged pickle can raise anything
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
         raise InputError(f"token file {path}: damaged or not a token file ({reason})") from error
     integers = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64)
     if not isinstance(documents, list) or not all(
