@@ -1,8 +1,13 @@
 """Fixtures that several files need. Those that return a function last a session, so that hypothesis takes them."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports a kernel: Triton then runs it on CPU tensors
 
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.token_store import TokenStore
@@ -25,6 +30,12 @@ TINY = ModelConfig(
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def device():
+    """Where kernels are tested: the GPU, if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(params=BACKENDS)

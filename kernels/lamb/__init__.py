@@ -35,7 +35,7 @@ def lamb_step(
         weight_decay: decoupled decay; 0 also switches the trust ratio off (spec: no-decay groups take Adam's step).
         backend: see `kernels.backend.choose_backend`.
     """
-    choose_backend(backend)
+    choose_backend(backend, params[0].device)
     reference.lamb_step(
         params,
         grads,

@@ -36,7 +36,7 @@ def masked_cross_entropy(
     Raises:
         RuntimeError: a label is neither `ignore_index` nor in 0 … V − 1 (on a GPU: a device assert).
     """
-    choose_backend(backend)
+    choose_backend(backend, hidden.device)
     return reference.masked_cross_entropy(
         hidden, weight, labels, bias, ignore_index=ignore_index, z_loss_weight=z_loss_weight
     )
@@ -51,5 +51,5 @@ def cross_entropy_from_logits(
     backend: str | None = None,
 ) -> MaskedCrossEntropy:
     """The same as `masked_cross_entropy` for logits [N, V] that exist already."""
-    choose_backend(backend)
+    choose_backend(backend, logits.device)
     return reference.cross_entropy_from_logits(logits, labels, ignore_index=ignore_index, z_loss_weight=z_loss_weight)

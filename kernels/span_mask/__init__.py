@@ -46,7 +46,7 @@ def span_mask(
     Raises:
         ValueError: a share is outside [0, 1], or no token is left to draw from.
     """
-    choose_backend(backend)
+    choose_backend(backend, tokens.device)
     if not 0 <= mask_p <= 1 or random_p < 0 or keep_p < 0 or random_p + keep_p > 1:
         raise ValueError(f"mask_p {mask_p}, random_p {random_p}, keep_p {keep_p}: shares lie in [0, 1]")
     if vocab_size <= num_special_tokens:

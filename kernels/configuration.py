@@ -1,0 +1,33 @@
+"""What it takes to build a kernel without a GPU."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One way in which a launcher can start a kernel.
+
+    Every `kernel.py` has a function `configurations()` that lists all of them, from the same tables that its launchers
+    choose from, so that what is inspected is what runs.
+
+    Attributes:
+        name: operation, kernel and what sets this configuration apart, such as "lamb/moments fp32".
+        kernel: the `@triton.jit` function.
+        types: Triton's type of each run-time argument: "*bf16", "i64", "fp32".
+        constants: value of each `tl.constexpr` argument.
+        num_warps: of each program.
+        aligned: run-time arguments that are multiples of 16 (pointers: bytes), as the JIT finds out at launch.
+        streams: whether memory traffic is what it costs, so that 128-bit loads and stores are required.
+        may_spill: whether registers may run out, which needs a reason beside it in the code.
+    """
+
+    name: str
+    kernel: Any
+    types: Mapping[str, str]
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    num_warps: int = 4
+    aligned: frozenset[str] = frozenset()
+    streams: bool = True
+    may_spill: bool = False
