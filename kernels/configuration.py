@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+MAX_THREADS = 1024  # in a program, on every GPU here
+
 
 @dataclass(frozen=True)
 class Configuration:
@@ -17,7 +19,8 @@ class Configuration:
         kernel: the `@triton.jit` function.
         types: Triton's type of each run-time argument: "*bf16", "i64", "fp32".
         constants: value of each `tl.constexpr` argument.
-        num_warps: of each program.
+        num_warps: of each program, counted in warps of 32 threads; see `fitting_warps`.
+        max_registers: a thread's limit on NVIDIA GPUs (Triton's `maxnreg`), or None.
         aligned: run-time arguments that are multiples of 16 (pointers: bytes), as the JIT finds out at launch.
         streams: whether memory traffic is what it costs, so that 128-bit loads and stores are required.
         may_spill: whether registers may run out, which needs a reason beside it in the code.
@@ -28,6 +31,12 @@ class Configuration:
     types: Mapping[str, str]
     constants: Mapping[str, Any] = field(default_factory=dict)
     num_warps: int = 4
+    max_registers: int | None = None
     aligned: frozenset[str] = frozenset()
     streams: bool = True
     may_spill: bool = False
+
+
+def fitting_warps(num_warps: int, warp_size: int) -> int:
+    """`num_warps`, or what a program can have of it where a warp has more than 32 threads (AMD: 64)."""
+    return min(num_warps, MAX_THREADS // warp_size)

@@ -1,9 +1,10 @@
 """Cross-entropy over the labelled rows, with z-loss and accuracy from the same logits."""
 
+import torch
 from torch import Tensor
 
 from kernels.backend import choose_backend
-from kernels.masked_cross_entropy import reference
+from kernels.masked_cross_entropy import op
 from kernels.masked_cross_entropy.reference import MaskedCrossEntropy
 
 __all__ = ["MaskedCrossEntropy", "cross_entropy_from_logits", "masked_cross_entropy"]
@@ -19,11 +20,17 @@ def masked_cross_entropy(
     z_loss_weight: float = 0.0,
     backend: str | None = None,
 ) -> MaskedCrossEntropy:
-    """Cross-entropy of logits = hidden · weightᵀ + bias.
+    """Cross-entropy of logits = hidden · weightᵀ + bias, without ever holding all logits.
+
+    Rows go through in chunks: matrix product, then loss and gradient of the chunk in one pass. The gradients of all
+    inputs are computed in the forward, those of weight and bias accumulated in fp32, and a backward only multiplies
+    them by `grad_output`. There is no second derivative. On the CPU ignored rows are left out of the matrix products;
+    on a GPU that would mean to wait for their number, so there callers gather the labelled rows (see
+    `gptbert.model.select_labelled`). Under autocast, products are in its type, whatever the inputs'.
 
     Args:
-        hidden: [N, D], the head's last representation.
-        weight: [V, D], often tied to the embedding.
+        hidden: [N, D] floating point, the head's last representation.
+        weight: [V, D], often tied to the embedding; its type may differ.
         labels: [N] integers; rows with `ignore_index` count for nothing.
         bias: [V] or None.
         ignore_index: label of the rows left out.
@@ -34,12 +41,31 @@ def masked_cross_entropy(
         Sums over the labelled rows. Without any, zeros that still carry a (zero) gradient to every input.
 
     Raises:
+        ValueError: shapes do not fit together.
         RuntimeError: a label is neither `ignore_index` nor in 0 … V − 1 (on a GPU: a device assert).
     """
-    choose_backend(backend, hidden.device)
-    return reference.masked_cross_entropy(
-        hidden, weight, labels, bias, ignore_index=ignore_index, z_loss_weight=z_loss_weight
+    _check_shapes(hidden, weight, labels, bias)
+    backend = choose_backend(backend, hidden.device)
+    inputs = [tensor for tensor in (hidden, weight, bias) if tensor is not None]
+    with_gradient = torch.is_grad_enabled()
+    needs = [with_gradient and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)]
+    sums, counts, *gradients = op.masked_cross_entropy(
+        hidden.detach(),
+        weight.detach(),
+        labels,
+        None if bias is None else bias.detach(),
+        ignore_index,
+        z_loss_weight,
+        _compute_dtype(hidden),
+        needs,
+        backend,
     )
+    total = sums[0] + z_loss_weight * sums[1]
+    if any(needs):
+        inputs = [tensor for tensor, needed in zip((hidden, weight, bias), needs, strict=True) if needed]
+        gradients = [gradient for gradient, needed in zip(gradients, needs, strict=True) if needed]
+        total = op.attach_gradients(total, inputs, gradients, False, backend)
+    return MaskedCrossEntropy(total, sums[0], sums[1], counts[0], counts[1])
 
 
 def cross_entropy_from_logits(
@@ -48,8 +74,56 @@ def cross_entropy_from_logits(
     *,
     ignore_index: int = -100,
     z_loss_weight: float = 0.0,
+    scale: float | Tensor = 1.0,
+    reuse_logits: bool = False,
     backend: str | None = None,
 ) -> MaskedCrossEntropy:
-    """The same as `masked_cross_entropy` for logits [N, V] that exist already."""
-    choose_backend(backend, logits.device)
-    return reference.cross_entropy_from_logits(logits, labels, ignore_index=ignore_index, z_loss_weight=z_loss_weight)
+    """The same as `masked_cross_entropy` for logits that exist already: each is read once, each gradient written once.
+
+    The gradient is computed in the forward. A backward with `grad_output` 1 hands it over as it is; any other costs one
+    more pass over it, so a factor that is known before (one over the number of labels, say) belongs in `scale`. The
+    gradient has one piece of memory, so a second backward through the same result is an error.
+
+    Args:
+        logits: [N, V] fp32, bf16 or fp16 (fp64 in tests; computed by PyTorch, as are vocabularies above 65,536).
+        labels: [N] integers; rows with `ignore_index` are not read, and their gradients are zero.
+        ignore_index: label of the rows left out.
+        z_loss_weight: weight of logsumexp² in `total`.
+        scale: factor of `total` alone: a number, or an fp32 scalar on the device.
+        reuse_logits: allow the gradient to take the place of the logits, which are lost. Only for logits that nothing
+            else needs, such as the output of a linear layer.
+        backend: see `kernels.backend.choose_backend`.
+
+    Raises:
+        ValueError: shapes do not fit together.
+        RuntimeError: a label is neither `ignore_index` nor in 0 … V − 1 (on a GPU: a device assert), or a second
+            backward.
+    """
+    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
+        raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)}: expected [N, V] and [N]")
+    backend = choose_backend(backend, logits.device)
+    with_gradient = torch.is_grad_enabled() and logits.requires_grad
+    scale = torch.as_tensor(scale, dtype=torch.float32, device=logits.device)
+    settings = (ignore_index, z_loss_weight)
+    if reuse_logits and with_gradient:
+        gradient = logits.detach()
+        sums, counts = op.cross_entropy_(gradient, labels, scale, *settings, backend)
+    else:
+        sums, counts, gradient = op.cross_entropy(logits.detach(), labels, scale, *settings, with_gradient, backend)
+    total = scale * (sums[0] + z_loss_weight * sums[1])
+    if with_gradient:
+        total = op.attach_gradients(total, [logits], [gradient], True, backend)
+    return MaskedCrossEntropy(total, sums[0], sums[1], counts[0], counts[1])
+
+
+def _compute_dtype(hidden: Tensor) -> torch.dtype:
+    if torch.is_autocast_enabled(hidden.device.type):
+        return torch.get_autocast_dtype(hidden.device.type)
+    return hidden.dtype
+
+
+def _check_shapes(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
+    fits = hidden.ndim == weight.ndim == 2 and hidden.shape[1] == weight.shape[1] and labels.shape == hidden.shape[:1]
+    if not fits or (bias is not None and bias.shape != weight.shape[:1]):
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (hidden, weight, labels, bias) if tensor is not None)
+        raise ValueError(f"hidden, weight, labels, bias are {shapes}: expected [N, D], [V, D], [N], [V]")
