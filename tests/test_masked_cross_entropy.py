@@ -8,6 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import cross_entropy_from_logits, masked_cross_entropy
+from kernels.masked_cross_entropy import op
+from kernels.masked_cross_entropy.check import comparisons, random_logits
+from tests.mutation import mutated
 from tests.numerics import assert_accurate
 
 IGNORED = -100
@@ -88,6 +91,208 @@ def test_sums_and_all_gradients_are_accurate(backend, dtype, vocab, rows, ignore
     off_target = {"hidden": None, "weight": no_label[:, None], "bias": no_label}
     for name, gradient in case.gradients().items():
         assert_accurate(gradient, reference_gradients[name], plain_gradients[name], off_target[name], name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("rows", "vocab"), [(1, 1), (127, 131), (3, 8192), (5, 12001), (3, 32769), (2, 65536), (2, 65537)]
+)
+@pytest.mark.parametrize("ignored", ["none", "some", "all"])
+def test_logits_of_odd_shapes(backend, device, dtype, rows, vocab, ignored):
+    logits, labels = random_logits(max(rows, 4), vocab, dtype, device)
+    logits, labels = logits[-rows:], labels[-rows:]
+    labels = {"none": labels.clamp(min=0), "some": labels, "all": torch.full_like(labels, IGNORED)}[ignored]
+    if ignored == "some":
+        labels[0] = IGNORED
+    runs = {}
+    for kind, run_dtype in (("actual", dtype), ("reference", torch.float64), ("plain", dtype)):
+        inputs = logits.detach().to(run_dtype, copy=True).requires_grad_()
+        if kind == "actual":
+            sums = cross_entropy_from_logits(inputs, labels, z_loss_weight=Z_WEIGHT, backend=backend)[:3]
+        else:
+            sums = expected_sums(inputs if run_dtype == torch.float64 else inputs.float(), labels, Z_WEIGHT)
+        sums[0].backward()
+        runs[kind] = (*(tensor.detach() for tensor in sums), inputs.grad)
+    off_target = torch.arange(vocab, device=device) != labels[:, None]
+    for name, *tensors in zip(("total", "loss", "z_loss", "gradient"), *runs.values(), strict=True):
+        assert_accurate(*tensors, off_target if name == "gradient" else None, name)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 7, 64])
+def test_chunks_add_up(backend, monkeypatch, chunk_rows):
+    monkeypatch.setitem(op.CHUNK_ELEMENTS, backend, chunk_rows * 131)
+    case = make_case(127, 131, torch.float32)
+    result = masked_cross_entropy(
+        case.hidden, case.weight, case.labels, case.bias, z_loss_weight=Z_WEIGHT, backend=backend
+    )
+    result.total.backward()
+    reference, reference_gradients = run_expected(case, torch.float64, Z_WEIGHT, 1)
+    plain, plain_gradients = run_expected(case, torch.float32, Z_WEIGHT, 1)
+    for actual, exact, rough in zip(result[:3], reference, plain, strict=True):
+        assert_accurate(actual.detach(), exact.detach(), rough.detach())
+    for name, gradient in case.gradients().items():
+        assert_accurate(gradient, reference_gradients[name], plain_gradients[name], name=name)
+
+
+def test_uninitialised_memory_is_overwritten(backend, monkeypatch):
+    """Everything that torch.empty returns is NaN or the largest integer here."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    monkeypatch.setitem(op.CHUNK_ELEMENTS, backend, 50 * 1009)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        for dtype in (torch.float32, torch.bfloat16):
+            test_sums_and_all_gradients_are_accurate(backend, dtype, 1009, 127, 0.4, True)
+            test_logits_of_odd_shapes(backend, torch.device("cpu"), dtype, 5, 12001, "some")
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def run_both(case, backend, function=lambda f: f):
+    """Sums and gradients of both public functions, through `function` (torch.compile, say)."""
+    case = case.to(case.hidden.dtype)
+    hidden_loss = function(lambda *a: masked_cross_entropy(*a, z_loss_weight=Z_WEIGHT, backend=backend))
+    logits_loss = function(lambda *a: cross_entropy_from_logits(*a, z_loss_weight=Z_WEIGHT, scale=0.5, backend=backend))
+    masked = hidden_loss(case.hidden, case.weight, case.labels, case.bias)
+    (masked.total * 3).backward()
+    logits = F.linear(case.hidden, case.weight, case.bias).detach().requires_grad_()
+    direct = logits_loss(logits, case.labels)
+    (direct.total * 3).backward()
+    return [tensor.detach() for tensor in (*masked, *case.gradients().values(), *direct, logits.grad)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_two_calls_give_the_same_bits(backend, dtype):
+    case = make_case(127, 1009, dtype)
+    assert all(torch.equal(*pair) for pair in zip(run_both(case, backend), run_both(case, backend), strict=True))
+
+
+@pytest.mark.parametrize("ignored", [0.4, 1.1])
+def test_compiled_equals_eager_in_every_output(backend, ignored):
+    case = make_case(33, 131, torch.float32, ignored=ignored)
+    torch.compiler.reset()
+    compiled = run_both(case, backend, lambda function: torch.compile(function, fullgraph=True))
+    for actual, expected in zip(compiled, run_both(case, backend), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
+
+
+def test_another_number_of_rows_does_not_recompile(backend):
+    torch.compiler.reset()
+    compiled = torch.compile(
+        lambda hidden, weight, labels: masked_cross_entropy(hidden, weight, labels, backend=backend).total,
+        fullgraph=True,
+    )
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows in (5, 9, 64):
+            case = make_case(rows, 131, torch.float32, bias=False)
+            torch._dynamo.mark_dynamic(case.hidden, 0)
+            torch._dynamo.mark_dynamic(case.labels, 0)
+            total = compiled(case.hidden, case.weight, case.labels)
+            total.backward()
+            expected = masked_cross_entropy(case.hidden, case.weight, case.labels, backend=backend).total
+            torch.testing.assert_close(total, expected)
+
+
+def test_operations_are_registered_rightly(backend):
+    case = make_case(9, 131, torch.float32)
+    hidden, weight, bias = (tensor.detach() for tensor in case.inputs.values())
+    logits, scale = F.linear(hidden, weight, bias), torch.tensor(0.5)
+    for with_gradient in (True, False):
+        rows = (logits, case.labels, scale, IGNORED, Z_WEIGHT)
+        torch.library.opcheck(op.cross_entropy, (*rows, with_gradient, backend))
+        masked = (hidden, weight, case.labels, bias, IGNORED, Z_WEIGHT, torch.float32, [with_gradient] * 3, backend)
+        torch.library.opcheck(op.masked_cross_entropy, masked)
+    torch.library.opcheck(op.cross_entropy_, (logits.clone(), case.labels, scale, IGNORED, Z_WEIGHT, backend))
+    torch.library.opcheck(op.multiply_, (logits.clone(), scale, backend))
+    inputs = [case.hidden, case.weight]
+    gradients = [torch.randn_like(tensor) for tensor in inputs]
+    torch.library.opcheck(
+        op.attach_gradients, (torch.tensor(1.0, requires_grad=True), inputs, gradients, False, backend)
+    )
+
+
+def test_reusing_the_logits_changes_no_result_and_is_declared(backend):
+    logits, labels = random_logits(9, 131, torch.float32, torch.device("cpu"))
+    runs = []
+    for reuse in (False, True):
+        leaf = logits.clone().requires_grad_()
+        own = leaf * 1.0
+        result = cross_entropy_from_logits(own, labels, z_loss_weight=Z_WEIGHT, reuse_logits=reuse, backend=backend)
+        (result.total * 3).backward()
+        runs.append([*(tensor.detach() for tensor in result), leaf.grad])
+        assert torch.equal(own, logits) is not reuse
+    assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
+    leaf = logits.clone().requires_grad_()
+    own = leaf.exp()  # needs its own output in its backward
+    total = cross_entropy_from_logits(own, labels, reuse_logits=True, backend=backend).total
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
+
+
+def test_scale_is_a_factor_of_the_total_alone(backend):
+    logits, labels = random_logits(9, 131, torch.float32, torch.device("cpu"))
+    plain, scaled = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    one = cross_entropy_from_logits(plain, labels, z_loss_weight=Z_WEIGHT, backend=backend)
+    quarter = cross_entropy_from_logits(
+        scaled, labels, z_loss_weight=Z_WEIGHT, scale=torch.tensor(0.25), backend=backend
+    )
+    one.total.backward()
+    quarter.total.backward()
+    assert torch.equal(quarter.total, one.total / 4)
+    assert all(torch.equal(*pair) for pair in zip(quarter[1:], one[1:], strict=True))
+    assert torch.equal(scaled.grad, plain.grad / 4)
+
+
+def test_a_second_backward_is_right_or_an_error(backend):
+    case = make_case(9, 131, torch.float32)
+    total = masked_cross_entropy(case.hidden, case.weight, case.labels, backend=backend).total
+    first = torch.autograd.grad(total * 2, case.hidden, retain_graph=True)[0].clone()
+    assert torch.equal(torch.autograd.grad(total * 2, case.hidden)[0], first)
+    logits = torch.randn(9, 131, requires_grad=True)
+    total = cross_entropy_from_logits(logits, case.labels, backend=backend).total
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
+
+
+def test_without_gradients_none_are_computed(backend):
+    case = make_case(9, 131, torch.float32)
+    with torch.no_grad():
+        result = masked_cross_entropy(case.hidden, case.weight, case.labels, case.bias, backend=backend)
+    with_gradients = masked_cross_entropy(case.hidden, case.weight, case.labels, case.bias, backend=backend)
+    assert not result.total.requires_grad
+    assert torch.equal(result.total, with_gradients.total)
+    frozen = masked_cross_entropy(case.hidden, case.weight.detach(), case.labels, backend=backend)
+    frozen.total.backward()
+    assert case.hidden.grad is not None
+    assert case.weight.grad is None
+
+
+def test_autocast_multiplies_in_bf16_and_returns_wide_gradients(backend):
+    case = make_case(64, 131, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = masked_cross_entropy(
+            case.hidden, case.weight, case.labels, case.bias, z_loss_weight=Z_WEIGHT, backend=backend
+        )
+    result.total.backward()
+    narrow = case.to(torch.bfloat16)
+    reference, gradients = run_expected(narrow, torch.float64, Z_WEIGHT, 1)
+    plain, plain_gradients = run_expected(narrow, torch.bfloat16, Z_WEIGHT, 1)
+    assert_accurate(result.total.detach(), reference[0].detach(), plain[0].detach())
+    for name, gradient in case.gradients().items():
+        assert gradient.dtype == torch.float32
+        assert_accurate(gradient.bfloat16(), gradients[name], plain_gradients[name], name=name)
+
+
+@pytest.mark.parametrize(
+    "shapes", [[(4, 8), (9, 7), (4,)], [(4, 8), (9, 8), (5,)], [(4, 8), (9, 8), (4,), (8,)], [(2, 2, 8), (9, 8), (4,)]]
+)
+def test_shapes_that_do_not_fit_are_named(backend, shapes):
+    hidden, weight, labels, *bias = (torch.zeros(shape) for shape in shapes)
+    with pytest.raises(ValueError, match=r"expected \[N, D\], \[V, D\], \[N\], \[V\]"):
+        masked_cross_entropy(hidden, weight, labels.long(), *bias, backend=backend)
+    with pytest.raises(ValueError, match=r"expected \[N, V\] and \[N\]"):
+        cross_entropy_from_logits(torch.zeros(3, 5), torch.zeros(4, dtype=torch.long), backend=backend)
 
 
 @pytest.mark.parametrize("ignore_index", [-100, -1, 5])
@@ -254,3 +459,53 @@ def test_the_tolerance_rejects_planted_bugs(backend, bug, vocab, dtype):
         return
     with pytest.raises(AssertionError):
         assert_accurate(PLANTED[bug](logits, case.labels).to(dtype), reference, plain, off_target)
+
+
+MUTANTS = {
+    "ignored row has a loss": ("tl.store(loss_ptr + row, 0.0)", "tl.store(loss_ptr + row, 1.0)"),
+    "ignored row has a z-loss": ("tl.store(z_loss_ptr + row, 0.0)", "tl.store(z_loss_ptr + row, 1.0)"),
+    "ignored row is correct": ("tl.store(correct_ptr + row, 0)", "tl.store(correct_ptr + row, 1)"),
+    "ignored row has a gradient": ("zeros = tl.zeros([BLOCK],", "zeros = 1 + tl.zeros([BLOCK],"),
+    "ignored row is not written": ("zeros, mask=inside)", "zeros, mask=inside & (lanes < 0))"),
+    "largest logit of the last block only": ("largest = tl.maximum(largest,", "largest = tl.maximum(-1e30,"),
+    "sum of the last block only": ("total += tl.exp(", "total = tl.exp("),
+    "last class left out": (
+        "entries = tl.load(logits_ptr",
+        "inside &= piece * BLOCK + lanes < vocab_size - 1\n        entries = tl.load(logits_ptr",
+    ),
+    "missing classes count as zero": ('other=float("-inf")', "other=0.0"),
+    "last of equals wins": (
+        "predicted = tl.min(predicted, axis=0)",
+        "predicted = tl.max(tl.where(predicted == _NO_COLUMN, -1, predicted), axis=0)",
+    ),
+    "prediction inside its block": ("tl.where(is_largest, piece * BLOCK + lanes,", "tl.where(is_largest, lanes,"),
+    "logsumexp not squared": ("tl.store(z_loss_ptr + row, lse * lse)", "tl.store(z_loss_ptr + row, lse)"),
+    "loss from the unshifted logit": ("shifted_lse - (target - largest)", "shifted_lse - target"),
+    "logsumexp rounded": ("lse = largest + shifted_lse", "lse = (largest + shifted_lse).to(tl.float16).to(tl.float32)"),
+    "z-loss has no gradient": ("(1 + 2 * z_loss_weight * lse)", "1"),
+    "derivative of a square without its 2": ("(1 + 2 * z_loss_weight * lse)", "(1 + z_loss_weight * lse)"),
+    "softmax not normalised": ("* lse) / total", "* lse)"),
+    "scale left out of the softmax": ("factor = scale * (", "factor = ("),
+    "scale left out at the label": ("entries - scale, entries)", "entries - 1, entries)"),
+    "label's entry forgotten": ("entries - scale, entries)", "entries, entries)"),
+    "label's entry in every block": ("column - piece * BLOCK, entries", "column % BLOCK, entries"),
+    "label's entry in the first block": ("column - piece * BLOCK, entries", "column, entries"),
+    "last class has no gradient": (
+        "lanes, entries.to(gradient_ptr.dtype.element_ty), mask=inside)",
+        "lanes, entries.to(gradient_ptr.dtype.element_ty), mask=lanes < vocab_size - 1 - piece * BLOCK)",
+    ),
+    "grad_output dropped": ("if scale == 1.0:", "if scale == scale:"),
+    "grad_output in the first block only": ("columns = tl.program_id(1) * BLOCK", "columns = tl.program_id(1) * 2**20"),
+}  # fmt: skip
+
+
+def test_the_check_passes_on_both_backends(backend, device):
+    results = list(comparisons(device, backend))
+    assert len(results) > 100
+    assert [result for result in results if not result.passed] == []
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_the_check_rejects_mutants(device, tmp_path, mutant):
+    with mutated("kernels.masked_cross_entropy.kernel", *MUTANTS[mutant], tmp_path):
+        assert any(not result.passed for result in comparisons(device, "triton"))

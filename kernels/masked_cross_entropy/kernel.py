@@ -10,31 +10,37 @@ from torch import Tensor
 from kernels.configuration import Configuration, fitting_warps
 
 MAX_VOCAB_SIZE = 65_536
-_PIECE = 8192  # entries that all threads load together: 8 of two bytes for each of 1,024
+_ENTRIES_PER_LOAD = 8  # of each thread: 128 bits of two-byte entries, twice 128 of fp32
+_SCALE_BLOCK = 8192
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _NO_COLUMN = tl.constexpr(2**31 - 1)
 
 
 class Layout(NamedTuple):
-    """How a program holds a row: `pieces` blocks, the last one masked where the vocabulary ends."""
+    """How a program holds a row: `pieces` blocks, all but the first `full_pieces` masked where the vocabulary ends."""
 
     block: int
     pieces: int
+    full_pieces: int
     num_warps: int
-    max_registers: int | None
+    max_registers: int
 
 
-def layout(vocab_size: int) -> Layout:
+def layout(vocab_size: int, is_aligned: bool = True) -> Layout:
     """The layout for a vocabulary of 1 … MAX_VOCAB_SIZE.
 
-    Registers decide: the limits let two or three programs share a multiprocessor up to 16,384, so that one loads while
-    another computes, and above that 1,024 threads take all registers there are.
+    Up to 64 entries a thread in 128 registers, which leaves enough for the arithmetic on every GPU looked at; several
+    programs then share a multiprocessor up to 16,384, so that one loads while another computes. Above 32,768 a program
+    would need more threads with so many registers than there are, and spills. Rows that do not start at multiples of
+    16 bytes are loaded entry by entry, which takes more registers: half as many entries a thread.
     """
-    if vocab_size <= _PIECE:
-        block = max(1024, triton.next_power_of_2(vocab_size))
-        return Layout(block, 1, max(4, block // 512), 40 if block == _PIECE else None)
-    pieces = triton.cdiv(vocab_size, _PIECE)
-    return Layout(_PIECE, pieces, 16, 64) if pieces == 2 else Layout(_PIECE, pieces, 32, 64)
+    choices = (0, 1, 2, 4, 6, 8)  # pieces: few, so that there are few kernels to compile
+    num_warps, most_pieces = 4, 8 if is_aligned else 4
+    while num_warps < 32 and vocab_size > most_pieces * num_warps * 32 * _ENTRIES_PER_LOAD:
+        num_warps *= 2
+    block = num_warps * 32 * _ENTRIES_PER_LOAD
+    choice = next(index for index, pieces in enumerate(choices) if pieces * block >= vocab_size)
+    return Layout(block, choices[choice], choices[choice - 1], num_warps, 128 if num_warps < 32 else 64)
 
 
 @triton.jit
@@ -53,6 +59,7 @@ def rows_kernel(
     z_loss_weight: tl.float32,
     BLOCK: tl.constexpr,
     PIECES: tl.constexpr,
+    FULL_PIECES: tl.constexpr,
     WRITE_GRADIENT: tl.constexpr,
 ):
     """One program a row. `gradient_ptr` may be `logits_ptr`: a row is in registers before its gradient is written."""
@@ -68,42 +75,46 @@ def rows_kernel(
         if WRITE_GRADIENT:
             zeros = tl.zeros([BLOCK], gradient_ptr.dtype.element_ty)
             for piece in tl.static_range(PIECES):
-                columns = piece * BLOCK + lanes
-                tl.store(gradient_ptr + columns, zeros, mask=columns < vocab_size)
+                inside = (lanes < vocab_size - piece * BLOCK) | (piece < FULL_PIECES)
+                tl.store(gradient_ptr + piece * BLOCK + lanes, zeros, mask=inside)
         return
 
     target = tl.load(logits_ptr + label).to(tl.float32)
     logits = ()
     largest = tl.full([BLOCK], float("-inf"), tl.float32)
     for piece in tl.static_range(PIECES):
-        columns = piece * BLOCK + lanes
-        entries = tl.load(logits_ptr + columns, mask=columns < vocab_size, other=float("-inf"))
+        inside = (lanes < vocab_size - piece * BLOCK) | (piece < FULL_PIECES)
+        entries = tl.load(logits_ptr + piece * BLOCK + lanes, mask=inside, other=float("-inf"))
         logits = logits + (entries,)
         largest = tl.maximum(largest, entries.to(tl.float32))
     largest = tl.max(largest, axis=0)
 
-    total = tl.zeros([BLOCK], tl.float32)
+    # the first of equals is the prediction, as in torch.max
     predicted = tl.full([BLOCK], _NO_COLUMN, tl.int32)
     for piece in tl.static_range(PIECES):
-        entries = logits[piece].to(tl.float32)
-        total += tl.exp(entries - largest)
-        predicted = tl.minimum(predicted, tl.where(entries == largest, piece * BLOCK + lanes, _NO_COLUMN))
-    total = tl.sum(total, axis=0)
-    predicted = tl.min(predicted, axis=0)  # the first of equals, as in torch.max
+        is_largest = logits[piece].to(tl.float32) == largest
+        predicted = tl.minimum(predicted, tl.where(is_largest, piece * BLOCK + lanes, _NO_COLUMN))
+    predicted = tl.min(predicted, axis=0)
+    tl.store(correct_ptr + row, (predicted == label).to(tl.int32))
 
+    total = tl.zeros([BLOCK], tl.float32)
+    for piece in tl.static_range(PIECES):
+        total += tl.exp(logits[piece].to(tl.float32) - largest)
+    total = tl.sum(total, axis=0)
     shifted_lse = tl.log(total)  # counted from the largest logit, so that a confident row's small loss stays exact
     lse = largest + shifted_lse
     tl.store(loss_ptr + row, shifted_lse - (target - largest))
     tl.store(z_loss_ptr + row, lse * lse)
-    tl.store(correct_ptr + row, (predicted == label).to(tl.int32))
+
     if WRITE_GRADIENT:
         scale = tl.load(scale_ptr)
         factor = scale * (1 + 2 * z_loss_weight * lse) / total
+        column = label.to(tl.int32)
         for piece in tl.static_range(PIECES):
-            columns = piece * BLOCK + lanes
             entries = tl.exp(logits[piece].to(tl.float32) - largest) * factor
-            entries = tl.where(columns == label, entries - scale, entries)
-            tl.store(gradient_ptr + columns, entries.to(gradient_ptr.dtype.element_ty), mask=columns < vocab_size)
+            entries = tl.where(lanes == column - piece * BLOCK, entries - scale, entries)
+            inside = (lanes < vocab_size - piece * BLOCK) | (piece < FULL_PIECES)
+            tl.store(gradient_ptr + piece * BLOCK + lanes, entries.to(gradient_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -131,8 +142,9 @@ def rows(
     num_rows, vocab_size = logits.shape
     loss, z_loss = (torch.empty(num_rows, dtype=torch.float32, device=logits.device) for _ in range(2))
     correct = torch.empty(num_rows, dtype=torch.int32, device=logits.device)
-    block, pieces, num_warps, max_registers = layout(vocab_size)
     target = logits if gradient is None else gradient
+    is_aligned = all(tensor.stride(0) % 16 == tensor.data_ptr() % 16 == 0 for tensor in (logits, target))
+    block, pieces, full_pieces, num_warps, max_registers = layout(vocab_size, is_aligned)
     if num_rows:
         rows_kernel[(num_rows,)](
             logits,
@@ -149,9 +161,10 @@ def rows(
             z_loss_weight,
             BLOCK=block,
             PIECES=pieces,
+            FULL_PIECES=full_pieces,
             WRITE_GRADIENT=gradient is not None,
             num_warps=fitting_warps(num_warps, 64 if torch.version.hip else 32),
-            maxnreg=None if torch.version.hip else max_registers,
+            **({} if torch.version.hip else {"maxnreg": max_registers}),
         )
     return loss, z_loss, correct
 
@@ -160,19 +173,19 @@ def multiply(gradient: Tensor, scale: Tensor) -> None:
     """Launch `scale_kernel`: gradient [N, V] times a scalar on the device, in place."""
     num_rows, vocab_size = gradient.shape
     if num_rows:
-        scale_kernel[(num_rows, triton.cdiv(vocab_size, _PIECE))](
-            gradient, scale, gradient.stride(0), vocab_size, BLOCK=_PIECE, num_warps=8
+        scale_kernel[(num_rows, triton.cdiv(vocab_size, _SCALE_BLOCK))](
+            gradient, scale, gradient.stride(0), vocab_size, BLOCK=_SCALE_BLOCK, num_warps=8
         )
 
 
 def configurations() -> list[Configuration]:
-    """Every way in which `rows` and `multiply` can start their kernels on aligned rows, and one on rows that are not."""
+    """Every way in which `rows` and `multiply` can start their kernels (unaligned rows: those with a gradient)."""
     found = []
-    widths = [1024, 2048, 4096, *range(_PIECE, MAX_VOCAB_SIZE + 1, _PIECE)]
+    widths = [1024, 2048, 4096, 6144, 8192, 12288, 16384, 24576, 32768, 49152, 65536]
     for dtype in _TYPES.values():
         for width in widths:
             found += [_rows_configuration(dtype, width, write_gradient=write) for write in (True, False)]
-        found.append(_rows_configuration(dtype, 4 * _PIECE, write_gradient=True, is_aligned=False))
+            found.append(_rows_configuration(dtype, width, write_gradient=True, is_aligned=False))
         found.append(
             Configuration(
                 f"masked_cross_entropy/scale {dtype}",
@@ -183,7 +196,7 @@ def configurations() -> list[Configuration]:
                     "gradient_stride": "i32",
                     "vocab_size": "i32",
                 },
-                {"BLOCK": _PIECE},
+                {"BLOCK": _SCALE_BLOCK},
                 num_warps=8,
                 aligned=frozenset({"gradient_ptr", "gradient_stride", "vocab_size", "scale_ptr"}),
             )
@@ -192,19 +205,21 @@ def configurations() -> list[Configuration]:
 
 
 def _rows_configuration(dtype: str, width: int, *, write_gradient: bool, is_aligned: bool = True) -> Configuration:
-    block, pieces, num_warps, max_registers = layout(width)
+    block, pieces, full_pieces, num_warps, max_registers = layout(width, is_aligned)
     pointers = {"logits_ptr": f"*{dtype}", "labels_ptr": "*i64", "gradient_ptr": f"*{dtype}", "scale_ptr": "*fp32"}
     pointers |= {"loss_ptr": "*fp32", "z_loss_ptr": "*fp32", "correct_ptr": "*i32"}
     strides = {"logits_stride": "i32", "gradient_stride": "i32", "vocab_size": "i32"}
+    # above 32,768 see `layout`; sm_100 also spills 120 bytes for narrow entries loaded one by one
+    may_spill = width > 32768 or (width > 16384 and not is_aligned and dtype != "fp32")
     name = f"masked_cross_entropy/rows {dtype} V={width}" + ("" if write_gradient else " loss only")
     return Configuration(
         name if is_aligned else f"{name} unaligned",
         rows_kernel,
         {**pointers, **strides, "ignore_index": "i64", "z_loss_weight": "fp32"},
-        {"BLOCK": block, "PIECES": pieces, "WRITE_GRADIENT": write_gradient},
+        {"BLOCK": block, "PIECES": pieces, "FULL_PIECES": full_pieces, "WRITE_GRADIENT": write_gradient},
         num_warps=num_warps,
         max_registers=max_registers,
         aligned=frozenset(pointers) | (frozenset(strides) if is_aligned else frozenset()),
         streams=is_aligned,
-        may_spill=width > 4 * _PIECE,  # a row of 40,960 and more does not fit beside its arithmetic; spills stay in L1/L2
+        may_spill=may_spill,
     )

@@ -29,7 +29,7 @@ def cross_entropy(
 
 
 @cross_entropy.register_fake
-def _(logits, labels, scale, ignore_index, z_loss_weight, with_gradient, backend):  # noqa: ANN001, ANN202, ARG001
+def _(logits, labels, scale, ignore_index, z_loss_weight, with_gradient, backend):
     gradient = logits if logits.stride(-1) == 1 else logits.contiguous()
     return *_fake_sums(logits), torch.empty_like(gradient) if with_gradient else logits.new_empty(0)
 
@@ -48,7 +48,7 @@ def cross_entropy_(
 
 
 @cross_entropy_.register_fake
-def _(logits, labels, scale, ignore_index, z_loss_weight, backend):  # noqa: ANN001, ANN202, ARG001
+def _(logits, labels, scale, ignore_index, z_loss_weight, backend):
     return _fake_sums(logits)
 
 
@@ -78,8 +78,8 @@ def masked_cross_entropy(
         backend: of the rows.
 
     Returns:
-        Sums [loss, z_loss] in fp32 or wider, counts [correct, labelled]; gradients of loss + z_loss_weight · z_loss with respect to
-        hidden (its type), weight and bias (fp32 or wider), empty where they are not needed.
+        Sums [loss, z_loss] in fp32 or wider, counts [correct, labelled]; the gradients of loss + z_loss_weight · z_loss
+        with respect to hidden (its type), weight and bias (fp32 or wider), empty where they are not needed.
     """
     check_labels(labels, ignore_index, len(weight))
     kept = None
@@ -123,9 +123,11 @@ def masked_cross_entropy(
 
 
 @masked_cross_entropy.register_fake
-def _(hidden, weight, labels, bias, ignore_index, z_loss_weight, compute_dtype, needs, backend):  # noqa: ANN001, ANN202, ARG001
+def _(hidden, weight, labels, bias, ignore_index, z_loss_weight, compute_dtype, needs, backend):
     wide = torch.promote_types(compute_dtype, torch.float32)
-    shapes = [shape if needed else (0,) for shape, needed in zip((weight.shape, (len(weight),)), needs[1:], strict=True)]
+    shapes = [
+        shape if needed else (0,) for shape, needed in zip((weight.shape, (len(weight),)), needs[1:], strict=True)
+    ]
     grad_hidden = hidden.new_empty(hidden.shape if needs[0] else (0,))
     return *_fake_sums(hidden, wide), grad_hidden, *(weight.new_empty(shape, dtype=wide) for shape in shapes)
 
@@ -137,7 +139,7 @@ def multiply_(gradient: Tensor, scale: Tensor, backend: str) -> None:
 
 
 @multiply_.register_fake
-def _(gradient, scale, backend) -> None:  # noqa: ANN001, ARG001
+def _(gradient, scale, backend) -> None:
     return None
 
 
@@ -147,33 +149,27 @@ def attach_gradients(
 ) -> Tensor:
     """`total`, with `gradients` as its gradients with respect to `inputs`.
 
-    With `in_place` a backward multiplies by `grad_output` in the gradients' own memory, so there can be only one.
+    With `in_place` a backward multiplies by `grad_output` in the gradients' own memory, so there can be only one:
+    autograd refuses a second, because what was saved has changed.
     """
     del inputs, gradients, in_place, backend
     return total.clone()
 
 
 @attach_gradients.register_fake
-def _(total, inputs, gradients, in_place, backend):  # noqa: ANN001, ANN202, ARG001
+def _(total, inputs, gradients, in_place, backend):
     return torch.empty_like(total)
 
 
-def _keep_gradients(ctx, inputs, output) -> None:  # noqa: ANN001, ARG001
+def _keep_gradients(ctx, inputs, output) -> None:
     _, tensors, gradients, ctx.in_place, ctx.backend = inputs
     ctx.dtypes = [tensor.dtype for tensor in tensors]
-    ctx.is_used = False
     ctx.save_for_backward(*gradients)
 
 
-def _scaled_gradients(ctx, grad_total):  # noqa: ANN001, ANN202
+def _scaled_gradients(ctx, grad_total):
     gradients = ctx.saved_tensors
     if ctx.in_place and not torch.compiler.is_compiling():
-        if ctx.is_used:
-            raise RuntimeError(
-                "cross_entropy_from_logits keeps its gradient in one piece of memory, which the first backward has "
-                "used; call it again for a second backward"
-            )
-        ctx.is_used = True
         for gradient in gradients:
             multiply_(gradient, grad_total, ctx.backend)
     else:

@@ -1,0 +1,106 @@
+"""Masked cross-entropy against its fp64 reference, in a moment: what `python -m kernels.check` runs of it."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kernels.masked_cross_entropy import cross_entropy_from_logits, masked_cross_entropy, reference
+from kernels.numerics import Comparison, compare, compare_exactly
+
+_IGNORED = -100
+_Z_LOSS_WEIGHT = 0.1  # large, so that a z-loss that is missing somewhere shows even in bf16
+_VOCAB_SIZES = (131, 2048, 4500, 16384, 32769)  # every number of pieces; the third and the last end inside a block
+_SUMS = ("total", "loss", "z_loss")
+_COUNTS = ("correct", "count")
+
+
+def comparisons(device: torch.device, backend: str) -> Iterator[Comparison]:
+    """Both public functions, forward and backward, over types and vocabularies.
+
+    Args:
+        device: where to run.
+        backend: what to compare with the reference; see `kernels.backend`.
+    """
+    for dtype in (torch.float32, torch.bfloat16):
+        for vocab_size in _VOCAB_SIZES:
+            yield from _from_logits(device, backend, dtype, vocab_size)
+    yield from _from_logits(device, backend, torch.float16, 4500)
+    for dtype in (torch.float32, torch.bfloat16):
+        yield from _from_hidden(device, backend, dtype)
+
+
+def random_logits(num_rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Logits [N, V] and labels [N] on which typical mistakes show.
+
+    Labels include the first and the last class and `ignore_index`; the last class is likely; in one row the label's
+    logit is the largest, but the first class has the same.
+    """
+    generator = torch.Generator().manual_seed(vocab_size)
+    logits = 3 * torch.randn(num_rows, vocab_size, generator=generator)
+    labels = torch.randint(vocab_size, (num_rows,), generator=generator)
+    labels[::4] = _IGNORED
+    logits[:, -1] += 4 + vocab_size**0.25
+    labels[1:4] = torch.tensor([vocab_size - 1, 0, vocab_size - 1])
+    logits[3, 0] = logits[3, -1] = 12.0 + logits[3].max().round()  # a tie that the first class wins
+    return logits.to(dtype).to(device), labels.to(device)
+
+
+def _from_logits(device: torch.device, backend: str, dtype: torch.dtype, vocab_size: int) -> Iterator[Comparison]:
+    logits, labels = random_logits(9, vocab_size, dtype, device)
+    results, gradients = {}, {}
+    for kind, run_dtype in (("actual", dtype), ("reference", torch.float64), ("plain", dtype)):
+        function = cross_entropy_from_logits if kind == "actual" else reference.cross_entropy_from_logits
+        inputs = logits.to(run_dtype, copy=True).requires_grad_()
+        options = {"backend": backend} if kind == "actual" else {}
+        results[kind] = function(inputs, labels, z_loss_weight=_Z_LOSS_WEIGHT, **options)
+        (results[kind].total * 3).backward()
+        gradients[kind] = inputs.grad
+    name = f"from_logits {str(dtype).removeprefix('torch.')} V={vocab_size}"
+    yield from _compare_sums(name, results)
+    off_target = torch.arange(vocab_size, device=device) != labels[:, None]
+    yield from compare(f"{name} gradient", **gradients, off_target=off_target)
+    loss_only = cross_entropy_from_logits(logits, labels, z_loss_weight=_Z_LOSS_WEIGHT, backend=backend)
+    yield compare_exactly(f"{name} loss without gradient", loss_only.loss, results["actual"].loss)
+    inputs = logits.clone().requires_grad_()
+    in_place = cross_entropy_from_logits(
+        inputs * 1, labels, z_loss_weight=_Z_LOSS_WEIGHT, scale=3.0, reuse_logits=True, backend=backend
+    )
+    in_place.total.backward()
+    yield from compare(f"{name} in place", **{**gradients, "actual": inputs.grad}, off_target=off_target)
+
+
+def _from_hidden(device: torch.device, backend: str, dtype: torch.dtype) -> Iterator[Comparison]:
+    vocab_size, hidden_size = 1009, 32
+    generator = torch.Generator().manual_seed(1)
+    tensors = {
+        "hidden": torch.randn(64, hidden_size, generator=generator),
+        "weight": 0.3 * torch.randn(vocab_size, hidden_size, generator=generator),
+        "bias": torch.randn(vocab_size, generator=generator),
+    }
+    labels = torch.randint(vocab_size, (64,), generator=generator)
+    labels[::3] = _IGNORED
+    labels = labels.to(device)
+    results, gradients = {}, {}
+    for kind, run_dtype in (("actual", dtype), ("reference", torch.float64), ("plain", dtype)):
+        function = masked_cross_entropy if kind == "actual" else reference.masked_cross_entropy
+        inputs = {
+            name: tensor.to(dtype).to(device=device, dtype=run_dtype, copy=True).requires_grad_()
+            for name, tensor in tensors.items()
+        }
+        options = {"backend": backend} if kind == "actual" else {}
+        results[kind] = function(**inputs, labels=labels, z_loss_weight=_Z_LOSS_WEIGHT, **options)
+        (results[kind].total * 3).backward()
+        gradients[kind] = {name: tensor.grad for name, tensor in inputs.items()}
+    name = f"masked {str(dtype).removeprefix('torch.')}"
+    yield from _compare_sums(name, results)
+    for tensor in tensors:
+        yield from compare(f"{name} gradient of {tensor}", **{kind: all_[tensor] for kind, all_ in gradients.items()})
+
+
+def _compare_sums(name: str, results: dict[str, reference.MaskedCrossEntropy]) -> Iterator[Comparison]:
+    for field in _SUMS:
+        tensors = {kind: getattr(result, field).detach() for kind, result in results.items()}
+        yield from compare(f"{name} {field}", **tensors)
+    for field in _COUNTS:
+        yield compare_exactly(f"{name} {field}", getattr(results["actual"], field), getattr(results["plain"], field))
