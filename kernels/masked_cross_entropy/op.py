@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernels.masked_cross_entropy import rows as torch_rows
 
-CHUNK_ELEMENTS = {"triton": 2**24, "torch": 2**21}  # logits that exist at once: 32 MB in bf16; what a CPU's cache holds
+CHUNK_ELEMENTS = {"triton": 2**24, "torch": 2**22}  # logits that exist at once: 32 MB in bf16; about a CPU's cache
 
 
 @torch.library.custom_op("kernels::cross_entropy", mutates_args=())
@@ -100,6 +100,7 @@ def masked_cross_entropy(
     one = torch.ones((), device=hidden.device)
     chunk = max(1, CHUNK_ELEMENTS[backend] // len(weight))
     buffer = _aligned_rows(min(chunk, len(labels)), len(weight), compute_dtype, hidden.device)
+    product = torch.empty_like(matrix) if needs_weight and hidden.device.type == "cpu" else None
     for first in range(0, len(labels), chunk):
         part = slice(first, first + chunk)
         states, chunk_labels = hidden[part].to(compute_dtype), labels[part]
@@ -113,10 +114,9 @@ def masked_cross_entropy(
         sums += chunk_sums
         counts += chunk_counts
         if needs_hidden:
-            product = gradient @ matrix
-            grad_hidden[part if kept is None else kept[part]] = product.to(hidden.dtype)
+            grad_hidden[part if kept is None else kept[part]] = (gradient @ matrix).to(hidden.dtype)
         if needs_weight:
-            _accumulate_product(grad_weight, gradient.T, states)
+            _accumulate_product(grad_weight, gradient.T, states, product)
         if needs_bias:
             grad_bias += gradient.sum(dim=0, dtype=wide)
     return sums, counts, grad_hidden, grad_weight, grad_bias
@@ -236,12 +236,12 @@ def _aligned_rows(num_rows: int, row_size: int, dtype: torch.dtype, device: torc
     return torch.empty(num_rows, -(-row_size // 16) * 16, dtype=dtype, device=device)[:, :row_size]
 
 
-def _accumulate_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """`total` += left · right with sums in fp32; CPUs have no product of bf16 matrices that returns fp32."""
+def _accumulate_product(total: Tensor, left: Tensor, right: Tensor, product: Tensor | None) -> None:
+    """`total` += left · right with sums in fp32; CPUs multiply bf16 into bf16 only, which takes `product` as memory."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
-    elif total.device.type == "cpu":
-        total += left @ right
+    elif product is not None:
+        total += torch.mm(left, right, out=product)
     else:
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
 
