@@ -173,6 +173,10 @@ class TrainConfig:
     """Compute in bf16 (autocast); weights, gradients and optimizer state stay fp32."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: a GPU where there is one."""
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    """Implementation of cross-entropy, masking and LAMB. auto: Triton on a GPU, PyTorch elsewhere."""
+    kernel_check: Literal["on", "off"] = "on"
+    """on: before the first step, compare Triton's kernels with their references on this device (seconds)."""
     cpu_threads: int = 0
     """Threads per process on the CPU, whatever OMP_NUM_THREADS says; 0 divides this machine's cores among its
     processes."""

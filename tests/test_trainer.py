@@ -13,6 +13,7 @@ from gptbert.checkpoint import list_checkpoints, load_model
 from gptbert.command_line import parse
 from gptbert.config import TrainConfig
 from gptbert.distributed import World
+from gptbert.errors import InputError
 from gptbert.inputs import Inputs
 from gptbert.metrics import read_records
 from gptbert.objectives import HybridPlan, Objective
@@ -20,7 +21,8 @@ from gptbert.schedules import learning_rate
 from gptbert.token_store import TokenStore
 from gptbert.tokenizer import BOS_ID
 from gptbert.trainer import Trainer, fit
-from tests.runs import flags, write_inputs
+from kernels.check import Row
+from tests.runs import flags, losses, write_inputs
 
 CPU = torch.device("cpu")
 
@@ -37,7 +39,8 @@ def make_trainer(inputs, world=World(0, 1, CPU), **changes):  # noqa: B008  a fr
 
 def test_the_step_is_the_formula(inputs):
     """Clipped gradient of (num/den)·mean MLM + (1−num/den)·mean CLM + z-loss, from one plain forward over all rows."""
-    trainer = make_trainer(inputs, config_file=inputs / "no_dropout.json", local_batch_size=3, max_gradient=0.5)
+    settings = {"optimizer": "adamw", "local_batch_size": 3, "max_gradient": 0.5}  # LAMB clips out of sight
+    trainer = make_trainer(inputs, config_file=inputs / "no_dropout.json", **settings)
     rows = trainer.load_rows(0)
     batches = {batch.objective: batch for batch in trainer._batches(rows)}
     loss = 0.0
@@ -241,3 +244,54 @@ def test_validation_is_the_same_every_time_and_leaves_training_alone(inputs):
     other_seed = make_trainer(inputs, validation_steps=0, seed=8)
     other_seed.model.load_state_dict(trainer.model.state_dict())
     assert other_seed.validation_record()["validation/mlm/loss"] == first["validation/mlm/loss"]
+
+
+def run_with_kernels(inputs, kernels, **changes):
+    """A short run on a backend; its losses and its last checkpoint."""
+    settings = {"name": kernels, "kernels": kernels, "config_file": inputs / "no_dropout.json", "max_steps": 4}
+    fit(
+        parse(TrainConfig, flags(inputs, **settings, seq_length=16, global_batch_size=8, validation_steps=1, **changes))
+    )
+    run_dir = inputs / "runs" / kernels
+    assert json.loads((run_dir / "config.json").read_text())["kernels"] == kernels
+    return losses(read_records(run_dir / "metrics.jsonl")), list_checkpoints(run_dir)[-1]
+
+
+def test_both_backends_train_the_same(inputs):
+    """Masks are equal to the bit, so the losses can only differ by rounding; the optimizers' states have one form."""
+    torch_losses, torch_checkpoint = run_with_kernels(inputs, "torch")
+    triton_losses, triton_checkpoint = run_with_kernels(inputs, "triton", kernel_check="off")
+    assert len(torch_losses) > 10
+    assert triton_losses == pytest.approx(torch_losses, rel=1e-5)
+    states = [
+        torch.load(checkpoint / "training_state.pt", weights_only=True)["optimizer"]["state"]
+        for checkpoint in (torch_checkpoint, triton_checkpoint)
+    ]
+    for ours, theirs in zip(*(state.values() for state in states), strict=True):
+        assert [(key, value.dtype, value.shape) for key, value in ours.items()] == [
+            (key, value.dtype, value.shape) for key, value in theirs.items()
+        ]
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "check", "stops"), [("triton", "on", True), ("triton", "off", False), ("torch", "on", False)]
+)
+def test_kernels_that_fail_their_check_stop_the_run_before_it_starts(inputs, monkeypatch, kernels, check, stops):
+    wrong = Row("lamb", "exp_avg", error=1.0, bound=1e-6, seconds=0.0)
+    monkeypatch.setattr(trainer_module, "run_checks", lambda device: [wrong])
+    name = f"check_{kernels}_{check}"
+    arguments = flags(inputs, name=name, kernels=kernels, kernel_check=check, max_steps=1, seq_length=16)
+    if not stops:
+        fit(parse(TrainConfig, arguments))
+        return
+    with pytest.raises(InputError, match=r"lamb, exp_avg: error 1.00e\+00.*--kernels torch"):
+        fit(parse(TrainConfig, arguments))
+    assert not (inputs / "runs" / name).exists()
+
+
+def test_triton_without_a_gpu_is_one_line(inputs, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(InputError, match=r"--kernels triton: .*need a GPU.*'torch' works"):
+        fit(parse(TrainConfig, flags(inputs, name="no_gpu", kernels="triton")))
+    assert not (inputs / "runs" / "no_gpu").exists()
