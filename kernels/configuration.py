@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-MAX_THREADS = 1024  # in a program, on every GPU here
-
 
 @dataclass(frozen=True)
 class Configuration:
@@ -38,5 +36,5 @@ class Configuration:
 
 
 def fitting_warps(num_warps: int, warp_size: int) -> int:
-    """`num_warps`, or what a program can have of it where a warp has more than 32 threads (AMD: 64)."""
-    return min(num_warps, MAX_THREADS // warp_size)
+    """How many warps of `warp_size` threads (AMD: 64) have the threads of `num_warps` warps of 32."""
+    return max(1, num_warps * 32 // warp_size)
