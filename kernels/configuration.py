@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 
 @dataclass(frozen=True)
 class Configuration:
@@ -38,3 +40,8 @@ class Configuration:
 def fitting_warps(num_warps: int, warp_size: int) -> int:
     """How many warps of `warp_size` threads (AMD: 64) have the threads of `num_warps` warps of 32."""
     return max(1, num_warps * 32 // warp_size)
+
+
+def launch_warps(num_warps: int) -> int:
+    """`fitting_warps` on this machine's GPU."""
+    return fitting_warps(num_warps, 64 if torch.version.hip else 32)

@@ -1,5 +1,6 @@
 """Loss, accuracy and gradient of rows of logits, each row held in registers: read once, its gradient written once."""
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -7,11 +8,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.configuration import Configuration, fitting_warps
+from kernels.configuration import Configuration, launch_warps
 
 MAX_VOCAB_SIZE = 65_536
 _ENTRIES_PER_LOAD = 8  # of each thread: 128 bits of two-byte entries, twice 128 of fp32
-_SCALE_BLOCK = 8192
+_SCALE_BLOCK, _SCALE_WARPS = 8192, 8
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _NO_COLUMN = tl.constexpr(2**31 - 1)
 
@@ -163,7 +164,7 @@ def rows(
             PIECES=pieces,
             FULL_PIECES=full_pieces,
             WRITE_GRADIENT=gradient is not None,
-            num_warps=fitting_warps(num_warps, 64 if torch.version.hip else 32),
+            num_warps=launch_warps(num_warps),
             **({} if torch.version.hip else {"maxnreg": max_registers}),
         )
     return loss, z_loss, correct
@@ -174,52 +175,56 @@ def multiply(gradient: Tensor, scale: Tensor) -> None:
     num_rows, vocab_size = gradient.shape
     if num_rows:
         scale_kernel[(num_rows, triton.cdiv(vocab_size, _SCALE_BLOCK))](
-            gradient, scale, gradient.stride(0), vocab_size, BLOCK=_SCALE_BLOCK, num_warps=8
+            gradient, scale, gradient.stride(0), vocab_size, BLOCK=_SCALE_BLOCK, num_warps=launch_warps(_SCALE_WARPS)
         )
 
 
 def configurations() -> list[Configuration]:
-    """Every way in which `rows` and `multiply` can start their kernels (unaligned rows: those with a gradient)."""
+    """Every way in which `rows` and `multiply` can start their kernels."""
     found = []
     widths = [1024, 2048, 4096, 6144, 8192, 12288, 16384, 24576, 32768, 49152, 65536]
     for dtype in _TYPES.values():
-        for width in widths:
-            found += [_rows_configuration(dtype, width, write_gradient=write) for write in (True, False)]
-            found.append(_rows_configuration(dtype, width, write_gradient=True, is_aligned=False))
-        found.append(
-            Configuration(
-                f"masked_cross_entropy/scale {dtype}",
-                scale_kernel,
-                {
-                    "gradient_ptr": f"*{dtype}",
-                    "scale_ptr": "*fp32",
-                    "gradient_stride": "i32",
-                    "vocab_size": "i32",
-                },
-                {"BLOCK": _SCALE_BLOCK},
-                num_warps=8,
-                aligned=frozenset({"gradient_ptr", "gradient_stride", "vocab_size", "scale_ptr"}),
-            )
-        )
+        for width, write_gradient in itertools.product(widths, (True, False)):
+            found.append(_rows_configuration(dtype, width, write_gradient))
+            found.append(_rows_configuration(dtype, width, write_gradient, is_even=False))
+            found.append(_rows_configuration(dtype, width, write_gradient, is_even=False, is_aligned=False))
+        found += [_scale_configuration(dtype, is_aligned=is_aligned) for is_aligned in (True, False)]
     return found
 
 
-def _rows_configuration(dtype: str, width: int, *, write_gradient: bool, is_aligned: bool = True) -> Configuration:
+def _rows_configuration(
+    dtype: str, width: int, write_gradient: bool, *, is_even: bool = True, is_aligned: bool = True
+) -> Configuration:
+    """`is_even`: the vocabulary is a multiple of 16; `is_aligned`: rows start at multiples of 16 entries."""
     block, pieces, full_pieces, num_warps, max_registers = layout(width, is_aligned)
     pointers = {"logits_ptr": f"*{dtype}", "labels_ptr": "*i64", "gradient_ptr": f"*{dtype}", "scale_ptr": "*fp32"}
     pointers |= {"loss_ptr": "*fp32", "z_loss_ptr": "*fp32", "correct_ptr": "*i32"}
-    strides = {"logits_stride": "i32", "gradient_stride": "i32", "vocab_size": "i32"}
-    # above 32,768 see `layout`; sm_100 also spills 120 bytes for narrow entries loaded one by one
-    may_spill = width > 32768 or (width > 16384 and not is_aligned and dtype != "fp32")
-    name = f"masked_cross_entropy/rows {dtype} V={width}" + ("" if write_gradient else " loss only")
+    strides = {"logits_stride": "i32", "gradient_stride": "i32"}
+    kind = "" if write_gradient else " loss only"
+    kind += ("" if is_even else " odd V") if is_aligned else " unaligned"
     return Configuration(
-        name if is_aligned else f"{name} unaligned",
+        f"masked_cross_entropy/rows {dtype} V={width}{kind}",
         rows_kernel,
-        {**pointers, **strides, "ignore_index": "i64", "z_loss_weight": "fp32"},
+        {**pointers, **strides, "vocab_size": "i32", "ignore_index": "i64", "z_loss_weight": "fp32"},
         {"BLOCK": block, "PIECES": pieces, "FULL_PIECES": full_pieces, "WRITE_GRADIENT": write_gradient},
         num_warps=num_warps,
         max_registers=max_registers,
-        aligned=frozenset(pointers) | (frozenset(strides) if is_aligned else frozenset()),
+        aligned=frozenset(
+            ["logits_ptr", "gradient_ptr", *(strides if is_aligned else ()), *(["vocab_size"] if is_even else ())]
+        ),
+        streams=is_aligned and (is_even or full_pieces > 0),
+        # above 32,768 see `layout`; sm_100 also spills 120 bytes for narrow entries loaded one by one
+        may_spill=width > 32768 or (width > 16384 and not is_aligned and dtype != "fp32"),
+    )
+
+
+def _scale_configuration(dtype: str, *, is_aligned: bool) -> Configuration:
+    return Configuration(
+        f"masked_cross_entropy/scale {dtype}" + ("" if is_aligned else " unaligned"),
+        scale_kernel,
+        {"gradient_ptr": f"*{dtype}", "scale_ptr": "*fp32", "gradient_stride": "i32", "vocab_size": "i32"},
+        {"BLOCK": _SCALE_BLOCK},
+        num_warps=_SCALE_WARPS,
+        aligned=frozenset({"gradient_ptr", *(("gradient_stride", "vocab_size") if is_aligned else ())}),
         streams=is_aligned,
-        may_spill=may_spill,
     )

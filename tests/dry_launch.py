@@ -1,0 +1,69 @@
+"""Start every kernel as a GPU would have it, without a GPU: `python -m tests.dry_launch`.
+
+Triton's own launch path runs (argument binding, specialisation, options, compilation for sm_90) up to the point where
+the driver would start the kernel; that driver is a stand-in. So launchers are seen to work where TRITON_INTERPRET would
+hide their mistakes, and what they ask the compiler for can be held against `configurations()`.
+
+Prints a JSON list of launches: kernel, types, constants, aligned arguments, num_warps, max_registers.
+"""
+
+import importlib
+import json
+import os
+import sys
+from types import SimpleNamespace
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+import kernels.backend
+
+OPERATIONS = ("masked_cross_entropy", "span_mask", "lamb")
+launches = {}
+
+
+def record(source, metadata):
+    """Note a launch in place of making one."""
+    names = list(source.fn.arg_names)
+    constants = {names[path[0]]: value for path, value in source.constants.items()}
+    launch = {
+        "kernel": source.fn.__name__,
+        "types": {name: kind for name, kind in source.signature.items() if kind != "constexpr"},
+        "constants": {
+            name: value if isinstance(value, int | None) else str(value) for name, value in constants.items()
+        },
+        "aligned": sorted(names[path[0]] for path, attributes in source.attrs.items() if attributes),
+        "num_warps": metadata.num_warps,
+        "max_registers": metadata.maxnreg,
+    }
+    launches[json.dumps(launch, sort_keys=True)] = launch
+    return lambda *_: None
+
+
+stand_in = SimpleNamespace(
+    get_current_target=lambda: GPUTarget("cuda", 90, 32),
+    get_current_device=lambda: 0,
+    get_current_stream=lambda _: 0,
+    launcher_cls=record,
+    utils=SimpleNamespace(
+        get_device_properties=lambda _: {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32},
+        load_binary=lambda *_: (object(), 0, 0, 0, 1024),
+    ),
+)
+
+
+def main() -> None:
+    """Run the operations' own checks, whose results mean nothing here, and print what they launched."""
+    triton.runtime.driver.set_active(stand_in)
+    kernels.backend.interpreted = lambda: True  # let CPU tensors pass for a GPU's
+    for op in sys.argv[1:] or OPERATIONS:
+        for _ in importlib.import_module(f"kernels.{op}.check").comparisons(torch.device("cpu"), "triton"):
+            pass
+    print(json.dumps(list(launches.values())))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Triton's own launch path, up to the driver: launchers work outside the interpreter and choose what is inspected."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.dry_launch import OPERATIONS
+from tests.runs import ROOT
+
+
+@pytest.fixture(scope="module", params=OPERATIONS)
+def operation(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def launches(operation):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.dry_launch", operation]
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr[-3000:]
+    return json.loads(process.stdout)
+
+
+def matches(launch, configuration):
+    """Whether inspecting the configuration says what the launch compiles, or less aligned, so no better."""
+    return (
+        launch["kernel"] == configuration.kernel.fn.__name__
+        and launch["types"] == dict(configuration.types)
+        and launch["constants"] == {name: as_json(value) for name, value in configuration.constants.items()}
+        and launch["num_warps"] == configuration.num_warps
+        and launch["max_registers"] == configuration.max_registers
+        and configuration.aligned <= set(launch["aligned"])
+    )
+
+
+def as_json(value):
+    return value if isinstance(value, int | None) else str(value)
+
+
+def test_every_launch_is_a_configuration_that_is_inspected(operation, launches):
+    configurations = importlib.import_module(f"kernels.{operation}.kernel").configurations()
+    unknown = [launch for launch in launches if not any(matches(launch, known) for known in configurations)]
+    assert not unknown, f"{len(unknown)} of {len(launches)} launches: {unknown}"
+    kernels = {configuration.kernel.fn.__name__ for configuration in configurations}
+    assert kernels == {launch["kernel"] for launch in launches}, "the check launches every kernel"
+
+
+def test_configurations_are_named_once(operation):
+    names = [known.name for known in importlib.import_module(f"kernels.{operation}.kernel").configurations()]
+    assert len(set(names)) == len(names)
+    assert all(name.startswith(f"{operation}/") for name in names)
