@@ -100,7 +100,7 @@ def masked_cross_entropy(
     one = torch.ones((), device=hidden.device)
     chunk = max(1, CHUNK_ELEMENTS[backend] // len(weight))
     buffer = _aligned_rows(min(chunk, len(labels)), len(weight), compute_dtype, hidden.device)
-    product = torch.empty_like(matrix) if needs_weight and hidden.device.type == "cpu" else None
+    product = None if not needs_weight or _multiplies_into_fp32(hidden.device) else torch.empty_like(matrix)
     for first in range(0, len(labels), chunk):
         part = slice(first, first + chunk)
         states, chunk_labels = hidden[part].to(compute_dtype), labels[part]
@@ -237,13 +237,18 @@ def _aligned_rows(num_rows: int, row_size: int, dtype: torch.dtype, device: torc
 
 
 def _accumulate_product(total: Tensor, left: Tensor, right: Tensor, product: Tensor | None) -> None:
-    """`total` += left · right with sums in fp32; CPUs multiply bf16 into bf16 only, which takes `product` as memory."""
+    """`total` += left · right with sums in fp32; `product` is memory for devices that multiply bf16 into bf16 only."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
     elif product is not None:
         total += torch.mm(left, right, out=product)
     else:
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+
+
+def _multiplies_into_fp32(device: torch.device) -> bool:
+    """Whether matrices of two-byte types can be multiplied into fp32: on GPUs since sm_80."""
+    return device.type == "meta" or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0))
 
 
 def _fake_sums(like: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
