@@ -1,10 +1,14 @@
 """Parameter groups, LAMB, and the moving average of the weights."""
 
 import copy
-from collections.abc import Callable, Iterable
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -15,18 +19,35 @@ from kernels import lamb_step
 class Lamb(Optimizer):
     """LAMB (You et al. 2020), with the trust ratio only where there is weight decay, and never clamped.
 
-    State per parameter: `step` (fp32 scalar on the CPU, updates so far), `exp_avg` and `exp_avg_sq` (like it).
+    State per parameter: `step` (fp32 scalar, updates so far), `exp_avg` and `exp_avg_sq` (like it), all on its device.
+    Parameters are fp32 or fp64. For CUDA graphs, `lr` may be an fp32 scalar tensor on the parameters' device.
+
+    Raises:
+        ValueError: a setting is out of range.
     """
 
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[dict],
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.98),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
+        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+            if not isinstance(value, Tensor) and not 0 <= value < math.inf:
+                raise ValueError(f"{name}: {value} is not a number from 0")
+        for name, beta in zip(("beta1", "beta2"), betas, strict=True):
+            if not 0 <= beta < 1:
+                raise ValueError(f"{name}: {beta} is not in [0, 1)")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Also part of `load_state_dict`, which leaves `step` where it was saved: the CPU, in older checkpoints."""
+        super().__setstate__(state)
+        for param, values in self.state.items():
+            if values:
+                values["step"] = torch.as_tensor(values["step"]).to(param.device, torch.float32)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -35,31 +56,73 @@ class Lamb(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            params = [param for param in group["params"] if param.grad is not None]
-            for param in params:
-                state = self.state[param]
-                if not state:
-                    state["step"] = torch.tensor(0.0)
-                    state["exp_avg"] = torch.zeros_like(param)
-                    state["exp_avg_sq"] = torch.zeros_like(param)
-                state["step"] += 1
-            ages = [int(self.state[param]["step"]) for param in params]
-            for step in sorted(set(ages)):
-                same_age = [param for param, age in zip(params, ages, strict=True) if age == step]
-                lamb_step(
-                    same_age,
-                    [param.grad for param in same_age],
-                    [self.state[param]["exp_avg"] for param in same_age],
-                    [self.state[param]["exp_avg_sq"] for param in same_age],
-                    step=step,
-                    lr=group["lr"],
-                    beta1=group["betas"][0],
-                    beta2=group["betas"][1],
-                    eps=group["eps"],
-                    weight_decay=group["weight_decay"],
-                )
+        self._update()
         return loss
+
+    @torch.no_grad()
+    def clip_step_average(self, max_grad_norm: float, averages: Mapping[Tensor, Tensor], decay: float) -> Tensor:
+        """Clip the gradients of all parameters together, `step`, and move averages of the parameters; in one pass.
+
+        Args:
+            max_grad_norm: as of torch.nn.utils.clip_grad_norm_. Whether the gradients themselves are scaled is open.
+            averages: of every parameter, its exponential moving average.
+            decay: of the averages.
+
+        Returns:
+            The gradients' norm before clipping, a scalar on the device.
+        """
+        return self._update(max_grad_norm, averages, decay)
+
+    def _update(
+        self,
+        max_grad_norm: float | None = None,
+        averages: Mapping[Tensor, Tensor] | None = None,
+        average_decay: float = 0.0,
+    ) -> Tensor | None:
+        """One call of the operation for all parameters that share everything but the weight decay."""
+        calls, idle = defaultdict(list), []
+        for group in self.param_groups:
+            lr = group["lr"]
+            shared = (id(lr) if isinstance(lr, Tensor) else lr, *group["betas"], group["eps"])
+            for param in group["params"]:
+                if param.grad is None:
+                    idle.append(param)
+                else:
+                    calls[shared, param.device, param.dtype].append((param, group))
+        gradient_norm = None
+        if len(calls) != 1 and max_grad_norm is not None:  # the norm is of all, so it comes first
+            clipped = [param for members in calls.values() for param, _ in members]
+            gradient_norm, max_grad_norm = clip_grad_norm_(clipped, max_grad_norm), None
+        for members in calls.values():
+            params, (_, group) = [param for param, _ in members], members[0]
+            states = [self._state_of(param) for param in params]
+            norm = lamb_step(
+                params,
+                [param.grad.contiguous() for param in params],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [state["step"] for state in states],
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                eps=group["eps"],
+                weight_decay=[group["weight_decay"] for _, group in members],
+                max_grad_norm=max_grad_norm,
+                averages=[averages[param] for param in params] if averages else None,
+                average_decay=average_decay,
+            )
+            gradient_norm = gradient_norm if norm is None else norm
+        if averages and idle:
+            torch._foreach_lerp_([averages[param] for param in idle], idle, 1 - average_decay)
+        return gradient_norm
+
+    def _state_of(self, param: Tensor) -> dict[str, Tensor]:
+        state = self.state[param]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+            state["exp_avg"] = torch.zeros_like(param)
+            state["exp_avg_sq"] = torch.zeros_like(param)
+        return state
 
 
 class WeightAverage:
@@ -67,15 +130,41 @@ class WeightAverage:
 
     Attributes:
         model: a copy of the model, in eval mode, that holds the average.
+        decay: what is left of the average after a step.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
         self._average = get_ema_multi_avg_fn(decay)
 
     def update(self, model: nn.Module) -> None:
         """Set average ← decay · average + (1 − decay) · weights."""
         self._average(list(self.model.parameters()), list(model.parameters()), None)
+
+    def of(self, model: nn.Module) -> dict[Tensor, Tensor]:
+        """The average of each parameter of the model."""
+        return dict(zip(model.parameters(), self.model.parameters(), strict=True))
+
+
+def update_weights(optimizer: Optimizer, model: nn.Module, average: WeightAverage, max_grad_norm: float) -> Tensor:
+    """What a step does with its gradients: clip them to a global norm, step, and move the average of the weights.
+
+    Args:
+        optimizer: from `build_optimizer`, over all parameters of the model.
+        model: whose parameters have gradients.
+        average: of the model.
+        max_grad_norm: what longer gradients are scaled down to.
+
+    Returns:
+        The gradients' norm before clipping, a scalar on the device.
+    """
+    if isinstance(optimizer, Lamb):
+        return optimizer.clip_step_average(max_grad_norm, average.of(model), average.decay)
+    gradient_norm = clip_grad_norm_(model.parameters(), max_grad_norm)
+    optimizer.step()
+    average.update(model)
+    return gradient_norm
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

@@ -22,10 +22,12 @@ from gptbert.mask_history import MaskHistory
 from gptbert.metrics import LossSums, Throughput, Trackers, perplexity
 from gptbert.model import IGNORE_INDEX, GPTBert
 from gptbert.objectives import Batch, HybridPlan, Masking, Objective, Share, causal_batch, masked_batch
-from gptbert.optim import WeightAverage, build_optimizer
+from gptbert.optim import WeightAverage, build_optimizer, update_weights
 from gptbert.progress import brief, progress_bar, say
 from gptbert.tokenizer import PAD_ID
 from kernels import MaskedCrossEntropy
+from kernels.backend import choose_backend, set_default_backend
+from kernels.check import first_failure, run_checks
 from kernels.span_mask import DEFAULT_MAX_SPAN_LENGTH
 
 
@@ -37,6 +39,7 @@ def fit(config: TrainConfig) -> None:
     """
     with connect(config) as world:
         with world.agreed():
+            backend = prepare_kernels(config, world)
             inputs = Inputs.open(config)
             if world.is_main:
                 inputs.check_ids()
@@ -60,11 +63,11 @@ def fit(config: TrainConfig) -> None:
             return
         with world.agreed():
             if world.is_main:
-                prepare_run_dir(config, inputs.model_config, world)
+                prepare_run_dir(config, inputs.model_config, world, backend)
         if world.is_main:
             model = inputs.model_config
             say(
-                f"{config.name}: {world.world_size} x {world.device.type}, hybrid mode {plan.mode}, "
+                f"{config.name}: {world.world_size} x {world.device.type}, {backend} kernels, hybrid mode {plan.mode}, "
                 f"{inputs.train_store.num_tokens:,} training tokens, {model.num_hidden_layers} layers of "
                 f"{model.hidden_size}, run folder {config.run_dir}"
             )
@@ -78,7 +81,26 @@ def fit(config: TrainConfig) -> None:
         trainer.run()
 
 
-def prepare_run_dir(config: TrainConfig, model_config: ModelConfig, world: World) -> None:
+def prepare_kernels(config: TrainConfig, world: World) -> str:
+    """Settle which implementation of the kernels this process uses, and see that it computes what it should.
+
+    Returns:
+        The backend; see `kernels.backend`.
+
+    Raises:
+        InputError: it cannot run on this device, or differs from its reference there.
+    """
+    try:
+        set_default_backend(None if config.kernels == "auto" else config.kernels)
+        backend = choose_backend(None, world.device)
+    except ValueError as error:
+        raise InputError(f"--kernels {config.kernels}: {error}") from None
+    if backend == "triton" and config.kernel_check == "on" and (failure := first_failure(run_checks(world.device))):
+        raise InputError(failure)
+    return backend
+
+
+def prepare_run_dir(config: TrainConfig, model_config: ModelConfig, world: World, backend: str) -> None:
     """Create the run's folder with its resolved settings and a copy of the tokenizer.
 
     Raises:
@@ -89,6 +111,7 @@ def prepare_run_dir(config: TrainConfig, model_config: ModelConfig, world: World
         "model": dataclasses.asdict(model_config),
         "world_size": world.world_size,
         "device": str(world.device),
+        "kernels": backend,
         "torch": torch.__version__,
     }
     try:
@@ -184,12 +207,10 @@ class Trainer:
                 result = self._forward(batch)
                 (result.total * scales[batch.objective]).backward()
             self.sums.add(batch.objective, result)
-        gradient_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_gradient)
         for group in self.optimizer.param_groups:
             group["lr"] = schedules.learning_rate(self.config, self.step)
-        self.optimizer.step()
+        gradient_norm = update_weights(self.optimizer, self.model, self.ema, self.config.max_gradient)
         self.optimizer.zero_grad()
-        self.ema.update(self.model)
         return gradient_norm
 
     def training_record(self, gradient_norm: Tensor, throughput: Throughput) -> dict[str, float]:

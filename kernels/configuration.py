@@ -7,6 +7,9 @@ from typing import Any
 import torch
 
 
+OPERATIONS = ("masked_cross_entropy", "span_mask", "lamb")  # the folders of kernels/
+
+
 @dataclass(frozen=True)
 class Configuration:
     """One way in which a launcher can start a kernel.

@@ -1,25 +1,45 @@
-"""LAMB against recorded steps, against another library's, and against its own promises."""
+"""LAMB against recorded steps, against another library's, against its reference, and against its own promises."""
 
 import io
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from pytorch_optimizer import Lamb as OtherLamb
 from safetensors.torch import load_file
+from torch.nn.utils import clip_grad_norm_
 
 from gptbert.optim import Lamb
 from kernels import lamb_step
+from kernels.lamb import check, kernel, op, plan
+from tests.mutation import mutated
 from tests.numerics import relative_error
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "lamb.safetensors")
 BETAS = (0.9, 0.98)
-STEP = {"step": 1, "lr": 0.5, "beta1": 0.9, "beta2": 0.98, "eps": 1e-8}
+STEP = {"lr": 0.5, "beta1": 0.9, "beta2": 0.98, "eps": 1e-8}
 SHAPES = ((7, 5), (33,), (1,), (16, 24))
 
 
-def test_six_recorded_steps():
-    params = [GOLDEN[f"param{i}.init"].clone().requires_grad_() for i in range(5)]
+@pytest.fixture
+def chosen(backend, monkeypatch):
+    """A backend for optimizers, which choose their own."""
+    monkeypatch.setenv("KERNELS_BACKEND", backend)
+    return backend
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Memory from torch.empty is full of NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_six_recorded_steps(chosen, device):
+    params = [GOLDEN[f"param{i}.init"].to(device, copy=True).requires_grad_() for i in range(5)]
     groups = [
         {"params": [params[i] for i in (0, 3, 4)], "weight_decay": 0.1},
         {"params": [params[i] for i in (1, 2)], "weight_decay": 0.0},
@@ -27,26 +47,27 @@ def test_six_recorded_steps():
     optimizer = Lamb(groups, lr=1e-2, betas=BETAS, eps=1e-8)
     for step in range(6):
         for index, param in enumerate(params):
-            param.grad = GOLDEN[f"step{step}.grad{index}"].clone()
+            param.grad = GOLDEN[f"step{step}.grad{index}"].to(device)
         optimizer.step()
         for index, param in enumerate(params):
             expected = GOLDEN[f"step{step}.param{index}"]
-            assert relative_error(param.detach(), expected) < 1e-6, (step, index)
+            assert relative_error(param.detach().cpu(), expected) < 1e-6, (step, index)
 
 
-def make_params(dtype=torch.float32, seed=0):
+def make_params(device, dtype=torch.float32, seed=0, shapes=SHAPES):
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in SHAPES]
+    return [torch.randn(shape, generator=generator, dtype=dtype).to(device).requires_grad_() for shape in shapes]
 
 
 def set_gradients(params, step, scale=1.0):
     generator = torch.Generator().manual_seed(100 + step)
     for param in params:
-        param.grad = scale * torch.randn(param.shape, generator=generator, dtype=param.dtype)
+        param.grad = scale * torch.randn(param.shape, generator=generator, dtype=param.dtype).to(param.device)
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_agrees_with_pytorch_optimizer(weight_decay):
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-5)])
+def test_agrees_with_pytorch_optimizer(chosen, device, dtype, tolerance, weight_decay):
     """That library's Lamb leaves the bias corrections out of the update, so they are given to it by other ways.
 
     Settings that make it ours: `weight_decouple=False` (decay inside the update, under the trust ratio), the default
@@ -56,7 +77,7 @@ def test_agrees_with_pytorch_optimizer(weight_decay):
     decay the learning rate is multiplied by it, with decay the decay is divided by it, since the trust ratio takes the
     scale of the whole update out again.
     """
-    ours, theirs = make_params(torch.float64), make_params(torch.float64)
+    ours, theirs = make_params(device, dtype), make_params(device, torch.float64)
     optimizer = Lamb(ours, lr=1e-2, betas=BETAS, eps=1e-30, weight_decay=weight_decay)
     other = OtherLamb(
         theirs,
@@ -69,76 +90,369 @@ def test_agrees_with_pytorch_optimizer(weight_decay):
         foreach=False,
     )
     other.clamp = 1e9
+    for param, expected in zip(ours, theirs, strict=True):
+        expected.data.copy_(param)
     for step in range(1, 8):
         set_gradients(ours, step)
-        set_gradients(theirs, step)
+        for param, expected in zip(ours, theirs, strict=True):
+            expected.grad = param.grad.double()
         correction = (1 - BETAS[1] ** step) ** 0.5 / (1 - BETAS[0] ** step)
         other.param_groups[0]["lr"] = 1e-2 * (1 if weight_decay else correction)
         other.param_groups[0]["weight_decay"] = weight_decay / correction
         optimizer.step()
         other.step()
         for param, expected in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(param, expected, rtol=1e-11, atol=1e-13)
+            torch.testing.assert_close(param.double(), expected, rtol=tolerance, atol=tolerance / 10)
 
 
-def test_the_first_step_has_the_length_that_the_trust_ratio_says():
+def test_the_first_step_has_the_length_that_the_trust_ratio_says(chosen, device):
     """‖Δp‖ = lr·‖p‖ with decay, whatever the gradient's scale; lr per entry without."""
     for scale in (1e-6, 1.0, 1e6):
-        decayed, plain = (torch.randn(50, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in "ab")
-        before = decayed.detach().clone()
+        decayed, plain = make_params(device, shapes=[(50,), (50,)])
+        before = decayed.detach().clone(), plain.detach().clone()
         optimizer = Lamb(
             [{"params": [decayed], "weight_decay": 0.1}, {"params": [plain], "weight_decay": 0.0}], lr=0.01, eps=1e-12
         )
         set_gradients([decayed, plain], 1, scale)
         optimizer.step()
-        assert (decayed - before).norm().item() == pytest.approx(0.01 * before.norm().item(), rel=1e-4)
-        torch.testing.assert_close((plain - before).abs(), torch.full((50,), 0.01), rtol=1e-3, atol=0)
+        assert (decayed - before[0]).norm().item() == pytest.approx(0.01 * before[0].norm().item(), rel=1e-4)
+        assert (plain - before[1]).abs().cpu().tolist() == pytest.approx([0.01] * 50, rel=1e-3)
 
 
-def one_step(param, grad, weight_decay, backend=None):
-    param, moments = param.clone(), [torch.zeros_like(param), torch.zeros_like(param)]
-    lamb_step([param], [grad], [moments[0]], [moments[1]], **STEP, weight_decay=weight_decay, backend=backend)
-    return param
+def one_step(param, grad, weight_decay, backend, device):
+    param, moments = param.to(device, copy=True), [torch.zeros_like(param, device=device) for _ in "mv"]
+    lamb_step(
+        [param],
+        [grad.to(device)],
+        [moments[0]],
+        [moments[1]],
+        [torch.zeros((), device=device)],
+        **STEP,
+        weight_decay=weight_decay,
+        backend=backend,
+    )
+    return param.cpu()
 
 
-def test_a_zero_parameter_moves_with_ratio_one(backend):
+def test_a_zero_parameter_moves_with_ratio_one(backend, device):
     grad = torch.tensor([3.0, -2.0, 1e-3])
-    moved = one_step(torch.zeros(3), grad, 0.1, backend)
+    moved = one_step(torch.zeros(3), grad, 0.1, backend, device)
     torch.testing.assert_close(moved, -0.5 * grad.sign(), rtol=1e-4, atol=0)
 
 
-def test_a_zero_update_changes_nothing_and_is_no_nan(backend):
-    assert torch.equal(one_step(torch.zeros(3), torch.zeros(3), 0.1, backend), torch.zeros(3))
-    assert torch.equal(one_step(torch.ones(3), torch.zeros(3), 0.0, backend), torch.ones(3))
+def test_a_zero_update_changes_nothing_and_is_no_nan(backend, device):
+    assert torch.equal(one_step(torch.zeros(3), torch.zeros(3), 0.1, backend, device), torch.zeros(3))
+    assert torch.equal(one_step(torch.ones(3), torch.zeros(3), 0.0, backend, device), torch.ones(3))
 
 
-def test_a_zero_gradient_leaves_only_the_decay(backend):
+def test_a_zero_gradient_leaves_only_the_decay(backend, device):
     """u = wd·p, so the ratio is 1/wd and p loses lr of itself."""
-    moved = one_step(torch.tensor([1.0, -2.0, 4.0]), torch.zeros(3), 0.1, backend)
+    moved = one_step(torch.tensor([1.0, -2.0, 4.0]), torch.zeros(3), 0.1, backend, device)
     torch.testing.assert_close(moved, torch.tensor([0.5, -1.0, 2.0]))
 
 
-def test_the_ratio_is_not_clamped(backend):
+def test_the_ratio_is_not_clamped(backend, device):
     large = torch.full((100,), 1e4)  # ‖p‖ = 1e5, ‖u‖ about 1e4
-    moved = one_step(large, torch.ones(100), 1e-6, backend)
+    moved = one_step(large, torch.ones(100), 1e-6, backend, device)
     torch.testing.assert_close(moved, torch.full((100,), 0.5e4), rtol=1e-4, atol=0)
 
 
-def test_each_tensor_has_its_own_ratio(backend):
-    params = [torch.full((4,), size) for size in (0.1, 10.0)]
-    together = [param.clone() for param in params]
-    zeros = [[torch.zeros(4), torch.zeros(4)] for _ in "ab"]
-    lamb_step(together, [torch.ones(4)] * 2, *zeros, **STEP, weight_decay=0.1, backend=backend)
-    for param, moved in zip(params, together, strict=True):
-        torch.testing.assert_close(moved, param / 2)
+class Model:
+    """Parameters and the state that goes with them, the same for the same seed."""
+
+    def __init__(self, device, shapes=SHAPES, seed=0, dtype=torch.float32):
+        generator = torch.Generator().manual_seed(seed)
+        self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, self.averages = (
+            [torch.randn(shape, generator=generator, dtype=dtype).to(device) for shape in shapes] for _ in range(5)
+        )
+        self.exp_avg_sqs = [tensor.square() + 0.1 for tensor in self.exp_avg_sqs]
+        self.steps = [torch.tensor(float(index), device=device) for index in range(len(shapes))]
+
+    def step(self, backend, averaged=True, **settings):
+        return lamb_step(
+            self.params,
+            self.grads,
+            self.exp_avgs,
+            self.exp_avg_sqs,
+            self.steps,
+            **{**STEP, "weight_decay": 0.1, "averages": self.averages if averaged else None, **settings},
+            backend=backend,
+        )
+
+    def state(self):
+        return [*self.params, *self.exp_avgs, *self.exp_avg_sqs, *self.steps, *self.averages]
 
 
-def test_gradients_are_only_read():
-    params = make_params()
-    set_gradients(params, 1)
-    before = [param.grad.clone() for param in params]
-    Lamb(params, weight_decay=0.1).step()
-    assert all(torch.equal(param.grad, grad) for param, grad in zip(params, before, strict=True))
+def same(one, other):
+    return all(torch.equal(left, right) for left, right in zip(one, other, strict=True))
+
+
+def close(actual, expected, tolerance=1e-6):
+    pairs = zip(actual, expected, strict=True)
+    return all(relative_error(left, right) < tolerance for left, right in pairs if left.numel())
+
+
+@pytest.mark.parametrize("poison", [False, True])
+def test_every_case_obeys_the_numerics_rule(backend, device, poison, request):
+    if poison:
+        request.getfixturevalue("poisoned_memory")
+    results = list(check.comparisons(device, backend))
+    assert not [result for result in results if not result.passed]
+    assert {result.name.split(": ")[1] for result in results} == {
+        "params", "exp_avgs", "exp_avg_sqs", "averages", "gradient norm", "gradient norm again", "steps", "again",
+        "memory to leave alone",
+    }  # fmt: skip
+
+
+MUTANTS = {
+    "corrections of the age before": ("tl.pointer_type(tl.float32))) + 1.0", "tl.pointer_type(tl.float32)))"),
+    "correction in fp32": ("tl.exp(age.to(tl.float64) * log_beta2)", "tl.exp((age * log_beta2).to(tl.float32))"),
+    "corrections exchanged": ("age.to(tl.float64) * log_beta1", "age.to(tl.float64) * log_beta2"),
+    "second correction without its root": ("1.0 / tl.sqrt(1.0 - tl.exp", "1.0 / (1.0 - tl.exp"),
+    "second moment not corrected": ("tl.sqrt(exp_avg_sq) * denominator_scale", "tl.sqrt(exp_avg_sq)"),
+    "eps inside the root": ("(exp_avg_sq) * denominator_scale + eps", "(exp_avg_sq + eps) * denominator_scale"),
+    "eps before the correction": ("(exp_avg_sq) * denominator_scale + eps)", "(exp_avg_sq) + eps) / denominator_scale"),
+    "not clipped": ("is_last) * clip", "is_last)"),
+    "clipped twice": ("is_last) * clip", "is_last) * clip * clip"),
+    "second moment not clipped": ("(grad * grad)", "(grad * grad / (clip * clip))"),
+    "short gradients made longer": ("tl.where(factor > 1.0, 1.0, factor)", "factor"),
+    "norm without its root": ("norm = tl.sqrt(tl.sum(sums))", "norm = tl.sum(sums)"),
+    "norm without the last chunk": ("mask=first + lanes < num_chunks", "mask=first + lanes < num_chunks - 1"),
+    "betas exchanged": ("= beta2 * exp_avg_sq", "= (1 - one_minus_beta1) * exp_avg_sq"),
+    "no decay in the norm": ("update += weight_decay * param\n            if", "if"),
+    "no decay in the update": ("update += weight_decay * param\n            param", "param"),
+    "ratio inverted": ("where(is_scaled, param_norm, 1.0) / tl", "where(is_scaled, 1 / param_norm, 1.0) * tl"),
+    "ratio of squares": ("param_norm = tl.sqrt(", "param_norm = ("),
+    "ratio without decay": ("(weight_decay != 0) & ", ""),
+    "ratio of a zero parameter": ("& (param_norm > 0) &", "&"),
+    "ratio clamped": ("tl.load(lr_ptr) * ratio", "tl.load(lr_ptr) * tl.minimum(ratio, 1.0)"),
+    "learning rate never read": ("lr_scale * tl.load(lr_ptr) * ratio", "lr_scale * ratio"),
+    "sums of the neighbour": ("_FIRST_CHUNK)\n    own", "_FIRST_CHUNK) + 1\n    own"),
+    "sum of one chunk": ("is_own = own < ", "is_own = own < 0 * own + 1 + 0 * "),
+    "a sum too many": ("is_own = own < ", "is_own = own <= "),
+    "sums exchanged": ("tl.sum(param_sums)", "tl.sum(update_sums)"),
+    "average of the old parameter": ("(param - average)", "(param + step_size * update - average)"),
+    "average exchanged": ("average += one_minus_decay * (", "average = param - one_minus_decay * ("),
+    "average not kept": ("_store(averages, lanes, average, length, is_last)", "pass"),
+    "stores past the end": ("values, mask=lanes < length", "values, mask=lanes <= length"),
+    "last element not stored": ("values, mask=lanes < length", "values, mask=lanes < length - 1"),
+    "last element not loaded": ("mask=lanes < length, other", "mask=lanes < length - 1, other"),
+    "no last block": (".to(tl.int32)\n    return tensor", ".to(tl.int32) // 2048 * 2048\n    return tensor"),
+    "every chunk is the first": ("start = (program - tl.load(row_ptr + _FIRST_CHUNK))", "start = (program - program)"),
+    "age not kept": ("tl.store(tl.load(row_ptr + _STEP).to(tl.pointer_type(tl.float32)), age)", "pass"),
+    "scalars of the first tensor": ("tensor * _SCALARS + _DENOMINATOR_SCALE)\n", "_DENOMINATOR_SCALE)\n"),
+    "decay of the first tensor": ("decays_ptr + tensor)\n    exp", "decays_ptr)\n    exp"),
+    "moments cut off": ("noise = 0x7FFF + ((bits >> 16) & 1)", "noise = 0"),
+    "one noise for both moments": ("noise >> 16, MOMENT_TYPE", "noise & 0xFFFF, MOMENT_TYPE"),
+    "one noise for all tensors": ("low * 0 + tensor.to(tl.uint32)", "low * 0"),
+    "one noise for all steps": ("low * 0 + age.to(tl.uint32)", "low * 0"),
+    "one noise for all chunks": ("tensor, start + first, BLOCK", "tensor, first, BLOCK"),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_planted_bug_is_found(name, device, tmp_path):
+    with mutated("kernels.lamb.kernel", *MUTANTS[name], tmp_path):
+        assert not all(result.passed for result in check.comparisons(device, "triton")), name
+
+
+def test_clips_as_torch_does(backend, device):
+    """The same as clipping first, for gradients too long and short enough; the gradients themselves stay."""
+    for max_norm in (1.0, 1e3):
+        fused, separate = Model(device), Model(device)
+        parameters = [torch.zeros_like(grad) for grad in separate.grads]
+        for parameter, grad in zip(parameters, separate.grads, strict=True):
+            parameter.grad = grad
+        expected = clip_grad_norm_(parameters, max_norm)
+        before = [grad.clone() for grad in fused.grads]
+        assert separate.step(backend) is None
+        torch.testing.assert_close(fused.step(backend, max_grad_norm=max_norm), expected)
+        assert close(fused.state(), separate.state())
+        assert same(fused.grads, before)
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_goes_where_torch_lets_it_go(backend, device, bad):
+    fused, separate = Model(device), Model(device)
+    for model in (fused, separate):
+        model.grads[1][4] = bad
+    norm = fused.step(backend, max_grad_norm=1.0)
+    assert math.isnan(norm) if math.isnan(bad) else math.isinf(norm)
+    factor = (1.0 / (norm + 1e-6)).clamp(max=1.0)
+    separate.grads = [grad * factor for grad in separate.grads]
+    separate.step("torch")
+    for actual, expected in zip(fused.state(), separate.state(), strict=True):
+        assert torch.equal(actual.isnan(), expected.isnan())
+    spread = torch.cat([param.flatten() for param in fused.params]).isnan().sum()
+    assert spread == (sum(param.numel() for param in fused.params) if math.isnan(bad) else 1)
+
+
+def test_stochastic_rounding_is_right_on_average(backend, device):
+    """m = 0.1·g lies between two numbers of bf16; where rounding to the nearest always errs the same way."""
+    size, grad = 20_000, 1.0 + 2**-7
+    means, moments = [], []
+    for seed in (None, 1, 2):
+        model = Model(device, [(size,)])
+        model.grads = [torch.full((size,), grad, device=device)]
+        model.exp_avgs, model.exp_avg_sqs = ([torch.zeros(size, dtype=torch.bfloat16, device=device)] for _ in "mv")
+        model.step(backend, stochastic_rounding_seed=seed)
+        moments.append(model.exp_avgs[0])
+        means.append(model.exp_avgs[0].double().mean().item())
+    exact, spacing = 0.1 * grad, 2**-4 * torch.finfo(torch.bfloat16).eps
+    assert abs(means[0] - exact) > 0.1 * spacing, "or there is nothing to gain"
+    assert means[1:] == pytest.approx([exact] * 2, abs=4 * spacing / 2 / size**0.5)
+    assert len(moments[1].unique()) == 2
+    assert not torch.equal(moments[1], moments[2])
+
+
+def test_a_learning_rate_on_the_device_is_the_same_one(backend, device):
+    models = [Model(device), Model(device)]
+    models[0].step(backend)
+    models[1].step(backend, lr=torch.tensor(STEP["lr"], device=device))
+    assert same(models[0].state(), models[1].state())
+
+
+def test_a_decay_for_each_tensor(backend, device):
+    together, apart = Model(device), Model(device)
+    together.step(backend, weight_decay=[0.1, 0.0, 0.3, 0.0])
+    for index, decay in enumerate((0.1, 0.0, 0.3, 0.0)):
+        one = Model(device)
+        for name in ("params", "grads", "exp_avgs", "exp_avg_sqs", "averages", "steps"):
+            setattr(one, name, [getattr(apart, name)[index]])
+        one.step(backend, weight_decay=decay)
+    assert same(together.state(), apart.state())
+
+
+def test_no_tensors_and_empty_tensors(backend, device):
+    nothing = Model(device, [])
+    assert nothing.step(backend) is None
+    assert nothing.step(backend, max_grad_norm=1.0) == 0
+    empty = Model(device, [(0,), (3, 0)])
+    assert empty.step(backend, max_grad_norm=1.0) == 0
+    assert [step.item() for step in empty.steps] == [1, 2]
+
+
+def test_fp64_runs_in_pytorch_whatever_the_backend(backend, device, launches):
+    model, exact = Model(device, dtype=torch.float64), Model(device, dtype=torch.float64)
+    model.step(backend, max_grad_norm=1.0)
+    exact.step("torch", max_grad_norm=1.0)
+    assert same(model.state(), exact.state())
+    assert not launches
+
+
+def test_blocks_give_the_same_bits_on_any_number_of_threads():
+    shapes = [(300_001,), (1000, 333), (4097,)]
+    models = [Model(torch.device("cpu"), shapes) for _ in range(3)]
+    norms = []
+    for threads, model in zip((1, 2, 3), models, strict=True):
+        torch.set_num_threads(threads)
+        norms.append(model.step("torch", max_grad_norm=1.0))
+    torch.set_num_threads(1)
+    assert all(same(model.state(), models[0].state()) for model in models[1:])
+    assert norms[0] == norms[1] == norms[2]
+
+
+def test_tensors_that_moved_are_found_again(device):
+    """Gradients are made anew at each step, and lie wherever there was room."""
+    moving, still = Model(device), Model(device)
+    plan.make_plan.cache_clear()
+    places = [moving.grads] + [[grad.clone() for grad in moving.grads] for _ in range(2)]
+    for step in range(4):
+        moving.grads = places[max(0, step - 1)]
+        moving.step("triton", max_grad_norm=1.0)
+        assert plan.make_plan.cache_info().misses == (1, 1, 2, 3)[step]
+    for _ in range(4):
+        still.step("triton", max_grad_norm=1.0)
+    assert same(moving.state(), still.state())
+
+
+def test_a_graph_is_captured_with_tables_that_stay(device, monkeypatch):
+    """Capture is played: only what the host does for it can be seen without a GPU."""
+    monkeypatch.setattr(plan, "_captured", [])
+    model, other = Model(device), Model(device)
+    model.step("triton", max_grad_norm=1.0)
+    monkeypatch.setattr(plan, "is_capturing", lambda device: True)
+    model.step("triton", max_grad_norm=1.0)
+    assert [tables.owners.numel() for tables in plan._captured] == [4]
+    with pytest.raises(RuntimeError, match="call it once with the same tensors"):
+        other.step("triton", max_grad_norm=1.0)
+
+
+def drop(model):
+    del model.grads[1]
+
+
+def halve(name, dtype=torch.float16):
+    def change(model):
+        setattr(model, name, [tensor.to(dtype) for tensor in getattr(model, name)])
+
+    return change
+
+
+def replace(name, make):
+    def change(model):
+        getattr(model, name)[3] = make(getattr(model, name)[3])
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "message"),
+    [
+        (drop, {}, "grads: 3 tensors for 4 parameters"),
+        (None, {"weight_decay": [0.1]}, "weight_decay: 1 numbers for 4"),
+        (None, {"beta2": 1.0}, r"beta2: 1.0 is not in \[0, 1\)"),
+        (None, {"lr": torch.ones(2)}, "lr: torch.float32 of 2 elements"),
+        (None, {"lr": torch.ones((), dtype=torch.float64)}, "lr: torch.float64"),
+        (None, {"stochastic_rounding_seed": 1}, "stochastic_rounding_seed: moments are torch.float32"),
+        (halve("params", torch.bfloat16), {}, "params: torch.bfloat16; small updates need fp32"),
+        (halve("grads"), {}, r"grads\[0\]: torch.float16, expected torch.float32"),
+        (halve("exp_avgs", torch.bfloat16), {}, "exp_avgs are torch.bfloat16, exp_avg_sqs torch.float32"),
+        (halve("averages", torch.bfloat16), {}, r"averages\[0\]: torch.bfloat16, expected torch.float32"),
+        (halve("steps", torch.int64), {}, r"steps\[0\]: must be an fp32 scalar"),
+        (replace("grads", lambda tensor: tensor.bfloat16()), {}, r"grads\[3\]: torch.bfloat16, expected torch.float32"),
+        (replace("exp_avgs", lambda tensor: tensor[:, :3]), {}, r"exp_avgs\[3\]: \(16, 3\), its parameter \(16, 24\)"),
+        (replace("grads", lambda tensor: tensor.T.contiguous().T), {}, r"grads\[3\]: must be dense and contiguous"),
+        (replace("grads", lambda tensor: tensor.to_sparse()), {}, r"grads\[3\]: must be dense and contiguous"),
+    ],
+)
+def test_what_does_not_fit_is_one_clear_error(backend, device, change, settings, message):
+    model = Model(device)
+    if change:
+        change(model)
+    if isinstance(settings.get("lr"), torch.Tensor):
+        settings = {"lr": settings["lr"].to(device)}
+    with pytest.raises(ValueError, match=message):
+        model.step(backend, **settings)
+
+
+def test_is_a_well_made_operation(backend, device):
+    """torch.library.opcheck: schema, fake tensors, tracing."""
+    for averaged, max_grad_norm in ((True, 1.0), (False, None)):
+        model = Model(device)
+        state = [model.params, model.grads, model.exp_avgs, model.exp_avg_sqs, model.steps]
+        norm = None if max_grad_norm is None else torch.zeros((), device=device)
+        settings = (0.5, None, 0.9, 0.98, 1e-8, [0.1, 0.0, 0.1, 0.1], max_grad_norm, 0.9, None, backend)
+        results = torch.library.opcheck(op.lamb_step, (*state, model.averages if averaged else [], norm, *settings))
+        assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_compiled_is_eager(backend, device, on_device):
+    lr = torch.tensor(0.5, device=device) if on_device else 0.5
+
+    def step(model):
+        return model.step(backend, max_grad_norm=1.0, lr=lr) * 2, [param.sum() for param in model.params]
+
+    eager, compiled = Model(device), Model(device)
+    expected = step(eager)
+    torch._dynamo.reset()
+    actual = torch.compile(step, fullgraph=True, backend="aot_eager")(compiled)
+    assert torch.equal(actual[0], expected[0])
+    assert same(actual[1], expected[1])
+    assert same(compiled.state(), eager.state())
 
 
 def train(params, optimizer, steps):
@@ -154,10 +468,10 @@ def make_optimizer(params):
 
 
 @pytest.mark.parametrize("through_file", [False, True])
-def test_a_restored_optimizer_goes_on_to_the_bit(through_file):
-    straight = make_params()
+def test_a_restored_optimizer_goes_on_to_the_bit(chosen, device, through_file):
+    straight = make_params(device)
     train(straight, make_optimizer(straight), range(8))
-    params = make_params()
+    params = make_params(device)
     first = make_optimizer(params)
     train(params, first, range(4))
     state, weights = first.state_dict(), [param.detach().clone().requires_grad_() for param in params]
@@ -169,20 +483,45 @@ def test_a_restored_optimizer_goes_on_to_the_bit(through_file):
     second = make_optimizer(weights)
     second.load_state_dict(state)
     train(weights, second, range(4, 8))
-    assert all(torch.equal(*pair) for pair in zip(straight, weights, strict=True))
+    assert same(straight, weights)
 
 
-def test_two_runs_give_the_same_bits():
-    runs = [make_params(), make_params()]
+@pytest.mark.parametrize(("first", "second"), [("torch", "triton"), ("triton", "torch")])
+def test_a_run_goes_on_with_the_other_backend(device, monkeypatch, first, second):
+    monkeypatch.setenv("KERNELS_BACKEND", "torch")
+    straight = make_params(device)
+    alone = make_optimizer(straight)
+    train(straight, alone, range(8))
+    params = make_params(device)
+    monkeypatch.setenv("KERNELS_BACKEND", first)
+    optimizer = make_optimizer(params)
+    train(params, optimizer, range(4))
+    monkeypatch.setenv("KERNELS_BACKEND", second)
+    other = make_optimizer(params)
+    other.load_state_dict(optimizer.state_dict())
+    train(params, other, range(4, 8))
+    assert close([param.detach() for param in params], [param.detach() for param in straight])
+    ours, theirs = other.state_dict(), alone.state_dict()
+    assert ours["param_groups"] == theirs["param_groups"]
+    assert ours["state"].keys() == theirs["state"].keys()
+    for index, state in ours["state"].items():
+        described = [{name: (value.shape, value.dtype, value.device) for name, value in one.items()} for one in
+                     (state, theirs["state"][index])]  # fmt: skip
+        assert described[0] == described[1]
+        assert close(state.values(), theirs["state"][index].values())
+
+
+def test_two_runs_give_the_same_bits(chosen, device):
+    runs = [make_params(device), make_params(device)]
     for params in runs:
         train(params, make_optimizer(params), range(5))
-    assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
-    assert not torch.equal(runs[0][0], make_params()[0])
+    assert same(*runs)
+    assert not torch.equal(runs[0][0], make_params(device)[0])
 
 
-def test_a_parameter_without_gradient_is_skipped_and_ages_later():
+def test_a_parameter_without_gradient_is_skipped_and_ages_later(chosen, device):
     """Its first update is a first update, bias correction and all, though the others are older."""
-    params, alone = make_params(), make_params()[3]
+    params, alone = make_params(device), make_params(device)[3]
     optimizer = Lamb(params, lr=0.02, weight_decay=0.1)
     before = params[3].detach().clone()
     for step in range(3):
@@ -209,3 +548,100 @@ def test_step_returns_the_closures_loss():
 
     assert Lamb([param]).step(closure).item() == 3
     assert Lamb([param]).step() is None
+
+
+def test_larger_chunks_where_a_tensor_would_have_too_many(device, monkeypatch):
+    monkeypatch.setattr(plan, "MIN_CHUNK", 2048)
+    monkeypatch.setattr(plan, "MAX_CHUNKS", 4)
+    plan.make_plan.cache_clear()
+    models = [Model(device, [(20_001,), (2048,), (8192,), (5000,)]) for _ in "ab"]
+    norms = [model.step(backend, max_grad_norm=1.0) for model, backend in zip(models, ("torch", "triton"), strict=True)]
+    plan.make_plan.cache_clear()
+    assert close(models[1].state(), models[0].state())
+    torch.testing.assert_close(*norms)
+
+
+def test_chunks_of_tensors_of_any_size_are_few_and_short_enough_to_count_in_32_bits():
+    for size in (0, 1, 2**14, 2**14 + 1, 2**23, 2**23 + 1, 12_582_912, 2**31, 2**33 + 5, 2**39):
+        addresses = ((16,),) * 5
+        tables = plan.make_plan(addresses, (size,), (0.1,), torch.device("cpu"))
+        chunk_size = tables.table[0, plan.CHUNK_SIZE].item()
+        assert chunk_size < 2**31
+        assert chunk_size & (chunk_size - 1) == 0
+        assert (len(tables.owners) - 1) * chunk_size <= size <= len(tables.owners) * chunk_size
+        assert 1 <= len(tables.owners) <= plan.MAX_CHUNKS
+
+
+def test_elements_beyond_32_bits_are_found(device):
+    """A chunk of which the table says that it begins 2³² elements behind an address, which is as far before it."""
+    grad, beginning, chunk_size = torch.arange(5000.0, device=device), 2**32, 2**22
+    row = torch.zeros(1, plan.COLUMNS, dtype=torch.int64)
+    row[0, plan.GRAD] = grad.data_ptr() - beginning * grad.itemsize
+    row[0, plan.SIZE], row[0, plan.CHUNK_SIZE] = beginning + len(grad), chunk_size
+    row[0, plan.FIRST_CHUNK] = -beginning // chunk_size
+    total, owner = torch.empty(1, device=device), torch.zeros(1, dtype=torch.int32, device=device)
+    constants = kernel._norm_constants(torch.float32, aligned=True)
+    kernel.norm_kernel[(1,)](row.to(device), owner, total, **constants)
+    assert total.item() == pytest.approx(grad.double().square().sum().item(), rel=1e-6)
+
+
+class Launches:
+    """Stands in for a kernel, and notes its launches."""
+
+    def __init__(self, kernel, noted):
+        self.kernel, self.noted = kernel, noted
+
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            self.noted.append((self.kernel, options))
+            return self.kernel[grid](*args, **options)
+
+        return launch
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The kernels that run, with their options, in their order."""
+    noted = []
+    for name in ("norm_kernel", "clip_kernel", "moments_kernel", "update_kernel"):
+        monkeypatch.setattr(kernel, name, Launches(getattr(kernel, name), noted))
+    return noted
+
+
+def test_a_model_of_many_tensors_takes_four_launches(device, launches):
+    shapes = [(index % 7, index) for index in range(200)]
+    models = [Model(device, shapes) for _ in "ab"]
+    models[0].step("triton", max_grad_norm=1.0)
+    assert len(launches) == 4
+    models[1].step("torch", max_grad_norm=1.0)
+    assert close(models[0].state(), models[1].state())
+    launches.clear()
+    Model(device).step("triton")
+    assert len(launches) == 2, "without clipping nobody asks for the norm"
+
+
+def test_configurations_are_what_is_launched(device, launches, monkeypatch):
+    """Every case of the check and every combination of moments and averages."""
+    for _ in check.comparisons(device, "triton"):
+        pass
+    for moments, offset, averaged in ((torch.float32, 0, False), (torch.float32, 1, False), (torch.bfloat16, 1, False)):
+        model = Model(device)
+        for name in ("params", "exp_avgs", "exp_avg_sqs"):
+            dtype = torch.float32 if name == "params" else moments
+            setattr(model, name, [misaligned(tensor.to(dtype), offset) for tensor in getattr(model, name)])
+        model.step("triton", averaged=averaged)
+    listed = [describe(found.kernel.kernel, found.constants, found.num_warps) for found in kernel.configurations()]
+    assert len(set(listed)) == len(listed)
+    launched = {describe(kernel, options, options.get("num_warps", 4)) for kernel, options in launches}
+    assert launched <= set(listed)
+    assert len(launched) > 15
+
+
+def misaligned(tensor, offset):
+    memory = torch.empty(tensor.numel() + offset, dtype=tensor.dtype, device=tensor.device)
+    return memory[offset:].copy_(tensor.flatten()).view(tensor.shape)
+
+
+def describe(kernel, options, num_warps):
+    constants = sorted((name, str(value)) for name, value in options.items() if name != "num_warps")
+    return kernel.fn.__name__, tuple(constants), num_warps

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.dry_launch import OPERATIONS
+from kernels.configuration import OPERATIONS
 from tests.runs import ROOT
 
 

@@ -1,11 +1,13 @@
-"""Parameter groups, the optimizer that the flags name, and the moving average."""
+"""Parameter groups, the optimizer that the flags name, what a step does with them, and the moving average."""
+
+import copy
 
 import pytest
 import torch
 from torch import nn
 
 from gptbert.model import GPTBert
-from gptbert.optim import Lamb, WeightAverage, build_optimizer, parameter_groups
+from gptbert.optim import Lamb, WeightAverage, build_optimizer, parameter_groups, update_weights
 
 NOT_DECAYED = {
     "embedding.relative_layer_norm.weight",
@@ -104,3 +106,117 @@ def test_weight_average_is_a_model_of_its_own(model):
     assert all(param.requires_grad for param in model.parameters())
     own = {param.data_ptr() for param in average.model.parameters()}
     assert own.isdisjoint(param.data_ptr() for param in model.parameters())
+
+
+def small_model(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(7, 9), nn.LayerNorm(9), nn.Linear(9, 5))
+
+
+def set_gradients(model, step):
+    generator = torch.Generator().manual_seed(step)
+    for param in model.parameters():
+        param.grad = torch.randn(param.shape, generator=generator)
+
+
+@pytest.fixture
+def chosen(backend, monkeypatch):
+    """A backend for optimizers, which choose their own."""
+    monkeypatch.setenv("KERNELS_BACKEND", backend)
+    return backend
+
+
+def lamb(model, **second_group):
+    decayed, plain = parameter_groups(model, 0.1)
+    return Lamb([decayed, {**plain, **second_group}], lr=0.1)
+
+
+OPTIMIZERS = {
+    "lamb": lamb,
+    "lamb with a learning rate for each group": lambda model: lamb(model, lr=0.01),
+    "adamw": lambda model: torch.optim.AdamW(parameter_groups(model, 0.1), lr=0.01, fused=True),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("max_norm", [0.5, 1e3])
+def test_a_step_clips_updates_and_averages(chosen, name, max_norm):
+    """The same as the three one after another, with the global norm of all groups."""
+    together, apart = small_model(), small_model()
+    averages = [WeightAverage(model, 0.9) for model in (together, apart)]
+    optimizers = [OPTIMIZERS[name](model) for model in (together, apart)]
+    for step in range(3):
+        for model in (together, apart):
+            set_gradients(model, step)
+            if step == 1:
+                model[0].bias.grad = None  # its average must move all the same
+        expected = nn.utils.clip_grad_norm_(apart.parameters(), max_norm)
+        assert (expected > max_norm) == (max_norm == 0.5)
+        optimizers[1].step()
+        averages[1].update(apart)
+        norm = update_weights(optimizers[0], together, averages[0], max_norm)
+        torch.testing.assert_close(norm, expected)
+        for one, other in ((together, apart), (averages[0].model, averages[1].model)):
+            torch.testing.assert_close(dict(one.named_parameters()), dict(other.named_parameters()))
+
+
+def test_lamb_is_one_call_for_all_groups(monkeypatch):
+    """Groups that differ in the decay alone share it."""
+    calls = []
+    monkeypatch.setattr(
+        "gptbert.optim.lamb_step", lambda params, *_, **settings: calls.append(settings["weight_decay"])
+    )
+    for second_group, expected in (({}, [[0.1] * 3 + [0.0] * 3]), ({"lr": 0.01}, [[0.1] * 3, [0.0] * 3])):
+        calls.clear()
+        model = small_model()
+        set_gradients(model, 0)
+        lamb(model, **second_group).step()
+        assert calls == expected
+
+
+def test_a_step_without_any_gradient():
+    model = small_model()
+    average, before = WeightAverage(model, 0.9), copy.deepcopy(model)
+    norm = update_weights(lamb(model), model, average, 1.0)
+    assert norm == 0
+    for param, old, mean in zip(model.parameters(), before.parameters(), average.model.parameters(), strict=True):
+        assert torch.equal(param, old)
+        torch.testing.assert_close(mean, old)
+
+
+@pytest.mark.parametrize("step", [torch.tensor(3.0), torch.tensor(3), 3])
+def test_a_state_of_earlier_versions_can_be_loaded(device, step):
+    """Its step was on the CPU; other optimizers' may be integers."""
+    params = [torch.ones(4, device=device, requires_grad=True)]
+    optimizer = Lamb(params)
+    params[0].grad = torch.ones_like(params[0])
+    optimizer.step()
+    state = optimizer.state_dict()
+    state["state"][0]["step"] = step
+    optimizer.load_state_dict(state)
+    loaded = optimizer.state[params[0]]["step"]
+    assert (loaded.dtype, loaded.device, loaded.shape, loaded.item()) == (torch.float32, params[0].device, (), 3)
+    optimizer.step()
+    assert optimizer.state[params[0]]["step"] == 4
+
+
+def test_a_learning_rate_may_be_a_tensor(device):
+    results = []
+    for lr in (0.25, torch.tensor(0.25, device=device)):
+        param = torch.ones(4, device=device, requires_grad=True)
+        optimizer = Lamb([param], lr=lr)
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        copy.deepcopy(optimizer).step()
+        results.append(param.detach())
+    assert torch.equal(*results)
+
+
+def test_settings_out_of_range_are_errors():
+    for settings, message in (
+        ({"lr": -1.0}, "lr: -1.0"),
+        ({"eps": float("nan")}, "eps: nan"),
+        ({"betas": (0.9, 1.0)}, "beta2: 1.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Lamb([torch.ones(1, requires_grad=True)], **settings)

@@ -1,9 +1,12 @@
 """LAMB: Adam's step, scaled per tensor by ‖p‖/‖u‖ (You et al. 2020, arXiv 1904.00962)."""
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from kernels.backend import choose_backend
-from kernels.lamb import reference
+from kernels.lamb import op
 
 
 def lamb_step(
@@ -11,40 +14,86 @@ def lamb_step(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
     *,
-    step: int,
-    lr: float,
+    lr: float | Tensor,
     beta1: float,
     beta2: float,
     eps: float,
-    weight_decay: float,
+    weight_decay: float | Sequence[float],
+    max_grad_norm: float | None = None,
+    averages: list[Tensor] | None = None,
+    average_decay: float = 0.999,
+    stochastic_rounding_seed: int | None = None,
     backend: str | None = None,
-) -> None:
-    """Update `params`, `exp_avgs` and `exp_avg_sqs` in place; `grads` is only read.
+) -> Tensor | None:
+    """One step of LAMB for all tensors of a model, with gradient clipping and moving averages (spec.md §4).
+
+    Updates `params`, `exp_avgs`, `exp_avg_sqs`, `steps` and `averages` in place; `grads` is only read. Never waits for
+    the device. A CUDA graph may record it once it has seen the same tensors before, and `lr` is a tensor.
 
     Args:
-        params: tensors of any shapes, fp32 (fp64 in tests).
-        grads: as `params`, already clipped.
-        exp_avgs: first moments, as `params`.
-        exp_avg_sqs: second moments, as `params`.
-        step: number of this update, from 1.
-        lr: learning rate, the schedule's factor included.
-        beta1: decay of the first moment.
-        beta2: decay of the second moment.
+        params: contiguous tensors of any shapes on one device, fp32 (or fp64, which runs in PyTorch on any backend).
+        grads: as `params`, or all bf16.
+        exp_avgs: first moments, as `params`, or all bf16.
+        exp_avg_sqs: second moments, of the first ones' type.
+        steps: fp32 scalars on the parameters' device, each tensor's number of updates so far; grow by one.
+        lr: learning rate, the schedule's factor included; as a tensor an fp32 scalar on the device.
+        beta1: decay of the first moment, in [0, 1).
+        beta2: decay of the second moment, in [0, 1).
         eps: added to the square root.
-        weight_decay: decoupled decay; 0 also switches the trust ratio off (spec: no-decay groups take Adam's step).
+        weight_decay: decoupled decay, one for all tensors or one each; 0 also switches a tensor's trust ratio off.
+        max_grad_norm: gradients longer than this, all taken together, count as if scaled down to it, as by
+            torch.nn.utils.clip_grad_norm_: one NaN makes everything NaN. None takes them as they are.
+        averages: exponential moving averages of `params`, like them; None keeps none.
+        average_decay: average ← average_decay · average + (1 − average_decay) · the new parameter.
+        stochastic_rounding_seed: bf16 moments are rounded up or down at random, by Philox keyed by this number, the
+            tensor's place in the list, its step and the element; None rounds to the nearest.
         backend: see `kernels.backend.choose_backend`.
+
+    Returns:
+        The gradients' norm before clipping, a scalar of the parameters' type on their device; None without
+        `max_grad_norm`.
+
+    Raises:
+        ValueError: lists, shapes, types or devices do not fit together, a tensor is not contiguous, or a number is out
+            of range.
     """
-    choose_backend(backend, params[0].device)
-    reference.lamb_step(
-        params,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        step=step,
-        lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        eps=eps,
-        weight_decay=weight_decay,
-    )
+    averages = averages or []
+    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps}
+    lists |= {"averages": averages} if averages else {}
+    for name, tensors in lists.items():
+        if len(tensors) != len(params):
+            raise ValueError(f"{name}: {len(tensors)} tensors for {len(params)} parameters")
+    decays = [float(weight_decay)] * len(params) if isinstance(weight_decay, int | float) else list(weight_decay)
+    if len(decays) != len(params):
+        raise ValueError(f"weight_decay: {len(decays)} numbers for {len(params)} parameters")
+    for name, beta in (("beta1", beta1), ("beta2", beta2)):
+        if not 0 <= beta < 1:
+            raise ValueError(f"{name}: {beta} is not in [0, 1)")
+    if not params:
+        return None if max_grad_norm is None else torch.zeros(())
+    first = params[0]
+    gradient_norm = None if max_grad_norm is None else torch.empty((), dtype=first.dtype, device=first.device)
+    is_tensor = isinstance(lr, Tensor)
+    with torch.no_grad():
+        op.lamb_step(
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            steps,
+            averages,
+            gradient_norm,
+            lr=1.0 if is_tensor else lr,
+            lr_tensor=lr if is_tensor else None,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            weight_decays=decays,
+            max_grad_norm=max_grad_norm,
+            average_decay=average_decay,
+            seed=stochastic_rounding_seed,
+            backend=choose_backend(backend, first.device),
+        )
+    return gradient_norm

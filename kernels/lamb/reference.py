@@ -1,33 +1,81 @@
-"""LAMB in plain PyTorch, one tensor after another: spec.md §4 read aloud."""
+"""LAMB in plain PyTorch, one tensor after another: spec.md §4 read aloud, and the rounding of bf16 moments."""
 
 import torch
 from torch import Tensor
 
+_WORD = 0xFFFFFFFF
 
-@torch.no_grad()
+
 def lamb_step(
     params: list[Tensor],
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    averages: list[Tensor],
+    gradient_norm: Tensor | None,
     *,
-    step: int,
-    lr: float,
+    lr: float | Tensor,
     beta1: float,
     beta2: float,
     eps: float,
-    weight_decay: float,
+    weight_decays: list[float],
+    max_grad_norm: float | None,
+    average_decay: float,
+    seed: int | None,
 ) -> None:
-    """See `kernels.lamb_step`."""
-    for param, grad, exp_avg, exp_avg_sq in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
-        exp_avg.mul_(beta1).add_(grad, alpha=1 - beta1)
-        exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        update = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(eps)
-        update = torch.div(exp_avg / (1 - beta1**step), update, out=update)
-        if weight_decay == 0:
-            param.sub_(update, alpha=lr)
-            continue
-        update.add_(param, alpha=weight_decay)
-        param_norm, update_norm = torch.linalg.vector_norm(param), torch.linalg.vector_norm(update)
-        ratio = torch.where((param_norm > 0) & (update_norm > 0), param_norm / update_norm, 1.0)
-        param.sub_(update.mul_(ratio * lr))
+    """See `kernels.lamb.op.lamb_step`."""
+    clip = 1.0
+    if max_grad_norm is not None:
+        norms = [torch.linalg.vector_norm(grad, dtype=gradient_norm.dtype) for grad in grads]
+        gradient_norm.copy_(torch.linalg.vector_norm(torch.stack(norms)))
+        clip = (max_grad_norm / (gradient_norm + 1e-6)).clamp(max=1.0)
+    for index, (param, weight_decay) in enumerate(zip(params, weight_decays, strict=True)):
+        grad, step = grads[index].to(param.dtype) * clip, steps[index].add_(1)
+        exp_avg = exp_avgs[index].to(param.dtype).lerp(grad, 1 - beta1)
+        exp_avg_sq = beta2 * exp_avg_sqs[index].to(param.dtype) + (1 - beta2) * grad.square()
+        if seed is not None:
+            noise = rounding_noise(seed, index, step, param)
+            exp_avg = round_stochastically(exp_avg, noise & 0xFFFF)
+            exp_avg_sq = round_stochastically(exp_avg_sq, noise >> 16)
+        exp_avg = exp_avgs[index].copy_(exp_avg).to(param.dtype)  # as stored, so that the norm is the update's
+        exp_avg_sq = exp_avg_sqs[index].copy_(exp_avg_sq).to(param.dtype)
+
+        age = step.double()
+        update = (exp_avg / (1 - beta1**age)) / ((exp_avg_sq / (1 - beta2**age)).sqrt() + eps)
+        ratio = 1.0
+        if weight_decay != 0:
+            update += weight_decay * param
+            param_norm, update_norm = torch.linalg.vector_norm(param), torch.linalg.vector_norm(update)
+            ratio = torch.where((param_norm > 0) & (update_norm > 0), param_norm / update_norm, 1.0)
+        param.sub_(lr * ratio * update)
+        if averages:
+            averages[index].lerp_(param, 1 - average_decay)
+
+
+def rounding_noise(seed: int, tensor: int, step: Tensor, like: Tensor) -> Tensor:
+    """32 random bits, held in int64, for each element of a tensor of `like`'s shape.
+
+    Philox4x32-10 (Salmon et al. 2011) with key = seed and counter = (element // 4 low, high, tensor, step) gives the
+    words of four elements.
+    """
+    fours = torch.arange(-(-like.numel() // 4), device=like.device)
+    words = [fours & _WORD, fours >> 32, torch.full_like(fours, tensor), step.to(torch.int64).expand_as(fours)]
+    key = [seed & _WORD, (seed >> 32) & _WORD]
+    for _ in range(10):
+        product0, product1 = words[0] * 0xD2511F53, words[2] * 0xCD9E8D57  # the low 64 bits are right, sign or not
+        words = [
+            (product1 >> 32) & _WORD ^ words[1] ^ key[0],
+            product1 & _WORD,
+            (product0 >> 32) & _WORD ^ words[3] ^ key[1],
+            product0 & _WORD,
+        ]
+        key = [(key[0] + 0x9E3779B9) & _WORD, (key[1] + 0xBB67AE85) & _WORD]
+    return torch.stack(words, dim=1).flatten()[: like.numel()].view_as(like)
+
+
+def round_stochastically(values: Tensor, noise: Tensor) -> Tensor:
+    """fp32 values that bf16 can hold: up with the probability of the bits that are lost, given 16 random ones."""
+    bits = values.float().view(torch.int32).long() + noise
+    rounded = (bits & 0xFFFF0000).to(torch.int32).view(torch.float32)
+    return torch.where(values.isfinite(), rounded, values)

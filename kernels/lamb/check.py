@@ -1,0 +1,176 @@
+"""LAMB against its reference on this device, in each combination of types and alignments that it treats differently."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from kernels.lamb import lamb_step, reference
+from kernels.numerics import Comparison, compare, compare_exactly
+
+# Several chunks with and without decay, both sides of a block's end, parameters of zeros, next to nothing, nothing.
+_SHAPES = ((40_001,), (2048,), (0,), (4097,), (127, 1), (3,), (1,), (150, 137))
+_DECAYS = (0.1, 0.3, 0.1, 0.1, 0.0, 0.1, 0.0, 0.0)
+_SIZES = (0.03, 3.0, 1.0, 0.2, 0.1, 0.0, 1.0, 0.01)  # of the parameters
+_AGES = (0, 1, 3, 2, 10, 500, 99_999, 0)
+_LR = 0.5
+_SETTINGS = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-6}
+_AVERAGE_DECAY = 0.99
+_GUARD = 16  # elements on both sides of a tensor that nobody may touch
+
+
+@dataclass(frozen=True)
+class _Case:
+    name: str
+    grad_type: torch.dtype = torch.float32
+    moment_type: torch.dtype = torch.float32
+    grad_offset: int = 0  # elements by which tensors miss a multiple of 16 bytes
+    offset: int = 0
+    max_grad_norm: float | None = 2.0
+    averages: bool = True
+    device_lr: bool = False
+
+
+_CASES = (
+    _Case("fp32"),
+    _Case("unaligned gradients, not clipped", grad_offset=1, max_grad_norm=None),
+    _Case("unaligned, too short to clip", grad_offset=3, offset=1, max_grad_norm=1e6),
+    _Case("bf16 gradients, no averages, lr on the device", torch.bfloat16, averages=False, device_lr=True),
+    _Case("bf16 moments", moment_type=torch.bfloat16),
+    _Case("bf16 unaligned", torch.bfloat16, torch.bfloat16, grad_offset=3, offset=1),
+)
+
+
+def comparisons(device: torch.device, backend: str) -> Iterator[Comparison]:
+    """One step in each case, and the bits of rounded moments."""
+    for case in _CASES:
+        yield from _compare_step(case, device, backend)
+    for seed in (None, 2**40 + 5):
+        yield from _compare_rounding(seed, device, backend)
+
+
+class _Model:
+    """A model's tensors before a step, with memory to leave alone around each; the same at every call."""
+
+    def __init__(self, case: _Case, device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self._guards: list[Tensor] = []
+        self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, self.averages = ([] for _ in range(5))
+        for shape, size, age in zip(_SHAPES, _SIZES, _AGES, strict=True):
+            param, grad, exp_avg, exp_avg_sq, average = (torch.randn(shape, generator=generator) for _ in range(5))
+            is_old = min(age, 1)  # moments are as if such gradients had come for a while, and zeros before the first
+            self.params.append(self._place(size * param, device, torch.float32, case.offset))
+            self.grads.append(self._place(grad, device, case.grad_type, case.grad_offset))
+            self.exp_avgs.append(self._place(0.3 * is_old * exp_avg, device, case.moment_type, case.offset))
+            self.exp_avg_sqs.append(self._place(is_old * exp_avg_sq.square(), device, case.moment_type, case.offset))
+            self.averages.append(self._place(size * average, device, torch.float32, case.offset))
+        self.steps = [torch.tensor(float(age), device=device) for age in _AGES]
+
+    def _place(self, values: Tensor, device: torch.device, dtype: torch.dtype, offset: int) -> Tensor:
+        memory = torch.full((values.numel() + 2 * _GUARD + offset,), 7.0, dtype=dtype, device=device)
+        start, end = _GUARD + offset, _GUARD + offset + values.numel()
+        self._guards += [memory[:start], memory[end:]]
+        return memory[start:end].copy_(values.flatten()).view(values.shape)
+
+    def written(self) -> dict[str, list[Tensor]]:
+        names = ("params", "exp_avgs", "exp_avg_sqs", "averages")
+        return {name: getattr(self, name) for name in names}
+
+    def left_alone(self) -> Tensor:
+        return torch.cat(list(map(_flat, (*self._guards, *self.grads))))
+
+    def widen(self) -> None:
+        for tensors in (*self.written().values(), self.grads):
+            tensors[:] = [tensor.double() for tensor in tensors]
+
+
+def _compare_step(case: _Case, device: torch.device, backend: str) -> Iterator[Comparison]:
+    """All that a step writes; that it writes nothing else, and the same again."""
+    before, actual, again, exact, plain = (_Model(case, device) for _ in range(5))
+    exact.widen()
+    norm = _step(actual, case, backend)
+    exact_norm, plain_norm = (_reference_step(model, case) for model in (exact, plain))
+    for name, tensors in actual.written().items():
+        each = zip(tensors, exact.written()[name], plain.written()[name], strict=True)
+        yield _worst(result for triple in each for result in compare(f"{case.name}: {name}", *triple))
+    yield compare_exactly(f"{case.name}: steps", torch.stack(actual.steps), torch.stack(plain.steps))
+    yield compare_exactly(f"{case.name}: memory to leave alone", actual.left_alone(), before.left_alone())
+    norm_again = _step(again, case, backend)
+    if norm is not None:
+        yield from compare(f"{case.name}: gradient norm", norm, exact_norm, plain_norm)
+        yield compare_exactly(f"{case.name}: gradient norm again", norm_again, norm)
+    bits, bits_again = (torch.cat(list(map(_flat, chain(*model.written().values())))) for model in (actual, again))
+    yield compare_exactly(f"{case.name}: again", bits_again, bits)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.flatten().float()
+
+
+def _step(model: _Model, case: _Case, backend: str) -> Tensor | None:
+    return lamb_step(
+        model.params,
+        model.grads,
+        model.exp_avgs,
+        model.exp_avg_sqs,
+        model.steps,
+        lr=torch.tensor(_LR, device=model.params[0].device) if case.device_lr else _LR,
+        weight_decay=_DECAYS,
+        max_grad_norm=case.max_grad_norm,
+        averages=model.averages if case.averages else None,
+        average_decay=_AVERAGE_DECAY,
+        backend=backend,
+        **_SETTINGS,
+    )
+
+
+def _reference_step(model: _Model, case: _Case) -> Tensor | None:
+    norm = None if case.max_grad_norm is None else torch.empty_like(model.params[0][0])
+    reference.lamb_step(
+        model.params,
+        model.grads,
+        model.exp_avgs,
+        model.exp_avg_sqs,
+        model.steps,
+        model.averages if case.averages else [],
+        norm,
+        lr=_LR,
+        weight_decays=list(_DECAYS),
+        max_grad_norm=case.max_grad_norm,
+        average_decay=_AVERAGE_DECAY,
+        seed=None,
+        **_SETTINGS,
+    )
+    return norm
+
+
+def _compare_rounding(seed: int | None, device: torch.device, backend: str) -> Iterator[Comparison]:
+    """Moments that fp32 holds exactly in whatever order it computes them, so that only their rounding is left."""
+    generator = torch.Generator().manual_seed(1)
+    numbers = [torch.randint(-256, 256, (size,), generator=generator).to(device) for size in (20_000, 99)]
+    results = []
+    for name in (backend, "torch"):
+        params = [torch.ones(number.shape, device=device) for number in numbers]
+        moments = [[torch.zeros_like(param, dtype=torch.bfloat16) for param in params] for _ in range(2)]
+        lamb_step(
+            params,
+            [number.float() + 1 / 256 for number in numbers],
+            *moments,
+            [torch.tensor(4.0, device=device) for _ in params],
+            lr=_LR,
+            beta1=0.5,
+            beta2=0.5,
+            eps=1.0,
+            weight_decay=0.1,
+            stochastic_rounding_seed=seed,
+            backend=name,
+        )
+        results.append(moments)
+    for name, actual, expected in zip(("exp_avgs", "exp_avg_sqs"), *results, strict=True):
+        yield compare_exactly(f"rounded with seed {seed}: {name}", torch.cat(actual), torch.cat(expected))
+
+
+def _worst(results: Iterator[Comparison]) -> Comparison:
+    return max(results, key=lambda result: (not result.passed, result.error / result.bound if result.bound else 0.0))

@@ -1,0 +1,429 @@
+"""LAMB over all tensors of a model in at most four launches: norm, clip factor, moments, update.
+
+Each program of the norm, moments and update kernels works on one chunk of one tensor, which it finds through the tables
+of `plan.py`.
+"""
+
+import math
+from itertools import product
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.configuration import Configuration, launch_warps
+from kernels.lamb import plan
+
+BLOCK = 2048  # elements at a time: eight for each thread, which are 128 bits of bf16 and twice that of fp32
+NUM_WARPS = 8
+SUMS_BLOCK = 1024
+
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
+_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+_PARAM = tl.constexpr(plan.PARAM)
+_GRAD = tl.constexpr(plan.GRAD)
+_EXP_AVG = tl.constexpr(plan.EXP_AVG)
+_EXP_AVG_SQ = tl.constexpr(plan.EXP_AVG_SQ)
+_STEP = tl.constexpr(plan.STEP)
+_AVERAGE = tl.constexpr(plan.AVERAGE)
+_SIZE = tl.constexpr(plan.SIZE)
+_CHUNK_SIZE = tl.constexpr(plan.CHUNK_SIZE)
+_FIRST_CHUNK = tl.constexpr(plan.FIRST_CHUNK)
+_COLUMNS = tl.constexpr(plan.COLUMNS)
+# What the moments kernel leaves for the update kernel, per tensor.
+_AGE = tl.constexpr(0)
+_EXP_AVG_SCALE = tl.constexpr(1)
+_DENOMINATOR_SCALE = tl.constexpr(2)
+_SCALARS = tl.constexpr(3)
+
+
+@triton.jit
+def _chunk(table_ptr, owners_ptr):
+    """This program's tensor, the tensor's row in the table, and the chunk's first element and length."""
+    program = tl.program_id(0)
+    tensor = tl.load(owners_ptr + program)
+    row_ptr = table_ptr + tensor * _COLUMNS
+    chunk_size = tl.load(row_ptr + _CHUNK_SIZE)
+    start = (program - tl.load(row_ptr + _FIRST_CHUNK)) * chunk_size  # int64
+    length = tl.minimum(tl.load(row_ptr + _SIZE) - start, chunk_size).to(tl.int32)
+    return tensor, row_ptr, start, length
+
+
+@triton.jit
+def _pointer(row_ptr, COLUMN: tl.constexpr, start, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Where this program's chunk begins in a tensor of the table."""
+    pointer = tl.load(row_ptr + COLUMN).to(tl.pointer_type(TYPE)) + start
+    if ALIGNED:  # the compiler cannot know it of an address that it reads from memory
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def _load(pointer, lanes, length, MASKED: tl.constexpr):
+    """fp32 values; zeros past the end. Whole blocks need no mask, and without it loads can be wide."""
+    values = tl.load(pointer + lanes, mask=lanes < length, other=0.0) if MASKED else tl.load(pointer + lanes)
+    return values.to(tl.float32)
+
+
+@triton.jit
+def _store(pointer, lanes, values, length, MASKED: tl.constexpr):
+    if MASKED:
+        tl.store(pointer + lanes, values, mask=lanes < length)
+    else:
+        tl.store(pointer + lanes, values)
+
+
+@triton.jit
+def _adam_update(exp_avg, exp_avg_sq, exp_avg_scale, denominator_scale, eps):
+    """Adam's update, u of spec.md §4 without decay; the scales are 1/(1 − β1ᵗ) and 1/√(1 − β2ᵗ)."""
+    return exp_avg * exp_avg_scale / (tl.sqrt(exp_avg_sq) * denominator_scale + eps)
+
+
+@triton.jit
+def _noise(seed, age, tensor, first, BLOCK: tl.constexpr):
+    """32 random bits for each of BLOCK elements from `first` (int64), which only these numbers decide.
+
+    Philox gives four words for a counter, so it counts fours of elements; `first` is a multiple of four.
+    """
+    four = first // 4 + tl.arange(0, BLOCK // 4)
+    low, high = four.to(tl.uint32), (four >> 32).to(tl.uint32)
+    word0, word1, word2, word3 = tl.philox(seed, low, high, low * 0 + tensor.to(tl.uint32), low * 0 + age.to(tl.uint32))
+    return tl.join(tl.join(word0, word2), tl.join(word1, word3)).reshape(BLOCK)
+
+
+@triton.jit
+def _round(values, noise, TYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """To fp32 or bf16; stochastically, up with the probability of the bits that are lost: `noise` has 16 random ones.
+
+    By hand, because Triton's interpreter cuts these bits off.
+    """
+    if TYPE.is_bf16():
+        bits = values.to(tl.uint32, bitcast=True)
+        if not STOCHASTIC:
+            noise = 0x7FFF + ((bits >> 16) & 1)  # to the nearest, ties to even
+        is_finite = (bits & 0x7F800000) != 0x7F800000
+        rounded = ((bits + noise) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        values = tl.where(is_finite, rounded, values)
+    return values.to(TYPE)
+
+
+@triton.jit
+def norm_kernel(table_ptr, owners_ptr, sums_ptr, GRAD_TYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    """Each chunk's sum of squared gradients, to `sums_ptr` [chunks]."""
+    _, row_ptr, start, length = _chunk(table_ptr, owners_ptr)
+    grads = _pointer(row_ptr, _GRAD, start, GRAD_TYPE, ALIGNED)
+    whole = length // BLOCK * BLOCK
+    sums = tl.zeros([BLOCK], tl.float32)
+    for is_last in tl.static_range(2):
+        for first in range(whole if is_last else 0, length if is_last else whole, BLOCK):
+            grad = _load(grads, first + tl.arange(0, BLOCK), length, is_last)
+            sums += grad * grad
+    tl.store(sums_ptr + tl.program_id(0), tl.sum(sums))
+
+
+@triton.jit(do_not_specialize=["num_chunks"])
+def clip_kernel(sums_ptr, num_chunks, max_norm: tl.float32, norm_ptr, clip_ptr, BLOCK: tl.constexpr):
+    """One program: the global norm, and the factor that clips it as torch.nn.utils.clip_grad_norm_ does."""
+    lanes = tl.arange(0, BLOCK)
+    sums = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, num_chunks, BLOCK):
+        sums += tl.load(sums_ptr + first + lanes, mask=first + lanes < num_chunks, other=0.0)
+    norm = tl.sqrt(tl.sum(sums))
+    factor = max_norm / (norm + 1e-6)
+    tl.store(norm_ptr, norm)
+    tl.store(clip_ptr, tl.where(factor > 1.0, 1.0, factor))  # a NaN stays one
+
+
+@triton.jit(do_not_specialize=["num_chunks", "seed"])
+def moments_kernel(
+    table_ptr,
+    owners_ptr,
+    decays_ptr,
+    clip_ptr,
+    sums_ptr,
+    scalars_ptr,
+    num_chunks,
+    beta2: tl.float32,
+    one_minus_beta1: tl.float32,
+    one_minus_beta2: tl.float32,
+    log_beta1: tl.float64,
+    log_beta2: tl.float64,
+    eps: tl.float32,
+    seed: tl.int64,
+    GRAD_TYPE: tl.constexpr,
+    MOMENT_TYPE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    GRAD_ALIGNED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """New moments; each chunk's ‖p‖² and ‖u‖² to `sums_ptr` [2, chunks]; each tensor's scalars to `scalars_ptr`."""
+    tensor, row_ptr, start, length = _chunk(table_ptr, owners_ptr)
+    params = _pointer(row_ptr, _PARAM, start, tl.float32, ALIGNED)
+    grads = _pointer(row_ptr, _GRAD, start, GRAD_TYPE, GRAD_ALIGNED)
+    exp_avgs = _pointer(row_ptr, _EXP_AVG, start, MOMENT_TYPE, ALIGNED)
+    exp_avg_sqs = _pointer(row_ptr, _EXP_AVG_SQ, start, MOMENT_TYPE, ALIGNED)
+    weight_decay = tl.load(decays_ptr + tensor)
+    clip = tl.load(clip_ptr)
+    age = tl.load(tl.load(row_ptr + _STEP).to(tl.pointer_type(tl.float32))) + 1.0
+    # in fp64, because 1 − βᵗ loses the digits that fp32 has of βᵗ
+    exp_avg_scale = (1.0 / (1.0 - tl.exp(age.to(tl.float64) * log_beta1))).to(tl.float32)
+    denominator_scale = (1.0 / tl.sqrt(1.0 - tl.exp(age.to(tl.float64) * log_beta2))).to(tl.float32)
+    if start == 0:
+        tl.store(scalars_ptr + tensor * _SCALARS + _AGE, age)
+        tl.store(scalars_ptr + tensor * _SCALARS + _EXP_AVG_SCALE, exp_avg_scale)
+        tl.store(scalars_ptr + tensor * _SCALARS + _DENOMINATOR_SCALE, denominator_scale)
+
+    whole = length // BLOCK * BLOCK
+    param_sums = tl.zeros([BLOCK], tl.float32)
+    update_sums = tl.zeros([BLOCK], tl.float32)
+    for is_last in tl.static_range(2):
+        for first in range(whole if is_last else 0, length if is_last else whole, BLOCK):
+            lanes = first + tl.arange(0, BLOCK)
+            param = _load(params, lanes, length, is_last)
+            grad = _load(grads, lanes, length, is_last) * clip
+            exp_avg = _load(exp_avgs, lanes, length, is_last)
+            exp_avg_sq = _load(exp_avg_sqs, lanes, length, is_last)
+            exp_avg += one_minus_beta1 * (grad - exp_avg)
+            exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (grad * grad)
+            noise = _noise(seed, age, tensor, start + first, BLOCK) if STOCHASTIC else 0
+            new_exp_avg = _round(exp_avg, noise & 0xFFFF, MOMENT_TYPE, STOCHASTIC)
+            new_exp_avg_sq = _round(exp_avg_sq, noise >> 16, MOMENT_TYPE, STOCHASTIC)
+            _store(exp_avgs, lanes, new_exp_avg, length, is_last)
+            _store(exp_avg_sqs, lanes, new_exp_avg_sq, length, is_last)
+            # rounded, because the update kernel reads what is stored
+            update = _adam_update(
+                new_exp_avg.to(tl.float32), new_exp_avg_sq.to(tl.float32), exp_avg_scale, denominator_scale, eps
+            )
+            update += weight_decay * param
+            if is_last:
+                update = tl.where(lanes < length, update, 0.0)  # past the end it is 0/0 where eps is 0
+            param_sums += param * param
+            update_sums += update * update
+    tl.store(sums_ptr + tl.program_id(0), tl.sum(param_sums))
+    tl.store(sums_ptr + num_chunks + tl.program_id(0), tl.sum(update_sums))
+
+
+@triton.jit(do_not_specialize=["num_chunks"])
+def update_kernel(
+    table_ptr,
+    owners_ptr,
+    decays_ptr,
+    lr_ptr,
+    lr_scale: tl.float32,
+    sums_ptr,
+    scalars_ptr,
+    num_chunks,
+    eps: tl.float32,
+    one_minus_decay: tl.float32,
+    MOMENT_TYPE: tl.constexpr,
+    AVERAGE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MAX_CHUNKS: tl.constexpr,
+):
+    """New parameters, their averages and ages; the learning rate is `lr_scale` · the scalar at `lr_ptr`."""
+    tensor, row_ptr, start, length = _chunk(table_ptr, owners_ptr)
+    params = _pointer(row_ptr, _PARAM, start, tl.float32, ALIGNED)
+    exp_avgs = _pointer(row_ptr, _EXP_AVG, start, MOMENT_TYPE, ALIGNED)
+    exp_avg_sqs = _pointer(row_ptr, _EXP_AVG_SQ, start, MOMENT_TYPE, ALIGNED)
+    if AVERAGE:
+        averages = _pointer(row_ptr, _AVERAGE, start, tl.float32, ALIGNED)
+    weight_decay = tl.load(decays_ptr + tensor)
+    exp_avg_scale = tl.load(scalars_ptr + tensor * _SCALARS + _EXP_AVG_SCALE)
+    denominator_scale = tl.load(scalars_ptr + tensor * _SCALARS + _DENOMINATOR_SCALE)
+    if start == 0:  # not earlier: every program of the moments kernel reads the age before this one
+        age = tl.load(scalars_ptr + tensor * _SCALARS + _AGE)
+        tl.store(tl.load(row_ptr + _STEP).to(tl.pointer_type(tl.float32)), age)
+
+    sums_ptr += tl.load(row_ptr + _FIRST_CHUNK)
+    own = tl.arange(0, MAX_CHUNKS)
+    is_own = own < tl.cdiv(tl.load(row_ptr + _SIZE), tl.load(row_ptr + _CHUNK_SIZE))
+    param_norm = tl.sqrt(tl.sum(tl.load(sums_ptr + own, mask=is_own, other=0.0)))
+    update_norm = tl.sqrt(tl.sum(tl.load(sums_ptr + num_chunks + own, mask=is_own, other=0.0)))
+    is_scaled = (weight_decay != 0) & (param_norm > 0) & (update_norm > 0)
+    ratio = tl.where(is_scaled, param_norm, 1.0) / tl.where(is_scaled, update_norm, 1.0)
+    step_size = lr_scale * tl.load(lr_ptr) * ratio
+
+    whole = length // BLOCK * BLOCK
+    for is_last in tl.static_range(2):
+        for first in range(whole if is_last else 0, length if is_last else whole, BLOCK):
+            lanes = first + tl.arange(0, BLOCK)
+            param = _load(params, lanes, length, is_last)
+            exp_avg = _load(exp_avgs, lanes, length, is_last)
+            exp_avg_sq = _load(exp_avg_sqs, lanes, length, is_last)
+            update = _adam_update(exp_avg, exp_avg_sq, exp_avg_scale, denominator_scale, eps)
+            update += weight_decay * param
+            param -= step_size * update
+            _store(params, lanes, param, length, is_last)
+            if AVERAGE:
+                average = _load(averages, lanes, length, is_last)
+                average += one_minus_decay * (param - average)
+                _store(averages, lanes, average, length, is_last)
+
+
+def launch(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    averages: list[Tensor],
+    gradient_norm: Tensor | None,
+    *,
+    lr: float | Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decays: list[float],
+    max_grad_norm: float | None,
+    average_decay: float,
+    seed: int | None,
+) -> None:
+    """`kernels.lamb.op.lamb_step` for what it has checked: fp32 parameters, at least one."""
+    device = params[0].device
+    columns = (params, grads, exp_avgs, exp_avg_sqs, steps, averages)
+    tables = plan.find_plan(
+        tuple(tuple(tensor.data_ptr() for tensor in column) for column in columns if column),
+        tuple(param.numel() for param in params),
+        tuple(weight_decays),
+        device,
+    )
+    num_chunks = len(tables.owners)
+    chunks = (tables.table, tables.owners)
+    sums = torch.empty(2 * num_chunks, dtype=torch.float32, device=device)
+    scalars = torch.empty(len(params) * _SCALARS.value, dtype=torch.float32, device=device)
+    grad_type, moment_type = grads[0].dtype, exp_avgs[0].dtype
+    clip, num_warps = tables.one, launch_warps(NUM_WARPS)
+    with torch.cuda.device_of(params[0]):
+        if max_grad_norm is not None:
+            clip = torch.empty_like(tables.one)
+            norm_kernel[(num_chunks,)](
+                *chunks, sums, **_norm_constants(grad_type, tables.grad_aligned), num_warps=num_warps
+            )
+            clip_kernel[(1,)](sums, num_chunks, max_grad_norm, gradient_norm, clip, BLOCK=SUMS_BLOCK)
+        moments_kernel[(num_chunks,)](
+            *chunks,
+            tables.decays,
+            clip,
+            sums,
+            scalars,
+            num_chunks,
+            beta2,
+            1 - beta1,
+            1 - beta2,
+            _log(beta1),
+            _log(beta2),
+            eps,
+            seed or 0,
+            **_moments_constants(grad_type, moment_type, seed is not None, tables.grad_aligned, tables.aligned),
+            num_warps=num_warps,
+        )
+        update_kernel[(num_chunks,)](
+            *chunks,
+            tables.decays,
+            *((lr, 1.0) if isinstance(lr, Tensor) else (tables.one, lr)),
+            sums,
+            scalars,
+            num_chunks,
+            eps,
+            1 - average_decay,
+            **_update_constants(moment_type, bool(averages), tables.aligned),
+            num_warps=num_warps,
+        )
+
+
+def configurations() -> list[Configuration]:
+    """Every way in which `launch` starts a kernel."""
+    clip_types = {**_pointers("sums", "norm", "clip"), "num_chunks": "i32", "max_norm": "fp32"}
+    found = [Configuration("lamb/clip", clip_kernel, clip_types, {"BLOCK": SUMS_BLOCK}, streams=False)]  # one program
+    for grad_type, aligned in product(_TYPES, (True, False)):
+        found.append(
+            _configuration(
+                f"lamb/norm {_named('gradients', grad_type, aligned)}",
+                norm_kernel,
+                _pointers("sums"),
+                _norm_constants(grad_type, aligned),
+            )
+        )
+    moments_types = {
+        **_pointers("decays", "clip", "sums", "scalars"),
+        **dict.fromkeys(("beta2", "one_minus_beta1", "one_minus_beta2", "eps"), "fp32"),
+        **dict.fromkeys(("log_beta1", "log_beta2"), "fp64"),
+        "num_chunks": "i32",
+        "seed": "i64",
+    }
+    roundings = ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True))
+    alignments = ((True, True), (False, True), (False, False))
+    for grad_type, (moment_type, stochastic), (grad_aligned, aligned) in product(_TYPES, roundings, alignments):
+        named = f"{_named('gradients', grad_type, grad_aligned)}, {_named('moments', moment_type, aligned)}"
+        found.append(
+            _configuration(
+                f"lamb/moments {named}{', stochastic' if stochastic else ''}",
+                moments_kernel,
+                moments_types,
+                _moments_constants(grad_type, moment_type, stochastic, grad_aligned, aligned),
+            )
+        )
+    update_types = {
+        **_pointers("decays", "lr", "sums", "scalars"),
+        **dict.fromkeys(("lr_scale", "eps", "one_minus_decay"), "fp32"),
+        "num_chunks": "i32",
+    }
+    for moment_type, average, aligned in product(_TYPES, (True, False), (True, False)):
+        found.append(
+            _configuration(
+                f"lamb/update {_named('moments', moment_type, aligned)}{', averages' if average else ''}",
+                update_kernel,
+                update_types,
+                _update_constants(moment_type, average, aligned),
+            )
+        )
+    return found
+
+
+def _norm_constants(grad_type: torch.dtype, aligned: bool) -> dict[str, Any]:
+    return {"GRAD_TYPE": _TYPES[grad_type], "ALIGNED": aligned, "BLOCK": BLOCK}
+
+
+def _moments_constants(
+    grad_type: torch.dtype, moment_type: torch.dtype, stochastic: bool, grad_aligned: bool, aligned: bool
+) -> dict[str, Any]:
+    return {
+        "GRAD_TYPE": _TYPES[grad_type],
+        "MOMENT_TYPE": _TYPES[moment_type],
+        "STOCHASTIC": stochastic,
+        "GRAD_ALIGNED": grad_aligned and aligned,  # one variant less
+        "ALIGNED": aligned,
+        "BLOCK": BLOCK,
+    }
+
+
+def _update_constants(moment_type: torch.dtype, average: bool, aligned: bool) -> dict[str, Any]:
+    return {
+        "MOMENT_TYPE": _TYPES[moment_type],
+        "AVERAGE": average,
+        "ALIGNED": aligned,
+        "BLOCK": BLOCK,
+        "MAX_CHUNKS": plan.MAX_CHUNKS,
+    }
+
+
+def _configuration(name: str, kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> Configuration:
+    types = {"table_ptr": "*i64", "owners_ptr": "*i32", **types}
+    return Configuration(name, kernel, types, constants, num_warps=NUM_WARPS, streams=constants["ALIGNED"])
+
+
+def _pointers(*names: str) -> dict[str, str]:
+    return {f"{name}_ptr": "*fp32" for name in names}
+
+
+def _named(what: str, dtype: torch.dtype, aligned: bool) -> str:
+    return f"{_NAMES[dtype]} {what}{'' if aligned else ' (unaligned)'}"
+
+
+def _log(beta: float) -> float:
+    return math.log(beta) if beta > 0 else -math.inf
