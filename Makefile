@@ -40,8 +40,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Under ten minutes on two cores. On a GPU, `pip install -e '.[bench]'` first adds the peers that need one.
 bench: install
-	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-columns=median,iqr,rounds
+	$(BIN)/python -m pytest benchmarks -rs --benchmark-enable --benchmark-columns=median,iqr,rounds
 	$(BIN)/python -m benchmarks.bench_tokenize
 
 clean:

@@ -1,12 +1,49 @@
-"""Prints what benchmarks put into `extra_info` (tokens a second, ratios) under pytest-benchmark's table of times."""
+"""The fixture of benchmarks of operations, the CSV file of this machine, and lines under pytest-benchmark's table."""
+
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from benchmarks import machine
+from benchmarks.measurement import Measurement, Results
+
+RESULTS = pytest.StashKey[Results]()
+
+
+@pytest.fixture
+def measurement(benchmark: BenchmarkFixture, request: pytest.FixtureRequest) -> Iterator[Measurement]:
+    """Proves, then times, one implementation of an operation on one shape."""
+    if benchmark.disabled:
+        torch.set_num_threads(1)  # tiny work that runs once, perhaps beside other tests, is faster so
+    yield Measurement(benchmark, request, request.config.stash[RESULTS])
+    torch.compiler.reset()  # what the next one compiles must not count as a recompilation
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start with nothing measured."""
+    config.stash[RESULTS] = Results()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Write what was measured, if anything was to be."""
+    results = session.config.stash[RESULTS]
+    if results.tried:
+        results.write(_file())
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Show one line for each benchmark that has figures of its own."""
+    """Show one line for each benchmark that has figures of its own; pytest-benchmark's table has only times."""
     session = getattr(config, "_benchmarksession", None)
     for result in session.benchmarks if session else []:
         if result.extra_info:
             figures = ", ".join(f"{name} {value:,.2f}" for name, value in result.extra_info.items())
             terminalreporter.write_line(f"{result.name}: {figures}")
+    if config.stash[RESULTS].rows:
+        terminalreporter.write_line(f"written to {_file()}")
+
+
+def _file() -> Path:
+    return Path(__file__).parent / "results" / f"{machine.file_name()}.csv"

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-
 OPERATIONS = ("masked_cross_entropy", "span_mask", "lamb")  # the folders of kernels/
 
 

@@ -1,31 +1,69 @@
-"""Span masking: known Philox answers, a sequential oracle that must agree exactly, and statistics."""
+"""Span masking: known Philox answers, a sequential oracle that must agree exactly, statistics, and planted bugs."""
 
+import importlib
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import span_mask
+from kernels.backend import BACKENDS
+from kernels.span_mask import op
+from kernels.span_mask.check import comparisons
 from kernels.span_mask.reference import philox
+from tests.mutation import mutated
 
 SPECIAL, VOCAB, MASK = 16, 1000, 4
 WORD = 2**32
 SHARES = {"mask_p": 0.3, "random_p": 0.1, "keep_p": 0.1}
 ALL = {**SHARES, "mask_token_id": MASK, "vocab_size": VOCAB, "num_special_tokens": SPECIAL}
+MANY_ROWS = {"torch": 34_000, "triton": 60}  # the interpreter takes about 0.04 s a row
+EXAMPLES = {"torch": 60, "triton": 20}
 
 
-def mask(tokens, row_ids=None, seed=1, **changes):
+def mask(tokens, row_ids=None, seed=1, *, backend="torch", **changes):
     row_ids = torch.arange(len(tokens)) if row_ids is None else row_ids
-    return span_mask(tokens, seed=seed, row_ids=row_ids, **{**ALL, **changes})
+    return span_mask(tokens, seed=seed, row_ids=row_ids, backend=backend, **{**ALL, **changes})
 
 
-@pytest.fixture(scope="module")
-def million():
+def some_tokens(rows, length, lowest=10, seed=2):
+    return torch.randint(lowest, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def scan_by_doubling(scan, inputs):
+    """`ScanOps.generic_scan` of Triton's interpreter, which goes one element at a time: here all in a few steps."""
+    arrays, distance = [tensor.handle.data for tensor in inputs], 1
+    while distance < len(arrays[0]):
+        before = [np.roll(array, distance) for array in arrays]
+        operands = zip([*before, *arrays], [*inputs, *inputs], strict=True)
+        combined = scan.combine_fn.fn(*(scan.to_tensor(array, tensor.dtype) for array, tensor in operands))
+        combined = combined if isinstance(combined, tuple) else (combined,)
+        is_first = np.arange(len(arrays[0])) < distance
+        arrays = [np.where(is_first, a, b.handle.data) for a, b in zip(arrays, combined, strict=True)]
+        distance *= 2
+    return [scan.to_tensor(array, tensor.dtype) for array, tensor in zip(arrays, inputs, strict=True)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def parallel_scans():
+    """As a GPU scans, so that functions that do not associate would show; and fast enough for many rows."""
+    with pytest.MonkeyPatch.context() as patch:
+        interpreter = importlib.import_module("triton.runtime.interpreter")
+        own = interpreter.ScanOps.generic_scan
+        patch.setattr(interpreter.ScanOps, "generic_scan", scan_by_doubling)
+        yield own
+
+
+@pytest.fixture(scope="module", params=[("torch", (8000, 128)), ("triton", (250, 4096))], ids=BACKENDS)
+def million(request):
     """A million ordinary tokens, and what became of them."""
-    tokens = torch.randint(SPECIAL, VOCAB, (8000, 128), generator=torch.Generator().manual_seed(3))
-    return tokens, *mask(tokens)
+    backend, shape = request.param
+    tokens = some_tokens(*shape, lowest=SPECIAL, seed=3)
+    return tokens, *mask(tokens, backend=backend)
 
 
 @pytest.mark.parametrize(
@@ -83,18 +121,17 @@ def sequential(tokens, seed, row_id, *, mask_p, random_p, keep_p, max_span_lengt
     return inputs, labels
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.data())
-def test_agrees_exactly_with_a_loop_from_the_left(data):
+def agrees_with_the_loop(backend, data):
     length = data.draw(st.integers(1, 40), label="length")
-    dtype = data.draw(st.sampled_from([torch.int32, torch.int64]))
+    dtype = data.draw(st.sampled_from([torch.int16, torch.int32, torch.int64]))
+    counts_type = data.draw(st.sampled_from([torch.uint8, torch.int16, torch.int64]))
     token = st.one_of(st.integers(0, SPECIAL), st.integers(SPECIAL, VOCAB - 1))
-    rows = data.draw(st.lists(st.lists(token, min_size=length, max_size=length), min_size=1, max_size=4))
+    rows = data.draw(st.lists(st.lists(token, min_size=length, max_size=length), min_size=1, max_size=3))
     row_ids = data.draw(st.lists(st.integers(0, 2**63 - 1), min_size=len(rows), max_size=len(rows)))
     seed = data.draw(st.integers(0, 2**64 - 1), label="seed")
     shares = {"mask_p": data.draw(st.floats(0, 1)), "random_p": data.draw(st.floats(0, 0.5))}
     shares["keep_p"] = data.draw(st.floats(0, 0.5))
-    spans = data.draw(st.integers(1, 6), label="max_span_length")
+    spans = data.draw(st.integers(1, 6) | st.integers(7, 16), label="max_span_length")
     row_of_counts = st.lists(st.integers(0, 30), min_size=length, max_size=length)
     counts = data.draw(st.none() | st.lists(row_of_counts, min_size=len(rows), max_size=len(rows)))
     inputs, labels = mask(
@@ -102,7 +139,8 @@ def test_agrees_exactly_with_a_loop_from_the_left(data):
         torch.tensor(row_ids),
         seed,
         max_span_length=spans,
-        mask_counts=None if counts is None else torch.tensor(counts, dtype=torch.uint8),
+        mask_counts=None if counts is None else torch.tensor(counts, dtype=counts_type),
+        backend=backend,
         **shares,
     )
     assert inputs.dtype == labels.dtype == dtype
@@ -112,15 +150,24 @@ def test_agrees_exactly_with_a_loop_from_the_left(data):
         assert (inputs[row].tolist(), labels[row].tolist()) == expected
 
 
-@settings(max_examples=20, deadline=None)
-@given(st.permutations(range(12)), st.lists(st.integers(1, 11), max_size=4))
-def test_a_row_does_not_depend_on_the_batch_around_it(order, cuts):
-    tokens = torch.randint(10, VOCAB, (12, 50), generator=torch.Generator().manual_seed(5))
-    row_ids = torch.arange(12) + 2**40
-    whole = mask(tokens, row_ids)
-    parts = [mask(tokens[part], row_ids[part]) for part in torch.tensor(order).tensor_split(sorted(cuts)) if len(part)]
-    for expected, pieces in zip(whole, zip(*parts, strict=True), strict=True):
-        assert torch.equal(torch.cat(pieces), expected[list(order)])
+def is_the_same_on_any_split(backend, order, cuts):
+    tokens, row_ids = some_tokens(6, 50), torch.arange(6) + 2**40
+    whole = mask(tokens, row_ids, backend=backend)
+    pieces = [part for part in torch.tensor(order).tensor_split(sorted(cuts)) if len(part)]
+    parts = [mask(tokens[part], row_ids[part], backend=backend) for part in pieces]
+    for expected, actual in zip(whole, zip(*parts, strict=True), strict=True):
+        assert torch.equal(torch.cat(actual), expected[list(order)])
+
+
+def test_agrees_exactly_with_a_loop_from_the_left(backend):
+    given_both = given(st.just(backend), st.data())(agrees_with_the_loop)
+    settings(max_examples=EXAMPLES[backend], deadline=None)(given_both)()
+
+
+def test_a_row_does_not_depend_on_the_batch_around_it(backend):
+    cuts = st.lists(st.integers(1, 5), max_size=3)
+    given_all = given(st.just(backend), st.permutations(range(6)), cuts)(is_the_same_on_any_split)
+    settings(max_examples=EXAMPLES[backend] // 5, deadline=None)(given_all)()
 
 
 def test_labels_are_the_selected_tokens_and_the_rest_is_untouched(million):
@@ -132,115 +179,132 @@ def test_labels_are_the_selected_tokens_and_the_rest_is_untouched(million):
     assert inputs.max() < VOCAB
 
 
+def test_backends_agree_on_a_million_tokens(million):
+    tokens, *actual = million
+    assert tokens.numel() >= 1_000_000
+    assert all(torch.equal(*pair) for pair in zip(actual, mask(tokens), strict=True))
+
+
 def test_rate_and_kinds_of_replacement(million):
     tokens, inputs, labels = million
     selected = labels != -100
     # the span at the limit is taken whole: at most two tokens a row above n·p
     rate = selected.double().mean().item()
-    assert 0.3 <= rate < 0.3 + 2 / 128
+    assert 0.3 <= rate < 0.3 + 2 / tokens.shape[1]
     share_masked = (inputs[selected] == MASK).double().mean().item()
     share_kept = (inputs[selected] == tokens[selected]).double().mean().item()
     assert share_masked == pytest.approx(0.8, abs=0.005)
     assert share_kept == pytest.approx(0.1 + 0.1 / (VOCAB - SPECIAL), abs=0.005)
 
 
-def test_rate_is_unbiased_when_spans_are_single_tokens():
-    tokens = torch.full((20000, 33), 50)
-    selected = mask(tokens, mask_p=0.15, max_span_length=1)[1] != -100
+def test_rate_is_unbiased_when_spans_are_single_tokens(backend):
+    rows = MANY_ROWS[backend]
+    selected = mask(torch.full((rows, 33), 50), mask_p=0.15, max_span_length=1, backend=backend)[1] != -100
     assert set(selected.sum(1).tolist()) == {4, 5}  # 33 · 0.15 = 4.95, rounded up and down at random
-    assert selected.double().sum(1).mean().item() == pytest.approx(4.95, abs=0.01)
+    assert selected.double().sum(1).mean().item() == pytest.approx(4.95, abs=5 * math.sqrt(0.95 * 0.05 / rows))
 
 
-def test_random_tokens_are_uniform_over_ordinary_tokens():
-    tokens = torch.full((6000, 128), 50)
-    inputs, labels = mask(tokens, mask_p=1.0, random_p=1.0, keep_p=0.0, vocab_size=26)
+def test_random_tokens_are_uniform_over_ordinary_tokens(backend):
+    tokens = torch.full({"torch": (8000, 128), "triton": (40, 4096)}[backend], 50)
+    inputs, labels = mask(tokens, mask_p=1.0, random_p=1.0, keep_p=0.0, vocab_size=26, backend=backend)
     assert (labels == 50).all()
     assert set(inputs.unique().tolist()) == set(range(SPECIAL, 26))
+    sigma = math.sqrt(0.1 * 0.9 / inputs.numel())
     shares = torch.bincount(inputs.flatten())[SPECIAL:].double() / inputs.numel()
-    assert (shares - 0.1).abs().max() < 0.002
+    assert (shares - 0.1).abs().max() < 5 * sigma
     repeats = (inputs[:, 1:] == inputs[:, :-1]).double().mean().item()
-    assert repeats == pytest.approx(0.1, abs=0.003)  # drawn per token, not per span
+    assert repeats == pytest.approx(0.1, abs=5 * sigma)  # drawn per token, not per span
 
 
-def test_span_lengths_are_uniform():
-    """With k = 1 exactly one span is selected, and nothing hides its length."""
-    labels = mask(torch.full((20000, 30), 50), mask_p=0.0)[1]
+def test_span_lengths_are_uniform(backend):
+    """With k = 1 exactly one span is selected, and nothing hides its length. A million tokens on torch."""
+    labels = mask(torch.full((MANY_ROWS[backend], 30), 50), mask_p=0.0, backend=backend)[1]
     lengths = (labels != -100).sum(1)
     inner = (labels[:, 0] == -100) & (labels[:, -1] == -100)  # spans at the edges are cut
     shares = torch.bincount(lengths[inner]).double() / inner.sum()
     assert len(shares) == 4
-    assert (shares[1:] - 1 / 3).abs().max() < 0.01
+    assert (shares[1:] - 1 / 3).abs().max() < 5 * math.sqrt(2 / 9 / inner.sum())
     runs = (labels[:, 1:] != -100) & (labels[:, :-1] == -100)
     assert (runs.sum(1) + (labels[:, 0] != -100) == 1).all()
 
 
 def test_positions_are_selected_equally(million):
     selected = (million[2] != -100).double().mean(0)
-    sigma = math.sqrt(0.3 * 0.7 / 8000)
+    sigma = math.sqrt(0.3 * 0.7 / len(million[2]))
     assert (selected - selected.mean()).abs().max() < 5 * sigma
     assert abs(selected[:3].mean() - selected.mean()) < 4 * sigma
     assert abs(selected[-3:].mean() - selected.mean()) < 4 * sigma
+    eighths = selected.view(8, -1).mean(1)
+    spans = 7 / 3  # E[length²]/E[length]: tokens of a span go together, so there are fewer independent ones
+    assert (eighths - selected.mean()).abs().max() < 4 * sigma * math.sqrt(spans / (len(selected) / 8))
 
 
-def test_two_rows_or_two_seeds_never_share_a_mask(million):
+def test_two_rows_two_steps_or_two_seeds_never_share_a_mask(million):
     masks = million[2] != -100
     assert len(masks.unique(dim=0)) == len(masks)
-    others = mask(million[0], seed=2)[1] != -100
-    agree = (masks & others).double().mean() / masks.double().mean()
-    assert agree == pytest.approx(others.double().mean().item(), abs=0.01)  # independent: as often as chance
-    assert len(torch.cat([masks, others]).unique(dim=0)) == 2 * len(masks)
+    tokens = million[0][:20]
+    backend = "torch" if len(masks) > 250 else "triton"
+    next_step = mask(tokens, torch.arange(20) + len(masks), backend=backend)[1] != -100
+    next_seed = mask(tokens, seed=2, backend=backend)[1] != -100
+    for others in (next_step, next_seed):
+        agree = (masks[:20] & others).double().mean() / others.double().mean()
+        assert agree == pytest.approx(0.3, abs=5 * math.sqrt(0.3 * 0.7 * 7 / 3 / others.sum()))  # as often as chance
+    assert len(torch.cat([masks, next_step, next_seed]).unique(dim=0)) == len(masks) + 40
 
 
 @pytest.mark.parametrize("high", [2**32, 2**40, 2**62])
-def test_row_ids_count_in_all_their_bits(high):
+def test_row_ids_count_in_all_their_bits(backend, high):
     tokens = torch.full((2, 128), 50)
-    labels = mask(tokens, torch.tensor([7, 7 + high]))[1]
+    labels = mask(tokens, torch.tensor([7, 7 + high]), backend=backend)[1]
     assert not torch.equal(labels[0], labels[1])
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2**32, 2**63])
-def test_seeds_count_in_all_their_bits(seed):
+@pytest.mark.parametrize("seed", [0, 1, 2**32, 2**63, 2**64 - 2**33 - 1])
+def test_seeds_count_in_all_their_bits(backend, seed):
     tokens = torch.full((1, 128), 50)
-    assert not torch.equal(mask(tokens, seed=seed)[1], mask(tokens, seed=seed + 2**33)[1])
+    labels = [mask(tokens, seed=number, backend=backend)[1] for number in (seed, seed + 2**33, seed ^ 1)]
+    assert len(torch.cat(labels).unique(dim=0)) == 3
 
 
-def test_special_tokens_are_never_selected():
-    tokens = torch.randint(0, 2 * SPECIAL, (300, 64), generator=torch.Generator().manual_seed(1))
-    inputs, labels = mask(tokens, mask_p=1.0)
+def test_special_tokens_are_never_selected(backend):
+    tokens = some_tokens(20, 64, lowest=0) % (2 * SPECIAL)
+    inputs, labels = mask(tokens, mask_p=1.0, backend=backend)
     special = tokens < SPECIAL
     assert (labels[special] == -100).all()
     assert torch.equal(inputs[special], tokens[special])
     assert torch.equal(labels[~special], tokens[~special])
 
 
-def test_rows_of_special_tokens_alone_have_no_labels():
+def test_rows_of_special_tokens_alone_have_no_labels(backend):
     tokens = torch.arange(SPECIAL).repeat(4, 3)
     counts = torch.randint(9, tokens.shape)
-    for inputs, labels in (mask(tokens, mask_p=1.0), mask(tokens, mask_counts=counts)):
+    for history in (None, counts):
+        inputs, labels = mask(tokens, mask_p=1.0, mask_counts=history, backend=backend)
         assert torch.equal(inputs, tokens)
         assert (labels == -100).all()
 
 
-def test_a_single_ordinary_token_is_always_selected():
-    tokens = torch.zeros(200, 20, dtype=torch.long)
-    tokens[torch.arange(200), torch.arange(200) % 20] = 77
-    for labels in (mask(tokens, mask_p=0.0)[1], mask(tokens, mask_p=0.15)[1]):
-        assert ((labels == 77).sum(1) == 1).all()
+def test_a_single_ordinary_token_is_always_selected(backend):
+    tokens = torch.zeros(20, 20, dtype=torch.long)
+    tokens[torch.arange(20), torch.arange(20)] = 77
+    for mask_p in (0.0, 0.15):
+        assert ((mask(tokens, mask_p=mask_p, backend=backend)[1] == 77).sum(1) == 1).all()
 
 
-def test_equal_counts_change_nothing():
-    tokens = torch.randint(10, VOCAB, (50, 64), generator=torch.Generator().manual_seed(2))
+def test_equal_counts_change_nothing(backend):
+    tokens = some_tokens(5, 64)
+    without = mask(tokens, backend=backend)
     for count in (0, 1, 200, 255):
         counts = torch.where(tokens >= SPECIAL, count, 0).to(torch.uint8)
-        for plain, counted in zip(mask(tokens), mask(tokens, mask_counts=counts), strict=True):
-            assert torch.equal(plain, counted)
+        counted = mask(tokens, mask_counts=counts, backend=backend)
+        assert all(torch.equal(*pair) for pair in zip(without, counted, strict=True))
 
 
-def test_tokens_masked_more_often_are_selected_later():
-    tokens = torch.full((400, 600), 50)
-    counts = (torch.arange(600) % 3).expand_as(tokens)
-    selected = (mask(tokens, mask_p=0.3, max_span_length=1, mask_counts=counts)[1] != -100).double()
-    never, once, twice = (selected[:, number::3].mean().item() for number in range(3))
+def test_tokens_masked_more_often_are_selected_later(backend):
+    tokens = torch.full({"torch": (400, 600), "triton": (60, 4095)}[backend], 50)
+    counts = (torch.arange(tokens.shape[1]) % 3).expand_as(tokens)
+    labels = mask(tokens, mask_p=0.3, max_span_length=1, mask_counts=counts, backend=backend)[1]
+    never, once, twice = ((labels[:, number::3] != -100).double().mean().item() for number in range(3))
     # a score uniform in [0, eᶜ) is below the limit x with probability min(1, x·e⁻ᶜ); Σ = 3·0.3
     x = 0.9 / (1 + math.exp(-1) + math.exp(-2))
     assert never == pytest.approx(x, abs=0.01)
@@ -248,22 +312,83 @@ def test_tokens_masked_more_often_are_selected_later():
     assert twice == pytest.approx(x * math.exp(-2), abs=0.01)
 
 
-def test_every_token_gets_its_turn():
-    """Masking a tenth of the tokens ten times over, with history, reaches nearly all of them."""
-    tokens, counts = torch.full((200, 60), 50), torch.zeros(200, 60, dtype=torch.uint8)
+def test_every_token_gets_its_turn(backend):
+    """Masking a tenth of the tokens fourteen times over, with history, reaches nearly all of them."""
+    tokens = torch.full({"torch": (200, 60), "triton": (3, 3000)}[backend], 50)
+    counts = torch.zeros(tokens.shape, dtype=torch.uint8)
     for epoch in range(14):
-        row_ids = torch.arange(200) + 200 * epoch
-        counts += mask(tokens, row_ids, mask_p=0.1, mask_counts=counts)[1] != -100
-    assert (counts == 0).double().mean() < 0.06  # without history 0.9¹⁴ = 23 % are left out
+        row_ids = torch.arange(len(tokens)) + 200 * epoch
+        counts += mask(tokens, row_ids, mask_p=0.1, mask_counts=counts, backend=backend)[1] != -100
+    assert (counts == 0).double().mean() < 0.08  # without history 0.9¹⁴ = 23 % are left out
     assert (counts > 5).double().mean() < 0.001
 
 
-def test_arguments_are_left_alone_and_results_repeat():
-    tokens = torch.randint(10, VOCAB, (9, 31), generator=torch.Generator().manual_seed(4))
-    before = tokens.clone()
-    first, second = mask(tokens), mask(tokens)
-    assert torch.equal(tokens, before)
+def test_arguments_are_left_alone_and_results_repeat(backend):
+    tokens, counts = some_tokens(5, 31), some_tokens(5, 31, lowest=0) % 7
+    before = tokens.clone(), counts.clone()
+    first, second = (mask(tokens, mask_counts=counts, backend=backend) for _ in range(2))
+    assert torch.equal(tokens, before[0])
+    assert torch.equal(counts, before[1])
     assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+
+
+LENGTHS = (1, 2, 3, 31, 127, 128, 129, 255, 256, 257, 513, 1000, 2048, 4095, 4096)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_odd_lengths_types_and_seeds_agree_with_the_loop(backend, length):
+    """One row of each length, with everything else different from length to length."""
+    index = LENGTHS.index(length)
+    tokens = some_tokens(1, length, lowest=0).to((torch.int64, torch.int32, torch.int16)[index % 3])
+    counts_type = (None, torch.uint8, torch.int32, torch.uint32, torch.int64)[index % 5]
+    counts = None if counts_type is None else some_tokens(1, length, lowest=0, seed=7) % 25
+    row_id, seed = 2**63 - 1 - length, (2**64 - 1) // (index + 1)
+    shares = {"mask_p": (0.15, 0.3, 1.0, 0.0)[index % 4], "random_p": 0.3, "keep_p": 0.2}
+    spans = (3, 1, 16, 4, 5, 2)[index % 6]
+    inputs, labels = mask(
+        tokens,
+        torch.tensor([row_id]),
+        seed,
+        max_span_length=spans,
+        mask_counts=None if counts is None else counts.to(counts_type),
+        backend=backend,
+        **shares,
+    )
+    assert inputs.dtype == labels.dtype == tokens.dtype
+    own_counts = None if counts is None else counts[0].tolist()
+    expected = sequential(tokens[0].tolist(), seed, row_id, max_span_length=spans, counts=own_counts, **shares)
+    assert (inputs[0].tolist(), labels[0].tolist()) == expected
+
+
+@pytest.mark.parametrize("special", [-5, 0, 16])
+def test_tokens_of_one_byte(backend, special):
+    tokens = (some_tokens(3, 70, lowest=0) % 256 - 128).to(torch.int8)
+    settings = {"vocab_size": 128, "num_special_tokens": special, "random_p": 0.5}
+    results = mask(tokens, backend=backend, **settings)
+    assert all(torch.equal(*pair) for pair in zip(results, mask(tokens, **settings), strict=True))
+    selected = results[1] != -100
+    assert (tokens[selected] >= special).all()
+    assert (results[0][selected & (results[0] != MASK)] >= special).all()
+
+
+def test_rows_may_lie_anywhere_in_memory(backend):
+    tokens, counts = some_tokens(6, 50), some_tokens(6, 50, lowest=0) % 5
+    row_ids = torch.arange(6) * 3
+    expected = mask(tokens, row_ids, mask_counts=counts)
+    wide = torch.stack([tokens, tokens + 1], dim=2).flatten(1)
+    for layout in (tokens.T.contiguous().T, wide[:, ::2], torch.cat([tokens, tokens], 1)[:, :50]):
+        for other in (counts.T.contiguous().T, torch.cat([counts, counts], 1)[:, :50]):
+            results = mask(layout, (torch.arange(12) * 3 // 2)[::2], mask_counts=other, backend=backend)
+            assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
+            assert all(tensor.is_contiguous() for tensor in results)
+    same = mask(tokens[:1].expand(6, -1), row_ids, backend=backend)
+    assert all(torch.equal(*pair) for pair in zip(same, mask(tokens[:1].repeat(6, 1), row_ids), strict=True))
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0)])
+def test_nothing_to_mask(backend, shape):
+    tokens = torch.zeros(shape, dtype=torch.int32)
+    assert all(tensor.shape == shape and tensor.dtype == torch.int32 for tensor in mask(tokens, backend=backend))
 
 
 @pytest.mark.parametrize(
@@ -273,6 +398,218 @@ def test_arguments_are_left_alone_and_results_repeat():
         {"random_p": 0.6, "keep_p": 0.5}, {"vocab_size": SPECIAL}, {"random_p": math.nan},
     ],
 )  # fmt: skip
-def test_shares_outside_their_range_are_errors(changes):
-    with pytest.raises(ValueError, match=r"shares lie in|leaves no token|NaN"):
-        mask(torch.full((1, 4), 50), **changes)
+def test_shares_outside_their_range_are_errors(backend, changes):
+    with pytest.raises(ValueError, match=r"shares lie in|leaves no token"):
+        mask(torch.full((1, 4), 50), backend=backend, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": torch.zeros(4)}, r"tokens: torch.float32 \[4\]"),
+        ({"tokens": torch.zeros(1, 4, dtype=torch.uint8)}, r"tokens: torch.uint8 .*expected signed integers \[B, T\]"),
+        ({"row_ids": torch.zeros(2, dtype=torch.int64)}, r"row_ids: .*expected int64 \[1\] on cpu"),
+        ({"row_ids": torch.zeros(1, dtype=torch.int32)}, r"row_ids: torch.int32"),
+        ({"mask_counts": torch.zeros(1, 4)}, r"mask_counts: torch.float32 .*expected integers \[1, 4\]"),
+        ({"mask_counts": torch.zeros(1, 5, dtype=torch.uint8)}, r"mask_counts: torch.uint8 \[1, 5\]"),
+        ({"mask_counts": torch.zeros(1, 4, dtype=torch.bool)}, r"mask_counts: torch.bool"),
+        ({"max_span_length": 0}, "max_span_length 0"),
+        ({"tokens": torch.zeros(1, 4, dtype=torch.int8)}, "vocab_size 1000, .*the largest id in torch.int8 is 127"),
+        ({"vocab_size": 2**31 + 1}, "the largest id"),
+        ({"mask_token_id": 2**31}, "the largest id"),
+    ],
+)
+def test_what_does_not_fit_together_is_one_clear_error(backend, changes, message):
+    with pytest.raises(ValueError, match=message):
+        mask(**{"tokens": torch.full((1, 4), 50), **changes}, backend=backend)
+
+
+@pytest.mark.parametrize(("length", "spans"), [(4097, 3), (40, 17)])
+def test_what_the_kernel_cannot_hold_is_computed_by_pytorch(length, spans):
+    tokens = some_tokens(2, length)
+    results = [mask(tokens, max_span_length=spans, backend=backend) for backend in BACKENDS]
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    assert (results[0][1] != -100).any()
+
+
+def test_uninitialised_memory_is_overwritten(backend, monkeypatch):
+    """Everything that torch.empty returns is the type's largest integer here."""
+    expected = [mask(some_tokens(3, length), vocab_size=500) for length in (1, 129, 600)]
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert (torch.empty(3, dtype=torch.int64) == 2**63 - 1).all()
+        results = [mask(some_tokens(3, length), vocab_size=500, backend=backend) for length in (1, 129, 600)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for actual, wanted in zip(results, expected, strict=True):
+        assert all(torch.equal(*pair) for pair in zip(actual, wanted, strict=True))
+
+
+def test_memory_around_the_results_is_left_alone(monkeypatch):
+    kernel = importlib.import_module("kernels.span_mask.kernel")
+    blocks = []
+
+    def guarded(shape, **options):
+        size = math.prod(shape)
+        blocks.append(torch.full((size + 600,), -7, **options))
+        return blocks[-1][300 : 300 + size].view(shape)
+
+    monkeypatch.setattr(kernel, "torch", SimpleNamespace(**{**vars(torch), "empty": guarded}))
+    mask(some_tokens(3, 129), mask_counts=torch.zeros(3, 129, dtype=torch.uint8), backend="triton")
+    assert len(blocks) == 2
+    for block in blocks:
+        assert (block[:300] == -7).all()
+        assert (block[-300:] == -7).all()
+        assert (block[300:-300] != -7).all()
+
+
+def op_arguments(backend, *, length=33, counts=True):
+    tokens, row_ids = some_tokens(3, length), torch.arange(3)
+    history = (some_tokens(3, length, lowest=0) % 9).to(torch.uint8) if counts else None
+    return tokens, row_ids, history, 0.3, 0.1, 0.1, MASK, VOCAB, SPECIAL, 3, -(2**63), backend
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_the_operation_is_registered_rightly(backend, counts):
+    arguments = op_arguments(backend, counts=counts)
+    torch.library.opcheck(op.span_mask, arguments)
+    torch.library.opcheck(op.span_mask, (arguments[0].T.contiguous().T, *arguments[1:]))
+    torch.library.opcheck(op.span_mask, (arguments[0][:, 1:20], arguments[1], None, *arguments[3:]))
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_compiled_equals_eager_in_every_output(backend, counts):
+    torch.compiler.reset()
+    tokens, row_ids, history, *_ = op_arguments(backend, counts=counts)
+
+    def function(tokens, mask_p):
+        inputs, labels = mask(tokens, row_ids, 2**64 - 3, mask_p=mask_p, mask_counts=history, backend=backend)
+        return inputs[:, :-1], labels[:, 1:], (labels != -100).sum()
+
+    compiled = torch.compile(function, fullgraph=True)
+    for mask_p in (0.3, 0.25, 0.2):
+        for actual, expected in zip(compiled(tokens, mask_p), function(tokens, mask_p), strict=True):
+            assert actual.dtype == expected.dtype
+            assert torch.equal(actual, expected)
+
+
+class Recorder:
+    """Stands in for the kernel: remembers launches instead of making them."""
+
+    def __init__(self):
+        self.launches = []
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.launches.append((grid, args, kwargs))
+
+
+def test_one_launch_whose_kernel_is_compiled_once_for_all_numbers(monkeypatch):
+    """Triton compiles per specialisation of the arguments' values; here is the one of each launch, as on a GPU."""
+    jit = importlib.import_module("triton.runtime.jit")
+    target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
+    backend = importlib.import_module("triton.compiler").make_backend(target)
+    kernel = importlib.import_module("kernels.span_mask.kernel")
+    function = kernel.span_mask_kernel
+    if not isinstance(function, jit.JITFunction):  # but the interpreter's, which was given the same options
+        function = jit.JITFunction(function.fn, do_not_specialize=function.kwargs["do_not_specialize"])
+    bind = jit.create_function_from_signature(function.signature, function.params, backend)
+    recorder = Recorder()
+    monkeypatch.setattr(kernel, "span_mask_kernel", recorder)
+
+    def specialisation(rows=2, length=128, **changes):
+        recorder.launches.clear()
+        settings = {"seed": 1, "row_ids": torch.arange(rows), "max_span_length": 3, "backend": "triton"}
+        mask(some_tokens(rows, length), **{**settings, **changes})
+        ((grid, args, kwargs),) = recorder.launches  # one launch, a program a row
+        assert grid == (rows,)
+        _, specialised, options = bind(*args, **kwargs)
+        return specialised, options
+
+    usual = specialisation()
+    assert len(usual[0]) == len(function.params)
+    for mask_p in (0.0, 2**-32, 2**-28, 0.15, 0.3, 1.0):
+        assert specialisation(mask_p=mask_p) == usual
+    for random_p, keep_p in ((0.0, 0.0), (2**-32, 0.0), (1.0, 0.0), (0.0, 1.0), (0.123, 0.456)):
+        assert specialisation(random_p=random_p, keep_p=keep_p) == usual
+    for seed in (0, 1, 16, 2**31, 2**32, 2**63 - 1, 2**63, 2**64 - 1):
+        assert specialisation(seed=seed) == usual
+    for row_ids in (torch.tensor([0, 1]), torch.tensor([16, 2**62])):
+        assert specialisation(row_ids=row_ids) == usual
+    for number in (1, 16, 17):
+        assert specialisation(mask_token_id=number, num_special_tokens=number, vocab_size=2000 + number) == usual
+    for spans in (1, 2, 4):
+        assert specialisation(max_span_length=spans) == usual
+    assert specialisation(rows=16) == specialisation(rows=1) == usual
+    assert specialisation(length=64) == usual
+    assert specialisation(length=129) != usual
+    assert specialisation(max_span_length=5) != usual
+
+
+MUTANTS = {
+    "span lengths of the wrong stream": ("_philox(seed, position, 0, row_id)", "_philox(seed, position, 1, row_id)"),
+    "seed without its high half": ("seed.to(tl.uint32), (seed >> 32)", "seed.to(tl.uint32), (seed >> 63)"),
+    "row id without its high half": ("(row_id >> 32).to(tl.uint32)", "(row_id >> 63).to(tl.uint32)"),
+    "nine rounds": ("for _ in range(10):", "for _ in range(9):"),
+    "first key that does not change": ("tl.add(key0, 0x9E3779B9,", "tl.add(key0, 0,"),
+    "functions composed the other way round": (
+        "first >> (bits * state)) & (2**bits - 1)\n        value = (second",
+        "second >> (bits * state)) & (2**bits - 1)\n        value = (first",
+    ),
+    "one state too few": ("static_range(2**bits)", "static_range(2**bits - 1)"),
+    "spans a token shorter": ("step = following.to(packed)", "step = tl.maximum(following, 1).to(packed) - 1"),
+    "spans that never count down": ("(state - 1) << (BITS * state)", "state << (BITS * state)"),
+    "spans of up to four": ("tl.umulhi(length_word, max_span_length", "tl.umulhi(length_word, 1 + max_span_length"),
+    "a span begins where the last one ends": ("position + 1, 0)", "position, 0)"),
+    "a span's last token begins the next": ("tl.maximum(first, second_but_last)", "tl.maximum(first, second)"),
+    "tokens instead of spans": ("_philox(seed, start, 0, row_id)", "_philox(seed, position, 0, row_id)"),
+    "kind and score are one number": ("kind = kind.to(tl.int64)", "kind = (score * 1).to(tl.int64)"),
+    "special tokens selected": ("inside & (tokens >= num_special_tokens)", "inside & (tokens >= 0)"),
+    "first ordinary token never selected": ("(tokens >= num_special_tokens)", "(tokens > num_special_tokens)"),
+    "places behind the row counted": ("selectable = inside &", "selectable = (position < BLOCK) &"),
+    "always rounded down": (" + uniform.to(tl.int64)", ""),
+    "always rounded up": ("uniform.to(tl.int64)", "2**32 - 1"),
+    "nothing selected where n·p is below one": ("tl.maximum(k >> 32, 1)", "k >> 32"),
+    "one token more": ("num_lower < k,", "num_lower <= k,"),
+    "the limit itself left out": ("score <= _kth_lowest(", "score < _kth_lowest("),
+    "lowest bit of the limit missing": ("for _ in range(BITS):", "for _ in range(BITS - 1):"),
+    "special tokens take part in the order": ("tl.where(selectable, score, 2*", "tl.where(inside, score, 2*"),
+    "history ignored": ("score.to(tl.uint64) * _count_weight(counts, selectable)", "score.to(tl.uint64) * 128"),
+    "tokens masked more often selected earlier": ("above_lowest >= count", "above_lowest < count"),
+    "lowest count of special tokens": ("tl.where(selectable, counts, 2", "tl.where(counts >= 0, counts, 2"),
+    "history of the first row": ("row * counts_stride", "0 * counts_stride"),
+    "history without a limit": ("tl.minimum(counts - lowest, _MAX_COUNT)", "tl.minimum(counts - lowest, 12)"),
+    "tokens of the first row": ("row * tokens_stride", "0 * tokens_stride"),
+    "rows as if without gaps": ("row * tokens_stride", "row * length"),
+    "random token of the span": ("_, score, kind, _ =", "_, score, kind, random_word ="),
+    "random tokens may be special": ("+ num_special_tokens\n", "\n"),
+    "random tokens beyond the vocabulary": ("(vocab_size - num_special_tokens).to(", "vocab_size.to("),
+    "kept tokens masked": ("tl.where(kind < keep_limit, tokens,", "tl.where(kind < random_limit, tokens,"),
+    "random tokens kept": ("tl.where(kind < random_limit, random", "tl.where(kind < 0, random"),
+    "keep_p alone": ("fixed_point(random_p + keep_p)", "fixed_point(keep_p)"),
+    "inputs with their labels": ("tl.where(selected, replacement, tokens)", "tl.where(selected, tokens, tokens)"),
+    "labels everywhere": ("tl.where(selected, tokens, tl.full(", "tl.where(inside, tokens, tl.full("),
+    "labels are what replaced": ("labels = tl.where(selected, tokens,", "labels = tl.where(selected, replacement,"),
+    "last label not written": ("labels, mask=inside)", "labels, mask=position < length - 1)"),
+    "last input not written": ("inputs, mask=inside)", "inputs, mask=position < length - 1)"),
+}  # fmt: skip
+
+
+def test_the_check_passes(backend, device):
+    results = list(comparisons(device, backend))
+    assert len(results) >= 14
+    assert [result for result in results if not result.passed] == []
+
+
+def test_the_check_passes_with_the_interpreters_own_scans(parallel_scans, monkeypatch, device):
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    monkeypatch.setattr(interpreter.ScanOps, "generic_scan", parallel_scans)
+    results = [result for result, _ in zip(comparisons(device, "triton"), range(6), strict=False)]
+    assert len(results) == 6
+    assert all(result.passed for result in results)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_the_check_rejects_mutants(device, tmp_path, mutant):
+    with mutated("kernels.span_mask.kernel", *MUTANTS[mutant], tmp_path):
+        assert any(not result.passed for result in comparisons(device, "triton"))

@@ -1,11 +1,13 @@
 """Span masking for masked next-token prediction: which tokens become labels, and what the model sees in their place."""
 
+import torch
 from torch import Tensor
 
 from kernels.backend import choose_backend
-from kernels.span_mask import reference
+from kernels.span_mask import op
 
 DEFAULT_MAX_SPAN_LENGTH = 3
+_MAX_VOCAB_SIZE = 2**31  # times a 32-bit random number fits a signed 64-bit one
 
 
 def span_mask(
@@ -25,42 +27,70 @@ def span_mask(
 ) -> tuple[Tensor, Tensor]:
     """Mask spans of a batch of rows (spec.md §3), as a pure function of (seed, row id, position).
 
+    Both backends compute with integers alone and agree to the bit. Never waits for the device, and no value of the
+    numbers makes Triton compile again. `torch.compile` does for each new share (floats are constants to it), so where
+    the shares change from step to step, as in the trainer, this belongs outside compiled code.
+
     Args:
-        tokens: [B, T] signed integers; ids below `num_special_tokens` are never selected.
+        tokens: [B, T] int8, int16, int32 or int64; ids below `num_special_tokens` are never selected. Rows above 4,096
+            are computed by PyTorch on every backend, as are spans above 16.
         mask_p: expected share of the selectable tokens that are selected, in [0, 1].
         random_p: share of the selected tokens that are replaced by a random non-special token.
         keep_p: share of the selected tokens that stay as they are; the rest becomes `mask_token_id`.
         mask_token_id: id of `<mask>`.
-        vocab_size: random tokens are drawn from num_special_tokens … vocab_size − 1.
+        vocab_size: random tokens are drawn from num_special_tokens … vocab_size − 1; at most 2³¹.
         num_special_tokens: ids below this number are special.
         max_span_length: span lengths are uniform in 1 … max_span_length.
-        seed: 64-bit key of the random numbers.
+        seed: 64-bit key of the random numbers, 0 … 2⁶⁴ − 1.
         row_ids: [B] int64, a number per row that no other row under this seed shares.
-        mask_counts: [B, T] integers, how often each token was masked before; tokens masked more often are selected
-            later. None switches this off.
+        mask_counts: [B, T] integers of any type, not negative, how often each token was masked before; tokens masked
+            more often are selected later. None switches this off.
         backend: see `kernels.backend.choose_backend`.
 
     Returns:
         `inputs` and `labels`, both [B, T] of `tokens`' type and unshifted; labels are −100 where nothing was selected.
 
     Raises:
-        ValueError: a share is outside [0, 1], or no token is left to draw from.
+        ValueError: a share is outside [0, 1], no token is left to draw from, ids do not fit `tokens`' type, shapes,
+            types or devices do not fit together.
     """
-    choose_backend(backend, tokens.device)
-    if not 0 <= mask_p <= 1 or random_p < 0 or keep_p < 0 or random_p + keep_p > 1:
+    if not (0 <= mask_p <= 1 and random_p >= 0 and keep_p >= 0 and random_p + keep_p <= 1):
         raise ValueError(f"mask_p {mask_p}, random_p {random_p}, keep_p {keep_p}: shares lie in [0, 1]")
     if vocab_size <= num_special_tokens:
         raise ValueError(f"vocab_size {vocab_size} leaves no token beside {num_special_tokens} special ones")
-    return reference.span_mask(
+    if max_span_length < 1:
+        raise ValueError(f"max_span_length {max_span_length}: a span has at least one token")
+    _check_tensors(tokens, row_ids, mask_counts)
+    largest_id = min(torch.iinfo(tokens.dtype).max, _MAX_VOCAB_SIZE - 1)
+    if max(vocab_size - 1, mask_token_id) > largest_id:
+        raise ValueError(
+            f"vocab_size {vocab_size}, mask_token_id {mask_token_id}: the largest id in {tokens.dtype} is {largest_id}"
+        )
+    return op.span_mask(
         tokens,
-        mask_p=mask_p,
-        random_p=random_p,
-        keep_p=keep_p,
-        mask_token_id=mask_token_id,
-        vocab_size=vocab_size,
-        num_special_tokens=num_special_tokens,
-        max_span_length=max_span_length,
-        seed=seed,
-        row_ids=row_ids,
-        mask_counts=mask_counts,
+        row_ids,
+        mask_counts,
+        mask_p,
+        random_p,
+        keep_p,
+        mask_token_id,
+        vocab_size,
+        num_special_tokens,
+        max_span_length,
+        (seed + 2**63) % 2**64 - 2**63,  # the same 64 bits with a sign
+        choose_backend(backend, tokens.device),
     )
+
+
+def _check_tensors(tokens: Tensor, row_ids: Tensor, mask_counts: Tensor | None) -> None:
+    if tokens.ndim != 2 or tokens.dtype not in op.TOKEN_TYPES:
+        raise ValueError(f"tokens: {tokens.dtype} {list(tokens.shape)}; expected signed integers [B, T]")
+    if row_ids.shape != tokens.shape[:1] or row_ids.dtype != torch.int64 or row_ids.device != tokens.device:
+        expected = f"int64 [{len(tokens)}] on {tokens.device}"
+        raise ValueError(f"row_ids: {row_ids.dtype} {list(row_ids.shape)} on {row_ids.device}; expected {expected}")
+    if mask_counts is None:
+        return
+    is_integer = mask_counts.dtype != torch.bool and not mask_counts.dtype.is_floating_point
+    if mask_counts.shape != tokens.shape or not is_integer or mask_counts.device != tokens.device:
+        found = f"{mask_counts.dtype} {list(mask_counts.shape)} on {mask_counts.device}"
+        raise ValueError(f"mask_counts: {found}; expected integers {list(tokens.shape)} on {tokens.device}")

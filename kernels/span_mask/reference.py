@@ -12,10 +12,10 @@ import math
 import torch
 from torch import Tensor
 
+IGNORE_INDEX = -100  # label of what is not selected
+COUNT_WEIGHTS = tuple(round(128 * math.exp(count)) for count in range(17))  # times a 32-bit score fits an int64
 _WORD = 0xFFFFFFFF
-_IGNORE = -100
 _NEVER = torch.iinfo(torch.int64).max
-_COUNT_RANGE, _COUNT_SCALE = 16, 128  # 128·e¹⁶ times a 32-bit score still fits an int64
 
 
 def span_mask(
@@ -46,10 +46,10 @@ def span_mask(
     selected = selectable & (score <= _kth_lowest(score, selectable, mask_p, seed, row_ids))
 
     random_token = num_special_tokens + _below(vocab_size - num_special_tokens, random_token)
-    replacement = torch.where(kind < _fixed_point(random_p + keep_p), tokens, mask_token_id)
-    replacement = torch.where(kind < _fixed_point(random_p), random_token, replacement)
+    replacement = torch.where(kind < fixed_point(random_p + keep_p), tokens, mask_token_id)
+    replacement = torch.where(kind < fixed_point(random_p), random_token, replacement)
     inputs = torch.where(selected, replacement, tokens).to(tokens.dtype)
-    return inputs, torch.where(selected, tokens, _IGNORE)
+    return inputs, torch.where(selected, tokens, IGNORE_INDEX)
 
 
 def span_starts(lengths: Tensor, max_span_length: int) -> Tensor:
@@ -92,20 +92,20 @@ def philox(seed: int, position: Tensor, stream: int, row_ids: Tensor) -> tuple[T
 def _kth_lowest(score: Tensor, selectable: Tensor, mask_p: float, seed: int, row_ids: Tensor) -> Tensor:
     """[B, 1]: the score of the k-th lowest selectable token, k = max(1, ⌊n·p + u⌋)."""
     uniform = philox(seed, torch.zeros_like(row_ids), 1, row_ids)[0]
-    k = ((selectable.sum(dim=1) * _fixed_point(mask_p) + uniform) >> 32).clamp(min=1)
+    k = ((selectable.sum(dim=1) * fixed_point(mask_p) + uniform) >> 32).clamp(min=1)
     return score.sort(dim=1).values.gather(1, (k - 1).clamp(max=score.shape[1] - 1).unsqueeze(1))
 
 
 def _count_weights(mask_counts: Tensor, selectable: Tensor) -> Tensor:
     """Fixed-point softmax(counts) over each row, without its divisor, which does not change the order."""
     counts = torch.where(selectable, mask_counts.long(), _NEVER)
-    above_lowest = (counts - counts.amin(dim=1, keepdim=True)).clamp(max=_COUNT_RANGE)
+    above_lowest = (counts - counts.amin(dim=1, keepdim=True)).clamp(max=len(COUNT_WEIGHTS) - 1)
     return _weight_table(counts.device)[above_lowest]
 
 
 @functools.cache
 def _weight_table(device: torch.device) -> Tensor:
-    return torch.tensor([round(_COUNT_SCALE * math.exp(count)) for count in range(_COUNT_RANGE + 1)], device=device)
+    return torch.tensor(COUNT_WEIGHTS, device=device)
 
 
 def _below(bound: int, word: Tensor) -> Tensor:
@@ -113,5 +113,6 @@ def _below(bound: int, word: Tensor) -> Tensor:
     return (word * bound) >> 32
 
 
-def _fixed_point(probability: float) -> int:
+def fixed_point(probability: float) -> int:
+    """A probability as a 32-bit fixed-point number; 1 is 2³²."""
     return round(probability * 2**32)

@@ -1,0 +1,149 @@
+"""A step of LAMB on a whole model: gradients clipped to a global norm, update, moving average of the weights; all fp32.
+
+The fewest bytes of that are 52 a parameter (`benchmarks.traffic` has the sum). `pytorch_lamb` (pytorch_optimizer's) and
+`fused_adamw` (PyTorch's, the floor: no trust ratio, so no second pass) get the same clipping and average around them.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from itertools import chain
+
+import pytest
+import torch
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import AdamW, Optimizer
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from benchmarks import machine, peers
+from benchmarks.measurement import BASELINE, Measurement
+from gptbert.config import ModelConfig
+from gptbert.model import GPTBert
+from gptbert.optim import parameter_groups
+from kernels import lamb_step
+from kernels.lamb import check, reference
+from kernels.numerics import Comparison, compare
+
+BYTES = 52  # a parameter
+PROOF_TENSORS = 12  # the first of a model: embeddings and a layer's
+SETTINGS = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.98, "eps": 1e-8, "max_grad_norm": 2.0, "average_decay": 0.999}
+WEIGHT_DECAY = 0.1
+
+Sizes = list[tuple[torch.Size, float]]  # shape and weight decay of each parameter
+Step = Callable[[], object]
+
+
+class State:
+    """A model's parameters and gradients and LAMB's state, three steps old; the same at every call."""
+
+    def __init__(self, sizes: Sizes, dtype: torch.dtype = torch.float32) -> None:
+        generator = torch.Generator().manual_seed(len(sizes))
+        self.params, self.grads, self.exp_avgs, self.averages = (
+            [(0.02 * torch.randn(shape, generator=generator)).to(machine.device(), dtype) for shape, _ in sizes]
+            for _ in range(4)
+        )
+        self.exp_avg_sqs = [exp_avg.square() for exp_avg in self.exp_avgs]
+        self.steps = [torch.tensor(3.0, device=machine.device()) for _ in sizes]
+        self.decays = [decay for _, decay in sizes]
+        self.gradient_norm = torch.zeros((), dtype=dtype, device=machine.device())
+
+
+def _reference(state: State, step: Callable[..., None] = reference.lamb_step) -> Step:
+    return functools.partial(
+        torch.no_grad()(step),
+        *(state.params, state.grads, state.exp_avgs, state.exp_avg_sqs, state.steps, state.averages),
+        state.gradient_norm,
+        weight_decays=state.decays,
+        seed=None,
+        **SETTINGS,
+    )
+
+
+def _ours(state: State, backend: str) -> Step:
+    return functools.partial(
+        lamb_step,
+        *(state.params, state.grads, state.exp_avgs, state.exp_avg_sqs, state.steps),
+        weight_decay=state.decays,
+        averages=state.averages,
+        backend=backend,
+        **SETTINGS,
+    )
+
+
+def _with_optimizer(state: State, make_optimizer: Callable[..., Optimizer]) -> Step:
+    """Clipping, an optimizer's step, and the average, as a trainer calls the three."""
+    decayed = [{"params": [], "weight_decay": decay} for decay in (WEIGHT_DECAY, 0.0)]
+    for param, grad, decay in zip(state.params, state.grads, state.decays, strict=True):
+        param.requires_grad_().grad = grad
+        decayed[decay == 0]["params"].append(param)
+    optimizer = make_optimizer(
+        decayed, lr=SETTINGS["lr"], betas=(SETTINGS["beta1"], SETTINGS["beta2"]), eps=SETTINGS["eps"]
+    )
+    average = get_ema_multi_avg_fn(SETTINGS["average_decay"])
+
+    def step() -> None:
+        clip_grad_norm_(state.params, SETTINGS["max_grad_norm"])
+        optimizer.step()
+        average(state.averages, state.params, None)
+
+    return step
+
+
+def _pytorch_optimizer_lamb(*args: object, **settings: object) -> Optimizer:
+    return pytest.importorskip("pytorch_optimizer").Lamb(*args, **settings)
+
+
+IMPLEMENTATIONS = {
+    BASELINE: _reference,
+    "reference_compiled": _reference,
+    "torch": functools.partial(_ours, backend="torch"),
+    "triton": functools.partial(_ours, backend="triton"),
+    "pytorch_lamb": functools.partial(_with_optimizer, make_optimizer=_pytorch_optimizer_lamb),
+    "fused_adamw": functools.partial(_with_optimizer, make_optimizer=functools.partial(AdamW, fused=True)),
+}
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("shape", ["small", "base"])
+def test_lamb(measurement: Measurement, impl: str, shape: str) -> None:
+    """One step of all parameters of configs/<shape>.json."""
+    peers.skip_unless_possible(impl)
+    if impl == "reference_compiled" and machine.device().type == "cpu" and measurement.enabled:
+        pytest.skip("Inductor compiles the loop over 127 tensors for minutes on a CPU")
+    sizes = model_sizes(shape) if measurement.enabled else model_sizes("tiny")[:PROOF_TENSORS]
+    make_step = IMPLEMENTATIONS[impl]
+    if impl == "reference_compiled":
+        make_step = functools.partial(_reference, step=measurement.compile(reference.lamb_step))
+    if impl in {"pytorch_lamb", "fused_adamw"}:
+        measurement.exempt()  # the one has no bias correction in its update and clamps ‖p‖, the other is not LAMB
+    else:
+        thorough = impl in {"torch", "triton"} and measurement.enabled
+        ours = check.comparisons(machine.device(), impl) if thorough else ()
+        measurement.prove(chain(proof(make_step, sizes[:PROOF_TENSORS]), ours))
+    run = make_step(State(sizes))
+    baseline = None if impl == BASELINE else _reference(State(sizes))
+    numel = sum(shape.numel() for shape, _ in sizes)
+    measurement.time(run, baseline, None if impl == "fused_adamw" else BYTES * numel)
+
+
+def model_sizes(name: str) -> Sizes:
+    """Shape and weight decay of every parameter of the model in configs/."""
+    with torch.device("meta"):
+        model = GPTBert(ModelConfig.from_json(f"configs/{name}.json"))
+    groups = parameter_groups(model, WEIGHT_DECAY)
+    decays = {id(param): group["weight_decay"] for group in groups for param in group["params"]}
+    return [(param.shape, decays[id(param)]) for param in model.parameters()]
+
+
+def proof(make_step: Callable[[State], Step], sizes: Sizes) -> Iterator[Comparison]:
+    """All that a step writes, against the fp64 reference."""
+    actual, exact, plain = State(sizes), State(sizes), State(sizes)
+    for name in ("params", "grads", "exp_avgs", "exp_avg_sqs", "averages"):
+        setattr(exact, name, [tensor.double() for tensor in getattr(exact, name)])
+    exact.gradient_norm = exact.gradient_norm.double()
+    make_step(actual)()
+    for state in (exact, plain):
+        _reference(state)()
+    for name in ("params", "exp_avgs", "exp_avg_sqs", "averages"):
+        each = zip(getattr(actual, name), getattr(exact, name), getattr(plain, name), strict=True)
+        for index, tensors in enumerate(each):
+            yield from compare(f"{name}[{index}]", *tensors)

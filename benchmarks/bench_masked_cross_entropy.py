@@ -1,0 +1,232 @@
+"""Cross-entropy, forward and backward: from the hidden states as the trainer calls it, and from logits that exist.
+
+A step of 4,096 tokens labels all of them (CLM) or 30 or 15 % (MLM); the model hands over the labelled rows only, so N
+counts those, and every implementation gets the same. Like the trainer with mixed precision, on a GPU and on a CPU:
+hidden states in bf16, weight and bias in fp32, matrix products under autocast to bf16, gradients in each input's type.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import machine, peers
+from benchmarks.measurement import BASELINE, Measurement
+from kernels import cross_entropy_from_logits, masked_cross_entropy
+from kernels.masked_cross_entropy import reference
+from kernels.numerics import Comparison, compare
+
+MODELS = {"small": (384, 8192), "base": (768, 16384), "base, vocabulary of 32,768": (768, 32768)}
+Z_LOSS_WEIGHT = 0.1  # its size costs no time; so large, the proof sees it when it is missing
+PROOF_ROWS = 614  # more than one chunk of every implementation's at V ≥ 8192, whichever shape is timed
+
+Loss = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """N labelled rows of D entries, V classes."""
+
+    N: int
+    D: int
+    V: int
+
+    def __str__(self) -> str:
+        return f"N={self.N} D={self.D} V={self.V}"
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """A loss of (hidden, weight, labels, bias, z_loss_weight), the sum over all rows, and what it leaves out."""
+
+    loss: Loss
+    has_bias: bool = True
+    has_z_loss: bool = True
+
+
+SHAPES = [Shape(rows, *model) for model in MODELS.values() for rows in (4096, 1229, 614)]
+LOGITS_SHAPES = [Shape(4096 if machine.device().type == "cuda" else 614, *model) for model in MODELS.values()]
+TINY = Shape(24, 16, 131)
+
+
+def _reference(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, z_loss_weight: float) -> Tensor:
+    return reference.masked_cross_entropy(hidden, weight, labels, bias, z_loss_weight=z_loss_weight).total
+
+
+def _ours(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor, z_loss_weight: float, backend: str) -> Tensor:
+    return masked_cross_entropy(hidden, weight, labels, bias, z_loss_weight=z_loss_weight, backend=backend).total
+
+
+def _reference_from_logits(logits: Tensor, labels: Tensor, z_loss_weight: float) -> Tensor:
+    return reference.cross_entropy_from_logits(logits, labels, z_loss_weight=z_loss_weight).total
+
+
+def _ours_from_logits(logits: Tensor, labels: Tensor, z_loss_weight: float, backend: str) -> Tensor:
+    return cross_entropy_from_logits(logits, labels, z_loss_weight=z_loss_weight, backend=backend).total
+
+
+IMPLEMENTATIONS = {
+    BASELINE: Implementation(_reference),
+    "reference_compiled": Implementation(_reference),
+    "torch": Implementation(functools.partial(_ours, backend="torch")),
+    "triton": Implementation(functools.partial(_ours, backend="triton")),
+    "linear_cross_entropy": Implementation(peers.linear_cross_entropy, has_z_loss=False),
+    "linear_cross_entropy_chunked": Implementation(
+        peers.chunked_linear_cross_entropy, has_bias=False, has_z_loss=False
+    ),
+    "liger": Implementation(peers.liger),
+    "cut_cross_entropy": Implementation(peers.cut_cross_entropy, has_bias=False, has_z_loss=False),
+}
+FROM_LOGITS = {
+    BASELINE: _reference_from_logits,
+    "reference_compiled": _reference_from_logits,
+    "torch": functools.partial(_ours_from_logits, backend="torch"),
+    "triton": functools.partial(_ours_from_logits, backend="triton"),
+    "liger": peers.liger_from_logits,
+}
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_masked_cross_entropy(measurement: Measurement, impl: str, shape: Shape) -> None:
+    """From hidden states."""
+    peers.skip_unless_possible(impl)
+    if measurement.enabled and machine.device().type == "cpu":
+        _skip_what_takes_minutes(impl, shape)
+    shape = shape if measurement.enabled else TINY
+    implementation = IMPLEMENTATIONS[impl]
+    loss = measurement.compile(implementation.loss) if impl == "reference_compiled" else implementation.loss
+    measurement.prove(hidden_proof(loss, shape, implementation.has_bias, implementation.has_z_loss))
+    inputs = make_inputs(shape.N, shape.D, shape.V)
+    own_inputs = inputs if implementation.has_bias else replace(inputs, bias=None)
+    baseline = None if impl == BASELINE else lambda: gradients_of(_reference, inputs)
+    measurement.time(lambda: gradients_of(loss, own_inputs), baseline)
+
+
+@pytest.mark.parametrize("impl", FROM_LOGITS)
+@pytest.mark.parametrize("shape", LOGITS_SHAPES, ids=str)
+def test_cross_entropy_from_logits(measurement: Measurement, impl: str, shape: Shape) -> None:
+    """From logits in bf16; bytes by the formula of the operation's README."""
+    peers.skip_unless_possible(impl)
+    shape = shape if measurement.enabled else TINY
+    loss = measurement.compile(FROM_LOGITS[impl]) if impl == "reference_compiled" else FROM_LOGITS[impl]
+    measurement.prove(logits_proof(loss, shape.V))
+    logits, labels = make_logits(shape.N, shape.V)
+    baseline = None if impl == BASELINE else lambda: logits_gradient(_reference_from_logits, logits, labels)
+    on_gpu = machine.device().type == "cuda"  # there memory is the limit
+    fewest_bytes = shape.N * (2 * shape.V * logits.itemsize + 8 + 12) if on_gpu else None
+    measurement.time(lambda: logits_gradient(loss, logits, labels), baseline, fewest_bytes)
+
+
+def _skip_what_takes_minutes(impl: str, shape: Shape) -> None:
+    """On CPUs."""
+    if impl == "linear_cross_entropy_chunked":
+        pytest.skip("on CPUs it multiplies in fp32: some ten times as long as linear_cross_entropy")
+    if shape.N == 4096 and shape.V == 32768:
+        pytest.skip("the user's vocabulary with 4,096 labels takes minutes on a CPU; 1,229 labels show the same")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a head gets: hidden [N, D] in bf16, weight [V, D] and bias [V] in fp32, labels [N]."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    labels: Tensor
+
+
+def make_inputs(rows: int, hidden_size: int, vocab_size: int) -> Inputs:
+    """Random inputs on the device; weight and bias hold what bf16 can, so that autocast rounds nothing."""
+    generator = torch.Generator().manual_seed(vocab_size)
+    hidden = torch.randn(rows, hidden_size, generator=generator)
+    weight = hidden_size**-0.5 * torch.randn(vocab_size, hidden_size, generator=generator)
+    bias = torch.randn(vocab_size, generator=generator)
+    labels = torch.randint(vocab_size, (rows,), generator=generator)
+    here = machine.device()
+    return Inputs(
+        _dynamic_rows(hidden.bfloat16().to(here)).requires_grad_(),
+        weight.bfloat16().float().to(here).requires_grad_(),
+        bias.bfloat16().float().to(here).requires_grad_(),
+        _dynamic_rows(labels.to(here)),
+    )
+
+
+def make_logits(rows: int, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Random logits [N, V] in bf16 and labels [N] on the device."""
+    generator = torch.Generator().manual_seed(vocab_size)
+    logits = 3 * torch.randn(rows, vocab_size, generator=generator)
+    labels = torch.randint(vocab_size, (rows,), generator=generator)
+    here = machine.device()
+    return _dynamic_rows(logits.bfloat16().to(here)).requires_grad_(), _dynamic_rows(labels.to(here))
+
+
+def _dynamic_rows(tensor: Tensor) -> Tensor:
+    """Have torch.compile make code for any number of rows, which differs from step to step in training."""
+    torch._dynamo.mark_dynamic(tensor, 0)  # noqa: SLF001 - the only name that it has
+    return tensor
+
+
+def gradients_of(
+    loss: Loss, inputs: Inputs, z_loss_weight: float = Z_LOSS_WEIGHT, *, autocast: bool = True
+) -> tuple[Tensor, ...]:
+    """The total and its gradients with respect to hidden, weight and bias."""
+    with torch.autocast(inputs.hidden.device.type, torch.bfloat16, enabled=autocast):
+        total = loss(inputs.hidden, inputs.weight, inputs.labels, inputs.bias, z_loss_weight)
+    wanted = [inputs.hidden, inputs.weight] + ([] if inputs.bias is None else [inputs.bias])
+    return total.detach(), *torch.autograd.grad(total, wanted)
+
+
+def logits_gradient(loss: Loss, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The total and its gradient."""
+    total = loss(logits, labels, Z_LOSS_WEIGHT)
+    return total.detach(), *torch.autograd.grad(total, logits)
+
+
+def hidden_proof(loss: Loss, shape: Shape, has_bias: bool, has_z_loss: bool) -> Iterator[Comparison]:
+    """`loss` and its gradients against the fp64 reference, at this D and V."""
+    inputs, exact, plain = _expected(shape.D, shape.V, has_bias, has_z_loss)
+    actual = gradients_of(loss, inputs, Z_LOSS_WEIGHT if has_z_loss else 0.0)
+    never_label = ~torch.isin(torch.arange(shape.V, device=inputs.labels.device), inputs.labels)
+    off_target = {"weight": never_label[:, None], "bias": never_label}
+    for name, *tensors in zip(("total", "hidden", "weight", "bias"), actual, exact, plain, strict=False):
+        yield from _compare(f"{name} at D={shape.D} V={shape.V}", *tensors, off_target.get(name))
+
+
+@functools.lru_cache(maxsize=2)
+def _expected(
+    hidden_size: int, vocab_size: int, has_bias: bool, has_z_loss: bool
+) -> tuple[Inputs, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Inputs with some rows ignored, and their gradients in fp64 and by plain PyTorch as the trainer would."""
+    inputs = make_inputs(PROOF_ROWS, hidden_size, vocab_size)
+    inputs.labels[::7] = -100
+    inputs = inputs if has_bias else replace(inputs, bias=None)
+    wide = [
+        None if tensor is None else tensor.detach().double().requires_grad_()
+        for tensor in (inputs.hidden, inputs.weight, inputs.bias)
+    ]
+    z_loss_weight = Z_LOSS_WEIGHT if has_z_loss else 0.0
+    exact = gradients_of(_reference, Inputs(*wide, inputs.labels), z_loss_weight, autocast=False)
+    return inputs, exact, gradients_of(_reference, inputs, z_loss_weight)
+
+
+def logits_proof(loss: Loss, vocab_size: int) -> Iterator[Comparison]:
+    """`loss` and its gradient against the fp64 reference, at this V."""
+    logits, labels = make_logits(PROOF_ROWS, vocab_size)
+    labels[::7] = -100
+    off_target = torch.arange(vocab_size, device=labels.device) != labels[:, None]
+    exact = logits_gradient(_reference_from_logits, logits.detach().double().requires_grad_(), labels)
+    plain = logits_gradient(_reference_from_logits, logits, labels)
+    actual = logits_gradient(loss, logits, labels)  # the last, because Liger-Kernel's overwrites the logits
+    for name, off, *tensors in zip(("total", "logits"), (None, off_target), actual, exact, plain, strict=True):
+        yield from _compare(f"{name} at V={vocab_size}", *tensors, off)
+
+
+def _compare(
+    name: str, actual: Tensor, exact: Tensor, plain: Tensor, off_target: Tensor | None
+) -> Iterator[Comparison]:
+    """The rule; a peer that returns its total in bf16 is held to what bf16 can say."""
+    yield from compare(name, actual, exact, plain.to(actual.dtype), off_target)

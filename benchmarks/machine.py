@@ -1,0 +1,78 @@
+"""The machine that benchmarks run on: its name, the libraries they meet there, the speed of its memory."""
+
+import functools
+import importlib.metadata
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+LIBRARIES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "pytorch-optimizer")
+COPIES = 7
+COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}  # far beyond any cache
+
+
+@functools.cache  # asked inside what is timed
+def device() -> torch.device:
+    """Where benchmarks run: the GPU, if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def hardware() -> str:
+    """The GPU's name, or the processor's where there is none."""
+    if device().type == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    models = re.findall(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else []
+    return models[0].strip() if models else platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def file_name() -> str:
+    """A name for this machine's files: lower case, digits and hyphens."""
+    name = hardware() if device().type == "cuda" else f"{hardware()} {cores()} cores"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Version of each of `LIBRARIES`, empty where it is not installed."""
+    found = {}
+    for library in LIBRARIES:
+        try:
+            found[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            found[library] = ""
+    return found
+
+
+def seconds(action: Callable[[], object]) -> float:
+    """How long `action` takes, until the device is done."""
+    synchronize()
+    start = time.perf_counter()
+    action()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
+    if device().type == "cuda":
+        torch.cuda.synchronize()
+
+
+def copy_rate() -> float:
+    """Bytes a second, read and written together, of a large copy in the device's memory; the median of several."""
+    here = device()
+    source = torch.ones(COPY_BYTES[here.type] // 4, device=here)
+    target = torch.zeros_like(source)
+    return 2 * source.nbytes / statistics.median(seconds(lambda: target.copy_(source)) for _ in range(COPIES))

@@ -1,0 +1,83 @@
+"""Cross-entropy by others, under one signature, and what each implementation needs to run."""
+
+import importlib
+import importlib.util
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import machine
+from kernels.backend import interpreted
+
+PACKAGES = {"triton": "triton", "liger": "liger_kernel", "cut_cross_entropy": "cut_cross_entropy"}
+
+
+def skip_unless_possible(impl: str) -> None:
+    """Skip, with the reason, an implementation that cannot run here."""
+    package = PACKAGES.get(impl)
+    if package is None:
+        return
+    if machine.device().type != "cuda":
+        pytest.skip(f"{impl} needs a GPU (Triton's interpreter says nothing about time)")
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{impl} is not installed: pip install -e '.[bench]'")
+    if interpreted():
+        pytest.skip("TRITON_INTERPRET=1 is set: Triton's interpreter says nothing about time")
+
+
+def liger(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor, z_loss_weight: float) -> Tensor:
+    """Liger-Kernel's fused linear cross-entropy; with z-loss and accuracy, and sums in fp32 as ours has them."""
+    functional = importlib.import_module("liger_kernel.transformers.functional")
+    return functional.liger_fused_linear_cross_entropy(
+        hidden,
+        weight.bfloat16(),
+        labels,
+        bias.bfloat16(),
+        lse_square_scale=z_loss_weight,
+        reduction="sum",
+        return_z_loss=True,
+        accum_dtype=torch.float32,
+        return_token_accuracy=True,
+    ).loss
+
+
+def liger_from_logits(logits: Tensor, labels: Tensor, z_loss_weight: float) -> Tensor:
+    """Liger-Kernel's cross-entropy; with z-loss and accuracy. It puts the gradient in the logits' place."""
+    functional = importlib.import_module("liger_kernel.transformers.functional")
+    return functional.liger_cross_entropy(
+        logits,
+        labels,
+        lse_square_scale=z_loss_weight,
+        reduction="sum",
+        return_z_loss=True,
+        return_token_accuracy=True,
+    ).loss
+
+
+def cut_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, z_loss_weight: float
+) -> Tensor:
+    """Cut Cross-Entropy, without its filter on gradients; it has neither bias nor z-loss nor accuracy."""
+    del bias, z_loss_weight
+    package = importlib.import_module("cut_cross_entropy")
+    return package.linear_cross_entropy(hidden, weight.bfloat16(), labels, reduction="sum", filter_eps=None)
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor, z_loss_weight: float) -> Tensor:
+    """PyTorch's, as it is by default: all logits at once; it has neither z-loss nor accuracy."""
+    del z_loss_weight
+    return F.linear_cross_entropy(hidden, weight, labels, linear_bias=bias, reduction="sum")
+
+
+def chunked_linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, z_loss_weight: float
+) -> Tensor:
+    """PyTorch's in chunks, which autocast does not reach, with sums in fp32; it has neither z-loss nor accuracy.
+
+    Without bias too: it rounds the bias' gradient to bf16 after every chunk, and the numerics rule refuses that.
+    """
+    del bias, z_loss_weight
+    options = torch.nn.LinearCrossEntropyOptions(acc_policy="accurate")
+    return F.linear_cross_entropy(hidden, weight.bfloat16(), labels, reduction="sum", options=options)

@@ -1,0 +1,382 @@
+"""Bytes that the kernels move, over the fewest possible: `python -m benchmarks.traffic [--json]`.
+
+The kernels run in Triton's interpreter, where every load and store of a program passes through one builder; a lane
+counts where its mask is true, an atomic as a load and a store. So this is what the programs ask of memory: a cache may
+answer some of it, and what PyTorch itself does around the kernels (sums over rows, checks of labels) is not in it.
+
+The fewest possible bytes of a job: each of its inputs read once, each of its outputs written once. The formulas stand
+at the jobs. Liger-Kernel's cross-entropy (extra `[bench]`) is counted in the same run.
+"""
+
+import importlib
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Self
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+
+from gptbert.config import ModelConfig
+from gptbert.model import GPTBert
+from kernels import cross_entropy_from_logits, lamb_step, masked_cross_entropy, span_mask
+
+IGNORE_INDEX = -100
+VOCAB_SIZES = (8192, 16384, 32768, 50257, 65536)
+LENGTHS = (128, 512, 4096)
+ROWS = 5  # 40 % of them is a whole number
+Z_LOSS_WEIGHT = 1e-4
+OBJECTIVE_WEIGHT = 0.25  # of the mean in the trainer's hybrid loss
+
+CROSS_ENTROPY_BAR = 1.05
+LIGER_BAR = 0.65
+LAMB_BYTES, LAMB_BAR, LAMB_LAUNCHES = 52, 1.01, 4
+SPAN_MASK_BAR = 1.1
+
+Operation = Literal["cross_entropy", "masked_cross_entropy", "lamb", "span_mask"]
+
+
+@dataclass
+class Traffic:
+    """What one kernel moved.
+
+    Attributes:
+        launches: of the kernel.
+        loaded: bytes.
+        stored: bytes.
+    """
+
+    launches: int = 0
+    loaded: int = 0
+    stored: int = 0
+
+
+class Counted:
+    """Counts, while it is entered, what interpreted kernels load and store: `.kernels`, by the kernel's name."""
+
+    def __init__(self) -> None:
+        self.kernels: dict[str, Traffic] = {}
+        self._running = Traffic()
+        self._patches = ExitStack()
+
+    @property
+    def total(self) -> int:
+        """Bytes loaded and stored by all kernels."""
+        return sum(traffic.loaded + traffic.stored for traffic in self.kernels.values())
+
+    @property
+    def launches(self) -> int:
+        """Launches of all kernels."""
+        return sum(traffic.launches for traffic in self.kernels.values())
+
+    def __enter__(self) -> Self:
+        interpreter = importlib.import_module("triton.runtime.interpreter")
+        builder, run = interpreter.interpreter_builder, interpreter.GridExecutor.__call__
+
+        def counting_run(executor: Any, *args: Any, **kwargs: Any) -> None:
+            self._running = self.kernels.setdefault(executor.fn.__name__, Traffic())
+            self._running.launches += 1
+            run(executor, *args, **kwargs)
+
+        # accesses without a mask or through descriptors all end in the masked ones
+        methods: dict[str, Callable[..., tuple[int, int]]] = {
+            "create_masked_load": lambda pointers, mask, *_: (_bytes(pointers, mask), 0),
+            "create_masked_store": lambda pointers, _, mask, *__: (0, _bytes(pointers, mask)),
+            "create_atomic_rmw": lambda _, pointers, __, mask, *___: (_bytes(pointers, mask),) * 2,
+            "create_atomic_cas": lambda pointers, *_: (_bytes(pointers, None),) * 2,
+        }
+        for name, measure in methods.items():
+            self._patches.enter_context(patch.object(builder, name, self._counting(getattr(builder, name), measure)))
+        self._patches.enter_context(patch.object(interpreter.GridExecutor, "__call__", counting_run))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._patches.close()
+
+    def _counting(self, access: Callable[..., Any], measure: Callable[..., tuple[int, int]]) -> Callable[..., Any]:
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            loaded, stored = measure(*args, *kwargs.values())
+            self._running.loaded += loaded
+            self._running.stored += stored
+            return access(*args, **kwargs)
+
+        return counting
+
+
+def _bytes(pointers: Any, mask: Any) -> int:
+    lanes = pointers.data.size if mask is None else int(np.count_nonzero(mask.data))
+    return lanes * max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+
+
+@dataclass
+class Job:
+    """A job's bytes, and the bars that it is held to.
+
+    Attributes:
+        name: what runs.
+        moved: bytes that the kernels load and store.
+        fewest: bytes.
+        bar: of moved over fewest.
+        launches: of kernels.
+        launch_bar: the most launches, or None.
+        liger: bytes that Liger-Kernel moves for the same job, or None where there is no such thing.
+        liger_bar: of moved over Liger-Kernel's, or None.
+        parameters: that LAMB updates, or None.
+        kernels: what each kernel moved.
+    """
+
+    name: str
+    moved: int
+    fewest: int
+    bar: float
+    launches: int
+    launch_bar: int | None = None
+    liger: int | None = None
+    liger_bar: float | None = None
+    parameters: int | None = None
+    kernels: dict[str, Traffic] = field(default_factory=dict)
+
+    @property
+    def ratio(self) -> float:
+        """Bytes moved over the fewest."""
+        return self.moved / self.fewest
+
+    @property
+    def liger_ratio(self) -> float | None:
+        """Bytes moved over Liger-Kernel's."""
+        return self.moved / self.liger if self.liger else None
+
+    def broken_bars(self) -> list[str]:
+        """A line for each bar that does not hold."""
+        broken = []
+        if self.ratio < 1:
+            broken.append(f"{self.name}: {self.moved} bytes, fewer than are possible: something did not run")
+        if self.ratio > self.bar:
+            broken.append(f"{self.name}: {self.ratio:.4f} of the fewest bytes, at most {self.bar} allowed")
+        if self.launch_bar is not None and self.launches > self.launch_bar:
+            broken.append(f"{self.name}: {self.launches} launches, at most {self.launch_bar} allowed")
+        if self.liger_bar is not None and self.liger_ratio is not None and self.liger_ratio > self.liger_bar:
+            broken.append(f"{self.name}: {self.liger_ratio:.3f} of Liger-Kernel's, at most {self.liger_bar} allowed")
+        return broken
+
+
+def cross_entropy_jobs(vocab_size: int, dtype: torch.dtype, rows: int = ROWS) -> Iterator[Job]:
+    """Loss and gradient of logits that exist, for the plain mean and for the mean times an objective's weight.
+
+    Fewest bytes, with N rows of which n are labelled and s bytes a logit: n·V·s (the labelled logits are read)
+    + N·V·s (the gradient is written, zeros too) + 8·N (labels) + 12 (three sums). The factor of the loss is known
+    before, so it can be in the gradient when it is first written.
+    """
+    for ignored in (0, 2 * rows // 5):
+        labels = _labels(rows, ignored, vocab_size)
+        fewest = (2 * rows - ignored) * vocab_size * dtype.itemsize + 8 * rows + 12
+        for loss, weight in (("mean", 1.0), ("trainer", OBJECTIVE_WEIGHT)):
+            name = f"cross_entropy {loss} V={vocab_size} {str(dtype).removeprefix('torch.')}"
+            name += f" {100 * ignored // rows} % ignored"
+            with Counted() as counted:
+                logits = _logits(rows, vocab_size, dtype)
+                scale = weight / (rows - ignored)
+                result = cross_entropy_from_logits(
+                    logits, labels, z_loss_weight=Z_LOSS_WEIGHT, scale=scale, backend="triton"
+                )
+                result.total.backward()
+            job = _job(name, counted, fewest, CROSS_ENTROPY_BAR)
+            if has_liger():
+                with Counted() as counted:
+                    liger_cross_entropy(_logits(rows, vocab_size, dtype), labels, weight)
+                job.liger = counted.total
+            job.liger_bar = LIGER_BAR if loss == "trainer" else None
+            yield job
+
+
+def has_liger() -> bool:
+    """Whether Liger-Kernel is installed."""
+    return importlib.util.find_spec("liger_kernel") is not None
+
+
+def liger_cross_entropy(logits: Tensor, labels: Tensor, weight: float) -> Tensor:
+    """Liger-Kernel's mean with z-loss and accuracy, times `weight`; runs its backward too.
+
+    The loss's own call has no factor, so a weight arrives as `grad_output`.
+    """
+    function = importlib.import_module("liger_kernel.ops.cross_entropy").LigerCrossEntropyFunction
+    # logits, labels, class weights, ignore_index, z-loss weight, smoothing, reduction, softcap, z-loss, accuracy
+    loss, *_ = function.apply(logits, labels, None, IGNORE_INDEX, Z_LOSS_WEIGHT, 0.0, "mean", None, True, True)
+    total = loss * weight if weight != 1 else loss
+    total.backward()
+    return total.detach()
+
+
+def masked_cross_entropy_job(rows: int = 20, hidden_size: int = 32, vocab_size: int = 8192) -> Job:
+    """The kernels' part of masked cross-entropy: chunks of logits, between matrix products that are PyTorch's.
+
+    Fewest bytes: n·V·s twice (logits read, gradient written, of the n labelled rows) + 8·n (labels) + 12 (three sums).
+    """
+    ignored = 2 * rows // 5
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight = (
+        torch.randn(size, hidden_size, generator=generator).requires_grad_() for size in (rows, vocab_size)
+    )
+    with Counted() as counted:
+        result = masked_cross_entropy(
+            hidden, weight, _labels(rows, ignored, vocab_size), z_loss_weight=Z_LOSS_WEIGHT, backend="triton"
+        )
+        result.total.backward()
+    labelled = rows - ignored
+    fewest = labelled * (2 * vocab_size * hidden.itemsize + 8) + 12
+    return _job(f"masked_cross_entropy N={rows} V={vocab_size} float32", counted, fewest, CROSS_ENTROPY_BAR)
+
+
+def lamb_job(name: str, shapes: list[torch.Size]) -> Job:
+    """A step of LAMB in fp32 with clipping and EMA, weight decay where upstream has it (matrices).
+
+    The fewest bytes a parameter of the exact update, whose trust ratio needs norms of the whole tensor first:
+    4 (gradient, for its norm) + 24 (parameter, gradient and moments read, moments written) + 16 (parameter and moments
+    read, parameter written) + 8 (average read and written) = 52.
+    """
+    generator = torch.Generator().manual_seed(2)
+    params, grads, exp_avgs, averages = (
+        [torch.randn(shape, generator=generator) for shape in shapes] for _ in range(4)
+    )
+    exp_avg_sqs = [grad.square() for grad in grads]
+    with Counted() as counted:
+        lamb_step(
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            [torch.tensor(3.0) for _ in params],
+            lr=1e-2,
+            beta1=0.9,
+            beta2=0.98,
+            eps=1e-8,
+            weight_decay=[0.1 if len(shape) > 1 else 0.0 for shape in shapes],
+            max_grad_norm=2.0,
+            averages=averages,
+            average_decay=0.999,
+            backend="triton",
+        )
+    parameters = sum(shape.numel() for shape in shapes)
+    job = _job(f"lamb {name}", counted, LAMB_BYTES * parameters, LAMB_BAR)
+    job.launch_bar, job.parameters = LAMB_LAUNCHES, parameters
+    return job
+
+
+def model_shapes(file: str) -> list[torch.Size]:
+    """Shapes of the parameters of the model in configs/`file`."""
+    with torch.device("meta"):
+        return [parameter.shape for parameter in GPTBert(ModelConfig.from_json(f"configs/{file}")).parameters()]
+
+
+def span_mask_jobs(length: int) -> Iterator[Job]:
+    """A batch of int64 tokens, without and with masking history.
+
+    Fewest bytes: B·T·8·3 (tokens read, inputs and labels written) + B·8 (row ids) + B·T (counts of one byte read).
+    """
+    rows = max(1, 512 // length)  # the interpreter's scans are slow
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(0, 8192, (rows, length), generator=generator)
+    counts = torch.randint(0, 4, (rows, length), generator=generator).to(torch.uint8)
+    for mask_counts in (None, counts):
+        with Counted() as counted:
+            span_mask(
+                tokens,
+                mask_p=0.15,
+                random_p=0.1,
+                keep_p=0.1,
+                mask_token_id=4,
+                vocab_size=8192,
+                num_special_tokens=16,
+                seed=1,
+                row_ids=torch.arange(rows),
+                mask_counts=mask_counts,
+                backend="triton",
+            )
+        fewest = rows * (24 * length + 8) + (0 if mask_counts is None else rows * length)
+        name = f"span_mask T={length}" + ("" if mask_counts is None else " with history")
+        yield _job(name, counted, fewest, SPAN_MASK_BAR)
+
+
+def _job(name: str, counted: Counted, fewest: int, bar: float) -> Job:
+    return Job(name, counted.total, fewest, bar, counted.launches, kernels=counted.kernels)
+
+
+def _logits(rows: int, vocab_size: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+
+
+def _labels(rows: int, ignored: int, vocab_size: int) -> Tensor:
+    labels = torch.randint(vocab_size, (rows,), generator=torch.Generator().manual_seed(4))
+    labels[:ignored] = IGNORE_INDEX
+    return labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrafficConfig:
+    """Count the bytes that the kernels move, in Triton's interpreter."""
+
+    op: tuple[Operation, ...] = ("cross_entropy", "masked_cross_entropy", "lamb", "span_mask")
+    """Operations to count."""
+    lamb_config: str = "small.json"
+    """Model in configs/ whose parameters LAMB updates."""
+    json: bool = False
+    """Print one JSON object instead of a table."""
+
+
+def count(config: TrafficConfig) -> Iterator[Job]:
+    """Run the jobs of the chosen operations."""
+    if "cross_entropy" in config.op:
+        for dtype in (torch.bfloat16, torch.float32):
+            for vocab_size in VOCAB_SIZES:
+                yield from cross_entropy_jobs(vocab_size, dtype)
+    if "masked_cross_entropy" in config.op:
+        yield masked_cross_entropy_job()
+    if "lamb" in config.op:
+        shapes = model_shapes(config.lamb_config)
+        yield lamb_job(f"configs/{config.lamb_config} {len(shapes)} tensors", shapes)
+    if "span_mask" in config.op:
+        for length in LENGTHS:
+            yield from span_mask_jobs(length)
+
+
+def main() -> None:
+    """Entry point. Exit status 1 if a bar is broken."""
+    config = tyro.cli(TrafficConfig, use_underscores=True)
+    if importlib.util.find_spec("triton") is None:
+        sys.exit("benchmarks.traffic: Triton is not installed: pip install 'triton~=3.7.1' (Linux only)")
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+    jobs = []
+    if not config.json:
+        print(_row("job", "bytes", "fewest", "ratio", "launches", "of Liger's", "bytes/param"))
+    for job in count(config):
+        jobs.append(job)
+        if not config.json:
+            liger = "" if job.liger_ratio is None else f"{job.liger_ratio:.3f}"
+            each = "" if job.parameters is None else f"{job.moved / job.parameters:.3f}"
+            print(_row(job.name, job.moved, job.fewest, f"{job.ratio:.4f}", job.launches, liger, each), flush=True)
+    broken = [line for job in jobs for line in job.broken_bars()]
+    if config.json:
+        rows = [asdict(job) | {"ratio": job.ratio, "liger_ratio": job.liger_ratio} for job in jobs]
+        print(json.dumps({"jobs": rows, "liger_installed": has_liger(), "broken_bars": broken}))
+    elif not has_liger() and "cross_entropy" in config.op:
+        print("Liger-Kernel is not installed, so nothing is compared with it: pip install -e '.[bench]'")
+    for line in broken:
+        print(line, file=sys.stderr)
+    sys.exit(1 if broken else 0)
+
+
+def _row(*cells: object) -> str:
+    widths = (52, 12, 12, 7, 8, 10, 11)
+    name, *rest = (str(cell) for cell in cells)
+    return f"{name:{widths[0]}} " + " ".join(f"{cell:>{width}}" for cell, width in zip(rest, widths[1:], strict=True))
+
+
+if __name__ == "__main__":
+    main()

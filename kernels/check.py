@@ -1,0 +1,137 @@
+"""Every kernel against its reference on this device: `python -m kernels.check`. The trainer does it before a run.
+
+Each operation brings its own comparisons (`kernels/<op>/check.py`), which follow the rule of `kernels/numerics.py`.
+"""
+
+import importlib
+import importlib.util
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import tyro
+
+from kernels.backend import interpreted
+from kernels.configuration import OPERATIONS
+
+WAY_ON = "--kernels torch, or KERNELS_BACKEND=torch in the environment, trains without Triton's kernels"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison of a kernel with its reference.
+
+    Attributes:
+        op: the operation.
+        name: what was compared.
+        error: see `kernels.numerics.Comparison`; infinite where the comparison itself failed.
+        bound: the largest error that passes.
+        seconds: how long it took, a kernel's first compilation included.
+        message: what was raised instead of a comparison, else None.
+    """
+
+    op: str
+    name: str
+    error: float
+    bound: float
+    seconds: float
+    message: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within the bound, and is a number at all."""
+        return self.message is None and self.error <= self.bound
+
+    def __str__(self) -> str:
+        return f"{self.op}, {self.name}: " + (self.message or f"error {self.error:.2e}, allowed {self.bound:.2e}")
+
+
+def run_checks(device: torch.device, backend: str = "triton") -> list[Row]:
+    """Compare every operation with its reference.
+
+    Args:
+        device: where the kernels run.
+        backend: the implementation to check; see `kernels.backend`.
+
+    Returns:
+        A row a comparison. Whatever a check raises becomes a row that failed, so that this never raises.
+    """
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):  # a run must not depend on whether it was checked
+        return [row for op in OPERATIONS for row in _check(op, device, backend)]
+
+
+def first_failure(rows: Sequence[Row]) -> str | None:
+    """One line on the first row that failed and on the way on, or None if all passed."""
+    failed = next((row for row in rows if not row.passed), None)
+    return None if failed is None else f"kernel check failed: {failed}; {WAY_ON}"
+
+
+def _check(op: str, device: torch.device, backend: str) -> Iterator[Row]:
+    start = time.perf_counter()
+    try:
+        module = importlib.import_module(f"kernels.{op}.check")
+        compared = 0
+        for result in module.comparisons(device, backend):
+            end = time.perf_counter()
+            yield Row(op, result.name, result.error, result.bound, end - start)
+            start, compared = time.perf_counter(), compared + 1
+        if not compared:
+            raise RuntimeError("nothing was compared")  # noqa: TRY301 - a check that checks nothing is a failure too
+    except Exception as error:  # noqa: BLE001 - a kernel that does not compile or launch raises anything
+        text = str(error).strip().splitlines()
+        message = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+        yield Row(op, "check", float("inf"), 0.0, time.perf_counter() - start, message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckConfig:
+    """Run every kernel against its reference."""
+
+    device: str | None = None
+    """Where; by default the GPU, if there is one. On the CPU, Triton's kernels run in its interpreter."""
+    backend: Literal["triton", "torch"] = "triton"
+    """Which implementation."""
+
+
+def main() -> None:
+    """Entry point. Exit status 1 if a comparison fails."""
+    config = tyro.cli(CheckConfig, use_underscores=True)
+    name = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # the latter is a PyTorch built without CUDA
+        sys.exit(f"kernels.check: --device {name}: {str(error).splitlines()[0]}")
+    if config.backend == "triton" and importlib.util.find_spec("triton") is None:
+        sys.exit(f"kernels.check: Triton is not installed; {WAY_ON}")
+    if config.backend == "triton" and device.type == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+    rows = run_checks(device, config.backend)
+    print(_heading(device, config.backend))
+    print_table(rows)
+    if failure := first_failure(rows):
+        print(f"kernels.check: {failure}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _heading(device: torch.device, backend: str) -> str:
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    how = " in its interpreter, which shows what the kernels compute but not that they compile for a GPU"
+    return f"backend {backend} on {where}" + (how if backend == "triton" and interpreted() else "")
+
+
+def print_table(rows: Sequence[Row]) -> None:
+    """A line a comparison."""
+    width = max((len(f"{row.op}, {row.name}") for row in rows), default=0)
+    print(f"{'':{width}} {'error':>9} {'allowed':>9} {'seconds':>8}")
+    for row in rows:
+        verdict = "ok" if row.passed else f"FAILED {row.message or ''}".rstrip()
+        print(f"{f'{row.op}, {row.name}':{width}} {row.error:9.2e} {row.bound:9.2e} {row.seconds:8.3f} {verdict}")
+
+
+if __name__ == "__main__":
+    main()

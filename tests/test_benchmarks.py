@@ -1,0 +1,188 @@
+"""Benchmarks of operations refuse to report wrong numbers, compare with the reference in turns, and keep their file."""
+
+import csv
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import bench_lamb, bench_masked_cross_entropy, bench_span_mask, machine, peers
+from benchmarks.measurement import COLUMNS, Measurement, Results
+from kernels.lamb import reference as lamb_reference
+from kernels.numerics import Comparison
+
+RIGHT, WRONG = Comparison("loss", 1.0, 1.0), Comparison("gradient", 2.0, 1.0)
+MCE = bench_masked_cross_entropy
+
+
+class FakeBenchmark:
+    """Runs what pytest-benchmark would, and lets the test decide how long it took."""
+
+    def __init__(self, times):
+        self.disabled, self.extra_info, self._times = False, {}, times
+        self.stats = SimpleNamespace(stats=SimpleNamespace(data=[]))
+
+    def pedantic(self, target, *, setup, rounds):
+        for round_ in range(rounds):
+            setup()
+            target()
+            self.stats.stats.data.append(self._times[round_])
+
+
+@pytest.fixture
+def results():
+    return Results()
+
+
+@pytest.fixture
+def measurement(results):
+    def make(impl="torch", times=()):
+        node = SimpleNamespace(callspec=SimpleNamespace(params={"impl": impl, "shape": "N=1"}), originalname="test_op")
+        return Measurement(FakeBenchmark(times), SimpleNamespace(node=node), results)
+
+    return make
+
+
+@pytest.mark.parametrize("comparisons", [[WRONG], [RIGHT, WRONG]])
+def test_wrong_numbers_fail_and_are_never_timed(measurement, results, comparisons):
+    benchmark = measurement()
+    with pytest.raises(pytest.fail.Exception, match=r"op N=1 torch: gradient: error 2.000e\+00, allowed 1.000e\+00"):
+        benchmark.prove(comparisons)
+    with pytest.raises(AssertionError, match="nothing was compared"):
+        benchmark.time(print, None)
+    assert not results.rows
+
+
+def test_no_comparison_is_no_proof(measurement):
+    benchmark = measurement()
+    benchmark.prove([])
+    with pytest.raises(AssertionError, match="nothing was compared"):
+        benchmark.time(print, None)
+
+
+def test_ratio_is_the_median_of_neighbours(measurement, results, monkeypatch):
+    # the machine slows down fivefold after the first of three rounds: ratios 2, 4, 4, but medians' ratio 20 / 5 differs
+    reference_times = iter([2.0, 20.0, 20.0])
+    warm_up = iter([1.0, 1.0])
+    monkeypatch.setattr(machine, "seconds", lambda action: next(warm_up, None) or next(reference_times))
+    monkeypatch.setattr(machine, "copy_rate", lambda: 100.0)
+    benchmark = measurement(times=[1.0, 10.0, 5.0])
+    benchmark.prove([RIGHT])
+    benchmark.time(lambda: None, lambda: None, fewest_bytes=250)
+    (row,) = results.rows
+    assert row["rounds"] == "3"
+    assert [row[f"p{percent}_ms"] for percent in (20, 50, 80)] == ["2600", "5000", "8000"]
+    assert row["speed_over_reference_eager"] == "2"
+    assert row["share_of_copy_bandwidth"] == "0.5"
+    assert (row["op"], row["shape"], row["impl"]) == ("op", "N=1", "torch")
+    assert set(row) <= set(COLUMNS)
+
+
+def test_file_keeps_other_rows_and_drops_what_failed(results, tmp_path):
+    def row(op, impl, milliseconds):
+        return {"op": op, "shape": "N=1", "impl": impl, "p50_ms": milliseconds}
+
+    path = tmp_path / "results" / "machine.csv"
+    results.tried = {("lamb", "N=1", impl) for impl in ("torch", "triton", "peer")}
+    results.rows = [row("lamb", "torch", "1"), row("lamb", "triton", "2"), row("lamb", "peer", "3")]
+    results.write(path)
+    again = Results()
+    again.tried = {("lamb", "N=1", "triton"), ("lamb", "N=1", "torch"), ("span_mask", "N=1", "torch")}
+    again.rows = [row("span_mask", "torch", "4"), row("lamb", "torch", "5")]
+    again.write(path)
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["op"], row["impl"], row["p50_ms"]) for row in rows] == [
+        ("lamb", "peer", "3"),
+        ("lamb", "torch", "5"),
+        ("span_mask", "torch", "4"),
+    ]
+
+
+def test_file_name_is_clean(monkeypatch):
+    monkeypatch.setattr(machine, "hardware", lambda: "AMD EPYC™ 9654 (96-Core)")
+    monkeypatch.setattr(machine, "cores", lambda: 2)
+    monkeypatch.setattr(machine, "device", lambda: torch.device("cpu"))
+    assert machine.file_name() == "amd-epyc-9654-96-core-2-cores"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+@pytest.mark.parametrize("impl", ["triton", "liger", "cut_cross_entropy"])
+def test_kernels_are_skipped_without_a_gpu_even_in_the_interpreter(impl):
+    with pytest.raises(pytest.skip.Exception, match=f"{impl} needs a GPU"):
+        peers.skip_unless_possible(impl)
+
+
+def passes(comparisons):
+    return all(result.passed for result in comparisons)
+
+
+HIDDEN_BUGS = {
+    "no bias": lambda hidden, weight, labels, bias, z: MCE._reference(hidden, weight, labels, 0 * bias, z),
+    "no z-loss": lambda hidden, weight, labels, bias, z: MCE._reference(hidden, weight, labels, bias, 0.0),
+    "ignored rows count": lambda hidden, weight, labels, bias, z: MCE._reference(
+        hidden, weight, labels.clamp(min=0), bias, z
+    ),
+    "gradient of hidden too large": lambda hidden, *rest: MCE._reference(1.25 * hidden - 0.25 * hidden.detach(), *rest),
+    "no gradient of weight": lambda hidden, weight, *rest: MCE._reference(hidden, weight.detach() + 0 * weight, *rest),
+}
+LOGITS_BUGS = {
+    "no z-loss": lambda logits, labels, z: MCE._reference_from_logits(logits, labels, 0.0),
+    "ignored rows count": lambda logits, labels, z: MCE._reference_from_logits(logits, labels.clamp(min=0), z),
+}
+
+
+@pytest.mark.parametrize("impl", ["reference_eager", "torch", "linear_cross_entropy", "linear_cross_entropy_chunked"])
+def test_right_cross_entropies_pass(impl):
+    implementation = MCE.IMPLEMENTATIONS[impl]
+    assert passes(MCE.hidden_proof(implementation.loss, MCE.TINY, implementation.has_bias, implementation.has_z_loss))
+
+
+@pytest.mark.parametrize("bug", HIDDEN_BUGS)
+def test_wrong_cross_entropies_do_not_pass(bug):
+    assert not passes(MCE.hidden_proof(HIDDEN_BUGS[bug], MCE.TINY, True, True))
+
+
+@pytest.mark.parametrize("impl", ["reference_eager", "torch"])
+def test_right_cross_entropies_from_logits_pass(impl):
+    assert passes(MCE.logits_proof(MCE.FROM_LOGITS[impl], MCE.TINY.V))
+
+
+@pytest.mark.parametrize("bug", LOGITS_BUGS)
+def test_wrong_cross_entropies_from_logits_do_not_pass(bug):
+    assert not passes(MCE.logits_proof(LOGITS_BUGS[bug], MCE.TINY.V))
+
+
+SIZES = [(torch.Size([400, 64]), 0.1), (torch.Size([64]), 0.0)]  # gradients of norm 0.02·√25,664 > max_grad_norm
+LAMB_BUGS = {
+    "not clipped": {"max_grad_norm": None},
+    "no average": {"average_decay": 1.0},
+    "another beta2": {"beta2": 0.97},
+    "all tensors decay": {"weight_decays": [0.1, 0.1]},
+}
+
+
+@pytest.mark.parametrize("impl", ["reference_eager", "torch"])
+def test_right_lambs_pass(impl):
+    assert passes(bench_lamb.proof(bench_lamb.IMPLEMENTATIONS[impl], SIZES))
+
+
+@pytest.mark.parametrize("bug", LAMB_BUGS)
+def test_wrong_lambs_do_not_pass(bug):
+    def step(*tensors, **settings):
+        lamb_reference.lamb_step(*tensors, **{**settings, **LAMB_BUGS[bug]})
+
+    assert not passes(bench_lamb.proof(partial(bench_lamb._reference, step=step), SIZES))
+
+
+def test_models_have_both_kinds_of_weight_decay():
+    decays = [decay for _, decay in bench_lamb.model_sizes("tiny")]
+    assert set(decays) == {0.0, bench_lamb.WEIGHT_DECAY}
+
+
+def test_masks_are_compared_to_the_bit():
+    tokens, row_ids = bench_span_mask.make_rows(bench_span_mask.TINY)
+    for impl in ("reference_eager", "torch"):
+        assert passes(bench_span_mask.proof(bench_span_mask.IMPLEMENTATIONS[impl], tokens, row_ids))
+    assert not passes(bench_span_mask.proof(lambda tokens, row_ids: (tokens, tokens), tokens, row_ids))

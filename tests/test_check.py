@@ -1,0 +1,142 @@
+"""The check before training: right kernels pass, planted bugs and exceptions are rows that fail."""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import check
+from kernels.numerics import Comparison
+from tests.mutation import mutated
+
+
+@pytest.fixture
+def one_row(monkeypatch):
+    """Checks of one comparison each, so that a test need not run the kernels; returns a way to change one."""
+
+    def change(op, comparisons):
+        monkeypatch.setattr(importlib.import_module(f"kernels.{op}.check"), "comparisons", comparisons)
+
+    for op in check.OPERATIONS:
+        change(op, lambda *_: iter([Comparison("tensor", 0.5, 1.0)]))
+    return change
+
+
+def failed(rows):
+    return [row for row in rows if not row.passed]
+
+
+def test_every_operation_passes(device, backend):
+    rows = check.run_checks(device, backend)
+    assert [str(row) for row in failed(rows)] == []
+    assert check.first_failure(rows) is None
+    assert {row.op for row in rows} == set(check.OPERATIONS)
+    assert all(row.seconds >= 0 for row in rows)
+
+
+def test_the_operations_are_those_of_the_package():
+    folders = {file.parent.name for file in Path(check.__file__).parent.glob("*/kernel.py")}
+    assert set(check.OPERATIONS) == folders
+
+
+def test_checks_leave_the_random_numbers_alone(device, one_row):
+    def draws(device, backend):
+        torch.manual_seed(7)
+        yield Comparison("random", torch.rand(()).item(), 1.0)
+
+    one_row("lamb", draws)
+    before = torch.get_rng_state()
+    check.run_checks(device)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+MUTANTS = {
+    "masked_cross_entropy": ("factor = scale * (1 + 2", "factor = scale * (1 + 1"),
+    "span_mask": ("selectable & (score <= _kth_lowest", "selectable & (score < _kth_lowest"),
+    "lamb": ("step_size = lr_scale * tl.load(lr_ptr) * ratio", "step_size = lr_scale * tl.load(lr_ptr)"),
+}
+
+
+@pytest.mark.parametrize("op", MUTANTS)
+def test_a_planted_bug_fails_and_names_the_way_on(op, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["check"])
+    monkeypatch.setattr(check, "OPERATIONS", (op,))
+    with mutated(f"kernels.{op}.kernel", *MUTANTS[op], tmp_path), pytest.raises(SystemExit) as error:
+        check.main()
+    captured = capsys.readouterr()
+    assert error.value.code == 1
+    assert "FAILED" in captured.out
+    assert captured.err.startswith(f"kernels.check: kernel check failed: {op}, ")
+    assert "--kernels torch" in captured.err
+    assert "KERNELS_BACKEND=torch" in captured.err
+
+
+def raises(device, backend):
+    yield Comparison("before", 0.0, 1.0)
+    raise RuntimeError("out of shared memory\nand a long explanation")
+
+
+@pytest.mark.parametrize(
+    ("comparisons", "message"),
+    [
+        (raises, "span_mask, check: RuntimeError: out of shared memory"),
+        (
+            lambda *_: iter([Comparison("ids", 3.0, 0.0)]),
+            "span_mask, ids: error 3.00e+00, allowed 0.00e+00",
+        ),
+        (lambda *_: iter([Comparison("ids", float("nan"), 1.0)]), "span_mask, ids: error nan"),
+        (lambda *_: iter([]), "span_mask, check: RuntimeError: nothing was compared"),
+    ],
+)
+def test_whatever_goes_wrong_in_a_check_is_a_row_that_failed(comparisons, message, one_row, device):
+    assert failed(check.run_checks(device)) == []
+    one_row("span_mask", comparisons)
+    rows = check.run_checks(device)
+    assert len(failed(rows)) == 1
+    assert str(failed(rows)[0]).startswith(message)
+    assert check.first_failure(rows) == f"kernel check failed: {failed(rows)[0]}; {check.WAY_ON}"
+    assert {row.op for row in rows} == set(check.OPERATIONS)  # the others were checked all the same
+
+
+def command(*arguments):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-m", "kernels.check", *arguments],
+        cwd=Path(__file__).parents[1],
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_command_interprets_kernels_where_there_is_no_gpu():
+    done = command("--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("backend triton on cpu in its interpreter")
+    for op in check.OPERATIONS:
+        assert f"{op}, " in done.stdout
+
+
+def test_the_command_checks_the_backend_that_it_is_told(monkeypatch, capsys, one_row):
+    asked = []
+    one_row("lamb", lambda device, backend: asked.append((device.type, backend)) or raises(device, backend))
+    for arguments, seen in (([], "triton"), (["--backend", "torch"], "torch")):
+        monkeypatch.setattr(sys, "argv", ["check", "--device", "cpu", *arguments])
+        with pytest.raises(SystemExit):
+            check.main()
+        assert asked.pop() == ("cpu", seen)
+        heading = capsys.readouterr().out.splitlines()[0]
+        assert heading.startswith(f"backend {seen} on cpu")
+        assert ("interpreter" in heading) == (seen == "triton")
+
+
+def test_a_device_that_is_not_there_is_one_line():
+    done = command("--device", "nonsense")
+    assert done.returncode == 1
+    assert done.stderr.startswith("kernels.check: --device nonsense: ")
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,195 @@
+"""Bytes in the interpreter: the counter against kernels counted by hand, and the bars on small jobs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from benchmarks import traffic
+from kernels.backend import interpreted
+
+pytestmark = pytest.mark.skipif(not interpreted(), reason="counts in Triton's interpreter; here kernels run on the GPU")
+
+
+@triton.jit
+def copy_kernel(source, target, length, block: tl.constexpr):
+    """Reads and writes what lies inside, each entry once."""
+    lanes = tl.program_id(0) * block + tl.arange(0, block)
+    tl.store(target + lanes, tl.load(source + lanes, mask=lanes < length), mask=lanes < length)
+
+
+@triton.jit
+def twice_kernel(source, target, length, block: tl.constexpr):
+    lanes = tl.program_id(0) * block + tl.arange(0, block)
+    total = tl.load(source + lanes, mask=lanes < length) + tl.load(source + lanes, mask=lanes < length)
+    tl.store(target + lanes, total, mask=lanes < length)
+
+
+@triton.jit
+def sundry_kernel(source, target, counter, block: tl.constexpr):
+    """One number; a block without a mask, one through a descriptor whose end is outside; and two atomics."""
+    scalar = tl.load(counter)
+    values = tl.load(source + tl.arange(0, block))
+    tl.make_tensor_descriptor(target, (block - 3,), (1,), (block,)).store((0,), values.to(tl.int16))
+    tl.atomic_add(counter + tl.arange(0, block), scalar, mask=tl.arange(0, block) < 5)
+    tl.atomic_cas(counter, scalar, scalar)
+
+
+def run(kernel, dtype, length=1000, block=256):
+    source, target = torch.ones(length, dtype=dtype), torch.zeros(length, dtype=dtype)
+    with traffic.Counted() as counted:
+        kernel[(triton.cdiv(length, block),)](source, target, length, block=block)
+    return counted, target
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.int64])
+def test_only_lanes_inside_the_mask_count(dtype):
+    for kernel, loads in ((copy_kernel, 1), (twice_kernel, 2)):
+        (moved,) = run(kernel, torch.float32)[0].kernels.values()
+        assert (moved.launches, moved.loaded, moved.stored) == (1, loads * 4000, 4000)
+    (moved,) = run(copy_kernel, dtype)[0].kernels.values()
+    assert (moved.loaded, moved.stored) == (1000 * dtype.itemsize,) * 2
+
+
+def test_a_kernel_that_reads_twice_moves_half_as_much_again():
+    counted, target = run(twice_kernel, torch.float32)
+    assert (target == 2).all()  # counting does not change what it does
+    job = traffic._job("twice", counted, 2 * 4000, 1.05)
+    assert job.ratio == 1.5
+    assert job.broken_bars() == ["twice: 1.5000 of the fewest bytes, at most 1.05 allowed"]
+    assert traffic._job("once", run(copy_kernel, torch.float32)[0], 2 * 4000, 1.05).broken_bars() == []
+
+
+def test_scalars_descriptors_and_atomics():
+    source, target, counter = torch.ones(16), torch.zeros(16, dtype=torch.int16), torch.zeros(16, dtype=torch.int64)
+    with traffic.Counted() as counted:
+        sundry_kernel[(2,)](source, target, counter, block=16)
+    atomics = 8 * (5 + 1)
+    assert counted.kernels["sundry_kernel"].loaded == 2 * (8 + 16 * 4 + atomics)
+    assert counted.kernels["sundry_kernel"].stored == 2 * (13 * 2 + atomics)
+
+
+def test_kernels_and_launches_are_told_apart_and_nothing_counts_afterwards():
+    source, target = torch.ones(8), torch.zeros(8)
+    with traffic.Counted() as counted:
+        for kernel in (copy_kernel, twice_kernel, copy_kernel):
+            kernel[(1,)](source, target, 8, block=8)
+    assert {name: moved.launches for name, moved in counted.kernels.items()} == {"copy_kernel": 2, "twice_kernel": 1}
+    assert counted.launches == 3
+    assert counted.total == 32 * (2 + 3 + 2)
+    copy_kernel[(1,)](source, target, 8, block=8)
+    assert counted.launches == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"moved": 106}, "1.0600 of the fewest bytes, at most 1.05 allowed"),
+        ({"moved": 99}, "99 bytes, fewer than are possible: something did not run"),
+        ({"launches": 5, "launch_bar": 4}, "5 launches, at most 4 allowed"),
+        ({"liger": 150, "liger_bar": 0.65}, "0.667 of Liger-Kernel's, at most 0.65 allowed"),
+    ],
+)
+def test_a_broken_bar_is_a_line_and_the_exit_status(changes, line, monkeypatch, capsys):
+    good = {"name": "job", "moved": 100, "fewest": 100, "bar": 1.05, "launches": 4, "launch_bar": 4, "liger": 200}
+    monkeypatch.setattr(sys, "argv", ["traffic", "--json"])
+    for values, status in ((good | {"liger_bar": 0.65}, 0), (good | changes, 1)):
+        monkeypatch.setattr(traffic, "count", lambda _, values=values: [traffic.Job(**values)])
+        with pytest.raises(SystemExit) as error:
+            traffic.main()
+        captured = capsys.readouterr()
+        assert error.value.code == status
+        assert json.loads(captured.out)["broken_bars"] == captured.err.splitlines() == ([f"job: {line}"] * status)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("vocab_size", [8192, 50257])
+def test_cross_entropy_reads_each_logit_once(vocab_size, dtype):
+    jobs = list(traffic.cross_entropy_jobs(vocab_size, dtype))
+    assert len(jobs) == 4
+    for job in jobs:
+        assert job.broken_bars() == []
+        assert job.liger is None or job.liger_ratio < 0.73
+    assert jobs[0].fewest == 2 * 5 * vocab_size * dtype.itemsize + 5 * 8 + 12
+    assert jobs[2].fewest == (3 + 5) * vocab_size * dtype.itemsize + 5 * 8 + 12
+
+
+@pytest.mark.parametrize(
+    ("shape", "job"),
+    [
+        ([5, 8192], lambda: next(traffic.cross_entropy_jobs(8192, torch.float32))),
+        ([700, 300], lambda: traffic.lamb_job("a tensor", [torch.Size((700, 300))])),
+    ],
+)
+def test_pytorch_moves_nothing_beside_the_kernels(shape, job, monkeypatch):
+    """What it does is not counted, so it must leave tensors of that size alone."""
+    monkeypatch.setattr(traffic, "has_liger", lambda: False)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        job()
+    events = profile.events()
+    ours = next(index for index, event in enumerate(events) if event.name.startswith("kernels::"))
+    operations = {event.name for event in events[ours:] if shape in (event.input_shapes or [])}
+    assert {name for name in operations if name.startswith("aten::")} <= {
+        "aten::detach", "aten::empty_like", "aten::new_empty", "aten::to",
+    }  # fmt: skip
+
+
+@pytest.mark.skipif(not traffic.has_liger(), reason="needs Liger-Kernel, extra [bench]")
+@pytest.mark.parametrize("weight", [1.0, 0.25])
+def test_liger_computes_the_same_and_moves_what_its_source_says(weight):
+    """Two reads and a write a logit, and a read and a write more where the gradient is multiplied afterwards."""
+    labels = traffic._labels(5, 2, 8192)
+    theirs, ours = traffic._logits(5, 8192, torch.float32), traffic._logits(5, 8192, torch.float32)
+    with traffic.Counted() as counted:
+        loss = traffic.liger_cross_entropy(theirs, labels, weight)
+    log_probs = ours.log_softmax(-1)
+    z_loss = ours.logsumexp(-1).square()[2:].mean()
+    expected = weight * (traffic.Z_LOSS_WEIGHT * z_loss - log_probs[torch.arange(2, 5), labels[2:]].mean())
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(theirs.grad, ours.grad)
+    passes = 2 * 3 + 5 + (0 if weight == 1 else 2 * 5)
+    assert counted.total == pytest.approx(passes * 8192 * 4, rel=2e-3)
+
+
+def test_masked_cross_entropy_moves_labelled_rows_only():
+    job = traffic.masked_cross_entropy_job()
+    assert job.broken_bars() == []
+    assert job.fewest == 12 * (2 * 8192 * 4 + 8) + 12
+
+
+def test_lamb_moves_52_bytes_a_parameter_in_four_launches():
+    shapes = [torch.Size(shape) for shape in ((700, 300), (1,), (385,), (300_000,))]
+    job = traffic.lamb_job("a few tensors", shapes)
+    assert job.broken_bars() == []
+    assert job.fewest == 52 * (210_000 + 1 + 385 + 300_000)
+
+
+def test_lamb_updates_the_tensors_of_the_small_model():
+    shapes = traffic.model_shapes("small.json")
+    assert torch.Size((8192, 384)) in shapes
+    assert 29e6 < sum(shape.numel() for shape in shapes) < 31e6
+
+
+@pytest.mark.parametrize("length", traffic.LENGTHS)
+def test_span_mask_reads_and_writes_each_token_once(length):
+    plain, counted = traffic.span_mask_jobs(length)
+    assert plain.broken_bars() == counted.broken_bars() == []
+    rows = {128: 4, 512: 1, 4096: 1}[length]
+    assert (plain.fewest, counted.fewest) == (rows * (24 * length + 8), rows * (25 * length + 8))
+
+
+def test_the_command_interprets_kernels_by_itself(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    command = [sys.executable, "-m", "benchmarks.traffic", "--op", "masked_cross_entropy", "--json"]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (job,) = json.loads(done.stdout)["jobs"]
+    assert 1 <= job["ratio"] < 1.05
+    assert sum(moved["launches"] for moved in job["kernels"].values()) == job["launches"] > 0
