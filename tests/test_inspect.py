@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 
 import kernels.inspect as kernels_inspect
-from kernels.configuration import OPERATIONS
-from kernels.configuration import Configuration
+from kernels.configuration import OPERATIONS, Configuration
 
 ROOT = Path(__file__).parents[1]
 
