@@ -40,9 +40,10 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Under ten minutes on two cores. On a GPU, `pip install -e '.[bench]'` first adds the peers that need one.
+# On a GPU, `pip install -e '.[bench]'` first adds the peers that need one. Passive, because OpenMP's threads otherwise
+# spin while they wait for each other, and beside other work on the machine that makes many small steps look slow.
 bench: install
-	$(BIN)/python -m pytest benchmarks -rs --benchmark-enable --benchmark-columns=median,iqr,rounds
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest benchmarks -rs --benchmark-enable --benchmark-columns=median,iqr,rounds
 	$(BIN)/python -m benchmarks.bench_tokenize
 
 clean:

@@ -11,6 +11,7 @@ from benchmarks import machine
 from benchmarks.measurement import Measurement, Results
 
 RESULTS = pytest.StashKey[Results]()
+BUSY = 0.5  # processes a core
 
 
 @pytest.fixture
@@ -41,8 +42,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         if result.extra_info:
             figures = ", ".join(f"{name} {value:,.2f}" for name, value in result.extra_info.items())
             terminalreporter.write_line(f"{result.name}: {figures}")
-    if config.stash[RESULTS].rows:
+    results = config.stash[RESULTS]
+    if results.rows:
         terminalreporter.write_line(f"written to {_file()}")
+    if results.rows and results.load > BUSY * machine.cores():
+        busy = f"load {results.load:.1f} on {machine.cores()} cores before the first benchmark"
+        terminalreporter.write_line(f"{busy}: others use this machine, and even ratios are doubtful", yellow=True)
 
 
 def _file() -> Path:

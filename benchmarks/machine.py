@@ -43,6 +43,11 @@ def file_name() -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
+def load() -> float:
+    """How many processes have lately wanted a core, on average over a minute; NaN where the system does not say."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
+
+
 @functools.cache
 def versions() -> dict[str, str]:
     """Version of each of `LIBRARIES`, empty where it is not installed."""

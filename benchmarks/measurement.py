@@ -25,7 +25,7 @@ PERCENTILES = (20, 50, 80)
 KEY = ("op", "shape", "impl")
 FIGURES = ("speed_over_reference_eager", "share_of_copy_bandwidth", "copy_gb_per_s", "peak_mib")
 COLUMNS = (
-    *("hardware", "device", "cores", *machine.LIBRARIES, *KEY, "rounds"),
+    *("hardware", "device", "cores", "load_before", *machine.LIBRARIES, *KEY, "rounds"),
     *(f"p{percent}_ms" for percent in PERCENTILES),
     *FIGURES,
 )
@@ -37,11 +37,13 @@ class Results:
     """What a session measured, and what it tried to.
 
     Attributes:
+        load: of the machine before the first benchmark, so by others.
         tried: values of KEY; a benchmark that fails now must not keep the row of an earlier session.
         rows: of what was measured.
     """
 
     def __init__(self) -> None:
+        self.load = machine.load()
         self.tried: set[tuple[str, ...]] = set()
         self.rows: list[Row] = []
 
@@ -159,6 +161,7 @@ class Measurement:
             "hardware": machine.hardware(),
             "device": machine.device().type,
             "cores": str(machine.cores()),
+            "load_before": f"{self._results.load:.2g}",
             **machine.versions(),
             **dict(zip(KEY, self._key, strict=True)),
             "rounds": str(len(times)),

@@ -76,6 +76,7 @@ def test_ratio_is_the_median_of_neighbours(measurement, results, monkeypatch):
     assert row["speed_over_reference_eager"] == "2"
     assert row["share_of_copy_bandwidth"] == "0.5"
     assert (row["op"], row["shape"], row["impl"]) == ("op", "N=1", "torch")
+    assert float(row["load_before"]) == pytest.approx(results.load, rel=0.1)
     assert set(row) <= set(COLUMNS)
 
 

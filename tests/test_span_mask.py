@@ -259,11 +259,12 @@ def test_row_ids_count_in_all_their_bits(backend, high):
     assert not torch.equal(labels[0], labels[1])
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2**32, 2**63, 2**64 - 2**33 - 1])
+@pytest.mark.parametrize("seed", [0, 1, 2**31 + 5, 2**32, 2**63, 2**64 - 2**33 - 1])
 def test_seeds_count_in_all_their_bits(backend, seed):
     tokens = torch.full((1, 128), 50)
     labels = [mask(tokens, seed=number, backend=backend)[1] for number in (seed, seed + 2**33, seed ^ 1)]
     assert len(torch.cat(labels).unique(dim=0)) == 3
+    assert torch.equal(labels[0], mask(tokens, seed=seed)[1])
 
 
 def test_special_tokens_are_never_selected(backend):
@@ -383,6 +384,26 @@ def test_rows_may_lie_anywhere_in_memory(backend):
             assert all(tensor.is_contiguous() for tensor in results)
     same = mask(tokens[:1].expand(6, -1), row_ids, backend=backend)
     assert all(torch.equal(*pair) for pair in zip(same, mask(tokens[:1].repeat(6, 1), row_ids), strict=True))
+
+
+EDGES = (0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 2**31, 2**64 - 1)
+
+
+@pytest.mark.parametrize("seed", EDGES)
+def test_numbers_at_the_edges_of_their_types(backend, seed):
+    """Those where an implementation with too few bits, or a sign too many, goes wrong."""
+    index, half = EDGES.index(seed), 2**-1 + 2**-32
+    tokens = some_tokens(1, 60, lowest=0)
+    settings = {
+        "mask_p": (0.0, 2**-32, half, 1.0)[index % 4],
+        "random_p": (half, 1.0, 0.0, 2**-32)[index // 2 % 4],
+        "keep_p": (0.0, 0.0, half, 1 - 2**-32)[index // 2 % 4],
+        "vocab_size": (2**31, 2**31 - 1, SPECIAL + 1)[index % 3],
+        "mask_token_id": (2**31 - 1, 0)[index % 2],
+    }
+    row_ids = torch.tensor([(EDGES[-1 - index] + 2**63) % 2**64 - 2**63])
+    results = mask(tokens, row_ids, seed, backend=backend, **settings)
+    assert all(torch.equal(*pair) for pair in zip(results, mask(tokens, row_ids, seed, **settings), strict=True))
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0)])

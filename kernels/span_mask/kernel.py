@@ -142,7 +142,7 @@ def span_mask_kernel(
     position = tl.arange(0, BLOCK)
     inside = position < length
     row_id = tl.load(row_ids_ptr + row)
-    seed = seed.to(tl.int64)  # the interpreter knows its value only
+    seed = seed.to(tl.uint64)  # the interpreter holds it in as few bits as its value needs
 
     length_word, _, _, random_word = _philox(seed, position, 0, row_id)
     start = _span_starts(position, tl.umulhi(length_word, max_span_length.to(tl.uint32)), BITS)
