@@ -7,6 +7,7 @@ import shutil
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -29,6 +30,7 @@ from kernels import MaskedCrossEntropy
 from kernels.backend import choose_backend, set_default_backend
 from kernels.check import first_failure, run_checks
 from kernels.span_mask import DEFAULT_MAX_SPAN_LENGTH
+from kernels.span_mask.padding import padded_length
 
 
 def fit(config: TrainConfig) -> None:
@@ -176,13 +178,17 @@ class Trainer:
                         self.save()
 
     def load_rows(self, step: int) -> list[tuple[Share, dict[str, Tensor]]]:
-        """This rank's rows of a step, on the host; called ahead of time on another thread."""
+        """This rank's rows of a step, on the host, padded for `span_mask`; called ahead of time on another thread."""
         loaded = []
         for share in self.plan.shares(step, self.world.rank):
             rows = self.streams[share.objective].rows(share.first_slot, share.num_rows, share.length_factor)
             tensors = {field.name: torch.from_numpy(getattr(rows, field.name)) for field in dataclasses.fields(rows)}
             if self.mask_history is None:
                 del tensors["positions"]
+            padding = padded_length(rows.tokens.shape[1]) - rows.tokens.shape[1]
+            tensors |= {
+                name: F.pad(tensor, (0, padding), value=-1) for name, tensor in tensors.items() if tensor.ndim == 2
+            }
             if self.world.device.type == "cuda":
                 tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
             loaded.append((share, tensors))
@@ -303,14 +309,15 @@ class Trainer:
         batches, masked_positions = [], None
         for share, tensors in rows:
             on_device = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
-            tokens, document_ids = on_device["tokens"], on_device["document_ids"]
+            width = share.length_factor * self.config.seq_length + 1
+            tokens, document_ids = (on_device[name][:, :width] for name in ("tokens", "document_ids"))
             if share.objective is Objective.CLM:
                 batches.append(causal_batch(tokens, document_ids))
                 continue
             counts = None
             if self.mask_history:
-                masked_positions = on_device["positions"][:, 1:]
-                counts = self.mask_history.lookup(on_device["positions"])
+                masked_positions = on_device["positions"][:, 1:width]
+                counts = self.mask_history.lookup(on_device["positions"])[:, :width]
             batches.append(masked_batch(tokens, document_ids, on_device["row_ids"], self._masking(), counts))
         if self.mask_history:
             self._count_masks(batches, masked_positions)

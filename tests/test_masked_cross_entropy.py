@@ -123,9 +123,34 @@ def test_logits_of_odd_shapes(backend, device, dtype, rows, vocab, ignored):
         assert_accurate(*tensors, off_target if name == "gradient" else None, name)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("vocab", [3, 131, 2000])
+@pytest.mark.parametrize("first", [0, 1, 8])
+@pytest.mark.parametrize("width", [2016, 2017])
+@pytest.mark.parametrize("reuse", [False, True])
+def test_logits_may_lie_anywhere_in_memory(backend, dtype, vocab, first, width, reuse):
+    """A part of a wider matrix: the result is that of a matrix alone, and what stands around it is not touched."""
+    logits, labels = random_logits(9, vocab, dtype, torch.device("cpu"))
+    options = {"z_loss_weight": Z_WEIGHT, "backend": backend}
+    alone = logits.clone().requires_grad_()
+    expected = cross_entropy_from_logits(alone, labels, **options)
+    expected.total.backward()
+    wider = torch.full((9, width), torch.nan, dtype=dtype)
+    part = wider[:, first : first + vocab]
+    part.copy_(logits)
+    leaf = part.detach().requires_grad_()  # shares the memory
+    actual = cross_entropy_from_logits(leaf, labels, reuse_logits=reuse, **options)
+    actual.total.backward()
+    torch.testing.assert_close(tuple(actual), tuple(expected), rtol=1e-6, atol=0)
+    torch.testing.assert_close(leaf.grad, alone.grad, rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=1e-9)
+    assert torch.equal(part, leaf.grad if reuse else logits)
+    part.detach().fill_(torch.nan)
+    assert wider.isnan().all()
+
+
 @pytest.mark.parametrize("chunk_rows", [1, 7, 64])
 def test_chunks_add_up(backend, monkeypatch, chunk_rows):
-    monkeypatch.setitem(op.CHUNK_ELEMENTS, backend, chunk_rows * 131)
+    monkeypatch.setattr(op, "CHUNK_ELEMENTS", chunk_rows * 131)
     case = make_case(127, 131, torch.float32)
     result = masked_cross_entropy(
         case.hidden, case.weight, case.labels, case.bias, z_loss_weight=Z_WEIGHT, backend=backend
@@ -142,7 +167,7 @@ def test_chunks_add_up(backend, monkeypatch, chunk_rows):
 def test_uninitialised_memory_is_overwritten(backend, monkeypatch):
     """Everything that torch.empty returns is NaN or the largest integer here."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    monkeypatch.setitem(op.CHUNK_ELEMENTS, backend, 50 * 1009)
+    monkeypatch.setattr(op, "CHUNK_ELEMENTS", 50 * 1009)
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.empty(3).isnan().all()
@@ -466,22 +491,51 @@ def test_the_tolerance_rejects_planted_bugs(backend, bug, vocab, dtype):
         assert_accurate(PLANTED[bug](logits, case.labels).to(dtype), reference, plain, off_target)
 
 
+# None writes outside the tensors that the check makes: that would end the tests, not fail them.
 MUTANTS = {
     "ignored row has a loss": ("tl.store(loss_ptr + row, 0.0)", "tl.store(loss_ptr + row, 1.0)"),
     "ignored row has a z-loss": ("tl.store(z_loss_ptr + row, 0.0)", "tl.store(z_loss_ptr + row, 1.0)"),
     "ignored row is correct": ("tl.store(correct_ptr + row, 0)", "tl.store(correct_ptr + row, 1)"),
-    "ignored row has a gradient": ("zeros = tl.zeros([BLOCK],", "zeros = 1 + tl.zeros([BLOCK],"),
-    "ignored row is not written": ("zeros, mask=inside)", "zeros, mask=inside & (lanes < 0))"),
-    "largest logit of the last block only": ("largest = tl.maximum(largest,", "largest = tl.maximum(-1e30,"),
+    "ignored row has a gradient": ("tl.zeros([BLOCK], element)", "1 + tl.zeros([BLOCK], element)"),
+    "ignored row is not written": (
+        "tl.zeros([BLOCK], element), mask=inside",
+        "tl.zeros([BLOCK], element), mask=inside & (lanes < 0)",
+    ),
+    "largest logit of the last block only": ("tl.maximum(largest, entries", "tl.maximum(-1e30, entries"),
     "sum of the last block only": ("total += tl.exp(", "total = tl.exp("),
     "last class left out": (
-        "entries = tl.load(logits_ptr",
-        "inside &= piece * BLOCK + lanes < vocab_size - 1\n        entries = tl.load(logits_ptr",
+        "entries = tl.where(inside, entries,",
+        "entries = tl.where(inside & (piece * BLOCK + lanes < end - 1), entries,",
     ),
-    "missing classes count as zero": ('other=float("-inf")', "other=0.0"),
+    "missing classes count as zero": (
+        'tl.where(inside, entries, tl.full((), float("-inf"), tl.float32)',
+        "tl.where(inside, entries, tl.full((), 0.0, tl.float32)",
+    ),
+    "the next row's classes count": ("entries = tl.where(inside, entries,", "entries = tl.where(readable, entries,"),
+    "pieces begin where the row does": ("\n    logits_ptr += first_word", "\n    logits_ptr += row * logits_stride"),
+    "gradient begins where its row does": (
+        "_first_word(row * gradient_stride, ALIGNED)",
+        "row * gradient_stride",
+    ),
+    "label counted from the row's beginning": ("label.to(tl.int32) - head_size", "label.to(tl.int32)"),
+    "end moved by the head twice": ("vocab_size - head_size", "vocab_size - 2 * head_size"),
+    "head without its first entry": ("head_lanes >= -head_size", "head_lanes > -head_size"),
+    "head longer than the row": (" & (head_lanes < end)", ""),
+    "head left out of the largest": ("tl.maximum(tl.max(head, axis=0), tl.max(largest, axis=0))", "tl.max(largest)"),
+    "head left out of the prediction": (
+        "tl.minimum(tl.min(head_predicted, axis=0), tl.min(predicted, axis=0))",
+        "tl.min(predicted, axis=0)",
+    ),
+    "head left out of the sum": ("total = tl.sum(tl.exp(head - largest), axis=0) +", "total ="),
+    "head has no gradient": ("head.to(element), mask=in_head", "head.to(element), mask=head_lanes > 0"),
+    "label's entry in the head forgotten": ("scale, head_lanes == column)", "scale, head_lanes > 0)"),
+    "head of an ignored row not written": (
+        "tl.zeros([_WORD], element), mask=in_head)",
+        "tl.zeros([_WORD], element), mask=head_lanes > 0)",
+    ),
     "last of equals wins": (
-        "predicted = tl.min(predicted, axis=0)",
-        "predicted = tl.max(tl.where(predicted == _NO_COLUMN, -1, predicted), axis=0)",
+        "tl.minimum(tl.min(head_predicted, axis=0), tl.min(predicted, axis=0))",
+        "tl.max(tl.where(predicted == _NO_COLUMN, -1, predicted), axis=0)",
     ),
     "prediction inside its block": ("tl.where(is_largest, piece * BLOCK + lanes,", "tl.where(is_largest, lanes,"),
     "logsumexp not squared": ("tl.store(z_loss_ptr + row, lse * lse)", "tl.store(z_loss_ptr + row, lse)"),
@@ -493,11 +547,11 @@ MUTANTS = {
     "scale left out of the softmax": ("factor = scale * (", "factor = ("),
     "scale left out at the label": ("entries - scale, entries)", "entries - 1, entries)"),
     "label's entry forgotten": ("entries - scale, entries)", "entries, entries)"),
-    "label's entry in every block": ("column - piece * BLOCK, entries", "column % BLOCK, entries"),
-    "label's entry in the first block": ("column - piece * BLOCK, entries", "column, entries"),
+    "label's entry in every block": ("lanes == column - piece * BLOCK", "lanes == column % BLOCK"),
+    "label's entry in the first block": ("lanes == column - piece * BLOCK", "lanes == column"),
     "last class has no gradient": (
-        "lanes, entries.to(gradient_ptr.dtype.element_ty), mask=inside)",
-        "lanes, entries.to(gradient_ptr.dtype.element_ty), mask=lanes < vocab_size - 1 - piece * BLOCK)",
+        "lanes, entries.to(element), mask=inside)",
+        "lanes, entries.to(element), mask=lanes < end - 1 - piece * BLOCK)",
     ),
     "grad_output dropped": ("if scale == 1.0:", "if scale == scale:"),
     "grad_output in the first block only": ("columns = tl.program_id(1) * BLOCK", "columns = tl.program_id(1) * 2**20"),

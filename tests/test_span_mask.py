@@ -2,7 +2,6 @@
 
 import importlib
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -381,7 +380,7 @@ def test_rows_may_lie_anywhere_in_memory(backend):
         for other in (counts.T.contiguous().T, torch.cat([counts, counts], 1)[:, :50]):
             results = mask(layout, (torch.arange(12) * 3 // 2)[::2], mask_counts=other, backend=backend)
             assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
-            assert all(tensor.is_contiguous() for tensor in results)
+            assert all(tensor.stride() == ({"torch": 50, "triton": 64}[backend], 1) for tensor in results)
     same = mask(tokens[:1].expand(6, -1), row_ids, backend=backend)
     assert all(torch.equal(*pair) for pair in zip(same, mask(tokens[:1].repeat(6, 1), row_ids), strict=True))
 
@@ -467,22 +466,45 @@ def test_uninitialised_memory_is_overwritten(backend, monkeypatch):
         assert all(torch.equal(*pair) for pair in zip(actual, wanted, strict=True))
 
 
-def test_memory_around_the_results_is_left_alone(monkeypatch):
-    kernel = importlib.import_module("kernels.span_mask.kernel")
+@pytest.mark.parametrize("length", [127, 128, 129, 130])
+def test_memory_around_the_results_is_left_alone(monkeypatch, length):
+    """Only the rest of a row's last word of 128 bits, two tokens, is written beside the row."""
+    padded, whole_words = -(-length // 16) * 16, -(-length // 2) * 2
     blocks = []
 
-    def guarded(shape, **options):
-        size = math.prod(shape)
-        blocks.append(torch.full((size + 600,), -7, **options))
-        return blocks[-1][300 : 300 + size].view(shape)
+    def guarded(tokens):
+        blocks.append(torch.full((2 * 300 + len(tokens) * padded,), -7))
+        return blocks[-1][300:-300].view(len(tokens), padded)[:, :length]
 
-    monkeypatch.setattr(kernel, "torch", SimpleNamespace(**{**vars(torch), "empty": guarded}))
-    mask(some_tokens(3, 129), mask_counts=torch.zeros(3, 129, dtype=torch.uint8), backend="triton")
+    monkeypatch.setattr(op, "padded_rows", guarded)
+    mask(some_tokens(3, length), mask_counts=torch.zeros(3, length, dtype=torch.uint8), backend="triton")
     assert len(blocks) == 2
     for block in blocks:
+        rows = block[300:-300].view(3, padded)
+        assert (rows[:, :length] != -7).all()
+        assert (rows[:, whole_words:] == -7).all()
         assert (block[:300] == -7).all()
         assert (block[-300:] == -7).all()
-        assert (block[300:-300] != -7).all()
+
+
+def test_what_stands_between_padded_rows_changes_nothing(backend):
+    """Ordinary tokens and large counts there: they may be loaded, but must not be selected or counted."""
+    tokens, counts = some_tokens(3, 144), torch.full((3, 144), 200, dtype=torch.uint8)
+    counts[:, :129] = (some_tokens(3, 129, lowest=0) % 5).to(torch.uint8)
+    counts[:, 129:] = torch.tensor([0, 200, 3], dtype=torch.uint8)[:, None]
+    results = mask(tokens[:, :129], mask_counts=counts[:, :129], backend=backend)
+    expected = mask(tokens[:, :129].contiguous(), mask_counts=counts[:, :129].contiguous())
+    assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
+
+
+def test_rows_whose_last_word_is_not_theirs_are_not_loaded_in_words():
+    kernel = importlib.import_module("kernels.span_mask.kernel")
+    memory = torch.zeros(3 * 144 + 1, dtype=torch.int64)
+    assert kernel._has_whole_words(memory[: 3 * 144].view(3, 144)[:, :129])
+    assert not kernel._has_whole_words(memory[1:].view(3, 144)[:, :129]), "begins inside a word"
+    assert not kernel._has_whole_words(memory[: 3 * 129].view(3, 129)), "rows begin inside words"
+    short = memory[: 2 * 144 + 129].clone()
+    assert not kernel._has_whole_words(short.as_strided((3, 129), (144, 1))), "the last row's memory ends with it"
 
 
 def op_arguments(backend, *, length=33, counts=True):
@@ -563,7 +585,7 @@ def test_one_launch_whose_kernel_is_compiled_once_for_all_numbers(monkeypatch):
         assert specialisation(max_span_length=spans) == usual
     assert specialisation(rows=16) == specialisation(rows=1) == usual
     assert specialisation(length=64) == usual
-    assert specialisation(length=129) != usual
+    assert specialisation(length=129) != usual, "not padded"
     assert specialisation(max_span_length=5) != usual
 
 
@@ -611,8 +633,10 @@ MUTANTS = {
     "inputs with their labels": ("tl.where(selected, replacement, tokens)", "tl.where(selected, tokens, tokens)"),
     "labels everywhere": ("tl.where(selected, tokens, tl.full(", "tl.where(inside, tokens, tl.full("),
     "labels are what replaced": ("labels = tl.where(selected, tokens,", "labels = tl.where(selected, replacement,"),
-    "last label not written": ("labels, mask=inside)", "labels, mask=position < length - 1)"),
-    "last input not written": ("inputs, mask=inside)", "inputs, mask=position < length - 1)"),
+    "last label not written": ("labels, mask=written)", "labels, mask=position < length - 1)"),
+    "last input not written": ("inputs, mask=written)", "inputs, mask=position < length - 1)"),
+    "last token not loaded": ("mask=position < end", "mask=position < end - 1"),
+    "rows of results as if without gaps": ("inputs_ptr + row * outputs_stride", "inputs_ptr + row * length"),
 }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from kernels.numerics import Comparison, compare, compare_exactly
 
 _IGNORED = -100
 _Z_LOSS_WEIGHT = 0.1  # large, so that a z-loss that is missing somewhere shows even in bf16
-_VOCAB_SIZES = (131, 2048, 4500, 16384, 32769)  # every number of pieces; the third and the last end inside a block
+_VOCAB_SIZES = (5, 131, 2048, 4500, 16384, 32769)  # every number of pieces; odd ones begin and end inside words
 _SUMS = ("total", "loss", "z_loss")
 _COUNTS = ("correct", "count")
 
@@ -33,8 +33,8 @@ def comparisons(device: torch.device, backend: str) -> Iterator[Comparison]:
 def random_logits(num_rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Logits [N, V] and labels [N] on which typical mistakes show.
 
-    Labels include the first and the last class and `ignore_index`; the last class is likely; in one row the label's
-    logit is the largest, but the first class has the same.
+    Labels include the first and the last class and `ignore_index`; the last class is likely; in one row the first
+    class is the largest and the label, in one the label's logit is the largest, but the first class has the same.
     """
     generator = torch.Generator().manual_seed(vocab_size)
     logits = 3 * torch.randn(num_rows, vocab_size, generator=generator)
@@ -42,6 +42,7 @@ def random_logits(num_rows: int, vocab_size: int, dtype: torch.dtype, device: to
     labels[::4] = _IGNORED
     logits[:, -1] += 4 + vocab_size**0.25
     labels[1:4] = torch.tensor([vocab_size - 1, 0, vocab_size - 1])
+    logits[2, 0] = 4.0 + logits[2].max()
     logits[3, 0] = logits[3, -1] = 12.0 + logits[3].max().round()  # a tie that the first class wins
     return logits.to(dtype).to(device), labels.to(device)
 

@@ -11,10 +11,11 @@ from torch import Tensor
 from kernels.configuration import Configuration, launch_warps
 
 MAX_VOCAB_SIZE = 65_536
-_ENTRIES_PER_LOAD = 8  # of each thread: 128 bits of two-byte entries, twice 128 of fp32
+WORD = 8  # entries that a thread loads together: 128 bits of two-byte ones, twice 128 of fp32
 _SCALE_BLOCK, _SCALE_WARPS = 8192, 8
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _NO_COLUMN = tl.constexpr(2**31 - 1)
+_WORD = tl.constexpr(WORD)
 
 
 class Layout(NamedTuple):
@@ -32,16 +33,17 @@ def layout(vocab_size: int, is_aligned: bool = True) -> Layout:
 
     Up to 64 entries a thread in 128 registers, which leaves enough for the arithmetic on every GPU looked at; several
     programs then share a multiprocessor up to 16,384, so that one loads while another computes. Above 32,768 a program
-    would need more threads with so many registers than there are, and spills. Rows that do not start at multiples of
-    16 bytes are loaded entry by entry, which takes more registers: half as many entries a thread.
+    would need more threads with so many registers than there are, and spills. Rows that begin inside a word end up to
+    seven entries earlier, counted from their first whole word, so fewer pieces are sure to be full.
     """
-    choices = (0, 1, 2, 4, 6, 8)  # pieces: few, so that there are few kernels to compile
-    num_warps, most_pieces = 4, 8 if is_aligned else 4
-    while num_warps < 32 and vocab_size > most_pieces * num_warps * 32 * _ENTRIES_PER_LOAD:
+    choices = (0, 0, 1, 2, 4, 6, 8)  # pieces: few, so that there are few kernels to compile
+    num_warps = 4
+    while num_warps < 32 and vocab_size > choices[-1] * num_warps * 32 * WORD:
         num_warps *= 2
-    block = num_warps * 32 * _ENTRIES_PER_LOAD
+    block = num_warps * 32 * WORD
     choice = next(index for index, pieces in enumerate(choices) if pieces * block >= vocab_size)
-    return Layout(block, choices[choice], choices[choice - 1], num_warps, 128 if num_warps < 32 else 64)
+    full_pieces = choices[choice - 1 if is_aligned else choice - 2]
+    return Layout(block, choices[choice], full_pieces, num_warps, 128 if num_warps < 32 else 64)
 
 
 @triton.jit
@@ -58,50 +60,67 @@ def rows_kernel(
     vocab_size,
     ignore_index: tl.int64,
     z_loss_weight: tl.float32,
+    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
     PIECES: tl.constexpr,
     FULL_PIECES: tl.constexpr,
     WRITE_GRADIENT: tl.constexpr,
 ):
-    """One program a row. `gradient_ptr` may be `logits_ptr`: a row is in registers before its gradient is written."""
+    """One program a row. `gradient_ptr` may be `logits_ptr`: a row is in registers before its gradient is written.
+
+    Columns are counted from the row's first whole word of memory. Where rows begin inside a word (not ALIGNED), those
+    before it are the head. The gradient's rows begin at the same places inside words as the logits'.
+    """
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row).to(tl.int64)
-    logits_ptr += row * logits_stride
-    gradient_ptr += row * gradient_stride
+    first_word = _first_word(row * logits_stride, ALIGNED)
+    head_size = (first_word - row * logits_stride).to(tl.int32)
+    logits_ptr += first_word
+    gradient_ptr += _first_word(row * gradient_stride, ALIGNED)
+    element: tl.constexpr = gradient_ptr.dtype.element_ty
+    end = vocab_size - head_size
     lanes = tl.arange(0, BLOCK)
+    head_lanes = tl.arange(0, _WORD) - _WORD
+    in_head = (head_lanes >= -head_size) & (head_lanes < end)
     if label == ignore_index:
         tl.store(loss_ptr + row, 0.0)
         tl.store(z_loss_ptr + row, 0.0)
         tl.store(correct_ptr + row, 0)
         if WRITE_GRADIENT:
-            zeros = tl.zeros([BLOCK], gradient_ptr.dtype.element_ty)
+            tl.store(gradient_ptr + head_lanes, tl.zeros([_WORD], element), mask=in_head)
             for piece in tl.static_range(PIECES):
-                inside = (lanes < vocab_size - piece * BLOCK) | (piece < FULL_PIECES)
-                tl.store(gradient_ptr + piece * BLOCK + lanes, zeros, mask=inside)
+                inside = (lanes < end - piece * BLOCK) | (piece < FULL_PIECES)
+                tl.store(gradient_ptr + piece * BLOCK + lanes, tl.zeros([BLOCK], element), mask=inside)
         return
 
-    target = tl.load(logits_ptr + label).to(tl.float32)
+    column = label.to(tl.int32) - head_size
+    target = tl.load(logits_ptr + column).to(tl.float32)
+    head = tl.load(logits_ptr + head_lanes, mask=in_head, other=float("-inf")).to(tl.float32)
     logits = ()
     largest = tl.full([BLOCK], float("-inf"), tl.float32)
     for piece in tl.static_range(PIECES):
-        inside = (lanes < vocab_size - piece * BLOCK) | (piece < FULL_PIECES)
-        entries = tl.load(logits_ptr + piece * BLOCK + lanes, mask=inside, other=float("-inf"))
+        inside = (lanes < end - piece * BLOCK) | (piece < FULL_PIECES)
+        # the last word whole, which saves registers; no page of memory ends inside a word
+        readable = (lanes < tl.cdiv(end, _WORD) * _WORD - piece * BLOCK) | (piece < FULL_PIECES)
+        entries = tl.load(logits_ptr + piece * BLOCK + lanes, mask=readable, other=float("-inf"))
+        entries = tl.where(inside, entries, tl.full((), float("-inf"), tl.float32).to(entries.dtype))
         logits = logits + (entries,)
         largest = tl.maximum(largest, entries.to(tl.float32))
-    largest = tl.max(largest, axis=0)
+    largest = tl.maximum(tl.max(head, axis=0), tl.max(largest, axis=0))
 
     # the first of equals is the prediction, as in torch.max
     predicted = tl.full([BLOCK], _NO_COLUMN, tl.int32)
     for piece in tl.static_range(PIECES):
         is_largest = logits[piece].to(tl.float32) == largest
         predicted = tl.minimum(predicted, tl.where(is_largest, piece * BLOCK + lanes, _NO_COLUMN))
-    predicted = tl.min(predicted, axis=0)
-    tl.store(correct_ptr + row, (predicted == label).to(tl.int32))
+    head_predicted = tl.where(head == largest, head_lanes, _NO_COLUMN)
+    predicted = tl.minimum(tl.min(head_predicted, axis=0), tl.min(predicted, axis=0))
+    tl.store(correct_ptr + row, (predicted == column).to(tl.int32))
 
     total = tl.zeros([BLOCK], tl.float32)
     for piece in tl.static_range(PIECES):
         total += tl.exp(logits[piece].to(tl.float32) - largest)
-    total = tl.sum(total, axis=0)
+    total = tl.sum(tl.exp(head - largest), axis=0) + tl.sum(total, axis=0)
     shifted_lse = tl.log(total)  # counted from the largest logit, so that a confident row's small loss stays exact
     lse = largest + shifted_lse
     tl.store(loss_ptr + row, shifted_lse - (target - largest))
@@ -110,12 +129,27 @@ def rows_kernel(
     if WRITE_GRADIENT:
         scale = tl.load(scale_ptr)
         factor = scale * (1 + 2 * z_loss_weight * lse) / total
-        column = label.to(tl.int32)
+        head = _entries(head, largest, factor, scale, head_lanes == column)
+        tl.store(gradient_ptr + head_lanes, head.to(element), mask=in_head)
         for piece in tl.static_range(PIECES):
-            entries = tl.exp(logits[piece].to(tl.float32) - largest) * factor
-            entries = tl.where(lanes == column - piece * BLOCK, entries - scale, entries)
-            inside = (lanes < vocab_size - piece * BLOCK) | (piece < FULL_PIECES)
-            tl.store(gradient_ptr + piece * BLOCK + lanes, entries.to(gradient_ptr.dtype.element_ty), mask=inside)
+            entries = _entries(logits[piece], largest, factor, scale, lanes == column - piece * BLOCK)
+            inside = (lanes < end - piece * BLOCK) | (piece < FULL_PIECES)
+            tl.store(gradient_ptr + piece * BLOCK + lanes, entries.to(element), mask=inside)
+
+
+@triton.jit
+def _first_word(row_start, ALIGNED: tl.constexpr):
+    """Where the first whole word of a row begins."""
+    if ALIGNED:
+        return row_start
+    return tl.cdiv(row_start, _WORD) * _WORD
+
+
+@triton.jit
+def _entries(logits, largest, factor, scale, is_label):
+    """The gradient's entries of these logits."""
+    entries = tl.exp(logits.to(tl.float32) - largest) * factor
+    return tl.where(is_label, entries - scale, entries)
 
 
 @triton.jit
@@ -141,10 +175,16 @@ def rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch `rows_kernel`; the same function as `kernels.masked_cross_entropy.rows.rows`."""
     num_rows, vocab_size = logits.shape
+    target = logits if gradient is None else gradient
+    if not _in_same_words(logits, target):
+        moved = logits.clone(memory_format=torch.contiguous_format)
+        results = rows(moved, labels, None if gradient is None else moved, scale, ignore_index, z_loss_weight)
+        if gradient is not None:
+            gradient.copy_(moved)
+        return results
     loss, z_loss = (torch.empty(num_rows, dtype=torch.float32, device=logits.device) for _ in range(2))
     correct = torch.empty(num_rows, dtype=torch.int32, device=logits.device)
-    target = logits if gradient is None else gradient
-    is_aligned = all(tensor.stride(0) % 16 == tensor.data_ptr() % 16 == 0 for tensor in (logits, target))
+    is_aligned = all(tensor.stride(0) % 16 == 0 for tensor in (logits, target))
     block, pieces, full_pieces, num_warps, max_registers = layout(vocab_size, is_aligned)
     if num_rows:
         rows_kernel[(num_rows,)](
@@ -160,6 +200,7 @@ def rows(
             vocab_size,
             ignore_index,
             z_loss_weight,
+            ALIGNED=is_aligned,
             BLOCK=block,
             PIECES=pieces,
             FULL_PIECES=full_pieces,
@@ -168,6 +209,12 @@ def rows(
             **({} if torch.version.hip else {"maxnreg": max_registers}),
         )
     return loss, z_loss, correct
+
+
+def _in_same_words(logits: Tensor, gradient: Tensor) -> bool:
+    """Whether rows begin at the same places inside words in both, and the first at a word's beginning."""
+    starts_word = all(tensor.data_ptr() % (WORD * tensor.element_size()) == 0 for tensor in (logits, gradient))
+    return starts_word and (logits.stride(0) - gradient.stride(0)) % WORD == 0
 
 
 def multiply(gradient: Tensor, scale: Tensor) -> None:
@@ -206,15 +253,20 @@ def _rows_configuration(
         f"masked_cross_entropy/rows {dtype} V={width}{kind}",
         rows_kernel,
         {**pointers, **strides, "vocab_size": "i32", "ignore_index": "i64", "z_loss_weight": "fp32"},
-        {"BLOCK": block, "PIECES": pieces, "FULL_PIECES": full_pieces, "WRITE_GRADIENT": write_gradient},
+        {
+            "ALIGNED": is_aligned,
+            "BLOCK": block,
+            "PIECES": pieces,
+            "FULL_PIECES": full_pieces,
+            "WRITE_GRADIENT": write_gradient,
+        },
         num_warps=num_warps,
         max_registers=max_registers,
         aligned=frozenset(
             ["logits_ptr", "gradient_ptr", *(strides if is_aligned else ()), *(["vocab_size"] if is_even else ())]
         ),
-        streams=is_aligned and (is_even or full_pieces > 0),
-        # above 32,768 see `layout`; sm_100 also spills 120 bytes for narrow entries loaded one by one
-        may_spill=width > 32768 or (width > 16384 and not is_aligned and dtype != "fp32"),
+        streams=(is_aligned and is_even) or full_pieces > 0,
+        may_spill=width > 32768,  # see `layout`
     )
 
 

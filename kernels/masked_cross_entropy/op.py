@@ -8,7 +8,8 @@ from torch import Tensor
 
 from kernels.masked_cross_entropy import rows as torch_rows
 
-CHUNK_ELEMENTS = {"triton": 2**24, "torch": 2**22}  # logits that exist at once: 32 MB in bf16; about a CPU's cache
+CHUNK_ELEMENTS = 2**24  # logits that exist at once: 32 MB in bf16
+_BLOCK_ROWS = 256  # of the output matrix
 
 
 @torch.library.custom_op("kernels::cross_entropy", mutates_args=())
@@ -23,15 +24,15 @@ def cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums [loss, z_loss], counts [correct, labelled], and scale · the gradient of logits [N, V] (else empty)."""
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
-    gradient = torch.empty_like(logits) if with_gradient else None
+    gradient = _empty_gradient(logits) if with_gradient else None
     sums, counts = _cross_entropy(logits, labels, gradient, scale, ignore_index, z_loss_weight, backend)
     return sums, counts, logits.new_empty(0) if gradient is None else gradient
 
 
 @cross_entropy.register_fake
 def _(logits, labels, scale, ignore_index, z_loss_weight, with_gradient, backend):
-    gradient = logits if logits.stride(-1) == 1 else logits.contiguous()
-    return *_fake_sums(logits), torch.empty_like(gradient) if with_gradient else logits.new_empty(0)
+    logits = logits if logits.stride(-1) == 1 else logits.contiguous()
+    return *_fake_sums(logits), _empty_gradient(logits) if with_gradient else logits.new_empty(0)
 
 
 @torch.library.custom_op("kernels::cross_entropy_", mutates_args={"logits"})
@@ -98,7 +99,7 @@ def masked_cross_entropy(
     sums, counts = torch.zeros(2, dtype=wide, device=hidden.device), labels.new_zeros(2, dtype=torch.int64)
 
     one = torch.ones((), device=hidden.device)
-    chunk = max(1, CHUNK_ELEMENTS[backend] // len(weight))
+    chunk = max(1, CHUNK_ELEMENTS // len(weight))
     buffer = _aligned_rows(min(chunk, len(labels)), len(weight), compute_dtype, hidden.device)
     product = None if not needs_weight or _multiplies_into_fp32(hidden.device) else torch.empty_like(matrix)
     for first in range(0, len(labels), chunk):
@@ -116,7 +117,7 @@ def masked_cross_entropy(
         if needs_hidden:
             grad_hidden[part if kept is None else kept[part]] = (gradient @ matrix).to(hidden.dtype)
         if needs_weight:
-            _accumulate_product(grad_weight, gradient.T, states, product)
+            _accumulate_product(grad_weight, gradient.T, states, product, is_first=first == 0)
         if needs_bias:
             grad_bias += gradient.sum(dim=0, dtype=wide)
     return sums, counts, grad_hidden, grad_weight, grad_bias
@@ -236,14 +237,28 @@ def _aligned_rows(num_rows: int, row_size: int, dtype: torch.dtype, device: torc
     return torch.empty(num_rows, -(-row_size // 16) * 16, dtype=dtype, device=device)[:, :row_size]
 
 
-def _accumulate_product(total: Tensor, left: Tensor, right: Tensor, product: Tensor | None) -> None:
+def _empty_gradient(logits: Tensor) -> Tensor:
+    """Memory for the gradient [N, V] of rows whose columns are contiguous, at the same places inside words."""
+    num_rows, vocab_size = logits.shape
+    stride = vocab_size + (logits.stride(0) - vocab_size) % 16
+    return logits.new_empty_strided((num_rows, vocab_size), (stride, 1))
+
+
+def _accumulate_product(total: Tensor, left: Tensor, right: Tensor, product: Tensor | None, *, is_first: bool) -> None:
     """`total` += left · right with sums in fp32; `product` is memory for devices that multiply bf16 into bf16 only."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
-    elif product is not None:
-        total += torch.mm(left, right, out=product)
-    else:
+        return
+    if product is None:
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+        return
+    torch.mm(left, right, out=product)
+    if is_first:
+        total.copy_(product)
+        return
+    # in blocks, since PyTorch widens the whole addend in new memory, which takes longer than the addition
+    for part, addend in zip(total.split(_BLOCK_ROWS), product.split(_BLOCK_ROWS), strict=True):
+        part.add_(addend)
 
 
 def _multiplies_into_fp32(device: torch.device) -> bool:

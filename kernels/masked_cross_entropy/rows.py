@@ -1,8 +1,11 @@
 """Loss, accuracy and gradient of rows of logits in PyTorch: what the kernel does, where there is no Triton."""
 
+import itertools
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+BLOCK_ELEMENTS = 2**20  # logits that go through all operations together: what they make stays in a CPU's cache
 
 
 def rows(
@@ -21,18 +24,31 @@ def rows(
     Returns:
         [N] each: loss and z-loss in fp32 (fp64 for fp64 logits), correct in int32.
     """
+    block = max(1, BLOCK_ELEMENTS // logits.shape[1])
+    gradients = itertools.repeat(None) if gradient is None else gradient.split(block)
+    blocks = [
+        _block(*tensors, scale, ignore_index, z_loss_weight)
+        for tensors in zip(logits.split(block), labels.split(block), gradients, strict=False)
+    ]
+    return tuple(torch.cat(results) for results in zip(*blocks, strict=True))
+
+
+def _block(
+    logits: Tensor, labels: Tensor, gradient: Tensor | None, scale: Tensor, ignore_index: int, z_loss_weight: float
+) -> tuple[Tensor, Tensor, Tensor]:
     labelled = labels != ignore_index
     classes = torch.where(labelled, labels, 0).long().unsqueeze(-1)  # [N, 1]
     largest, predicted = logits.max(dim=-1, keepdim=True)
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    log_probs = F.log_softmax(wide, dim=-1)  # [N, V]
-    loss = -log_probs.gather(-1, classes)
-    lse = largest.to(wide.dtype) - log_probs.gather(-1, predicted)  # [N, 1]
     correct = labelled & (predicted == classes).squeeze(-1)
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    largest, entries = largest.to(wide), logits.to(wide, copy=True)  # [N, 1], [N, V]
+    entries -= largest  # counted from the largest, so that a confident row's small loss stays exact
+    target = entries.gather(-1, classes)
+    total = entries.exp_().sum(dim=-1, keepdim=True)
+    loss, lse = total.log() - target, largest + total.log()
     if gradient is not None:
-        factor = scale * (1 + 2 * z_loss_weight * lse)
-        entries = log_probs.exp_().mul_(factor)
-        entries.scatter_add_(-1, classes, (-scale).to(entries.dtype).expand_as(classes))
+        entries *= scale * (1 + 2 * z_loss_weight * lse) / total
+        entries.scatter_add_(-1, classes, (-scale).to(wide).expand_as(classes))
         gradient.copy_(entries.masked_fill_(~labelled.unsqueeze(-1), 0.0))
     loss = torch.where(labelled, loss.squeeze(-1), 0.0)
     z_loss = torch.where(labelled, lse.squeeze(-1).square(), 0.0)

@@ -7,6 +7,7 @@ import torch
 
 from kernels.numerics import Comparison, compare_exactly
 from kernels.span_mask import reference, span_mask
+from kernels.span_mask.padding import padded_length
 
 _VOCAB, _MASK = 120, 4
 
@@ -25,17 +26,21 @@ class _Case:
     max_span_length: int = 3
     num_special_tokens: int = 16
     seed: int = 2**64 - 0x1234_5678_9ABC
+    padded: bool = True
 
     @property
     def name(self) -> str:
         history = "" if self.counts_type is None else " with history"
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"B={self.rows} T={self.length} {dtype} p={self.mask_p} spans to {self.max_span_length}{history}"
+        name = f"B={self.rows} T={self.length} {dtype} p={self.mask_p} spans to {self.max_span_length}{history}"
+        return name if self.padded else f"{name}, not padded"
 
 
 _CASES = (
     _Case(3, 129),
-    _Case(3, 64, torch.int32, torch.uint8, mask_p=0.15),
+    _Case(3, 65, padded=False),
+    _Case(3, 66, torch.int32, torch.uint8, mask_p=0.15),
+    _Case(2, 64, torch.int32, torch.uint8, mask_p=0.15, padded=False),
     _Case(1, 256, torch.int16, random_p=0.5, max_span_length=16),
     _Case(1, 129, counts_type=torch.int64, mask_p=0.8, random_p=0.0, keep_p=0.5, max_span_length=5, seed=1),
     _Case(1, 90, torch.int32, mask_p=1.0, random_p=1.0, keep_p=0.0, max_span_length=1),
@@ -58,7 +63,7 @@ def comparisons(device: torch.device, backend: str) -> Iterator[Comparison]:
 def _compare(case: _Case, device: torch.device, backend: str) -> Iterator[Comparison]:
     """A batch whose last row, if there are several, has special tokens alone; memory is part of something larger."""
     generator = torch.Generator().manual_seed(case.length)
-    wider = (case.rows, case.length + 3)
+    wider = (case.rows, padded_length(case.length) + (0 if case.padded else 3))
     tokens = torch.randint(0, _VOCAB, wider, generator=generator)
     if case.rows > 1:
         tokens[-1] %= case.num_special_tokens

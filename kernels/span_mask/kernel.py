@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kernels.configuration import Configuration, fitting_warps
 from kernels.span_mask import reference
+from kernels.span_mask.padding import PADDING, padded_length
 
 MAX_LENGTH = 4096  # of a row
 MAX_SPAN_LENGTH = 16  # 2⁴ states of four bits fill a 64-bit number; 2² of two do where spans are up to 4
@@ -115,7 +116,23 @@ def _count_weight(counts, selectable):
     return weight
 
 
-@triton.jit(do_not_specialize=_SCALARS)
+@triton.jit
+def _load_row(row_ptr, position, length, WHOLE_WORDS: tl.constexpr):
+    """A row of tokens or counts; what stands behind it in its last word too, if WHOLE_WORDS."""
+    end = length
+    if WHOLE_WORDS:
+        end = _whole_words(length, row_ptr.dtype.element_ty)
+    return tl.load(row_ptr + position, mask=position < end, other=0)
+
+
+@triton.jit
+def _whole_words(length, TYPE: tl.constexpr):
+    """The number of entries in the words of 128 bits that `length` of them begin."""
+    word: tl.constexpr = 128 // TYPE.primitive_bitwidth
+    return tl.cdiv(length, word) * word
+
+
+@triton.jit(do_not_specialize=[*_SCALARS, "length"])
 def span_mask_kernel(
     tokens_ptr,
     row_ids_ptr,
@@ -124,7 +141,8 @@ def span_mask_kernel(
     labels_ptr,
     tokens_stride,
     counts_stride,
-    length,
+    outputs_stride,
+    length: tl.int32,
     mask_p: tl.int64,
     random_limit: tl.int64,
     keep_limit: tl.int64,
@@ -136,6 +154,7 @@ def span_mask_kernel(
     HAS_COUNTS: tl.constexpr,
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
+    WHOLE_WORDS: tl.constexpr,
 ):
     """One program a row. Probabilities are 32-bit fixed-point numbers, so that 1 is 2³²."""
     row = tl.program_id(0).to(tl.int64)
@@ -150,13 +169,13 @@ def span_mask_kernel(
     uniform, _, _, _ = _philox(seed, tl.full((), 0, tl.int32), 1, row_id)  # the row's own
 
     # loaded here and not first, when they would only take up registers
-    tokens = tl.load(tokens_ptr + row * tokens_stride + position, mask=inside, other=0)
+    tokens = _load_row(tokens_ptr + row * tokens_stride, position, length, WHOLE_WORDS)
     token_type: tl.constexpr = tokens.dtype
     selectable = inside & (tokens >= num_special_tokens)
     k = tl.sum(selectable.to(tl.int32)) * mask_p.to(tl.int64) + uniform.to(tl.int64)
     k = tl.maximum(k >> 32, 1)
     if HAS_COUNTS:
-        counts = tl.load(counts_ptr + row * counts_stride + position, mask=inside, other=0)
+        counts = _load_row(counts_ptr + row * counts_stride, position, length, WHOLE_WORDS)
         score = score.to(tl.uint64) * _count_weight(counts, selectable)
     score_bits: tl.constexpr = 63 if HAS_COUNTS else 32
     score = tl.where(selectable, score, 2**score_bits - 1)  # which is below no limit
@@ -170,8 +189,9 @@ def span_mask_kernel(
     inputs = tl.where(selected, replacement, tokens)
     labels = tl.where(selected, tokens, tl.full((), _IGNORE_INDEX, token_type))
     # a position is added last: one address for all lanes takes fewer registers than one each
-    tl.store(inputs_ptr + row * length + position, inputs, mask=inside)
-    tl.store(labels_ptr + row * length + position, labels, mask=inside)
+    written = position < _whole_words(length, token_type)
+    tl.store(inputs_ptr + row * outputs_stride + position, inputs, mask=written)
+    tl.store(labels_ptr + row * outputs_stride + position, labels, mask=written)
 
 
 def supports(length: int, max_span_length: int) -> bool:
@@ -192,14 +212,19 @@ def launch(
     num_special_tokens: int,
     max_span_length: int,
     seed: int,
-) -> tuple[Tensor, Tensor]:
-    """`kernels.span_mask.op.span_mask` for what it has checked and `supports`, with the seed as a signed number."""
+    inputs: Tensor,
+    labels: Tensor,
+) -> None:
+    """`kernels.span_mask.op.span_mask` for what it has checked and `supports`, with the seed as a signed number.
+
+    `inputs` and `labels` are from `padded_rows`, and are written.
+    """
     num_rows, length = tokens.shape
     tokens, row_ids = _dense_rows(tokens), row_ids.contiguous()
     counts = tokens
     if mask_counts is not None:  # of one byte, as the trainer's are, or of eight: few kernels to compile
         counts = _dense_rows(mask_counts if mask_counts.dtype == torch.uint8 else mask_counts.long())
-    inputs, labels = (torch.empty((num_rows, length), dtype=tokens.dtype, device=tokens.device) for _ in range(2))
+    whole_words = _has_whole_words(tokens) and _has_whole_words(counts)
     options = _options(length, max_span_length, mask_counts is not None, 64 if torch.version.hip else 32)
     with torch.cuda.device_of(tokens):
         span_mask_kernel[(num_rows,)](
@@ -210,6 +235,7 @@ def launch(
             labels,
             tokens.stride(0),
             counts.stride(0),
+            inputs.stride(0),
             length,
             reference.fixed_point(mask_p),
             reference.fixed_point(random_p),
@@ -219,28 +245,36 @@ def launch(
             num_special_tokens,
             max_span_length,
             seed,
+            WHOLE_WORDS=whole_words,
             **options,
         )
-    return inputs, labels
+
+
+def _has_whole_words(rows: Tensor) -> bool:
+    """Whether rows begin at multiples of 16 entries and of 16 bytes, and the last one's last word is theirs to read."""
+    ends = rows.storage_offset() + (len(rows) - 1) * rows.stride(0) + padded_length(rows.shape[1])
+    fits = ends * rows.element_size() <= rows.untyped_storage().nbytes()
+    return fits and rows.stride(0) % PADDING == rows.data_ptr() % 16 == 0
 
 
 def configurations() -> list[Configuration]:
     """The ways in which `launch` starts the kernel: all blocks with the trainer's types, the rest at the outer ones.
 
-    Rows whose length is no multiple of 16, such as the trainer's T + 1, begin anywhere in memory, so they move in words
-    of one token: as many bytes, coalesced, but no 128 bits at a time.
+    Rows that begin anywhere in memory are read in words of one token: as many bytes, coalesced, but no 128 bits at a
+    time. Those of the trainer, and all that are written, begin at multiples of 16 tokens.
     """
     blocks = [_MIN_BLOCK * 2**double for double in range((MAX_LENGTH // _MIN_BLOCK).bit_length())]
     outer = (blocks[0], blocks[-1])
     found = []
     for counts_type in (None, "u8"):
         found += [_configuration("i64", block, counts_type) for block in blocks]
-        found += [_configuration("i64", block, counts_type, is_aligned=False) for block in blocks]
-    for counts_type, is_aligned in product((None, "u8", "i64"), (True, False)):
-        variant = {"counts_type": counts_type, "is_aligned": is_aligned}
+        found += [_configuration("i64", block, counts_type, is_padded=False) for block in blocks]
+    for counts_type, is_padded in product((None, "u8", "i64"), (True, False)):
+        variant = {"counts_type": counts_type, "is_padded": is_padded}
         found += [_configuration("i64", block, max_span_length=MAX_SPAN_LENGTH, **variant) for block in outer]
         found += [_configuration(kind, block, **variant) for kind in ("i8", "i16", "i32") for block in outer]
-    found += [_configuration("i16", block, None, max_span_length=MAX_SPAN_LENGTH, is_aligned=False) for block in outer]
+    for block, is_padded in product(outer, (True, False)):
+        found.append(_configuration("i16", block, None, max_span_length=MAX_SPAN_LENGTH, is_padded=is_padded))
     return found
 
 
@@ -259,19 +293,19 @@ def _dense_rows(tensor: Tensor) -> Tensor:
 
 
 def _configuration(
-    token_type: str, length: int, counts_type: str | None, *, max_span_length: int = 3, is_aligned: bool = True
+    token_type: str, length: int, counts_type: str | None, *, max_span_length: int = 3, is_padded: bool = True
 ) -> Configuration:
     options = _options(length, max_span_length, counts_type is not None, 32)
     pointers = {f"{name}_ptr": f"*{token_type}" for name in ("tokens", "inputs", "labels")}
     pointers |= {"row_ids_ptr": "*i64", "counts_ptr": f"*{counts_type or token_type}"}
-    sizes = dict.fromkeys(("tokens_stride", "counts_stride", "length"), "i32")
+    strides = dict.fromkeys(("tokens_stride", "counts_stride", "outputs_stride"), "i32")
     name = f"span_mask/rows {token_type} T={length} spans to {max_span_length}"
     return Configuration(
-        name + (f", {counts_type} counts" if counts_type else "") + ("" if is_aligned else " (unaligned)"),
+        name + (f", {counts_type} counts" if counts_type else "") + ("" if is_padded else " (not padded)"),
         span_mask_kernel,
-        {**pointers, **sizes, **dict.fromkeys(_SCALARS, "i64")},
-        {key: value for key, value in options.items() if key != "num_warps"},
+        {**pointers, **strides, "length": "i32", **dict.fromkeys(_SCALARS, "i64")},
+        {"WHOLE_WORDS": is_padded, **{key: value for key, value in options.items() if key != "num_warps"}},
         num_warps=options["num_warps"],
-        aligned=frozenset(pointers) | (frozenset(sizes) if is_aligned else frozenset()),
-        streams=is_aligned,
+        aligned=frozenset(pointers) | (frozenset(strides) if is_padded else {"outputs_stride"}),
+        streams=is_padded,
     )

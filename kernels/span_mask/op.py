@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.span_mask import reference
+from kernels.span_mask.padding import padded_rows
 
 TOKEN_TYPES = (torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -26,29 +27,34 @@ def span_mask(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """See `kernels.span_mask`; here the seed's 64 bits are a signed number, as an operation's integers are."""
+    inputs, labels = _empty_outputs(tokens, backend)
+    settings = {
+        "mask_p": mask_p,
+        "random_p": random_p,
+        "keep_p": keep_p,
+        "mask_token_id": mask_token_id,
+        "vocab_size": vocab_size,
+        "num_special_tokens": num_special_tokens,
+        "max_span_length": max_span_length,
+        "seed": seed,
+    }
     if not tokens.numel():
-        return tokens.new_empty(tokens.shape), tokens.new_empty(tokens.shape)
-    implementation = reference.span_mask
+        return inputs, labels
     if backend == "triton":
         kernel = importlib.import_module("kernels.span_mask.kernel")  # not above, since Triton may be missing
         if kernel.supports(tokens.shape[1], max_span_length):
-            implementation = kernel.launch
-    inputs, labels = implementation(
-        tokens,
-        row_ids=row_ids,
-        mask_counts=mask_counts,
-        mask_p=mask_p,
-        random_p=random_p,
-        keep_p=keep_p,
-        mask_token_id=mask_token_id,
-        vocab_size=vocab_size,
-        num_special_tokens=num_special_tokens,
-        max_span_length=max_span_length,
-        seed=seed,
-    )
-    return inputs.contiguous(), labels.contiguous()
+            kernel.launch(tokens, row_ids, mask_counts, **settings, inputs=inputs, labels=labels)
+            return inputs, labels
+    results = reference.span_mask(tokens, row_ids=row_ids, mask_counts=mask_counts, **settings)
+    return inputs.copy_(results[0]), labels.copy_(results[1])
 
 
 @span_mask.register_fake
-def _(tokens, *_):  # noqa: ANN002
+def _(tokens, *arguments):  # noqa: ANN002
+    return _empty_outputs(tokens, arguments[-1])
+
+
+def _empty_outputs(tokens: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    if backend == "triton":
+        return padded_rows(tokens), padded_rows(tokens)
     return tokens.new_empty(tokens.shape), tokens.new_empty(tokens.shape)

@@ -1,0 +1,16 @@
+"""Rows that all begin at multiples of 16 entries, so that the kernel moves words of 128 bits whatever T is."""
+
+from torch import Tensor
+
+PADDING = 16  # entries; Triton looks whether strides are multiples of 16, and of nothing else
+
+
+def padded_length(length: int) -> int:
+    """The distance between rows of `length` entries."""
+    return -(-length // PADDING) * PADDING
+
+
+def padded_rows(like: Tensor) -> Tensor:
+    """Memory for rows [B, T] of the type and on the device of `like` [B, T]."""
+    num_rows, length = like.shape
+    return like.new_empty(num_rows, padded_length(length))[:, :length]
