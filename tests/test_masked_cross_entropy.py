@@ -134,13 +134,13 @@ def test_logits_may_lie_anywhere_in_memory(backend, dtype, vocab, first, width, 
     options = {"z_loss_weight": Z_WEIGHT, "backend": backend}
     alone = logits.clone().requires_grad_()
     expected = cross_entropy_from_logits(alone, labels, **options)
-    expected.total.backward()
+    (expected.total * 3).backward()
     wider = torch.full((9, width), torch.nan, dtype=dtype)
     part = wider[:, first : first + vocab]
     part.copy_(logits)
     leaf = part.detach().requires_grad_()  # shares the memory
     actual = cross_entropy_from_logits(leaf, labels, reuse_logits=reuse, **options)
-    actual.total.backward()
+    (actual.total * 3).backward()
     torch.testing.assert_close(tuple(actual), tuple(expected), rtol=1e-6, atol=0)
     torch.testing.assert_close(leaf.grad, alone.grad, rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=1e-9)
     assert torch.equal(part, leaf.grad if reuse else logits)
@@ -554,7 +554,9 @@ MUTANTS = {
         "lanes, entries.to(element), mask=lanes < end - 1 - piece * BLOCK)",
     ),
     "grad_output dropped": ("if scale == 1.0:", "if scale == scale:"),
-    "grad_output in the first block only": ("columns = tl.program_id(1) * BLOCK", "columns = tl.program_id(1) * 2**20"),
+    "grad_output in the first block only": ("+ block * BLOCK + tl.arange(0, BLOCK)", "+ tl.arange(0, BLOCK)"),
+    "grad_output in the first row only": ("row * gradient_stride + block", "block"),
+    "grad_output not in the last class": ("tl.arange(0, BLOCK) < left", "tl.arange(0, BLOCK) < left - 1"),
 }  # fmt: skip
 
 

@@ -476,7 +476,7 @@ def test_memory_around_the_results_is_left_alone(monkeypatch, length):
         blocks.append(torch.full((2 * 300 + len(tokens) * padded,), -7))
         return blocks[-1][300:-300].view(len(tokens), padded)[:, :length]
 
-    monkeypatch.setattr(op, "padded_rows", guarded)
+    monkeypatch.setattr(importlib.import_module("kernels.span_mask.kernel"), "padded_rows", guarded)
     mask(some_tokens(3, length), mask_counts=torch.zeros(3, length, dtype=torch.uint8), backend="triton")
     assert len(blocks) == 2
     for block in blocks:

@@ -26,6 +26,8 @@ def comparisons(device: torch.device, backend: str) -> Iterator[Comparison]:
         for vocab_size in _VOCAB_SIZES:
             yield from _from_logits(device, backend, dtype, vocab_size)
     yield from _from_logits(device, backend, torch.float16, 4500)
+    for row_size in (160, 165):
+        yield from _from_logits(device, backend, torch.bfloat16, 131, row_size)
     for dtype in (torch.float32, torch.bfloat16):
         yield from _from_hidden(device, backend, dtype)
 
@@ -47,17 +49,21 @@ def random_logits(num_rows: int, vocab_size: int, dtype: torch.dtype, device: to
     return logits.to(dtype).to(device), labels.to(device)
 
 
-def _from_logits(device: torch.device, backend: str, dtype: torch.dtype, vocab_size: int) -> Iterator[Comparison]:
+def _from_logits(
+    device: torch.device, backend: str, dtype: torch.dtype, vocab_size: int, row_size: int | None = None
+) -> Iterator[Comparison]:
+    """Logits alone in memory, or the first columns of a matrix whose rows have `row_size` entries."""
     logits, labels = random_logits(9, vocab_size, dtype, device)
     results, gradients = {}, {}
     for kind, run_dtype in (("actual", dtype), ("reference", torch.float64), ("plain", dtype)):
         function = cross_entropy_from_logits if kind == "actual" else reference.cross_entropy_from_logits
-        inputs = logits.to(run_dtype, copy=True).requires_grad_()
+        memory = torch.empty(len(logits), row_size or vocab_size, dtype=run_dtype, device=device)
+        inputs = memory[:, :vocab_size].copy_(logits).requires_grad_()
         options = {"backend": backend} if kind == "actual" else {}
         results[kind] = function(inputs, labels, z_loss_weight=_Z_LOSS_WEIGHT, **options)
         (results[kind].total * 3).backward()
         gradients[kind] = inputs.grad
-    name = f"from_logits {str(dtype).removeprefix('torch.')} V={vocab_size}"
+    name = f"from_logits {str(dtype).removeprefix('torch.')} V={vocab_size}{f' of {row_size}' if row_size else ''}"
     yield from _compare_sums(name, results)
     off_target = torch.arange(vocab_size, device=device) != labels[:, None]
     yield from compare(f"{name} gradient", **gradients, off_target=off_target)

@@ -152,17 +152,23 @@ def _entries(logits, largest, factor, scale, is_label):
     return tl.where(is_label, entries - scale, entries)
 
 
-@triton.jit
-def scale_kernel(gradient_ptr, scale_ptr, gradient_stride, vocab_size, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["width", "blocks_per_row"])
+def scale_kernel(
+    gradient_ptr, scale_ptr, gradient_stride: tl.int64, width: tl.int64, blocks_per_row: tl.int64, BLOCK: tl.constexpr
+):
     """Multiply a block of a row by a number on the device; nothing is read or written where that is one."""
     scale = tl.load(scale_ptr)
     if scale == 1.0:
         return
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    pointers = gradient_ptr + tl.program_id(0).to(tl.int64) * gradient_stride + columns
-    inside = columns < vocab_size
-    entries = tl.load(pointers, mask=inside).to(tl.float32) * scale
-    tl.store(pointers, entries.to(gradient_ptr.dtype.element_ty), mask=inside)
+    row, block = tl.program_id(0) // blocks_per_row, tl.program_id(0) % blocks_per_row
+    pointers = gradient_ptr + row * gradient_stride + block * BLOCK + tl.arange(0, BLOCK)
+    left = width - block * BLOCK
+    if left >= BLOCK:  # without a mask, which would make the words narrow
+        tl.store(pointers, (tl.load(pointers).to(tl.float32) * scale).to(gradient_ptr.dtype.element_ty))
+    else:
+        inside = tl.arange(0, BLOCK) < left
+        entries = tl.load(pointers, mask=inside).to(tl.float32) * scale
+        tl.store(pointers, entries.to(gradient_ptr.dtype.element_ty), mask=inside)
 
 
 def supports(logits: Tensor) -> bool:
@@ -219,10 +225,18 @@ def _in_same_words(logits: Tensor, gradient: Tensor) -> bool:
 
 def multiply(gradient: Tensor, scale: Tensor) -> None:
     """Launch `scale_kernel`: gradient [N, V] times a scalar on the device, in place."""
-    num_rows, vocab_size = gradient.shape
-    if num_rows:
-        scale_kernel[(num_rows, triton.cdiv(vocab_size, _SCALE_BLOCK))](
-            gradient, scale, gradient.stride(0), vocab_size, BLOCK=_SCALE_BLOCK, num_warps=launch_warps(_SCALE_WARPS)
+    rows = gradient.view(1, -1) if gradient.is_contiguous() else gradient  # wide words, wherever rows begin
+    num_rows, width = rows.shape
+    blocks_per_row = triton.cdiv(width, _SCALE_BLOCK)
+    if gradient.numel():
+        scale_kernel[(num_rows * blocks_per_row,)](
+            rows,
+            scale,
+            0 if num_rows == 1 else rows.stride(0),
+            width,
+            blocks_per_row,
+            BLOCK=_SCALE_BLOCK,
+            num_warps=launch_warps(_SCALE_WARPS),
         )
 
 
@@ -274,9 +288,13 @@ def _scale_configuration(dtype: str, *, is_aligned: bool) -> Configuration:
     return Configuration(
         f"masked_cross_entropy/scale {dtype}" + ("" if is_aligned else " unaligned"),
         scale_kernel,
-        {"gradient_ptr": f"*{dtype}", "scale_ptr": "*fp32", "gradient_stride": "i32", "vocab_size": "i32"},
+        {
+            "gradient_ptr": f"*{dtype}",
+            "scale_ptr": "*fp32",
+            **dict.fromkeys(("gradient_stride", "width", "blocks_per_row"), "i64"),
+        },
         {"BLOCK": _SCALE_BLOCK},
         num_warps=_SCALE_WARPS,
-        aligned=frozenset({"gradient_ptr", *(("gradient_stride", "vocab_size") if is_aligned else ())}),
+        aligned=frozenset({"gradient_ptr", *(["gradient_stride"] if is_aligned else ())}),
         streams=is_aligned,
     )

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from kernels.configuration import Configuration, fitting_warps
 from kernels.span_mask import reference
-from kernels.span_mask.padding import PADDING, padded_length
+from kernels.span_mask.padding import PADDING, padded_length, padded_rows
 
 MAX_LENGTH = 4096  # of a row
 MAX_SPAN_LENGTH = 16  # 2⁴ states of four bits fill a 64-bit number; 2² of two do where spans are up to 4
 _MIN_BLOCK = 256  # one warp of threads with _ENTRIES_PER_THREAD
-_ENTRIES_PER_THREAD = 8  # at least 128 bits of tokens of two bytes or more, on AMD of four
+_ENTRIES_PER_THREAD = 8  # twice 128 bits of int32, on AMD once
+_TOKEN_TYPES = {torch.int32: "i32", torch.int64: "i64"}  # narrower ones would make narrow words, and more to compile
 _SCALARS = (
     "mask_p",
     "random_limit",
@@ -212,18 +213,19 @@ def launch(
     num_special_tokens: int,
     max_span_length: int,
     seed: int,
-    inputs: Tensor,
-    labels: Tensor,
-) -> None:
+) -> tuple[Tensor, Tensor]:
     """`kernels.span_mask.op.span_mask` for what it has checked and `supports`, with the seed as a signed number.
 
-    `inputs` and `labels` are from `padded_rows`, and are written.
+    Returns:
+        `inputs` and `labels`, from `padded_rows`; int32 for narrower tokens.
     """
     num_rows, length = tokens.shape
+    tokens = tokens if tokens.dtype in _TOKEN_TYPES else tokens.int()
     tokens, row_ids = _dense_rows(tokens), row_ids.contiguous()
     counts = tokens
     if mask_counts is not None:  # of one byte, as the trainer's are, or of eight: few kernels to compile
         counts = _dense_rows(mask_counts if mask_counts.dtype == torch.uint8 else mask_counts.long())
+    inputs, labels = padded_rows(tokens), padded_rows(tokens)
     whole_words = _has_whole_words(tokens) and _has_whole_words(counts)
     options = _options(length, max_span_length, mask_counts is not None, 64 if torch.version.hip else 32)
     with torch.cuda.device_of(tokens):
@@ -248,6 +250,7 @@ def launch(
             WHOLE_WORDS=whole_words,
             **options,
         )
+    return inputs, labels
 
 
 def _has_whole_words(rows: Tensor) -> bool:
@@ -258,24 +261,14 @@ def _has_whole_words(rows: Tensor) -> bool:
 
 
 def configurations() -> list[Configuration]:
-    """The ways in which `launch` starts the kernel: all blocks with the trainer's types, the rest at the outer ones.
+    """Every way in which `launch` can start the kernel.
 
     Rows that begin anywhere in memory are read in words of one token: as many bytes, coalesced, but no 128 bits at a
     time. Those of the trainer, and all that are written, begin at multiples of 16 tokens.
     """
     blocks = [_MIN_BLOCK * 2**double for double in range((MAX_LENGTH // _MIN_BLOCK).bit_length())]
-    outer = (blocks[0], blocks[-1])
-    found = []
-    for counts_type in (None, "u8"):
-        found += [_configuration("i64", block, counts_type) for block in blocks]
-        found += [_configuration("i64", block, counts_type, is_padded=False) for block in blocks]
-    for counts_type, is_padded in product((None, "u8", "i64"), (True, False)):
-        variant = {"counts_type": counts_type, "is_padded": is_padded}
-        found += [_configuration("i64", block, max_span_length=MAX_SPAN_LENGTH, **variant) for block in outer]
-        found += [_configuration(kind, block, **variant) for kind in ("i8", "i16", "i32") for block in outer]
-    for block, is_padded in product(outer, (True, False)):
-        found.append(_configuration("i16", block, None, max_span_length=MAX_SPAN_LENGTH, is_padded=is_padded))
-    return found
+    variants = product(_TOKEN_TYPES.values(), blocks, (None, "u8", "i64"), (3, MAX_SPAN_LENGTH), (True, False))
+    return [_configuration(*variant) for variant in variants]
 
 
 def _options(length: int, max_span_length: int, has_counts: bool, warp_size: int) -> dict[str, Any]:
@@ -293,7 +286,7 @@ def _dense_rows(tensor: Tensor) -> Tensor:
 
 
 def _configuration(
-    token_type: str, length: int, counts_type: str | None, *, max_span_length: int = 3, is_padded: bool = True
+    token_type: str, length: int, counts_type: str | None, max_span_length: int, is_padded: bool
 ) -> Configuration:
     options = _options(length, max_span_length, counts_type is not None, 32)
     pointers = {f"{name}_ptr": f"*{token_type}" for name in ("tokens", "inputs", "labels")}

@@ -27,34 +27,40 @@ def span_mask(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """See `kernels.span_mask`; here the seed's 64 bits are a signed number, as an operation's integers are."""
-    inputs, labels = _empty_outputs(tokens, backend)
-    settings = {
-        "mask_p": mask_p,
-        "random_p": random_p,
-        "keep_p": keep_p,
-        "mask_token_id": mask_token_id,
-        "vocab_size": vocab_size,
-        "num_special_tokens": num_special_tokens,
-        "max_span_length": max_span_length,
-        "seed": seed,
-    }
     if not tokens.numel():
-        return inputs, labels
+        return _empty_output(tokens, backend), _empty_output(tokens, backend)
+    implementation = reference.span_mask
     if backend == "triton":
         kernel = importlib.import_module("kernels.span_mask.kernel")  # not above, since Triton may be missing
         if kernel.supports(tokens.shape[1], max_span_length):
-            kernel.launch(tokens, row_ids, mask_counts, **settings, inputs=inputs, labels=labels)
-            return inputs, labels
-    results = reference.span_mask(tokens, row_ids=row_ids, mask_counts=mask_counts, **settings)
-    return inputs.copy_(results[0]), labels.copy_(results[1])
+            implementation = kernel.launch
+    results = implementation(
+        tokens,
+        row_ids=row_ids,
+        mask_counts=mask_counts,
+        mask_p=mask_p,
+        random_p=random_p,
+        keep_p=keep_p,
+        mask_token_id=mask_token_id,
+        vocab_size=vocab_size,
+        num_special_tokens=num_special_tokens,
+        max_span_length=max_span_length,
+        seed=seed,
+    )
+    return tuple(_as_declared(result, tokens, backend) for result in results)
 
 
 @span_mask.register_fake
 def _(tokens, *arguments):  # noqa: ANN002
-    return _empty_outputs(tokens, arguments[-1])
+    return _empty_output(tokens, arguments[-1]), _empty_output(tokens, arguments[-1])
 
 
-def _empty_outputs(tokens: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    if backend == "triton":
-        return padded_rows(tokens), padded_rows(tokens)
-    return tokens.new_empty(tokens.shape), tokens.new_empty(tokens.shape)
+def _empty_output(tokens: Tensor, backend: str) -> Tensor:
+    return padded_rows(tokens) if backend == "triton" else tokens.new_empty(tokens.shape)
+
+
+def _as_declared(result: Tensor, tokens: Tensor, backend: str) -> Tensor:
+    """The result in the type and the layout that the operation promises, whichever implementation it is from."""
+    declared = _empty_output(tokens, backend)
+    is_declared = (result.dtype, result.stride()) == (declared.dtype, declared.stride())
+    return result if is_declared else declared.copy_(result)
