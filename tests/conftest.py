@@ -1,5 +1,6 @@
 """Fixtures that several files need. Those that return a function last a session, so that hypothesis takes them."""
 
+import importlib
 import os
 
 import numpy as np
@@ -12,6 +13,7 @@ if not torch.cuda.is_available():
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.token_store import TokenStore
 from kernels.backend import BACKENDS
+from tests.scans import scan_by_doubling
 
 TINY = ModelConfig(
     hidden_size=16,
@@ -42,6 +44,16 @@ def device():
 def backend(request):
     """Every implementation of an operation runs the same tests."""
     return request.param
+
+
+@pytest.fixture(scope="module")
+def parallel_scans():
+    """Scans as a GPU makes them: functions that do not associate show, and many rows are fast. Gives the old scan."""
+    with pytest.MonkeyPatch.context() as patch:
+        interpreter = importlib.import_module("triton.runtime.interpreter")
+        own = interpreter.ScanOps.generic_scan
+        patch.setattr(interpreter.ScanOps, "generic_scan", scan_by_doubling)
+        yield own
 
 
 @pytest.fixture(scope="session")
