@@ -27,10 +27,11 @@ from torch import Tensor
 from gptbert.config import ModelConfig
 from gptbert.model import GPTBert
 from kernels import cross_entropy_from_logits, lamb_step, masked_cross_entropy, span_mask
+from kernels.span_mask.padding import padded_rows
 
 IGNORE_INDEX = -100
 VOCAB_SIZES = (8192, 16384, 32768, 50257, 65536)
-LENGTHS = (128, 512, 4096)
+LENGTHS = (128, 129, 513, 4096)  # the trainer's rows are one token longer than T
 ROWS = 5  # 40 % of them is a whole number
 Z_LOSS_WEIGHT = 1e-4
 OBJECTIVE_WEIGHT = 0.25  # of the mean in the trainer's hybrid loss
@@ -276,7 +277,7 @@ def model_shapes(file: str) -> list[torch.Size]:
 
 
 def span_mask_jobs(length: int) -> Iterator[Job]:
-    """A batch of int64 tokens, without and with masking history.
+    """A batch of int64 tokens, without and with masking history, its rows padded as the trainer's are.
 
     Fewest bytes: B·T·8·3 (tokens read, inputs and labels written) + B·8 (row ids) + B·T (counts of one byte read).
     """
@@ -284,6 +285,7 @@ def span_mask_jobs(length: int) -> Iterator[Job]:
     generator = torch.Generator().manual_seed(3)
     tokens = torch.randint(0, 8192, (rows, length), generator=generator)
     counts = torch.randint(0, 4, (rows, length), generator=generator).to(torch.uint8)
+    tokens, counts = padded_rows(tokens).copy_(tokens), padded_rows(counts).copy_(counts)
     for mask_counts in (None, counts):
         with Counted() as counted:
             span_mask(
