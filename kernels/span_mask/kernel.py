@@ -249,6 +249,7 @@ def launch(
             seed,
             WHOLE_WORDS=whole_words,
             **options,
+            **({} if torch.version.hip else {"maxnreg": _max_registers(options["BLOCK"])}),
         )
     return inputs, labels
 
@@ -281,6 +282,11 @@ def _options(length: int, max_span_length: int, has_counts: bool, warp_size: int
     }
 
 
+def _max_registers(block: int) -> int | None:
+    """A thread's, on NVIDIA: at one block ptxas, left alone, spills to fit in more programs, and at one if told so."""
+    return 128 if block < MAX_LENGTH else None
+
+
 def _dense_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(1) == 1 else tensor.contiguous()
 
@@ -299,6 +305,7 @@ def _configuration(
         {**pointers, **strides, "length": "i32", **dict.fromkeys(_SCALARS, "i64")},
         {"WHOLE_WORDS": is_padded, **{key: value for key, value in options.items() if key != "num_warps"}},
         num_warps=options["num_warps"],
+        max_registers=_max_registers(options["BLOCK"]),
         aligned=frozenset(pointers) | (frozenset(strides) if is_padded else {"outputs_stride"}),
         streams=is_padded,
     )
