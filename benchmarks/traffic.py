@@ -27,7 +27,7 @@ from torch import Tensor
 from gptbert.config import ModelConfig
 from gptbert.model import GPTBert
 from kernels import cross_entropy_from_logits, lamb_step, masked_cross_entropy, span_mask
-from kernels.span_mask.padding import padded_rows
+from kernels.padding import padded_rows
 
 IGNORE_INDEX = -100
 VOCAB_SIZES = (8192, 16384, 32768, 50257, 65536)

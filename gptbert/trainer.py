@@ -29,8 +29,8 @@ from gptbert.tokenizer import PAD_ID
 from kernels import MaskedCrossEntropy
 from kernels.backend import choose_backend, set_default_backend
 from kernels.check import first_failure, run_checks
+from kernels.padding import padded_length
 from kernels.span_mask import DEFAULT_MAX_SPAN_LENGTH
-from kernels.span_mask.padding import padded_length
 
 
 def fit(config: TrainConfig) -> None:

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.configuration import Configuration, launch_warps
+from kernels.padding import PADDING
 
 MAX_VOCAB_SIZE = 65_536
 WORD = 8  # entries that a thread loads together: 128 bits of two-byte ones, twice 128 of fp32
@@ -190,7 +191,7 @@ def rows(
         return results
     loss, z_loss = (torch.empty(num_rows, dtype=torch.float32, device=logits.device) for _ in range(2))
     correct = torch.empty(num_rows, dtype=torch.int32, device=logits.device)
-    is_aligned = all(tensor.stride(0) % 16 == 0 for tensor in (logits, target))
+    is_aligned = all(tensor.stride(0) % PADDING == 0 for tensor in (logits, target))
     block, pieces, full_pieces, num_warps, max_registers = layout(vocab_size, is_aligned)
     if num_rows:
         rows_kernel[(num_rows,)](

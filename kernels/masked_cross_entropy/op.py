@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels.masked_cross_entropy import rows as torch_rows
+from kernels.padding import PADDING, padded_length
 
 CHUNK_ELEMENTS = 2**24  # logits that exist at once: 32 MB in bf16
 _BLOCK_ROWS = 256  # of the output matrix
@@ -234,13 +235,13 @@ def _implementation(logits: Tensor, backend: str) -> ModuleType:
 
 def _aligned_rows(num_rows: int, row_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory for [num_rows, row_size], each row at a multiple of 32 bytes or more, so that kernels load wide words."""
-    return torch.empty(num_rows, -(-row_size // 16) * 16, dtype=dtype, device=device)[:, :row_size]
+    return torch.empty(num_rows, padded_length(row_size), dtype=dtype, device=device)[:, :row_size]
 
 
 def _empty_gradient(logits: Tensor) -> Tensor:
     """Memory for the gradient [N, V] of rows whose columns are contiguous, at the same places inside words."""
     num_rows, vocab_size = logits.shape
-    stride = vocab_size + (logits.stride(0) - vocab_size) % 16
+    stride = vocab_size + (logits.stride(0) - vocab_size) % PADDING
     return logits.new_empty_strided((num_rows, vocab_size), (stride, 1))
 
 

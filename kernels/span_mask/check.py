@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from kernels.numerics import Comparison, compare_exactly
+from kernels.padding import padded_length
 from kernels.span_mask import reference, span_mask
-from kernels.span_mask.padding import padded_length
 
 _VOCAB, _MASK = 120, 4
 

@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.configuration import Configuration, fitting_warps
+from kernels.padding import PADDING, padded_length, padded_rows
 from kernels.span_mask import reference
-from kernels.span_mask.padding import PADDING, padded_length, padded_rows
 
 MAX_LENGTH = 4096  # of a row
 MAX_SPAN_LENGTH = 16  # 2⁴ states of four bits fill a 64-bit number; 2² of two do where spans are up to 4

@@ -5,8 +5,8 @@ import importlib
 import torch
 from torch import Tensor
 
+from kernels.padding import padded_rows
 from kernels.span_mask import reference
-from kernels.span_mask.padding import padded_rows
 
 TOKEN_TYPES = (torch.int8, torch.int16, torch.int32, torch.int64)
 

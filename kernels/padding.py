@@ -1,4 +1,4 @@
-"""Rows that all begin at multiples of 16 entries, so that the kernel moves words of 128 bits whatever T is."""
+"""Rows that all begin at multiples of 16 entries, so that kernels move words of 128 bits however long rows are."""
 
 from torch import Tensor
 
