@@ -5,15 +5,30 @@ P = 2S−1 distinct position vectors, N labelled positions.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gptbert.attention import SEEDS as ATTENTION_SEEDS
+from gptbert.attention import Attention
 from gptbert.config import ModelConfig
+from gptbert.dropout import Dropout, random_seeds
+from gptbert.layer_weighting import LayerWeighting, Representations
+from gptbert.norm import layer_norm
 from kernels import MaskedCrossEntropy, masked_cross_entropy
 
 IGNORE_INDEX = -100
+BLOCK_SEEDS = ATTENTION_SEEDS + 1
+
+
+class DropoutSeeds(NamedTuple):
+    """Seeds of one forward's masks: [2] of the embedding, [BLOCK_SEEDS, 2] of each block, [2] of the head; or None."""
+
+    embedding: Tensor | None
+    blocks: list[Tensor | None]
+    head: Tensor | None
 
 
 class GPTBert(nn.Module):
@@ -53,13 +68,25 @@ class GPTBert(nn.Module):
         Returns:
             [B, T, D].
         """
+        return self._encode(input_ids, document_ids, causal, self._dropout_seeds(input_ids.device))
+
+    def _encode(self, input_ids: Tensor, document_ids: Tensor, causal: bool, seeds: "DropoutSeeds") -> Tensor:
         mask = attention_mask(document_ids, causal)
         buckets = self.position_buckets(input_ids.shape[1])
-        hidden_states, relative = self.embedding(input_ids)
-        representations = [hidden_states]
-        for block in self.blocks:
-            hidden_states = block(hidden_states, representations, relative, buckets, mask)
+        hidden_states, relative = self.embedding(input_ids, seeds.embedding)
+        representations = Representations(2 * len(self.blocks) + 1)
+        hidden_states = representations.start(hidden_states)
+        for block, block_seeds in zip(self.blocks, seeds.blocks, strict=True):
+            hidden_states = block(hidden_states, representations, relative, buckets, mask, block_seeds)
         return hidden_states
+
+    def _dropout_seeds(self, device: torch.device) -> "DropoutSeeds":
+        """New ones for each forward; none where there is no dropout."""
+        probabilities = (self.config.hidden_dropout_prob, self.config.attention_probs_dropout_prob)
+        if not self.training or not any(probabilities):
+            return DropoutSeeds(None, [None] * len(self.blocks), None)
+        seeds = random_seeds(BLOCK_SEEDS * len(self.blocks) + 2, device)
+        return DropoutSeeds(seeds[0], list(seeds[1:-1].split(BLOCK_SEEDS)), seeds[-1])
 
     def forward(
         self,
@@ -83,11 +110,12 @@ class GPTBert(nn.Module):
         Returns:
             Sums over the labelled positions; see `kernels.MaskedCrossEntropy`.
         """
-        hidden_states = self.encode(input_ids, document_ids, causal)
+        seeds = self._dropout_seeds(input_ids.device)
+        hidden_states = self._encode(input_ids, document_ids, causal, seeds)
         # [B·T, D] to [N, D]: the head sees labelled positions only
         hidden_states, labels = select_labelled(hidden_states.flatten(0, 1), labels.flatten(), label_capacity)
         return masked_cross_entropy(
-            self.head(hidden_states),
+            self.head(hidden_states, seeds.head),
             self.embedding.word_embedding.weight,
             labels,
             self.head.bias,
@@ -116,11 +144,11 @@ class Embedding(nn.Module):
         self.relative_embedding = nn.Parameter(torch.empty(2 * config.position_bucket_size - 1, config.hidden_size))
         self.relative_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.layer_norm = layer_norm(config.hidden_size, config)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, input_ids: Tensor, seed: Tensor | None) -> tuple[Tensor, Tensor]:
         """[B, T] ids to x0 [B, T, D] and r [P, D]."""
-        hidden_states = self.dropout(self.layer_norm(self.word_embedding(input_ids)))
+        hidden_states = self.dropout(self.layer_norm(self.word_embedding(input_ids)), seed)
         return hidden_states, self.relative_layer_norm(self.relative_embedding)
 
 
@@ -135,72 +163,24 @@ class Block(nn.Module):
         self.feed_forward_mix = LayerWeighting(2 * layer + 3)
 
     def forward(
-        self, hidden_states: Tensor, representations: list[Tensor], relative: Tensor, buckets: Tensor, mask: Tensor
+        self,
+        hidden_states: Tensor,
+        representations: Representations,
+        relative: Tensor,
+        buckets: Tensor,
+        mask: Tensor,
+        seeds: Tensor | None,
     ) -> Tensor:
         """x_{2l} [B, T, D] to x_{2l+2}; appends y_{2l+1} and y_{2l+2} to `representations`."""
-        representations.append(hidden_states + self.attention(hidden_states, relative, buckets, mask))
-        hidden_states = self.attention_mix(representations)
-        representations.append(hidden_states + self.feed_forward(hidden_states))
-        return self.feed_forward_mix(representations)
-
-
-class Attention(nn.Module):
-    """Self-attention with disentangled relative positions and a gated output."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        hidden_size = config.hidden_size
-        self.num_heads = config.num_attention_heads
-        self.scale = 1 / math.sqrt(3 * (hidden_size // self.num_heads))
-        self.query_key = nn.Linear(hidden_size, 2 * hidden_size)
-        self.value_gate = nn.Linear(hidden_size, 2 * hidden_size)
-        self.output = nn.Linear(hidden_size, hidden_size)
-        self.input_norm = layer_norm(hidden_size, config)
-        self.context_norm = layer_norm(hidden_size, config)
-        self.attention_dropout = nn.Dropout(config.attention_probs_dropout_prob)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-
-    def forward(self, hidden_states: Tensor, relative: Tensor, buckets: Tensor, mask: Tensor) -> Tensor:
-        """The sub-layer's output [B, T, D].
-
-        Args:
-            hidden_states: [B, T, D].
-            relative: [P, D], normalised position vectors.
-            buckets: [T, T], β(i, j).
-            mask: [B, 1, T, T] bool, True where query i may see key j.
-        """
-        hidden_states = self.input_norm(hidden_states)
-        query, key = self.query_key(hidden_states).chunk(2, dim=-1)
-        value, gate = self.value_gate(hidden_states).chunk(2, dim=-1)
-        position_query, position_key = self.query_key(self.dropout(relative)).chunk(2, dim=-1)
-        scores = self.scores(
-            self.heads(query), self.heads(key), self.heads(position_query), self.heads(position_key), buckets
-        )
-        context = self.attention_dropout(masked_softmax(scores, mask)) @ self.heads(value)  # [B, H, T, d]
-        context = context.transpose(1, 2).flatten(2)  # [B, T, D]
-        return self.dropout(self.output(self.context_norm(context * F.gelu(gate))))
-
-    def heads(self, x: Tensor) -> Tensor:
-        """[..., T, D] to [..., H, T, d]."""
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
-
-    def scores(
-        self, query: Tensor, key: Tensor, position_query: Tensor, position_key: Tensor, buckets: Tensor
-    ) -> Tensor:
-        """c·q_i·k_j + c·q_i·kp_β(i,j) + c·k_j·qp_β(i,j): [B, H, T, T].
-
-        The position terms are computed once per distinct position vector, [B, H, T, P], and then gathered.
-        """
-        query, position_query = query * self.scale, position_query * self.scale
-        scores = query @ key.transpose(-2, -1)
-        by_query = query @ position_key.transpose(-2, -1)  # [B, H, T of i, P]
-        by_key = key @ position_query.transpose(-2, -1)  # [B, H, T of j, P]
-        scores = scores + by_query.gather(-1, buckets.expand_as(scores))
-        return scores + by_key.gather(-1, buckets.T.expand_as(scores)).transpose(-2, -1)
+        attention_seeds, feed_forward_seed = (None, None) if seeds is None else (seeds[:-1], seeds[-1])
+        newest = self.attention(hidden_states, relative, buckets, mask, attention_seeds)
+        hidden_states = self.attention_mix(newest, representations)
+        newest = self.feed_forward(hidden_states, feed_forward_seed)
+        return self.feed_forward_mix(newest, representations)
 
 
 class FeedForward(nn.Module):
-    """Gated feed-forward sub-layer."""
+    """Gated feed-forward, and the residual connection around it."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -208,29 +188,13 @@ class FeedForward(nn.Module):
         self.up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.inner_norm = layer_norm(config.intermediate_size, config)
         self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """[B, T, D] to [B, T, D]."""
+    def forward(self, hidden_states: Tensor, seed: Tensor | None) -> Tensor:
+        """X [B, T, D] to x + feed_forward(x)."""
         linear, gate = self.up(self.input_norm(hidden_states)).chunk(2, dim=-1)
-        return self.dropout(self.down(self.inner_norm(linear * F.gelu(gate, approximate="tanh"))))
-
-
-class LayerWeighting(nn.Module):
-    """Depth-weighted averaging: x_n = Σ_{m≤n} α_{n,m}·y_m, at first y_n alone."""
-
-    def __init__(self, num_representations: int) -> None:
-        super().__init__()
-        self.alpha = nn.Parameter(torch.zeros(num_representations))
-        with torch.no_grad():
-            self.alpha[-1] = 1
-
-    def forward(self, representations: list[Tensor]) -> Tensor:
-        """Mix n + 1 tensors [B, T, D] to one, the newest first: it weighs most, so the sum rounds least."""
-        mixed = self.alpha[-1] * representations[-1]
-        for alpha, representation in zip(self.alpha[:-1].flip(0), representations[-2::-1], strict=True):
-            mixed = torch.addcmul(mixed, alpha, representation)
-        return mixed
+        output = self.down(self.inner_norm(linear * F.gelu(gate, approximate="tanh")))
+        return hidden_states + self.dropout(output, seed)
 
 
 class Head(nn.Module):
@@ -241,17 +205,12 @@ class Head(nn.Module):
         self.input_norm = layer_norm(config.hidden_size, config)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.output_norm = layer_norm(config.hidden_size, config)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, seed: Tensor | None = None) -> Tensor:
         """[N, D] to [N, D]."""
-        return self.dropout(self.output_norm(F.gelu(self.dense(self.input_norm(hidden_states)))))
-
-
-def layer_norm(size: int, config: ModelConfig) -> nn.LayerNorm:
-    """LayerNorm without scale and bias, as everywhere but in the relative embedding."""
-    return nn.LayerNorm(size, eps=config.layer_norm_eps, elementwise_affine=False)
+        return self.dropout(self.output_norm(F.gelu(self.dense(self.input_norm(hidden_states)))), seed)
 
 
 def position_bucket(distance: Tensor, config: ModelConfig) -> Tensor:
@@ -274,12 +233,6 @@ def attention_mask(document_ids: Tensor, causal: bool) -> Tensor:
     if causal:
         mask = mask.tril()
     return mask.unsqueeze(1)
-
-
-def masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
-    """Softmax over the visible keys; a query that sees none gives zeros."""
-    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    return scores.softmax(dim=-1).masked_fill(~mask, 0.0)
 
 
 def select_labelled(hidden_states: Tensor, labels: Tensor, capacity: int | None) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,81 @@
+"""Depth-weighted averaging of representations: x_n = Σ_{m≤n} α_{n,m}·y_m, one matrix–vector product at each depth.
+
+All y_m of a forward stand in one piece of memory, so that x_n is α_n · Y, and its backward two more such products. Each
+reads what it needs once. Autograd's own way would write the gradient of every y_m anew at each of the depths behind it:
+four times the traffic.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class LayerWeighting(nn.Module):
+    """The weights α_n of one depth: at first y_n alone."""
+
+    def __init__(self, num_representations: int) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.zeros(num_representations))
+        with torch.no_grad():
+            self.alpha[-1] = 1
+
+    def forward(self, newest: Tensor, representations: "Representations") -> Tensor:
+        """y_n [B, T, D], the next of `representations`, to x_n [B, T, D]."""
+        return _Mix.apply(newest, self.alpha, representations)
+
+
+class Representations:
+    """The y_m of one forward, in the order of their depth.
+
+    Args:
+        capacity: number of representations that will be there at the end.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.count = 0
+        self.collected = 0
+
+    def start(self, first: Tensor) -> Tensor:
+        """y_0 [B, T, D] to x_0, the same, whose gradient will be collected from all depths."""
+        self._values = first.new_empty(self.capacity, first.numel())  # y_m; in the backward ∂/∂x_n for the depths done
+        self._alphas = first.new_zeros(self.capacity, self.capacity)
+        return _Mix.apply(first, first.new_ones(1), self)
+
+    def append(self, newest: Tensor, alpha: Tensor) -> Tensor:
+        """Take y_n, and return α_n · Y."""
+        depth, self.count = self.count, self.count + 1
+        if len(alpha) != self.count:
+            raise ValueError(f"representation {depth} has {len(alpha)} weights, expected {self.count}")
+        self._values[depth] = newest.flatten()
+        self._alphas[depth, : self.count] = alpha
+        if depth == 0:
+            return newest.clone()
+        with torch.autocast(newest.device.type, enabled=False):  # which would take the product in two bytes
+            return (self._alphas[depth, : self.count] @ self._values[: self.count]).view_as(newest)
+
+    def collect(self, depth: int, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Take ∂/∂x_n; return those of y_n and α_n. Depths come in descending order, each once."""
+        if depth != self.count - 1 - self.collected:
+            raise RuntimeError("layer weighting: a forward has one backward (retain_graph does not help)")
+        self.collected += 1
+        grad = grad.flatten()
+        grad_alpha = self._values[: depth + 1] @ grad
+        self._values[depth] = grad  # y_n itself is not needed any more
+        deeper = slice(depth, self.count)
+        return self._alphas[deeper, depth] @ self._values[deeper], grad_alpha
+
+
+class _Mix(torch.autograd.Function):
+    """∂/∂x_n to ∂/∂y_n = Σ_{k≥n} α_{k,n}·∂/∂x_k. That all ∂/∂x_k are there follows from x_k being computed from x_n."""
+
+    @staticmethod
+    def forward(ctx: Any, newest: Tensor, alpha: Tensor, representations: Representations) -> Tensor:
+        ctx.depth, ctx.representations = representations.count, representations
+        return representations.append(newest, alpha)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        grad_newest, grad_alpha = ctx.representations.collect(ctx.depth, grad)
+        return grad_newest.view_as(grad), grad_alpha, None
