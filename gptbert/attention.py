@@ -55,16 +55,17 @@ class Attention(nn.Module):
         query, key, value, position_query, position_key = (
             self.heads(x) for x in (query, key, value, position_query, position_key)
         )  # [B, H, T, d] and [H, P, d]
-        probabilities = AttentionProbabilities.apply(
+        context = AttentionContext.apply(
             query @ key.transpose(-2, -1),
             query @ position_key.transpose(-2, -1),  # [B, H, T of i, P]
             key @ position_query.transpose(-2, -1),  # [B, H, T of j, P]
+            value,
             buckets,
             mask,
             probability_seed,
             self.attention_dropout_prob if self.training else 0.0,
-        )
-        context = (probabilities @ value).transpose(1, 2).flatten(2)  # [B, T, D]
+        )  # [B, H, T, d]
+        context = context.transpose(1, 2).flatten(2)  # [B, T, D]
         output = self.output(self.context_norm(context * F.gelu(gate)))
         return hidden_states + self.dropout(output, output_seed)
 
@@ -73,11 +74,12 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
 
 
-class AttentionProbabilities(torch.autograd.Function):
-    """Softmax of content and position scores over the visible keys, and dropout; a query that sees none gives zeros.
+class AttentionContext(torch.autograd.Function):
+    """Mean of the values under a softmax of content and position scores, with dropout of the probabilities.
 
-    The position terms come once per distinct position vector, and are gathered. Their gradients are sums over the
-    positions of a bucket, see `bucket_sums`. Of all [B, H, T, T] only the probabilities are kept for the backward.
+    A query that sees no key gives zeros. The position scores come once per distinct position vector, and are gathered;
+    their gradients are sums over the positions of a bucket, see `bucket_sums`. Of all that has [B, H, T, T] entries
+    only the probabilities are kept for the backward, which draws the dropout's mask again.
     """
 
     @staticmethod
@@ -86,39 +88,43 @@ class AttentionProbabilities(torch.autograd.Function):
         scores: Tensor,
         by_query: Tensor,
         by_key: Tensor,
+        value: Tensor,
         buckets: Tensor,
         mask: Tensor,
         seed: Tensor | None,
         dropout_prob: float,
     ) -> Tensor:
-        """[B, H, T, T] of the type of `scores`.
+        """[B, H, T, d].
 
         Args:
             ctx: of autograd.
             scores: [B, H, T, T], of query i and key j.
             by_query: [B, H, T, P], of query i and each position vector.
             by_key: [B, H, T, P], of key j and each position vector.
-            buckets: [T, T], β(i, j).
+            value: [B, H, T, d].
+            buckets: [T, T] int64, β(i, j), a function of i − j.
             mask: [B, 1, T, T] bool, True where query i may see key j.
             seed: of dropout, or None.
             dropout_prob: of a zero.
         """
+        wide = torch.promote_types(scores.dtype, torch.float32)
         of_query = by_query.gather(-1, buckets.expand_as(scores))
         of_key = by_key.gather(-1, buckets.T.expand_as(scores)).transpose(-2, -1)
-        wide = torch.promote_types(scores.dtype, torch.float32)
         total = scores.to(wide) + of_query.to(wide) + of_key.to(wide)
         total = total.masked_fill(~mask, torch.finfo(wide).min)
         probabilities = total.softmax(dim=-1).masked_fill(~mask, 0.0).to(scores.dtype)
-        ctx.save_for_backward(probabilities, buckets, seed)
+        ctx.save_for_backward(probabilities, value, buckets, seed)
         ctx.dropout_prob, ctx.num_buckets = dropout_prob, by_query.shape[-1]
-        return dropout(probabilities, seed, dropout_prob)
+        return dropout(probabilities, seed, dropout_prob) @ value
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of the three scores."""
-        probabilities, buckets, seed = ctx.saved_tensors
+        """Gradients of the three scores and of the values."""
+        probabilities, value, buckets, seed = ctx.saved_tensors
+        grad_value = dropout(probabilities, seed, ctx.dropout_prob).transpose(-2, -1) @ grad
         wide = torch.promote_types(grad.dtype, torch.float32)
-        weighted = dropout(grad.to(wide), seed, ctx.dropout_prob) * probabilities.to(wide)
+        grad_probabilities = dropout((grad @ value.transpose(-2, -1)).to(wide), seed, ctx.dropout_prob)
+        weighted = grad_probabilities * probabilities.to(wide)
         grad_scores = (weighted - probabilities.to(wide) * weighted.sum(dim=-1, keepdim=True)).to(grad.dtype)
         by_query, by_key = bucket_sums(grad_scores, buckets, ctx.num_buckets)
-        return grad_scores, by_query, by_key, None, None, None, None
+        return grad_scores, by_query, by_key, grad_value, None, None, None, None

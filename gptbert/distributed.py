@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gptbert.config import TrainConfig
 from gptbert.errors import InputError
+from gptbert.memory import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ def connect(config: TrainConfig) -> Iterator[World]:
     if device.type == "cpu":
         # torchrun asks for one thread a process, whatever the machine has
         torch.set_num_threads(config.cpu_threads or max(1, _usable_cores() // _environment("LOCAL_WORLD_SIZE", 1)))
+        keep_freed_memory()
     else:
         torch.cuda.set_device(device)
     if world_size == 1:

@@ -50,10 +50,11 @@ def dropout(x: Tensor, seed: Tensor | None, probability: float) -> Tensor:
 
 
 def random_words(shape: torch.Size, seed: Tensor) -> Tensor:
-    """32 random bits, as int32, for each place: MurmurHash3's finalizer on the index, the seed in two of its steps."""
+    """32 random bits, as int32, for each place: MurmurHash3's finalizer, with a round for the seed's second word."""
     words = torch.arange(shape.numel(), dtype=torch.int32, device=seed.device).view(shape)
     words = words * _signed(0x9E3779B1) + seed[0]
-    words = (words ^ _shifted(words, 16)) * _signed(0x85EBCA6B) ^ seed[1]
+    words = (words ^ _shifted(words, 15)) * _signed(0x2C1B3C6D) ^ seed[1]
+    words = (words ^ _shifted(words, 16)) * _signed(0x85EBCA6B)
     words = (words ^ _shifted(words, 13)) * _signed(0xC2B2AE35)
     return words ^ _shifted(words, 16)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gptbert.attention import SEEDS as ATTENTION_SEEDS
 from gptbert.attention import Attention
+from gptbert.compilation import any_number_of_rows
 from gptbert.config import ModelConfig
 from gptbert.dropout import Dropout, random_seeds
 from gptbert.layer_weighting import LayerWeighting, Representations
@@ -71,7 +72,7 @@ class GPTBert(nn.Module):
         return self._encode(input_ids, document_ids, causal, self._dropout_seeds(input_ids.device))
 
     def _encode(self, input_ids: Tensor, document_ids: Tensor, causal: bool, seeds: "DropoutSeeds") -> Tensor:
-        mask = attention_mask(document_ids, causal)
+        mask = any_number_of_rows(attention_mask(document_ids, causal))
         buckets = self.position_buckets(input_ids.shape[1])
         hidden_states, relative = self.embedding(input_ids, seeds.embedding)
         representations = Representations(2 * len(self.blocks) + 1)
@@ -173,8 +174,8 @@ class Block(nn.Module):
     ) -> Tensor:
         """x_{2l} [B, T, D] to x_{2l+2}; appends y_{2l+1} and y_{2l+2} to `representations`."""
         attention_seeds, feed_forward_seed = (None, None) if seeds is None else (seeds[:-1], seeds[-1])
-        newest = self.attention(hidden_states, relative, buckets, mask, attention_seeds)
-        hidden_states = self.attention_mix(newest, representations)
+        newest = self.attention(any_number_of_rows(hidden_states), relative, buckets, mask, attention_seeds)
+        hidden_states = any_number_of_rows(self.attention_mix(newest, representations))
         newest = self.feed_forward(hidden_states, feed_forward_seed)
         return self.feed_forward_mix(newest, representations)
 
@@ -193,7 +194,7 @@ class FeedForward(nn.Module):
     def forward(self, hidden_states: Tensor, seed: Tensor | None) -> Tensor:
         """X [B, T, D] to x + feed_forward(x)."""
         linear, gate = self.up(self.input_norm(hidden_states)).chunk(2, dim=-1)
-        output = self.down(self.inner_norm(linear * F.gelu(gate, approximate="tanh")))
+        output = self.down(self.inner_norm(linear * gelu_tanh(gate)))
         return hidden_states + self.dropout(output, seed)
 
 
@@ -211,6 +212,15 @@ class Head(nn.Module):
     def forward(self, hidden_states: Tensor, seed: Tensor | None = None) -> Tensor:
         """[N, D] to [N, D]."""
         return self.dropout(self.output_norm(F.gelu(self.dense(self.input_norm(hidden_states)))), seed)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """F.gelu(x, approximate="tanh") by (1 + tanh z)/2 = sigmoid(2z): half the time in compiled code for CPUs.
+
+    Computed in fp32 or wider and returned so, as autocast would.
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
 
 
 def position_bucket(distance: Tensor, config: ModelConfig) -> Tensor:

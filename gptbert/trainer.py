@@ -9,10 +9,12 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 from torch.nn.parallel import DistributedDataParallel
 
 from gptbert import checkpoint, schedules
 from gptbert.checkpoint import Checkpoint
+from gptbert.compilation import compile_blocks
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.data import Prefetcher, RowStream
 from gptbert.distributed import World, connect
@@ -136,6 +138,9 @@ class Trainer:
         torch.manual_seed(config.seed)  # the same weights on every rank
         self.model = GPTBert(inputs.model_config).to(world.device)
         self.ema = WeightAverage(self.model, config.ema_decay)
+        if config.compile:
+            for model in (self.model, self.ema.model):
+                compile_blocks(model.blocks)
         self.optimizer = build_optimizer(config, self.model)
         self.parallel_model = world.wrap(self.model)
         self.sums = LossSums(world.device)
@@ -146,7 +151,7 @@ class Trainer:
             for index, objective in enumerate(Objective)
         }
         self.step = 0
-        self._settle_buckets()
+        self._warm_up()
         torch.manual_seed((config.seed << 20) + world.rank)  # different dropout on every rank
 
     def run(self) -> None:
@@ -398,12 +403,23 @@ class Trainer:
     def _precision(self) -> AbstractContextManager:
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.config.mixed_precision)
 
-    def _settle_buckets(self) -> None:
-        """Let DDP arrange its buckets before the first step.
+    def _warm_up(self) -> None:
+        """Compile the model, and let DDP arrange its buckets, before the first step.
 
-        It does so after the first backward, which moves bucket borders and with them the order of additions among more
+        DDP does so after the first backward, which moves bucket borders and with them the order of additions among more
         than two ranks. A resumed run must not take its first step with other borders than the run that went on.
+
+        Raises:
+            InputError: the model cannot be compiled here.
         """
-        if self.world.world_size > 1:
+        if not self.config.compile and self.world.world_size == 1:
+            return
+        try:
             self._forward(self._empty_batch()).total.backward()
-            self.optimizer.zero_grad()
+        except TorchDynamoException as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise InputError(
+                f"--compile: the model cannot be compiled here ({reason}); on CPUs that takes a C++ compiler; "
+                "--no_compile trains without"
+            ) from error
+        self.optimizer.zero_grad()

@@ -1,0 +1,33 @@
+"""torch.compile of a model's blocks: what is compiled, how, and what a compiler must be told."""
+
+import torch
+import torch._functorch.config
+from torch import Tensor, nn
+from torch._dynamo.decorators import mark_unbacked
+
+# of what a forward keeps for the backward, the share that may stay; the rest is what is cheap to compute again
+_ACTIVATION_MEMORY = 0.8
+
+
+def compile_blocks(blocks: nn.ModuleList) -> None:
+    """Compile the attention and the feed-forward of each block, in place; parameters keep their names.
+
+    All blocks share two graphs, since compiled code takes parameters as arguments. What stands between them, the layer
+    weighting, is one library call; the head and the loss see another number of labels at each step. Compilation happens
+    at the first forward and backward, once more for each row length, and once more for evaluation; never for another
+    number of rows (see `any_number_of_rows`) or the other objective. Inductor keeps what it made on the disk, so that
+    the next run starts in seconds (the environment's TORCHINDUCTOR_CACHE_DIR names the folder).
+    """
+    # the masks of dropout are drawn again in the backward: to write and read them takes ten times as long on a CPU
+    torch._functorch.config.ban_recompute_long_fusible_chains = False
+    torch._functorch.config.activation_memory_budget = _ACTIVATION_MEMORY
+    for block in blocks:
+        block.attention.compile(fullgraph=True)
+        block.feed_forward.compile(fullgraph=True)
+
+
+def any_number_of_rows(tensor: Tensor) -> Tensor:
+    """Tell torch.compile that the first dimension is another one at the next call, and may be 1; returns the tensor."""
+    if not torch.compiler.is_compiling():
+        mark_unbacked(tensor, 0)
+    return tensor

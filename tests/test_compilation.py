@@ -1,0 +1,126 @@
+"""Compiled blocks: what eager computes, and no compilation after the first steps of a run."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from gptbert.command_line import parse
+from gptbert.compilation import compile_blocks
+from gptbert.config import TrainConfig
+from gptbert.distributed import World
+from gptbert.errors import InputError
+from gptbert.inputs import Inputs
+from gptbert.model import IGNORE_INDEX, GPTBert
+from gptbert.objectives import HybridPlan
+from gptbert.schedules import batch_size, length_factor
+from gptbert.trainer import Trainer
+from tests.conftest import TINY
+from tests.numerics import assert_accurate
+from tests.runs import flags, write_inputs
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+def make_model(**changes):
+    torch.manual_seed(5)
+    settings = {**vars(TINY), "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, **changes}
+    model = GPTBert(type(TINY)(**settings))
+    for param in model.parameters():
+        param.data += 0.05 * torch.randn_like(param)
+    return model
+
+
+def make_batch(rows, length):
+    generator = torch.Generator().manual_seed(rows)
+    ids = torch.randint(16, 64, (rows, length), generator=generator)
+    documents = (torch.arange(length) >= length // 2).long().expand(rows, -1)
+    labels = torch.where(torch.rand(rows, length, generator=generator) < 0.3, ids, IGNORE_INDEX)
+    return ids, documents, labels
+
+
+def run(model, rows, *, causal, dtype=None, length=16):
+    """Loss and gradients; the same seeds of dropout each time."""
+    model.zero_grad()
+    torch.manual_seed(9)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        result = model(*make_batch(rows, length), causal)
+    result.total.backward()
+    return [result.loss.detach(), *(param.grad for param in model.parameters())]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_is_eager_forward_and_gradients_with_dropout(dtype):
+    """In bf16 by the numerics rule: both round, at different places."""
+    model = make_model()
+    exact = run(make_model().double(), 3, causal=False)
+    eager = run(model, 3, causal=False, dtype=dtype)
+    compile_blocks(model.blocks)
+    compiled = run(model, 3, causal=False, dtype=dtype)
+    assert counters["stats"]["unique_graphs"] == 2
+    names = ["loss", *(name for name, _ in model.named_parameters())]
+    for name, *tensors in zip(names, compiled, exact, eager, strict=True):
+        if dtype == torch.float32:
+            assert_accurate(*tensors, name=name)
+        else:
+            actual, expected, plain = tensors
+            bound = 3 * (plain - expected).abs().max() + 0.02 * expected.abs().max()
+            assert (actual - expected).abs().max() < bound, name
+
+
+def test_names_of_parameters_stay():
+    model = make_model()
+    names = list(model.state_dict())
+    compile_blocks(model.blocks)
+    assert list(model.state_dict()) == names
+
+
+def test_rows_and_objectives_do_not_recompile():
+    model = make_model()
+    compile_blocks(model.blocks)
+    run(model, 3, causal=False)
+    graphs = counters["stats"]["unique_graphs"]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows, causal in ((5, True), (2, False), (1, True), (1, False), (8, True)):
+            compiled = run(model, rows, causal=causal)
+            assert compiled[0].isfinite()
+    assert counters["stats"]["unique_graphs"] == graphs == 2
+    assert not counters["graph_break"]
+
+
+def test_a_whole_run_compiles_its_shapes_once(tmp_path):
+    """Rows, mask shares and row lengths move, both objectives alternate, and validations come in between."""
+    inputs = write_inputs(tmp_path)
+    settings = {"no_compile": False, "mixed_precision": True, "seq_length_growth": True, "seq_length": 8}
+    config = parse(TrainConfig, flags(inputs, **settings, max_steps=40, hybrid_denominator=2, hybrid_mode="batch"))
+    assert config.compile
+    trainer = Trainer(config, Inputs.open(config), HybridPlan(config, 1), World(0, 1, CPU))
+    graphs, shapes = [], []
+    for step in range(config.max_steps):
+        trainer.train_step(trainer.load_rows(step))
+        trainer.step += 1
+        if step in {0, 30, 37}:
+            trainer.validation_record()
+        graphs.append(counters["stats"]["unique_graphs"])
+        shapes.append((batch_size(config, step), length_factor(config, step)))
+    assert len({rows for rows, _ in shapes}) > 4
+    assert {factor for _, factor in shapes} == {1, 2, 4}
+    new = [step for step in range(1, len(graphs)) if graphs[step] > graphs[step - 1]]
+    assert [shapes[step][1] for step in new] == [2, 4], "only a new length is compiled"
+    assert not counters["graph_break"]
+
+
+def test_without_a_compiler_there_is_one_line(tmp_path, monkeypatch):
+    inputs = write_inputs(tmp_path)
+    config = parse(TrainConfig, flags(inputs, no_compile=False))
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/nowhere/g++",))
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    with pytest.raises(InputError, match=r"^--compile: .*--no_compile trains without$"):
+        Trainer(config, Inputs.open(config), HybridPlan(config, 1), World(0, 1, CPU))

@@ -1,0 +1,70 @@
+"""Dropout by counting: rates, independence of places and seeds, and the same mask forward, backward and compiled."""
+
+import pytest
+import torch
+
+from gptbert.dropout import Dropout, dropout, random_seeds, random_words
+
+
+@pytest.fixture
+def seeds():
+    torch.manual_seed(3)
+    return random_seeds(6, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
+def test_rate_and_scale(seeds, probability):
+    dropped = dropout(torch.ones(1000, 1000), seeds[0], probability)
+    kept = dropped != 0
+    sigma = (probability * (1 - probability) / kept.numel()) ** 0.5
+    assert abs(kept.double().mean().item() - (1 - probability)) < 5 * sigma
+    torch.testing.assert_close(dropped[kept], torch.full_like(dropped[kept], 1 / (1 - probability)))
+
+
+def test_places_and_seeds_are_independent(seeds):
+    masks = torch.stack([dropout(torch.ones(2**20), seed, 0.3) == 0 for seed in seeds]).double() - 0.3
+    bound = 5 * 0.3 * 0.7 / 2**10  # five sigma of the mean of a product
+    for one in range(len(masks)):
+        for distance in (1, 2, 64, 128, 384, 2**14):
+            assert abs((masks[one, :-distance] * masks[one, distance:]).mean().item()) < bound
+        for other in range(one):
+            assert abs((masks[one] * masks[other]).mean().item()) < bound
+
+
+def test_every_bit_is_fair_and_words_do_not_repeat(seeds):
+    words = random_words(torch.Size([2**20]), seeds[0])
+    for bit in range(32):
+        assert abs(((words >> bit) & 1).double().mean().item() - 0.5) < 5 * 0.5 / 2**10
+    assert len(words.unique()) == len(words)  # a permutation of the indices
+
+
+def test_neighbouring_seeds_share_nothing():
+    seeds = torch.tensor([[5, 7], [6, 7], [5, 8]], dtype=torch.int32)
+    masks = torch.stack([dropout(torch.ones(2**18), seed, 0.5) == 0 for seed in seeds])
+    for other in (1, 2):
+        assert abs((masks[0] == masks[other]).double().mean().item() - 0.5) < 5 * 0.5 / 2**9
+
+
+def test_the_gradient_has_the_mask_of_the_forward(seeds):
+    x = torch.ones(50, 40, requires_grad=True)
+    dropped = dropout(x, seeds[0], 0.4)
+    dropped.sum().backward()
+    assert torch.equal(x.grad, dropped.detach())
+    assert 0 < (x.grad == 0).sum() < x.numel()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_drops_the_same_entries(seeds, dtype):
+    x = torch.randn(37, 53).to(dtype)
+    torch.compiler.reset()
+    compiled = torch.compile(dropout, fullgraph=True)(x, seeds[1], 0.2)
+    assert torch.equal(compiled, dropout(x, seeds[1], 0.2))
+
+
+def test_eval_mode_no_seed_and_no_probability_leave_everything():
+    x, seed = torch.randn(5), torch.tensor([1, 2], dtype=torch.int32)
+    module = Dropout(0.5)
+    assert not torch.equal(module(x, seed), x)
+    assert module(x, None) is x
+    assert Dropout(0.0)(x, seed) is x
+    assert module.eval()(x, seed) is x
