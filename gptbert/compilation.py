@@ -14,16 +14,17 @@ def compile_blocks(blocks: nn.ModuleList) -> None:
 
     All blocks share two graphs, since compiled code takes parameters as arguments. What stands between them, the layer
     weighting, is one library call; the head and the loss see another number of labels at each step. Compilation happens
-    at the first forward and backward, once more for each row length, and once more for evaluation; never for another
-    number of rows (see `any_number_of_rows`) or the other objective. Inductor keeps what it made on the disk, so that
-    the next run starts in seconds (the environment's TORCHINDUCTOR_CACHE_DIR names the folder).
+    at the first forward and backward of each row length, and at the first forward in evaluation; never for another
+    number of rows (see `any_number_of_rows`) or the other objective. Code for any row length was a tenth slower.
+    Inductor keeps what it made on the disk, so that the next run starts in seconds (the environment's
+    TORCHINDUCTOR_CACHE_DIR names the folder).
     """
     # the masks of dropout are drawn again in the backward: to write and read them takes ten times as long on a CPU
     torch._functorch.config.ban_recompute_long_fusible_chains = False
     torch._functorch.config.activation_memory_budget = _ACTIVATION_MEMORY
     for block in blocks:
-        block.attention.compile(fullgraph=True)
-        block.feed_forward.compile(fullgraph=True)
+        block.attention.compile(fullgraph=True, dynamic=False)
+        block.feed_forward.compile(fullgraph=True, dynamic=False)
 
 
 def any_number_of_rows(tensor: Tensor) -> Tensor:

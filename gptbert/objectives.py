@@ -112,6 +112,10 @@ class Share:
 class HybridPlan:
     """Which rows a step has, and which of them belong to which rank; functions of the step alone (spec.md §3, §5).
 
+    Attributes:
+        mode: "rank" or "batch".
+        length_factors: all that occur in the run.
+
     Raises:
         InputError: rank mode with a world size that the denominator does not divide, or a step too small for both
             objectives.
@@ -123,6 +127,7 @@ class HybridPlan:
         self.mode = self._choose_mode()
         rows = np.array([self._rows(step) for step in range(config.max_steps)], dtype=np.int64)  # [steps, 2]
         factors = np.array([length_factor(config, step) for step in range(config.max_steps)], dtype=np.int64)
+        self.length_factors = {int(factor) for factor in np.unique(factors)}
         self._row_counts = dict(zip(Objective, rows.T, strict=True))
         slots = np.concatenate([np.zeros((1, 2), np.int64), np.cumsum(rows * factors[:, None], axis=0)])
         self._first_slots = dict(zip(Objective, slots.T, strict=True))

@@ -211,7 +211,7 @@ class Trainer:
         batches = self._batches(rows)
         scales = self._loss_scales(batches)
         micro_batches = [micro for batch in batches for micro in batch.split(self._micro_batch_rows())]
-        micro_batches = micro_batches or [self._empty_batch()]
+        micro_batches = micro_batches or [self._empty_batch(schedules.length_factor(self.config, self.step))]
         for index, batch in enumerate(micro_batches):
             is_last = index == len(micro_batches) - 1
             with self._synchronised(is_last):
@@ -355,6 +355,15 @@ class Trainer:
             for objective, total in zip(Objective, totals, strict=True)
         }
 
+    @torch.no_grad()
+    def _warm_up_evaluation(self) -> None:
+        """Once for the weights and once for their average, which want no gradients and so have code of their own."""
+        batch = self._empty_batch()
+        for model in (self.model.eval(), self.ema.model):
+            with self._precision():
+                model.encode(batch.input_ids, batch.document_ids, batch.objective.causal)
+        self.model.train()
+
     def _forward(self, batch: Batch) -> MaskedCrossEntropy:
         with self._precision():
             return self.parallel_model(
@@ -384,9 +393,9 @@ class Trainer:
     def _micro_batch_rows(self) -> int:
         return max(1, self.config.local_batch_size // schedules.length_factor(self.config, self.step))
 
-    def _empty_batch(self) -> Batch:
+    def _empty_batch(self, length_factor: int = 1) -> Batch:
         """A row of padding: a rank without rows must still take part in the reduction."""
-        shape, device = (1, self.config.seq_length), self.world.device
+        shape, device = (1, length_factor * self.config.seq_length), self.world.device
         return Batch(
             Objective.MLM,
             input_ids=torch.full(shape, PAD_ID, device=device),
@@ -404,7 +413,7 @@ class Trainer:
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.config.mixed_precision)
 
     def _warm_up(self) -> None:
-        """Compile the model, and let DDP arrange its buckets, before the first step.
+        """Compile the model for all that the run will need, and let DDP arrange its buckets, before the first step.
 
         DDP does so after the first backward, which moves bucket borders and with them the order of additions among more
         than two ranks. A resumed run must not take its first step with other borders than the run that went on.
@@ -415,7 +424,10 @@ class Trainer:
         if not self.config.compile and self.world.world_size == 1:
             return
         try:
-            self._forward(self._empty_batch()).total.backward()
+            for factor in sorted(self.plan.length_factors if self.config.compile else {1}):
+                self._forward(self._empty_batch(factor)).total.backward()
+            if self.config.compile:
+                self._warm_up_evaluation()
         except TorchDynamoException as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise InputError(
