@@ -1,16 +1,18 @@
 """Benchmarks of operations refuse to report wrong numbers, compare with the reference in turns, and keep their file."""
 
 import csv
+import json
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import bench_lamb, bench_masked_cross_entropy, bench_span_mask, machine, peers
+from benchmarks import bench_lamb, bench_masked_cross_entropy, bench_span_mask, bench_train_step, machine, peers
 from benchmarks.measurement import COLUMNS, Measurement, Results
 from kernels.lamb import reference as lamb_reference
 from kernels.numerics import Comparison
+from tests.runs import MODEL
 
 RIGHT, WRONG = Comparison("loss", 1.0, 1.0), Comparison("gradient", 2.0, 1.0)
 MCE = bench_masked_cross_entropy
@@ -187,3 +189,21 @@ def test_masks_are_compared_to_the_bit():
     for impl in ("reference_eager", "torch"):
         assert passes(bench_span_mask.proof(bench_span_mask.IMPLEMENTATIONS[impl], tokens, row_ids))
     assert not passes(bench_span_mask.proof(lambda tokens, row_ids: (tokens, tokens), tokens, row_ids))
+
+
+def test_a_training_step_is_measured_in_parts_that_add_up(tmp_path):
+    case = bench_train_step.Case("MLM", 32, 4)
+    config = bench_train_step.StepBenchConfig(config_file=write_model(tmp_path), steps=3, compile=False, cpu_threads=1)
+    result = bench_train_step.measure(case, config)
+    assert set(result.parts) == set(bench_train_step.PARTS)
+    assert sum(result.parts.values()) == pytest.approx(result.milliseconds)
+    assert all(milliseconds > 0 for milliseconds in result.parts.values())
+    assert result.tokens_per_second == pytest.approx(4 * 32 / result.milliseconds * 1e3)
+    assert 0 < result.mfu < 1
+    assert result.peak_gb > 0.1
+
+
+def write_model(folder):
+    path = folder / "model.json"
+    path.write_text(json.dumps(MODEL))
+    return path

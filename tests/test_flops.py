@@ -1,0 +1,31 @@
+"""FLOPs by the formula against those that PyTorch counts."""
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from gptbert.flops import forward_flops, product_rate, training_flops
+from gptbert.model import GPTBert
+from tests.conftest import TINY
+
+ROWS, LENGTH = 3, 24
+
+
+def test_the_formula_is_what_the_encoder_does():
+    model = GPTBert(TINY)
+    with FlopCounterMode(display=False) as counter:
+        model.encode(
+            torch.zeros(ROWS, LENGTH, dtype=torch.long), torch.zeros(ROWS, LENGTH, dtype=torch.long), causal=True
+        )
+    positions = 2 * TINY.position_bucket_size - 1
+    vectors = 2 * TINY.num_hidden_layers * positions * TINY.hidden_size * 2 * TINY.hidden_size  # once for all tokens
+    assert counter.get_total_flops() == ROWS * LENGTH * forward_flops(TINY, LENGTH, 0) + vectors
+
+
+def test_the_head_counts_for_labelled_tokens_only():
+    difference = forward_flops(TINY, LENGTH, 0.25) - forward_flops(TINY, LENGTH, 0)
+    assert difference == 0.25 * (2 * TINY.hidden_size**2 + 2 * TINY.hidden_size * TINY.vocab_size)
+    assert training_flops(TINY, LENGTH, 0.25) == 3 * forward_flops(TINY, LENGTH, 0.25)
+
+
+def test_the_rate_of_products_is_one():
+    assert 1e8 < product_rate(torch.device("cpu"), torch.float32) < 1e14
