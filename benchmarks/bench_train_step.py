@@ -27,6 +27,7 @@ from gptbert.config import ModelConfig, TrainConfig
 from gptbert.distributed import connect
 from gptbert.flops import product_rate, training_flops
 from gptbert.inputs import Inputs
+from gptbert.memory import peak_memory
 from gptbert.model import IGNORE_INDEX
 from gptbert.objectives import HybridPlan
 from gptbert.token_store import TokenStore
@@ -166,7 +167,7 @@ def measure(case: Case, config: StepBenchConfig) -> Result:
                 if step == 0:
                     start_seconds = time.perf_counter() - start
         labelled = statistics.mean(labelled_share(trainer, step) for step in range(train_config.max_steps))
-        peak, rate = peak_bytes(), product_rate(world.device, torch.bfloat16)
+        peak, rate = peak_memory(world.device), product_rate(world.device, torch.bfloat16)
     seconds, parts = sorted(steps[WARM_UPS:], key=lambda timed: timed[0])[config.steps // 2]
     parts["rest"] = seconds - sum(parts.values())
     tokens = case.rows * case.seq_length
@@ -194,14 +195,6 @@ def random_store(vocab_size: int) -> TokenStore:
     lengths = generator.integers(1, 600, size=TOKENS // 300)
     tokens = generator.integers(16, vocab_size, size=lengths.sum()).astype(np.uint16)
     return TokenStore([tokens], np.cumsum(lengths) - lengths, lengths, vocab_size, None)
-
-
-def peak_bytes() -> int:
-    """Most memory so far: of the GPU, or of this process."""
-    if machine.device().type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
 
 
 def main() -> None:

@@ -33,10 +33,16 @@ def training_flops(config: ModelConfig, length: int, labelled_share: float) -> f
     return 3 * forward_flops(config, length, labelled_share)
 
 
-def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """The best rate of torch.mm that the device shows, in FLOPs a second; takes a second or so."""
+def product_rate(device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...] = ()) -> float:
+    """The best rate of torch.mm that the device shows, in FLOPs a second.
+
+    Args:
+        device: where.
+        dtype: of the matrices.
+        sizes: of square matrices; by default those that show most, which takes a second or two.
+    """
     best = 0.0
-    for size in _SIZES[device.type]:
+    for size in sizes or _SIZES[device.type]:
         left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         for _ in range(_REPEATS):
             _synchronize(device)

@@ -1,7 +1,11 @@
-"""The C library's memory on CPUs: what a step frees, the next one takes again."""
+"""Memory of the process: how much it took at most, and that on CPUs a step takes again what the last one freed."""
 
 import ctypes
 import platform
+import resource
+import sys
+
+import torch
 
 # parameters of glibc's mallopt
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
@@ -23,3 +27,11 @@ def keep_freed_memory() -> bool:
     mallopt = ctypes.CDLL(None).mallopt
     settings = {_MMAP_MAX: 0, _TRIM_THRESHOLD: _LARGEST, _TOP_PAD: _PAD}
     return all(mallopt(name, value) == 1 for name, value in settings.items())
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes so far: that tensors took on the GPU, or that this process took of the host's memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -55,22 +55,35 @@ class LossSums:
 
 
 class Throughput:
-    """Tokens per second of training alone.
+    """Tokens per second of training alone, and how much of that time was waiting for rows.
 
-    Args:
-        tokens: seen so far.
+    Attributes:
+        tokens: seen at the last call of `since_last`, or at first.
     """
 
     def __init__(self, tokens: int) -> None:
-        self._tokens = tokens
+        self.tokens = tokens
         self._since = time.perf_counter()
+        self._waited = 0.0
 
-    def rate(self, tokens: int) -> float:
-        """Tokens per second since the last call; `tokens` have been seen by now."""
+    def since_last(self, tokens: int) -> tuple[float, float]:
+        """Tokens per second, and the share of the time spent in `waiting`, since the last call.
+
+        Args:
+            tokens: seen by now.
+        """
         now = time.perf_counter()
-        rate = (tokens - self._tokens) / (now - self._since)
-        self._tokens, self._since = tokens, now
-        return rate
+        seconds = now - self._since
+        rate, share = (tokens - self.tokens) / seconds, self._waited / seconds
+        self.tokens, self._since, self._waited = tokens, now, 0.0
+        return rate, share
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """A block that waits for rows."""
+        began = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - began
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -20,8 +20,10 @@ from gptbert.data import Prefetcher, RowStream
 from gptbert.distributed import World, connect
 from gptbert.errors import InputError
 from gptbert.evaluate import Validation
+from gptbert.flops import product_rate, training_flops
 from gptbert.inputs import Inputs
 from gptbert.mask_history import MaskHistory
+from gptbert.memory import peak_memory
 from gptbert.metrics import LossSums, Throughput, Trackers, perplexity
 from gptbert.model import IGNORE_INDEX, GPTBert
 from gptbert.objectives import Batch, HybridPlan, Masking, Objective, Share, causal_batch, masked_batch
@@ -151,6 +153,8 @@ class Trainer:
             for index, objective in enumerate(Objective)
         }
         self.step = 0
+        dtype = torch.bfloat16 if config.mixed_precision else torch.float32
+        self.product_rate = product_rate(world.device, dtype, sizes=(1024,))
         self._warm_up()
         torch.manual_seed((config.seed << 20) + world.rank)  # different dropout on every rank
 
@@ -165,7 +169,9 @@ class Trainer:
             bar = stack.enter_context(progress_bar(config, self.world, self.step))
             throughput = Throughput(self.plan.tokens_before(self.step))
             while self.step < config.max_steps:
-                gradient_norm = self.train_step(rows.get(self.step))
+                with throughput.waiting():
+                    step_rows = rows.get(self.step)
+                gradient_norm = self.train_step(step_rows)
                 self.step += 1
                 last = self.step == config.max_steps
                 if last or self.step % config.log_every == 0:
@@ -251,14 +257,36 @@ class Trainer:
                 f"training diverged by step {self.step}: loss {record['train/loss']}, gradient norm {norm}; go on from "
                 "an earlier checkpoint (--resume PATH, another --name) with a lower --learning_rate"
             )
-        return record | {
-            "train/gradient_norm": norm,
-            "train/learning_rate": schedules.learning_rate(self.config, step),
-            "train/batch_size": schedules.batch_size(self.config, step),
-            "train/sequence_length": self.config.seq_length * schedules.length_factor(self.config, step),
-            "train/mask_p": schedules.mask_probability(self.config, step),
-            "train/tokens": tokens,
-            "train/tokens_per_second": throughput.rate(tokens),
+        return (
+            record
+            | {
+                "train/gradient_norm": norm,
+                "train/learning_rate": schedules.learning_rate(self.config, step),
+                "train/batch_size": schedules.batch_size(self.config, step),
+                "train/sequence_length": self.config.seq_length * schedules.length_factor(self.config, step),
+                "train/mask_p": schedules.mask_probability(self.config, step),
+                "train/tokens": tokens,
+            }
+            | self._speed(tokens, sum(values["count"] for values in means.values()), throughput)
+        )
+
+    def _speed(self, tokens: int, labels: float, throughput: Throughput) -> dict[str, float]:
+        """What the run makes of its machines, since the last record.
+
+        Args:
+            tokens: seen by now.
+            labels: since the last record.
+            throughput: of the run.
+        """
+        before = throughput.tokens
+        rate, waiting_share = throughput.since_last(tokens)
+        length = self.config.seq_length * schedules.length_factor(self.config, self.step - 1)
+        flops = training_flops(self.inputs.model_config, length, labels / max(1, tokens - before))
+        return {
+            "train/tokens_per_second": rate,
+            "train/mfu": rate * flops / (self.world.world_size * self.product_rate),
+            "train/waiting_share": waiting_share,
+            "train/peak_memory_gb": peak_memory(self.world.device) / 1e9,
         }
 
     def validation_record(self) -> dict[str, float]:

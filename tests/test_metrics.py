@@ -141,7 +141,7 @@ def test_only_the_main_rank_writes(make_config, tmp_path, rank):
         assert read_records(config.run_dir / "metrics.jsonl") == [{"step": 1, "loss": 2.0}]
 
 
-def test_throughput_leaves_pauses_out(monkeypatch):
+def test_throughput_leaves_pauses_out_and_knows_what_was_waiting(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     throughput = Throughput(1000)
@@ -149,6 +149,8 @@ def test_throughput_leaves_pauses_out(monkeypatch):
     with throughput.paused():
         now[0] += 50
     now[0] += 3
-    assert throughput.rate(2000) == 200
+    with throughput.waiting():
+        now[0] += 5
+    assert throughput.since_last(2000) == (100, 0.5)
     now[0] += 1
-    assert throughput.rate(2007) == 7
+    assert throughput.since_last(2007) == (7, 0)
