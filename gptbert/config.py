@@ -172,8 +172,8 @@ class TrainConfig:
     mixed_precision: bool = False
     """Compute in bf16 (autocast); weights, gradients and optimizer state stay fp32."""
     compile: bool = True
-    """Compile the model's blocks with torch.compile: up to a minute at the first start, seconds at later ones; then
-    faster steps. Worth it for all but the smallest models."""
+    """Compile the model's blocks with torch.compile, unless the whole run is too small to gain by it: up to a minute at
+    the first start, seconds at later ones; then faster steps."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: a GPU where there is one."""
     kernels: Literal["auto", "torch", "triton"] = "auto"

@@ -36,6 +36,9 @@ from kernels.check import first_failure, run_checks
 from kernels.padding import padded_length
 from kernels.span_mask import DEFAULT_MAX_SPAN_LENGTH
 
+# needed by one process in the whole run: an hour or so of a laptop's core, and minutes of a GPU
+COMPILE_FROM_FLOPS = {"cpu": 1e15, "cuda": 1e17}
+
 
 def fit(config: TrainConfig) -> None:
     """Train as `config` says, from the start or from a checkpoint.
@@ -140,7 +143,8 @@ class Trainer:
         torch.manual_seed(config.seed)  # the same weights on every rank
         self.model = GPTBert(inputs.model_config).to(world.device)
         self.ema = WeightAverage(self.model, config.ema_decay)
-        if config.compile:
+        self.is_compiled = config.compile and self._is_long_enough_to_compile()
+        if self.is_compiled:
             for model in (self.model, self.ema.model):
                 compile_blocks(model.blocks)
         self.optimizer = build_optimizer(config, self.model)
@@ -440,6 +444,12 @@ class Trainer:
     def _precision(self) -> AbstractContextManager:
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.config.mixed_precision)
 
+    def _is_long_enough_to_compile(self) -> bool:
+        """Whether the run's arithmetic takes so long that faster steps make up for compilation."""
+        tokens = self.plan.tokens_before(self.config.max_steps) / self.world.world_size
+        flops = training_flops(self.inputs.model_config, self.config.seq_length, labelled_share=1.0)
+        return tokens * flops >= COMPILE_FROM_FLOPS[self.world.device.type]
+
     def _warm_up(self) -> None:
         """Compile the model for all that the run will need, and let DDP arrange its buckets, before the first step.
 
@@ -449,12 +459,12 @@ class Trainer:
         Raises:
             InputError: the model cannot be compiled here.
         """
-        if not self.config.compile and self.world.world_size == 1:
+        if not self.is_compiled and self.world.world_size == 1:
             return
         try:
-            for factor in sorted(self.plan.length_factors if self.config.compile else {1}):
+            for factor in sorted(self.plan.length_factors if self.is_compiled else {1}):
                 self._forward(self._empty_batch(factor)).total.backward()
-            if self.config.compile:
+            if self.is_compiled:
                 self._warm_up_evaluation()
         except TorchDynamoException as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

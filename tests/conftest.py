@@ -68,7 +68,7 @@ def make_config():
 
     def make(**changes):
         paths = dict.fromkeys(("train_path", "valid_path", "config_file", "tokenizer_path"), "none")
-        return TrainConfig(**{**paths, "compile": False, **changes})
+        return TrainConfig(**{**paths, **changes})
 
     return make
 

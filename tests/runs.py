@@ -75,7 +75,6 @@ def flags(inputs: Path, **changes: object) -> list[str]:
         "log_every": 1,
         "device": "cpu",
         "wandb_mode": "disabled",
-        "no_compile": True,  # such runs end before a compiler does
     } | changes
     return [
         f"--{name}" if value is True else f"--{name}={value}" for name, value in settings.items() if value is not False

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from gptbert import trainer as trainer_module
 from gptbert.command_line import parse
 from gptbert.compilation import compile_blocks
 from gptbert.config import TrainConfig
@@ -95,10 +96,15 @@ def test_rows_and_objectives_do_not_recompile():
     assert not counters["graph_break"]
 
 
-def test_a_whole_run_compiles_its_shapes_once(tmp_path):
+@pytest.fixture
+def even_short_runs(monkeypatch):
+    monkeypatch.setitem(trainer_module.COMPILE_FROM_FLOPS, "cpu", 0)
+
+
+def test_a_whole_run_compiles_its_shapes_once(tmp_path, even_short_runs):
     """Rows, mask shares and row lengths move, both objectives alternate, and validations come in between."""
     inputs = write_inputs(tmp_path)
-    settings = {"no_compile": False, "mixed_precision": True, "seq_length_growth": True, "seq_length": 8}
+    settings = {"mixed_precision": True, "seq_length_growth": True, "seq_length": 8}
     config = parse(TrainConfig, flags(inputs, **settings, max_steps=40, hybrid_denominator=2, hybrid_mode="batch"))
     assert config.compile
     trainer = Trainer(config, Inputs.open(config), HybridPlan(config, 1), World(0, 1, CPU))
@@ -116,9 +122,27 @@ def test_a_whole_run_compiles_its_shapes_once(tmp_path):
     assert not counters["graph_break"]
 
 
-def test_without_a_compiler_there_is_one_line(tmp_path, monkeypatch):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_short_runs_are_not_compiled(tmp_path, compiled, monkeypatch):
     inputs = write_inputs(tmp_path)
-    config = parse(TrainConfig, flags(inputs, no_compile=False))
+    config = parse(TrainConfig, flags(inputs))
+    plan = HybridPlan(config, 1)
+    if compiled:
+        monkeypatch.setattr(plan, "tokens_before", lambda step: 10**12)
+    trainer = Trainer(config, Inputs.open(config), plan, World(0, 1, CPU))
+    assert trainer.is_compiled is compiled
+    assert (counters["stats"]["unique_graphs"] > 0) is compiled
+
+
+def test_no_compile_is_no_compile(tmp_path, even_short_runs):
+    inputs = write_inputs(tmp_path)
+    config = parse(TrainConfig, flags(inputs, no_compile=True))
+    assert not Trainer(config, Inputs.open(config), HybridPlan(config, 1), World(0, 1, CPU)).is_compiled
+
+
+def test_without_a_compiler_there_is_one_line(tmp_path, monkeypatch, even_short_runs):
+    inputs = write_inputs(tmp_path)
+    config = parse(TrainConfig, flags(inputs))
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/nowhere/g++",))
     monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
     with pytest.raises(InputError, match=r"^--compile: .*--no_compile trains without$"):
