@@ -1,9 +1,12 @@
-"""torch.compile of a model's blocks: what is compiled, how, and what a compiler must be told."""
+"""torch.compile of a model's blocks: what is compiled, how, and what a compiler must be told.
+
+The compiler itself is imported where it is used: that takes seconds, and brings Triton along.
+"""
+
+import importlib
 
 import torch
-import torch._functorch.config
 from torch import Tensor, nn
-from torch._dynamo.decorators import mark_unbacked
 
 # of what a forward keeps for the backward, the share that may stay; the rest is what is cheap to compute again
 _ACTIVATION_MEMORY = 0.8
@@ -20,15 +23,16 @@ def compile_blocks(blocks: nn.ModuleList) -> None:
     TORCHINDUCTOR_CACHE_DIR names the folder).
     """
     # the masks of dropout are drawn again in the backward: to write and read them takes ten times as long on a CPU
-    torch._functorch.config.ban_recompute_long_fusible_chains = False
-    torch._functorch.config.activation_memory_budget = _ACTIVATION_MEMORY
+    config = importlib.import_module("torch._functorch.config")
+    config.ban_recompute_long_fusible_chains = False
+    config.activation_memory_budget = _ACTIVATION_MEMORY
     for block in blocks:
+        block.is_compiled = True
         block.attention.compile(fullgraph=True, dynamic=False)
         block.feed_forward.compile(fullgraph=True, dynamic=False)
 
 
 def any_number_of_rows(tensor: Tensor) -> Tensor:
     """Tell torch.compile that the first dimension is another one at the next call, and may be 1; returns the tensor."""
-    if not torch.compiler.is_compiling():
-        mark_unbacked(tensor, 0)
+    torch._dynamo.decorators.mark_unbacked(tensor, 0)
     return tensor

@@ -72,7 +72,7 @@ class GPTBert(nn.Module):
         return self._encode(input_ids, document_ids, causal, self._dropout_seeds(input_ids.device))
 
     def _encode(self, input_ids: Tensor, document_ids: Tensor, causal: bool, seeds: "DropoutSeeds") -> Tensor:
-        mask = any_number_of_rows(attention_mask(document_ids, causal))
+        mask = attention_mask(document_ids, causal)
         buckets = self.position_buckets(input_ids.shape[1])
         hidden_states, relative = self.embedding(input_ids, seeds.embedding)
         representations = Representations(2 * len(self.blocks) + 1)
@@ -162,6 +162,7 @@ class Block(nn.Module):
         self.attention_mix = LayerWeighting(2 * layer + 2)
         self.feed_forward = FeedForward(config)
         self.feed_forward_mix = LayerWeighting(2 * layer + 3)
+        self.is_compiled = False  # see gptbert.compilation
 
     def forward(
         self,
@@ -174,8 +175,12 @@ class Block(nn.Module):
     ) -> Tensor:
         """x_{2l} [B, T, D] to x_{2l+2}; appends y_{2l+1} and y_{2l+2} to `representations`."""
         attention_seeds, feed_forward_seed = (None, None) if seeds is None else (seeds[:-1], seeds[-1])
-        newest = self.attention(any_number_of_rows(hidden_states), relative, buckets, mask, attention_seeds)
-        hidden_states = any_number_of_rows(self.attention_mix(newest, representations))
+        if self.is_compiled:
+            hidden_states, mask = any_number_of_rows(hidden_states), any_number_of_rows(mask)
+        newest = self.attention(hidden_states, relative, buckets, mask, attention_seeds)
+        hidden_states = self.attention_mix(newest, representations)
+        if self.is_compiled:
+            hidden_states = any_number_of_rows(hidden_states)
         newest = self.feed_forward(hidden_states, feed_forward_seed)
         return self.feed_forward_mix(newest, representations)
 

@@ -1,6 +1,7 @@
 """The training loop: one step, and the run around it."""
 
 import dataclasses
+import importlib
 import json
 import math
 import shutil
@@ -9,7 +10,6 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
 from torch.nn.parallel import DistributedDataParallel
 
 from gptbert import checkpoint, schedules
@@ -461,12 +461,13 @@ class Trainer:
         """
         if not self.is_compiled and self.world.world_size == 1:
             return
+        dynamo_errors = importlib.import_module("torch._dynamo.exc")
         try:
             for factor in sorted(self.plan.length_factors if self.is_compiled else {1}):
                 self._forward(self._empty_batch(factor)).total.backward()
             if self.is_compiled:
                 self._warm_up_evaluation()
-        except TorchDynamoException as error:
+        except dynamo_errors.TorchDynamoException as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise InputError(
                 f"--compile: the model cannot be compiled here ({reason}); on CPUs that takes a C++ compiler; "
