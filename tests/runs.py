@@ -74,6 +74,7 @@ def flags(inputs: Path, **changes: object) -> list[str]:
         "save_every": 0,
         "log_every": 1,
         "device": "cpu",
+        "cpu_threads": 1,  # OpenMP's threads spin while they wait, which takes minutes where other tests want the cores
         "wandb_mode": "disabled",
     } | changes
     return [
