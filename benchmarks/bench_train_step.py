@@ -1,29 +1,31 @@
 """A training step, part by part, beside what the machine can do: `python -m benchmarks.bench_train_step [--json]`.
 
-Everything that a step of the trainer does is in it: packing rows, masking, forward, backward, clipping, LAMB and the
-moving average, for one process. Model FLOP utilisation (MFU) is the FLOPs of the needed matrix products
+Everything that a step of the trainer does is in it: waiting for rows, masking, forward, backward, reduction over ranks,
+clipping, LAMB and the moving average. Model FLOP utilisation (MFU) is the FLOPs of the needed matrix products
 (`gptbert.flops`) over the time, over the best rate of torch.mm measured in the same run.
 """
 
-import functools
+import dataclasses
 import json
+import os
 import statistics
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
 import tyro
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from benchmarks import machine
+from benchmarks.stopwatch import PARTS, Stopwatch
 from gptbert import trainer as trainer_module
 from gptbert.config import ModelConfig, TrainConfig
+from gptbert.data import Prefetcher
 from gptbert.distributed import connect
 from gptbert.flops import product_rate, training_flops
 from gptbert.inputs import Inputs
@@ -34,25 +36,29 @@ from gptbert.token_store import TokenStore
 from gptbert.trainer import Trainer
 
 WARM_UPS = 2
-PARTS = ("rows", "masking", "forward", "backward", "optimizer", "rest")
 TOKENS = 2_000_000
 
 
 @dataclass(frozen=True)
 class Case:
-    """What a step trains."""
+    """What a step trains, and on how many processes."""
 
     objective: str
     seq_length: int
     rows: int
+    ranks: int = 1
 
     @property
     def name(self) -> str:
-        """Objective, T and B."""
-        return f"{self.objective} T={self.seq_length} B={self.rows}"
+        """Objective, T, B of all processes together, and their number if there are several."""
+        ranks = f" {self.ranks} ranks" if self.ranks > 1 else ""
+        return f"{self.objective} T={self.seq_length} B={self.rows}{ranks}"
 
 
-CASES = (Case("MLM", 128, 32), Case("CLM", 128, 32), Case("MLM", 512, 8), Case("CLM", 512, 8))
+CASES = (
+    *(Case("MLM", 128, 32), Case("CLM", 128, 32), Case("MLM", 512, 8), Case("CLM", 512, 8)),
+    *(Case("MLM", 128, 32, ranks=2), Case("CLM", 128, 32, ranks=2)),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +77,8 @@ class StepBenchConfig:
     """Only cases whose name contains this, such as "MLM T=128"."""
     json: bool = False
     """Print one JSON object instead of a table."""
+    save: bool = False
+    """Write the JSON object to this machine's file in benchmarks/results/, for `benchmarks.report`."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +90,11 @@ class Result:
         milliseconds: median of a step.
         tokens_per_second: at that.
         mfu: needed FLOPs over time over `product_rate`.
-        product_gflops: the best rate of torch.mm, right after the steps.
+        product_gflops: the best rate of torch.mm right after the steps, of all processes together.
         start_seconds: until the first step is done: model, compilation, warm-up.
-        peak_gb: most memory of this process up to then, in 10^9 bytes (on a GPU: of its memory).
-        parts: milliseconds of each of PARTS in the median step; they add up to it.
+        peak_gb: most memory of the first process until the end, in 10^9 bytes (on a GPU: of its memory).
+        parts: milliseconds of each of PARTS in the median step, which add up to it.
+        rows_ms: milliseconds that the rows of a step take, on the thread beside; the mean.
     """
 
     case: str
@@ -96,48 +105,23 @@ class Result:
     start_seconds: float
     peak_gb: float
     parts: dict[str, float]
-
-
-class Stopwatch:
-    """Seconds that functions of the trainer take, by the part that they belong to."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-
-    def watch(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, timed."""
-
-        @functools.wraps(function)
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            machine.synchronize()
-            start = time.perf_counter()
-            result = function(*args, **kwargs)
-            machine.synchronize()
-            self.seconds[part] += time.perf_counter() - start
-            return result
-
-        return timed
-
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Inside, the parts of every step are timed."""
-        targets = [
-            ("rows", Trainer, "load_rows"),
-            ("masking", Trainer, "_batches"),
-            ("forward", Trainer, "_forward"),
-            ("backward", torch.Tensor, "backward"),
-            ("optimizer", trainer_module, "update_weights"),
-        ]
-        patches = [patch.object(owner, name, self.watch(part, getattr(owner, name))) for part, owner, name in targets]
-        for one in patches:
-            one.start()
-        yield
-        for one in patches:
-            one.stop()
+    rows_ms: float
 
 
 def measure(case: Case, config: StepBenchConfig) -> Result:
-    """Run a trainer on random documents."""
+    """A case's figures, from processes of its own: the memory and the compiled code of no other case are in them."""
+    with ProcessPoolExecutor(case.ranks, mp_context=get_context("spawn")) as pool:
+        port = get_free_port()
+        futures = [pool.submit(_run, case, config, rank, port) for rank in range(case.ranks)]
+        results = [future.result() for future in futures]
+    return results[0]
+
+
+def _run(case: Case, config: StepBenchConfig, rank: int, port: int) -> Result:
+    """One rank: a trainer on random documents."""
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": case.ranks, "LOCAL_WORLD_SIZE": case.ranks}
+    os.environ.update({name: str(value) for name, value in ranks.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     model_config = ModelConfig.from_json(config.config_file)
     start = time.perf_counter()
     train_config = TrainConfig(
@@ -145,7 +129,7 @@ def measure(case: Case, config: StepBenchConfig) -> Result:
         hybrid_numerator=int(case.objective == "MLM"),
         hybrid_denominator=1,
         seq_length=case.seq_length,
-        local_batch_size=case.rows,
+        local_batch_size=case.rows // case.ranks,
         global_batch_size=case.rows,
         batch_reduction=1,
         max_steps=WARM_UPS + config.steps,
@@ -154,23 +138,22 @@ def measure(case: Case, config: StepBenchConfig) -> Result:
         cpu_threads=config.cpu_threads,
     )
     store = random_store(model_config.vocab_size)
-    with connect(train_config) as world:
+    watch, steps = Stopwatch(), []
+    with connect(train_config) as world, watch.installed():
         inputs = Inputs(model_config, model_config.vocab_size, store, store)
         with patch.dict(trainer_module.COMPILE_FROM_FLOPS, cpu=0, cuda=0):
-            trainer = Trainer(train_config, inputs, HybridPlan(train_config, 1), world)
-        steps, watch = [], Stopwatch()
-        with watch.installed():
+            trainer = Trainer(train_config, inputs, HybridPlan(train_config, case.ranks), world)
+        with Prefetcher(trainer.load_rows, 0, train_config.max_steps) as rows:
             for step in range(train_config.max_steps):
-                watch.seconds.clear()
-                seconds = machine.seconds(lambda: trainer.train_step(trainer.load_rows(trainer.step)))
-                steps.append((seconds, {**watch.seconds}))
+                steps.append(watch.step(lambda step=step: trainer.train_step(rows.get(step))))
                 trainer.step += 1
                 if step == 0:
                     start_seconds = time.perf_counter() - start
         labelled = statistics.mean(labelled_share(trainer, step) for step in range(train_config.max_steps))
-        peak, rate = peak_memory(world.device), product_rate(world.device, torch.bfloat16)
+        peak = peak_memory(world.device)
+        world.all_gather(None)  # all ranks measure at once, as they computed
+        rate = sum(world.all_gather(product_rate(world.device, torch.bfloat16)))
     seconds, parts = sorted(steps[WARM_UPS:], key=lambda timed: timed[0])[config.steps // 2]
-    parts["rest"] = seconds - sum(parts.values())
     tokens = case.rows * case.seq_length
     return Result(
         case=case.name,
@@ -180,7 +163,8 @@ def measure(case: Case, config: StepBenchConfig) -> Result:
         product_gflops=rate / 1e9,
         start_seconds=start_seconds,
         peak_gb=peak / 1e9,
-        parts={part: 1e3 * parts[part] for part in PARTS},
+        parts={part: 1e3 * spent for part, spent in parts.items()},
+        rows_ms=1e3 * statistics.mean(watch.rows),
     )
 
 
@@ -199,32 +183,39 @@ def random_store(vocab_size: int) -> TokenStore:
 
 
 def main() -> None:
-    """Entry point; cases run one after another, each after the memory of the one before is free."""
+    """Entry point; cases run one after another."""
     config = tyro.cli(StepBenchConfig, use_underscores=True)
-    results = []
+    load, results = machine.load(), []
     for case in CASES:
-        if config.match in case.name:
+        if config.match in case.name and case.ranks <= machine.processes():
             results.append(measure(case, config))
             if not config.json:
                 show(results[-1], with_header=len(results) == 1)
+    report = {
+        "hardware": machine.hardware(),
+        "cores": machine.cores(),
+        "load_before": load,
+        "versions": machine.versions(),
+        "config_file": str(config.config_file),
+        "results": [dataclasses.asdict(result) for result in results],
+    }
+    if config.save:
+        machine.results_file("-train-step.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if config.json:
-        hardware = {"hardware": machine.hardware(), "cores": machine.cores(), "load": machine.load()}
-        print(
-            json.dumps({**hardware, "versions": machine.versions(), "results": [asdict(result) for result in results]})
-        )
+        print(json.dumps(report))
 
 
 def show(result: Result, *, with_header: bool) -> None:
     """A line of the table."""
-    columns = ["ms/step", "tokens/s", "MFU", "mm GFLOPS", "start s", "peak GB", *PARTS]
+    columns = ["ms/step", "tokens/s", "MFU", "mm GFLOPS", "start s", "peak GB", *PARTS, "(rows)"]
     if with_header:
-        print(f"{'case':16} " + " ".join(f"{column:>9}" for column in columns))
+        print(f"{'case':22} " + " ".join(f"{column:>9}" for column in columns))
     values = [
         f"{result.milliseconds:.0f}", f"{result.tokens_per_second:.0f}", f"{result.mfu:.3f}",
         f"{result.product_gflops:.0f}", f"{result.start_seconds:.1f}", f"{result.peak_gb:.2f}",
-        *(f"{result.parts[part]:.0f}" for part in PARTS),
+        *(f"{result.parts[part]:.0f}" for part in PARTS), f"{result.rows_ms:.1f}",
     ]  # fmt: skip
-    print(f"{result.case:16} " + " ".join(f"{value:>9}" for value in values), flush=True)
+    print(f"{result.case:22} " + " ".join(f"{value:>9}" for value in values), flush=True)
 
 
 if __name__ == "__main__":

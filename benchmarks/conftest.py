@@ -1,7 +1,6 @@
 """The fixture of benchmarks of operations, the CSV file of this machine, and lines under pytest-benchmark's table."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -32,7 +31,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     """Write what was measured, if anything was to be."""
     results = session.config.stash[RESULTS]
     if results.tried:
-        results.write(_file())
+        results.write(machine.results_file(".csv"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -44,11 +43,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             terminalreporter.write_line(f"{result.name}: {figures}")
     results = config.stash[RESULTS]
     if results.rows:
-        terminalreporter.write_line(f"written to {_file()}")
+        terminalreporter.write_line(f"written to {machine.results_file('.csv')}")
     if results.rows and results.load > BUSY * machine.cores():
         busy = f"load {results.load:.1f} on {machine.cores()} cores before the first benchmark"
         terminalreporter.write_line(f"{busy}: others use this machine, and even ratios are doubtful", yellow=True)
-
-
-def _file() -> Path:
-    return Path(__file__).parent / "results" / f"{machine.file_name()}.csv"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+RESULTS = Path(__file__).parent / "results"
 LIBRARIES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "pytorch-optimizer")
 COPIES = 7
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}  # far beyond any cache
@@ -41,6 +42,16 @@ def file_name() -> str:
     """A name for this machine's files: lower case, digits and hyphens."""
     name = hardware() if device().type == "cuda" else f"{hardware()} {cores()} cores"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def results_file(suffix: str) -> Path:
+    """This machine's file in benchmarks/results/, such as that ending in ".csv"."""
+    return RESULTS / f"{file_name()}{suffix}"
+
+
+def processes() -> int:
+    """How many processes can train here without sharing a GPU, or a core where there is none."""
+    return torch.cuda.device_count() if device().type == "cuda" else cores()
 
 
 def load() -> float:

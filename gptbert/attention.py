@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gptbert.bucket_sums import bucket_sums
 from gptbert.config import ModelConfig
 from gptbert.dropout import Dropout, dropout
-from gptbert.norm import layer_norm
+from gptbert.norm import InputNorm
 
 SEEDS = 3  # of dropout, for each attention
 
@@ -29,8 +29,8 @@ class Attention(nn.Module):
         self.query_key = nn.Linear(hidden_size, 2 * hidden_size)
         self.value_gate = nn.Linear(hidden_size, 2 * hidden_size)
         self.output = nn.Linear(hidden_size, hidden_size)
-        self.input_norm = layer_norm(hidden_size, config)
-        self.context_norm = layer_norm(hidden_size, config)
+        self.input_norm = InputNorm(config)
+        self.context_norm = InputNorm(config)
         self.dropout = Dropout(config.hidden_dropout_prob)
         self.attention_dropout_prob = config.attention_probs_dropout_prob
 

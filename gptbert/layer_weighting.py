@@ -64,7 +64,10 @@ class Representations:
         grad_alpha = self._values[: depth + 1] @ grad
         self._values[depth] = grad  # y_n itself is not needed any more
         deeper = slice(depth, self.count)
-        return self._alphas[deeper, depth] @ self._values[deeper], grad_alpha
+        grad_newest = self._alphas[deeper, depth] @ self._values[deeper]
+        if depth == 0:
+            del self._values  # the graph, and so this object, may live as long as the loss
+        return grad_newest, grad_alpha
 
 
 class _Mix(torch.autograd.Function):

@@ -17,7 +17,7 @@ from gptbert.compilation import any_number_of_rows
 from gptbert.config import ModelConfig
 from gptbert.dropout import Dropout, random_seeds
 from gptbert.layer_weighting import LayerWeighting, Representations
-from gptbert.norm import layer_norm
+from gptbert.norm import InputNorm, layer_norm
 from kernels import MaskedCrossEntropy, masked_cross_entropy
 
 IGNORE_INDEX = -100
@@ -190,9 +190,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.input_norm = layer_norm(config.hidden_size, config)
+        self.input_norm = InputNorm(config)
         self.up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.inner_norm = layer_norm(config.intermediate_size, config)
+        self.inner_norm = InputNorm(config)
         self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.dropout = Dropout(config.hidden_dropout_prob)
 
@@ -208,7 +208,7 @@ class Head(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.input_norm = layer_norm(config.hidden_size, config)
+        self.input_norm = InputNorm(config)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.output_norm = layer_norm(config.hidden_size, config)
         self.dropout = Dropout(config.hidden_dropout_prob)

@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import bench_lamb, bench_masked_cross_entropy, bench_span_mask, bench_train_step, machine, peers
 from benchmarks.measurement import COLUMNS, Measurement, Results
+from benchmarks.stopwatch import PARTS
 from kernels.lamb import reference as lamb_reference
 from kernels.numerics import Comparison
 from tests.runs import MODEL
@@ -191,16 +192,20 @@ def test_masks_are_compared_to_the_bit():
     assert not passes(bench_span_mask.proof(lambda tokens, row_ids: (tokens, tokens), tokens, row_ids))
 
 
-def test_a_training_step_is_measured_in_parts_that_add_up(tmp_path):
-    case = bench_train_step.Case("MLM", 32, 4)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_training_step_is_measured_in_parts_that_add_up(tmp_path, ranks):
+    case = bench_train_step.Case("MLM", 32, 4, ranks)
     config = bench_train_step.StepBenchConfig(config_file=write_model(tmp_path), steps=3, compile=False, cpu_threads=1)
     result = bench_train_step.measure(case, config)
-    assert set(result.parts) == set(bench_train_step.PARTS)
+    assert set(result.parts) == set(PARTS)
     assert sum(result.parts.values()) == pytest.approx(result.milliseconds)
+    reduction = result.parts.pop("reduction")
+    assert reduction > 0.01 if ranks == 2 else reduction < 0.01
     assert all(milliseconds > 0 for milliseconds in result.parts.values())
     assert result.tokens_per_second == pytest.approx(4 * 32 / result.milliseconds * 1e3)
     assert 0 < result.mfu < 1
     assert result.peak_gb > 0.1
+    assert result.rows_ms > 0
 
 
 def write_model(folder):

@@ -1,5 +1,7 @@
 """Layer weighting against the sums written out, with autograd's own derivative."""
 
+import gc
+
 import pytest
 import torch
 
@@ -78,3 +80,18 @@ def test_autocast_leaves_the_sum_in_fp32():
         representations.start(first)
         mixed = weighting(newest, representations)
     torch.testing.assert_close(mixed, first / 3 + newest * 2 / 3)
+
+
+def test_a_loss_that_lives_on_keeps_no_representations(weightings):
+    first = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+
+    def count():
+        gc.collect()
+        tensors = (each for each in gc.get_objects() if type(each) is torch.Tensor)
+        return sum(tensor.shape == (DEPTH + 1, first.numel()) for tensor in tensors)
+
+    loss = ours(first, weightings).sum()
+    assert count() == 1
+    loss.backward()
+    assert count() == 0
+    assert loss.grad_fn is not None

@@ -1,0 +1,117 @@
+"""Seconds that the parts of a trainer's step take, in their order; what is inside another part does not count twice."""
+
+import functools
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.distributed import GradBucket
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks import machine
+from gptbert import trainer as trainer_module
+from gptbert.data import Prefetcher
+from gptbert.distributed import World
+from gptbert.trainer import Trainer
+
+PARTS = ("waiting", "masking", "forward", "backward", "reduction", "optimizer", "rest")
+
+
+class Stopwatch:
+    """Use `installed` around a trainer's life, and `step` around each of its steps.
+
+    Attributes:
+        rows: seconds that the rows of each step took, on the thread beside; what a step waits for them is "waiting".
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[float] = []
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._gradients_done: float | None = None
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Inside, the functions that are a part of the step are timed."""
+        parts = [
+            ("waiting", Prefetcher, "get"),
+            ("masking", Trainer, "_batches"),
+            ("forward", Trainer, "_forward"),
+            ("reduction", World, "all_reduce_sum"),
+            ("optimizer", trainer_module, "update_weights"),
+        ]
+        with ExitStack() as stack:
+            for part, owner, name in parts:
+                stack.enter_context(patch.object(owner, name, self._timed(part, getattr(owner, name))))
+            stack.enter_context(patch.object(Trainer, "load_rows", self._timed_rows(Trainer.load_rows)))
+            stack.enter_context(patch.object(Tensor, "backward", self._timed_backward(Tensor.backward)))
+            stack.enter_context(patch.object(World, "wrap", self._watched_reduction(World.wrap)))
+            yield
+
+    def step(self, action: Callable[[], object]) -> tuple[float, dict[str, float]]:
+        """Run one step; its seconds, and those of PARTS, which add up to it."""
+        self._seconds.clear()
+        seconds = machine.seconds(action)
+        parts = {part: self._seconds[part] for part in PARTS}
+        parts["rest"] = seconds - sum(parts.values())
+        return seconds, parts
+
+    def _timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            machine.synchronize()
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            machine.synchronize()
+            self._seconds[part] += time.perf_counter() - start
+            return result
+
+        return timed
+
+    def _timed_rows(self, load_rows: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(load_rows)
+        def timed(*args: Any) -> Any:
+            start = time.perf_counter()
+            result = load_rows(*args)
+            self.rows.append(time.perf_counter() - start)
+            return result
+
+        return timed
+
+    def _timed_backward(self, backward: Callable[..., None]) -> Callable[..., None]:
+        """From where all gradients of this rank are there, the rest of a backward is reduction."""
+
+        @functools.wraps(backward)
+        def timed(*args: Any, **kwargs: Any) -> None:
+            machine.synchronize()
+            self._gradients_done = None
+            start = time.perf_counter()
+            backward(*args, **kwargs)
+            machine.synchronize()
+            end = time.perf_counter()
+            done = self._gradients_done or end
+            self._seconds["backward"] += done - start
+            self._seconds["reduction"] += end - done
+
+        return timed
+
+    def _watched_reduction(self, wrap: Callable[..., Any]) -> Callable[..., Any]:
+        def reduce(group: torch.distributed.ProcessGroup, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+            if bucket.is_last():
+                machine.synchronize()
+                self._gradients_done = time.perf_counter()
+            return allreduce_hook(group, bucket)
+
+        @functools.wraps(wrap)
+        def wrapped(*args: Any) -> Any:
+            model = wrap(*args)
+            if isinstance(model, DistributedDataParallel):
+                model.register_comm_hook(None, reduce)
+            return model
+
+        return wrapped
