@@ -86,7 +86,7 @@ class Result:
     """Figures of a case.
 
     Attributes:
-        case: its name.
+        case: what was trained.
         milliseconds: median of a step.
         tokens_per_second: at that.
         mfu: needed FLOPs over time over `product_rate`.
@@ -94,10 +94,11 @@ class Result:
         start_seconds: until the first step is done: model, compilation, warm-up.
         peak_gb: most memory of the first process until the end, in 10^9 bytes (on a GPU: of its memory).
         parts: milliseconds of each of PARTS in the median step, which add up to it.
+        labelled_share: of the positions; how many FLOPs are needed depends on it.
         rows_ms: milliseconds that the rows of a step take, on the thread beside; the mean.
     """
 
-    case: str
+    case: Case
     milliseconds: float
     tokens_per_second: float
     mfu: float
@@ -105,6 +106,7 @@ class Result:
     start_seconds: float
     peak_gb: float
     parts: dict[str, float]
+    labelled_share: float
     rows_ms: float
 
 
@@ -156,7 +158,7 @@ def _run(case: Case, config: StepBenchConfig, rank: int, port: int) -> Result:
     seconds, parts = sorted(steps[WARM_UPS:], key=lambda timed: timed[0])[config.steps // 2]
     tokens = case.rows * case.seq_length
     return Result(
-        case=case.name,
+        case=case,
         milliseconds=1e3 * seconds,
         tokens_per_second=tokens / seconds,
         mfu=tokens * training_flops(model_config, case.seq_length, labelled) / seconds / rate,
@@ -164,6 +166,7 @@ def _run(case: Case, config: StepBenchConfig, rank: int, port: int) -> Result:
         start_seconds=start_seconds,
         peak_gb=peak / 1e9,
         parts={part: 1e3 * spent for part, spent in parts.items()},
+        labelled_share=labelled,
         rows_ms=1e3 * statistics.mean(watch.rows),
     )
 
@@ -197,6 +200,8 @@ def main() -> None:
         "load_before": load,
         "versions": machine.versions(),
         "config_file": str(config.config_file),
+        "model": dataclasses.asdict(ModelConfig.from_json(config.config_file)),
+        "copy_bytes_per_second": machine.copy_rate(),
         "results": [dataclasses.asdict(result) for result in results],
     }
     if config.save:
@@ -215,7 +220,7 @@ def show(result: Result, *, with_header: bool) -> None:
         f"{result.product_gflops:.0f}", f"{result.start_seconds:.1f}", f"{result.peak_gb:.2f}",
         *(f"{result.parts[part]:.0f}" for part in PARTS), f"{result.rows_ms:.1f}",
     ]  # fmt: skip
-    print(f"{result.case:22} " + " ".join(f"{value:>9}" for value in values), flush=True)
+    print(f"{result.case.name:22} " + " ".join(f"{value:>9}" for value in values), flush=True)
 
 
 if __name__ == "__main__":

@@ -151,8 +151,7 @@ class Job:
         return Part("head and cross-entropy", dense + without, dense + logits + kernel)
 
     def _weights(self) -> Part:
-        with torch.device("meta"):
-            parameters = sum(param.numel() for param in GPTBert(self.config).parameters())
+        parameters = parameter_count(self.config)
         optimizer = parameters * Work(LAMB_FLOPS, LAMB_BYTES)
         casts = Work(0, (4 + 2) * parameters)
         return Part("optimizer and casts", optimizer, optimizer + casts)
@@ -160,6 +159,12 @@ class Job:
     def _masking(self) -> Part:
         fewest = Work(0, 3 * 8 * self.tokens)  # tokens to inputs and labels
         return Part("masking", fewest, fewest + Work(0, 5 * 8 * self.tokens))  # documents, the attention mask, copies
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Of the model, the tied embedding once."""
+    with torch.device("meta"):
+        return sum(param.numel() for param in GPTBert(config).parameters())
 
 
 def _product(rows: float, inputs: int, outputs: int) -> Work:

@@ -1,0 +1,208 @@
+"""Markdown and charts of what was measured, one page for each machine: `python -m benchmarks.report`.
+
+Reads the CSV files of `pytest benchmarks` and the JSON files of `bench_train_step --save` in a folder, and writes pages
+and their PNG files beside them.
+"""
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import tyro
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from benchmarks import machine
+from benchmarks.bench_train_step import Case
+from benchmarks.roofline import LAMB_BYTES, LAMB_FLOPS, Job, Limits, Part, Work, parameter_count
+from benchmarks.stopwatch import PARTS
+from gptbert.config import ModelConfig
+
+OPERATIONS, STEPS = ".csv", "-train-step.json"
+OPERATION_COLUMNS = ("op", "shape", "impl", "p50_ms", "speed_over_reference_eager", "share_of_copy_bandwidth")
+OPTIMIZER_PART = "optimizer and casts"
+
+Table = list[tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What `bench_train_step` measured on a machine.
+
+    Attributes:
+        report: its JSON object.
+        model: the model's shape.
+    """
+
+    report: dict[str, Any]
+    model: ModelConfig
+
+    @property
+    def results(self) -> list[dict[str, Any]]:
+        """One for each case."""
+        return self.report["results"]
+
+    @property
+    def names(self) -> list[str]:
+        """Of the cases."""
+        return [Case(**result["case"]).name for result in self.results]
+
+    def limits(self) -> Limits:
+        """The best rates of matrix products and of copies."""
+        flops = max(1e9 * result["product_gflops"] for result in self.results)
+        return Limits(self.report["hardware"], flops, self.report["copy_bytes_per_second"])
+
+    def optimizer_bandwidth_share(self, result: dict[str, Any]) -> float:
+        """The bytes that clipping, LAMB and the average must move, over their time, over the rate of a copy."""
+        moved = LAMB_BYTES * parameter_count(self.model)
+        return moved / (1e-3 * result["parts"]["optimizer"]) / self.report["copy_bytes_per_second"]
+
+    def points(self) -> list[tuple[str, Work, float]]:
+        """Name, work and seconds of the model and of the optimizer, for the cases of one process."""
+        found = []
+        for name, result in zip(self.names, self.results, strict=True):
+            case, parts = Case(**result["case"]), result["parts"]
+            if case.ranks > 1:
+                continue
+            job = Job(self.model, case.rows, case.seq_length, result["labelled_share"])
+            work = sum((part.ours for part in job.parts() if is_model(part)), Work())
+            found.append((name, work, 1e-3 * (parts["forward"] + parts["backward"])))
+            optimizer = parameter_count(self.model) * Work(LAMB_FLOPS, LAMB_BYTES)
+            found.append((f"optimizer, {name}", optimizer, 1e-3 * parts["optimizer"]))
+        return found
+
+
+def is_model(part: Part) -> bool:
+    """Whether a part of the step is of the model's forward and backward."""
+    return part.name not in {OPTIMIZER_PART, "masking"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Turn results into pages with charts."""
+
+    results_dir: Path = machine.RESULTS
+    """Where results are, and pages go."""
+
+
+def main() -> None:
+    """Entry point."""
+    config = tyro.cli(ReportConfig, use_underscores=True)
+    pages = write_pages(config.results_dir)
+    for page in pages:
+        print(page)
+    if not pages:
+        raise SystemExit(
+            f"error: --results_dir {config.results_dir}: no *{OPERATIONS} or *{STEPS}; `make bench` makes them"
+        )
+
+
+def write_pages(folder: Path) -> list[Path]:
+    """A page, with its charts, for each machine that has results in the folder; their paths."""
+    suffixes = (OPERATIONS, STEPS)
+    machines = {path.name.removesuffix(suffix) for suffix in suffixes for path in folder.glob(f"*{suffix}")}
+    return [write_page(folder, name) for name in sorted(machines)]
+
+
+def write_page(folder: Path, name: str) -> Path:
+    """The page of a machine."""
+    lines = []
+    steps_file, operations_file = folder / f"{name}{STEPS}", folder / f"{name}{OPERATIONS}"
+    if steps_file.exists():
+        report = json.loads(steps_file.read_text(encoding="utf-8"))
+        steps = Steps(report, ModelConfig(**report["model"]))
+        draw(steps, folder, name)
+        lines += step_lines(steps, name)
+    if operations_file.exists():
+        with operations_file.open(newline="", encoding="utf-8") as file:
+            rows = [tuple(row[column] for column in OPERATION_COLUMNS) for row in csv.DictReader(file)]
+        lines += ["## Operations", "", "`python -m pytest benchmarks --benchmark-enable`", ""]
+        lines += markdown([OPERATION_COLUMNS, *rows], text_columns=3)
+    page = folder / f"{name}.md"
+    page.write_text("\n".join([f"# {name}", "", *lines, ""]), encoding="utf-8")
+    return page
+
+
+def step_lines(steps: Steps, name: str) -> list[str]:
+    """The part of a page about training steps."""
+    report, limits = steps.report, steps.limits()
+    figures: Table = [("case", "ms/step", "tokens/s", "MFU", "start s", "peak GB", "optimizer / copy")]
+    parts: Table = [("case", *(f"{part} ms" for part in PARTS), "(rows ms)")]
+    for case, result in zip(steps.names, steps.results, strict=True):
+        figures.append(
+            (
+                case, f"{result['milliseconds']:.0f}", f"{result['tokens_per_second']:,.0f}", f"{result['mfu']:.3f}",
+                f"{result['start_seconds']:.0f}", f"{result['peak_gb']:.2f}",
+                f"{steps.optimizer_bandwidth_share(result):.2f}",
+            )
+        )  # fmt: skip
+        parts.append((case, *(f"{result['parts'][part]:.1f}" for part in PARTS), f"{result['rows_ms']:.1f}"))
+    versions = ", ".join(f"{library} {version}" for library, version in report["versions"].items() if version)
+    return [
+        f"{report['hardware']}, {report['cores']} CPU cores; {versions}; load before {report['load_before']:.1f}.",
+        "",
+        "## Training steps",
+        "",
+        f"`python -m benchmarks.bench_train_step --config_file {report['config_file']} --save`: bf16, all included.",
+        f"Best rates of the run: torch.mm {limits.flops / 1e9:,.0f} GFLOPS, copy {limits.bandwidth / 1e9:.1f} GB/s.",
+        "",
+        *markdown(figures, text_columns=1),
+        "",
+        "A step is the sum of these; rows are made on a thread beside.",
+        "",
+        *markdown(parts, text_columns=1),
+        "",
+        *(f"![{chart}]({name}-{chart}.png)" for chart in ("throughput", "memory", "roofline")),
+        "",
+    ]
+
+
+def markdown(table: Table, text_columns: int) -> list[str]:
+    """Lines of a table whose first row is its header, and whose first columns are text."""
+    header, *rows = table
+    rule = ["---" if column < text_columns else "--:" for column in range(len(header))]
+    return [f"| {' | '.join(row)} |" for row in (header, rule, *rows)]
+
+
+def draw(steps: Steps, folder: Path, name: str) -> None:
+    """The three charts."""
+    mpl.use("Agg")
+    charts = {
+        "throughput": (draw_bars, "tokens_per_second", "tokens/s"),
+        "memory": (draw_bars, "peak_gb", "peak memory, GB"),
+        "roofline": (draw_roofline,),
+    }
+    for chart, (function, *arguments) in charts.items():
+        figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+        function(axes, steps, *arguments)
+        axes.set_title(f"{steps.report['hardware']}, {Path(steps.report['config_file']).stem}")
+        figure.savefig(folder / f"{name}-{chart}.png", dpi=120)
+        plt.close(figure)
+
+
+def draw_bars(axes: Axes, steps: Steps, figure: str, label: str) -> None:
+    """One bar for each case."""
+    bars = axes.barh(steps.names, [result[figure] for result in steps.results])
+    axes.bar_label(bars, fmt="{:,.4g}", padding=3)
+    axes.margins(x=0.12)
+    axes.invert_yaxis()
+    axes.set_xlabel(label)
+
+
+def draw_roofline(axes: Axes, steps: Steps) -> None:
+    """FLOPs a second over FLOPs a byte (`benchmarks.roofline` counts both), below what the machine can do."""
+    limits = steps.limits()
+    intensities = [0.1, limits.flops / limits.bandwidth, 1000.0]
+    axes.loglog(intensities, [min(limits.flops, limits.bandwidth * each) / 1e9 for each in intensities], color="black")
+    for name, work, seconds in steps.points():
+        axes.plot(work.flops / work.bytes, work.flops / seconds / 1e9, marker="o", linestyle="", label=name)
+    axes.set_xlabel("FLOPs a byte")
+    axes.set_ylabel("GFLOPS")
+    axes.legend(fontsize="small")
+
+
+if __name__ == "__main__":
+    main()
