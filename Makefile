@@ -45,6 +45,8 @@ lint: install
 bench: install
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest benchmarks -rs --benchmark-enable --benchmark-columns=median,iqr,rounds
 	$(BIN)/python -m benchmarks.bench_tokenize
+	$(BIN)/python -m benchmarks.bench_train_step --save
+	$(BIN)/python -m benchmarks.report
 
 clean:
 	rm -rf $(DEMO) .pytest_cache .ruff_cache .hypothesis .benchmarks build *.egg-info

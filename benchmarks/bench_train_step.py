@@ -18,15 +18,16 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-import tyro
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 from benchmarks import machine
 from benchmarks.stopwatch import PARTS, Stopwatch
 from gptbert import trainer as trainer_module
+from gptbert.command_line import run_command
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.data import Prefetcher
 from gptbert.distributed import connect
+from gptbert.errors import InputError
 from gptbert.flops import product_rate, training_flops
 from gptbert.inputs import Inputs
 from gptbert.memory import peak_memory
@@ -185,22 +186,29 @@ def random_store(vocab_size: int) -> TokenStore:
     return TokenStore([tokens], np.cumsum(lengths) - lengths, lengths, vocab_size, None)
 
 
-def main() -> None:
-    """Entry point; cases run one after another."""
-    config = tyro.cli(StepBenchConfig, use_underscores=True)
+def run(config: StepBenchConfig) -> None:
+    """Measure the cases, one after another; print them as they come, or all at the end.
+
+    Raises:
+        InputError: there is no model, or no such case.
+    """
+    model_config = ModelConfig.from_json(config.config_file)
+    cases = [case for case in CASES if config.match in case.name and case.ranks <= machine.processes()]
+    if not cases:
+        names = ", ".join(case.name for case in CASES)
+        raise InputError(f'--match "{config.match}": none of the cases that this machine can run ({names})')
     load, results = machine.load(), []
-    for case in CASES:
-        if config.match in case.name and case.ranks <= machine.processes():
-            results.append(measure(case, config))
-            if not config.json:
-                show(results[-1], with_header=len(results) == 1)
+    for case in cases:
+        results.append(measure(case, config))
+        if not config.json:
+            show(results[-1], with_header=len(results) == 1)
     report = {
         "hardware": machine.hardware(),
         "cores": machine.cores(),
         "load_before": load,
         "versions": machine.versions(),
         "config_file": str(config.config_file),
-        "model": dataclasses.asdict(ModelConfig.from_json(config.config_file)),
+        "model": dataclasses.asdict(model_config),
         "copy_bytes_per_second": machine.copy_rate(),
         "results": [dataclasses.asdict(result) for result in results],
     }
@@ -224,4 +232,4 @@ def show(result: Result, *, with_header: bool) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(StepBenchConfig, run)

@@ -18,6 +18,8 @@ from typing import Annotated, Any
 import tyro
 
 from benchmarks.bench_train_step import Case
+from gptbert.command_line import run_command
+from gptbert.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 BENCH = "benchmarks/bench_train_step.py"
@@ -45,19 +47,19 @@ def worktree(ref: str) -> Iterator[Path]:
     """A folder with the files of a commit, gone at the end.
 
     Raises:
-        SystemExit: there is no such commit, or it cannot be measured; with one line.
+        InputError: there is no such commit, or it cannot be measured.
     """
     found = git("rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}")
     if found.returncode:
-        raise SystemExit(f"error: {ref}: no commit of this repository; `git log --oneline` shows them")
+        raise InputError(f"{ref}: no commit of this repository; `git log --oneline` shows them")
     commit = found.stdout.strip()
     if git("cat-file", "-e", f"{commit}:{BENCH}").returncode:
-        raise SystemExit(f"error: {ref}: has no {BENCH}, so nothing there can be measured; take a later commit")
+        raise InputError(f"{ref}: has no {BENCH}, so nothing there can be measured; take a later commit")
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
         added = git("worktree", "add", "--detach", str(tree), commit)
         if added.returncode:
-            raise SystemExit(f"error: {ref}: {added.stderr.strip().splitlines()[-1]}")
+            raise InputError(f"{ref}: {added.stderr.strip().splitlines()[-1]}")
         try:
             yield tree
         finally:
@@ -73,13 +75,13 @@ def measure(tree: Path, config: CompareConfig) -> Figures:
     """One turn of a tree.
 
     Raises:
-        SystemExit: its benchmark failed; with the last line that it said.
+        InputError: its benchmark failed; with the last line that it said.
     """
     command = [sys.executable, "-m", "benchmarks.bench_train_step", "--json"]
     options = [f"--match={config.match}", f"--steps={config.steps}"]
     done = subprocess.run([*command, *options], cwd=tree, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"error: {tree}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+        raise InputError(f"{tree}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
     return figures(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -110,11 +112,14 @@ def compare(turn_of_this: Callable[[], Figures], turn_of_other: Callable[[], Fig
     return lines
 
 
-def main() -> None:
-    """Entry point."""
-    config = tyro.cli(CompareConfig, use_underscores=True)
+def run(config: CompareConfig) -> None:
+    """Measure in turns, and print the ratios.
+
+    Raises:
+        InputError: one of the trees cannot be measured.
+    """
     if config.rounds < 1:
-        raise SystemExit(f"error: --rounds {config.rounds}: must be at least 1")
+        raise InputError(f"--rounds {config.rounds}: must be at least 1")
     with worktree(config.ref) as tree:
         lines = compare(lambda: measure(ROOT, config), lambda: measure(tree, config), config.rounds)
     print(f"this tree over {config.ref}: median of {config.rounds} rounds (lowest – highest)")
@@ -122,4 +127,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(CompareConfig, run)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-import tyro
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
@@ -19,7 +18,9 @@ from benchmarks import machine
 from benchmarks.bench_train_step import Case
 from benchmarks.roofline import LAMB_BYTES, LAMB_FLOPS, Job, Limits, Part, Work, parameter_count
 from benchmarks.stopwatch import PARTS
+from gptbert.command_line import run_command
 from gptbert.config import ModelConfig
+from gptbert.errors import InputError
 
 OPERATIONS, STEPS = ".csv", "-train-step.json"
 OPERATION_COLUMNS = ("op", "shape", "impl", "p50_ms", "speed_over_reference_eager", "share_of_copy_bandwidth")
@@ -88,16 +89,17 @@ class ReportConfig:
     """Where results are, and pages go."""
 
 
-def main() -> None:
-    """Entry point."""
-    config = tyro.cli(ReportConfig, use_underscores=True)
+def run(config: ReportConfig) -> None:
+    """Write all pages, and print their paths.
+
+    Raises:
+        InputError: there are no results.
+    """
     pages = write_pages(config.results_dir)
     for page in pages:
         print(page)
     if not pages:
-        raise SystemExit(
-            f"error: --results_dir {config.results_dir}: no *{OPERATIONS} or *{STEPS}; `make bench` makes them"
-        )
+        raise InputError(f"--results_dir {config.results_dir}: no *{OPERATIONS} or *{STEPS}; `make bench` makes them")
 
 
 def write_pages(folder: Path) -> list[Path]:
@@ -205,4 +207,4 @@ def draw_roofline(axes: Axes, steps: Steps) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(ReportConfig, run)

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Self
 
 import torch
-import tyro
 
+from gptbert.command_line import run_command
 from gptbert.config import ModelConfig
 from gptbert.model import GPTBert
 
@@ -212,13 +212,12 @@ def table(job: Job, limits: Limits) -> str:
     return "\n".join([*lines, f"| all | {' | '.join(sums)} |"])
 
 
-def main() -> None:
-    """Entry point."""
-    config = tyro.cli(RooflineConfig, use_underscores=True, description=__doc__)
+def run(config: RooflineConfig) -> None:
+    """Print the table."""
     model_config = ModelConfig.from_json(config.config_file)
     job = Job(model_config, config.rows, config.seq_length, config.labelled_share)
     print(table(job, Limits("", 1e12 * config.tera_flops, 1e12 * config.bandwidth)))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(RooflineConfig, run)

@@ -1,0 +1,62 @@
+"""Counts of FLOPs and bytes: against the model's own formula, and by hand where that is short."""
+
+import dataclasses
+
+import pytest
+
+from benchmarks.roofline import Job, Limits, RooflineConfig, Work, parameter_count, run, table
+from gptbert.config import ModelConfig
+from gptbert.flops import training_flops
+from gptbert.model import GPTBert
+from tests.conftest import TINY
+
+SMALL = ModelConfig.from_json("configs/small.json")
+
+
+def part(job, name):
+    (found,) = [each for each in job.parts() if each.name == name]
+    return found
+
+
+@pytest.mark.parametrize("labelled_share", [0.15, 1.0])
+def test_products_are_the_needed_flops(labelled_share):
+    job = Job(SMALL, rows=32, seq_length=128, labelled_share=labelled_share)
+    counted = sum(each.fewest.flops for each in job.parts() if each.name != "optimizer and casts")
+    assert counted == pytest.approx(job.tokens * training_flops(SMALL, 128, labelled_share))
+
+
+def test_nothing_takes_less_than_the_fewest():
+    for each in Job(SMALL, rows=32, seq_length=512, labelled_share=0.15).parts():
+        assert each.ours.flops >= each.fewest.flops
+        assert each.ours.bytes >= each.fewest.bytes
+
+
+def test_layer_weighting_by_hand():
+    # one layer, two mixes: x_1 of 2 representations, x_2 of 3; then the gradients of α read 2 and 3 and a gradient,
+    # those of y_1 and y_2 read 2 and 1 gradients
+    job = Job(dataclasses.replace(TINY, num_hidden_layers=1), rows=2, seq_length=8, labelled_share=1.0)
+    entries = 4 * 16 * TINY.hidden_size
+    forward = (2 + 1) + (3 + 1)
+    backward = (2 + 1) + (3 + 1) + (2 + 1) + (1 + 1)
+    assert part(job, "layer weighting").fewest == Work(0, (forward + backward) * entries)
+
+
+def test_optimizer_moves_52_bytes_a_parameter():
+    parameters = sum(param.numel() for param in GPTBert(TINY).parameters())
+    assert parameter_count(TINY) == parameters
+    assert part(Job(TINY, 1, 8, 1.0), "optimizer and casts").fewest.bytes == 52 * parameters
+
+
+def test_a_part_takes_what_takes_longer():
+    limits = Limits("", flops=100.0, bandwidth=10.0)
+    assert Work(200, 10).seconds(limits) == 2
+    assert Work(200, 40).seconds(limits) == 4
+
+
+def test_the_table_adds_up(capsys):
+    run(RooflineConfig(rows=4))
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert lines == table(Job(SMALL, 4, 128, 0.15), Limits("", 989.4e12, 3.35e12)).splitlines()
+    columns = list(zip(*([float(cell) for cell in line.split("|")[2:-1]] for line in lines[2:]), strict=True))
+    for *parts, total in columns:
+        assert sum(parts) == pytest.approx(total, abs=0.05 * len(parts))
