@@ -1,9 +1,9 @@
 """What a training step asks of a machine, counted: FLOPs of matrix products and bytes of memory, part by part.
 
-`python -m benchmarks.roofline --config_file configs/base.json` prints the table of docs/performance.md. Two counts of
-each part: what no implementation of these formulas can avoid (every operand of a matrix product read once, its result
-written once, all else fused into products), and what this one does. A part takes at least its FLOPs over the peak rate
-or its bytes over the bandwidth, whichever is more.
+`python -m benchmarks.roofline --config_file configs/base.json` prints tables like those of docs/performance.md, with
+two counts of each part. The fewest: every operand of a product read once, its result written once, all else fused into
+products, and each mix of the layer weighting reading what it mixes. And ours: what this implementation does. A part
+takes at least its FLOPs over the peak rate or its bytes over the bandwidth, whichever is more.
 
 Letters as in `gptbert.model`; activations and casts of weights have two bytes, the residual stream and gradients four.
 """
@@ -64,7 +64,7 @@ class Part:
 
     Attributes:
         name: what it does.
-        fewest: what cannot be avoided.
+        fewest: as the module says.
         ours: what this implementation does.
     """
 

@@ -1,10 +1,11 @@
 """Counts of FLOPs and bytes: against the model's own formula, and by hand where that is short."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
-from benchmarks.roofline import Job, Limits, RooflineConfig, Work, parameter_count, run, table
+from benchmarks.roofline import H100, Job, Limits, RooflineConfig, Work, parameter_count, run, table
 from gptbert.config import ModelConfig
 from gptbert.flops import training_flops
 from gptbert.model import GPTBert
@@ -60,3 +61,10 @@ def test_the_table_adds_up(capsys):
     columns = list(zip(*([float(cell) for cell in line.split("|")[2:-1]] for line in lines[2:]), strict=True))
     for *parts, total in columns:
         assert sum(parts) == pytest.approx(total, abs=0.05 * len(parts))
+
+
+@pytest.mark.parametrize("rows", [32, 256])
+@pytest.mark.parametrize("name", ["small", "base"])
+def test_the_tables_in_the_documentation_are_these(name, rows):
+    job = Job(ModelConfig.from_json(f"configs/{name}.json"), rows, 128, 0.15)
+    assert table(job, H100) in Path("docs/performance.md").read_text()
