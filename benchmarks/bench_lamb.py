@@ -16,6 +16,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from benchmarks import machine, peers
 from benchmarks.measurement import BASELINE, Measurement
+from benchmarks.traffic import LAMB_BYTES
 from gptbert.config import ModelConfig
 from gptbert.model import GPTBert
 from gptbert.optim import parameter_groups
@@ -23,7 +24,6 @@ from kernels import lamb_step
 from kernels.lamb import check, reference
 from kernels.numerics import Comparison, compare
 
-BYTES = 52  # a parameter
 PROOF_TENSORS = 12  # the first of a model: embeddings and a layer's
 SETTINGS = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.98, "eps": 1e-8, "max_grad_norm": 2.0, "average_decay": 0.999}
 WEIGHT_DECAY = 0.1
@@ -122,7 +122,7 @@ def test_lamb(measurement: Measurement, impl: str, shape: str) -> None:
     run = make_step(State(sizes))
     baseline = None if impl == BASELINE else _reference(State(sizes))
     numel = sum(shape.numel() for shape, _ in sizes)
-    measurement.time(run, baseline, None if impl == "fused_adamw" else BYTES * numel)
+    measurement.time(run, baseline, None if impl == "fused_adamw" else LAMB_BYTES * numel)
 
 
 def model_sizes(name: str) -> Sizes:

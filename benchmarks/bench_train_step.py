@@ -143,16 +143,17 @@ def _run(case: Case, config: StepBenchConfig, rank: int, port: int) -> Result:
     )
     store = random_store(model_config.vocab_size)
     watch, steps = Stopwatch(), []
-    with connect(train_config) as world, watch.installed():
+    with connect(train_config) as world:
         inputs = Inputs(model_config, model_config.vocab_size, store, store)
-        with patch.dict(trainer_module.COMPILE_FROM_FLOPS, cpu=0, cuda=0):
-            trainer = Trainer(train_config, inputs, HybridPlan(train_config, case.ranks), world)
-        with Prefetcher(trainer.load_rows, 0, train_config.max_steps) as rows:
-            for step in range(train_config.max_steps):
-                steps.append(watch.step(lambda step=step: trainer.train_step(rows.get(step))))
-                trainer.step += 1
-                if step == 0:
-                    start_seconds = time.perf_counter() - start
+        with watch.installed():
+            with patch.dict(trainer_module.COMPILE_FROM_FLOPS, cpu=0, cuda=0):
+                trainer = Trainer(train_config, inputs, HybridPlan(train_config, case.ranks), world)
+            with Prefetcher(trainer.load_rows, 0, train_config.max_steps) as rows:
+                for step in range(train_config.max_steps):
+                    steps.append(watch.step(lambda step=step: trainer.train_step(rows.get(step))))
+                    trainer.step += 1
+                    if step == 0:
+                        start_seconds = time.perf_counter() - start
         labelled = statistics.mean(labelled_share(trainer, step) for step in range(train_config.max_steps))
         peak = peak_memory(world.device)
         world.all_gather(None)  # all ranks measure at once, as they computed
@@ -215,7 +216,7 @@ def run(config: StepBenchConfig) -> None:
         "results": [dataclasses.asdict(result) for result in results],
     }
     if config.save:
-        machine.results_file("-train-step.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        machine.results_file(machine.STEPS).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if config.json:
         print(json.dumps(report))
 

@@ -31,7 +31,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     """Write what was measured, if anything was to be."""
     results = session.config.stash[RESULTS]
     if results.tried:
-        results.write(machine.results_file(".csv"))
+        results.write(machine.results_file(machine.OPERATIONS))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

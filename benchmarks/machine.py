@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+OPERATIONS, STEPS = ".csv", "-train-step.json"  # how files there end: of `pytest benchmarks`, and of training steps
 LIBRARIES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "pytorch-optimizer")
 COPIES = 7
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}  # far beyond any cache
@@ -45,7 +46,7 @@ def file_name() -> str:
 
 
 def results_file(suffix: str) -> Path:
-    """This machine's file in benchmarks/results/, such as that ending in ".csv"."""
+    """This machine's file in benchmarks/results/, by how it ends."""
     return RESULTS / f"{file_name()}{suffix}"
 
 

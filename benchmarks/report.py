@@ -16,15 +16,13 @@ from matplotlib.axes import Axes
 
 from benchmarks import machine
 from benchmarks.bench_train_step import Case
-from benchmarks.roofline import LAMB_BYTES, LAMB_FLOPS, Job, Limits, Part, Work, parameter_count
+from benchmarks.roofline import Job, Limits, Work
 from benchmarks.stopwatch import PARTS
 from gptbert.command_line import run_command
 from gptbert.config import ModelConfig
 from gptbert.errors import InputError
 
-OPERATIONS, STEPS = ".csv", "-train-step.json"
 OPERATION_COLUMNS = ("op", "shape", "impl", "p50_ms", "speed_over_reference_eager", "share_of_copy_bandwidth")
-OPTIMIZER_PART = "optimizer and casts"
 
 Table = list[tuple[str, ...]]
 
@@ -35,11 +33,9 @@ class Steps:
 
     Attributes:
         report: its JSON object.
-        model: the model's shape.
     """
 
     report: dict[str, Any]
-    model: ModelConfig
 
     @property
     def results(self) -> list[dict[str, Any]]:
@@ -51,6 +47,11 @@ class Steps:
         """Of the cases."""
         return [Case(**result["case"]).name for result in self.results]
 
+    def job(self, result: dict[str, Any]) -> Job:
+        """What a case's step asked for, on all its processes together."""
+        case, model = Case(**result["case"]), ModelConfig(**self.report["model"])
+        return Job(model, case.rows, case.seq_length, result["labelled_share"])
+
     def limits(self) -> Limits:
         """The best rates of matrix products and of copies."""
         flops = max(1e9 * result["product_gflops"] for result in self.results)
@@ -58,27 +59,20 @@ class Steps:
 
     def optimizer_bandwidth_share(self, result: dict[str, Any]) -> float:
         """The bytes that clipping, LAMB and the average must move, over their time, over the rate of a copy."""
-        moved = LAMB_BYTES * parameter_count(self.model)
+        moved = self.job(result).optimizer().bytes
         return moved / (1e-3 * result["parts"]["optimizer"]) / self.report["copy_bytes_per_second"]
 
     def points(self) -> list[tuple[str, Work, float]]:
         """Name, work and seconds of the model and of the optimizer, for the cases of one process."""
         found = []
         for name, result in zip(self.names, self.results, strict=True):
-            case, parts = Case(**result["case"]), result["parts"]
-            if case.ranks > 1:
+            if Case(**result["case"]).ranks > 1:
                 continue
-            job = Job(self.model, case.rows, case.seq_length, result["labelled_share"])
-            work = sum((part.ours for part in job.parts() if is_model(part)), Work())
+            job, parts = self.job(result), result["parts"]
+            work = sum((part.ours for part in job.model_parts()), Work())
             found.append((name, work, 1e-3 * (parts["forward"] + parts["backward"])))
-            optimizer = parameter_count(self.model) * Work(LAMB_FLOPS, LAMB_BYTES)
-            found.append((f"optimizer, {name}", optimizer, 1e-3 * parts["optimizer"]))
+            found.append((f"optimizer, {name}", job.optimizer(), 1e-3 * parts["optimizer"]))
         return found
-
-
-def is_model(part: Part) -> bool:
-    """Whether a part of the step is of the model's forward and backward."""
-    return part.name not in {OPTIMIZER_PART, "masking"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +93,14 @@ def run(config: ReportConfig) -> None:
     for page in pages:
         print(page)
     if not pages:
-        raise InputError(f"--results_dir {config.results_dir}: no *{OPERATIONS} or *{STEPS}; `make bench` makes them")
+        raise InputError(
+            f"--results_dir {config.results_dir}: no *{machine.OPERATIONS} or *{machine.STEPS}; `make bench` makes them"
+        )
 
 
 def write_pages(folder: Path) -> list[Path]:
     """A page, with its charts, for each machine that has results in the folder; their paths."""
-    suffixes = (OPERATIONS, STEPS)
+    suffixes = (machine.OPERATIONS, machine.STEPS)
     machines = {path.name.removesuffix(suffix) for suffix in suffixes for path in folder.glob(f"*{suffix}")}
     return [write_page(folder, name) for name in sorted(machines)]
 
@@ -112,10 +108,10 @@ def write_pages(folder: Path) -> list[Path]:
 def write_page(folder: Path, name: str) -> Path:
     """The page of a machine."""
     lines = []
-    steps_file, operations_file = folder / f"{name}{STEPS}", folder / f"{name}{OPERATIONS}"
+    steps_file, operations_file = folder / f"{name}{machine.STEPS}", folder / f"{name}{machine.OPERATIONS}"
     if steps_file.exists():
         report = json.loads(steps_file.read_text(encoding="utf-8"))
-        steps = Steps(report, ModelConfig(**report["model"]))
+        steps = Steps(report)
         draw(steps, folder, name)
         lines += step_lines(steps, name)
     if operations_file.exists():

@@ -14,11 +14,12 @@ from typing import Self
 
 import torch
 
+from benchmarks.traffic import LAMB_BYTES
 from gptbert.command_line import run_command
 from gptbert.config import ModelConfig
 from gptbert.model import GPTBert
 
-LAMB_BYTES, LAMB_FLOPS = 52, 27  # a parameter, with clipping and moving average; `benchmarks.traffic` counts the bytes
+LAMB_FLOPS = 27  # a parameter, with clipping and moving average
 
 
 @dataclass(frozen=True)
@@ -96,10 +97,18 @@ class Job:
 
     def parts(self) -> list[Part]:
         """All parts of the step, forward and backward together."""
+        return [*self.model_parts(), self._weights(), self._masking()]
+
+    def model_parts(self) -> list[Part]:
+        """Those of the model's forward and backward."""
         return [
             *(self._projections(), self._attention(), self._between_products(), self._layer_weighting()),
-            *(self._embedding(), self._head(), self._weights(), self._masking()),
+            *(self._embedding(), self._head()),
         ]
+
+    def optimizer(self) -> Work:
+        """Clipping, LAMB and the moving average."""
+        return parameter_count(self.config) * Work(LAMB_FLOPS, LAMB_BYTES)
 
     def _projections(self) -> Part:
         hidden, inner = self.config.hidden_size, self.config.intermediate_size
@@ -151,9 +160,7 @@ class Job:
         return Part("head and cross-entropy", dense + without, dense + logits + kernel)
 
     def _weights(self) -> Part:
-        parameters = parameter_count(self.config)
-        optimizer = parameters * Work(LAMB_FLOPS, LAMB_BYTES)
-        casts = Work(0, (4 + 2) * parameters)
+        optimizer, casts = self.optimizer(), Work(0, (4 + 2) * parameter_count(self.config))
         return Part("optimizer and casts", optimizer, optimizer + casts)
 
     def _masking(self) -> Part:

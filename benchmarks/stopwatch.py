@@ -1,4 +1,4 @@
-"""Seconds that the parts of a trainer's step take, in their order; what is inside another part does not count twice."""
+"""Seconds that the parts of a trainer's step take, in their order; none of them is inside another."""
 
 import functools
 import time

@@ -71,7 +71,7 @@ class GPTBert(nn.Module):
         """
         return self._encode(input_ids, document_ids, causal, self._dropout_seeds(input_ids.device))
 
-    def _encode(self, input_ids: Tensor, document_ids: Tensor, causal: bool, seeds: "DropoutSeeds") -> Tensor:
+    def _encode(self, input_ids: Tensor, document_ids: Tensor, causal: bool, seeds: DropoutSeeds) -> Tensor:
         mask = attention_mask(document_ids, causal)
         buckets = self.position_buckets(input_ids.shape[1])
         hidden_states, relative = self.embedding(input_ids, seeds.embedding)
@@ -81,7 +81,7 @@ class GPTBert(nn.Module):
             hidden_states = block(hidden_states, representations, relative, buckets, mask, block_seeds)
         return hidden_states
 
-    def _dropout_seeds(self, device: torch.device) -> "DropoutSeeds":
+    def _dropout_seeds(self, device: torch.device) -> DropoutSeeds:
         """New ones for each forward; none where there is no dropout."""
         probabilities = (self.config.hidden_dropout_prob, self.config.attention_probs_dropout_prob)
         if not self.training or not any(probabilities):

@@ -57,7 +57,7 @@ def test_a_page_has_every_figure_and_its_charts(tmp_path, report):
 
 
 def test_shares_and_points(report):
-    steps = Steps(report, TINY)
+    steps = Steps(report)
     share = 52 * parameter_count(TINY) / 0.050 / 2e9
     assert steps.optimizer_bandwidth_share(report["results"][0]) == pytest.approx(share)
     (model_name, _, model_seconds), (_, optimizer, optimizer_seconds) = steps.points()  # of one process only
