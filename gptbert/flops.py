@@ -7,6 +7,7 @@ import torch
 from gptbert.config import ModelConfig
 
 _SIZES = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192)}  # of square matrices
+_QUICK_SIZES = {"cpu": (1024,), "cuda": (8192,)}  # milliseconds; on a GPU, launching smaller products takes longer
 _REPEATS = 4
 
 
@@ -33,16 +34,16 @@ def training_flops(config: ModelConfig, length: int, labelled_share: float) -> f
     return 3 * forward_flops(config, length, labelled_share)
 
 
-def product_rate(device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...] = ()) -> float:
+def product_rate(device: torch.device, dtype: torch.dtype, *, quick: bool = False) -> float:
     """The best rate of torch.mm that the device shows, in FLOPs a second.
 
     Args:
         device: where.
         dtype: of the matrices.
-        sizes: of square matrices; by default those that show most, which takes a second or two.
+        quick: in some milliseconds, from one size of square matrices; else a second or two, from all that may be best.
     """
     best = 0.0
-    for size in sizes or _SIZES[device.type]:
+    for size in (_QUICK_SIZES if quick else _SIZES)[device.type]:
         left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         for _ in range(_REPEATS):
             _synchronize(device)

@@ -158,7 +158,7 @@ class Trainer:
         }
         self.step = 0
         dtype = torch.bfloat16 if config.mixed_precision else torch.float32
-        self.product_rate = product_rate(world.device, dtype, sizes=(1024,))
+        self.product_rate = product_rate(world.device, dtype, quick=True)
         self._warm_up()
         torch.manual_seed((config.seed << 20) + world.rank)  # different dropout on every rank
 

@@ -1,5 +1,6 @@
 """FLOPs by the formula against those that PyTorch counts."""
 
+import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -28,5 +29,6 @@ def test_the_head_counts_for_labelled_tokens_only():
     assert training_flops(TINY, LENGTH, 0.25) == 3 * forward_flops(TINY, LENGTH, 0.25)
 
 
-def test_the_rate_of_products_is_one():
-    assert 1e8 < product_rate(torch.device("cpu"), torch.float32) < 1e14
+@pytest.mark.parametrize("quick", [False, True])
+def test_the_rate_of_products_is_one(quick):
+    assert 1e8 < product_rate(torch.device("cpu"), torch.float32, quick=quick) < 1e14
