@@ -25,6 +25,7 @@ from gptbert.inputs import Inputs
 from gptbert.mask_history import MaskHistory
 from gptbert.memory import peak_memory
 from gptbert.metrics import LossSums, Throughput, Trackers, perplexity
+from gptbert.micro_batch import micro_batch_rows
 from gptbert.model import IGNORE_INDEX, GPTBert
 from gptbert.objectives import Batch, HybridPlan, Masking, Objective, Share, causal_batch, masked_batch
 from gptbert.optim import WeightAverage, build_optimizer, update_weights
@@ -220,8 +221,10 @@ class Trainer:
         """
         batches = self._batches(rows)
         scales = self._loss_scales(batches)
-        micro_batches = [micro for batch in batches for micro in batch.split(self._micro_batch_rows())]
-        micro_batches = micro_batches or [self._empty_batch(schedules.length_factor(self.config, self.step))]
+        length_factor = schedules.length_factor(self.config, self.step)
+        most_rows = micro_batch_rows(self.config, length_factor * self.config.seq_length, self.world.device)
+        micro_batches = [micro for batch in batches for micro in batch.split(most_rows)]
+        micro_batches = micro_batches or [self._empty_batch(length_factor)]
         for index, batch in enumerate(micro_batches):
             is_last = index == len(micro_batches) - 1
             with self._synchronised(is_last):
@@ -421,9 +424,6 @@ class Trainer:
     def _masking(self) -> Masking:
         mask_p = schedules.mask_probability(self.config, self.step)
         return Masking.of(self.config, self.inputs.vocab_size, mask_p=mask_p, seed=self.config.seed)
-
-    def _micro_batch_rows(self) -> int:
-        return max(1, self.config.local_batch_size // schedules.length_factor(self.config, self.step))
 
     def _empty_batch(self, length_factor: int = 1) -> Batch:
         """A row of padding: a rank without rows must still take part in the reduction."""

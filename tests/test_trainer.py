@@ -125,14 +125,6 @@ def test_label_capacity_is_an_upper_bound_and_not_a_wasteful_one(inputs):
         assert capacity < 1.35 * batch.label_count
 
 
-def test_longer_rows_come_in_fewer_at_a_time(inputs):
-    trainer = make_trainer(inputs, seq_length_growth=True, local_batch_size=8, max_steps=10)
-    rows = []
-    for trainer.step in (0, 7, 9):
-        rows.append(trainer._micro_batch_rows())
-    assert rows == [8, 4, 2]
-
-
 def test_resumed_moments_follow_the_settings_of_the_command_line(inputs):
     fit(parse(TrainConfig, flags(inputs, name="settings", max_steps=3, save_every=2)))
     last = list_checkpoints(inputs / "runs" / "settings")[0]
