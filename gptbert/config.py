@@ -125,7 +125,7 @@ class TrainConfig:
     """Double the row length at 70 % and again at 90 % of the run, with the rows per step divided by the same factor."""
     local_batch_size: int = 32
     """Most rows that a process takes through the model at once; a larger share of the step is accumulated. On a CPU it
-    takes no more than 1,024 tokens a thread (2,048 at least): as fast, in less memory."""
+    trains on no more than 1,024 tokens a thread at once (2,048 at least): as fast, in less memory."""
     global_batch_size: int = 128
     """Rows per step at the end of the run, over all processes and both objectives."""
     batch_reduction: float = 4.0

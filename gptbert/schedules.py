@@ -33,6 +33,11 @@ def length_factor(config: TrainConfig, step: int) -> int:
     return 2 if step < 0.9 * config.max_steps else 4
 
 
+def sequence_length(config: TrainConfig, step: int) -> int:
+    """Tokens of each row at `step`."""
+    return config.seq_length * length_factor(config, step)
+
+
 def batch_size(config: TrainConfig, step: int) -> int:
     """Rows of `step` over all ranks and objectives: linear growth, and fewer rows where they are longer."""
     first, last = config.global_batch_size / config.batch_reduction, config.global_batch_size

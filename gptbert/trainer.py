@@ -221,10 +221,10 @@ class Trainer:
         """
         batches = self._batches(rows)
         scales = self._loss_scales(batches)
-        length_factor = schedules.length_factor(self.config, self.step)
-        most_rows = micro_batch_rows(self.config, length_factor * self.config.seq_length, self.world.device)
+        length = schedules.sequence_length(self.config, self.step)
+        most_rows = micro_batch_rows(self.config, length, self.world.device)
         micro_batches = [micro for batch in batches for micro in batch.split(most_rows)]
-        micro_batches = micro_batches or [self._empty_batch(length_factor)]
+        micro_batches = micro_batches or [self._empty_batch(length)]
         for index, batch in enumerate(micro_batches):
             is_last = index == len(micro_batches) - 1
             with self._synchronised(is_last):
@@ -270,7 +270,7 @@ class Trainer:
                 "train/gradient_norm": norm,
                 "train/learning_rate": schedules.learning_rate(self.config, step),
                 "train/batch_size": schedules.batch_size(self.config, step),
-                "train/sequence_length": self.config.seq_length * schedules.length_factor(self.config, step),
+                "train/sequence_length": schedules.sequence_length(self.config, step),
                 "train/mask_p": schedules.mask_probability(self.config, step),
                 "train/tokens": tokens,
             }
@@ -287,7 +287,7 @@ class Trainer:
         """
         before = throughput.tokens
         rate, waiting_share = throughput.since_last(tokens)
-        length = self.config.seq_length * schedules.length_factor(self.config, self.step - 1)
+        length = schedules.sequence_length(self.config, self.step - 1)
         flops = training_flops(self.inputs.model_config, length, labels / max(1, tokens - before))
         return {
             "train/tokens_per_second": rate,
@@ -365,7 +365,7 @@ class Trainer:
 
     def _count_masks(self, batches: list[Batch], positions: Tensor | None) -> None:
         """Tell the masking history what this step masks, on all ranks."""
-        length = self.config.seq_length * schedules.length_factor(self.config, self.step)
+        length = schedules.sequence_length(self.config, self.step)
         rows = self.plan.num_rows(Objective.MLM, self.step)
         capacity = -(-rows // max(1, len(self.plan.ranks(Objective.MLM))))
         labels = next((batch.labels for batch in batches if batch.objective is Objective.MLM), None)
@@ -393,7 +393,7 @@ class Trainer:
     @torch.no_grad()
     def _warm_up_evaluation(self) -> None:
         """Once for the weights and once for their average, which want no gradients and so have code of their own."""
-        batch = self._empty_batch()
+        batch = self._empty_batch(self.config.seq_length)
         for model in (self.model.eval(), self.ema.model):
             with self._precision():
                 model.encode(batch.input_ids, batch.document_ids, batch.objective.causal)
@@ -425,9 +425,9 @@ class Trainer:
         mask_p = schedules.mask_probability(self.config, self.step)
         return Masking.of(self.config, self.inputs.vocab_size, mask_p=mask_p, seed=self.config.seed)
 
-    def _empty_batch(self, length_factor: int = 1) -> Batch:
+    def _empty_batch(self, length: int) -> Batch:
         """A row of padding: a rank without rows must still take part in the reduction."""
-        shape, device = (1, length_factor * self.config.seq_length), self.world.device
+        shape, device = (1, length), self.world.device
         return Batch(
             Objective.MLM,
             input_ids=torch.full(shape, PAD_ID, device=device),
@@ -464,7 +464,7 @@ class Trainer:
         dynamo_errors = importlib.import_module("torch._dynamo.exc")
         try:
             for factor in sorted(self.plan.length_factors if self.is_compiled else {1}):
-                self._forward(self._empty_batch(factor)).total.backward()
+                self._forward(self._empty_batch(factor * self.config.seq_length)).total.backward()
             if self.is_compiled:
                 self._warm_up_evaluation()
         except dynamo_errors.TorchDynamoException as error:

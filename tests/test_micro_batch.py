@@ -16,7 +16,7 @@ def config(local_batch_size, seq_length=128):
 
 
 @pytest.mark.parametrize("device", [CPU, GPU])
-def test_longer_rows_come_in_fewer_at_a_time(device):
+def test_tokens_at_a_time_stay_the_same(device):
     assert [micro_batch_rows(config(8), length, device) for length in (128, 256, 512)] == [8, 4, 2]
 
 

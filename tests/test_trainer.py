@@ -125,6 +125,20 @@ def test_label_capacity_is_an_upper_bound_and_not_a_wasteful_one(inputs):
         assert capacity < 1.35 * batch.label_count
 
 
+def test_longer_rows_come_in_fewer_at_a_time(inputs, monkeypatch):
+    settings = {"local_batch_size": 8, "global_batch_size": 64, "batch_reduction": 1, "max_steps": 10}
+    trainer = make_trainer(inputs, seq_length_growth=True, **settings)
+    forward, shapes = trainer._forward, []
+    monkeypatch.setattr(trainer, "_forward", lambda batch: shapes.append(tuple(batch.labels.shape)) or forward(batch))
+    widest = []
+    for trainer.step in (0, 7, 9):
+        shapes.clear()
+        trainer.train_step(trainer.load_rows(trainer.step))
+        widest.append(max(shapes))
+    length = trainer.config.seq_length
+    assert widest == [(8, length), (4, 2 * length), (2, 4 * length)]
+
+
 def test_resumed_moments_follow_the_settings_of_the_command_line(inputs):
     fit(parse(TrainConfig, flags(inputs, name="settings", max_steps=3, save_every=2)))
     last = list_checkpoints(inputs / "runs" / "settings")[0]
