@@ -1,9 +1,10 @@
 """Rows of tokens: documents shuffled per epoch, packed end to end, found again from a number alone.
 
-An epoch of one objective is a stream: the documents in shuffled order, each followed by the `<s>` that leads the next
-one, padded before its last `<s>` to a multiple of seq_length. The stream is cut into *slots* of seq_length tokens; a
-row is `<s>` followed by one slot (or by two or four where rows have grown). Slots are numbered through all epochs, so
-a row is a pure function of (seed, objective, slot): any process can make any row, and resuming needs no replay.
+An epoch of one objective is a stream: the documents in shuffled order (`gptbert.document_order`), each followed by the
+`<s>` that leads the next one, padded before its last `<s>` to a multiple of seq_length. The stream is cut into *slots*
+of seq_length tokens; a row is `<s>` followed by one slot (or by two or four where rows have grown). Slots are numbered
+through all epochs, so a row is a pure function of (seed, objective, slot): any process can make any row, and resuming
+needs no replay.
 
     documents  a a a a a   b b   c c c c          seq_length 4
     stream     a a a a | a S b b | S c c c | c P P S
@@ -17,6 +18,7 @@ from typing import Generic, Self, TypeVar
 
 import numpy as np
 
+from gptbert.document_order import SIZES, DocumentOrder, ShuffleSizes
 from gptbert.token_store import TokenStore
 from gptbert.tokenizer import BOS_ID, PAD_ID
 
@@ -48,17 +50,21 @@ class RowStream:
         seq_length: tokens per slot, T.
         seed: numbers that select the shuffling, such as (seed, objective).
         shuffle: False keeps the documents in the store's order in every epoch.
+        sizes: of the shuffle's chunks and blocks; they bound what the stream holds in memory.
     """
 
-    def __init__(self, store: TokenStore, seq_length: int, seed: tuple[int, ...] = (0,), shuffle: bool = True) -> None:
+    def __init__(
+        self,
+        store: TokenStore,
+        seq_length: int,
+        seed: tuple[int, ...] = (0,),
+        shuffle: bool = True,
+        sizes: ShuffleSizes = SIZES,
+    ) -> None:
         self.store = store
         self.seq_length = seq_length
-        self._seed = seed
-        self._shuffle = shuffle
-        self._documents = np.flatnonzero(store.document_lengths)
-        self.slots_per_epoch = -(-(store.num_tokens + len(self._documents)) // seq_length)
-        self._epochs: dict[int, Future[tuple[np.ndarray, np.ndarray]]] = {}
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="shuffle")
+        self._order = DocumentOrder(store, seed, shuffle, sizes)
+        self.slots_per_epoch = -(-self._order.stream_length // seq_length)
 
     def rows(self, first_slot: int, num_rows: int, length_factor: int = 1) -> Rows:
         """Rows that cover the slots first_slot … first_slot + num_rows · length_factor − 1.
@@ -67,6 +73,9 @@ class RowStream:
             first_slot: counted from 0 through all epochs.
             num_rows: B.
             length_factor: slots per row; the rows are length_factor · seq_length + 1 wide.
+
+        Raises:
+            InputError: a token id is outside the store's vocabulary.
         """
         end = first_slot + num_rows * length_factor
         chunks = []
@@ -90,45 +99,23 @@ class RowStream:
 
     def _stream(self, epoch: int, first: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and store positions of the slots first … stop − 1 of an epoch."""
-        order, ends = self._epoch(epoch)
         start, end = first * self.seq_length, stop * self.seq_length
         tokens = np.full(end - start, BOS_ID)
         positions = np.full(end - start, -1)
         is_content = np.ones(end - start, dtype=bool)
         # the documents that reach into the range, and of each the part inside it
-        here = slice(np.searchsorted(ends, start, side="right"), np.searchsorted(ends, end - 1, side="right") + 1)
-        documents, ends = order[here], ends[here]  # ends count the `<s>` behind each document
-        lengths = self.store.document_lengths[documents]
-        begins = ends - 1 - lengths
+        sources, bounds = self._order.between(epoch, start, end)
+        begins, ends = bounds[:-1], bounds[1:]  # ends count the `<s>` behind each document
         skipped = np.maximum(start - begins, 0)
         kept = np.minimum(ends - 1, end) - begins - skipped
         is_content[ends[ends <= end] - 1 - start] = False
         filled = int(min(end, ends[-1]) - start)
         is_content[filled:] = False
-        content, sources = self.store.gather(self.store.document_starts[documents] + skipped, kept)
-        tokens[is_content] = content
-        positions[is_content] = sources
+        tokens[is_content], positions[is_content] = self.store.gather(sources + skipped, kept)
         if stop == self.slots_per_epoch:
             # the last document's `<s>` moves behind the padding, so that it leads the next epoch
             tokens[filled - 1 : -1] = PAD_ID
         return tokens, positions
-
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """An epoch's document order, and where each one's `<s>` ends in the stream; the next epoch is begun too."""
-        for number in (epoch, epoch + 1):
-            if number not in self._epochs:
-                self._epochs[number] = self._worker.submit(self._order, number)
-        for number in [number for number in self._epochs if number < epoch - 1]:
-            del self._epochs[number]
-        return self._epochs[epoch].result()
-
-    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        order = self._documents
-        if self._shuffle:
-            order = np.random.Generator(np.random.Philox(np.random.SeedSequence([*self._seed, epoch]))).permutation(
-                order
-            )
-        return order, np.cumsum(self.store.document_lengths[order] + 1)
 
 
 class Prefetcher(Generic[T]):

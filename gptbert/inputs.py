@@ -10,6 +10,8 @@ from gptbert.errors import InputError
 from gptbert.token_store import TokenStore
 from gptbert.tokenizer import load_tokenizer, tokenizer_hash
 
+CHECKED_TOKENS = 10**9  # by each rank before the first step
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -54,15 +56,19 @@ class Inputs:
             _open_store("--valid_path", config.valid_path, config, model_config, digest, config.seq_length),
         )
 
-    def check_ids(self) -> None:
-        """Read both token files once; one rank is enough.
+    def check_ids(self, rank: int, world_size: int) -> None:
+        """Read the token files once, each rank its part, and of the training tokens no more than a second or two take.
+
+        Those that no rank reads here, in a corpus of more than world_size · `CHECKED_TOKENS`, are looked at when their
+        rows are made (`TokenStore.gather`), before they train.
 
         Raises:
             InputError: an id is outside its file's vocabulary.
         """
-        for flag, store in (("--train_path", self.train_store), ("--valid_path", self.valid_store)):
-            with naming(flag):
-                store.check_ids()
+        with naming("--train_path"):
+            self.train_store.check_ids(rank, world_size, CHECKED_TOKENS)
+        with naming("--valid_path"):
+            self.valid_store.check_ids(rank, world_size)
 
 
 @contextmanager

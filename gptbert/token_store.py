@@ -7,6 +7,8 @@ A store is one safetensors file or a complete set of numbered shards (`train-000
 - metadata: format, vocabulary size and the hash of the tokenizer that wrote it.
 
 Documents are stored without `<s>`: the packer puts it in front of every piece (see `gptbert.data`).
+
+A reader maps files: 2 KB of memory and one mapping for each, and none stays open. Linux allows 65,530 mappings.
 """
 
 import re
@@ -14,7 +16,8 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -28,6 +31,7 @@ from gptbert.files import finish
 
 FORMAT = "gptbert-tokens-1"
 SHARD_TOKENS = 50_000_000  # the writer holds a shard twice for a moment: 400 MB where ids take 4 bytes
+_SLICE = 2**20  # documents looked at together where all are: 8 MB of offsets
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -41,27 +45,38 @@ class TokenStore:
 
     Attributes:
         shards: memory-mapped token ids, one array a file; documents never cross a shard.
-        document_starts: [num_documents] int64, position of each document's first token, counted through all shards.
-        document_lengths: [num_documents] int64, tokens in each document.
+        document_offsets: memory-mapped, [documents + 1] int64 of each shard, as the module says.
         vocab_size: ids are below this number.
         tokenizer_hash: `gptbert.tokenizer.tokenizer_hash` of the writer; None where the format has none (upstream).
+        files: names of the shards, for messages; empty where there are none.
     """
 
     shards: list[np.ndarray]
-    document_starts: np.ndarray
-    document_lengths: np.ndarray
+    document_offsets: list[np.ndarray]
     vocab_size: int
     tokenizer_hash: str | None
+    files: list[Path] = field(default_factory=list)
+    _chunk_sizes: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False)
+
+    @cached_property
+    def shard_starts(self) -> np.ndarray:
+        """[shards + 1] int64: position of each shard's first token, and behind the last shard."""
+        return np.cumsum([0] + [len(shard) for shard in self.shards])
+
+    @cached_property
+    def first_documents(self) -> np.ndarray:
+        """[shards + 1] int64: number of each shard's first document, and behind the last shard."""
+        return np.cumsum([0] + [len(offsets) - 1 for offsets in self.document_offsets])
 
     @property
     def num_tokens(self) -> int:
         """Tokens in all documents, `<s>` not counted."""
-        return sum(len(shard) for shard in self.shards)
+        return int(self.shard_starts[-1])
 
     @property
     def num_documents(self) -> int:
         """Number of documents."""
-        return len(self.document_starts)
+        return int(self.first_documents[-1])
 
     @classmethod
     def open(cls, path: str | Path) -> "TokenStore":
@@ -76,36 +91,77 @@ class TokenStore:
             from gptbert.upstream import read_token_file  # noqa: PLC0415  upstream's pickles need torch, ours do not
 
             tokens, offsets = read_token_file(files[0])
-            parts, vocab_size, digest = [(tokens, offsets)], int(tokens.max(initial=0)) + 1, None
+            store = cls([tokens], [offsets], int(tokens.max(initial=0)) + 1, None, files)
         else:
             opened = [_open_shard(file) for file in files]
             if len({(shard.vocab_size, shard.tokenizer_hash) for shard in opened}) > 1:
                 raise InputError(f"token file {path}: its shards were written by different tokenizers; tokenize again")
-            parts = [(shard.tokens, shard.document_offsets) for shard in opened]
-            vocab_size, digest = opened[0].vocab_size, opened[0].tokenizer_hash
-        shard_starts = np.cumsum([0] + [len(tokens) for tokens, _ in parts])[:-1]
-        store = cls(
-            shards=[tokens for tokens, _ in parts],
-            document_starts=np.concatenate(
-                [start + offsets[:-1] for start, (_, offsets) in zip(shard_starts, parts, strict=True)]
-            ),
-            document_lengths=np.concatenate([np.diff(offsets) for _, offsets in parts]),
-            vocab_size=vocab_size,
-            tokenizer_hash=digest,
-        )
+            shards, offsets = [shard.tokens for shard in opened], [shard.document_offsets for shard in opened]
+            store = cls(shards, offsets, opened[0].vocab_size, opened[0].tokenizer_hash, files)
         if store.num_tokens == 0:
             raise InputError(f"token file {path}: holds no tokens; tokenize a corpus that is not empty")
         return store
 
-    def check_ids(self) -> None:
-        """Read all tokens once.
+    def documents(self, first: int = 0, stop: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Where consecutive documents lie.
+
+        Args:
+            first: number of the first one, counted through all shards.
+            stop: number behind the last one; None for all that follow.
+
+        Returns:
+            Positions of their first tokens, counted through all shards, and their lengths; both [stop − first] int64.
+        """
+        stop = self.num_documents if stop is None else stop
+        starts, lengths = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        shard = int(np.searchsorted(self.first_documents, first, side="right")) - 1
+        while first < stop:
+            offsets, begin = self.document_offsets[shard], first - int(self.first_documents[shard])
+            end = min(begin + stop - first, len(offsets) - 1)
+            starts.append(offsets[begin:end] + self.shard_starts[shard])
+            lengths.append(np.diff(offsets[begin : end + 1]))
+            first, shard = first + end - begin, shard + 1
+        return np.concatenate(starts), np.concatenate(lengths)
+
+    def chunk_sizes(self, chunk_documents: int) -> np.ndarray:
+        """What chunks of consecutive documents hold. The first call reads all offsets, some megabytes at a time.
+
+        Args:
+            chunk_documents: documents of each chunk but the last, which has what is left.
+
+        Returns:
+            [chunks, 2] int64: tokens, and documents that are not empty.
+        """
+        if chunk_documents not in self._chunk_sizes:
+            sizes = np.empty((-(-self.num_documents // chunk_documents), 2), np.int64)
+            step = chunk_documents * max(1, _SLICE // chunk_documents)
+            for first in range(0, self.num_documents, step):
+                _, lengths = self.documents(first, min(first + step, self.num_documents))
+                borders = np.arange(0, len(lengths), chunk_documents)
+                here = sizes[first // chunk_documents :][: len(borders)]
+                here[:, 0] = np.add.reduceat(lengths, borders)
+                here[:, 1] = np.add.reduceat(lengths > 0, borders, dtype=np.int64)
+            self._chunk_sizes[chunk_documents] = sizes
+        return self._chunk_sizes[chunk_documents]
+
+    def check_ids(self, part: int = 0, parts: int = 1, most: int | None = None) -> None:
+        """Read one of several equal parts of all tokens once.
+
+        Args:
+            part: which, from 0.
+            parts: how many.
+            most: tokens to read from the beginning of the part; None for all of it.
 
         Raises:
             InputError: an id is not below `vocab_size`.
         """
-        largest = max(int(shard.max(initial=0)) for shard in self.shards)
-        if largest >= self.vocab_size:
-            raise InputError(f"token id {largest} in a store of {self.vocab_size} ids; tokenize the corpus again")
+        start, end = self.num_tokens * part // parts, self.num_tokens * (part + 1) // parts
+        end = end if most is None else min(end, start + most)
+        shard = int(np.searchsorted(self.shard_starts, start, side="right")) - 1
+        while start < end:
+            shard_start, stop = self.shard_starts[shard : shard + 2].tolist()
+            self._check(self.shards[shard][start - shard_start : end - shard_start], range(start, stop))
+            start, shard = stop, shard + 1
 
     def gather(self, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Read pieces of documents, end to end.
@@ -116,18 +172,27 @@ class TokenStore:
 
         Returns:
             The token ids [Σ lengths] and their positions in the store [Σ lengths] int64.
+
+        Raises:
+            InputError: an id is not below `vocab_size`: what `check_ids` did not read is refused here.
         """
         positions = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
         if len(self.shards) == 1:
-            return self.shards[0][positions], positions
-        shard_starts = np.cumsum([0] + [len(shard) for shard in self.shards])
-        shard_of_piece = np.searchsorted(shard_starts, starts, side="right") - 1
-        shard_of_token = np.repeat(shard_of_piece, lengths)
-        tokens = np.empty(len(positions), dtype=self.shards[0].dtype)
-        for index in np.unique(shard_of_piece[lengths > 0]):
-            here = shard_of_token == index
-            tokens[here] = self.shards[index][positions[here] - shard_starts[index]]
+            tokens = self.shards[0][positions]
+        else:
+            shard_of = np.minimum(np.searchsorted(self.shard_starts, starts, side="right"), len(self.shards)) - 1
+            begins = starts - self.shard_starts[shard_of]
+            pieces = zip(shard_of.tolist(), begins.tolist(), (begins + lengths).tolist(), strict=True)
+            parts = [self.shards[shard][begin:end] for shard, begin, end in pieces]
+            tokens = np.concatenate([self.shards[0][:0], *parts])
+        self._check(tokens, positions)
         return tokens, positions
+
+    def _check(self, tokens: np.ndarray, positions: np.ndarray | range) -> None:
+        if len(tokens) and (largest := int(tokens.max())) >= self.vocab_size:
+            shard = np.searchsorted(self.shard_starts, positions[int(tokens.argmax())], side="right") - 1
+            file = f"token file {self.files[shard]}: " if self.files else ""
+            raise InputError(f"{file}token id {largest} in a store of {self.vocab_size} ids; tokenize the corpus again")
 
 
 class TokenStoreWriter:
@@ -272,10 +337,17 @@ def _open_shard(file: Path) -> _Shard:
         raise InputError(f"token file {file}: damaged or cut short ({reason}); tokenize the corpus again") from error
     if tokens.ndim != 1 or tokens.dtype.kind != "u" or offsets.ndim != 1 or offsets.dtype != np.int64:
         raise InputError(f"token file {file}: its arrays have unexpected types; tokenize the corpus again")
-    monotonic = len(offsets) > 0 and offsets[0] == 0 and offsets[-1] == len(tokens) and (np.diff(offsets) >= 0).all()
-    if not monotonic:
+    if not _fits(offsets, len(tokens)):
         raise InputError(f"token file {file}: its document offsets do not fit its tokens; tokenize the corpus again")
     return _Shard(tokens, offsets, vocab_size, digest)
+
+
+def _fits(offsets: np.ndarray, num_tokens: int) -> bool:
+    """Whether offsets rise from 0 to the number of tokens; looks at some megabytes at a time."""
+    if not len(offsets) or offsets[0] != 0 or offsets[-1] != num_tokens:
+        return False
+    slices = (offsets[first : first + _SLICE + 1] for first in range(0, len(offsets), _SLICE))
+    return all((part[1:] >= part[:-1]).all() for part in slices)
 
 
 def _shard_files(path: Path) -> list[Path]:
@@ -290,8 +362,9 @@ def _shard_files(path: Path) -> list[Path]:
     if not shards:
         raise InputError(f"token file {path}: no such file (make one with tokenize_scripts/tokenize_corpus.py)")
     count = int(shards[0].stem.rpartition("-of-")[2])
+    present = set(shards)
     for expected in (_shard_name(path, i + 1, count) for i in range(count)):
-        if expected not in shards:
+        if expected not in present:
             raise InputError(f"token file {path}: its shard {expected.name} is missing; tokenize the corpus again")
     if len(shards) != count:
         raise InputError(f"token file {path}: shards of two different runs lie there; tokenize the corpus again")

@@ -21,7 +21,7 @@ from gptbert.distributed import World, connect
 from gptbert.errors import InputError
 from gptbert.evaluate import Validation
 from gptbert.flops import product_rate, training_flops
-from gptbert.inputs import Inputs
+from gptbert.inputs import Inputs, naming
 from gptbert.mask_history import MaskHistory
 from gptbert.memory import peak_memory
 from gptbert.metrics import LossSums, Throughput, Trackers, perplexity
@@ -51,8 +51,7 @@ def fit(config: TrainConfig) -> None:
         with world.agreed():
             backend = prepare_kernels(config, world)
             inputs = Inputs.open(config)
-            if world.is_main:
-                inputs.check_ids()
+            inputs.check_ids(world.rank, world.world_size)
             plan = HybridPlan(config, world.world_size)
             path = checkpoint.find(config)
             resumed = checkpoint.load(path, inputs.model_config) if path else None
@@ -157,6 +156,7 @@ class Trainer:
             objective: RowStream(inputs.train_store, config.seq_length, (config.seed, index))
             for index, objective in enumerate(Objective)
         }
+        self.refusal: str | None = None  # why a row of this rank cannot be trained; see `load_rows`
         self.step = 0
         dtype = torch.bfloat16 if config.mixed_precision else torch.float32
         self.product_rate = product_rate(world.device, dtype, quick=True)
@@ -194,10 +194,19 @@ class Trainer:
                         self.save()
 
     def load_rows(self, step: int) -> list[tuple[Share, dict[str, Tensor]]]:
-        """This rank's rows of a step, on the host, padded for `span_mask`; called ahead of time on another thread."""
+        """This rank's rows of a step, on the host, padded for `span_mask`; called ahead of time on another thread.
+
+        Rows that cannot be trained are left out. The other ranks are in the middle of a step then, so the reason waits
+        for the next record or checkpoint, where all of them meet: see `agree_on_rows`.
+        """
         loaded = []
         for share in self.plan.shares(step, self.world.rank):
-            rows = self.streams[share.objective].rows(share.first_slot, share.num_rows, share.length_factor)
+            try:
+                with naming("--train_path"):
+                    rows = self.streams[share.objective].rows(share.first_slot, share.num_rows, share.length_factor)
+            except InputError as error:
+                self.refusal = str(error)
+                continue
             tensors = {field.name: torch.from_numpy(getattr(rows, field.name)) for field in dataclasses.fields(rows)}
             if self.mask_history is None:
                 del tensors["positions"]
@@ -209,6 +218,16 @@ class Trainer:
                 tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
             loaded.append((share, tensors))
         return loaded
+
+    def agree_on_rows(self) -> None:
+        """End the run if any rank has left rows out; every rank must call it.
+
+        Raises:
+            InputError: a token id is outside the vocabulary.
+        """
+        with self.world.agreed():
+            if self.refusal:
+                raise InputError(self.refusal)
 
     def train_step(self, rows: list[tuple[Share, dict[str, Tensor]]]) -> Tensor:
         """One update of the weights; reads nothing back from the device.
@@ -241,8 +260,9 @@ class Trainer:
         """Means since the last record, and the schedules' values at the step just done; every rank must call it.
 
         Raises:
-            InputError: the loss or the gradient is no longer finite.
+            InputError: the loss or the gradient is no longer finite, or rows were left out.
         """
+        self.agree_on_rows()
         step = self.step - 1
         means = self.sums.means(self.world)
         self.sums = LossSums(self.world.device)
@@ -306,7 +326,8 @@ class Trainer:
         return record
 
     def save(self) -> None:
-        """Write a checkpoint; every rank must call it, and all wait until it is complete."""
+        """Write a checkpoint, unless rows were left out; every rank must call it, and all wait until it is complete."""
+        self.agree_on_rows()
         random_state = {"cpu": torch.get_rng_state()}
         if self.world.device.type == "cuda":
             random_state["cuda"] = torch.cuda.get_rng_state(self.world.device)

@@ -79,11 +79,9 @@ def make_store():
 
     def make(lengths, *, tokens=None, cuts=()):
         lengths = np.array(lengths, dtype=np.int64)
-        starts = np.cumsum(lengths) - lengths
         tokens = np.arange(100, 100 + lengths.sum()) if tokens is None else np.array(tokens)
-        shards = np.split(
-            tokens.astype(np.uint32), [(starts[cut] if cut < len(lengths) else len(tokens)) for cut in cuts]
-        )
-        return TokenStore(shards, starts, lengths, vocab_size=int(tokens.max(initial=0)) + 1, tokenizer_hash=None)
+        offsets = [np.cumsum([0, *part]) for part in np.split(lengths, cuts)]
+        shards = np.split(tokens.astype(np.uint32), np.cumsum([part[-1] for part in offsets])[:-1])
+        return TokenStore(shards, offsets, vocab_size=int(tokens.max(initial=0)) + 1, tokenizer_hash=None)
 
     return make

@@ -17,7 +17,7 @@ FIELDS = ("tokens", "document_ids", "row_ids", "positions")
 
 
 def document_of_position(store):
-    return np.repeat(np.arange(store.num_documents), store.document_lengths)
+    return np.repeat(np.arange(store.num_documents), store.documents()[1])
 
 
 def assert_equal(rows, expected):

@@ -30,7 +30,7 @@ def write(path, documents=DOCUMENTS, *, vocab_size=16, digest="abc", batches=1, 
 
 def read(store):
     documents = []
-    for start, length in zip(store.document_starts, store.document_lengths, strict=True):
+    for start, length in zip(*store.documents(), strict=True):
         tokens, positions = store.gather(np.array([start]), np.array([length]))
         assert positions.tolist() == list(range(start, start + length))
         documents.append(tokens.tolist())
@@ -77,8 +77,8 @@ def test_any_shards_hold_the_same_documents(documents, shard_tokens, batches, da
 
         flat = np.fromiter(chain(*documents), np.int64)
         pieces = data.draw(st.lists(st.integers(0, len(documents) - 1), max_size=8))
-        starts = store.document_starts[pieces] + store.document_lengths[pieces] // 3
-        lengths = store.document_lengths[pieces] - store.document_lengths[pieces] // 3
+        starts, lengths = (values[pieces] for values in store.documents())
+        starts, lengths = starts + lengths // 3, lengths - lengths // 3
         tokens, positions = store.gather(starts, lengths)
         naive = [
             position for start, length in zip(starts, lengths, strict=True) for position in range(start, start + length)

@@ -61,7 +61,7 @@ def run_each(tmp_path, tokenizer_path):
 
 def decoded(store_path, tokenizer_path):
     tokenizer, store = Tokenizer.from_file(str(tokenizer_path)), TokenStore.open(store_path)
-    pairs = zip(store.document_starts, store.document_lengths, strict=True)
+    pairs = zip(*store.documents(), strict=True)
     return [tokenizer.decode(store.gather(np.array([s]), np.array([n]))[0].tolist()) for s, n in pairs]
 
 
@@ -222,7 +222,7 @@ def test_shards_hold_what_one_file_holds(tmp_path, tokenizer_path, capsys):
     assert len(many.shards) > 5
     assert max(map(len, many.shards)) <= 500
     assert np.array_equal(np.concatenate(many.shards), one.shards[0])
-    assert np.array_equal(many.document_lengths, one.document_lengths)
+    assert np.array_equal(many.documents(), one.documents())
     assert decoded(tmp_path / "many.safetensors", tokenizer_path) == [document.strip() for document in documents]
     assert f"200 documents, {sum(len(d.strip()) for d in documents):,} bytes of text" in capsys.readouterr().out
 

@@ -223,7 +223,7 @@ def test_upstreams_token_file_trains_the_same(inputs):
     store = TokenStore.open(inputs / "train.safetensors")
     documents = [
         torch.tensor([BOS_ID, *store.shards[0][start : start + length]], dtype=torch.int16)
-        for start, length in zip(store.document_starts, store.document_lengths, strict=True)
+        for start, length in zip(*store.documents(), strict=True)
     ]
     torch.save(documents, inputs / "train.bin")
     records = []
