@@ -98,8 +98,19 @@ def test_chunks_and_documents_are_both_shuffled(make_store):
             assert block.tolist() != sorted(block), "whose documents are mixed"
             blocks.append(tuple(block))
     assert len(set(blocks)) == 8
-    patterns = {tuple(np.argsort(block)) for block in blocks}
-    assert len(patterns) == 8, "each block has a permutation of its own"
+
+
+def test_each_block_has_a_permutation_of_its_own(make_store):
+    """Also where its chunks are the same: one permutation for all blocks of an epoch would show in where they go."""
+    order = DocumentOrder(make_store([1] * 64), (1,), True, ShuffleSizes(4, 16))
+    permutations = set()
+    for epoch in (0, 1):
+        starts, _ = whole_epoch(order, epoch)
+        before = (4 * order._epoch(epoch).chunks[:, None] + np.arange(4)).ravel()  # the permutation of chunks alone
+        for old, new in zip(before.reshape(4, 16), starts.reshape(4, 16), strict=True):
+            assert sorted(old) == sorted(new)
+            permutations.add(tuple(old.tolist().index(document) for document in new))
+    assert len(permutations) == 8
 
 
 def held(owner):

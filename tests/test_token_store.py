@@ -191,6 +191,16 @@ def test_foreign_and_inconsistent_safetensors_are_refused(tmp_path):
         TokenStore.open(path)
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 20), max_size=12), st.integers(1, 5))
+def test_offsets_fit_as_a_whole_whatever_the_slices(inner, size):
+    offsets = np.array([0, *inner, 20])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(token_store, "_SLICE", size)
+        assert token_store._fits(offsets, 20) == (sorted(offsets) == offsets.tolist())
+        assert not token_store._fits(offsets, 21)
+
+
 def test_incomplete_and_mixed_shards_are_refused(tmp_path):
     path = tmp_path / "t.safetensors"
     second = tmp_path / "t-00002-of-00004.safetensors"
