@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from gptbert.config import TrainConfig
 from gptbert.errors import InputError
 from gptbert.model import IGNORE_INDEX
-from gptbert.schedules import batch_size, length_factor
+from gptbert.schedules import batch_sizes, length_factor, length_factors
 from gptbert.tokenizer import BOS_ID, MASK_ID
 from kernels import span_mask
 
@@ -26,6 +27,10 @@ class Objective(Enum):
     def causal(self) -> bool:
         """Whether attention looks only backwards."""
         return self is Objective.CLM
+
+
+_BLOCK = 2**12  # steps that are planned at once, unless that makes more blocks than this
+_COLUMNS = {objective: column for column, objective in enumerate(Objective)}
 
 
 @dataclass(frozen=True)
@@ -109,8 +114,20 @@ class Share:
     length_factor: int
 
 
+@dataclass(frozen=True)
+class _Steps:
+    """Consecutive steps of a plan; columns are the objectives."""
+
+    rows: np.ndarray  # [steps, 2]
+    factors: np.ndarray  # [steps]
+    first_slots: np.ndarray  # [steps + 1, 2]
+
+
 class HybridPlan:
     """Which rows a step has, and which of them belong to which rank; functions of the step alone (spec.md §3, §5).
+
+    Held are the slots before each block of steps, 66 KB at most, and two blocks with all of their steps: 40 bytes for
+    each of 4,096 steps, or of a 4,096th of the run where that is more.
 
     Attributes:
         mode: "rank" or "batch".
@@ -125,12 +142,15 @@ class HybridPlan:
         self.config = config
         self.world_size = world_size
         self.mode = self._choose_mode()
-        rows = np.array([self._rows(step) for step in range(config.max_steps)], dtype=np.int64)  # [steps, 2]
-        factors = np.array([length_factor(config, step) for step in range(config.max_steps)], dtype=np.int64)
-        self.length_factors = {int(factor) for factor in np.unique(factors)}
-        self._row_counts = dict(zip(Objective, rows.T, strict=True))
-        slots = np.concatenate([np.zeros((1, 2), np.int64), np.cumsum(rows * factors[:, None], axis=0)])
-        self._first_slots = dict(zip(Objective, slots.T, strict=True))
+        self.length_factors: set[int] = set()
+        self._block_steps = max(_BLOCK, -(-config.max_steps // _BLOCK))
+        blocks = -(-config.max_steps // self._block_steps)
+        self._block_slots = np.zeros((blocks + 1, 2), np.int64)  # before each block, and behind the last
+        for block in range(blocks):
+            steps = self._draw_block(block)
+            self._block_slots[block + 1] = steps.first_slots[-1]
+            self.length_factors |= set(np.unique(steps.factors).tolist())
+        self._block = lru_cache(maxsize=2)(self._draw_block)  # the trainer asks for its step, and a few steps ahead
 
     def weight(self, objective: Objective) -> float:
         """The objective's weight in the loss: its share of the training."""
@@ -139,11 +159,12 @@ class HybridPlan:
 
     def num_rows(self, objective: Objective, step: int) -> int:
         """Rows of the objective at `step`, all ranks together."""
-        return int(self._row_counts[objective][step])
+        block, index = divmod(step, self._block_steps)
+        return int(self._block(block).rows[index, _COLUMNS[objective]])
 
     def tokens_before(self, step: int) -> int:
         """Tokens (positions of the model's input) in all steps before `step`."""
-        return int(sum(slots[step] for slots in self._first_slots.values())) * self.config.seq_length
+        return sum(self._first_slot(objective, step) for objective in Objective) * self.config.seq_length
 
     def ranks(self, objective: Objective) -> range:
         """The ranks that train the objective."""
@@ -163,23 +184,38 @@ class HybridPlan:
             rows, index = self.num_rows(objective, step), rank - ranks.start
             first, end = rows * index // len(ranks), rows * (index + 1) // len(ranks)
             if end > first:
-                first_slot = int(self._first_slots[objective][step]) + first * factor
+                first_slot = self._first_slot(objective, step) + first * factor
                 shares.append(Share(objective, first_slot, end - first, factor))
         return shares
 
-    def _rows(self, step: int) -> tuple[int, int]:
-        """Rows of (MLM, CLM): as near to the ratio as possible, and at least one of each where both are trained."""
-        total = batch_size(self.config, step)
+    def _first_slot(self, objective: Objective, step: int) -> int:
+        block, index = divmod(step, self._block_steps)
+        return int(self._block(block).first_slots[index, _COLUMNS[objective]])
+
+    def _draw_block(self, block: int) -> _Steps:
+        """A block's steps; there are none behind the last one, only where they would begin."""
+        first = block * self._block_steps
+        steps = np.arange(first, max(first, min(first + self._block_steps, self.config.max_steps)))
+        rows, factors = self._rows(steps), length_factors(self.config, steps)
+        slots = np.concatenate([self._block_slots[block : block + 1], rows * factors[:, None]])
+        return _Steps(rows, factors, np.cumsum(slots, axis=0))
+
+    def _rows(self, steps: np.ndarray) -> np.ndarray:
+        """Rows of (MLM, CLM) [steps, 2]: as near to the ratio as possible, and one of each at least where both train."""
+        total = batch_sizes(self.config, steps)
         numerator, denominator = self.config.hybrid_numerator, self.config.hybrid_denominator
         if numerator in {0, denominator}:
-            return (total, 0) if numerator else (0, total)
-        if total < 2:
-            raise InputError(
-                f"--global_batch_size {self.config.global_batch_size} gives step {step} only one row (see "
-                "--batch_reduction, --seq_length_growth); a hybrid of both objectives needs at least two"
-            )
-        masked = min(max(1, int(total * numerator / denominator + 0.5)), total - 1)
-        return masked, total - masked
+            masked = total if numerator else np.zeros_like(total)
+        else:
+            if len(small := steps[total < 2]):
+                raise InputError(
+                    f"--global_batch_size {self.config.global_batch_size} gives step {small[0]} only one row (see "
+                    "--batch_reduction, --seq_length_growth); a hybrid of both objectives needs at least two"
+                )
+            # integers of any size, where their product might not fit into 64 bits or the quotient's 53
+            exact = total.astype(object) if denominator >= 2**29 else total
+            masked = np.clip((exact * numerator / denominator + 0.5).astype(np.int64), 1, total - 1)
+        return np.stack([masked, total - masked], axis=1)
 
     def _choose_mode(self) -> str:
         denominator = self.config.hybrid_denominator // math.gcd(

@@ -2,6 +2,8 @@
 
 import math
 
+import numpy as np
+
 from gptbert.config import TrainConfig
 
 
@@ -26,11 +28,16 @@ def mask_probability(config: TrainConfig, step: int) -> float:
     return config.mask_p_start + (config.mask_p_end - config.mask_p_start) * step / config.max_steps
 
 
+def length_factors(config: TrainConfig, steps: np.ndarray) -> np.ndarray:
+    """Row length at `steps` in multiples of seq_length, int64: 1, then 2 from 70 % and 4 from 90 % of a growing run."""
+    if not config.seq_length_growth:
+        return np.ones_like(steps)
+    return 1 + (steps >= 0.7 * config.max_steps) + 2 * (steps >= 0.9 * config.max_steps)
+
+
 def length_factor(config: TrainConfig, step: int) -> int:
-    """Row length at `step` in multiples of seq_length: 1, then 2 from 70 % and 4 from 90 % of a growing run."""
-    if not config.seq_length_growth or step < 0.7 * config.max_steps:
-        return 1
-    return 2 if step < 0.9 * config.max_steps else 4
+    """`length_factors` of one step."""
+    return int(length_factors(config, np.array(step)))
 
 
 def sequence_length(config: TrainConfig, step: int) -> int:
@@ -38,8 +45,13 @@ def sequence_length(config: TrainConfig, step: int) -> int:
     return config.seq_length * length_factor(config, step)
 
 
-def batch_size(config: TrainConfig, step: int) -> int:
-    """Rows of `step` over all ranks and objectives: linear growth, and fewer rows where they are longer."""
+def batch_sizes(config: TrainConfig, steps: np.ndarray) -> np.ndarray:
+    """Rows of `steps` over all ranks and objectives, int64: linear growth, and fewer rows where they are longer."""
     first, last = config.global_batch_size / config.batch_reduction, config.global_batch_size
-    rows = first + (last - first) * step / config.max_steps
-    return max(1, int(rows / length_factor(config, step) + 0.5))
+    rows = first + (last - first) * steps / config.max_steps
+    return np.maximum(1, (rows / length_factors(config, steps) + 0.5).astype(np.int64))
+
+
+def batch_size(config: TrainConfig, step: int) -> int:
+    """`batch_sizes` of one step."""
+    return int(batch_sizes(config, np.array(step)))

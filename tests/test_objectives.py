@@ -120,10 +120,80 @@ def test_auto_mode_uses_ranks_where_they_fit(make_config, world_size, mode):
         assert all(len(plan.shares(0, rank)) == 2 for rank in range(world_size))
 
 
+def rows_of_a_step(config, step):
+    """(MLM rows, CLM rows, length factor) as written for one step, with Python's own numbers."""
+    factor = 1
+    if config.seq_length_growth and step >= 0.7 * config.max_steps:
+        factor = 2 if step < 0.9 * config.max_steps else 4
+    first, last = config.global_batch_size / config.batch_reduction, config.global_batch_size
+    total = max(1, int((first + (last - first) * step / config.max_steps) / factor + 0.5))
+    numerator, denominator = config.hybrid_numerator, config.hybrid_denominator
+    if numerator in {0, denominator}:
+        return (total, 0, factor) if numerator else (0, total, factor)
+    masked = min(max(1, int(total * numerator / denominator + 0.5)), total - 1)
+    return masked, total - masked, factor
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_every_step_is_what_a_loop_over_steps_gives(make_config, data):
+    denominator = data.draw(st.integers(1, 9) | st.integers(2**28, 2**31) | st.just(10**25 + 7))
+    reduction = data.draw(st.floats(1, 9))
+    config = make_config(
+        hybrid_numerator=data.draw(st.integers(0, denominator)),
+        hybrid_denominator=denominator,
+        hybrid_mode="batch",
+        global_batch_size=data.draw(st.integers(80, 300) | st.integers(80, 10**7 - 1)),
+        batch_reduction=reduction,
+        seq_length_growth=data.draw(st.booleans()),
+        max_steps=data.draw(st.integers(1, 150)),
+        seq_length=2,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gptbert.objectives._BLOCK", data.draw(st.integers(1, 40), label="block"))
+        plan = HybridPlan(config, 1)
+    slots = [0, 0]
+    steps = [(step, *rows_of_a_step(config, step)) for step in range(config.max_steps)]
+    expected = {}
+    for step, masked, causal, factor in steps:
+        expected[step] = ([masked, causal], factor, list(slots))
+        slots[0] += masked * factor
+        slots[1] += causal * factor
+    assert plan.length_factors == {factor for *_, factor in steps}
+    assert plan.tokens_before(config.max_steps) == 2 * sum(slots)
+    for step in data.draw(st.permutations(range(config.max_steps))):
+        rows, factor, first_slots = expected[step]
+        assert [plan.num_rows(objective, step) for objective in Objective] == rows
+        assert plan.tokens_before(step) == 2 * sum(first_slots)
+        shares = {share.objective: share for share in plan.shares(step, 0)}
+        assert {share.length_factor for share in shares.values()} == {factor}
+        for objective, count, slot in zip(Objective, rows, first_slots, strict=True):
+            if count:
+                assert (shares[objective].num_rows, shares[objective].first_slot) == (count, slot)
+
+
+def test_a_plan_does_not_grow_with_its_run(make_config):
+    def held(steps):
+        plan = HybridPlan(make_config(max_steps=steps, seq_length_growth=True), 8)
+        blocks = [plan._block(block) for block in (0, len(plan._block_slots) - 2)]
+        arrays = [plan._block_slots, *(array for block in blocks for array in vars(block).values())]
+        assert all(array.base is None or array.base.nbytes == array.nbytes for array in arrays)
+        return sum(array.nbytes for array in arrays)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gptbert.objectives._BLOCK", 2**6)
+        assert held(2**12) <= 1.02 * held(2**11) + 2**10
+        assert held(2**16) <= 16 * held(2**12), "blocks grow only where there would be more than _BLOCK of them"
+    assert held(10**6) < 66_000 + 2 * 2**12 * 40 + 100
+
+
 def test_a_step_of_one_row_cannot_be_a_hybrid(make_config):
     small = {"global_batch_size": 4, "max_steps": 5}
     with pytest.raises(InputError, match=r"--global_batch_size 4 .*step 0 only one row"):
         HybridPlan(make_config(**small), 1)
+    late = make_config(global_batch_size=5, batch_reduction=1, max_steps=9000, seq_length_growth=True)
+    with pytest.raises(InputError, match=r"^--global_batch_size 5 gives step 8100 only one row \(see .*at least two$"):
+        HybridPlan(late, 1)
     for numerator in (0, 4):
         HybridPlan(make_config(hybrid_numerator=numerator, **small), 1)
     HybridPlan(make_config(batch_reduction=2, **small), 1)
