@@ -201,7 +201,7 @@ class HybridPlan:
         return _Steps(rows, factors, np.cumsum(slots, axis=0))
 
     def _rows(self, steps: np.ndarray) -> np.ndarray:
-        """Rows of (MLM, CLM) [steps, 2]: as near to the ratio as possible, and one of each at least where both train."""
+        """Rows of (MLM, CLM) [steps, 2]: near the ratio, and at least one of each where both are trained."""
         total = batch_sizes(self.config, steps)
         numerator, denominator = self.config.hybrid_numerator, self.config.hybrid_denominator
         if numerator in {0, denominator}:
