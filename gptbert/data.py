@@ -63,8 +63,8 @@ class RowStream:
     ) -> None:
         self.store = store
         self.seq_length = seq_length
-        self._order = DocumentOrder(store, seed, shuffle, sizes)
-        self.slots_per_epoch = -(-self._order.stream_length // seq_length)
+        self.document_order = DocumentOrder(store, seed, shuffle, sizes)
+        self.slots_per_epoch = -(-self.document_order.stream_length // seq_length)
 
     def rows(self, first_slot: int, num_rows: int, length_factor: int = 1) -> Rows:
         """Rows that cover the slots first_slot … first_slot + num_rows · length_factor − 1.
@@ -104,7 +104,7 @@ class RowStream:
         positions = np.full(end - start, -1)
         is_content = np.ones(end - start, dtype=bool)
         # the documents that reach into the range, and of each the part inside it
-        sources, bounds = self._order.between(epoch, start, end)
+        sources, bounds = self.document_order.between(epoch, start, end)
         begins, ends = bounds[:-1], bounds[1:]  # ends count the `<s>` behind each document
         skipped = np.maximum(start - begins, 0)
         kept = np.minimum(ends - 1, end) - begins - skipped

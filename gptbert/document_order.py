@@ -73,6 +73,10 @@ class DocumentOrder:
         self._blocks: dict[int, Future[tuple[np.ndarray, np.ndarray]]] = {}  # by their number through all epochs
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="shuffle")
 
+    def block_starts(self, epoch: int) -> np.ndarray:
+        """Where each block of an epoch begins in its stream, and where the last one ends; [blocks + 1] int64."""
+        return self._epoch(epoch).block_starts
+
     def between(self, epoch: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """The documents that reach into a range of an epoch's stream.
 
@@ -85,7 +89,7 @@ class DocumentOrder:
             Positions of the documents' first tokens in the store [n] int64, and where each begins in the stream, then
             where the `<s>` behind the last one ends [n + 1] int64.
         """
-        block_ends = self._epoch(epoch).block_starts[1:]
+        block_ends = self.block_starts(epoch)[1:]
         first, last = np.searchsorted(block_ends, (start, min(end, self.stream_length) - 1), side="right").tolist()
         parts = []
         for index in range(first, last + 1):

@@ -8,16 +8,16 @@ A store is one safetensors file or a complete set of numbered shards (`train-000
 
 Documents are stored without `<s>`: the packer puts it in front of every piece (see `gptbert.data`).
 
-A reader maps files: 2 KB of memory and one mapping for each, and none stays open. Linux allows 65,530 mappings.
+A reader maps files, of many shards those that it read last, and keeps none open.
 """
 
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -28,10 +28,12 @@ from safetensors.numpy import save_file
 
 from gptbert.errors import InputError, first_line
 from gptbert.files import finish
+from gptbert.mapped_arrays import MappedArrays, lengths_of
 
 FORMAT = "gptbert-tokens-1"
 SHARD_TOKENS = 50_000_000  # the writer holds a shard twice for a moment: 400 MB where ids take 4 bytes
-_SLICE = 2**20  # documents looked at together where all are: 8 MB of offsets
+MOST_MAPPED = 1024  # files; two blocks of gptbert.document_order reach into some hundred
+_SLICE = 2**16  # documents looked at together where all are: half a megabyte of offsets, which stays in a cache
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -51,8 +53,8 @@ class TokenStore:
         files: names of the shards, for messages; empty where there are none.
     """
 
-    shards: list[np.ndarray]
-    document_offsets: list[np.ndarray]
+    shards: Sequence[np.ndarray]
+    document_offsets: Sequence[np.ndarray]
     vocab_size: int
     tokenizer_hash: str | None
     files: list[Path] = field(default_factory=list)
@@ -61,12 +63,12 @@ class TokenStore:
     @cached_property
     def shard_starts(self) -> np.ndarray:
         """[shards + 1] int64: position of each shard's first token, and behind the last shard."""
-        return np.cumsum([0] + [len(shard) for shard in self.shards])
+        return np.concatenate([[0], np.cumsum(lengths_of(self.shards))])
 
     @cached_property
     def first_documents(self) -> np.ndarray:
         """[shards + 1] int64: number of each shard's first document, and behind the last shard."""
-        return np.cumsum([0] + [len(offsets) - 1 for offsets in self.document_offsets])
+        return np.concatenate([[0], np.cumsum(lengths_of(self.document_offsets) - 1)])
 
     @property
     def num_tokens(self) -> int:
@@ -93,11 +95,18 @@ class TokenStore:
             tokens, offsets = read_token_file(files[0])
             store = cls([tokens], [offsets], int(tokens.max(initial=0)) + 1, None, files)
         else:
-            opened = [_open_shard(file) for file in files]
-            if len({(shard.vocab_size, shard.tokenizer_hash) for shard in opened}) > 1:
+            opened = lru_cache(MOST_MAPPED)(lambda index: _open_shard(files[index]))
+            sizes, writers = [], set()
+            for shard in map(opened, range(len(files))):
+                sizes.append((len(shard.tokens), len(shard.document_offsets)))
+                writers.add((shard.vocab_size, shard.tokenizer_hash))
+            if len(writers) > 1:
                 raise InputError(f"token file {path}: its shards were written by different tokenizers; tokenize again")
-            shards, offsets = [shard.tokens for shard in opened], [shard.document_offsets for shard in opened]
-            store = cls(shards, offsets, opened[0].vocab_size, opened[0].tokenizer_hash, files)
+            tokens, offsets = zip(*sizes, strict=True)
+            shards = MappedArrays(lambda index: opened(index).tokens, tokens)
+            store = cls(
+                shards, MappedArrays(lambda index: opened(index).document_offsets, offsets), *writers.pop(), files
+            )
         if store.num_tokens == 0:
             raise InputError(f"token file {path}: holds no tokens; tokenize a corpus that is not empty")
         return store
@@ -124,7 +133,7 @@ class TokenStore:
         return np.concatenate(starts), np.concatenate(lengths)
 
     def chunk_sizes(self, chunk_documents: int) -> np.ndarray:
-        """What chunks of consecutive documents hold. The first call reads all offsets, some megabytes at a time.
+        """What chunks of consecutive documents hold. The first call reads all offsets, a slice at a time.
 
         Args:
             chunk_documents: documents of each chunk but the last, which has what is left.
@@ -343,7 +352,7 @@ def _open_shard(file: Path) -> _Shard:
 
 
 def _fits(offsets: np.ndarray, num_tokens: int) -> bool:
-    """Whether offsets rise from 0 to the number of tokens; looks at some megabytes at a time."""
+    """Whether offsets rise from 0 to the number of tokens; looks at a slice at a time."""
     if not len(offsets) or offsets[0] != 0 or offsets[-1] != num_tokens:
         return False
     slices = (offsets[first : first + _SLICE + 1] for first in range(0, len(offsets), _SLICE))

@@ -148,7 +148,7 @@ def test_what_is_held_does_not_grow_with_the_corpus(make_store):
     blocks, chunks = 2 * 16 * 256, (16 + 2 * 16) * 64  # a block may be one chunk of 2**14 / 64 documents
     assert figures[2**9] >= 2 * 16 * 128, "the count sees the blocks"
     assert max(figures.values()) <= blocks + chunks + 200, figures
-    order = RowStream(make_store([3] * 2**14), 16)._order
+    order = RowStream(make_store([3] * 2**14), 16).document_order
     assert order._num_blocks == 1, "so that with the usual sizes all of them would have been held"
 
 
@@ -190,7 +190,7 @@ def test_chunk_sizes_by_hand(make_store, lengths, chunk, data):
 def test_a_stream_that_is_dropped_ends_with_its_thread(make_store):
     stream = RowStream(make_store([3] * 9), 4)
     stream.rows(0, 1)
-    (thread,) = stream._order._worker._threads
+    (thread,) = stream.document_order._worker._threads
     del stream
     gc.collect()
     thread.join(5)

@@ -201,6 +201,27 @@ def test_offsets_fit_as_a_whole_whatever_the_slices(inner, size):
         assert not token_store._fits(offsets, 21)
 
 
+def test_of_many_shards_only_the_last_ones_stay_mapped(tmp_path, monkeypatch):
+    path, opened = tmp_path / "t.safetensors", []
+    documents = [[number, number + 1] for number in range(12)]
+    write(path, documents, shard_tokens=2)
+    open_shard = token_store._open_shard
+    monkeypatch.setattr(token_store, "_open_shard", lambda file: opened.append(file.name[2:7]) or open_shard(file))
+    monkeypatch.setattr(token_store, "MOST_MAPPED", 3)
+    store = TokenStore.open(path)
+    assert opened == [f"{number:05d}" for number in range(1, 13)]
+    assert (store.num_tokens, store.num_documents, len(opened)) == (24, 12, 12), "sizes open nothing"
+    assert read(store) == documents
+    gathered, _ = store.gather(np.array([22, 0, 20]), np.array([2, 2, 1]))
+    assert gathered.tolist() == [11, 12, 0, 1, 10]
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        assert maps.read_text().count(str(tmp_path)) == 3
+    opened.clear()
+    store.gather(np.array([22, 0, 20]), np.array([2, 2, 1]))
+    assert not opened
+
+
 def test_incomplete_and_mixed_shards_are_refused(tmp_path):
     path = tmp_path / "t.safetensors"
     second = tmp_path / "t-00002-of-00004.safetensors"
