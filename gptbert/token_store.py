@@ -50,14 +50,14 @@ class TokenStore:
         document_offsets: memory-mapped, [documents + 1] int64 of each shard, as the module says.
         vocab_size: ids are below this number.
         tokenizer_hash: `gptbert.tokenizer.tokenizer_hash` of the writer; None where the format has none (upstream).
-        files: names of the shards, for messages; empty where there are none.
+        files: paths of the shards, for messages; none where they are arrays in memory.
     """
 
     shards: Sequence[np.ndarray]
     document_offsets: Sequence[np.ndarray]
     vocab_size: int
     tokenizer_hash: str | None
-    files: list[Path] = field(default_factory=list)
+    files: Sequence[str] = ()
     _chunk_sizes: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
@@ -88,14 +88,14 @@ class TokenStore:
             InputError: nothing is there, a shard is missing, or a file is empty, cut short or of another kind.
         """
         path = Path(path)
-        files = _shard_files(path)
-        if not _is_safetensors(files[0]):
+        files = [str(file) for file in _shard_files(path)]  # a Path takes ten times the memory
+        if not _is_safetensors(Path(files[0])):
             from gptbert.upstream import read_token_file  # noqa: PLC0415  upstream's pickles need torch, ours do not
 
             tokens, offsets = read_token_file(files[0])
             store = cls([tokens], [offsets], int(tokens.max(initial=0)) + 1, None, files)
         else:
-            opened = lru_cache(MOST_MAPPED)(lambda index: _open_shard(files[index]))
+            opened = lru_cache(MOST_MAPPED)(lambda index: _open_shard(Path(files[index])))
             sizes, writers = [], set()
             for shard in map(opened, range(len(files))):
                 sizes.append((len(shard.tokens), len(shard.document_offsets)))
