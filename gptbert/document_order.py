@@ -12,7 +12,7 @@ that any block can be made from its number. With the usual `SIZES` an order hold
 
 - 4.2 MB for all chunks: tokens and documents of each, read once from the offsets, and shared by all orders of a store;
 - 2.1 MB for each of two epochs: the order of the chunks, and where blocks begin;
-- 16.8 MB for each of two blocks, the one in use and the next, which a thread prepares; 42 MB more while it does.
+- 16.8 MB for each of two blocks, the one in use and the next, which a thread prepares; about 50 MB more while it does.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor

@@ -191,9 +191,10 @@ class TokenStore:
         else:
             shard_of = np.minimum(np.searchsorted(self.shard_starts, starts, side="right"), len(self.shards)) - 1
             begins = starts - self.shard_starts[shard_of]
+            arrays = {shard: self.shards[shard] for shard in np.unique(shard_of).tolist()}
             pieces = zip(shard_of.tolist(), begins.tolist(), (begins + lengths).tolist(), strict=True)
-            parts = [self.shards[shard][begin:end] for shard, begin, end in pieces]
-            tokens = np.concatenate([self.shards[0][:0], *parts])
+            parts = [arrays[shard][begin:end] for shard, begin, end in pieces]
+            tokens = np.concatenate(parts or [self.shards[0][:0]])
         self._check(tokens, positions)
         return tokens, positions
 
