@@ -128,6 +128,24 @@ def test_exposed_by_hand():
     )  # fmt: skip
 
 
+def test_nvlink_and_network_work_at_the_same_time():
+    hsdp = Setup(TINY, Method.HSDP, 8, cluster=dataclasses.replace(ROUND, hidden=0.0))
+    node, ports = Group(hsdp.cluster, 4, 4), Group(hsdp.cluster, 2, 1)
+    gathers = [node.gather_seconds(2 * unit) for unit in hsdp.units]
+    by_node = sum(gathers[1:]) + sum(node.gather_seconds(4 * unit) for unit in hsdp.units)
+    by_network = sum(ports.reduce_seconds(4 * unit / 4) for unit in hsdp.units)
+    scalars = 3 * hsdp.everywhere.reduce_seconds(8)
+    assert hsdp.exposed_seconds() == pytest.approx(scalars + sum(gathers) + max(by_node, by_network))
+
+
+def test_working_memory_by_hand():
+    ddp, fsdp = (Setup(TINY, method, 4) for method in (Method.DDP, Method.FSDP))
+    assert ddp.working_bytes() == 2 * ddp.parameters
+    assert fsdp.working_bytes() == 2 * 2 * max(fsdp.units) + 4 * max(fsdp.units)
+    kept = fsdp.activation_bytes(recompute=True)
+    assert fsdp.memory_bytes(recompute=True) == fsdp.state_bytes() + fsdp.working_bytes() + kept
+
+
 def test_a_step_is_its_parts_and_efficiency_their_share():
     setup = Setup(SHAPES["1b"], Method.DDP, 64)
     parts = setup.compute_seconds + setup.exposed_seconds() + setup.optimizer_seconds()
