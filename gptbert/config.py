@@ -1,15 +1,19 @@
 """The model's shape (a JSON file) and a run's settings (the command line), as frozen dataclasses."""
 
 import dataclasses
-import json
 import math
+import os
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from gptbert.errors import InputError
+from gptbert.json_file import read_json
 
 _LARGEST_SIZE = 10_000_000
+_LARGEST = {"num_hidden_layers": 1000, "max_position_embeddings": 2**20}  # these take time and memory without weights
+_MODEL_JSON_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -32,9 +36,11 @@ class ModelConfig:
             value = getattr(self, field.name)
             kinds = (int,) if field.type is int else (int, float)
             if isinstance(value, bool) or not isinstance(value, kinds):
-                raise InputError(f"{field.name} is {value!r}, expected a number of type {field.type.__name__}")
-            if field.type is int and not 1 <= value <= _LARGEST_SIZE:
-                raise InputError(f"{field.name} is {value}, expected a number from 1 to {_LARGEST_SIZE}")
+                found = reprlib.repr(value)
+                raise InputError(f"{field.name} is {found}, expected a number of type {field.type.__name__}")
+            largest = _LARGEST.get(field.name, _LARGEST_SIZE)
+            if field.type is int and not 1 <= value <= largest:
+                raise InputError(f"{field.name} is {reprlib.repr(value)}, expected a number from 1 to {largest}")
         if self.hidden_size % self.num_attention_heads:
             raise InputError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
@@ -48,9 +54,22 @@ class ModelConfig:
             )
         for name in ("attention_probs_dropout_prob", "hidden_dropout_prob"):
             if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}, expected a probability below 1")
-        if not 0 < self.layer_norm_eps < math.inf:
-            raise InputError(f"layer_norm_eps is {self.layer_norm_eps}, expected a positive number")
+                found = reprlib.repr(getattr(self, name))
+                raise InputError(f"{name} is {found}, expected a probability below 1")
+        if not 0 < self.layer_norm_eps <= 1:
+            found = reprlib.repr(self.layer_norm_eps)
+            raise InputError(f"layer_norm_eps is {found}, expected a positive number, at most 1")
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers that training changes, the tied embedding counted once."""
+        hidden, layers = self.hidden_size, self.num_hidden_layers
+        positions = 2 * self.position_bucket_size - 1
+        embedding = (self.vocab_size + positions + 2) * hidden
+        attention = 5 * hidden * hidden + 5 * hidden
+        feed_forward = 3 * self.intermediate_size * hidden
+        mixes = layers * (2 * layers + 3)
+        return embedding + layers * (attention + feed_forward) + mixes + hidden * hidden + hidden + self.vocab_size
 
     @classmethod
     def from_json(cls, path: str | Path) -> "ModelConfig":
@@ -61,12 +80,11 @@ class ModelConfig:
         """
         path = Path(path)
         try:
-            values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
+            values = read_json(path, _MODEL_JSON_BYTES, unique_keys=True)
         except FileNotFoundError as error:
             raise InputError(f"model config {path}: no such file (see configs/ for examples)") from error
-        except (OSError, ValueError, RecursionError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise InputError(f"model config {path}: cannot be read as JSON ({reason})") from error
+        except ValueError as error:
+            raise InputError(f"model config {path}: cannot be read as JSON ({error})") from error
         if not isinstance(values, dict):
             raise InputError(f"model config {path}: expected a JSON object")
         known = [field.name for field in dataclasses.fields(cls)]
@@ -75,18 +93,14 @@ class ModelConfig:
         if missing := [name for name in known if name not in values]:
             raise InputError(f"model config {path}: missing key {', '.join(missing)}")
         try:
-            return cls(**values)
+            config = cls(**values)
         except InputError as error:
             raise InputError(f"model config {path}: {error}") from None
-
-
-def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Refuse a JSON object that gives a key twice, of which Python would take the last."""
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)} is given twice")
-    return values
+        needed, memory = 4 * config.num_parameters, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if needed > memory:
+            sizes = f"{needed / 1e9:,.0f} GB, more than this machine's {memory / 1e9:,.0f} GB"
+            raise InputError(f"model config {path}: its {config.num_parameters:.3g} parameters take {sizes}")
+        return config
 
 
 @dataclass(frozen=True)
@@ -251,10 +265,14 @@ class TrainConfig:
             raise InputError("--mask_random_p and --mask_keep_p together are above 1")
         if self.max_gradient == 0:
             raise InputError("--max_gradient is 0, which would clip every gradient away; expected a positive number")
-        if len(self.name.encode()) > 200:
-            raise InputError(f"--name has {len(self.name.encode())} bytes, expected at most 200")
-        if self.name in {"", ".", ".."} or "/" in self.name or "\\" in self.name or "\0" in self.name:
-            raise InputError(f"--name {self.name!r} must be the name of one folder inside --output_dir")
+        size = len(os.fsencode(self.name)) if self.name.isprintable() else 0
+        if size > 200:
+            raise InputError(f"--name has {size} bytes, expected at most 200")
+        if size == 0 or self.name in {".", ".."} or "/" in self.name or "\\" in self.name:
+            found = reprlib.repr(self.name)
+            raise InputError(
+                f"--name {found} must be the name of one folder inside --output_dir, of printable characters"
+            )
 
     @property
     def run_dir(self) -> Path:

@@ -20,6 +20,8 @@ from gptbert.objectives import Objective
 from gptbert.progress import say
 from kernels import MaskedCrossEntropy
 
+_LONGEST_RECORD = 1 << 20  # bytes of a line; a longer one is damage
+
 
 class LossSums:
     """Per objective: summed loss, z-loss, correct predictions and labels, as one fp64 tensor on the device.
@@ -115,9 +117,9 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, first_step: int) -> None:
-        kept = [line for line, record in _records(path) if record["step"] <= first_step]
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(line for line, record in _records(path) if record["step"] <= first_step)
         temporary.replace(path)
         self._file = path.open("a", encoding="utf-8")
 
@@ -136,16 +138,19 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return [record for _, record in _records(path)]
 
 
-def _records(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []:
-        try:
-            record = json.loads(line)
-            record["step"] += 0
-        except (json.JSONDecodeError, TypeError, KeyError):
-            break
-        records.append((line.rstrip("\n") + "\n", record))
-    return records
+def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Lines and their records, up to the first line that is none."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        while line := file.readline(_LONGEST_RECORD):
+            try:
+                text = line.decode("utf-8").rstrip("\n") + "\n"
+                record = json.loads(text)
+                record["step"] += 0
+            except (ValueError, TypeError, KeyError, RecursionError):
+                return
+            yield text, record
 
 
 class Wandb:

@@ -334,6 +334,7 @@ class _Shard:
 
 
 def _open_shard(file: Path) -> _Shard:
+    _check_is_file(file)
     try:
         with safe_open(file, framework="pt") as handle:  # torch's side of safetensors maps the file, numpy's copies it
             metadata = handle.metadata() or {}
@@ -341,19 +342,27 @@ def _open_shard(file: Path) -> _Shard:
                 raise InputError(f"token file {file}: not written by tokenize_scripts/tokenize_corpus.py")
             tokens = handle.get_tensor("tokens").numpy()
             offsets = handle.get_tensor("document_offsets").numpy()
-            vocab_size, digest = int(metadata["vocab_size"]), metadata["tokenizer_hash"]
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+            vocab_size, digest = metadata["vocab_size"], metadata["tokenizer_hash"]
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = first_line(error)
         raise InputError(f"token file {file}: damaged or cut short ({reason}); tokenize the corpus again") from error
     if tokens.ndim != 1 or tokens.dtype.kind != "u" or offsets.ndim != 1 or offsets.dtype != np.int64:
         raise InputError(f"token file {file}: its arrays have unexpected types; tokenize the corpus again")
+    if not re.fullmatch("[1-9][0-9]{0,9}", vocab_size):
+        raise InputError(f"token file {file}: its vocab_size is {vocab_size[:20]!r}; tokenize the corpus again")
     if not _fits(offsets, len(tokens)):
         raise InputError(f"token file {file}: its document offsets do not fit its tokens; tokenize the corpus again")
-    return _Shard(tokens, offsets, vocab_size, digest)
+    return _Shard(tokens, offsets, int(vocab_size), digest)
+
+
+def _check_is_file(file: Path) -> None:
+    """Refuse pipes and devices, which may never end, and what lies behind no readable name."""
+    if not file.is_file():
+        raise InputError(f"token file {file}: is no file; tokenize the corpus again")
 
 
 def _fits(offsets: np.ndarray, num_tokens: int) -> bool:
-    """Whether offsets rise from 0 to the number of tokens; looks at a slice at a time."""
+    """Whether offsets rise from 0 to the number of tokens; differences may overflow, slices keep it from memory."""
     if not len(offsets) or offsets[0] != 0 or offsets[-1] != num_tokens:
         return False
     slices = (offsets[first : first + _SLICE + 1] for first in range(0, len(offsets), _SLICE))
@@ -394,5 +403,6 @@ def _shard_name(path: Path, number: int, count: int) -> Path:
 
 def _is_safetensors(file: Path) -> bool:
     """Safetensors starts with the header's length (8 bytes) and then its JSON."""
+    _check_is_file(file)
     with file.open("rb") as handle:
         return handle.read(9)[8:] == b"{"

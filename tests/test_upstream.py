@@ -1,9 +1,9 @@
 """Published parameter names both ways, and upstream's token files: read as meant, and never run."""
 
-import io
 import itertools
 import json
 import pickle
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -110,10 +110,9 @@ def test_documents_come_back_without_their_leading_s(documents, dtype):
     arrays = [np.array(document, dtype=np.uint16) for document in documents]
     tensors = [torch.from_numpy(array.view(np.int16)) if dtype == torch.int16 else torch.from_numpy(array).to(dtype)
                for array in arrays]  # fmt: skip
-    file = io.BytesIO()
-    torch.save(tensors, file)
-    file.seek(0)
-    assert read(file) == [document[1:] if document[:1] == [1] else document for document in documents]
+    with tempfile.TemporaryDirectory() as folder:
+        documents_read = read(write(Path(folder, "t.bin"), tensors))
+    assert documents_read == [document[1:] if document[:1] == [1] else document for document in documents]
 
 
 def test_int16_that_wrapped_is_read_as_it_was_meant(tmp_path):
@@ -151,25 +150,6 @@ def test_code_in_a_token_file_is_refused_and_not_run(tmp_path, protocol):
         read_token_file(path)
     assert not proof.exists()
     assert "\n" not in str(error.value)
-
-
-@settings(max_examples=150, deadline=None)
-@given(st.data())
-def test_damaged_files_are_one_line_never_a_traceback(data):
-    file = io.BytesIO()
-    legacy = data.draw(st.booleans())
-    torch.save([torch.arange(20), torch.arange(3)], file, _use_new_zipfile_serialization=not legacy)
-    content = bytearray(file.getvalue())
-    content = content[: data.draw(st.integers(0, len(content) - 1), label="kept")]
-    for _ in range(data.draw(st.integers(0, 3))):
-        if content:
-            content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    message = ""
-    try:
-        read_token_file(io.BytesIO(content))
-    except InputError as error:
-        message = str(error)
-    assert "\n" not in message
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from gptbert.errors import InputError
 
 MAX_TEXT_DOCUMENT = 1 << 20  # characters: a text file without blank lines must not become one document
+MAX_LINE = 1 << 26  # bytes: what a few kilobytes of gzip unpack to must not fill the memory
 REPORTED_LINES = 5  # bad lines shown one by one under --on_error=skip; the rest is only counted
 GZIP_MAGIC = b"\x1f\x8b"
 UTF8_MARK = b"\xef\xbb\xbf"
@@ -110,6 +112,7 @@ class Corpus:
             if line.isspace():
                 continue
             try:
+                _check_length(line)
                 yield _parse_json(line)
             except ValueError as error:
                 self._reject(file, number, error)
@@ -119,6 +122,7 @@ class Corpus:
         pieces, size = [], 0
         for number, line in lines:
             try:
+                _check_length(line)
                 piece = _decode(line)
             except ValueError as error:
                 self._reject(file, number, error)
@@ -177,18 +181,31 @@ def _list_files(path: Path) -> list[Path]:
 
 
 def _lines(file: Path, advance: Callable[[int], object]) -> Iterator[tuple[int, bytes]]:
-    """Number the lines of a file, from 1, as bytes with their line ends; unpack gzip."""
+    """Number the lines of a file, from 1, as bytes with their line ends; unpack gzip.
+
+    Of a line longer than `MAX_LINE` comes the beginning, one byte too long.
+    """
     try:
         with io.BufferedReader(_CountedFile(file, advance), buffer_size=1 << 20) as stream:
             lines = stream
             if stream.peek(2).startswith(GZIP_MAGIC):
                 lines = io.BufferedReader(gzip.GzipFile(fileobj=stream), buffer_size=1 << 20)
-            for number, line in enumerate(lines, start=1):
+            for number in count(start=1):
+                line = lines.readline(MAX_LINE + 1)
+                if not line:
+                    break
                 yield number, line.removeprefix(UTF8_MARK) if number == 1 else line
+                while len(line) > MAX_LINE and not line.endswith(b"\n"):  # the rest of one that is too long
+                    line = lines.readline(MAX_LINE + 1)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(f"{file}: the gzip data is damaged or cut short ({error}); copy the file again") from error
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror})") from error
+
+
+def _check_length(line: bytes) -> None:
+    if len(line) > MAX_LINE:
+        raise ValueError(f"the line has more than {MAX_LINE:,} bytes")
 
 
 def _decode(line: bytes) -> str:

@@ -1,0 +1,42 @@
+"""JSON files from elsewhere: read in bounded memory, and refused in words."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def read_json(path: Path, most_bytes: int, unique_keys: bool = False) -> Any:
+    """The content of a UTF-8 JSON file. Python's objects take up to some 25 times the text.
+
+    Args:
+        path: a file; pipes and devices are refused, which may never end.
+        most_bytes: the largest size that such a file can be meant to have.
+        unique_keys: refuse an object that gives a key twice, of which Python would take the last.
+
+    Raises:
+        ValueError: the reason, in one line.
+        FileNotFoundError: there is nothing.
+    """
+    if not path.exists():
+        raise FileNotFoundError(path)
+    if not path.is_file():
+        raise ValueError("is no file")
+    if (size := path.stat().st_size) > most_bytes:
+        raise ValueError(f"{size:,} bytes, more than {most_bytes:,}")
+    hook: Callable[[list[tuple[str, Any]]], Any] | None = _unique_keys if unique_keys else None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=hook)
+    except OSError as error:
+        raise ValueError(error.strerror) from error
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise ValueError(f"key {key} is given twice")
+        values[key] = value
+    return values
