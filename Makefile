@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
 
-.PHONY: demo test lint bench clean install
+.PHONY: demo test fuzz lint bench clean install
 
 install: .venv/.installed
 
@@ -35,6 +35,10 @@ demo: install
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Files from elsewhere, damaged in other ways each time; about twenty minutes.
+fuzz: install
+	$(BIN)/python -m pytest -n 2 tests/test_malicious.py tests/test_fuzz.py --hypothesis-profile fuzz
 
 lint: install
 	$(BIN)/ruff check .

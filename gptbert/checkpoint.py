@@ -12,7 +12,6 @@ run folder/checkpoints/step_00001000/
 import json
 import re
 import shutil
-import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +24,14 @@ from torch import Tensor
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.errors import InputError, first_line
 from gptbert.files import finish
+from gptbert.json_file import read_json
 from gptbert.model import GPTBert
 from gptbert.tokenizer import tokenizer_hash
+from gptbert.training_state import read_training_state
 from gptbert.upstream import from_upstream, to_upstream
 
 _STATE = "training_state.pt"
+_SETTINGS_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -162,23 +164,15 @@ def load(path: Path, model_config: ModelConfig) -> Checkpoint:
     Raises:
         InputError: something is missing or damaged, or the model has another shape than `model_config`.
     """
+    saved_config = ModelConfig.from_json(path / "model_config.json")
+    weights = {name: _read_weights(path / f"{name}.safetensors", saved_config) for name in ("model", "ema")}
     try:
-        saved_config = ModelConfig.from_json(path / "model_config.json")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch wonders aloud about damaged pickles
-            state = torch.load(path / _STATE, map_location="cpu", weights_only=True)
-        weights = {name: from_upstream(load_file(path / f"{name}.safetensors")) for name in ("model", "ema")}
-        checkpoint = Checkpoint(**weights, **state)
-    except InputError:
-        raise
-    except Exception as error:  # a damaged pickle can raise anything
-        reason = first_line(error)
+        checkpoint = Checkpoint(**weights, **read_training_state(path / _STATE, weights["model"]))
+    except InputError as error:
         raise InputError(
-            f"--resume {path}: the checkpoint is damaged ({reason[:100]}); "
+            f"--resume {path}: the checkpoint is damaged ({_STATE}: {error}); "
             "delete its folder, and --resume auto takes the one before"
         ) from error
-    for name in ("model", "ema"):
-        _check_weights(path / f"{name}.safetensors", getattr(checkpoint, name), saved_config)
     if saved_config != model_config:
         here, there = asdict(model_config), asdict(saved_config)
         changes = ", ".join(f"{key} {there[key]} there, {here[key]} here" for key in here if here[key] != there[key])
@@ -202,11 +196,10 @@ def load_model(path: Path, weights: str = "ema") -> GPTBert:
         if not inside:
             raise InputError(f"{path}: neither a checkpoint nor a run with checkpoints")
         path = inside[-1]
-    model = GPTBert(ModelConfig.from_json(path / "model_config.json"))
-    try:
-        model.load_state_dict(from_upstream(load_file(path / f"{weights}.safetensors")))
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{path}: the checkpoint is damaged ({first_line(error)})") from error
+    config = ModelConfig.from_json(path / "model_config.json")
+    state = _read_weights(path / f"{weights}.safetensors", config)  # before the model takes the memory of its shape
+    model = GPTBert(config)
+    model.load_state_dict(state)
     return model.eval()
 
 
@@ -216,18 +209,30 @@ def _folder(run_dir: Path) -> Path:
 
 def _saved_settings(path: Path) -> dict[str, Any]:
     try:
-        return json.loads((path / "train_config.json").read_text(encoding="utf-8"))
+        settings = read_json(path / "train_config.json", _SETTINGS_BYTES)
     except (OSError, ValueError) as error:
         raise InputError(f"--resume {path}: its train_config.json is missing or damaged") from error
+    if not isinstance(settings, dict):
+        raise InputError(f"--resume {path}: its train_config.json is no JSON object")
+    return settings
 
 
-def _check_weights(file: Path, weights: dict[str, Tensor], config: ModelConfig) -> None:
-    """Compare names and shapes with those of a model that takes no memory."""
+def _read_weights(file: Path, config: ModelConfig) -> dict[str, Tensor]:
+    """Weights whose names and shapes are those of a model that takes no memory."""
+    try:
+        if not file.is_file():  # a pipe or device may never end
+            raise FileNotFoundError("no such file")
+        weights = from_upstream(load_file(file))
+    except (InputError, OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: the checkpoint is damaged ({first_line(error)[:100]})") from error
     with torch.device("meta"):
         expected = {name: tensor.shape for name, tensor in GPTBert(config).state_dict().items()}
     found = {name: tensor.shape for name, tensor in weights.items()}
     if wrong := [name for name in expected | found if expected.get(name) != found.get(name)]:
-        raise InputError(f"--resume {file}: the checkpoint is damaged ({wrong[0]} does not fit model_config.json)")
+        raise InputError(f"{file}: the checkpoint is damaged ({wrong[0]} does not fit model_config.json)")
+    if odd := [name for name, tensor in weights.items() if not tensor.is_floating_point()]:
+        raise InputError(f"{file}: the checkpoint is damaged ({odd[0]} is of type {weights[odd[0]].dtype})")
+    return weights
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

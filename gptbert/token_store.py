@@ -33,6 +33,7 @@ from gptbert.mapped_arrays import MappedArrays, lengths_of
 FORMAT = "gptbert-tokens-1"
 SHARD_TOKENS = 50_000_000  # the writer holds a shard twice for a moment: 400 MB where ids take 4 bytes
 MOST_MAPPED = 1024  # files; two blocks of gptbert.document_order reach into some hundred
+_HEADER_BYTES = 1 << 16
 _SLICE = 2**16  # documents looked at together where all are: half a megabyte of offsets, which stays in a cache
 
 
@@ -334,7 +335,7 @@ class _Shard:
 
 
 def _open_shard(file: Path) -> _Shard:
-    _check_is_file(file)
+    _check_header(file)
     try:
         with safe_open(file, framework="pt") as handle:  # torch's side of safetensors maps the file, numpy's copies it
             metadata = handle.metadata() or {}
@@ -353,6 +354,14 @@ def _open_shard(file: Path) -> _Shard:
     if not _fits(offsets, len(tokens)):
         raise InputError(f"token file {file}: its document offsets do not fit its tokens; tokenize the corpus again")
     return _Shard(tokens, offsets, int(vocab_size), digest)
+
+
+def _check_header(file: Path) -> None:
+    """Refuse headers of more than two arrays' names, of which safetensors would make objects many times their size."""
+    _check_is_file(file)
+    with file.open("rb") as handle:
+        if int.from_bytes(handle.read(8), "little") > _HEADER_BYTES:
+            raise InputError(f"token file {file}: not written by tokenize_scripts/tokenize_corpus.py")
 
 
 def _check_is_file(file: Path) -> None:

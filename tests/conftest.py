@@ -6,6 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports a kernel: Triton then runs it on CPU tensors
@@ -14,6 +15,8 @@ from gptbert.config import ModelConfig, TrainConfig
 from gptbert.token_store import TokenStore
 from kernels.backend import BACKENDS
 from tests.scans import scan_by_doubling
+
+settings.register_profile("fuzz", max_examples=10_000, deadline=None)  # of `make fuzz`, see tests/test_fuzz.py
 
 TINY = ModelConfig(
     hidden_size=16,

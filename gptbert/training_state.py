@@ -1,0 +1,78 @@
+"""`training_state.pt` of a checkpoint: read, and refused where the trainer could not go on from what it holds."""
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptbert.errors import InputError
+from gptbert.objectives import Objective
+from gptbert.torch_file import load_torch_file
+
+_KEYS = {"step", "optimizer", "rank_states", "mask_counts"}
+_LARGEST_STEP = 10**9
+
+
+def read_training_state(path: Path, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The step, optimizer state, states of the ranks and masking history, on the CPU.
+
+    Args:
+        path: the file.
+        weights: of the model that it belongs to, by name; the optimizer's moments have their shapes.
+
+    Raises:
+        InputError: the reason, in words that do not name the file.
+    """
+    state = load_torch_file(path)
+    if type(state) is not dict or set(state) != _KEYS:
+        raise InputError(f"expected the keys {', '.join(sorted(_KEYS))}")
+    if type(state["step"]) is not int or not 0 <= state["step"] <= _LARGEST_STEP:
+        raise InputError("its step is no number of steps")
+    _check_optimizer(state["optimizer"], weights)
+    if type(state["rank_states"]) is not list or not all(map(_is_rank_state, state["rank_states"])):
+        raise InputError("its states of the ranks are of another form")
+    counts = state["mask_counts"]
+    if counts is not None and not _is_bytes(counts):
+        raise InputError("its masking history is of another form")
+    return state
+
+
+def _check_optimizer(optimizer: Any, weights: Mapping[str, Tensor]) -> None:
+    """Each parameter has a dictionary of numbers and of tensors of its shape, or none has."""
+    if type(optimizer) is not dict or type(optimizer.get("state")) is not dict:
+        raise InputError("its optimizer state is of another form")
+    shapes: dict[str, Counter[torch.Size]] = {}
+    for index, values in optimizer["state"].items():
+        if type(index) is not int or type(values) is not dict:
+            raise InputError("its optimizer state is of another form")
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                if value.ndim or name != "step":
+                    shapes.setdefault(name, Counter())[value.shape] += 1
+            elif name != "step" or type(value) not in {int, float}:
+                raise InputError(f"its optimizer state has a {str(name)[:20]!r} that is no tensor of numbers")
+    expected = Counter(tensor.shape for tensor in weights.values())
+    if any(found != expected for found in shapes.values()):
+        raise InputError("its optimizer state has tensors of other shapes than the weights")
+
+
+def _is_rank_state(state: Any) -> bool:
+    """One rank's random state and sums, as `Trainer.save` gathers them."""
+    if type(state) is not dict or set(state) != {"random", "sums"} or type(state["random"]) is not dict:
+        return False
+    generators, sums = state["random"], state["sums"]
+    return (
+        "cpu" in generators
+        and all(map(_is_bytes, generators.values()))
+        and generators["cpu"].shape == torch.get_rng_state().shape
+        and isinstance(sums, Tensor)
+        and sums.is_floating_point()
+        and sums.shape == (len(Objective), 4)
+    )
+
+
+def _is_bytes(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.uint8 and value.ndim == 1

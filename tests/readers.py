@@ -1,0 +1,109 @@
+"""Everything that reads a file from elsewhere, each followed by a use of what it gave: success means usable."""
+
+from pathlib import Path
+
+import torch
+
+from gptbert import checkpoint
+from gptbert.config import ModelConfig, TrainConfig
+from gptbert.data import RowStream
+from gptbert.metrics import read_records
+from gptbert.model import GPTBert
+from gptbert.optim import Lamb
+from gptbert.token_store import TokenStore
+from gptbert.tokenizer import load_tokenizer, tokenizer_hash
+from gptbert.torch_file import load_torch_file
+from tests.conftest import TINY
+from tokenize_scripts.corpus import Corpus, CorpusConfig
+from tokenize_scripts.tokenize_corpus import encode_documents
+
+DOCUMENTS = 1 << 16
+
+
+def tokens(path: Path) -> None:
+    """A token file or a `.bin`: rows can be made, and no id is beyond the vocabulary that the store names."""
+    store = TokenStore.open(path)
+    store.check_ids()
+    rows = RowStream(store, 4).rows(0, 3)
+    assert rows.tokens.shape == (3, 5)
+    assert 0 <= rows.tokens.min() <= rows.tokens.max() < max(store.vocab_size, 5)
+    gathered = 0
+    for first in range(0, store.num_documents, DOCUMENTS):  # all of them at once would take more than the file
+        ids, _ = store.gather(*store.documents(first, min(first + DOCUMENTS, store.num_documents)))
+        gathered += len(ids)
+    assert gathered == store.num_tokens
+
+
+def model_config(path: Path) -> None:
+    """A model's shape: the model can be built where it takes no memory."""
+    config = ModelConfig.from_json(path)
+    with torch.device("meta"):
+        model = GPTBert(config)
+    assert sum(param.numel() for param in model.parameters()) == config.num_parameters
+
+
+def tokenizer(path: Path) -> None:
+    """A tokenizer: texts can be encoded, with ids of its vocabulary, and decoded."""
+    loaded = load_tokenizer(path)
+    assert len(tokenizer_hash(path)) == 64
+    size = loaded.get_vocab_size()
+    ids = loaded.encode("the fox, 1 or 2").ids
+    assert all(0 <= token_id < size for token_id in ids)
+    assert isinstance(loaded.decode(ids), str)
+    for flat, _ in encode_documents(loaded, ["the fox", "", "é\n"]):
+        assert not len(flat) or flat.max() < size
+
+
+def resumed(path: Path) -> None:
+    """A checkpoint to resume from: model and optimizer take what it holds."""
+    loaded = checkpoint.load(path, TINY)
+    model, ema = GPTBert(TINY), GPTBert(TINY)
+    model.load_state_dict(loaded.model)
+    ema.load_state_dict(loaded.ema)
+    optimizer = Lamb(model.parameters())
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": loaded.optimizer["state"], "param_groups": groups})
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    assert type(loaded.step) is int
+    for state in loaded.rank_states:
+        torch.Generator().set_state(state["random"]["cpu"])
+        torch.zeros(2, 4, dtype=torch.float64).copy_(state["sums"])
+
+
+def resumed_settings(path: Path) -> None:
+    """The settings in a checkpoint."""
+    config = TrainConfig(*[path / "tokenizer.json"] * 4)
+    checkpoint.check_settings(path, config)
+    checkpoint.changed_settings(path, config)
+
+
+def model(path: Path) -> None:
+    """A checkpoint's model: it computes."""
+    loaded = checkpoint.load_model(path)
+    ids = torch.zeros(1, 3, dtype=torch.long)
+    assert loaded.encode(ids, ids, causal=True).shape == (1, 3, loaded.config.hidden_size)
+
+
+def state(path: Path) -> None:
+    """Any file of torch.save."""
+    load_torch_file(path)
+
+
+def records(path: Path) -> None:
+    """The records of a run, read and taken up again."""
+    assert all(isinstance(record["step"] + 0, int | float) for record in read_records(path))
+
+
+def corpus(path: Path) -> None:
+    """Documents: all of them are text."""
+    for on_error in ("skip", "stop"):
+        for text in Corpus(CorpusConfig(input=(path,), on_error=on_error)):
+            text.encode()
+
+
+READERS = {
+    "tokens": tokens, "model_config": model_config, "tokenizer": tokenizer, "resumed": resumed,
+    "resumed_settings": resumed_settings, "model": model, "state": state, "records": records, "corpus": corpus,
+}  # fmt: skip

@@ -1,0 +1,201 @@
+"""Files from elsewhere: whatever is in them, they are read or refused in one line, in bounded memory, and run nothing.
+
+`make test` reads the same few thousand files each time; `make fuzz` reads others, for minutes.
+"""
+
+import gzip
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+
+from gptbert import checkpoint
+from gptbert.checkpoint import Checkpoint
+from gptbert.model import GPTBert
+from gptbert.optim import Lamb
+from gptbert.token_store import TokenStoreWriter
+from tests import damage
+from tests.sandbox import Sandbox
+from tokenize_scripts.train_tokenizer import learn
+
+LONG = settings.get_current_profile_name() == "fuzz"
+TYPES = ("uint8", "int16", "uint16", "int32", "int64")
+
+
+def examples(share: float = 1.0):
+    """Settings of a test that reads this share of the files."""
+    checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
+    number = settings.default.max_examples if LONG else 200
+    return settings(
+        max_examples=int(share * number),
+        deadline=None,
+        derandomize=not LONG,
+        suppress_health_check=checks,
+        database=None,
+    )
+
+
+@pytest.fixture(scope="module")
+def sandbox(tmp_path_factory):
+    box = Sandbox(tmp_path_factory.mktemp("sandbox"))
+    yield box
+    box.close()
+    print("files read:", ", ".join(f"{count:,} {reader}" for reader, count in box.reads.items()))
+
+
+@pytest.fixture(scope="module")
+def valid(tmp_path_factory, tiny, make_config):
+    """A folder with a valid file of every kind."""
+    folder = tmp_path_factory.mktemp("valid")
+    with TokenStoreWriter(folder / "t.safetensors", 300, "abc") as writer:
+        writer.append(np.array([5, 6, 7, 299, 8, 9, 10, 11, 12, 13]), np.array([3, 1, 0, 6]))
+    for name in TYPES:
+        torch.save([torch.tensor(ids, dtype=getattr(torch, name)) for ids in ([1, 5, 6], [7], [], [1, 9, 9])],
+                   folder / f"{name}.bin")  # fmt: skip
+    learn(iter(["the quick brown fox " * 50]), 280, 2).save(str(folder / "tokenizer.json"))
+    run = make_config(output_dir=folder, name="run")
+    run.run_dir.mkdir()
+    shutil.copy(folder / "tokenizer.json", run.run_dir)
+    model = GPTBert(tiny)
+    optimizer = Lamb(model.parameters())
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    weights = model.state_dict()
+    rank = {"random": {"cpu": torch.get_rng_state()}, "sums": torch.zeros(2, 4, dtype=torch.float64)}
+    counts = torch.zeros(10, dtype=torch.uint8)
+    saved = checkpoint.save(Checkpoint(3, weights, weights, optimizer.state_dict(), [rank], counts), run, tiny)
+    saved.rename(folder / "checkpoint")
+    lines = [{"step": step, "train/loss": 5.0 / step} for step in range(1, 6)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "corpus.jsonl").write_text('"one"\n{"text": "two é"}\n["a"]\n"three"\n')
+    (folder / "corpus.txt").write_text("one\ntwo\n\nthree é\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Where a damaged file goes; the one that broke something stays there."""
+    return tmp_path_factory.mktemp("damaged")
+
+
+def read(sandbox, reader, path):
+    event("refused" if sandbox.read(reader, path) else "read")
+
+
+def put(place, name, content):
+    path = place / name
+    path.unlink(missing_ok=True)  # the child may still have the one before mapped
+    path.write_bytes(content)
+    return path
+
+
+def damaged_checkpoint(valid, place, name, content):
+    """A checkpoint of which one file is another one."""
+    folder = place / "checkpoint"
+    if not folder.exists():
+        shutil.copytree(valid / "checkpoint", folder)
+    for file in (valid / "checkpoint").iterdir():
+        if (folder / file.name).read_bytes() != file.read_bytes():
+            shutil.copy(file, folder)
+    put(folder, name, content)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("reader", "name"),
+    [
+        ("tokens", "t.safetensors"), *(("tokens", f"{name}.bin") for name in TYPES), ("tokenizer", "tokenizer.json"),
+        ("model_config", "checkpoint/model_config.json"), ("resumed", "checkpoint"), ("model", "checkpoint"),
+        ("state", "checkpoint/training_state.pt"), ("records", "metrics.jsonl"), ("corpus", "corpus.txt"),
+        ("resumed_settings", "checkpoint"),
+    ],
+)  # fmt: skip
+def test_what_is_whole_is_read(sandbox, valid, reader, name):
+    assert sandbox.read(reader, valid / name) == ""
+
+
+@examples()
+@given(st.data())
+def test_token_files(sandbox, valid, place, data):
+    content = data.draw(damage.built_token_file() | damage.damaged_safetensors((valid / "t.safetensors").read_bytes()))
+    read(sandbox, "tokens", put(place, "t.safetensors", content))
+
+
+@examples()
+@given(st.data())
+def test_upstreams_token_files(sandbox, valid, place, data):
+    name = data.draw(st.sampled_from(TYPES))
+    content = data.draw(damage.damaged_torch_file((valid / f"{name}.bin").read_bytes()))
+    read(sandbox, "tokens", put(place, "t.bin", content))
+
+
+@examples()
+@given(st.data())
+def test_model_configs(sandbox, valid, place, data):
+    original = (valid / "checkpoint" / "model_config.json").read_bytes()
+    content = data.draw(damage.built_model_config(original) | damage.damaged_json(original))
+    read(sandbox, "model_config", put(place, "model.json", content))
+
+
+@examples()
+@given(st.data())
+def test_tokenizers(sandbox, valid, place, data):
+    content = data.draw(damage.damaged_json((valid / "tokenizer.json").read_bytes()))
+    read(sandbox, "tokenizer", put(place, "tokenizer.json", content))
+
+
+@examples()
+@given(st.data())
+def test_files_of_torch_save(sandbox, valid, place, data):
+    content = data.draw(damage.damaged_torch_file((valid / "checkpoint" / "training_state.pt").read_bytes()))
+    read(sandbox, "state", put(place, "state.pt", content))
+
+
+@pytest.mark.parametrize("reader", ["resumed", "model", "resumed_settings"])
+@examples(0.7)
+@given(data=st.data())
+def test_checkpoints(sandbox, valid, place, reader, data):
+    names = {"resumed": [*["training_state.pt"] * 4, "model.safetensors", "ema.safetensors", "model_config.json"],
+             "model": ["ema.safetensors", "model_config.json"],
+             "resumed_settings": ["train_config.json", "tokenizer.json"]}  # fmt: skip
+    original = valid / "checkpoint" / data.draw(st.sampled_from(names[reader]))
+    damages = {
+        ".json": [damage.damaged_json],
+        ".safetensors": [damage.damaged_safetensors],
+        ".pt": [damage.damaged_torch_file, damage.built_state],
+    }
+    content = data.draw(data.draw(st.sampled_from(damages[original.suffix]))(original.read_bytes()))
+    read(sandbox, reader, damaged_checkpoint(valid, place, original.name, content))
+
+
+@examples(0.5)
+@given(st.data())
+def test_records(sandbox, valid, place, data):
+    lines = (valid / "metrics.jsonl").read_bytes().splitlines()
+    line = data.draw(st.integers(0, len(lines) - 1))
+    lines[line] = data.draw(damage.damaged_json(lines[line]))
+    read(sandbox, "records", put(place, "metrics.jsonl", b"\n".join(lines)))
+
+
+@examples(0.5)
+@given(st.data())
+def test_corpora(sandbox, valid, place, data):
+    name = data.draw(st.sampled_from(["corpus.jsonl", "corpus.txt"]))
+    content = data.draw(damage.damaged_bytes((valid / name).read_bytes()))
+    if data.draw(st.booleans()):
+        lines = [damage.json_text(data.draw(damage.damaged_value({"text": "one"}))) for _ in range(3)]
+        content = "\n".join(lines).encode("utf-8", "surrogatepass")
+    if data.draw(st.booleans()):
+        content = data.draw(st.just(gzip.compress(content)) | damage.damaged_bytes(gzip.compress(content)))
+    read(sandbox, "corpus", put(place, name, content))
+
+
+@examples(0.5)
+@given(st.binary(max_size=200), st.sampled_from(["tokens", "tokenizer", "model_config", "state", "records", "corpus"]))
+def test_any_bytes(sandbox, place, content, reader):
+    read(sandbox, reader, put(place, "any.bin", content))
