@@ -1,6 +1,6 @@
 """Files from elsewhere: whatever is in them, they are read or refused in one line, in bounded memory, and run nothing.
 
-`make test` reads the same few thousand files each time; `make fuzz` reads others, for minutes.
+`make test` reads the same two thousand files each time; `make fuzz` reads others, for minutes.
 """
 
 import gzip
@@ -89,7 +89,7 @@ def read(sandbox, reader, path):
 
 def put(place, name, content):
     path = place / name
-    path.unlink(missing_ok=True)  # the child may still have the one before mapped
+    path.unlink(missing_ok=True)  # a thread of the child may still read the one before, which it has mapped
     path.write_bytes(content)
     return path
 
