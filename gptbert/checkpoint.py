@@ -165,12 +165,12 @@ def load(path: Path, model_config: ModelConfig) -> Checkpoint:
         InputError: something is missing or damaged, or the model has another shape than `model_config`.
     """
     saved_config = ModelConfig.from_json(path / "model_config.json")
-    weights = {name: _read_weights(path / f"{name}.safetensors", saved_config) for name in ("model", "ema")}
     try:
+        weights = {name: _read_weights(path / f"{name}.safetensors", saved_config) for name in ("model", "ema")}
         checkpoint = Checkpoint(**weights, **read_training_state(path / _STATE, weights["model"]))
     except InputError as error:
         raise InputError(
-            f"--resume {path}: the checkpoint is damaged ({_STATE}: {error}); "
+            f"--resume {path}: the checkpoint is damaged ({error}); "
             "delete its folder, and --resume auto takes the one before"
         ) from error
     if saved_config != model_config:
@@ -197,7 +197,10 @@ def load_model(path: Path, weights: str = "ema") -> GPTBert:
             raise InputError(f"{path}: neither a checkpoint nor a run with checkpoints")
         path = inside[-1]
     config = ModelConfig.from_json(path / "model_config.json")
-    state = _read_weights(path / f"{weights}.safetensors", config)  # before the model takes the memory of its shape
+    try:  # before the model takes the memory of its shape
+        state = _read_weights(path / f"{weights}.safetensors", config)
+    except InputError as error:
+        raise InputError(f"{path}: the checkpoint is damaged ({error})") from error
     model = GPTBert(config)
     model.load_state_dict(state)
     return model.eval()
@@ -218,20 +221,20 @@ def _saved_settings(path: Path) -> dict[str, Any]:
 
 
 def _read_weights(file: Path, config: ModelConfig) -> dict[str, Tensor]:
-    """Weights whose names and shapes are those of a model that takes no memory."""
+    """Weights whose names and shapes are those of a model that takes no memory; InputError with the file's name."""
     try:
         if not file.is_file():  # a pipe or device may never end
             raise FileNotFoundError("no such file")
         weights = from_upstream(load_file(file))
     except (InputError, OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file}: the checkpoint is damaged ({first_line(error)[:100]})") from error
+        raise InputError(f"{file.name}: {first_line(error)[:100]}") from error
     with torch.device("meta"):
         expected = {name: tensor.shape for name, tensor in GPTBert(config).state_dict().items()}
     found = {name: tensor.shape for name, tensor in weights.items()}
     if wrong := [name for name in expected | found if expected.get(name) != found.get(name)]:
-        raise InputError(f"{file}: the checkpoint is damaged ({wrong[0]} does not fit model_config.json)")
+        raise InputError(f"{file.name}: {wrong[0]} does not fit model_config.json")
     if odd := [name for name, tensor in weights.items() if not tensor.is_floating_point()]:
-        raise InputError(f"{file}: the checkpoint is damaged ({odd[0]} is of type {weights[odd[0]].dtype})")
+        raise InputError(f"{file.name}: {odd[0]} is of type {weights[odd[0]].dtype}")
     return weights
 
 

@@ -24,9 +24,17 @@ def read_training_state(path: Path, weights: Mapping[str, Tensor]) -> dict[str, 
         weights: of the model that it belongs to, by name; the optimizer's moments have their shapes.
 
     Raises:
-        InputError: the reason, in words that do not name the file.
+        InputError: the file's name and the reason.
     """
-    state = load_torch_file(path)
+    try:
+        state = load_torch_file(path)
+        _check(state, weights)
+    except InputError as error:
+        raise InputError(f"{path.name}: {error}") from error
+    return state
+
+
+def _check(state: Any, weights: Mapping[str, Tensor]) -> None:
     if type(state) is not dict or set(state) != _KEYS:
         raise InputError(f"expected the keys {', '.join(sorted(_KEYS))}")
     if type(state["step"]) is not int or not 0 <= state["step"] <= _LARGEST_STEP:
@@ -37,7 +45,6 @@ def read_training_state(path: Path, weights: Mapping[str, Tensor]) -> dict[str, 
     counts = state["mask_counts"]
     if counts is not None and not _is_bytes(counts):
         raise InputError("its masking history is of another form")
-    return state
 
 
 def _check_optimizer(optimizer: Any, weights: Mapping[str, Tensor]) -> None:

@@ -205,6 +205,9 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(save, tiny, name, damage):
     with pytest.raises(InputError, match=re.escape(str(path))) as error:
         checkpoint.load(path, tiny)
     assert "\n" not in str(error.value)
+    assert name in str(error.value)
+    if name != "model_config.json":
+        assert "--resume auto takes the one before" in str(error.value)
     if name in {"ema.safetensors", "model_config.json"}:
         with pytest.raises(InputError) as error:
             checkpoint.load_model(path)
