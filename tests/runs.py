@@ -1,9 +1,12 @@
 """Whole training runs for tests: small inputs on disk, launched as a user would launch them."""
 
 import json
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -111,3 +114,22 @@ def losses(records: list[dict]) -> list[float]:
     """Training losses, then validation losses, in the order of the steps."""
     keys = ("train/loss", "train/mlm/loss", "train/clm/loss", "validation/mlm/loss", "validation/clm/loss")
     return [record[key] for key in keys for record in records if key in record]
+
+
+def on_two_ranks(target: Callable[..., None], *arguments: object) -> dict[int, str]:
+    """What each of two processes says that run `target(rank, port, *arguments, results)`, by rank.
+
+    Each puts its rank and what it has to say into `results`.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    ranks = [context.Process(target=target, args=(rank, port, *arguments, results)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    said = dict(results.get(timeout=120) for _ in ranks)
+    for process in ranks:
+        process.join(60)
+    return said

@@ -1,10 +1,8 @@
 """Bad input ends a run with one clear line, a non-zero status, no traceback and nothing written."""
 
 import json
-import multiprocessing
 import os
 import shutil
-import socket
 
 import numpy as np
 import pytest
@@ -17,7 +15,7 @@ from gptbert.errors import InputError
 from gptbert.token_store import TokenStoreWriter
 from gptbert.tokenizer import tokenizer_hash
 from gptbert.trainer import fit
-from tests.runs import MODEL, flags, write_inputs
+from tests.runs import MODEL, flags, on_two_ranks, write_inputs
 
 
 @pytest.fixture(scope="module")
@@ -236,19 +234,8 @@ def fail_on_one_rank(rank, port, path, results):
 
 
 def test_a_mistake_on_one_rank_ends_all_of_them(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    ranks = [context.Process(target=fail_on_one_rank, args=(rank, port, tmp_path, results)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(60)
-    assert sorted(results.get(timeout=5) for _ in ranks) == [
-        (rank, "only the second rank sees this") for rank in range(2)
-    ]
+    said = on_two_ranks(fail_on_one_rank, tmp_path)
+    assert sorted(said.items()) == [(rank, "only the second rank sees this") for rank in range(2)]
 
 
 def test_wandb_online_without_a_login_is_one_line(inputs, monkeypatch, capfd):

@@ -1,8 +1,6 @@
 """A token id outside the vocabulary never trains: ranks look before the first step, and at every row they make."""
 
-import multiprocessing
 import os
-import socket
 
 import numpy as np
 import pytest
@@ -18,7 +16,7 @@ from gptbert.objectives import HybridPlan
 from gptbert.token_store import TokenStore, TokenStoreWriter
 from gptbert.tokenizer import tokenizer_hash
 from gptbert.trainer import fit
-from tests.runs import flags, write_inputs
+from tests.runs import flags, on_two_ranks, write_inputs
 
 
 @settings(max_examples=200, deadline=None)
@@ -138,17 +136,7 @@ def late_on_two_ranks(rank, port, inputs, results):
 
 
 def test_what_one_rank_meets_in_the_run_ends_all_of_them(inputs):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    ranks = [context.Process(target=late_on_two_ranks, args=(rank, port, inputs, results)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    said = dict(results.get(timeout=120) for _ in ranks)
-    for process in ranks:
-        process.join(60)
+    said = on_two_ranks(late_on_two_ranks, inputs)
     assert said[0] == said[1]
     assert said[0].startswith("--train_path: token file ")
     assert "token id 511 in a store of 320 ids" in said[0]
