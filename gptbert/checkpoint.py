@@ -3,10 +3,11 @@
 run folder/checkpoints/step_00001000/
     model.safetensors        weights, under the published names (upstream's tools load them)
     ema.safetensors          their moving average, likewise
-    training_state.pt        optimizer, step, every rank's random state and sums, masking history
+    training_state.pt        optimizer, step, every rank's random state and sums, skipped steps, masking history
     model_config.json        the model's shape, as --config_file reads it
     train_config.json        the run's settings
     tokenizer.json
+    manifest.json            size and digest of each of them; without it, or against it, a checkpoint is damaged
 """
 
 import json
@@ -21,17 +22,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gptbert import manifest
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.errors import InputError, first_line
 from gptbert.files import finish
 from gptbert.json_file import read_json
 from gptbert.model import GPTBert
+from gptbert.progress import say
 from gptbert.tokenizer import tokenizer_hash
-from gptbert.training_state import read_training_state
+from gptbert.training_state import STATE_KEYS, read_training_state
 from gptbert.upstream import from_upstream, to_upstream
 
 _STATE = "training_state.pt"
 _SETTINGS_BYTES = 1 << 20
+_WAY_OUT = "delete its folder, and --resume auto takes the one before"
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Checkpoint:
         ema: their moving average.
         optimizer: its state_dict.
         rank_states: by rank, the random state ("random") and the sums since the last record ("sums").
+        skipped_steps: `SkippedSteps.counts`.
         mask_counts: `MaskHistory.counts`, or None where it is off.
     """
 
@@ -52,6 +57,7 @@ class Checkpoint:
     ema: dict[str, Tensor]
     optimizer: dict[str, Any]
     rank_states: list[dict[str, Any]]
+    skipped_steps: Tensor
     mask_counts: Tensor | None
 
 
@@ -74,11 +80,12 @@ def save(checkpoint: Checkpoint, config: TrainConfig, model_config: ModelConfig)
             published = to_upstream(weights, model_config)
             # one tensor under two names is stored twice: safetensors has no aliases
             save_file({key: tensor.clone() for key, tensor in published.items()}, temporary / f"{name}.safetensors")
-        state = {key: getattr(checkpoint, key) for key in ("step", "optimizer", "rank_states", "mask_counts")}
+        state = {key: getattr(checkpoint, key) for key in STATE_KEYS}
         torch.save(state, temporary / _STATE)
         _write_json(temporary / "model_config.json", asdict(model_config))
         _write_json(temporary / "train_config.json", config.to_dict())
         shutil.copyfile(config.run_dir / "tokenizer.json", temporary / "tokenizer.json")
+        manifest.write(temporary)
         for file in temporary.iterdir():
             finish(file)
         finish(temporary)
@@ -106,23 +113,28 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def find(config: TrainConfig) -> Path | None:
-    """The checkpoint that `--resume` names, or None where the run starts afresh.
+    """The checkpoint that `--resume` names, every byte of it checked, or None where the run starts afresh.
+
+    With `--resume auto`, damaged checkpoints are set aside as `step_….damaged` until a good one is found, and so one
+    process must do this for all.
 
     Raises:
-        InputError: the named folder is no checkpoint, or the run's folder holds checkpoints of another history.
+        InputError: the named folder is no checkpoint, or the run's folder holds checkpoints of another history, or what
+            was found is damaged.
     """
     existing = list_checkpoints(config.run_dir)
     if config.resume is None:
         if existing:
             raise InputError(
-                f"--output_dir and --name: {config.run_dir} already holds checkpoints; "
-                "go on with --resume auto, or give another --name"
+                f"--output_dir and --name: {config.run_dir} already holds checkpoints; go on with --resume auto (given "
+                "from the first start on where something restarts the run, as torchrun --max_restarts does), or give "
+                "another --name"
             )
         return None
     if config.resume == "auto":
-        return existing[-1] if existing else None
+        return _newest_undamaged(existing)
     path = Path(config.resume)
-    if not (path / _STATE).is_file():
+    if not any((path / name).is_file() for name in (_STATE, manifest.NAME)):
         inside = list_checkpoints(path)
         if not inside:
             raise InputError(f"--resume {path}: not a checkpoint (a folder that holds {_STATE})")
@@ -132,7 +144,27 @@ def find(config: TrainConfig) -> Path | None:
             f"--resume {path} while the run {config.name!r} already has {existing[-1].name}: give another --name to "
             "branch off there, or go on with --resume auto"
         )
+    try:
+        manifest.check(path)
+    except InputError as error:
+        raise InputError(f"--resume {path}: the checkpoint is damaged ({error}); {_WAY_OUT}") from None
     return path
+
+
+def _newest_undamaged(existing: list[Path]) -> Path | None:
+    damage = ""
+    for path in reversed(existing):
+        try:
+            manifest.check(path)
+        except InputError as error:
+            damage = damage or f"{path} ({error})"
+            say(f"--resume auto: {path} is damaged ({error}), set aside as {path.name}.damaged")
+            _move_away(path, f"{path.name}.damaged")
+        else:
+            return path
+    if damage:  # to begin anew is for the user to say
+        raise InputError(f"--resume auto: no checkpoint is undamaged, the newest is {damage}; give another --name")
+    return None
 
 
 def changed_settings(path: Path, config: TrainConfig) -> list[str]:
@@ -169,10 +201,7 @@ def load(path: Path, model_config: ModelConfig) -> Checkpoint:
         weights = {name: _read_weights(path / f"{name}.safetensors", saved_config) for name in ("model", "ema")}
         checkpoint = Checkpoint(**weights, **read_training_state(path / _STATE, weights["model"]))
     except InputError as error:
-        raise InputError(
-            f"--resume {path}: the checkpoint is damaged ({error}); "
-            "delete its folder, and --resume auto takes the one before"
-        ) from error
+        raise InputError(f"--resume {path}: the checkpoint is damaged ({error}); {_WAY_OUT}") from error
     if saved_config != model_config:
         here, there = asdict(model_config), asdict(saved_config)
         changes = ", ".join(f"{key} {there[key]} there, {here[key]} here" for key in here if here[key] != there[key])
@@ -198,6 +227,7 @@ def load_model(path: Path, weights: str = "ema") -> GPTBert:
         path = inside[-1]
     config = ModelConfig.from_json(path / "model_config.json")
     try:  # before the model takes the memory of its shape
+        manifest.check(path, ["model_config.json", f"{weights}.safetensors"])
         state = _read_weights(path / f"{weights}.safetensors", config)
     except InputError as error:
         raise InputError(f"{path}: the checkpoint is damaged ({error})") from error
@@ -244,6 +274,12 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 
 def _delete(folder: Path) -> None:
     """Delete a checkpoint so that a kill half-way leaves nothing that looks like one."""
-    doomed = folder.with_name(f".{folder.name}.deleted")
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
+    shutil.rmtree(_move_away(folder, f".{folder.name}.deleted"))
+
+
+def _move_away(folder: Path, name: str) -> Path:
+    """Rename a checkpoint, in place of what had that name."""
+    there = folder.with_name(name)
+    if there.exists():
+        shutil.rmtree(there)
+    return folder.rename(there)

@@ -11,9 +11,11 @@ from typing import TypeVar
 
 import tyro
 
-from gptbert.errors import InputError
+from gptbert.errors import InputError, LostProcessError, SharedError, StoppedError
 
 Settings = TypeVar("Settings")
+
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: start the same command again, and it goes on
 
 
 def run_command(
@@ -21,16 +23,28 @@ def run_command(
 ) -> None:
     """Parse the command line into `settings`, call `function` with it, and end the process.
 
-    The exit status is 0, 2 for a command line that cannot be parsed, 1 for other input that cannot be used, and
-    130 after Ctrl-C or SIGTERM, both of which clean up. Under torchrun only the first process of a host prints, since
-    all of them come to the same end, and SIGTERM ends at once a process that may be waiting for others.
+    The exit status is 0, 2 for a command line that cannot be parsed, 1 for other input that cannot be used and for a
+    run that lost one of its processes, `STOPPED` for a run that a signal stopped at a checkpoint, and 130 after Ctrl-C
+    or SIGTERM at other times, both of which clean up. What all processes of a run have to say, the first of each host
+    says; what one alone knows, that one does, with its rank.
     """
-    if "LOCAL_RANK" not in os.environ:
+    if "LOCAL_RANK" not in os.environ:  # under torchrun, SIGTERM ends at once a process that may be waiting for others
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        function(parse(settings, arguments))
+        parsed = parse(settings, arguments)
     except InputError as error:
         _fail(str(error), 1)
+    try:
+        function(parsed)
+    except SharedError as error:
+        _fail(str(error), 1)
+    except (InputError, LostProcessError) as error:
+        who = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+        _fail(f"{who}{error}", 1, by_all=True)
+    except StoppedError as error:
+        if _speaks():
+            print(error, file=sys.stderr)
+        sys.exit(STOPPED)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
 
@@ -68,8 +82,8 @@ def _one_line(box: str) -> str:
     return "; ".join(messages) + " (see --help)"
 
 
-def _fail(message: str, status: int) -> None:
-    if _speaks():
+def _fail(message: str, status: int, by_all: bool = False) -> None:
+    if by_all or _speaks():
         print(f"error: {message}", file=sys.stderr)
     sys.exit(status)
 

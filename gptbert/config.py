@@ -159,6 +159,9 @@ class TrainConfig:
     """Added to the square root of the second moment."""
     max_gradient: float = 2.0
     """Gradients are clipped to this global norm."""
+    max_skipped_steps: int = 10
+    """Steps one after another whose gradients are not finite, and which are therefore skipped, that end the run; looked
+    at with each log record."""
     ema_decay: float = 0.999
     """Decay per step of the moving average of the weights."""
     z_loss_weight: float = 1e-4
@@ -229,8 +232,8 @@ class TrainConfig:
         at_least = {
             "seq_length": 2, "local_batch_size": 1, "global_batch_size": 1, "batch_reduction": 1, "hybrid_numerator": 0,
             "hybrid_denominator": 1, "max_steps": 1, "learning_rate": 0, "weight_decay": 0, "optimizer_beta1": 0,
-            "optimizer_beta2": 0, "optimizer_eps": 0, "max_gradient": 0, "ema_decay": 0, "z_loss_weight": 0,
-            "n_special_tokens": 5, "cpu_threads": 0, "timeout": 1, "seed": 0, "validate_every": 0,
+            "optimizer_beta2": 0, "optimizer_eps": 0, "max_gradient": 0, "max_skipped_steps": 1, "ema_decay": 0,
+            "z_loss_weight": 0, "n_special_tokens": 5, "cpu_threads": 0, "timeout": 1, "seed": 0, "validate_every": 0,
             "validation_steps": 0, "log_every": 1, "save_every": 0, "keep_checkpoints": 1,
         }  # fmt: skip
         for name, lowest in at_least.items():

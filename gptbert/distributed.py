@@ -1,6 +1,7 @@
 """The processes of a run: torchrun's environment, the process group, reductions, and errors that all ranks share."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gptbert.config import TrainConfig
-from gptbert.errors import InputError
+from gptbert.errors import InputError, LostProcessError, SharedError, first_line
 from gptbert.memory import keep_freed_memory
 
 
@@ -65,7 +66,7 @@ class World:
             message = f"{error.filename}: {error.strerror}"
         failed = [text for text in self.all_gather(message) if text]
         if failed:
-            raise InputError(failed[0])
+            raise SharedError(failed[0])
 
 
 @contextmanager
@@ -74,6 +75,7 @@ def connect(config: TrainConfig) -> Iterator[World]:
 
     Raises:
         InputError: `--device cuda` without a GPU for this process.
+        LostProcessError: another process cannot be reached, now or later; wherever torch.distributed notices.
     """
     rank, world_size = _environment("RANK", 0), _environment("WORLD_SIZE", 1)
     device = _choose_device(config, local_rank=_environment("LOCAL_RANK", 0))
@@ -89,12 +91,26 @@ def connect(config: TrainConfig) -> Iterator[World]:
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
         dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout))
-    except ValueError as error:  # a variable of torchrun's environment is missing
-        raise InputError(f"{error} (torchrun sets it)") from error
-    try:
         yield World(rank, world_size, device)
+    except ValueError as error:  # a variable of torchrun's environment is missing
+        if dist.is_initialized():
+            raise
+        raise InputError(f"{error} (torchrun sets it)") from error
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise LostProcessError(
+            f"another process has ended, hangs, or is not reached (waited at most --timeout {config.timeout} s: "
+            f"{_reason(error)}); --resume auto goes on from the last checkpoint"
+        ) from error
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _reason(error: RuntimeError) -> str:
+    """What gloo or nccl says, without its place in their source code and without advice."""
+    return re.sub(r"\[[^\]]*\.(cc|cpp|h|hpp):\d+\] *", "", first_line(error)).partition(". ")[0].strip()[:200]
 
 
 def _choose_device(config: TrainConfig, local_rank: int) -> torch.device:

@@ -1,17 +1,32 @@
-"""The one error that means "your input", never "our bug"."""
+"""The errors that end a command with one line, and no traceback: none of them means "our bug"."""
 
 
-class InputError(Exception):
-    """Something the user gave cannot be used.
-
-    The message is one line that names the flag, file or line at fault and what would work; commands print it without a
-    traceback and exit with a non-zero status. Line breaks and control characters, of a file's name or of what it holds,
-    are shown as escapes.
-    """
+class OneLineError(Exception):
+    """An error whose message is one line; line breaks and control characters in it are shown as escapes."""
 
     def __init__(self, message: str) -> None:
         shown = (part if part.isprintable() else part.encode("unicode_escape").decode() for part in message)
         super().__init__("".join(shown))
+
+
+class InputError(OneLineError):
+    """Something the user gave cannot be used.
+
+    The message names the flag, file or line at fault and what would work; commands print it and exit with a non-zero
+    status.
+    """
+
+
+class SharedError(InputError):
+    """An `InputError` that every process of the run raises with the same message, so that one a host says it."""
+
+
+class LostProcessError(OneLineError):
+    """Another process of the run has ended, hangs, or is not reached."""
+
+
+class StoppedError(OneLineError):
+    """The run ended early, at a checkpoint, because a signal asked it to."""
 
 
 def first_line(error: BaseException) -> str:

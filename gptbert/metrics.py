@@ -1,5 +1,6 @@
 """Sums that stay on the device between log records, and the places records go to."""
 
+import errno
 import json
 import math
 import netrc
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 import torch
+from torch import Tensor
 
 from gptbert.config import TrainConfig
 from gptbert.distributed import World
@@ -39,6 +41,10 @@ class LossSums:
         self.sums[row] += torch.stack(
             [value.double() for value in (result.loss, result.z_loss, result.correct, result.count)]
         )
+
+    def add_where(self, condition: Tensor, other: "LossSums") -> None:
+        """Add the sums of `other` if the condition, a bool scalar on the device, holds."""
+        self.sums += torch.where(condition, other.sums, 0.0)
 
     def means(self, world: World) -> dict[Objective, dict[str, float]]:
         """Means over the labels of all ranks, for each objective that had any; every rank must call it."""
@@ -111,7 +117,7 @@ class Tracker(Protocol):
 
 
 class JsonLines:
-    """One JSON object a line, with its step, flushed at once.
+    """One JSON object a line, with its step, written at once and as a whole, or not at all.
 
     Opening drops the records of steps after `first_step`: a run that was killed wrote them, and will write them again.
     """
@@ -121,12 +127,15 @@ class JsonLines:
         with temporary.open("w", encoding="utf-8") as file:
             file.writelines(line for line, record in _records(path) if record["step"] <= first_step)
         temporary.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """See `Tracker`."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        line = (json.dumps({"step": step, **values}) + "\n").encode()
+        size = os.fstat(self._file.fileno()).st_size
+        if self._file.write(line) < len(line):  # the disk is full, and readers stop at a broken line
+            self._file.truncate(size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def close(self) -> None:
         """See `Tracker`."""
@@ -156,8 +165,10 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 class Wandb:
     """Weights & Biases; a resumed run goes on under the same id.
 
+    Where its server is not reached, it records offline, and `wandb sync` uploads that later.
+
     Raises:
-        InputError: wandb refuses to start, for want of a login, say.
+        InputError: `--wandb_mode online` without a login that works.
     """
 
     def __init__(self, config: TrainConfig, settings: dict[str, Any]) -> None:
@@ -166,40 +177,42 @@ class Wandb:
         id_file = config.run_dir / "wandb_id"
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(4), encoding="utf-8")
-        modes = [config.wandb_mode]
-        if config.wandb_mode == "auto":
-            mode = _wandb_mode()
-            modes = ["online", "offline"] if mode == "online" else [mode]
-        for mode in modes:
-            try:
-                self._run = wandb.init(
-                    project=config.wandb_project,
-                    entity=config.wandb_entity,
-                    name=config.name,
-                    id=id_file.read_text(encoding="utf-8").strip(),
-                    resume="allow" if mode == "online" else None,
-                    dir=config.run_dir,
-                    mode=mode,
-                    config=settings,
-                    settings=wandb.Settings(silent=True),
-                )
-            except wandb.Error as error:
-                reason = first_line(error)
-                if mode == modes[-1]:
-                    raise InputError(
-                        f"wandb does not start ({mode}): {reason}; --wandb_mode disabled goes without it, "
-                        "--wandb_mode offline needs no account"
-                    ) from error
-                say(f"wandb is not reached ({reason}); recording offline")
-            else:
-                break
+        limits = {"init_timeout": float(os.environ.get("WANDB_INIT_TIMEOUT", "30")), "finish_timeout": 20}  # s
+
+        def start(mode: str) -> wandb.Run:
+            return wandb.init(
+                project=config.wandb_project,
+                entity=config.wandb_entity,
+                name=config.name,
+                id=id_file.read_text(encoding="utf-8").strip(),
+                resume="allow" if mode == "online" else None,
+                dir=config.run_dir,
+                mode=mode,
+                config=settings,
+                settings=wandb.Settings(silent=True, **limits),
+            )
+
+        mode = _wandb_mode() if config.wandb_mode == "auto" else config.wandb_mode
+        try:
+            self._run = start(mode)
+        except Exception as error:  # its own, of the network, of its service
+            is_refused = isinstance(error, wandb.errors.AuthenticationError | wandb.errors.UsageError)
+            if is_refused and config.wandb_mode == "online":
+                raise InputError(
+                    f"--wandb_mode online: {first_line(error)} (--wandb_mode offline needs no login)"
+                ) from error
+            if mode != "online":
+                raise
+            say(f"wandb is not reached ({first_line(error)}); recording offline, for wandb sync")
+            wandb.teardown()  # or the run's id is in use
+            self._run = start("offline")
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """See `Tracker`."""
         self._run.log(values, step=step)
 
     def close(self) -> None:
-        """See `Tracker`."""
+        """See `Tracker`; gives up uploading after a while."""
         self._run.finish()
 
 
@@ -218,23 +231,43 @@ def _wandb_mode() -> str:
 
 
 class Trackers:
-    """All trackers of a run, as a context; none on ranks other than the main one."""
+    """All trackers of a run, as a context; none on ranks other than the main one.
+
+    One that fails costs its records, not the run: its first failure is said on the screen, and it is tried again with
+    the next record.
+    """
 
     def __init__(self, config: TrainConfig, world: World, settings: dict[str, Any], first_step: int) -> None:
-        self._trackers: list[Tracker] = []
-        if world.is_main:
-            self._trackers.append(JsonLines(config.run_dir / "metrics.jsonl", first_step))
-            if config.wandb_mode != "disabled":
-                self._trackers.append(Wandb(config, settings))
+        self._trackers: dict[str, Tracker] = {}
+        self._failed: set[str] = set()
+        if not world.is_main:
+            return
+        self._trackers["metrics.jsonl"] = JsonLines(config.run_dir / "metrics.jsonl", first_step)
+        if config.wandb_mode != "disabled":
+            with self._surviving("wandb"):
+                self._trackers["wandb"] = Wandb(config, settings)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Give a record to every tracker."""
-        for tracker in self._trackers:
-            tracker.log(step, values)
+        for name, tracker in self._trackers.items():
+            with self._surviving(name):
+                tracker.log(step, values)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for tracker in self._trackers:
-            tracker.close()
+        for name, tracker in self._trackers.items():
+            with self._surviving(name):
+                tracker.close()
+
+    @contextmanager
+    def _surviving(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except InputError:
+            raise
+        except Exception as error:  # noqa: BLE001  libraries raise what they like
+            if name not in self._failed:
+                say(f"{name} fails ({first_line(error) or type(error).__name__}); training goes on")
+            self._failed.add(name)

@@ -2,23 +2,21 @@
 
 import dataclasses
 import importlib
-import json
-import math
-import shutil
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm
 
 from gptbert import checkpoint, schedules
 from gptbert.checkpoint import Checkpoint
 from gptbert.compilation import compile_blocks
-from gptbert.config import ModelConfig, TrainConfig
+from gptbert.config import TrainConfig
 from gptbert.data import Prefetcher, RowStream
 from gptbert.distributed import World, connect
-from gptbert.errors import InputError
+from gptbert.errors import InputError, SharedError, StoppedError
 from gptbert.evaluate import Validation
 from gptbert.flops import product_rate, training_flops
 from gptbert.inputs import Inputs, naming
@@ -29,11 +27,12 @@ from gptbert.micro_batch import micro_batch_rows
 from gptbert.model import IGNORE_INDEX, GPTBert
 from gptbert.objectives import Batch, HybridPlan, Masking, Objective, Share, causal_batch, masked_batch
 from gptbert.optim import WeightAverage, build_optimizer, update_weights
+from gptbert.preparation import prepare_kernels, prepare_run_dir
 from gptbert.progress import brief, progress_bar, say
+from gptbert.skipped_steps import SkippedSteps
+from gptbert.stop_signal import StopSignal
 from gptbert.tokenizer import PAD_ID
 from kernels import MaskedCrossEntropy
-from kernels.backend import choose_backend, set_default_backend
-from kernels.check import first_failure, run_checks
 from kernels.padding import padded_length
 from kernels.span_mask import DEFAULT_MAX_SPAN_LENGTH
 
@@ -46,6 +45,8 @@ def fit(config: TrainConfig) -> None:
 
     Raises:
         InputError: on every rank, with one message, where anything given cannot be used.
+        LostProcessError: see `connect`.
+        StoppedError: a signal asked for it, and a checkpoint was saved; see `StopSignal`.
     """
     with connect(config) as world:
         with world.agreed():
@@ -53,17 +54,21 @@ def fit(config: TrainConfig) -> None:
             inputs = Inputs.open(config)
             inputs.check_ids(world.rank, world.world_size)
             plan = HybridPlan(config, world.world_size)
-            path = checkpoint.find(config)
+        with world.agreed():
+            if len(set(world.all_gather(config))) > 1:
+                raise InputError("the processes were given different flags; every host must start the same command")
+            path = checkpoint.find(config) if world.is_main else None
+        path = world.all_gather(path)[0]
+        with world.agreed():
+            if path and not path.is_dir():
+                raise InputError(
+                    f"{path}: not to be seen on every host; --output_dir must be one folder for all of them"
+                )
             resumed = checkpoint.load(path, inputs.model_config) if path else None
             if resumed:
                 checkpoint.check_settings(path, config)
         first_step = resumed.step if resumed else 0
         with world.agreed():
-            if len({(step, settings) for step, settings in world.all_gather((first_step, config))}) > 1:
-                raise InputError(
-                    f"--output_dir {config.output_dir}: the processes found different checkpoints there, or were given "
-                    "different flags; it must be one folder that all hosts see"
-                )
             if first_step >= config.max_steps and config.resume != "auto":
                 raise InputError(f"--resume {path}: its step {first_step} is the end of --max_steps {config.max_steps}")
         if first_step >= config.max_steps:
@@ -90,48 +95,6 @@ def fit(config: TrainConfig) -> None:
         trainer.run()
 
 
-def prepare_kernels(config: TrainConfig, world: World) -> str:
-    """Settle which implementation of the kernels this process uses, and see that it computes what it should.
-
-    Returns:
-        The backend; see `kernels.backend`.
-
-    Raises:
-        InputError: it cannot run on this device, or differs from its reference there.
-    """
-    try:
-        set_default_backend(None if config.kernels == "auto" else config.kernels)
-        backend = choose_backend(None, world.device)
-    except ValueError as error:
-        raise InputError(f"--kernels {config.kernels}: {error}") from None
-    if backend == "triton" and config.kernel_check == "on" and (failure := first_failure(run_checks(world.device))):
-        raise InputError(failure)
-    return backend
-
-
-def prepare_run_dir(config: TrainConfig, model_config: ModelConfig, world: World, backend: str) -> None:
-    """Create the run's folder with its resolved settings and a copy of the tokenizer.
-
-    Raises:
-        InputError: the folder cannot be written.
-    """
-    settings = {
-        "train": config.to_dict(),
-        "model": dataclasses.asdict(model_config),
-        "world_size": world.world_size,
-        "device": str(world.device),
-        "kernels": backend,
-        "torch": torch.__version__,
-    }
-    try:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-        (config.run_dir / "config.json").write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")
-        with suppress(shutil.SameFileError):
-            shutil.copyfile(config.tokenizer_path, config.run_dir / "tokenizer.json")
-    except OSError as error:
-        raise InputError(f"--output_dir {config.output_dir}: cannot be written ({error.strerror})") from error
-
-
 class Trainer:
     """A run in progress, as one rank sees it."""
 
@@ -150,6 +113,8 @@ class Trainer:
         self.optimizer = build_optimizer(config, self.model)
         self.parallel_model = world.wrap(self.model)
         self.sums = LossSums(world.device)
+        self.skipped_steps = SkippedSteps(world.device)
+        self.stop_signal = StopSignal(world)
         self.mask_history = MaskHistory(inputs.train_store.num_tokens, world) if config.mask_history else None
         self.validation = Validation(config, inputs.valid_store, world, inputs.vocab_size)
         self.streams = {
@@ -164,9 +129,14 @@ class Trainer:
         torch.manual_seed((config.seed << 20) + world.rank)  # different dropout on every rank
 
     def run(self) -> None:
-        """All steps that are left, with records, validations and checkpoints on the way."""
+        """All steps that are left, with records, validations and checkpoints on the way.
+
+        Raises:
+            StoppedError: after a checkpoint, where a signal asked for it.
+        """
         config = self.config
         with ExitStack() as stack:
+            stop_signal = stack.enter_context(self.stop_signal)
             settings = {**config.to_dict(), **dataclasses.asdict(self.inputs.model_config)}
             with self.world.agreed():
                 trackers = stack.enter_context(Trackers(config, self.world, settings, self.step))
@@ -179,6 +149,7 @@ class Trainer:
                 gradient_norm = self.train_step(step_rows)
                 self.step += 1
                 last = self.step == config.max_steps
+                stops = stop_signal.is_agreed(self.stop_requests) and not last
                 if last or self.step % config.log_every == 0:
                     record = self.training_record(gradient_norm, throughput)
                     trackers.log(self.step, record)
@@ -190,8 +161,13 @@ class Trainer:
                         trackers.log(self.step, record)
                         if self.world.is_main:
                             say(f"step {self.step}: validation {brief(record, 'validation')}")
-                    if last or (config.save_every and self.step % config.save_every == 0):
+                    if last or stops or (config.save_every and self.step % config.save_every == 0):
                         self.save()
+                if stops:
+                    raise StoppedError(
+                        f"stopped by {stop_signal.received_name} after step {self.step}, with a checkpoint in "
+                        f"{config.run_dir}; the same command with --resume auto goes on"
+                    )
 
     def load_rows(self, step: int) -> list[tuple[Share, dict[str, Tensor]]]:
         """This rank's rows of a step, on the host, padded for `span_mask`; called ahead of time on another thread.
@@ -232,6 +208,9 @@ class Trainer:
     def train_step(self, rows: list[tuple[Share, dict[str, Tensor]]]) -> Tensor:
         """One update of the weights; reads nothing back from the device.
 
+        If the gradients of any rank are not finite, the weights, their average, the optimizer's state and the sums of
+        losses stay as they are on every rank.
+
         Args:
             rows: from `load_rows` of this step.
 
@@ -244,50 +223,55 @@ class Trainer:
         most_rows = micro_batch_rows(self.config, length, self.world.device)
         micro_batches = [micro for batch in batches for micro in batch.split(most_rows)]
         micro_batches = micro_batches or [self._empty_batch(length)]
+        sums = LossSums(self.world.device)
         for index, batch in enumerate(micro_batches):
             is_last = index == len(micro_batches) - 1
             with self._synchronised(is_last):
                 result = self._forward(batch)
                 (result.total * scales[batch.objective]).backward()
-            self.sums.add(batch.objective, result)
+            sums.add(batch.objective, result)
         for group in self.optimizer.param_groups:
             group["lr"] = schedules.learning_rate(self.config, self.step)
         gradient_norm = update_weights(self.optimizer, self.model, self.ema, self.config.max_gradient)
         self.optimizer.zero_grad()
+        self.sums.add_where(self.skipped_steps.add(gradient_norm), sums)
         return gradient_norm
 
     def training_record(self, gradient_norm: Tensor, throughput: Throughput) -> dict[str, float]:
         """Means since the last record, and the schedules' values at the step just done; every rank must call it.
 
         Raises:
-            InputError: the loss or the gradient is no longer finite, or rows were left out.
+            InputError: too many steps one after another were skipped, or rows were left out.
         """
         self.agree_on_rows()
+        longest = self.skipped_steps.longest_row()
+        if longest >= self.config.max_skipped_steps:
+            raise SharedError(
+                f"training diverged: by step {self.step}, the gradients of {longest} steps one after another were not "
+                f"finite (--max_skipped_steps {self.config.max_skipped_steps}); go on from a checkpoint before "
+                "(--resume PATH, another --name), with a lower --learning_rate, say"
+            )
         step = self.step - 1
         means = self.sums.means(self.world)
         self.sums = LossSums(self.world.device)
-        record = {"train/loss": 0.0, "train/perplexity": 0.0, "train/accuracy": 0.0, "train/z_loss": 0.0}
+        record = {}
         weights = {objective: self.plan.weight(objective) for objective in means}
         if self.config.token_weighted_loss:
             weights = {objective: values["count"] for objective, values in means.items()}
         total = sum(weights.values())
-        for objective, values in means.items():
+        if means:  # none, where all steps were skipped
             for name in ("loss", "accuracy", "z_loss"):
-                record[f"train/{name}"] += weights[objective] / total * values[name]
+                record[f"train/{name}"] = sum(weights[key] * values[name] for key, values in means.items()) / total
+            record["train/perplexity"] = perplexity(record["train/loss"])
+        for objective, values in means.items():
             for name in ("loss", "perplexity", "accuracy", "z_loss"):
                 record[f"train/{objective.value}/{name}"] = values[name]
-        record["train/perplexity"] = perplexity(record["train/loss"])
         tokens = self.plan.tokens_before(self.step)
-        norm = gradient_norm.item()
-        if not (math.isfinite(record["train/loss"]) and math.isfinite(norm)):
-            raise InputError(
-                f"training diverged by step {self.step}: loss {record['train/loss']}, gradient norm {norm}; go on from "
-                "an earlier checkpoint (--resume PATH, another --name) with a lower --learning_rate"
-            )
         return (
             record
             | {
-                "train/gradient_norm": norm,
+                "train/gradient_norm": gradient_norm.item(),
+                "train/skipped_steps": self.skipped_steps.total(),
                 "train/learning_rate": schedules.learning_rate(self.config, step),
                 "train/batch_size": schedules.batch_size(self.config, step),
                 "train/sequence_length": schedules.sequence_length(self.config, step),
@@ -326,7 +310,11 @@ class Trainer:
         return record
 
     def save(self) -> None:
-        """Write a checkpoint, unless rows were left out; every rank must call it, and all wait until it is complete."""
+        """Write a checkpoint; every rank must call it, and all wait until it is complete.
+
+        Raises:
+            InputError: weights are not finite, or rows were left out, or the disk refuses.
+        """
         self.agree_on_rows()
         random_state = {"cpu": torch.get_rng_state()}
         if self.world.device.type == "cuda":
@@ -334,12 +322,18 @@ class Trainer:
         rank_states = self.world.all_gather({"random": random_state, "sums": self.sums.sums.cpu()})
         with self.world.agreed():
             if self.world.is_main:
+                if not get_total_norm(self.model.parameters()).isfinite():
+                    raise InputError(
+                        f"training diverged: weights are not finite after step {self.step}; go on from a checkpoint "
+                        "before (--resume PATH, another --name), with a lower --learning_rate, say"
+                    )
                 state = Checkpoint(
                     step=self.step,
                     model=self.model.state_dict(),
                     ema=self.ema.model.state_dict(),
                     optimizer=self.optimizer.state_dict(),
                     rank_states=rank_states,
+                    skipped_steps=self.skipped_steps.counts,
                     mask_counts=self.mask_history.counts if self.mask_history else None,
                 )
                 checkpoint.save(state, self.config, self.inputs.model_config)
@@ -351,6 +345,7 @@ class Trainer:
         self.ema.model.load_state_dict(resumed.ema)
         state = self.optimizer.state_dict()  # the run's own settings; the checkpoint's moments
         self.optimizer.load_state_dict({"state": resumed.optimizer["state"], "param_groups": state["param_groups"]})
+        self.skipped_steps.counts.copy_(resumed.skipped_steps)
         if self.mask_history and resumed.mask_counts is not None:
             self.mask_history.counts.copy_(resumed.mask_counts)
         if len(resumed.rank_states) == self.world.world_size:
@@ -397,13 +392,16 @@ class Trainer:
     def _loss_scales(self, batches: list[Batch]) -> dict[Objective, Tensor]:
         """Factors that turn a rank's sums into its part of the step's loss.
 
-        Means are over the labels of all ranks, so their numbers are added up first: two integers. The data-parallel
-        backward averages over ranks, which the factor world_size undoes.
+        Means are over the labels of all ranks, so their numbers are added up first: two integers, and a third one for
+        `StopSignal`, so that ranks agree on it for free. The data-parallel backward averages over ranks, which the
+        factor world_size undoes.
         """
         counts = {objective: torch.zeros((), dtype=torch.int64, device=self.world.device) for objective in Objective}
         for batch in batches:
             counts[batch.objective] = batch.label_count
-        totals = self.world.all_reduce_sum(torch.stack([counts[objective] for objective in Objective])).clamp(min=1)
+        sums = [*(counts[objective] for objective in Objective), self.stop_signal.requests()]
+        *totals, self.stop_requests = self.world.all_reduce_sum(torch.stack(sums)).unbind()
+        totals = torch.stack(totals).clamp(min=1)
         if self.config.token_weighted_loss:
             return dict.fromkeys(Objective, self.world.world_size / totals.sum())
         return {

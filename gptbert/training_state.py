@@ -12,7 +12,7 @@ from gptbert.errors import InputError
 from gptbert.objectives import Objective
 from gptbert.torch_file import load_torch_file
 
-_KEYS = {"step", "optimizer", "rank_states", "mask_counts"}
+STATE_KEYS = ("step", "optimizer", "rank_states", "skipped_steps", "mask_counts")
 _LARGEST_STEP = 10**9
 
 
@@ -35,13 +35,16 @@ def read_training_state(path: Path, weights: Mapping[str, Tensor]) -> dict[str, 
 
 
 def _check(state: Any, weights: Mapping[str, Tensor]) -> None:
-    if type(state) is not dict or set(state) != _KEYS:
-        raise InputError(f"expected the keys {', '.join(sorted(_KEYS))}")
+    if type(state) is not dict or set(state) != set(STATE_KEYS):
+        raise InputError(f"expected the keys {', '.join(STATE_KEYS)}")
     if type(state["step"]) is not int or not 0 <= state["step"] <= _LARGEST_STEP:
         raise InputError("its step is no number of steps")
     _check_optimizer(state["optimizer"], weights)
     if type(state["rank_states"]) is not list or not all(map(_is_rank_state, state["rank_states"])):
         raise InputError("its states of the ranks are of another form")
+    skipped = state["skipped_steps"]
+    if not isinstance(skipped, Tensor) or skipped.dtype != torch.int64 or skipped.shape != (3,):
+        raise InputError("its number of skipped steps is of another form")
     counts = state["mask_counts"]
     if counts is not None and not _is_bytes(counts):
         raise InputError("its masking history is of another form")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from gptbert import checkpoint
+from gptbert import checkpoint, manifest
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.data import RowStream
 from gptbert.metrics import read_records
@@ -86,6 +86,11 @@ def model(path: Path) -> None:
     assert loaded.encode(ids, ids, causal=True).shape == (1, 3, loaded.config.hidden_size)
 
 
+def checked(path: Path) -> None:
+    """A checkpoint's manifest: every file is as it says."""
+    manifest.check(path)
+
+
 def state(path: Path) -> None:
     """Any file of torch.save."""
     load_torch_file(path)
@@ -105,5 +110,6 @@ def corpus(path: Path) -> None:
 
 READERS = {
     "tokens": tokens, "model_config": model_config, "tokenizer": tokenizer, "resumed": resumed,
-    "resumed_settings": resumed_settings, "model": model, "state": state, "records": records, "corpus": corpus,
+    "resumed_settings": resumed_settings, "manifest": checked, "model": model, "state": state,
+    "records": records, "corpus": corpus,
 }  # fmt: skip

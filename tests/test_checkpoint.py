@@ -18,8 +18,9 @@ from gptbert.optim import Lamb
 
 FILES = {
     "model.safetensors", "ema.safetensors", "training_state.pt", "model_config.json", "train_config.json",
-    "tokenizer.json",
+    "tokenizer.json", "manifest.json",
 }  # fmt: skip
+SKIPPED = torch.tensor([7, 1, 3])
 RANDOM_STATE = torch.Generator().manual_seed(3).get_state()
 
 
@@ -49,7 +50,8 @@ def save(run, tiny, trained):
     def save(step, config=run, mask_counts=None):
         model, ema, optimizer = trained
         states = [{"random": {"cpu": RANDOM_STATE}, "sums": torch.full((2, 4), 0.5)}]
-        state = Checkpoint(step, model.state_dict(), ema.state_dict(), optimizer.state_dict(), states, mask_counts)
+        weights = (model.state_dict(), ema.state_dict())
+        state = Checkpoint(step, *weights, optimizer.state_dict(), states, SKIPPED, mask_counts)
         return checkpoint.save(state, config, tiny)
 
     return save
@@ -76,6 +78,7 @@ def test_everything_comes_back_to_the_bit(run, save, tiny, trained):
         assert all(torch.equal(one[key], other[key]) for key in ("step", "exp_avg", "exp_avg_sq"))
     assert loaded.step == 7
     assert torch.equal(loaded.rank_states[0]["random"]["cpu"], RANDOM_STATE)
+    assert torch.equal(loaded.skipped_steps, SKIPPED)
     assert torch.equal(loaded.mask_counts, torch.arange(9, dtype=torch.uint8))
 
 
@@ -191,7 +194,7 @@ def test_a_deletion_killed_half_way_is_cleaned_up(run, save, monkeypatch):
     assert names(run) == ["step_00000003", "step_00000004"]
 
 
-@pytest.mark.parametrize("name", sorted(FILES - {"train_config.json", "tokenizer.json"}))
+@pytest.mark.parametrize("name", sorted(FILES - {"train_config.json", "tokenizer.json", "manifest.json"}))
 @pytest.mark.parametrize("damage", ["missing", "empty", "half", "garbage"])
 def test_a_damaged_checkpoint_is_refused_in_one_line(save, tiny, name, damage):
     path = save(1)

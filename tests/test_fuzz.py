@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
-from gptbert import checkpoint
+from gptbert import checkpoint, manifest
 from gptbert.checkpoint import Checkpoint
 from gptbert.model import GPTBert
 from gptbert.optim import Lamb
@@ -68,7 +68,8 @@ def valid(tmp_path_factory, tiny, make_config):
     weights = model.state_dict()
     rank = {"random": {"cpu": torch.get_rng_state()}, "sums": torch.zeros(2, 4, dtype=torch.float64)}
     counts = torch.zeros(10, dtype=torch.uint8)
-    saved = checkpoint.save(Checkpoint(3, weights, weights, optimizer.state_dict(), [rank], counts), run, tiny)
+    skipped = torch.zeros(3, dtype=torch.int64)
+    saved = checkpoint.save(Checkpoint(3, weights, weights, optimizer.state_dict(), [rank], skipped, counts), run, tiny)
     saved.rename(folder / "checkpoint")
     lines = [{"step": step, "train/loss": 5.0 / step} for step in range(1, 6)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -95,14 +96,16 @@ def put(place, name, content):
 
 
 def damaged_checkpoint(valid, place, name, content):
-    """A checkpoint of which one file is another one."""
+    """A checkpoint of which one file is another one, with a manifest that says so unless it is the manifest."""
     folder = place / "checkpoint"
     if not folder.exists():
         shutil.copytree(valid / "checkpoint", folder)
     for file in (valid / "checkpoint").iterdir():
-        if (folder / file.name).read_bytes() != file.read_bytes():
+        if file.name == manifest.NAME or (folder / file.name).read_bytes() != file.read_bytes():
             shutil.copy(file, folder)
     put(folder, name, content)
+    if name != manifest.NAME:
+        manifest.write(folder)
     return folder
 
 
@@ -112,7 +115,7 @@ def damaged_checkpoint(valid, place, name, content):
         ("tokens", "t.safetensors"), *(("tokens", f"{name}.bin") for name in TYPES), ("tokenizer", "tokenizer.json"),
         ("model_config", "checkpoint/model_config.json"), ("resumed", "checkpoint"), ("model", "checkpoint"),
         ("state", "checkpoint/training_state.pt"), ("records", "metrics.jsonl"), ("corpus", "corpus.txt"),
-        ("resumed_settings", "checkpoint"),
+        ("resumed_settings", "checkpoint"), ("manifest", "checkpoint"),
     ],
 )  # fmt: skip
 def test_what_is_whole_is_read(sandbox, valid, reader, name):
@@ -156,13 +159,14 @@ def test_files_of_torch_save(sandbox, valid, place, data):
     read(sandbox, "state", put(place, "state.pt", content))
 
 
-@pytest.mark.parametrize("reader", ["resumed", "model", "resumed_settings"])
+@pytest.mark.parametrize("reader", ["resumed", "model", "resumed_settings", "manifest"])
 @examples(0.7)
 @given(data=st.data())
 def test_checkpoints(sandbox, valid, place, reader, data):
     names = {"resumed": [*["training_state.pt"] * 4, "model.safetensors", "ema.safetensors", "model_config.json"],
              "model": ["ema.safetensors", "model_config.json"],
-             "resumed_settings": ["train_config.json", "tokenizer.json"]}  # fmt: skip
+             "resumed_settings": ["train_config.json", "tokenizer.json"],
+             "manifest": ["manifest.json"]}  # fmt: skip
     original = valid / "checkpoint" / data.draw(st.sampled_from(names[reader]))
     damages = {
         ".json": [damage.damaged_json],

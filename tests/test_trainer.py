@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gptbert import preparation
 from gptbert import trainer as trainer_module
 from gptbert.checkpoint import list_checkpoints, load_model
 from gptbert.command_line import parse
@@ -186,7 +187,8 @@ def test_a_rank_without_rows_takes_part(inputs):
 
 
 RECORDED = {
-    "train/loss", "train/perplexity", "train/accuracy", "train/z_loss", "train/gradient_norm", "train/learning_rate",
+    "train/loss", "train/perplexity", "train/accuracy", "train/z_loss", "train/gradient_norm", "train/skipped_steps",
+    "train/learning_rate",
     "train/batch_size", "train/sequence_length", "train/mask_p", "train/tokens", "train/tokens_per_second",
     "train/mfu", "train/waiting_share", "train/peak_memory_gb",
     *(f"train/mlm/{name}" for name in ("loss", "perplexity", "accuracy", "z_loss")),
@@ -286,7 +288,7 @@ def test_both_backends_train_the_same(inputs):
 )
 def test_kernels_that_fail_their_check_stop_the_run_before_it_starts(inputs, monkeypatch, kernels, check, stops):
     wrong = Row("lamb", "exp_avg", error=1.0, bound=1e-6, seconds=0.0)
-    monkeypatch.setattr(trainer_module, "run_checks", lambda device: [wrong])
+    monkeypatch.setattr(preparation, "run_checks", lambda device: [wrong])
     name = f"check_{kernels}_{check}"
     arguments = flags(inputs, name=name, kernels=kernels, kernel_check=check, max_steps=1, seq_length=16)
     if not stops:

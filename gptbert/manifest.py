@@ -1,0 +1,56 @@
+"""`manifest.json` of a folder: size and SHA-256 of each of its files, so that damage shows before anything is used."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from gptbert.errors import InputError
+from gptbert.json_file import read_json
+
+NAME = "manifest.json"
+_MOST_BYTES = 1 << 22
+
+
+def write(folder: Path) -> None:
+    """List every file in the folder and in those inside it, as it is now: {name: {"bytes": …, "sha256": …}}."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / NAME)
+    entries = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in files
+    }
+    (folder / NAME).write_text(json.dumps(entries, indent=4) + "\n", encoding="utf-8")
+
+
+def check(folder: Path, names: Iterable[str] | None = None) -> None:
+    """Read files and see that they are what was written.
+
+    Args:
+        folder: that holds a manifest.
+        names: of the files to read; None reads all.
+
+    Raises:
+        InputError: a file's name, and whether it is missing, cut short or otherwise changed; without the folder's.
+    """
+    try:
+        entries = read_json(folder / NAME, _MOST_BYTES)
+    except FileNotFoundError:
+        raise InputError(f"{NAME}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{NAME}: cannot be read ({error})") from error
+    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+        raise InputError(f"{NAME}: expected an object of objects")
+    for name in entries if names is None else names:
+        if name not in entries:
+            raise InputError(f"{name}: not in {NAME}")
+        path, size = folder / name, entries[name].get("bytes")
+        if not path.is_file():  # a pipe or device may never end
+            raise InputError(f"{name}: no such file")
+        if path.stat().st_size != size:
+            raise InputError(f"{name}: {path.stat().st_size} bytes instead of {size}")
+        if _digest(path) != entries[name].get("sha256"):
+            raise InputError(f"{name}: its content has changed since it was written")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,56 @@
+"""What a run needs before its first step: kernels that compute what they should, and a folder to write to."""
+
+import dataclasses
+import json
+import shutil
+from contextlib import suppress
+
+import torch
+
+from gptbert.config import ModelConfig, TrainConfig
+from gptbert.distributed import World
+from gptbert.errors import InputError
+from kernels.backend import choose_backend, set_default_backend
+from kernels.check import first_failure, run_checks
+
+
+def prepare_kernels(config: TrainConfig, world: World) -> str:
+    """Settle which implementation of the kernels this process uses, and see that it computes what it should.
+
+    Returns:
+        The backend; see `kernels.backend`.
+
+    Raises:
+        InputError: it cannot run on this device, or differs from its reference there.
+    """
+    try:
+        set_default_backend(None if config.kernels == "auto" else config.kernels)
+        backend = choose_backend(None, world.device)
+    except ValueError as error:
+        raise InputError(f"--kernels {config.kernels}: {error}") from None
+    if backend == "triton" and config.kernel_check == "on" and (failure := first_failure(run_checks(world.device))):
+        raise InputError(failure)
+    return backend
+
+
+def prepare_run_dir(config: TrainConfig, model_config: ModelConfig, world: World, backend: str) -> None:
+    """Create the run's folder with its resolved settings and a copy of the tokenizer.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    settings = {
+        "train": config.to_dict(),
+        "model": dataclasses.asdict(model_config),
+        "world_size": world.world_size,
+        "device": str(world.device),
+        "kernels": backend,
+        "torch": torch.__version__,
+    }
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        (config.run_dir / "config.json").write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")
+        with suppress(shutil.SameFileError):
+            shutil.copyfile(config.tokenizer_path, config.run_dir / "tokenizer.json")
+    except OSError as error:
+        raise InputError(f"--output_dir {config.output_dir}: cannot be written ({error.strerror})") from error

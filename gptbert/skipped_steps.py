@@ -1,0 +1,38 @@
+"""Steps whose gradients were not finite: the optimizer skips them, and here they are counted."""
+
+import torch
+from torch import Tensor
+
+
+class SkippedSteps:
+    """Counters on the device, the same on every rank, because the gradient's norm is.
+
+    Attributes:
+        counts: [3] int64: skipped steps of the whole run, of the row of them that ends with the newest step, and of the
+            longest such row since `longest_row` was last called.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.counts = torch.zeros(3, dtype=torch.int64, device=device)
+
+    def add(self, gradient_norm: Tensor) -> Tensor:
+        """Count a step.
+
+        Returns:
+            Whether it was taken, a bool scalar on the device.
+        """
+        is_taken = gradient_norm.isfinite()
+        total, row, longest = self.counts.unbind()
+        row = torch.where(is_taken, 0, row + 1)
+        self.counts = torch.stack([total + ~is_taken, row, torch.maximum(longest, row)])
+        return is_taken
+
+    def total(self) -> int:
+        """Skipped steps of the whole run."""
+        return int(self.counts[0])
+
+    def longest_row(self) -> int:
+        """The most skipped steps one after another since the last call."""
+        _, row, longest = self.counts.tolist()
+        self.counts[2] = row
+        return longest
