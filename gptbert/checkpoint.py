@@ -99,7 +99,8 @@ def save(checkpoint: Checkpoint, config: TrainConfig, model_config: ModelConfig)
     except (OSError, RuntimeError, SafetensorError) as error:  # libraries have their own words for a full disk
         shutil.rmtree(temporary, ignore_errors=True)
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise InputError(f"checkpoint {final}: cannot be written ({reason})") from error
+        free = shutil.disk_usage(config.run_dir).free / 1e6
+        raise InputError(f"checkpoint {final}: cannot be written ({reason}); {free:,.1f} MB are free there") from error
     return final
 
 

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gptbert.config import TrainConfig
 from gptbert.errors import InputError, LostProcessError, SharedError, first_line
+from gptbert.fresh_store import fresh_store, shares_its_store
 from gptbert.memory import keep_freed_memory
 
 
@@ -90,7 +91,7 @@ def connect(config: TrainConfig) -> Iterator[World]:
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout))
+        _join(backend, timedelta(seconds=config.timeout))
         yield World(rank, world_size, device)
     except ValueError as error:  # a variable of torchrun's environment is missing
         if dist.is_initialized():
@@ -106,6 +107,15 @@ def connect(config: TrainConfig) -> Iterator[World]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _join(backend: str, timeout: timedelta) -> None:
+    if not shares_its_store():
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    store = fresh_store(store, rank, world_size, timeout)
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
 
 
 def _reason(error: RuntimeError) -> str:

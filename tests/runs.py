@@ -1,15 +1,21 @@
 """Whole training runs for tests: small inputs on disk, launched as a user would launch them."""
 
+import contextlib
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
 
+import torch
+
+from gptbert.checkpoint import list_checkpoints
 from gptbert.metrics import read_records
 from tokenize_scripts.tokenize_corpus import TokenizeConfig, tokenize_corpus
 from tokenize_scripts.train_tokenizer import TrainTokenizerConfig, train_tokenizer
@@ -85,12 +91,19 @@ def flags(inputs: Path, **changes: object) -> list[str]:
     ]
 
 
-def start(arguments: list[str], world_size: int = 1) -> subprocess.Popen:
-    """Launch train_distributed.py, under torchrun for more than one process, in a session of its own."""
+def start(arguments: list[str], world_size: int = 1, *torchrun: str, **variables: str) -> subprocess.Popen:
+    """Launch train_distributed.py, under torchrun for more than one process, in a session of its own.
+
+    Args:
+        arguments: from `flags`.
+        world_size: number of processes.
+        torchrun: more flags for it.
+        variables: of the environment.
+    """
     launcher = [sys.executable]
     if world_size > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
-    environment = {name: value for name, value in os.environ.items() if name not in {"RANK", "WORLD_SIZE"}}
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}", *torchrun]
+    environment = {name: value for name, value in os.environ.items() if name not in {"RANK", "WORLD_SIZE"}} | variables
     return subprocess.Popen(
         [*launcher, "train_distributed.py", *arguments],
         cwd=ROOT,
@@ -102,12 +115,77 @@ def start(arguments: list[str], world_size: int = 1) -> subprocess.Popen:
     )
 
 
+def wait_for_record(process: subprocess.Popen, run_dir: Path, number: int) -> None:
+    """Wait until a run has written its `number`-th record."""
+    deadline = time.monotonic() + 120
+    while len(read_records(run_dir / "metrics.jsonl")) < number:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def workers(name: str) -> dict[int, int]:
+    """Process ids of the running processes of a run by local rank: torchrun gives them sessions of their own."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            if f"--name={name}".encode() in words and b"torch.distributed.run" not in words:
+                variables = dict(line.partition(b"=")[::2] for line in (folder / "environ").read_bytes().split(b"\0"))
+                found[int(variables.get(b"LOCAL_RANK", 0))] = int(folder.name)
+    return found
+
+
+def kill(process: subprocess.Popen, name: str) -> None:
+    """Kill all processes of a run that are left, at once."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    for worker in workers(name).values():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGKILL)
+    process.wait()
+
+
 def train(inputs: Path, name: str, world_size: int = 1, **changes: object) -> list[dict]:
     """Run to the end and return the records of metrics.jsonl."""
     process = start(flags(inputs, name=name, **changes), world_size)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     return read_records(inputs / "runs" / name / "metrics.jsonl")
+
+
+SPEED = {"train/tokens_per_second", "train/mfu", "train/waiting_share", "train/peak_memory_gb"}
+
+
+def assert_same_end(run_dir: Path, other: Path) -> None:
+    """Two runs have the same records but for speed, and the same newest checkpoint, all to the bit."""
+    records = [read_records(path / "metrics.jsonl") for path in (run_dir, other)]
+    without_speed = [[{key: record[key] for key in record if key not in SPEED} for record in each] for each in records]
+    assert without_speed[0] == without_speed[1]
+    ends = [list_checkpoints(path)[-1] for path in (run_dir, other)]
+    assert ends[0].name == ends[1].name
+    for file in ("model.safetensors", "ema.safetensors"):
+        assert (ends[0] / file).read_bytes() == (ends[1] / file).read_bytes(), file
+    assert_same(*(torch.load(path / "training_state.pt", weights_only=True) for path in ends))
+    for path in (run_dir, other):
+        assert not list((path / "checkpoints").glob(".*")), "nothing half-written is left"
+
+
+def assert_same(one: object, other: object, path: str = "") -> None:
+    """Equal to the bit, through dictionaries, lists and tensors."""
+    assert type(one) is type(other), path
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key in one:
+            assert_same(one[key], other[key], f"{path}/{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), path
+        for index, (left, right) in enumerate(zip(one, other, strict=True)):
+            assert_same(left, right, f"{path}/{index}")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), path
+    else:
+        assert one == other, path
 
 
 def losses(records: list[dict]) -> list[float]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 
 import pytest
 import torch
@@ -154,3 +155,57 @@ def test_throughput_leaves_pauses_out_and_knows_what_was_waiting(monkeypatch):
     assert throughput.since_last(2000) == (100, 0.5)
     now[0] += 1
     assert throughput.since_last(2007) == (7, 0)
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    """A disk of 16 kB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(disk)]
+    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"a disk of its own cannot be mounted here ({mounted.stderr.strip()})")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_costs_records_and_not_the_run(make_config, tiny_disk, capfd):
+    config = make_config(output_dir=tiny_disk, wandb_mode="disabled")
+    config.run_dir.mkdir()
+    ballast = tiny_disk / "ballast"
+    with Trackers(config, World(0, 1, torch.device("cpu")), {}, 0) as trackers:
+        trackers.log(1, {"loss": 2.0})
+        ballast.write_bytes(bytes(8 << 10))  # two of its four pages; the file of records has one
+        for step in range(2, 9):
+            trackers.log(step, {"x" * 1000: float(step)})
+        trackers.log(9, {"y" * 5000: 9.0})
+        trackers.log(10, {"y" * 5000: 10.0})
+        ballast.unlink()
+        trackers.log(11, {"loss": 1.0})
+    steps = [record["step"] for record in read_records(config.run_dir / "metrics.jsonl")]
+    assert steps[-1] == 11
+    assert steps[:-1] == list(range(1, len(steps))), "those before the disk was full"
+    assert len(steps) < 10, "or the disk was not full"
+    said = capfd.readouterr().err
+    assert said.count("metrics.jsonl fails") == 1
+    assert "No space left on device" in said
+
+
+class Failing:
+    def log(self, step, values):
+        raise ValueError("of its own")
+
+    def close(self):
+        raise KeyError
+
+
+def test_a_tracker_that_fails_does_not_keep_others_from_records(make_config, tmp_path, capfd):
+    config = make_config(output_dir=tmp_path, wandb_mode="disabled")
+    config.run_dir.mkdir()
+    with Trackers(config, World(0, 1, torch.device("cpu")), {}, 0) as trackers:
+        trackers._trackers = {"failing": Failing(), **trackers._trackers}
+        for step in (1, 2):
+            trackers.log(step, {"loss": 2.0})
+    assert [record["step"] for record in read_records(config.run_dir / "metrics.jsonl")] == [1, 2]
+    assert capfd.readouterr().err.splitlines() == ["failing fails (of its own); training goes on"]

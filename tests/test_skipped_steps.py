@@ -1,0 +1,37 @@
+"""Counting steps whose gradients were not finite."""
+
+import math
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gptbert.skipped_steps import SkippedSteps
+
+NORMS = st.sampled_from([1.0, 0.0, math.inf, math.nan])
+
+
+@given(st.lists(st.tuples(NORMS, st.booleans()), max_size=40))
+def test_counts_are_those_of_the_list(steps):
+    """Each step has a norm, and may have a record after it."""
+    skipped = SkippedSteps(torch.device("cpu"))
+    row = longest = total = 0
+    for norm, is_recorded in steps:
+        is_taken = skipped.add(torch.tensor(norm))
+        assert is_taken.item() == math.isfinite(norm)
+        row = 0 if is_taken else row + 1
+        longest, total = max(longest, row), total + (not is_taken)
+        if is_recorded:
+            assert skipped.longest_row() == longest
+            longest = row
+    assert skipped.counts.tolist() == [total, row, longest]
+    assert skipped.total() == total
+
+
+def test_counts_go_on_from_saved_ones():
+    one, other = (SkippedSteps(torch.device("cpu")) for _ in range(2))
+    for norm in (math.nan, math.nan):
+        one.add(torch.tensor(norm))
+    other.counts.copy_(one.counts)
+    other.add(torch.tensor(math.inf))
+    assert other.longest_row() == 3

@@ -1,0 +1,61 @@
+"""Signals that ask a run to stop: remembered, agreed upon, and out of the way afterwards."""
+
+import os
+import signal
+import threading
+
+import pytest
+import torch
+
+from gptbert.distributed import World
+from gptbert.stop_signal import SIGNALS, StopSignal
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_first_signal_is_remembered_and_the_old_handlers_come_back(number, capfd):
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with StopSignal(World(0, 1, CPU)) as stop:
+        assert stop.received is None
+        assert not stop.is_agreed(stop.requests())
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received is number
+        assert stop.received_name == number.name
+        assert stop.is_agreed(stop.requests())
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+    assert capfd.readouterr().err.count("saving a checkpoint") == 1
+
+
+def test_a_second_ctrl_c_interrupts_at_once():
+    with StopSignal(World(0, 1, CPU)):
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_one_rank_among_several_is_enough(capfd):
+    ranks = [StopSignal(World(rank, 3, CPU)) for rank in range(3)]
+    assert not any(rank.is_agreed(sum(rank.requests() for rank in ranks)) for rank in ranks)
+    with ranks[1]:
+        os.kill(os.getpid(), signal.SIGUSR1)
+    total = sum(rank.requests() for rank in ranks)
+    assert all(rank.is_agreed(total) for rank in ranks)
+    other = "a signal to another process"
+    assert [rank.received_name for rank in ranks] == [other, "SIGUSR1", other]
+    assert capfd.readouterr().err == "", "only the first rank speaks"
+
+
+def test_on_another_thread_signals_are_left_alone():
+    before = [signal.getsignal(number) for number in SIGNALS]
+    seen = []
+
+    def enter():
+        with StopSignal(World(0, 1, CPU)) as stop:
+            seen.append((stop.received, [signal.getsignal(number) for number in SIGNALS] == before))
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert seen == [(None, True)]
