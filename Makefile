@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
 
-.PHONY: demo test fuzz lint bench clean install
+.PHONY: demo test test-faults fuzz lint bench clean install
 
 install: .venv/.installed
 
@@ -35,6 +35,12 @@ demo: install
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# What docs/faults.md promises.
+FAULTS := faults hosts resume skipping checkpoint manifest metrics stop_signal skipped_steps fresh_store token_ids malicious fuzz
+
+test-faults: install
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(FAULTS:%=tests/test_%.py)
 
 # Files from elsewhere, damaged in other ways each time (86,000 of them).
 fuzz: install
