@@ -73,6 +73,8 @@ class StepBenchConfig:
     """Steps measured of each case, after two that are not."""
     compile: bool = True
     """Compile the model's blocks."""
+    activation_checkpointing: bool = False
+    """Compute again in the backward what the blocks would keep for it."""
     cpu_threads: int = 0
     """Threads on a CPU; 0: all cores."""
     match: str = ""
@@ -139,6 +141,7 @@ def _run(case: Case, config: StepBenchConfig, rank: int, port: int) -> Result:
         max_steps=WARM_UPS + config.steps,
         mixed_precision=True,
         compile=config.compile,
+        activation_checkpointing=config.activation_checkpointing,
         cpu_threads=config.cpu_threads,
     )
     store = random_store(model_config.vocab_size)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gptbert.attention import SEEDS as ATTENTION_SEEDS
 from gptbert.attention import Attention
@@ -163,6 +164,7 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
         self.feed_forward_mix = LayerWeighting(2 * layer + 3)
         self.is_compiled = False  # see gptbert.compilation
+        self.is_checkpointed = False  # whether the backward computes again what the forward would keep for it
 
     def forward(
         self,
@@ -177,12 +179,19 @@ class Block(nn.Module):
         attention_seeds, feed_forward_seed = (None, None) if seeds is None else (seeds[:-1], seeds[-1])
         if self.is_compiled:
             hidden_states, mask = any_number_of_rows(hidden_states), any_number_of_rows(mask)
-        newest = self.attention(hidden_states, relative, buckets, mask, attention_seeds)
+        newest = self._run(self.attention, hidden_states, relative, buckets, mask, attention_seeds)
         hidden_states = self.attention_mix(newest, representations)
         if self.is_compiled:
             hidden_states = any_number_of_rows(hidden_states)
-        newest = self.feed_forward(hidden_states, feed_forward_seed)
+        newest = self._run(self.feed_forward, hidden_states, feed_forward_seed)
         return self.feed_forward_mix(newest, representations)
+
+    def _run(self, sub_layer: nn.Module, *inputs: Tensor | None) -> Tensor:
+        """The sub-layer's output; of it alone, since `representations` takes each y_m once."""
+        if not (self.is_checkpointed and torch.is_grad_enabled()):
+            return sub_layer(*inputs)
+        # dropout draws by its seeds, so there is no generator to set back
+        return checkpoint(sub_layer, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 class FeedForward(nn.Module):

@@ -105,6 +105,8 @@ class Trainer:
         self.world = world
         torch.manual_seed(config.seed)  # the same weights on every rank
         self.model = GPTBert(inputs.model_config).to(world.device)
+        for block in self.model.blocks:
+            block.is_checkpointed = config.activation_checkpointing
         self.ema = WeightAverage(self.model, config.ema_decay)
         self.is_compiled = config.compile and self._is_long_enough_to_compile()
         if self.is_compiled:

@@ -1,0 +1,115 @@
+"""Activation checkpointing: the same gradients to the bit, out of less that is kept for the backward."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from gptbert.command_line import parse
+from gptbert.compilation import compile_blocks
+from gptbert.config import TrainConfig
+from gptbert.distributed import World
+from gptbert.inputs import Inputs
+from gptbert.model import GPTBert
+from gptbert.objectives import HybridPlan
+from gptbert.trainer import Trainer
+from tests.conftest import TINY
+from tests.runs import flags, write_inputs
+
+DROPOUT = {**vars(TINY), "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+def make_model():
+    torch.manual_seed(5)
+    model = GPTBert(type(TINY)(**DROPOUT))
+    for param in model.parameters():
+        param.data += 0.05 * torch.randn_like(param)
+    return model
+
+
+def set_checkpointing(model, value):
+    for block in model.blocks:
+        block.is_checkpointed = value
+
+
+def forward(model, rows=8, length=32, *, causal=False, dtype=torch.float32):
+    """The loss; the same batch and the same seeds of dropout each time."""
+    torch.manual_seed(9)
+    ids = torch.randint(16, 64, (rows, length))
+    documents = (torch.arange(length) >= length // 2).long().expand(rows, -1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        return model(ids, documents, ids, causal).total
+
+
+def gradients(model, *args, **settings):
+    """Loss and gradients."""
+    loss = forward(model, *args, **settings)
+    return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@DTYPES
+def test_gradients_are_the_same_to_the_bit(dtype, causal):
+    model = make_model()
+    plain = gradients(model, causal=causal, dtype=dtype)
+    without_dropout = gradients(model.eval(), causal=causal, dtype=dtype)
+    assert not torch.equal(plain[0], without_dropout[0])
+    set_checkpointing(model.train(), True)
+    assert all(map(torch.equal, plain, gradients(model, causal=causal, dtype=dtype)))
+
+
+def kept_bytes(model, **settings):
+    """What a forward keeps for its backward, each piece of memory counted once, and without the weights."""
+    weights = {param.untyped_storage().data_ptr() for param in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        memory = tensor.untyped_storage()
+        if memory.data_ptr() not in weights:
+            kept[memory.data_ptr()] = memory.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = forward(model, **settings)
+    del loss  # until here no address could be used again
+    return sum(kept.values())
+
+
+@DTYPES
+def test_less_is_kept_for_the_backward(dtype):
+    model = make_model()
+    plain = kept_bytes(model, dtype=dtype)
+    set_checkpointing(model, True)
+    assert kept_bytes(model, dtype=dtype) < 0.4 * plain
+
+
+@DTYPES
+def test_compiled_it_is_the_same_keeps_less_and_needs_no_code_of_its_own(dtype):
+    model = make_model()
+    compile_blocks(model.blocks)
+    plain = gradients(model, dtype=dtype)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        kept = kept_bytes(model, dtype=dtype)
+        set_checkpointing(model, True)
+        assert all(map(torch.equal, plain, gradients(model, dtype=dtype)))
+        assert kept_bytes(model, dtype=dtype) < 0.5 * kept
+        for rows, causal in ((5, True), (1, False), (8, True)):
+            gradients(model, rows, causal=causal, dtype=dtype)
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_the_flag_reaches_every_block(tmp_path, given):
+    inputs = write_inputs(tmp_path)
+    config = parse(TrainConfig, flags(inputs, activation_checkpointing=given))
+    trainer = Trainer(config, Inputs.open(config), HybridPlan(config, 1), World(0, 1, torch.device("cpu")))
+    assert {block.is_checkpointed for block in trainer.model.blocks} == {given}
