@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim import AdamW, Optimizer
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from gptbert.config import TrainConfig
 from kernels import lamb_step
@@ -63,8 +62,11 @@ class Lamb(Optimizer):
     def clip_step_average(self, max_grad_norm: float, averages: Mapping[Tensor, Tensor], decay: float) -> Tensor:
         """Clip the gradients of all parameters together, `step`, and move averages of the parameters; in one pass.
 
+        Where the gradients' norm is not finite, parameters, state and averages stay as they are. Gradients are only
+        read.
+
         Args:
-            max_grad_norm: as of torch.nn.utils.clip_grad_norm_. Whether the gradients themselves are scaled is open.
+            max_grad_norm: as of torch.nn.utils.clip_grad_norm_.
             averages: of every parameter, its exponential moving average.
             decay: of the averages.
 
@@ -91,12 +93,11 @@ class Lamb(Optimizer):
                     calls[shared, param.device, param.dtype].append((param, group))
         gradient_norm = None
         if len(calls) != 1 and max_grad_norm is not None:  # the norm is of all, so it comes first
-            clipped = [param for members in calls.values() for param, _ in members]
-            gradient_norm, max_grad_norm = clip_grad_norm_(clipped, max_grad_norm), None
+            gradient_norm = get_total_norm([param.grad for members in calls.values() for param, _ in members])
         for members in calls.values():
             params, (_, group) = [param for param, _ in members], members[0]
             states = [self._state_of(param) for param in params]
-            norm = lamb_step(
+            norm = lamb_step(  # that of all gradients, whether it is given or computed
                 params,
                 [param.grad.contiguous() for param in params],
                 [state["exp_avg"] for state in states],
@@ -108,12 +109,13 @@ class Lamb(Optimizer):
                 eps=group["eps"],
                 weight_decay=[group["weight_decay"] for _, group in members],
                 max_grad_norm=max_grad_norm,
+                gradient_norm=gradient_norm,
                 averages=[averages[param] for param in params] if averages else None,
                 average_decay=average_decay,
             )
-            gradient_norm = gradient_norm if norm is None else norm
-        if averages and idle:
-            torch._foreach_lerp_([averages[param] for param in idle], idle, 1 - average_decay)
+            gradient_norm = norm if gradient_norm is None else gradient_norm
+        if averages:
+            _move_averages([averages[param] for param in idle], idle, average_decay, gradient_norm)
         return gradient_norm
 
     def _state_of(self, param: Tensor) -> dict[str, Tensor]:
@@ -136,19 +138,29 @@ class WeightAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
-        self._average = get_ema_multi_avg_fn(decay)
 
-    def update(self, model: nn.Module) -> None:
-        """Set average ← decay · average + (1 − decay) · weights."""
-        self._average(list(self.model.parameters()), list(model.parameters()), None)
+    @torch.no_grad()
+    def update(self, model: nn.Module, gradient_norm: Tensor | None = None) -> None:
+        """Set average ← decay · average + (1 − decay) · weights, unless the norm is given and not finite."""
+        _move_averages(self.model.parameters(), model.parameters(), self.decay, gradient_norm)
 
     def of(self, model: nn.Module) -> dict[Tensor, Tensor]:
         """The average of each parameter of the model."""
         return dict(zip(model.parameters(), self.model.parameters(), strict=True))
 
 
+def _move_averages(
+    averages: Iterable[Tensor], params: Iterable[Tensor], decay: float, gradient_norm: Tensor | None
+) -> None:
+    weight = 1 - decay if gradient_norm is None else torch.where(gradient_norm.isfinite(), 1 - decay, 0.0)
+    for average, param in zip(averages, params, strict=True):
+        average.lerp_(param, weight.to(average) if isinstance(weight, Tensor) else weight)
+
+
 def update_weights(optimizer: Optimizer, model: nn.Module, average: WeightAverage, max_grad_norm: float) -> Tensor:
     """What a step does with its gradients: clip them to a global norm, step, and move the average of the weights.
+
+    Where that norm is not finite, weights, average and the optimizer's state stay as they are; nothing waits to know.
 
     Args:
         optimizer: from `build_optimizer`, over all parameters of the model.
@@ -157,13 +169,15 @@ def update_weights(optimizer: Optimizer, model: nn.Module, average: WeightAverag
         max_grad_norm: what longer gradients are scaled down to.
 
     Returns:
-        The gradients' norm before clipping, a scalar on the device.
+        The gradients' norm before clipping, finite or not, a scalar on the device.
     """
     if isinstance(optimizer, Lamb):
         return optimizer.clip_step_average(max_grad_norm, average.of(model), average.decay)
     gradient_norm = clip_grad_norm_(model.parameters(), max_grad_norm)
+    optimizer.found_inf = (~gradient_norm.isfinite()).float()  # as GradScaler tells the fused kernel to skip
     optimizer.step()
-    average.update(model)
+    del optimizer.found_inf
+    average.update(model, gradient_norm)
     return gradient_norm
 
 

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.utils import clip_grad_norm_
 
 from kernels import lamb_step
-from kernels.lamb import check, kernel, op, plan
+from kernels.lamb import blocked, check, kernel, op, plan, reference
 from tests.numerics import close, same
 
 STEP = {"lr": 0.5, "beta1": 0.9, "beta2": 0.98, "eps": 1e-8}
@@ -95,7 +96,7 @@ def test_every_case_obeys_the_numerics_rule(backend, device, poison, request):
     assert not [result for result in results if not result.passed]
     assert {result.name.split(": ")[1] for result in results} == {
         "params", "exp_avgs", "exp_avg_sqs", "averages", "gradient norm", "gradient norm again", "steps", "again",
-        "memory to leave alone",
+        "memory to leave alone", "norm that is finite", "skipped",
     }  # fmt: skip
 
 
@@ -115,20 +116,62 @@ def test_clips_as_torch_does(backend, device):
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_gradient_that_is_not_finite_goes_where_torch_lets_it_go(backend, device, bad):
-    fused, separate = Model(device), Model(device)
-    for model in (fused, separate):
-        model.grads[1][4] = bad
-    norm = fused.step(backend, max_grad_norm=1.0)
-    assert math.isnan(norm) if math.isnan(bad) else math.isinf(norm)
-    factor = (1.0 / (norm + 1e-6)).clamp(max=1.0)
-    separate.grads = [grad * factor for grad in separate.grads]
-    separate.step("torch")
-    for actual, expected in zip(fused.state(), separate.state(), strict=True):
-        assert torch.equal(actual.isnan(), expected.isnan())
-    spread = torch.cat([param.flatten() for param in fused.params]).isnan().sum()
-    assert spread == (sum(param.numel() for param in fused.params) if math.isnan(bad) else 1)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("moment_type", [torch.float32, torch.bfloat16])
+def test_a_step_whose_gradients_are_not_finite_is_skipped(backend, device, bad, moment_type):
+    """With bf16 moments, which the reference computes on CPUs, roundings afterwards are those of the steps taken."""
+    seed = 3 if moment_type == torch.bfloat16 else None
+    skipping, straight = Model(device), Model(device)
+    for model in (skipping, straight):
+        model.exp_avgs, model.exp_avg_sqs = (
+            [tensor.to(moment_type) for tensor in moments] for moments in (model.exp_avgs, model.exp_avg_sqs)
+        )
+    good = skipping.grads[1][4].item()
+    for value in (bad, good, bad, good):
+        skipping.grads[1][4] = value
+        before = [tensor.clone() for tensor in skipping.state()]
+        norm = skipping.step(backend, max_grad_norm=1.0, stochastic_rounding_seed=seed)
+        assert norm.isnan() == math.isnan(value)
+        assert norm.isinf() == math.isinf(value)
+        assert same(skipping.state(), before) == (not math.isfinite(value))
+    for _ in range(2):
+        straight.step(backend, max_grad_norm=1.0, stochastic_rounding_seed=seed)
+    assert same(skipping.state(), straight.state())
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+def test_without_clipping_no_step_is_skipped(backend, device):
+    model = Model(device)
+    model.grads[1][4] = math.nan
+    model.step(backend)
+    assert [step.item() for step in model.steps] == [1, 2, 3, 4]
+    assert [param.isnan().any().item() for param in model.params] == [False, True, False, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_norm_that_is_given_is_the_one_that_clips(backend, device, dtype):
+    """Of gradients in several calls, for which one call's own norm is too small."""
+    given, separate = Model(device, dtype=dtype), Model(device, dtype=dtype)
+    separate.grads = [0.25 * grad for grad in separate.grads]
+    norm = torch.tensor(8.0 - 1e-6, device=device, dtype=torch.float64)
+    separate.step(backend)
+    assert given.step(backend, max_grad_norm=2.0, gradient_norm=norm).item() == pytest.approx(8.0)
+    assert close(given.state(), separate.state())
+    before = [tensor.clone() for tensor in given.state()]
+    for bad in (math.nan, math.inf):
+        assert not given.step(backend, max_grad_norm=2.0, gradient_norm=torch.full_like(norm, bad)).isfinite()
+        assert same(given.state(), before)
+
+
+def test_the_reference_waits_for_no_device():
+    """GPUs run it in fp64. A fake tensor has nothing to read, and raises when somebody tries."""
+    with FakeTensorMode():
+        model = Model(torch.device("cpu"))
+        state = (model.params, model.grads, model.exp_avgs, model.exp_avg_sqs, model.steps, model.averages)
+        settings = {**STEP, "weight_decays": [0.1] * 4, "max_grad_norm": 1.0, "average_decay": 0.9, "seed": None}
+        reference.lamb_step(*state, torch.empty(()), **settings)
+        with pytest.raises(DataDependentOutputException):
+            blocked.lamb_step(*state, torch.empty(()), **settings)
 
 
 def test_stochastic_rounding_is_right_on_average(backend, device):
@@ -246,6 +289,8 @@ def replace(name, make):
         (drop, {}, "grads: 3 tensors for 4 parameters"),
         (None, {"weight_decay": [0.1]}, "weight_decay: 1 numbers for 4"),
         (None, {"beta2": 1.0}, r"beta2: 1.0 is not in \[0, 1\)"),
+        (None, {"max_grad_norm": -1.0}, "max_grad_norm: -1.0 is not a number from 0"),
+        (None, {"gradient_norm": torch.ones(())}, "gradient_norm: clips nothing without max_grad_norm"),
         (None, {"lr": torch.ones(2)}, "lr: torch.float32 of 2 elements"),
         (None, {"lr": torch.ones((), dtype=torch.float64)}, "lr: torch.float64"),
         (None, {"stochastic_rounding_seed": 1}, "stochastic_rounding_seed: moments are torch.float32"),
@@ -277,7 +322,9 @@ def test_is_a_well_made_operation(backend, device):
         state = [model.params, model.grads, model.exp_avgs, model.exp_avg_sqs, model.steps]
         norm = None if max_grad_norm is None else torch.zeros((), device=device)
         settings = (0.5, None, 0.9, 0.98, 1e-8, [0.1, 0.0, 0.1, 0.1], max_grad_norm, 0.9, None, backend)
-        results = torch.library.opcheck(op.lamb_step, (*state, model.averages if averaged else [], norm, *settings))
+        results = torch.library.opcheck(
+            op.lamb_step, (*state, model.averages if averaged else [], norm, None, *settings)
+        )
         assert set(results.values()) == {"SUCCESS"}
 
 

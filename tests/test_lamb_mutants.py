@@ -17,6 +17,16 @@ MUTANTS = {
     "clipped twice": ("is_last) * clip", "is_last) * clip * clip"),
     "second moment not clipped": ("(grad * grad)", "(grad * grad / (clip * clip))"),
     "short gradients made longer": ("tl.where(factor > 1.0, 1.0, factor)", "factor"),
+    "an infinite norm is none": ('norm < float("inf")', "norm == norm"),
+    "a NaN is a norm": ('tl.where(norm < float("inf"), factor, -1.0)', 'tl.where(norm == float("inf"), -1.0, factor)'),
+    "norm of a skipped step": ("tl.store(norm_ptr, norm)", "tl.store(norm_ptr, tl.where(factor > 0.0, norm, 0.0))"),
+    "moments of a skipped step": ("length = tl.where(clip < 0, 0, length)", "pass"),
+    "update not told to skip": ("tl.where(clip < 0, -1.0, exp_avg_scale)", "exp_avg_scale"),
+    "update of a skipped step": ("length = tl.where(is_taken, length, 0)", "pass"),
+    "averages of a skipped step": (
+        "length = tl.where(is_taken, length, 0)", "lr_scale = tl.where(is_taken, lr_scale, 0.0)"
+    ),
+    "age of a skipped step": ("(start == 0) & is_taken", "start == 0"),
     "norm without its root": ("norm = tl.sqrt(tl.sum(sums))", "norm = tl.sum(sums)"),
     "norm without the last chunk": ("mask=first + lanes < num_chunks", "mask=first + lanes < num_chunks - 1"),
     "betas exchanged": ("= beta2 * exp_avg_sq", "= (1 - one_minus_beta1) * exp_avg_sq"),

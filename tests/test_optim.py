@@ -1,6 +1,7 @@
 """Parameter groups, the optimizer that the flags name, what a step does with them, and the moving average."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 from gptbert.model import GPTBert
 from gptbert.optim import Lamb, WeightAverage, build_optimizer, parameter_groups, update_weights
+from tests.numerics import same
 
 NOT_DECAYED = {
     "embedding.relative_layer_norm.weight",
@@ -158,6 +160,51 @@ def test_a_step_clips_updates_and_averages(chosen, name, max_norm):
         torch.testing.assert_close(norm, expected)
         for one, other in ((together, apart), (averages[0].model, averages[1].model)):
             torch.testing.assert_close(dict(one.named_parameters()), dict(other.named_parameters()))
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_steps_whose_gradients_are_not_finite_leave_no_trace(chosen, name, bad):
+    """The first of all, before there is any state, and a later one."""
+    skipping, straight = small_model(), small_model()
+    averages = [WeightAverage(model, 0.9) for model in (skipping, straight)]
+    optimizers = [OPTIMIZERS[name](model) for model in (skipping, straight)]
+    for step in range(6):
+        set_gradients(skipping, step)
+        skipping[0].bias.grad = None  # its average must stay too
+        skipping[0].bias.data.fill_(step)
+        is_skipped = step in {0, 3}
+        if is_skipped:
+            skipping[2].weight.grad[1, 2] = bad
+        else:
+            set_gradients(straight, step)
+            straight[0].bias.grad = None
+            straight[0].bias.data.fill_(step)
+            update_weights(optimizers[1], straight, averages[1], 0.5)
+        norm = update_weights(optimizers[0], skipping, averages[0], 0.5)
+        assert norm.isfinite() == (not is_skipped)
+        assert same(averages[0].model.parameters(), averages[1].model.parameters())
+    assert same(skipping.parameters(), straight.parameters())
+    states = [optimizer.state_dict()["state"] for optimizer in optimizers]
+    assert states[0].keys() == states[1].keys()
+    for index, state in states[0].items():
+        assert state["step"] == 4
+        assert same(state.values(), states[1][index].values())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_by_itself_remembers_no_skipped_one(chosen, name):
+    """An optimizer that was told to skip once takes plain steps as before."""
+    model = small_model()
+    optimizer, average = OPTIMIZERS[name](model), WeightAverage(model, 0.9)
+    set_gradients(model, 0)
+    model[0].weight.grad.fill_(math.nan)
+    update_weights(optimizer, model, average, 0.5)
+    before = copy.deepcopy(model)
+    set_gradients(model, 1)
+    optimizer.step()
+    assert not any(torch.equal(*pair) for pair in zip(model.parameters(), before.parameters(), strict=True))
 
 
 def test_lamb_is_one_call_for_all_groups(monkeypatch):

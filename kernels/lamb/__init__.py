@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.backend import choose_backend
-from kernels.lamb import op
+from kernels.lamb import op, reference
 
 
 def lamb_step(
@@ -22,6 +22,7 @@ def lamb_step(
     eps: float,
     weight_decay: float | Sequence[float],
     max_grad_norm: float | None = None,
+    gradient_norm: Tensor | None = None,
     averages: list[Tensor] | None = None,
     average_decay: float = 0.999,
     stochastic_rounding_seed: int | None = None,
@@ -44,7 +45,10 @@ def lamb_step(
         eps: added to the square root.
         weight_decay: decoupled decay, one for all tensors or one each; 0 also switches a tensor's trust ratio off.
         max_grad_norm: gradients longer than this, all taken together, count as if scaled down to it, as by
-            torch.nn.utils.clip_grad_norm_: one NaN makes everything NaN. None takes them as they are.
+            torch.nn.utils.clip_grad_norm_. Where their norm is not finite, the step is skipped: nothing is written, to
+            the bit. None takes gradients as they are and skips nothing.
+        gradient_norm: the norm that `max_grad_norm` is about, a scalar, if that of more gradients than these; None
+            computes it.
         averages: exponential moving averages of `params`, like them; None keeps none.
         average_decay: average ← average_decay · average + (1 − average_decay) · the new parameter.
         stochastic_rounding_seed: bf16 moments are rounded up or down at random, by Philox keyed by this number, the
@@ -52,8 +56,8 @@ def lamb_step(
         backend: see `kernels.backend.choose_backend`.
 
     Returns:
-        The gradients' norm before clipping, a scalar of the parameters' type on their device; None without
-        `max_grad_norm`.
+        The gradients' norm before clipping, finite or not, a scalar of the parameters' type on their device; None
+        without `max_grad_norm`.
 
     Raises:
         ValueError: lists, shapes, types or devices do not fit together, a tensor is not contiguous, or a number is out
@@ -71,10 +75,18 @@ def lamb_step(
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
         if not 0 <= beta < 1:
             raise ValueError(f"{name}: {beta} is not in [0, 1)")
+    if max_grad_norm is not None and not max_grad_norm >= 0:
+        raise ValueError(f"max_grad_norm: {max_grad_norm} is not a number from 0")
+    if gradient_norm is not None and max_grad_norm is None:
+        raise ValueError("gradient_norm: clips nothing without max_grad_norm")
     if not params:
         return None if max_grad_norm is None else torch.zeros(())
-    first = params[0]
-    gradient_norm = None if max_grad_norm is None else torch.empty((), dtype=first.dtype, device=first.device)
+    first, clip = params[0], None
+    if gradient_norm is not None:
+        gradient_norm = gradient_norm.to(first)
+        clip, max_grad_norm = reference.clip_factor(gradient_norm, max_grad_norm), None
+    elif max_grad_norm is not None:
+        gradient_norm = torch.empty((), dtype=first.dtype, device=first.device)
     is_tensor = isinstance(lr, Tensor)
     with torch.no_grad():
         op.lamb_step(
@@ -84,7 +96,8 @@ def lamb_step(
             exp_avg_sqs,
             steps,
             averages,
-            gradient_norm,
+            gradient_norm if clip is None else None,
+            clip,
             lr=1.0 if is_tensor else lr,
             lr_tensor=lr if is_tensor else None,
             beta1=beta1,

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from kernels.lamb.reference import clip_factor
+
 BLOCK = 2**18  # elements, 1 MB in fp32, of the six or seven arrays that a block needs at once
 
 
@@ -23,13 +25,15 @@ def lamb_step(
     max_grad_norm: float | None,
     average_decay: float,
     seed: int | None,
+    clip: Tensor | None = None,
 ) -> None:
     """See `kernels.lamb.op.lamb_step`; moments have the parameters' type, so that `seed` has nothing to round."""
     del seed
-    clip = None
     if max_grad_norm is not None:
         gradient_norm.fill_(_norm([block for grad in grads for block in _blocks(grad)], gradient_norm.dtype))
-        clip = (max_grad_norm / (gradient_norm + 1e-6)).clamp(max=1.0)
+        clip = clip_factor(gradient_norm, max_grad_norm)
+    if clip is not None and clip < 0:
+        return
     largest = max(param.numel() for param in params)
     updates, scratch = params[0].new_empty(largest), params[0].new_empty(min(largest, BLOCK))
     for index, (param, weight_decay) in enumerate(zip(params, weight_decays, strict=True)):

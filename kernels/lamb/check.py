@@ -1,5 +1,6 @@
 """LAMB against its reference on this device, in each combination of types and alignments that it treats differently."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -41,12 +42,18 @@ _CASES = (
     _Case("bf16 moments", moment_type=torch.bfloat16),
     _Case("bf16 unaligned", torch.bfloat16, torch.bfloat16, grad_offset=3, offset=1),
 )
+_SKIPPED = (
+    (_Case("a NaN in fp32"), math.nan),
+    (_Case("an infinity in bf16", torch.bfloat16, torch.bfloat16, grad_offset=3, offset=1), -math.inf),
+)
 
 
 def comparisons(device: torch.device, backend: str) -> Iterator[Comparison]:
-    """One step in each case, and the bits of rounded moments."""
+    """One step in each case, steps that are skipped, and the bits of rounded moments."""
     for case in _CASES:
         yield from _compare_step(case, device, backend)
+    for case, bad in _SKIPPED:
+        yield from _compare_skipped(case, bad, device, backend)
     for seed in (None, 2**40 + 5):
         yield from _compare_rounding(seed, device, backend)
 
@@ -101,8 +108,22 @@ def _compare_step(case: _Case, device: torch.device, backend: str) -> Iterator[C
     if norm is not None:
         yield from compare(f"{case.name}: gradient norm", norm, exact_norm, plain_norm)
         yield compare_exactly(f"{case.name}: gradient norm again", norm_again, norm)
-    bits, bits_again = (torch.cat(list(map(_flat, chain(*model.written().values())))) for model in (actual, again))
-    yield compare_exactly(f"{case.name}: again", bits_again, bits)
+    yield compare_exactly(f"{case.name}: again", _bits(again), _bits(actual))
+
+
+def _compare_skipped(case: _Case, bad: float, device: torch.device, backend: str) -> Iterator[Comparison]:
+    """One entry of one gradient is not finite: the norm says so, and everything else is as before."""
+    before, actual = (_Model(case, device) for _ in range(2))
+    actual.grads[3][5] = bad
+    norm = _step(actual, case, backend)
+    yield compare_exactly(
+        f"{case.name}: norm that is finite", norm.isfinite(), torch.zeros_like(norm, dtype=torch.bool)
+    )
+    yield compare_exactly(f"{case.name}: skipped", _bits(actual), _bits(before))
+
+
+def _bits(model: _Model) -> Tensor:
+    return torch.cat(list(map(_flat, chain(*model.written().values(), model.steps)))).view(torch.int32)
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -126,7 +126,7 @@ def norm_kernel(table_ptr, owners_ptr, sums_ptr, GRAD_TYPE: tl.constexpr, ALIGNE
 
 @triton.jit(do_not_specialize=["num_chunks"])
 def clip_kernel(sums_ptr, num_chunks, max_norm: tl.float32, norm_ptr, clip_ptr, BLOCK: tl.constexpr):
-    """One program: the global norm, and the factor that clips it as torch.nn.utils.clip_grad_norm_ does."""
+    """One program: the global norm, and the factor that `reference.clip_factor` says; −1 skips the step."""
     lanes = tl.arange(0, BLOCK)
     sums = tl.zeros([BLOCK], tl.float32)
     for first in range(0, num_chunks, BLOCK):
@@ -134,7 +134,8 @@ def clip_kernel(sums_ptr, num_chunks, max_norm: tl.float32, norm_ptr, clip_ptr, 
     norm = tl.sqrt(tl.sum(sums))
     factor = max_norm / (norm + 1e-6)
     tl.store(norm_ptr, norm)
-    tl.store(clip_ptr, tl.where(factor > 1.0, 1.0, factor))  # a NaN stays one
+    factor = tl.where(factor > 1.0, 1.0, factor)
+    tl.store(clip_ptr, tl.where(norm < float("inf"), factor, -1.0))  # no NaN is less than anything
 
 
 @triton.jit(do_not_specialize=["num_chunks", "seed"])
@@ -160,7 +161,10 @@ def moments_kernel(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """New moments; each chunk's ‖p‖² and ‖u‖² to `sums_ptr` [2, chunks]; each tensor's scalars to `scalars_ptr`."""
+    """New moments; each chunk's ‖p‖² and ‖u‖² to `sums_ptr` [2, chunks]; each tensor's scalars to `scalars_ptr`.
+
+    A step that is skipped is one of chunks without elements, of which a negative scale tells the update kernel.
+    """
     tensor, row_ptr, start, length = _chunk(table_ptr, owners_ptr)
     params = _pointer(row_ptr, _PARAM, start, tl.float32, ALIGNED)
     grads = _pointer(row_ptr, _GRAD, start, GRAD_TYPE, GRAD_ALIGNED)
@@ -168,13 +172,14 @@ def moments_kernel(
     exp_avg_sqs = _pointer(row_ptr, _EXP_AVG_SQ, start, MOMENT_TYPE, ALIGNED)
     weight_decay = tl.load(decays_ptr + tensor)
     clip = tl.load(clip_ptr)
+    length = tl.where(clip < 0, 0, length)
     age = tl.load(tl.load(row_ptr + _STEP).to(tl.pointer_type(tl.float32))) + 1.0
     # in fp64, because 1 − βᵗ loses the digits that fp32 has of βᵗ
     exp_avg_scale = (1.0 / (1.0 - tl.exp(age.to(tl.float64) * log_beta1))).to(tl.float32)
     denominator_scale = (1.0 / tl.sqrt(1.0 - tl.exp(age.to(tl.float64) * log_beta2))).to(tl.float32)
     if start == 0:
         tl.store(scalars_ptr + tensor * _SCALARS + _AGE, age)
-        tl.store(scalars_ptr + tensor * _SCALARS + _EXP_AVG_SCALE, exp_avg_scale)
+        tl.store(scalars_ptr + tensor * _SCALARS + _EXP_AVG_SCALE, tl.where(clip < 0, -1.0, exp_avg_scale))
         tl.store(scalars_ptr + tensor * _SCALARS + _DENOMINATOR_SCALE, denominator_scale)
 
     whole = length // BLOCK * BLOCK
@@ -235,7 +240,9 @@ def update_kernel(
     weight_decay = tl.load(decays_ptr + tensor)
     exp_avg_scale = tl.load(scalars_ptr + tensor * _SCALARS + _EXP_AVG_SCALE)
     denominator_scale = tl.load(scalars_ptr + tensor * _SCALARS + _DENOMINATOR_SCALE)
-    if start == 0:  # not earlier: every program of the moments kernel reads the age before this one
+    is_taken = exp_avg_scale > 0
+    length = tl.where(is_taken, length, 0)
+    if (start == 0) & is_taken:  # not earlier: every program of the moments kernel reads the age before this one
         age = tl.load(scalars_ptr + tensor * _SCALARS + _AGE)
         tl.store(tl.load(row_ptr + _STEP).to(tl.pointer_type(tl.float32)), age)
 
@@ -282,6 +289,7 @@ def launch(
     max_grad_norm: float | None,
     average_decay: float,
     seed: int | None,
+    clip: Tensor | None = None,
 ) -> None:
     """`kernels.lamb.op.lamb_step` for what it has checked: fp32 parameters, at least one."""
     device = params[0].device
@@ -297,7 +305,7 @@ def launch(
     sums = torch.empty(2 * num_chunks, dtype=torch.float32, device=device)
     scalars = torch.empty(len(params) * _SCALARS.value, dtype=torch.float32, device=device)
     grad_type, moment_type = grads[0].dtype, exp_avgs[0].dtype
-    clip, num_warps = tables.one, launch_warps(NUM_WARPS)
+    clip, num_warps = tables.one if clip is None else clip, launch_warps(NUM_WARPS)
     with torch.cuda.device_of(params[0]):
         if max_grad_norm is not None:
             clip = torch.empty_like(tables.one)

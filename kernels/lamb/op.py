@@ -19,6 +19,7 @@ def lamb_step(
     steps: list[Tensor],
     averages: list[Tensor],
     gradient_norm: Tensor | None,
+    clip: Tensor | None,
     lr: float,
     lr_tensor: Tensor | None,
     beta1: float,
@@ -30,7 +31,11 @@ def lamb_step(
     seed: int | None,
     backend: str,
 ) -> None:
-    """See `kernels.lamb_step`; here `averages` may be empty, `lr_tensor` counts before `lr`, the norm is written."""
+    """See `kernels.lamb_step`; here `averages` may be empty, and `lr_tensor` counts before `lr`.
+
+    With `max_grad_norm` the gradients' norm is written to `gradient_norm`. Without it, `clip` is what gradients are
+    multiplied by, a scalar of the parameters' type; negative, it says that the step must be skipped.
+    """
     _check(params, grads, exp_avgs, exp_avg_sqs, steps, averages)
     if seed is not None and exp_avgs[0].dtype != torch.bfloat16:
         raise ValueError(f"stochastic_rounding_seed: moments are {exp_avgs[0].dtype}; only bf16 ones are rounded")
@@ -60,6 +65,7 @@ def lamb_step(
         max_grad_norm=max_grad_norm,
         average_decay=average_decay,
         seed=seed,
+        clip=clip,
     )
 
 

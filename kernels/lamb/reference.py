@@ -23,23 +23,27 @@ def lamb_step(
     max_grad_norm: float | None,
     average_decay: float,
     seed: int | None,
+    clip: Tensor | None = None,
 ) -> None:
     """See `kernels.lamb.op.lamb_step`."""
-    clip = 1.0
     if max_grad_norm is not None:
         norms = [torch.linalg.vector_norm(grad, dtype=gradient_norm.dtype) for grad in grads]
         gradient_norm.copy_(torch.linalg.vector_norm(torch.stack(norms)))
-        clip = (max_grad_norm / (gradient_norm + 1e-6)).clamp(max=1.0)
+        clip = clip_factor(gradient_norm, max_grad_norm)
+    elif clip is None:
+        clip = torch.ones((), dtype=params[0].dtype, device=params[0].device)
+    is_taken = clip >= 0  # where it is not, everything is computed and then thrown away, so that nobody waits to know
     for index, (param, weight_decay) in enumerate(zip(params, weight_decays, strict=True)):
-        grad, step = grads[index].to(param.dtype) * clip, steps[index].add_(1)
+        grad, step = grads[index].to(param.dtype) * clip, steps[index].add_(is_taken)
         exp_avg = exp_avgs[index].to(param.dtype).lerp(grad, 1 - beta1)
         exp_avg_sq = beta2 * exp_avg_sqs[index].to(param.dtype) + (1 - beta2) * grad.square()
         if seed is not None:
             noise = rounding_noise(seed, index, step, param)
             exp_avg = round_stochastically(exp_avg, noise & 0xFFFF)
             exp_avg_sq = round_stochastically(exp_avg_sq, noise >> 16)
-        exp_avg = exp_avgs[index].copy_(exp_avg).to(param.dtype)  # as stored, so that the norm is the update's
-        exp_avg_sq = exp_avg_sqs[index].copy_(exp_avg_sq).to(param.dtype)
+        for moments, new in ((exp_avgs, exp_avg), (exp_avg_sqs, exp_avg_sq)):
+            moments[index].copy_(torch.where(is_taken, new, moments[index]))
+        exp_avg, exp_avg_sq = exp_avgs[index].to(param.dtype), exp_avg_sqs[index].to(param.dtype)  # the update's norm
 
         age = step.double()
         update = (exp_avg / (1 - beta1**age)) / ((exp_avg_sq / (1 - beta2**age)).sqrt() + eps)
@@ -48,9 +52,16 @@ def lamb_step(
             update += weight_decay * param
             param_norm, update_norm = torch.linalg.vector_norm(param), torch.linalg.vector_norm(update)
             ratio = torch.where((param_norm > 0) & (update_norm > 0), param_norm / update_norm, 1.0)
-        param.sub_(lr * ratio * update)
+        param.copy_(torch.where(is_taken, param - lr * ratio * update, param))
         if averages:
-            averages[index].lerp_(param, 1 - average_decay)
+            average = averages[index]
+            average.copy_(torch.where(is_taken, average.lerp(param, 1 - average_decay), average))
+
+
+def clip_factor(gradient_norm: Tensor, max_grad_norm: float) -> Tensor:
+    """What gradients are multiplied by, as by torch.nn.utils.clip_grad_norm_; −1 says that the step must be skipped."""
+    factor = (max_grad_norm / (gradient_norm + 1e-6)).clamp(max=1.0)
+    return torch.where(gradient_norm.isfinite(), factor, -1.0)
 
 
 def rounding_noise(seed: int, tensor: int, step: Tensor, like: Tensor) -> Tensor:
