@@ -21,6 +21,7 @@ from tokenize_scripts.tokenize_corpus import TokenizeConfig, tokenize_corpus
 from tokenize_scripts.train_tokenizer import TrainTokenizerConfig, train_tokenizer
 
 ROOT = Path(__file__).parents[1]
+SPEED = {"train/tokens_per_second", "train/mfu", "train/waiting_share", "train/peak_memory_gb"}
 MODEL = {
     "attention_probs_dropout_prob": 0.1,
     "hidden_dropout_prob": 0.1,
@@ -152,9 +153,6 @@ def train(inputs: Path, name: str, world_size: int = 1, **changes: object) -> li
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     return read_records(inputs / "runs" / name / "metrics.jsonl")
-
-
-SPEED = {"train/tokens_per_second", "train/mfu", "train/waiting_share", "train/peak_memory_gb"}
 
 
 def assert_same_end(run_dir: Path, other: Path) -> None:

@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# One run over several hosts: the same command on each of them, in a checkout of this repository, within a minute.
+#
+#     configs/runs/hosts.sh ADDRESS [further flags of train_distributed.py]
+#
+# ADDRESS is the first host's, as the others reach it; there torchrun keeps the rendezvous. --output_dir is one folder
+# that all hosts see. Further flags come last and so replace those below.
+#
+# A process that fails has all processes of all hosts started again, MAX_RESTARTS times, and --resume auto goes on from
+# the newest checkpoint. A host that is lost is started again by this same command; the others wait ten minutes for it.
+# Where the first host is lost, the rendezvous is lost with it: the command is for all hosts then.
+set -euo pipefail
+
+address=${1:?the address of the first host, as the other hosts reach it}
+shift
+
+# This host's own address on that network, and its interface: host names may stand for another network, or for loopback.
+route=$(ip -o route get "$address")
+own=$(sed 's/.* src \([^ ]*\).*/\1/' <<<"$route")
+interface=$(ip -o address show to "$own" | awk '{ print $2; exit }')
+export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$interface} GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface}
+[[ $own == "$address" ]] && is_host=1 || is_host=0
+
+# USR1 is Slurm's word before the time limit (slurm.sh). The trainer then saves, which takes as long as a large model takes.
+exec torchrun \
+    --nnodes="${NNODES:-2}" \
+    --nproc_per_node="${NPROC_PER_NODE:-gpu}" \
+    --rdzv_backend=c10d \
+    --rdzv_endpoint="$address:${PORT:-29500}" \
+    --rdzv_id="${RUN_ID:-gptbert}" \
+    --rdzv_conf="is_host=$is_host" \
+    --local_addr="$own" \
+    --max_restarts="${MAX_RESTARTS:-3}" \
+    --signals_to_handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
+    --shutdown_timeout=100 \
+    train_distributed.py \
+    --train_path="../bin/train_tokenized.bin" \
+    --valid_path="../bin/val_tokenized.bin" \
+    --config_file="../configs/config.json" \
+    --tokenizer_path="../tokenizers/tokenizer.json" \
+    --output_dir="../checkpoints" \
+    --name="Run Name" \
+    --hybrid_numerator=1 \
+    --hybrid_denominator=4 \
+    --seq_length=128 \
+    --local_batch_size=32 \
+    --global_batch_size=128 \
+    --learning_rate=1e-3 \
+    --max_steps=40000 \
+    --optimizer="lamb" \
+    --weight_decay=0.1 \
+    --warmup_proportion=0.016 \
+    --cooldown_proportion=0.016 \
+    --mask_p_start=0.3 \
+    --mask_p_end=0.15 \
+    --mask_random_p=0.1 \
+    --mask_keep_p=0.1 \
+    --mixed_precision \
+    --validate_every=1000 \
+    --save_every=1000 \
+    --seed=42 \
+    --resume=auto \
+    "$@"

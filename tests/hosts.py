@@ -1,0 +1,97 @@
+"""Two hosts on one machine: network namespaces with a link between them, where runs start as they do on a cluster."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.runs import ROOT
+
+RECIPE = "configs/runs/hosts.sh"
+ADDRESSES = ("10.77.0.1", "10.77.0.2")
+
+
+class Hosts:
+    """Two namespaces, named for this process so that other tests beside it have their own."""
+
+    def __init__(self) -> None:
+        self.names = [f"gptbert-{os.getpid()}-{index}" for index in range(2)]
+        self.processes: list[subprocess.Popen] = []
+
+    def open(self) -> None:
+        """Make them and the link.
+
+        Raises:
+            FileNotFoundError: there is no `ip`.
+            subprocess.CalledProcessError: it refuses; `stderr` says why.
+        """
+        first, second = self.names
+        for name in self.names:
+            _ip("netns", "add", name)
+        _ip("link", "add", "wire", "netns", first, "type", "veth", "peer", "name", "wire", "netns", second)
+        for name, address in zip(self.names, ADDRESSES, strict=True):
+            _ip("-n", name, "address", "add", f"{address}/24", "dev", "wire")
+            _ip("-n", name, "link", "set", "lo", "up")
+            # connections without an answer are given up after half a minute instead of a quarter of an hour
+            _ip("netns", "exec", name, "sh", "-c", "echo 6 > /proc/sys/net/ipv4/tcp_retries2")
+        self.set_link("up")
+
+    def set_link(self, state: str) -> None:
+        """Cut or mend the link ("down" or "up") at the second host."""
+        for name in self.names if state == "up" else self.names[1:]:
+            _ip("-n", name, "link", "set", "wire", state)
+
+    def start(self, arguments: list[str], logs: Path) -> list[subprocess.Popen]:
+        """Follow the recipe with these further flags on both hosts, two processes each; `logs` gets a file a host."""
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        settings = {"PATH": path, "NPROC_PER_NODE": "2", "MAX_RESTARTS": "0", "OMP_NUM_THREADS": "1"}
+        logs.mkdir(exist_ok=True)
+        started = []
+        for index, name in enumerate(self.names):
+            command = ["ip", "netns", "exec", name, RECIPE, ADDRESSES[0], *arguments]
+            with (logs / f"{index}.log").open("w") as log:
+                started.append(
+                    subprocess.Popen(command, cwd=ROOT, env=os.environ | settings, stdout=log, stderr=subprocess.STDOUT)
+                )
+        self.processes += started
+        return started
+
+    def process_ids(self) -> list[int]:
+        """All processes of both hosts, whoever started them."""
+        return [int(line) for name in self.names for line in _ip("netns", "pids", name).split()]
+
+    def close(self) -> None:
+        """Kill what still runs there, and delete the namespaces with the link."""
+        while left := self.process_ids():
+            for process_id in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process_id, signal.SIGKILL)
+            for process in self.processes:
+                process.wait()
+        for name in self.names:
+            _ip("netns", "delete", name)
+
+
+@contextlib.contextmanager
+def two_hosts() -> Iterator[Hosts]:
+    """Two hosts that are gone afterwards; skips the test where the machine has no namespaces to give."""
+    hosts = Hosts()
+    try:
+        hosts.open()
+    except (OSError, subprocess.CalledProcessError) as error:
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):  # what there is of them
+            hosts.close()
+        pytest.skip(f"no network namespaces here: {getattr(error, 'stderr', None) or error}".strip())
+    try:
+        yield hosts
+    finally:
+        hosts.close()
+
+
+def _ip(*arguments: str) -> str:
+    return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True).stdout
