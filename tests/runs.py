@@ -160,13 +160,17 @@ def assert_same_end(run_dir: Path, other: Path) -> None:
     records = [read_records(path / "metrics.jsonl") for path in (run_dir, other)]
     without_speed = [[{key: record[key] for key in record if key not in SPEED} for record in each] for each in records]
     assert without_speed[0] == without_speed[1]
-    ends = [list_checkpoints(path)[-1] for path in (run_dir, other)]
-    assert ends[0].name == ends[1].name
-    for file in ("model.safetensors", "ema.safetensors"):
-        assert (ends[0] / file).read_bytes() == (ends[1] / file).read_bytes(), file
-    assert_same(*(torch.load(path / "training_state.pt", weights_only=True) for path in ends))
+    assert_same_checkpoint(*(list_checkpoints(path)[-1] for path in (run_dir, other)))
     for path in (run_dir, other):
         assert not list((path / "checkpoints").glob(".*")), "nothing half-written is left"
+
+
+def assert_same_checkpoint(path: Path, other: Path) -> None:
+    """Two checkpoints are of the same step and hold the same, to the bit."""
+    assert path.name == other.name
+    for file in ("model.safetensors", "ema.safetensors"):
+        assert (path / file).read_bytes() == (other / file).read_bytes(), file
+    assert_same(*(torch.load(folder / "training_state.pt", weights_only=True) for folder in (path, other)))
 
 
 def assert_same(one: object, other: object, path: str = "") -> None:
