@@ -192,6 +192,12 @@ class TrainConfig:
     compile: bool = True
     """Compile the model's blocks with torch.compile, unless the whole run is too small to gain by it: up to a minute at
     the first start, seconds at later ones; then faster steps."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """ddp: every process has all weights. fsdp: processes share the weights, their average and the optimizer's state,
+    and gather the weights of a block when it needs them; the results are the same."""
+    shard_size: int = 0
+    """With fsdp, the number of processes that share one copy of the weights, such as those of one host; it divides the
+    number of all. 0: all of them."""
     activation_checkpointing: bool = False
     """Keep only the inputs of attention and feed-forward for the backward, and compute the rest again there: a third of
     the activations' memory, for steps that take a quarter longer; the results are the same."""
@@ -237,7 +243,7 @@ class TrainConfig:
             "hybrid_denominator": 1, "max_steps": 1, "learning_rate": 0, "weight_decay": 0, "optimizer_beta1": 0,
             "optimizer_beta2": 0, "optimizer_eps": 0, "max_gradient": 0, "max_skipped_steps": 1, "ema_decay": 0,
             "z_loss_weight": 0, "n_special_tokens": 5, "cpu_threads": 0, "timeout": 1, "seed": 0, "validate_every": 0,
-            "validation_steps": 0, "log_every": 1, "save_every": 0, "keep_checkpoints": 1,
+            "validation_steps": 0, "shard_size": 0, "log_every": 1, "save_every": 0, "keep_checkpoints": 1,
         }  # fmt: skip
         for name, lowest in at_least.items():
             if not getattr(self, name) >= lowest:
@@ -269,6 +275,8 @@ class TrainConfig:
             raise InputError("--warmup_proportion and --cooldown_proportion together are above 1")
         if self.mask_random_p + self.mask_keep_p > 1:
             raise InputError("--mask_random_p and --mask_keep_p together are above 1")
+        if self.shard_size and self.parallel != "fsdp":
+            raise InputError(f"--shard_size {self.shard_size} is for --parallel fsdp, not {self.parallel}")
         if self.max_gradient == 0:
             raise InputError("--max_gradient is 0, which would clip every gradient away; expected a positive number")
         size = len(os.fsencode(self.name)) if self.name.isprintable() else 0

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from gptbert.config import TrainConfig
@@ -48,7 +49,7 @@ class World:
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model as data-parallel module: gradients are averaged over ranks during the synchronised backward."""
-        if self.world_size == 1:
+        if self.world_size == 1 or isinstance(model, FSDPModule):
             return model
         devices = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(

@@ -10,7 +10,8 @@ from gptbert.data import RowStream
 from gptbert.distributed import World
 from gptbert.metrics import LossSums
 from gptbert.model import GPTBert
-from gptbert.objectives import Masking, Objective, causal_batch, masked_batch
+from gptbert.objectives import Batch, Masking, Objective, causal_batch, masked_batch
+from gptbert.sharding import let_go
 from gptbert.token_store import TokenStore
 
 _MASK_SEED = 0x5EED_0F_7A11D  # of validation only, whatever the run's seed: runs are compared on the same masks
@@ -47,21 +48,25 @@ class Validation:
         sums = LossSums(self._world.device)
         rank, world_size, step = self._world.rank, self._world.world_size, self._config.local_batch_size
         first, end = self.num_rows * rank // world_size, self.num_rows * (rank + 1) // world_size
-        for row in range(first, end, step):
-            rows = self._stream.rows(row, min(step, end - row))
-            tokens, document_ids, row_ids = (
-                torch.from_numpy(array).to(self._world.device)
-                for array in (rows.tokens, rows.document_ids, rows.row_ids)
-            )
-            for batch in (
-                masked_batch(tokens, document_ids, row_ids, self._masking),
-                causal_batch(tokens, document_ids),
-            ):
+        most = -(-self.num_rows // world_size)  # rows of a rank: all ranks gather sharded weights equally often
+        for row in range(first, first + most, step):
+            for batch in self._batches(row, min(step, end - row)):
                 with precision:
                     result = model(batch.input_ids, batch.document_ids, batch.labels, batch.objective.causal)
                 sums.add(batch.objective, result)
+        let_go(model)
         model.train(was_training)
         return sums.means(self._world)
+
+    def _batches(self, first: int, count: int) -> list[Batch]:
+        """Both objectives' batches of the same rows; of padding if there are none."""
+        if count <= 0:
+            return [Batch.padding(self._config.seq_length, self._world.device)] * len(Objective)
+        rows = self._stream.rows(first, count)
+        tokens, document_ids, row_ids = (
+            torch.from_numpy(array).to(self._world.device) for array in (rows.tokens, rows.document_ids, rows.row_ids)
+        )
+        return [masked_batch(tokens, document_ids, row_ids, self._masking), causal_batch(tokens, document_ids)]
 
 
 def unigram_entropy(tokens: Tensor) -> float:

@@ -53,7 +53,9 @@ class Representations:
         if depth == 0:
             return newest.clone()
         with torch.autocast(newest.device.type, enabled=False):  # which would take the product in two bytes
-            return (self._alphas[depth, : self.count] @ self._values[: self.count]).view_as(newest)
+            mixed = self._values.new_empty(newest.shape)  # no view: FSDP hangs a hook on it
+            torch.mv(self._values[: self.count].T, self._alphas[depth, : self.count], out=mixed.view(-1))
+            return mixed
 
     def collect(self, depth: int, grad: Tensor) -> tuple[Tensor, Tensor]:
         """Take ∂/∂x_n; return those of y_n and α_n. Depths come in descending order, each once."""

@@ -13,7 +13,7 @@ from gptbert.config import TrainConfig
 from gptbert.errors import InputError
 from gptbert.model import IGNORE_INDEX
 from gptbert.schedules import batch_sizes, length_factor, length_factors
-from gptbert.tokenizer import BOS_ID, MASK_ID
+from gptbert.tokenizer import BOS_ID, MASK_ID, PAD_ID
 from kernels import span_mask
 
 
@@ -46,6 +46,16 @@ class Batch:
     def label_count(self) -> Tensor:
         """Scalar int64."""
         return (self.labels != IGNORE_INDEX).sum()
+
+    @classmethod
+    def padding(cls, length: int, device: torch.device) -> "Batch":
+        """A row of padding: a rank without rows must still take part in what all ranks do together."""
+        return cls(
+            Objective.MLM,
+            input_ids=torch.full((1, length), PAD_ID, device=device),
+            document_ids=torch.full((1, length), -1, device=device),
+            labels=torch.full((1, length), IGNORE_INDEX, device=device),
+        )
 
     def split(self, rows: int) -> list["Batch"]:
         """Micro-batches of at most `rows` rows, as equal as possible."""
@@ -187,6 +197,14 @@ class HybridPlan:
                 first_slot = self._first_slot(objective, step) + first * factor
                 shares.append(Share(objective, first_slot, end - first, factor))
         return shares
+
+    def most_micro_batches(self, step: int, rows: int) -> int:
+        """A number of micro-batches, of at most `rows` rows, that no rank has more of at `step`; at least 1."""
+        counts = []
+        for objective in Objective:
+            share = -(-self.num_rows(objective, step) // max(1, len(self.ranks(objective))))
+            counts.append(-(-share // rows))
+        return max(1, sum(counts) if self.mode == "batch" else max(counts))
 
     def _first_slot(self, objective: Objective, step: int) -> int:
         block, index = divmod(step, self._block_steps)

@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
@@ -29,9 +31,9 @@ from gptbert.objectives import Batch, HybridPlan, Masking, Objective, Share, cau
 from gptbert.optim import WeightAverage, build_optimizer, update_weights
 from gptbert.preparation import prepare_kernels, prepare_run_dir
 from gptbert.progress import brief, progress_bar, say
+from gptbert.sharding import let_go, load_moments, load_weights, shard, shard_size, whole
 from gptbert.skipped_steps import SkippedSteps
 from gptbert.stop_signal import StopSignal
-from gptbert.tokenizer import PAD_ID
 from kernels import MaskedCrossEntropy
 from kernels.padding import padded_length
 from kernels.span_mask import DEFAULT_MAX_SPAN_LENGTH
@@ -54,6 +56,7 @@ def fit(config: TrainConfig) -> None:
             inputs = Inputs.open(config)
             inputs.check_ids(world.rank, world.world_size)
             plan = HybridPlan(config, world.world_size)
+            shard_size(config, world)
         with world.agreed():
             if len(set(world.all_gather(config))) > 1:
                 raise InputError("the processes were given different flags; every host must start the same command")
@@ -112,8 +115,10 @@ class Trainer:
         if self.is_compiled:
             for model in (self.model, self.ema.model):
                 compile_blocks(model.blocks)
-        self.optimizer = build_optimizer(config, self.model)
+        if config.parallel == "fsdp" and world.world_size > 1:
+            shard([self.model, self.ema.model], config, world)
         self.parallel_model = world.wrap(self.model)
+        self.optimizer = build_optimizer(config, self.model)
         self.sums = LossSums(world.device)
         self.skipped_steps = SkippedSteps(world.device)
         self.stop_signal = StopSignal(world)
@@ -224,7 +229,10 @@ class Trainer:
         length = schedules.sequence_length(self.config, self.step)
         most_rows = micro_batch_rows(self.config, length, self.world.device)
         micro_batches = [micro for batch in batches for micro in batch.split(most_rows)]
-        micro_batches = micro_batches or [self._empty_batch(length)]
+        fewest = 1
+        if isinstance(self.parallel_model, FSDPModule):  # for each of them all ranks gather the weights together
+            fewest = self.plan.most_micro_batches(self.step, most_rows)
+        micro_batches += [Batch.padding(length, self.world.device)] * (fewest - len(micro_batches))
         sums = LossSums(self.world.device)
         for index, batch in enumerate(micro_batches):
             is_last = index == len(micro_batches) - 1
@@ -235,6 +243,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = schedules.learning_rate(self.config, self.step)
         gradient_norm = update_weights(self.optimizer, self.model, self.ema, self.config.max_gradient)
+        if isinstance(gradient_norm, DTensor):
+            gradient_norm = gradient_norm.full_tensor()
         self.optimizer.zero_grad()
         self.sums.add_where(self.skipped_steps.add(gradient_norm), sums)
         return gradient_norm
@@ -322,18 +332,22 @@ class Trainer:
         if self.world.device.type == "cuda":
             random_state["cuda"] = torch.cuda.get_rng_state(self.world.device)
         rank_states = self.world.all_gather({"random": random_state, "sums": self.sums.sums.cpu()})
+        model, ema, optimizer = (
+            whole(part.state_dict(), self.world) for part in (self.model, self.ema.model, self.optimizer)
+        )
+        norm = get_total_norm(self.model.parameters())
         with self.world.agreed():
+            if not (norm.full_tensor() if isinstance(norm, DTensor) else norm).isfinite():
+                raise InputError(
+                    f"training diverged: weights are not finite after step {self.step}; go on from a checkpoint before "
+                    "(--resume PATH, another --name), with a lower --learning_rate, say"
+                )
             if self.world.is_main:
-                if not get_total_norm(self.model.parameters()).isfinite():
-                    raise InputError(
-                        f"training diverged: weights are not finite after step {self.step}; go on from a checkpoint "
-                        "before (--resume PATH, another --name), with a lower --learning_rate, say"
-                    )
                 state = Checkpoint(
                     step=self.step,
-                    model=self.model.state_dict(),
-                    ema=self.ema.model.state_dict(),
-                    optimizer=self.optimizer.state_dict(),
+                    model=model,
+                    ema=ema,
+                    optimizer=optimizer,
                     rank_states=rank_states,
                     skipped_steps=self.skipped_steps.counts,
                     mask_counts=self.mask_history.counts if self.mask_history else None,
@@ -343,10 +357,9 @@ class Trainer:
     def restore(self, resumed: Checkpoint) -> None:
         """Go on where a checkpoint was written."""
         self.step = resumed.step
-        self.model.load_state_dict(resumed.model)
-        self.ema.model.load_state_dict(resumed.ema)
-        state = self.optimizer.state_dict()  # the run's own settings; the checkpoint's moments
-        self.optimizer.load_state_dict({"state": resumed.optimizer["state"], "param_groups": state["param_groups"]})
+        load_weights(self.model, resumed.model)
+        load_weights(self.ema.model, resumed.ema)
+        load_moments(self.optimizer, resumed.optimizer["state"])
         self.skipped_steps.counts.copy_(resumed.skipped_steps)
         if self.mask_history and resumed.mask_counts is not None:
             self.mask_history.counts.copy_(resumed.mask_counts)
@@ -414,10 +427,11 @@ class Trainer:
     @torch.no_grad()
     def _warm_up_evaluation(self) -> None:
         """Once for the weights and once for their average, which want no gradients and so have code of their own."""
-        batch = self._empty_batch(self.config.seq_length)
+        batch = Batch.padding(self.config.seq_length, self.world.device)
         for model in (self.model.eval(), self.ema.model):
             with self._precision():
                 model.encode(batch.input_ids, batch.document_ids, batch.objective.causal)
+            let_go(model)
         self.model.train()
 
     def _forward(self, batch: Batch) -> MaskedCrossEntropy:
@@ -446,18 +460,10 @@ class Trainer:
         mask_p = schedules.mask_probability(self.config, self.step)
         return Masking.of(self.config, self.inputs.vocab_size, mask_p=mask_p, seed=self.config.seed)
 
-    def _empty_batch(self, length: int) -> Batch:
-        """A row of padding: a rank without rows must still take part in the reduction."""
-        shape, device = (1, length), self.world.device
-        return Batch(
-            Objective.MLM,
-            input_ids=torch.full(shape, PAD_ID, device=device),
-            document_ids=torch.full(shape, -1, device=device),
-            labels=torch.full(shape, IGNORE_INDEX, device=device),
-        )
-
     def _synchronised(self, is_last: bool) -> AbstractContextManager:
         """Gradients are reduced over ranks once a step, in the backward of the last micro-batch."""
+        if isinstance(self.parallel_model, FSDPModule):
+            self.parallel_model.set_requires_gradient_sync(is_last)
         if is_last or not isinstance(self.parallel_model, DistributedDataParallel):
             return nullcontext()
         return self.parallel_model.no_sync()
@@ -485,7 +491,8 @@ class Trainer:
         dynamo_errors = importlib.import_module("torch._dynamo.exc")
         try:
             for factor in sorted(self.plan.length_factors if self.is_compiled else {1}):
-                self._forward(self._empty_batch(factor * self.config.seq_length)).total.backward()
+                batch = Batch.padding(factor * self.config.seq_length, self.world.device)
+                self._forward(batch).total.backward()
             if self.is_compiled:
                 self._warm_up_evaluation()
         except dynamo_errors.TorchDynamoException as error:

@@ -1,0 +1,111 @@
+"""Sharded data parallelism: a rank holds a part of the weights, of their gradients and average, and of the moments.
+
+PyTorch's `fully_shard` (FSDP2; Zhao et al. 2023, arXiv 2304.11277) gathers a block's whole weights before its forward
+and again before its backward, lets go of them after both, and averages gradients to the rank that holds the part.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
+
+from gptbert.config import TrainConfig
+from gptbert.distributed import World
+from gptbert.errors import InputError
+from gptbert.model import GPTBert
+
+
+def shard_size(config: TrainConfig, world: World) -> int:
+    """Number of ranks that hold one copy of the weights together.
+
+    Raises:
+        InputError: the ranks do not divide into groups of that size.
+    """
+    size = config.shard_size or world.world_size
+    if world.world_size % size:
+        fitting = ", ".join(str(n) for n in range(1, world.world_size + 1) if world.world_size % n == 0)
+        raise InputError(f"--shard_size {size} does not divide the {world.world_size} processes; these do: {fitting}")
+    return size
+
+
+def shard(models: list[GPTBert], config: TrainConfig, world: World) -> None:
+    """Shard models of one shape in place, the weights that all ranks have alike; blocks may be compiled.
+
+    Consecutive ranks hold one copy of the weights together, so that what is gathered stays within few hosts; gradients
+    are averaged over the copies too.
+
+    Raises:
+        InputError: see `shard_size`.
+    """
+    size = shard_size(config, world)
+    copies = world.world_size // size
+    shape, names = ((size,), ("shard",)) if copies == 1 else ((copies, size), ("replicate", "shard"))
+    mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
+    for model in models:
+        _shard(model, mesh, mixed_precision=config.mixed_precision)
+
+
+def _shard(model: GPTBert, mesh: DeviceMesh, *, mixed_precision: bool) -> None:
+    """In mixed precision the blocks' matrices travel in bf16, which autocast would make of them anyway.
+
+    The weights that autocast leaves in fp32, of mixes and embedding, travel as they are, and gradients are summed in
+    fp32: the step is the one of DDP.
+    """
+    products = MixedPrecisionPolicy()
+    if mixed_precision:
+        products = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    # a few numbers in all, in one group: of its own, since a group has one dtype
+    fully_shard([mix for block in model.blocks for mix in (block.attention_mix, block.feed_forward_mix)], mesh=mesh)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=products)
+    fully_shard(model, mesh=mesh)  # embedding and head, which share a matrix
+    register_fsdp_forward_method(model, "encode")
+    if mesh.device_type == "cpu":
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_force_sum_reduction_for_comms(True)  # gloo knows no mean
+
+
+def let_go(model: GPTBert) -> None:
+    """Drop the whole embedding, which a forward leaves behind for its backward, where none follows."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
+def whole(state: Any, world: World) -> Any:
+    """A state_dict with whole tensors for sharded ones: on the main rank, on the CPU. Every rank must call it."""
+
+    def gather(value: Any) -> Any:
+        if not isinstance(value, DTensor):
+            return value
+        tensor = value.full_tensor()
+        return tensor.cpu() if world.is_main else None
+
+    return tree_map(gather, state)
+
+
+def load_weights(model: GPTBert, weights: dict[str, Tensor]) -> None:
+    """Take weights, whole on every rank."""
+    parts = model.state_dict()
+    model.load_state_dict({name: _part(tensor, parts[name]) for name, tensor in weights.items()})
+
+
+def load_moments(optimizer: Optimizer, state: dict[int, dict[str, Tensor]]) -> None:
+    """Take the state of the parameters, whole on every rank; the optimizer's settings stay."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    parts = {
+        index: {name: _part(value, params[index]) for name, value in values.items()} for index, values in state.items()
+    }
+    optimizer.load_state_dict({"state": parts, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _part(tensor: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a tensor that is sharded like another of its shape; others are whole on every rank."""
+    if not isinstance(like, DTensor) or tensor.shape != like.shape:
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

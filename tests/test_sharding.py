@@ -1,0 +1,196 @@
+"""Sharded data parallelism: what one process computes, with a part of the weights on each rank."""
+
+import traceback
+from functools import partialmethod
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.distributed.tensor import DTensor
+
+from gptbert import trainer as trainer_module
+from gptbert.checkpoint import list_checkpoints, load
+from gptbert.command_line import parse
+from gptbert.config import ModelConfig, TrainConfig
+from gptbert.distributed import World
+from gptbert.errors import InputError
+from gptbert.inputs import Inputs
+from gptbert.metrics import read_records
+from gptbert.objectives import HybridPlan
+from gptbert.sharding import shard_size, whole
+from gptbert.trainer import Trainer, fit
+from tests.runs import flags, losses, on_two_ranks, train, write_inputs
+
+CPU = torch.device("cpu")
+# ranks with more micro-batches than others, in training and in validation
+UNEVEN = {"optimizer": "adamw", "local_batch_size": 3, "global_batch_size": 13, "validation_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("sharding"))
+
+
+@pytest.fixture(scope="module")
+def one(inputs):
+    """Records of a run of one process, whose checkpoints others go on from."""
+    settings = {"name": "one", "config_file": inputs / "no_dropout.json", "hybrid_mode": "batch", "save_every": 10}
+    fit(parse(TrainConfig, flags(inputs, **UNEVEN | settings)))
+    records = read_records(inputs / "runs" / "one" / "metrics.jsonl")
+    assert records[0]["train/loss"] > records[-2]["train/loss"] + 0.1, "a run that learns nothing shows nothing"
+    return records
+
+
+def all_losses(records):
+    average = [record[key] for record in records for key in record if "validation_ema" in key and "loss" in key]
+    assert len(losses(records)) == 3 * 20 + 2 * 2
+    assert len(average) == 2 * 2
+    return losses(records) + average
+
+
+@pytest.mark.parametrize(
+    ("ranks", "settings"),
+    [
+        (2, {"hybrid_mode": "batch"}),
+        (4, {"hybrid_mode": "rank", "activation_checkpointing": True}),
+        (4, {"hybrid_mode": "batch", "shard_size": 2}),
+    ],
+    ids=["2 ranks", "4 ranks, one masked", "2 copies on 4 ranks"],
+)
+def test_a_run_does_not_depend_on_sharding(inputs, one, ranks, settings):
+    name = f"fsdp-{ranks}-{settings['hybrid_mode']}"
+    settings = UNEVEN | {"config_file": inputs / "no_dropout.json", "parallel": "fsdp"} | settings
+    records = train(inputs, name, ranks, **settings)
+    assert all_losses(records) == pytest.approx(all_losses(one), rel=1e-5)
+    here, there = (list_checkpoints(inputs / "runs" / run)[-1] for run in (name, "one"))
+    config = ModelConfig.from_json(inputs / "no_dropout.json")
+    ours, theirs = load(here, config), load(there, config)
+    for weights in ("model", "ema"):
+        for key, tensor in getattr(theirs, weights).items():
+            torch.testing.assert_close(getattr(ours, weights)[key], tensor, rtol=1e-3, atol=1e-4, msg=key)
+    assert ours.optimizer["state"].keys() == theirs.optimizer["state"].keys()
+
+
+def on_rank(rank, port, check, arguments, results):
+    """A target of `on_two_ranks`: run the check of that name, and say what went wrong, or "right"."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    try:
+        check(World(rank, 2, CPU), arguments)
+        results.put((rank, "right"))
+    except Exception:  # noqa: BLE001  whatever it is, the test shows it
+        results.put((rank, traceback.format_exc()))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def make_trainer(world, arguments):
+    config = parse(TrainConfig, arguments)
+    return Trainer(config, Inputs.open(config), HybridPlan(config, world.world_size), world)
+
+
+def a_rank_holds_its_part(world, arguments):
+    trainer = make_trainer(world, arguments)
+    batch = trainer._batches(trainer.load_rows(0))[0]
+    params = list(trainer.model.parameters())
+    with trainer._synchronised(is_last=False):
+        trainer._forward(batch).total.backward()
+    assert all(param.grad is None for param in params), "gradients wait for the last micro-batch"
+    with trainer._synchronised(is_last=True):
+        trainer._forward(batch).total.backward()
+    trainer.optimizer.zero_grad()
+    for step in range(2):
+        norm = trainer.train_step(trainer.load_rows(step))
+        assert not isinstance(norm, DTensor)
+        trainer.step += 1
+        trainer.validation_record()
+    total = trainer.inputs.model_config.num_parameters
+    moments = [value for state in trainer.optimizer.state.values() for value in state.values() if value.ndim]
+    for tensors, copies in ((params, 1), (list(trainer.ema.model.parameters()), 1), (moments, 2)):
+        assert all(isinstance(tensor, DTensor) for tensor in tensors), "the whole weights are let go"
+        assert sum(tensor.numel() for tensor in tensors) == copies * total
+        here = sum(tensor.to_local().numel() for tensor in tensors)
+        assert 0.45 * copies * total < here < 0.55 * copies * total
+
+
+def a_checkpoint_is_taken_in_parts_and_whole_again(world, arguments):
+    trainer = make_trainer(world, arguments)
+    config = trainer.config
+    checkpoint = load(list_checkpoints(config.run_dir)[-1], trainer.inputs.model_config)
+    trainer.restore(checkpoint)
+    for state, expected in (
+        (trainer.model.state_dict(), checkpoint.model),
+        (trainer.ema.model.state_dict(), checkpoint.ema),
+        (trainer.optimizer.state_dict()["state"], checkpoint.optimizer["state"]),
+    ):
+        found = whole(state, world)
+        if world.is_main:
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def everything_at_once_is_ddp_within_bf16(world, arguments):
+    trainer_module.COMPILE_FROM_FLOPS["cpu"] = 0
+    nn.Module.compile = partialmethod(
+        nn.Module.compile, backend="aot_eager"
+    )  # all but Inductor, in a tenth of the time
+    ddp = make_trainer(world, [*arguments, "--no_compile"])
+    fsdp = make_trainer(world, [*arguments, "--parallel=fsdp", "--activation_checkpointing"])
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    for step in range(3):
+        norms, sums = [], []
+        for trainer in (ddp, fsdp):
+            torch.manual_seed(step)
+            norms.append(trainer.train_step(trainer.load_rows(step)))
+            trainer.step += 1
+            sums.append(trainer.sums.sums.clone())
+        torch.testing.assert_close(norms[1], norms[0], rtol=0.02, atol=0)
+        torch.testing.assert_close(sums[1], sums[0], rtol=0.002, atol=1)
+    ddp, fsdp = (trainer.validation_record() for trainer in (ddp, fsdp))
+    for name in ("validation/mlm/loss", "validation/clm/loss", "validation_ema/mlm/loss"):
+        assert fsdp[name] == pytest.approx(ddp[name], rel=0.002)
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.parametrize(
+    ("check", "settings"),
+    [
+        (a_rank_holds_its_part, {"parallel": "fsdp"}),
+        (a_checkpoint_is_taken_in_parts_and_whole_again, {"parallel": "fsdp", "name": "one", "resume": "auto"}),
+        (everything_at_once_is_ddp_within_bf16, {"mixed_precision": True}),
+    ],
+)
+def test_two_ranks(inputs, one, check, settings):
+    arguments = flags(inputs, **UNEVEN | {"config_file": inputs / "no_dropout.json", "hybrid_mode": "batch"} | settings)
+    assert on_two_ranks(on_rank, check, arguments) == {0: "right", 1: "right"}
+
+
+def test_most_micro_batches_is_a_bound_and_reached(make_config):
+    for mode, ranks, rows in (("batch", 3, 2), ("rank", 4, 2), ("rank", 8, 1), ("batch", 5, 100)):
+        config = make_config(hybrid_mode=mode, global_batch_size=61, batch_reduction=8, max_steps=50)
+        plan, reached = HybridPlan(config, ranks), 0
+        for step in range(config.max_steps):
+            most = max(sum(-(-share.num_rows // rows) for share in plan.shares(step, rank)) for rank in range(ranks))
+            assert max(1, most) <= plan.most_micro_batches(step, rows) <= most + 1
+            reached += most == plan.most_micro_batches(step, rows)
+        assert reached > 25
+
+
+def test_ranks_must_divide_into_copies(inputs, make_config):
+    for size, per_copy in ((0, 4), (1, 1), (2, 2), (4, 4)):
+        assert shard_size(make_config(parallel="fsdp", shard_size=size), World(0, 4, CPU)) == per_copy
+    with pytest.raises(InputError, match=r"^--shard_size 3 does not divide the 4 processes; these do: 1, 2, 4$"):
+        shard_size(make_config(parallel="fsdp", shard_size=3), World(0, 4, CPU))
+    with pytest.raises(InputError, match=r"^--shard_size 2 does not divide the 1 processes; these do: 1$"):
+        fit(parse(TrainConfig, flags(inputs, name="odd", parallel="fsdp", shard_size=2)))
+    assert not (inputs / "runs" / "odd").exists()
+    with pytest.raises(InputError, match=r"^--shard_size 2 is for --parallel fsdp, not ddp$"):
+        make_config(shard_size=2)
+
+
+def test_one_process_has_nothing_to_shard(inputs):
+    trainer = make_trainer(World(0, 1, CPU), flags(inputs, parallel="fsdp"))
+    assert not any(isinstance(param, DTensor) for param in trainer.model.parameters())
+    assert trainer.train_step(trainer.load_rows(0)) > 0
