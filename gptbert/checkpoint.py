@@ -8,12 +8,16 @@ run folder/checkpoints/step_00001000/
     train_config.json        the run's settings
     tokenizer.json
     manifest.json            size and digest of each of them; without it, or against it, a checkpoint is damaged
+
+With `--parallel fsdp`, `shards/` holds weights, average and moments instead, a file of each rank (see shards.py).
 """
 
 import json
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +25,23 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from gptbert import manifest
 from gptbert.config import ModelConfig, TrainConfig
+from gptbert.distributed import World
 from gptbert.errors import InputError, first_line
 from gptbert.files import finish
 from gptbert.json_file import read_json
 from gptbert.model import GPTBert
 from gptbert.progress import say
+from gptbert.shards import load_shards, save_shards
 from gptbert.tokenizer import tokenizer_hash
 from gptbert.training_state import STATE_KEYS, read_training_state
 from gptbert.upstream import from_upstream, to_upstream
 
 _STATE = "training_state.pt"
+_SHARDS = "shards"
 _SETTINGS_BYTES = 1 << 20
 _WAY_OUT = "delete its folder, and --resume auto takes the one before"
 
@@ -50,6 +58,8 @@ class Checkpoint:
         rank_states: by rank, the random state ("random") and the sums since the last record ("sums").
         skipped_steps: `SkippedSteps.counts`.
         mask_counts: `MaskHistory.counts`, or None where it is off.
+        shards: where a sharded checkpoint that was loaded has the tensors of model, average and optimizer, which then
+            are empty; see `filled`.
     """
 
     step: int
@@ -59,10 +69,30 @@ class Checkpoint:
     rank_states: list[dict[str, Any]]
     skipped_steps: Tensor
     mask_counts: Tensor | None
+    shards: Path | None = None
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether ranks hold parts of the tensors."""
+        return any(isinstance(tensor, DTensor) for tensor in self.model.values())
+
+    def filled(
+        self, model: dict[str, Tensor], ema: dict[str, Tensor], moments: dict[int, dict[str, Tensor]]
+    ) -> "Checkpoint":
+        """With tensors read from `shards` into these, whole or sharded in any way; every rank must call it.
+
+        Raises:
+            InputError: files are damaged, or tensors have other shapes.
+        """
+        load_shards(_named(model, ema, moments), self.shards)
+        state = {index: values | moments[index] for index, values in self.optimizer["state"].items()}
+        return replace(self, model=model, ema=ema, optimizer=self.optimizer | {"state": state}, shards=None)
 
 
-def save(checkpoint: Checkpoint, config: TrainConfig, model_config: ModelConfig) -> Path:
+def save(checkpoint: Checkpoint, config: TrainConfig, model_config: ModelConfig, world: World) -> Path:
     """Write a checkpoint under a temporary name, fsync, rename; then delete all but the newest `keep_checkpoints`.
+
+    Every rank must call it. The main one writes whole tensors, and each its part of sharded ones.
 
     Returns:
         The checkpoint's folder.
@@ -71,36 +101,24 @@ def save(checkpoint: Checkpoint, config: TrainConfig, model_config: ModelConfig)
         InputError: the disk refuses; earlier checkpoints are untouched.
     """
     final = _folder(config.run_dir) / f"step_{checkpoint.step:08d}"
-    temporary = final.with_name(f".{final.name}.incomplete")
+    temporary, shards = final.with_name(f".{final.name}.incomplete"), {}
     try:
-        for leftover in final.parent.glob(".step_*"):  # of a save or a deletion that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        for name, weights in (("model", checkpoint.model), ("ema", checkpoint.ema)):
-            published = to_upstream(weights, model_config)
-            # one tensor under two names is stored twice: safetensors has no aliases
-            save_file({key: tensor.clone() for key, tensor in published.items()}, temporary / f"{name}.safetensors")
-        state = {key: getattr(checkpoint, key) for key in STATE_KEYS}
-        torch.save(state, temporary / _STATE)
-        _write_json(temporary / "model_config.json", asdict(model_config))
-        _write_json(temporary / "train_config.json", config.to_dict())
-        shutil.copyfile(config.run_dir / "tokenizer.json", temporary / "tokenizer.json")
-        manifest.write(temporary)
-        for file in temporary.iterdir():
-            finish(file)
-        finish(temporary)
-        if final.exists():
-            _delete(final)
-        temporary.rename(final)
-        finish(final.parent)
-        others = [folder for folder in list_checkpoints(config.run_dir) if folder != final]
-        for folder in others[: max(0, len(others) + 1 - config.keep_checkpoints)]:
-            _delete(folder)
-    except (OSError, RuntimeError, SafetensorError) as error:  # libraries have their own words for a full disk
-        shutil.rmtree(temporary, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or first_line(error)
-        free = shutil.disk_usage(config.run_dir).free / 1e6
-        raise InputError(f"checkpoint {final}: cannot be written ({reason}); {free:,.1f} MB are free there") from error
+        with world.agreed(), _refusals(final):
+            if world.is_main:
+                _write(checkpoint, temporary, config, model_config)
+        if checkpoint.is_sharded:
+            with world.agreed(), _refusals(final):
+                moments = _moments(checkpoint.optimizer)
+                tensors = _named(checkpoint.model, checkpoint.ema, moments)
+                shards = save_shards(tensors, temporary / _SHARDS, world)
+        with world.agreed(), _refusals(final):
+            if world.is_main:
+                manifest.write(temporary, {f"{_SHARDS}/{name}": entry for name, entry in shards.items()})
+                _publish(temporary, final, config)
+    except InputError:
+        if world.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
     return final
 
 
@@ -192,15 +210,18 @@ def check_settings(path: Path, config: TrainConfig) -> None:
 
 
 def load(path: Path, model_config: ModelConfig) -> Checkpoint:
-    """Read a checkpoint onto the CPU.
+    """Read a checkpoint onto the CPU, but for the tensors of a sharded one.
 
     Raises:
         InputError: something is missing or damaged, or the model has another shape than `model_config`.
     """
     saved_config = ModelConfig.from_json(path / "model_config.json")
+    shards, weights = path / _SHARDS, {"model": {}, "ema": {}}
     try:
-        weights = {name: _read_weights(path / f"{name}.safetensors", saved_config) for name in ("model", "ema")}
-        checkpoint = Checkpoint(**weights, **read_training_state(path / _STATE, weights["model"]))
+        if not shards.is_dir():
+            shards = None
+            weights = {name: _read_weights(path / f"{name}.safetensors", saved_config) for name in weights}
+        checkpoint = Checkpoint(**weights, **read_training_state(path / _STATE, weights["model"]), shards=shards)
     except InputError as error:
         raise InputError(f"--resume {path}: the checkpoint is damaged ({error}); {_WAY_OUT}") from error
     if saved_config != model_config:
@@ -228,13 +249,93 @@ def load_model(path: Path, weights: str = "ema") -> GPTBert:
         path = inside[-1]
     config = ModelConfig.from_json(path / "model_config.json")
     try:  # before the model takes the memory of its shape
-        manifest.check(path, ["model_config.json", f"{weights}.safetensors"])
-        state = _read_weights(path / f"{weights}.safetensors", config)
+        state = _checked_weights(path, weights, config)
     except InputError as error:
         raise InputError(f"{path}: the checkpoint is damaged ({error})") from error
     model = GPTBert(config)
     model.load_state_dict(state)
     return model.eval()
+
+
+def _checked_weights(path: Path, weights: str, config: ModelConfig) -> dict[str, Tensor]:
+    """Whole weights of a checkpoint of either kind; InputError with a file's name."""
+    if not (path / _SHARDS).is_dir():
+        manifest.check(path, ["model_config.json", f"{weights}.safetensors"])
+        return _read_weights(path / f"{weights}.safetensors", config)
+    manifest.check(path)
+    state = {name: torch.empty(shape) for name, shape in _shapes(config).items()}
+    load_shards({f"{weights}.{name}": tensor for name, tensor in state.items()}, path / _SHARDS)
+    return state
+
+
+@contextmanager
+def _refusals(final: Path) -> Iterator[None]:
+    """A block whose errors of the disk say which checkpoint could not be written; libraries have their own words."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError, InputError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        free = shutil.disk_usage(final.parents[1]).free / 1e6
+        raise InputError(f"checkpoint {final}: cannot be written ({reason}); {free:,.1f} MB are free there") from error
+
+
+def _write(checkpoint: Checkpoint, temporary: Path, config: TrainConfig, model_config: ModelConfig) -> None:
+    """All files but the shards and the manifest."""
+    for leftover in temporary.parent.glob(".step_*"):  # of a save or a deletion that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    state = {key: getattr(checkpoint, key) for key in STATE_KEYS}
+    if checkpoint.is_sharded:
+        moments = _moments(checkpoint.optimizer)
+        rest = {
+            index: {name: value for name, value in values.items() if name not in moments[index]}
+            for index, values in checkpoint.optimizer["state"].items()
+        }
+        state["optimizer"] = checkpoint.optimizer | {"state": rest}
+    else:
+        for name, weights in (("model", checkpoint.model), ("ema", checkpoint.ema)):
+            _write_weights(temporary / f"{name}.safetensors", weights, model_config)
+    torch.save(state, temporary / _STATE)
+    _write_json(temporary / "model_config.json", asdict(model_config))
+    _write_json(temporary / "train_config.json", config.to_dict())
+    shutil.copyfile(config.run_dir / "tokenizer.json", temporary / "tokenizer.json")
+
+
+def _publish(temporary: Path, final: Path, config: TrainConfig) -> None:
+    for path in (*temporary.rglob("*"), temporary):
+        finish(path)
+    if final.exists():
+        _delete(final)
+    temporary.rename(final)
+    finish(final.parent)
+    others = [folder for folder in list_checkpoints(config.run_dir) if folder != final]
+    for folder in others[: max(0, len(others) + 1 - config.keep_checkpoints)]:
+        _delete(folder)
+
+
+def _write_weights(path: Path, weights: dict[str, Tensor], model_config: ModelConfig) -> None:
+    published = to_upstream(weights, model_config)
+    # one tensor under two names is stored twice: safetensors has no aliases
+    save_file({key: tensor.clone() for key, tensor in published.items()}, path)
+
+
+def _moments(optimizer: dict[str, Any]) -> dict[int, dict[str, Tensor]]:
+    """What of an optimizer's state is sharded, by parameter."""
+    return {
+        index: {name: value for name, value in values.items() if isinstance(value, DTensor)}
+        for index, values in optimizer["state"].items()
+    }
+
+
+def _named(
+    model: dict[str, Tensor], ema: dict[str, Tensor], moments: dict[int, dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """All tensors under the names that they have in the shards."""
+    return {
+        **{f"model.{name}": tensor for name, tensor in model.items()},
+        **{f"ema.{name}": tensor for name, tensor in ema.items()},
+        **{f"{name}.{index}": tensor for index, values in moments.items() for name, tensor in values.items()},
+    }
 
 
 def _folder(run_dir: Path) -> Path:
@@ -259,14 +360,18 @@ def _read_weights(file: Path, config: ModelConfig) -> dict[str, Tensor]:
         weights = from_upstream(load_file(file))
     except (InputError, OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file.name}: {first_line(error)[:100]}") from error
-    with torch.device("meta"):
-        expected = {name: tensor.shape for name, tensor in GPTBert(config).state_dict().items()}
+    expected = _shapes(config)
     found = {name: tensor.shape for name, tensor in weights.items()}
     if wrong := [name for name in expected | found if expected.get(name) != found.get(name)]:
         raise InputError(f"{file.name}: {wrong[0]} does not fit model_config.json")
     if odd := [name for name, tensor in weights.items() if not tensor.is_floating_point()]:
         raise InputError(f"{file.name}: {odd[0]} is of type {weights[odd[0]].dtype}")
     return weights
+
+
+def _shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        return {name: tensor.shape for name, tensor in GPTBert(config).state_dict().items()}
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

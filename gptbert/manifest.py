@@ -8,16 +8,33 @@ from pathlib import Path
 from gptbert.errors import InputError
 from gptbert.json_file import read_json
 
+Entry = dict[str, int | str]
+
 NAME = "manifest.json"
-_MOST_BYTES = 1 << 22
+_MOST_BYTES = 1 << 22  # of some ten thousand entries
 
 
-def write(folder: Path) -> None:
-    """List every file in the folder and in those inside it, as it is now: {name: {"bytes": …, "sha256": …}}."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / NAME)
-    entries = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in files
-    }
+def entry(path: Path) -> Entry:
+    """What a manifest says of a file."""
+    return {"bytes": path.stat().st_size, "sha256": _digest(path)}
+
+
+def write(folder: Path, known: dict[str, Entry] | None = None) -> None:
+    """List every file in the folder and in those inside it, as it is now: {name: {"bytes": …, "sha256": …}}.
+
+    Args:
+        folder: whose files are complete.
+        known: entries of files that others have read already.
+
+    Raises:
+        FileNotFoundError: a known file is not there.
+    """
+    entries = dict(known or {})
+    for name in entries:
+        (folder / name).stat()
+    files = (path for path in folder.rglob("*") if path.is_file() and path != folder / NAME)
+    names = sorted(path.relative_to(folder).as_posix() for path in files)
+    entries |= {name: entry(folder / name) for name in names if name not in entries}
     (folder / NAME).write_text(json.dumps(entries, indent=4) + "\n", encoding="utf-8")
 
 

@@ -200,3 +200,12 @@ def build_optimizer(config: TrainConfig, model: nn.Module) -> Optimizer:
     }
     groups = parameter_groups(model, config.weight_decay)
     return Lamb(groups, **settings) if config.optimizer == "lamb" else AdamW(groups, fused=True, **settings)
+
+
+def new_moments(optimizer: Optimizer) -> dict[int, dict[str, Tensor]]:
+    """Zeros like the moments of LAMB or AdamW, by the parameters' places in the state_dict; sharded as they are."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    return {
+        index: {name: torch.zeros_like(param) for name in ("exp_avg", "exp_avg_sq")}
+        for index, param in enumerate(params)
+    }

@@ -4,15 +4,12 @@ PyTorch's `fully_shard` (FSDP2; Zhao et al. 2023, arXiv 2304.11277) gathers a bl
 and again before its backward, lets go of them after both, and averages gradients to the rank that holds the part.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map
 
 from gptbert.config import TrainConfig
 from gptbert.distributed import World
@@ -77,26 +74,14 @@ def let_go(model: GPTBert) -> None:
         model.reshard()
 
 
-def whole(state: Any, world: World) -> Any:
-    """A state_dict with whole tensors for sharded ones: on the main rank, on the CPU. Every rank must call it."""
-
-    def gather(value: Any) -> Any:
-        if not isinstance(value, DTensor):
-            return value
-        tensor = value.full_tensor()
-        return tensor.cpu() if world.is_main else None
-
-    return tree_map(gather, state)
-
-
 def load_weights(model: GPTBert, weights: dict[str, Tensor]) -> None:
-    """Take weights, whole on every rank."""
+    """Take weights, whole on every rank or sharded as these are."""
     parts = model.state_dict()
     model.load_state_dict({name: _part(tensor, parts[name]) for name, tensor in weights.items()})
 
 
 def load_moments(optimizer: Optimizer, state: dict[int, dict[str, Tensor]]) -> None:
-    """Take the state of the parameters, whole on every rank; the optimizer's settings stay."""
+    """Take the state of the parameters, whole on every rank or sharded as they are; the optimizer's settings stay."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
     parts = {
         index: {name: _part(value, params[index]) for name, value in values.items()} for index, values in state.items()
@@ -106,6 +91,6 @@ def load_moments(optimizer: Optimizer, state: dict[int, dict[str, Tensor]]) -> N
 
 def _part(tensor: Tensor, like: Tensor) -> Tensor:
     """This rank's part of a tensor that is sharded like another of its shape; others are whole on every rank."""
-    if not isinstance(like, DTensor) or tensor.shape != like.shape:
+    if isinstance(tensor, DTensor) or not isinstance(like, DTensor) or tensor.shape != like.shape:
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

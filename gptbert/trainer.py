@@ -28,10 +28,10 @@ from gptbert.metrics import LossSums, Throughput, Trackers, perplexity
 from gptbert.micro_batch import micro_batch_rows
 from gptbert.model import IGNORE_INDEX, GPTBert
 from gptbert.objectives import Batch, HybridPlan, Masking, Objective, Share, causal_batch, masked_batch
-from gptbert.optim import WeightAverage, build_optimizer, update_weights
+from gptbert.optim import WeightAverage, build_optimizer, new_moments, update_weights
 from gptbert.preparation import prepare_kernels, prepare_run_dir
 from gptbert.progress import brief, progress_bar, say
-from gptbert.sharding import let_go, load_moments, load_weights, shard, shard_size, whole
+from gptbert.sharding import let_go, load_moments, load_weights, shard, shard_size
 from gptbert.skipped_steps import SkippedSteps
 from gptbert.stop_signal import StopSignal
 from kernels import MaskedCrossEntropy
@@ -332,9 +332,6 @@ class Trainer:
         if self.world.device.type == "cuda":
             random_state["cuda"] = torch.cuda.get_rng_state(self.world.device)
         rank_states = self.world.all_gather({"random": random_state, "sums": self.sums.sums.cpu()})
-        model, ema, optimizer = (
-            whole(part.state_dict(), self.world) for part in (self.model, self.ema.model, self.optimizer)
-        )
         norm = get_total_norm(self.model.parameters())
         with self.world.agreed():
             if not (norm.full_tensor() if isinstance(norm, DTensor) else norm).isfinite():
@@ -342,21 +339,28 @@ class Trainer:
                     f"training diverged: weights are not finite after step {self.step}; go on from a checkpoint before "
                     "(--resume PATH, another --name), with a lower --learning_rate, say"
                 )
-            if self.world.is_main:
-                state = Checkpoint(
-                    step=self.step,
-                    model=model,
-                    ema=ema,
-                    optimizer=optimizer,
-                    rank_states=rank_states,
-                    skipped_steps=self.skipped_steps.counts,
-                    mask_counts=self.mask_history.counts if self.mask_history else None,
-                )
-                checkpoint.save(state, self.config, self.inputs.model_config)
+        state = Checkpoint(
+            step=self.step,
+            model=self.model.state_dict(),
+            ema=self.ema.model.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            rank_states=rank_states,
+            skipped_steps=self.skipped_steps.counts,
+            mask_counts=self.mask_history.counts if self.mask_history else None,
+        )
+        checkpoint.save(state, self.config, self.inputs.model_config, self.world)
 
     def restore(self, resumed: Checkpoint) -> None:
-        """Go on where a checkpoint was written."""
+        """Go on where a checkpoint was written; every rank must call it.
+
+        Raises:
+            InputError: shards are damaged.
+        """
         self.step = resumed.step
+        if resumed.shards:
+            with self.world.agreed():
+                states = (self.model.state_dict(), self.ema.model.state_dict())
+                resumed = resumed.filled(*states, new_moments(self.optimizer))
         load_weights(self.model, resumed.model)
         load_weights(self.ema.model, resumed.ema)
         load_moments(self.optimizer, resumed.optimizer["state"])

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from gptbert import checkpoint
 from gptbert.checkpoint import Checkpoint
+from gptbert.distributed import World
 from gptbert.errors import InputError
 from gptbert.model import GPTBert
 from gptbert.optim import Lamb
@@ -20,6 +21,7 @@ FILES = {
     "model.safetensors", "ema.safetensors", "training_state.pt", "model_config.json", "train_config.json",
     "tokenizer.json", "manifest.json",
 }  # fmt: skip
+ALONE = World(0, 1, torch.device("cpu"))
 SKIPPED = torch.tensor([7, 1, 3])
 RANDOM_STATE = torch.Generator().manual_seed(3).get_state()
 
@@ -52,7 +54,7 @@ def save(run, tiny, trained):
         states = [{"random": {"cpu": RANDOM_STATE}, "sums": torch.full((2, 4), 0.5)}]
         weights = (model.state_dict(), ema.state_dict())
         state = Checkpoint(step, *weights, optimizer.state_dict(), states, SKIPPED, mask_counts)
-        return checkpoint.save(state, config, tiny)
+        return checkpoint.save(state, config, tiny, ALONE)
 
     return save
 

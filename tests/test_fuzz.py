@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from gptbert import checkpoint, manifest
 from gptbert.checkpoint import Checkpoint
+from gptbert.distributed import World
 from gptbert.model import GPTBert
 from gptbert.optim import Lamb
 from gptbert.token_store import TokenStoreWriter
@@ -69,7 +70,8 @@ def valid(tmp_path_factory, tiny, make_config):
     rank = {"random": {"cpu": torch.get_rng_state()}, "sums": torch.zeros(2, 4, dtype=torch.float64)}
     counts = torch.zeros(10, dtype=torch.uint8)
     skipped = torch.zeros(3, dtype=torch.int64)
-    saved = checkpoint.save(Checkpoint(3, weights, weights, optimizer.state_dict(), [rank], skipped, counts), run, tiny)
+    state = Checkpoint(3, weights, weights, optimizer.state_dict(), [rank], skipped, counts)
+    saved = checkpoint.save(state, run, tiny, World(0, 1, torch.device("cpu")))
     saved.rename(folder / "checkpoint")
     lines = [{"step": step, "train/loss": 5.0 / step} for step in range(1, 6)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
