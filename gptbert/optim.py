@@ -1,13 +1,16 @@
 """Parameter groups, LAMB, and the moving average of the weights."""
 
-import copy
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim import AdamW, Optimizer
 
@@ -19,7 +22,9 @@ class Lamb(Optimizer):
     """LAMB (You et al. 2020), with the trust ratio only where there is weight decay, and never clamped.
 
     State per parameter: `step` (fp32 scalar, updates so far), `exp_avg` and `exp_avg_sq` (like it), all on its device.
-    Parameters are fp32 or fp64. For CUDA graphs, `lr` may be an fp32 scalar tensor on the parameters' device.
+    Parameters are fp32 or fp64, and all whole or all sharded over the same processes (DTensors, as fully_shard makes
+    them; then the moments are too), which must all take each step. Norms are those of whole tensors. For CUDA graphs,
+    `lr` may be an fp32 scalar tensor on the parameters' device.
 
     Raises:
         ValueError: a setting is out of range.
@@ -82,6 +87,7 @@ class Lamb(Optimizer):
         average_decay: float = 0.0,
     ) -> Tensor | None:
         """One call of the operation for all parameters that share everything but the weight decay."""
+        group_of_shards = _shard_group(param for group in self.param_groups for param in group["params"])
         calls, idle = defaultdict(list), []
         for group in self.param_groups:
             lr = group["lr"]
@@ -93,15 +99,16 @@ class Lamb(Optimizer):
                     calls[shared, param.device, param.dtype].append((param, group))
         gradient_norm = None
         if len(calls) != 1 and max_grad_norm is not None:  # the norm is of all, so it comes first
-            gradient_norm = get_total_norm([param.grad for members in calls.values() for param, _ in members])
+            grads = [param.grad for members in calls.values() for param, _ in members]
+            gradient_norm = _whole(get_total_norm(grads))
         for members in calls.values():
             params, (_, group) = [param for param, _ in members], members[0]
             states = [self._state_of(param) for param in params]
             norm = lamb_step(  # that of all gradients, whether it is given or computed
-                params,
-                [param.grad.contiguous() for param in params],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
+                [_local(param) for param in params],
+                [_local(param.grad).contiguous() for param in params],
+                [_local(state["exp_avg"]) for state in states],
+                [_local(state["exp_avg_sq"]) for state in states],
                 [state["step"] for state in states],
                 lr=group["lr"],
                 beta1=group["betas"][0],
@@ -110,12 +117,13 @@ class Lamb(Optimizer):
                 weight_decay=[group["weight_decay"] for _, group in members],
                 max_grad_norm=max_grad_norm,
                 gradient_norm=gradient_norm,
-                averages=[averages[param] for param in params] if averages else None,
+                averages=[_local(averages[param]) for param in params] if averages else None,
                 average_decay=average_decay,
+                group=group_of_shards,
             )
             gradient_norm = norm if gradient_norm is None else gradient_norm
         if averages:
-            _move_averages([averages[param] for param in idle], idle, average_decay, gradient_norm)
+            _move_averages({param: averages[param] for param in idle}, average_decay, gradient_norm)
         return gradient_norm
 
     def _state_of(self, param: Tensor) -> dict[str, Tensor]:
@@ -133,28 +141,66 @@ class WeightAverage:
     Attributes:
         model: a copy of the model, in eval mode, that holds the average.
         decay: what is left of the average after a step.
+
+    Args:
+        model: whose weights the average begins with.
+        decay: see above.
+        copy: a model with the same parameters, whatever their values, to hold the average; None makes one. Models that
+            fully_shard has sharded cannot be copied, so they need one that is sharded alike.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+    def __init__(self, model: nn.Module, decay: float, copy: nn.Module | None = None) -> None:
+        self.model = (deepcopy(model) if copy is None else copy).eval().requires_grad_(False)
         self.decay = decay
+        with torch.no_grad():
+            for param, average in self.of(model).items():
+                average.copy_(param)
 
     @torch.no_grad()
     def update(self, model: nn.Module, gradient_norm: Tensor | None = None) -> None:
         """Set average ← decay · average + (1 − decay) · weights, unless the norm is given and not finite."""
-        _move_averages(self.model.parameters(), model.parameters(), self.decay, gradient_norm)
+        _move_averages(self.of(model), self.decay, gradient_norm)
 
     def of(self, model: nn.Module) -> dict[Tensor, Tensor]:
-        """The average of each parameter of the model."""
+        """The average of each parameter of the model, sharded as it is."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # the outermost keeps whole parameters after a validation, which has no backward
         return dict(zip(model.parameters(), self.model.parameters(), strict=True))
 
 
-def _move_averages(
-    averages: Iterable[Tensor], params: Iterable[Tensor], decay: float, gradient_norm: Tensor | None
-) -> None:
+def _move_averages(averages: Mapping[Tensor, Tensor], decay: float, gradient_norm: Tensor | None) -> None:
     weight = 1 - decay if gradient_norm is None else torch.where(gradient_norm.isfinite(), 1 - decay, 0.0)
-    for average, param in zip(averages, params, strict=True):
-        average.lerp_(param, weight.to(average) if isinstance(weight, Tensor) else weight)
+    for param, average in averages.items():
+        values = _local(average)
+        values.lerp_(_local(param), weight.to(values) if isinstance(weight, Tensor) else weight)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """What this process has of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _shard_group(params: Iterable[Tensor]) -> ProcessGroup | None:
+    """The processes over which parameters are spread; None if they are whole.
+
+    Raises:
+        ValueError: it is not the same for all, or some are spread in ways that are not supported.
+    """
+    groups = set()
+    for param in params:
+        placements = param.placements if isinstance(param, DTensor) else ()
+        spread = [dim for dim, placement in enumerate(placements) if not placement.is_replicate()]
+        if len(spread) > 1 or not all(isinstance(placements[dim], Shard) for dim in spread):
+            raise ValueError(f"Lamb: a parameter is placed {placements}; at most one dimension of a mesh may shard it")
+        groups.add(param.device_mesh.get_group(spread[0]) if spread else None)
+    if len(groups) > 1:
+        raise ValueError("Lamb: parameters are spread over different processes; give each kind its own optimizer")
+    return groups.pop() if groups else None
 
 
 def update_weights(optimizer: Optimizer, model: nn.Module, average: WeightAverage, max_grad_norm: float) -> Tensor:
@@ -173,7 +219,7 @@ def update_weights(optimizer: Optimizer, model: nn.Module, average: WeightAverag
     """
     if isinstance(optimizer, Lamb):
         return optimizer.clip_step_average(max_grad_norm, average.of(model), average.decay)
-    gradient_norm = clip_grad_norm_(model.parameters(), max_grad_norm)
+    gradient_norm = _whole(clip_grad_norm_(model.parameters(), max_grad_norm))
     optimizer.found_inf = (~gradient_norm.isfinite()).float()  # as GradScaler tells the fused kernel to skip
     optimizer.step()
     del optimizer.found_inf

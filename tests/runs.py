@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import torch
 
@@ -196,8 +197,8 @@ def losses(records: list[dict]) -> list[float]:
     return [record[key] for key in keys for record in records if key in record]
 
 
-def on_two_ranks(target: Callable[..., None], *arguments: object) -> dict[int, str]:
-    """What each of two processes says that run `target(rank, port, *arguments, results)`, by rank.
+def on_ranks(world_size: int, target: Callable[..., None], *arguments: object) -> dict[int, Any]:
+    """What each of the processes says that run `target(rank, port, *arguments, results)`, by rank.
 
     Each puts its rank and what it has to say into `results`.
     """
@@ -206,10 +207,10 @@ def on_two_ranks(target: Callable[..., None], *arguments: object) -> dict[int, s
         port = free.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    ranks = [context.Process(target=target, args=(rank, port, *arguments, results)) for rank in range(2)]
+    ranks = [context.Process(target=target, args=(rank, port, *arguments, results)) for rank in range(world_size)]
     for process in ranks:
         process.start()
-    said = dict(results.get(timeout=120) for _ in ranks)
+    said = dict(results.get(timeout=300) for _ in ranks)
     for process in ranks:
         process.join(60)
     return said

@@ -15,7 +15,7 @@ from gptbert.errors import InputError
 from gptbert.token_store import TokenStoreWriter
 from gptbert.tokenizer import tokenizer_hash
 from gptbert.trainer import fit
-from tests.runs import MODEL, flags, on_two_ranks, write_inputs
+from tests.runs import MODEL, flags, on_ranks, write_inputs
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +234,7 @@ def fail_on_one_rank(rank, port, path, results):
 
 
 def test_a_mistake_on_one_rank_ends_all_of_them(tmp_path):
-    said = on_two_ranks(fail_on_one_rank, tmp_path)
+    said = on_ranks(2, fail_on_one_rank, tmp_path)
     assert sorted(said.items()) == [(rank, "only the second rank sees this") for rank in range(2)]
 
 

@@ -214,6 +214,7 @@ def test_no_tensors_and_empty_tensors(backend, device):
     nothing = Model(device, [])
     assert nothing.step(backend) is None
     assert nothing.step(backend, max_grad_norm=1.0) == 0
+    assert nothing.step(backend, max_grad_norm=1.0, gradient_norm=torch.tensor(3.0)) == 3
     empty = Model(device, [(0,), (3, 0)])
     assert empty.step(backend, max_grad_norm=1.0) == 0
     assert [step.item() for step in empty.steps] == [1, 2]
@@ -323,7 +324,7 @@ def test_is_a_well_made_operation(backend, device):
         norm = None if max_grad_norm is None else torch.zeros((), device=device)
         settings = (0.5, None, 0.9, 0.98, 1e-8, [0.1, 0.0, 0.1, 0.1], max_grad_norm, 0.9, None, backend)
         results = torch.library.opcheck(
-            op.lamb_step, (*state, model.averages if averaged else [], norm, None, *settings)
+            op.lamb_step, (*state, model.averages if averaged else [], norm, None, *settings, None)
         )
         assert set(results.values()) == {"SUCCESS"}
 

@@ -16,7 +16,7 @@ from gptbert.objectives import HybridPlan
 from gptbert.token_store import TokenStore, TokenStoreWriter
 from gptbert.tokenizer import tokenizer_hash
 from gptbert.trainer import fit
-from tests.runs import flags, on_two_ranks, write_inputs
+from tests.runs import flags, on_ranks, write_inputs
 
 
 @settings(max_examples=200, deadline=None)
@@ -136,7 +136,7 @@ def late_on_two_ranks(rank, port, inputs, results):
 
 
 def test_what_one_rank_meets_in_the_run_ends_all_of_them(inputs):
-    said = on_two_ranks(late_on_two_ranks, inputs)
+    said = on_ranks(2, late_on_two_ranks, inputs)
     assert said[0] == said[1]
     assert said[0].startswith("--train_path: token file ")
     assert "token id 511 in a store of 320 ids" in said[0]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from kernels.backend import choose_backend
 from kernels.lamb import op, reference
@@ -26,12 +27,16 @@ def lamb_step(
     averages: list[Tensor] | None = None,
     average_decay: float = 0.999,
     stochastic_rounding_seed: int | None = None,
+    group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor | None:
     """One step of LAMB for all tensors of a model, with gradient clipping and moving averages (spec.md §4).
 
     Updates `params`, `exp_avgs`, `exp_avg_sqs`, `steps` and `averages` in place; `grads` is only read. Never waits for
     the device. A CUDA graph may record it once it has seen the same tensors before, and `lr` is a tensor.
+
+    Where every process of a group holds a shard of each tensor, norms are those of the whole tensors, and all processes
+    skip the same steps: two small all-reduces in a step, one of them for `max_grad_norm`.
 
     Args:
         params: contiguous tensors of any shapes on one device, fp32 (or fp64, which runs in PyTorch on any backend).
@@ -52,7 +57,10 @@ def lamb_step(
         averages: exponential moving averages of `params`, like them; None keeps none.
         average_decay: average ← average_decay · average + (1 − average_decay) · the new parameter.
         stochastic_rounding_seed: bf16 moments are rounded up or down at random, by Philox keyed by this number, the
-            tensor's place in the list, its step and the element; None rounds to the nearest.
+            tensor's place in the list, its step and the element; None rounds to the nearest. Elements are counted in
+            each shard, so that ranks round alike unless each has a seed of its own.
+        group: the processes over which the tensors are spread: the same lists in the same order on each, any of whose
+            tensors may be empty. Every one must make the call. None: the tensors are whole.
         backend: see `kernels.backend.choose_backend`.
 
     Returns:
@@ -80,7 +88,7 @@ def lamb_step(
     if gradient_norm is not None and max_grad_norm is None:
         raise ValueError("gradient_norm: clips nothing without max_grad_norm")
     if not params:
-        return None if max_grad_norm is None else torch.zeros(())
+        return gradient_norm if gradient_norm is not None or max_grad_norm is None else torch.zeros(())
     first, clip = params[0], None
     if gradient_norm is not None:
         gradient_norm = gradient_norm.to(first)
@@ -108,5 +116,6 @@ def lamb_step(
             average_decay=average_decay,
             seed=stochastic_rounding_seed,
             backend=choose_backend(backend, first.device),
+            group_name=None if group is None else group.group_name,
         )
     return gradient_norm

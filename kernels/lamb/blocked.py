@@ -2,8 +2,10 @@
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from kernels.lamb.reference import clip_factor
+from kernels.lamb.shards import whole_norms
 
 BLOCK = 2**18  # elements, 1 MB in fp32, of the six or seven arrays that a block needs at once
 
@@ -26,47 +28,76 @@ def lamb_step(
     average_decay: float,
     seed: int | None,
     clip: Tensor | None = None,
+    group: ProcessGroup | None = None,
 ) -> None:
     """See `kernels.lamb.op.lamb_step`; moments have the parameters' type, so that `seed` has nothing to round."""
     del seed
     if max_grad_norm is not None:
         gradient_norm.fill_(_norm([block for grad in grads for block in _blocks(grad)], gradient_norm.dtype))
+        gradient_norm.copy_(whole_norms(gradient_norm, group))
         clip = clip_factor(gradient_norm, max_grad_norm)
     if clip is not None and clip < 0:
         return
-    largest = max(param.numel() for param in params)
-    updates, scratch = params[0].new_empty(largest), params[0].new_empty(min(largest, BLOCK))
-    for index, (param, weight_decay) in enumerate(zip(params, weight_decays, strict=True)):
-        step, param_blocks = steps[index].add_(1), _blocks(param)
-        update_blocks = _blocks(updates[: param.numel()])
-        states = zip(*(_blocks(tensors[index]) for tensors in (grads, exp_avgs, exp_avg_sqs)), strict=True)
-        for param_block, update, (grad, exp_avg, exp_avg_sq) in zip(param_blocks, update_blocks, states, strict=True):
-            # Adam's step of length −1 from zero is its update
-            torch._fused_adamw_(  # what torch.optim.AdamW(fused=True) calls
-                [update.zero_()],
-                [_prepared(grad, clip, scratch[: grad.numel()])],
-                [exp_avg],
-                [exp_avg_sq],
-                [],
-                [step],
-                lr=-1.0,
-                beta1=beta1,
-                beta2=beta2,
-                weight_decay=0.0,
-                eps=eps,
-                amsgrad=False,
-                maximize=False,
-            )
-            if weight_decay != 0:
-                update.add_(param_block, alpha=weight_decay)
-        step_size = float(lr)
+    every = range(len(params))
+    # one tensor at a time, so that memory holds one update; but norms of shards are added up for all of them at once
+    batches = [[index] for index in every] if group is None else [every]
+    sizes = [param.numel() for param in params]
+    updates = params[0].new_empty(max(sum(sizes[index] for index in batch) for batch in batches))
+    scratch = params[0].new_empty(min(max(sizes), BLOCK))
+    for batch in batches:
+        batch_sizes = [sizes[index] for index in batch]
+        batch_updates = updates[: sum(batch_sizes)].split(batch_sizes)
+        norms = []  # pairs ‖p‖, ‖u‖; zeros where there is no trust ratio
+        for index, update in zip(batch, batch_updates, strict=True):
+            state = (params[index], grads[index], exp_avgs[index], exp_avg_sqs[index], steps[index].add_(1))
+            _update_moments(update, *state, clip, scratch, beta1, beta2, eps, weight_decays[index])
+            scaled = (params[index], update) if weight_decays[index] != 0 else ()
+            norms.append([_norm(_blocks(tensor), tensor.dtype) for tensor in scaled] or [0.0, 0.0])
+        if group is not None:
+            norms = whole_norms(torch.tensor(norms, dtype=torch.float64), group).tolist()
+        for index, update, (param_norm, update_norm) in zip(batch, batch_updates, norms, strict=True):
+            step_size = float(lr) * (param_norm / update_norm if param_norm > 0 and update_norm > 0 else 1.0)
+            blocks = (_blocks(tensor) for tensor in (update, params[index], *averages[index : index + 1]))
+            for update_block, param_block, *average_blocks in zip(*blocks, strict=True):
+                param_block.sub_(update_block, alpha=step_size)
+                for average_block in average_blocks:  # one, or none
+                    average_block.lerp_(param_block, 1 - average_decay)
+
+
+def _update_moments(
+    update: Tensor,
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    clip: Tensor | None,
+    scratch: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """One tensor's new moments, and its update with decay, which is written to `update` [elements]."""
+    blocks = (_blocks(tensor) for tensor in (update, param, grad, exp_avg, exp_avg_sq))
+    for update_block, param_block, grad_block, *moments in zip(*blocks, strict=True):
+        # Adam's step of length −1 from zero is its update
+        torch._fused_adamw_(  # what torch.optim.AdamW(fused=True) calls
+            [update_block.zero_()],
+            [_prepared(grad_block, clip, scratch[: grad_block.numel()])],
+            *([moment] for moment in moments),
+            [],
+            [step],
+            lr=-1.0,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=0.0,
+            eps=eps,
+            amsgrad=False,
+            maximize=False,
+        )
         if weight_decay != 0:
-            param_norm, update_norm = _norm(param_blocks, param.dtype), _norm(update_blocks, param.dtype)
-            step_size *= param_norm / update_norm if param_norm > 0 and update_norm > 0 else 1.0
-        for block, (param_block, update) in enumerate(zip(param_blocks, update_blocks, strict=True)):
-            param_block.sub_(update, alpha=step_size)
-            if averages:
-                _blocks(averages[index])[block].lerp_(param_block, 1 - average_decay)
+            update_block.add_(param_block, alpha=weight_decay)
 
 
 def _blocks(tensor: Tensor) -> tuple[Tensor, ...]:

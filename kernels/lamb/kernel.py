@@ -12,9 +12,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from kernels.configuration import Configuration, launch_warps
 from kernels.lamb import plan
+from kernels.lamb.reference import clip_factor
+from kernels.lamb.shards import add_up_chunks, whole_norms
 
 BLOCK = 2048  # elements at a time: eight for each thread, which are 128 bits of bf16 and twice that of fp32
 NUM_WARPS = 8
@@ -290,6 +293,7 @@ def launch(
     average_decay: float,
     seed: int | None,
     clip: Tensor | None = None,
+    group: ProcessGroup | None = None,
 ) -> None:
     """`kernels.lamb.op.lamb_step` for what it has checked: fp32 parameters, at least one."""
     device = params[0].device
@@ -308,11 +312,15 @@ def launch(
     clip, num_warps = tables.one if clip is None else clip, launch_warps(NUM_WARPS)
     with torch.cuda.device_of(params[0]):
         if max_grad_norm is not None:
-            clip = torch.empty_like(tables.one)
             norm_kernel[(num_chunks,)](
                 *chunks, sums, **_norm_constants(grad_type, tables.grad_aligned), num_warps=num_warps
             )
-            clip_kernel[(1,)](sums, num_chunks, max_grad_norm, gradient_norm, clip, BLOCK=SUMS_BLOCK)
+            if group is None:
+                clip = torch.empty_like(tables.one)
+                clip_kernel[(1,)](sums, num_chunks, max_grad_norm, gradient_norm, clip, BLOCK=SUMS_BLOCK)
+            else:
+                gradient_norm.copy_(whole_norms(sums[:num_chunks].sum().sqrt(), group))
+                clip = clip_factor(gradient_norm, max_grad_norm)
         moments_kernel[(num_chunks,)](
             *chunks,
             tables.decays,
@@ -330,6 +338,8 @@ def launch(
             **_moments_constants(grad_type, moment_type, seed is not None, tables.grad_aligned, tables.aligned),
             num_warps=num_warps,
         )
+        if group is not None:
+            add_up_chunks(sums.view(2, -1), tables.table[:, plan.FIRST_CHUNK], group)
         update_kernel[(num_chunks,)](
             *chunks,
             tables.decays,

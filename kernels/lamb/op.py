@@ -4,6 +4,7 @@ import importlib
 
 import torch
 from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 from kernels.lamb import blocked, reference
 
@@ -30,11 +31,13 @@ def lamb_step(
     average_decay: float,
     seed: int | None,
     backend: str,
+    group_name: str | None,
 ) -> None:
     """See `kernels.lamb_step`; here `averages` may be empty, and `lr_tensor` counts before `lr`.
 
     With `max_grad_norm` the gradients' norm is written to `gradient_norm`. Without it, `clip` is what gradients are
-    multiplied by, a scalar of the parameters' type; negative, it says that the step must be skipped.
+    multiplied by, a scalar of the parameters' type; negative, it says that the step must be skipped. The group of
+    shards has a name here, which is what a schema can take.
     """
     _check(params, grads, exp_avgs, exp_avg_sqs, steps, averages)
     if seed is not None and exp_avgs[0].dtype != torch.bfloat16:
@@ -66,6 +69,7 @@ def lamb_step(
         average_decay=average_decay,
         seed=seed,
         clip=clip,
+        group=None if group_name is None else _resolve_process_group(group_name),
     )
 
 

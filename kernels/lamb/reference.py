@@ -2,6 +2,9 @@
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from kernels.lamb.shards import whole_norms
 
 _WORD = 0xFFFFFFFF
 
@@ -24,15 +27,17 @@ def lamb_step(
     average_decay: float,
     seed: int | None,
     clip: Tensor | None = None,
+    group: ProcessGroup | None = None,
 ) -> None:
     """See `kernels.lamb.op.lamb_step`."""
     if max_grad_norm is not None:
         norms = [torch.linalg.vector_norm(grad, dtype=gradient_norm.dtype) for grad in grads]
-        gradient_norm.copy_(torch.linalg.vector_norm(torch.stack(norms)))
+        gradient_norm.copy_(whole_norms(torch.linalg.vector_norm(torch.stack(norms)), group))
         clip = clip_factor(gradient_norm, max_grad_norm)
     elif clip is None:
         clip = torch.ones((), dtype=params[0].dtype, device=params[0].device)
     is_taken = clip >= 0  # where it is not, everything is computed and then thrown away, so that nobody waits to know
+    updates = []
     for index, (param, weight_decay) in enumerate(zip(params, weight_decays, strict=True)):
         grad, step = grads[index].to(param.dtype) * clip, steps[index].add_(is_taken)
         exp_avg = exp_avgs[index].to(param.dtype).lerp(grad, 1 - beta1)
@@ -47,10 +52,14 @@ def lamb_step(
 
         age = step.double()
         update = (exp_avg / (1 - beta1**age)) / ((exp_avg_sq / (1 - beta2**age)).sqrt() + eps)
+        updates.append(update + weight_decay * param)
+
+    norms = torch.stack([torch.linalg.vector_norm(tensor) for tensor in (*params, *updates)])
+    norms = whole_norms(norms, group).view(2, -1)  # [2, tensors]
+    for index, (param, update, weight_decay) in enumerate(zip(params, updates, weight_decays, strict=True)):
         ratio = 1.0
         if weight_decay != 0:
-            update += weight_decay * param
-            param_norm, update_norm = torch.linalg.vector_norm(param), torch.linalg.vector_norm(update)
+            param_norm, update_norm = norms[:, index]
             ratio = torch.where((param_norm > 0) & (update_norm > 0), param_norm / update_norm, 1.0)
         param.copy_(torch.where(is_taken, param - lr * ratio * update, param))
         if averages:
