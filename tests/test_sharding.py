@@ -106,6 +106,7 @@ def a_rank_holds_its_part(world, arguments):
         assert not isinstance(norm, DTensor)
         trainer.step += 1
         trainer.validation_record()
+    trainer._warm_up_evaluation()
     total = trainer.inputs.model_config.num_parameters
     moments = [value for state in trainer.optimizer.state.values() for value in state.values() if value.ndim]
     for tensors, copies in ((params, 1), (list(trainer.ema.model.parameters()), 1), (moments, 2)):
@@ -130,28 +131,23 @@ def a_checkpoint_is_taken_in_parts_and_whole_again(world, arguments):
             torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-def everything_at_once_is_ddp_within_bf16(world, arguments):
+def everything_at_once_is_ddp(world, arguments):
+    """In bf16 too: autocast makes of whole weights what is gathered. Inductor is left out, which takes minutes."""
     trainer_module.COMPILE_FROM_FLOPS["cpu"] = 0
-    nn.Module.compile = partialmethod(
-        nn.Module.compile, backend="aot_eager"
-    )  # all but Inductor, in a tenth of the time
+    nn.Module.compile = partialmethod(nn.Module.compile, backend="aot_eager")
+    Trainer._warm_up_evaluation = lambda self: None
     ddp = make_trainer(world, [*arguments, "--no_compile"])
     fsdp = make_trainer(world, [*arguments, "--parallel=fsdp", "--activation_checkpointing"])
-    graphs = counters["stats"]["unique_graphs"]
-    assert graphs > 0
+    assert counters["stats"]["unique_graphs"] == 2
     for step in range(3):
-        norms, sums = [], []
+        norms = []
         for trainer in (ddp, fsdp):
-            torch.manual_seed(step)
+            torch.manual_seed(step)  # of dropout
             norms.append(trainer.train_step(trainer.load_rows(step)))
             trainer.step += 1
-            sums.append(trainer.sums.sums.clone())
-        torch.testing.assert_close(norms[1], norms[0], rtol=0.02, atol=0)
-        torch.testing.assert_close(sums[1], sums[0], rtol=0.002, atol=1)
-    ddp, fsdp = (trainer.validation_record() for trainer in (ddp, fsdp))
-    for name in ("validation/mlm/loss", "validation/clm/loss", "validation_ema/mlm/loss"):
-        assert fsdp[name] == pytest.approx(ddp[name], rel=0.002)
-    assert counters["stats"]["unique_graphs"] == graphs
+        torch.testing.assert_close(norms[1], norms[0], rtol=1e-4, atol=0)
+        torch.testing.assert_close(fsdp.sums.sums, ddp.sums.sums, rtol=1e-4, atol=0)
+    assert counters["stats"]["unique_graphs"] == 2
 
 
 @pytest.mark.parametrize(
@@ -159,11 +155,12 @@ def everything_at_once_is_ddp_within_bf16(world, arguments):
     [
         (a_rank_holds_its_part, {"parallel": "fsdp"}),
         (a_checkpoint_is_taken_in_parts_and_whole_again, {"parallel": "fsdp", "name": "one", "resume": "auto"}),
-        (everything_at_once_is_ddp_within_bf16, {"mixed_precision": True}),
+        (everything_at_once_is_ddp, {"mixed_precision": True, "config_file": "model.json"}),
     ],
 )
 def test_two_ranks(inputs, one, check, settings):
-    arguments = flags(inputs, **UNEVEN | {"config_file": inputs / "no_dropout.json", "hybrid_mode": "batch"} | settings)
+    settings = UNEVEN | {"config_file": "no_dropout.json", "hybrid_mode": "batch"} | settings
+    arguments = flags(inputs, **settings | {"config_file": inputs / settings["config_file"]})
     assert on_two_ranks(on_rank, check, arguments) == {0: "right", 1: "right"}
 
 
