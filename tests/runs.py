@@ -126,15 +126,25 @@ def wait_for_record(process: subprocess.Popen, run_dir: Path, number: int) -> No
         time.sleep(0.005)
 
 
+def process_ids(name: str) -> list[int]:
+    """The processes of a run, torchrun's own among them, by their command lines, since workers have own sessions."""
+    found = []
+    for command_line in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended
+            if f"--name={name}\0".encode() in command_line.read_bytes():
+                found.append(int(command_line.parent.name))
+    return found
+
+
 def workers(name: str) -> dict[int, int]:
-    """Process ids of the running processes of a run by local rank: torchrun gives them sessions of their own."""
+    """The training processes of a run by local rank."""
     found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            words = (folder / "cmdline").read_bytes().split(b"\0")
-            if f"--name={name}".encode() in words and b"torch.distributed.run" not in words:
-                variables = dict(line.partition(b"=")[::2] for line in (folder / "environ").read_bytes().split(b"\0"))
-                found[int(variables.get(b"LOCAL_RANK", 0))] = int(folder.name)
+    for process_id in process_ids(name):
+        folder = Path(f"/proc/{process_id}")
+        with contextlib.suppress(OSError):  # it has ended
+            if b"torch.distributed.run" not in (folder / "cmdline").read_bytes().split(b"\0"):
+                lines = (folder / "environ").read_bytes().split(b"\0")
+                found[int(dict(line.partition(b"=")[::2] for line in lines).get(b"LOCAL_RANK", 0))] = process_id
     return found
 
 
@@ -142,9 +152,9 @@ def kill(process: subprocess.Popen, name: str) -> None:
     """Kill all processes of a run that are left, at once."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    for worker in workers(name).values():
+    for process_id in process_ids(name):
         with contextlib.suppress(ProcessLookupError):
-            os.kill(worker, signal.SIGKILL)
+            os.kill(process_id, signal.SIGKILL)
     process.wait()
 
 

@@ -6,9 +6,12 @@
 # ADDRESS is the first host's, as the others reach it; there torchrun keeps the rendezvous. --output_dir is one folder
 # that all hosts see. Further flags come last and so replace those below.
 #
-# A process that fails has all processes of all hosts started again, MAX_RESTARTS times, and --resume auto goes on from
-# the newest checkpoint. A host that is lost is started again by this same command; the others wait ten minutes for it.
-# Where the first host is lost, the rendezvous is lost with it: the command is for all hosts then.
+# Where a process fails, torchrun starts all of them again on all hosts, MAX_RESTARTS times, and --resume auto goes on
+# from the newest checkpoint. Where a host fails, this same command starts it again; the others wait ten minutes for it.
+# The first host takes the rendezvous with it, so there the command is for all of them.
+#
+# A host that is cut off ends its processes after --timeout, but torchrun itself waits until the kernel gives up the
+# connection to the first host. That takes a quarter of an hour; `sysctl net.ipv4.tcp_retries2=8` makes it two minutes.
 set -euo pipefail
 
 address=${1:?the address of the first host, as the other hosts reach it}
@@ -21,7 +24,7 @@ interface=$(ip -o address show to "$own" | awk '{ print $2; exit }')
 export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$interface} GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface}
 [[ $own == "$address" ]] && is_host=1 || is_host=0
 
-# USR1 is Slurm's word before the time limit (slurm.sh). The trainer then saves, which takes as long as a large model takes.
+# USR1 is Slurm's word before the time limit (see slurm.sh); the trainer then saves, which takes longer the larger it is.
 exec torchrun \
     --nnodes="${NNODES:-2}" \
     --nproc_per_node="${NPROC_PER_NODE:-gpu}" \
