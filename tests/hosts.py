@@ -46,33 +46,42 @@ class Hosts:
         for name in self.names if state == "up" else self.names[1:]:
             _ip("-n", name, "link", "set", "wire", state)
 
-    def start(self, arguments: list[str], logs: Path) -> list[subprocess.Popen]:
-        """Follow the recipe with these further flags on both hosts, two processes each; `logs` gets a file a host."""
+    def start(self, arguments: list[str], logs: Path, restarts: int = 0) -> list[subprocess.Popen]:
+        """Follow the recipe with these further flags on both hosts; see `start_one`."""
+        return [self.start_one(index, arguments, logs, restarts) for index in range(2)]
+
+    def start_one(self, index: int, arguments: list[str], logs: Path, restarts: int = 0) -> subprocess.Popen:
+        """Follow the recipe on one host with two processes; what they say goes into `logs`, a file a host."""
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        settings = {"PATH": path, "NPROC_PER_NODE": "2", "MAX_RESTARTS": "0", "OMP_NUM_THREADS": "1"}
+        settings = {"PATH": path, "NPROC_PER_NODE": "2", "MAX_RESTARTS": str(restarts), "OMP_NUM_THREADS": "1"}
+        command = ["ip", "netns", "exec", self.names[index], RECIPE, ADDRESSES[0], *arguments]
         logs.mkdir(exist_ok=True)
-        started = []
-        for index, name in enumerate(self.names):
-            command = ["ip", "netns", "exec", name, RECIPE, ADDRESSES[0], *arguments]
-            with (logs / f"{index}.log").open("w") as log:
-                started.append(
-                    subprocess.Popen(command, cwd=ROOT, env=os.environ | settings, stdout=log, stderr=subprocess.STDOUT)
-                )
-        self.processes += started
-        return started
+        with (logs / f"{index}.log").open("w") as log:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=os.environ | settings, stdout=log, stderr=subprocess.STDOUT
+            )
+        self.processes.append(process)
+        return process
 
-    def process_ids(self) -> list[int]:
-        """All processes of both hosts, whoever started them."""
-        return [int(line) for name in self.names for line in _ip("netns", "pids", name).split()]
+    def process_ids(self, *indices: int) -> list[int]:
+        """All processes of these hosts, or of both, whoever started them."""
+        names = [self.names[index] for index in indices] or self.names
+        return [int(line) for name in names for line in _ip("netns", "pids", name).split()]
 
-    def close(self) -> None:
-        """Kill what still runs there, and delete the namespaces with the link."""
-        while left := self.process_ids():
+    def kill(self, *indices: int) -> None:
+        """End all processes of these hosts, or of both, as a power cut does."""
+        while left := self.process_ids(*indices):
             for process_id in left:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process_id, signal.SIGKILL)
             for process in self.processes:
-                process.wait()
+                process.poll()
+
+    def close(self) -> None:
+        """Kill what still runs there, and delete the namespaces with the link."""
+        self.kill()
+        for process in self.processes:
+            process.wait()
         for name in self.names:
             _ip("netns", "delete", name)
 

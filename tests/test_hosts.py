@@ -1,4 +1,4 @@
-"""A run over two hosts ends as on one; a lost link ends it everywhere, and `--resume auto` makes up for that."""
+"""A run over two hosts ends as on one, also where the link is lost in between, or one of them and comes back."""
 
 import re
 import time
@@ -75,4 +75,18 @@ def test_a_lost_link_ends_every_process_and_the_run_goes_on_later(hosts, inputs,
     statuses, said = end(hosts, start(hosts, inputs, "cut"), inputs / "cut", 300)
     assert statuses == [0, 0], said
     assert "going on from" in said[0]
+    assert_same_end(run, undisturbed)
+
+
+def test_a_host_that_fails_and_is_started_again_is_waited_for(hosts, inputs, undisturbed):
+    run = inputs / "runs" / "back"
+    arguments = flags(inputs, name="back", **SETTINGS)
+    first, _ = hosts.start(arguments, inputs / "back", restarts=1)
+    wait_for_record(first, run, SETTINGS["max_steps"] // 4)
+    hosts.kill(1)
+    assert read_records(run / "metrics.jsonl")[-1]["step"] < SETTINGS["max_steps"], "killed too late to show anything"
+    second = hosts.start_one(1, arguments, inputs / "back", restarts=1)
+    statuses, said = end(hosts, [first, second], inputs / "back", 300)
+    assert statuses == [0, 0], said
+    assert "going on from" in said[0], "the first host never ended"
     assert_same_end(run, undisturbed)

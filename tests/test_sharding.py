@@ -21,7 +21,7 @@ from gptbert.metrics import read_records
 from gptbert.objectives import HybridPlan
 from gptbert.sharding import shard_size, whole
 from gptbert.trainer import Trainer, fit
-from tests.runs import flags, losses, on_two_ranks, train, write_inputs
+from tests.runs import flags, losses, on_ranks, train, write_inputs
 
 CPU = torch.device("cpu")
 # ranks with more micro-batches than others, in training and in validation
@@ -74,7 +74,7 @@ def test_a_run_does_not_depend_on_sharding(inputs, one, ranks, settings):
 
 
 def on_rank(rank, port, check, arguments, results):
-    """A target of `on_two_ranks`: run the check of that name, and say what went wrong, or "right"."""
+    """A target of `on_ranks`: run the check of that name, and say what went wrong, or "right"."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     try:
@@ -161,7 +161,7 @@ def everything_at_once_is_ddp(world, arguments):
 def test_two_ranks(inputs, one, check, settings):
     settings = UNEVEN | {"config_file": "no_dropout.json", "hybrid_mode": "batch"} | settings
     arguments = flags(inputs, **settings | {"config_file": inputs / settings["config_file"]})
-    assert on_two_ranks(on_rank, check, arguments) == {0: "right", 1: "right"}
+    assert on_ranks(2, on_rank, check, arguments) == {0: "right", 1: "right"}
 
 
 def test_most_micro_batches_is_a_bound_and_reached(make_config):

@@ -14,7 +14,7 @@ from gptbert.inputs import Inputs
 from gptbert.metrics import read_records
 from gptbert.objectives import HybridPlan
 from gptbert.trainer import Trainer, fit
-from tests.runs import assert_same, assert_same_checkpoint, flags, on_two_ranks, write_inputs
+from tests.runs import assert_same, assert_same_checkpoint, flags, on_ranks, write_inputs
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def skip_on_two_ranks(rank, port, inputs, optimizer, bad, results):
 
 @pytest.mark.parametrize(("optimizer", "bad"), [("lamb", math.nan), ("adamw", math.inf)])
 def test_bad_gradients_of_one_rank_are_skipped_by_all(inputs, optimizer, bad):
-    said = on_two_ranks(skip_on_two_ranks, inputs, optimizer, bad)
+    said = on_ranks(2, skip_on_two_ranks, inputs, optimizer, bad)
     expected = [(True, False), (False, True), (False, True), (True, False)]
     assert said == {rank: (expected, [2, 0, 2], True) for rank in range(2)}
 

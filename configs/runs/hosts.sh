@@ -7,11 +7,11 @@
 # that all hosts see. Further flags come last and so replace those below.
 #
 # Where a process fails, torchrun starts all of them again on all hosts, MAX_RESTARTS times, and --resume auto goes on
-# from the newest checkpoint. Where a host fails, this same command starts it again; the others wait ten minutes for it.
+# from the newest checkpoint. Where a host fails, this same command starts it again; torchrun waits ten minutes.
 # The first host takes the rendezvous with it, so there the command is for all of them.
 #
 # A host that is cut off ends its processes after --timeout, but torchrun itself waits until the kernel gives up the
-# connection to the first host. That takes a quarter of an hour; `sysctl net.ipv4.tcp_retries2=8` makes it two minutes.
+# connection to the first host: more than ten minutes by Linux's defaults, half a minute with net.ipv4.tcp_retries2 = 6.
 set -euo pipefail
 
 address=${1:?the address of the first host, as the other hosts reach it}
@@ -23,8 +23,10 @@ own=$(sed 's/.* src \([^ ]*\).*/\1/' <<<"$route")
 interface=$(ip -o address show to "$own" | awk '{ print $2; exit }')
 export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$interface} GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface}
 [[ $own == "$address" ]] && is_host=1 || is_host=0
+# With a store that torchrun shares with its processes, a host that comes back waits in vain for that store's address.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
-# USR1 is Slurm's word before the time limit (see slurm.sh); the trainer then saves, which takes longer the larger it is.
+# USR1 is Slurm's word before the time limit (slurm.sh). The trainer then saves, which takes a while for large models.
 exec torchrun \
     --nnodes="${NNODES:-2}" \
     --nproc_per_node="${NPROC_PER_NODE:-gpu}" \
