@@ -241,12 +241,7 @@ def load_model(path: Path, weights: str = "ema") -> GPTBert:
     Raises:
         InputError: nothing there, or damaged.
     """
-    path = Path(path)
-    if not (path / "model_config.json").is_file():
-        inside = list_checkpoints(path)
-        if not inside:
-            raise InputError(f"{path}: neither a checkpoint nor a run with checkpoints")
-        path = inside[-1]
+    path = _newest_in(Path(path))
     config = ModelConfig.from_json(path / "model_config.json")
     try:  # before the model takes the memory of its shape
         state = _checked_weights(path, weights, config)
@@ -255,6 +250,54 @@ def load_model(path: Path, weights: str = "ema") -> GPTBert:
     model = GPTBert(config)
     model.load_state_dict(state)
     return model.eval()
+
+
+def write_whole_weights(path: Path, output: Path) -> Path:
+    """The weights and their average of a sharded checkpoint as ordinary files, with the settings and the tokenizer.
+
+    Args:
+        path: a checkpoint's folder, or a run's for its newest checkpoint.
+        output: a folder that is not there yet; it appears when it is complete.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        InputError: no sharded checkpoint there, or damaged, or the output cannot be written.
+    """
+    path = _newest_in(path)
+    if not (path / _SHARDS).is_dir():
+        raise InputError(f"{path}: has no {_SHARDS}, so that its weights are ordinary files already")
+    if output.exists():
+        raise InputError(f"--output {output}: is there already")
+    config = ModelConfig.from_json(path / "model_config.json")
+    temporary = output.with_name(f".{output.name}.incomplete")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        for weights in ("model", "ema"):
+            _write_weights(temporary / f"{weights}.safetensors", _checked_weights(path, weights, config), config)
+        for name in ("model_config.json", "train_config.json", "tokenizer.json"):
+            shutil.copyfile(path / name, temporary / name)
+        manifest.write(temporary)
+        for file in temporary.iterdir():
+            finish(file)
+        temporary.rename(output)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"--output {output}: cannot be written ({first_line(error)})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return path
+
+
+def _newest_in(path: Path) -> Path:
+    """A checkpoint's folder itself, or the newest of a run."""
+    if (path / "model_config.json").is_file():
+        return path
+    inside = list_checkpoints(path)
+    if not inside:
+        raise InputError(f"{path}: neither a checkpoint nor a run with checkpoints")
+    return inside[-1]
 
 
 def _checked_weights(path: Path, weights: str, config: ModelConfig) -> dict[str, Tensor]:

@@ -48,7 +48,10 @@ class World:
         return values
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model as data-parallel module: gradients are averaged over ranks during the synchronised backward."""
+        """The model as data-parallel module: gradients are averaged over ranks during the synchronised backward.
+
+        A sharded model does so itself, see `gptbert.sharding`.
+        """
         if self.world_size == 1 or isinstance(model, FSDPModule):
             return model
         devices = [self.device.index] if self.device.type == "cuda" else None

@@ -163,9 +163,8 @@ class WeightAverage:
 
     def of(self, model: nn.Module) -> dict[Tensor, Tensor]:
         """The average of each parameter of the model, sharded as it is."""
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # the outermost keeps whole parameters after a validation, which has no backward
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()  # a forward without backward leaves whole parameters behind
         return dict(zip(model.parameters(), self.model.parameters(), strict=True))
 
 

@@ -31,10 +31,10 @@ def shard_size(config: TrainConfig, world: World) -> int:
 
 
 def shard(models: list[GPTBert], config: TrainConfig, world: World) -> None:
-    """Shard models of one shape in place, the weights that all ranks have alike; blocks may be compiled.
+    """Shard models in place, whose weights all ranks have alike, and move the parts to the rank's device.
 
     Consecutive ranks hold one copy of the weights together, so that what is gathered stays within few hosts; gradients
-    are averaged over the copies too.
+    are averaged over the copies too. Blocks may be compiled before, and optimizers are built after.
 
     Raises:
         InputError: see `shard_size`.

@@ -56,7 +56,7 @@ def fit(config: TrainConfig) -> None:
             inputs = Inputs.open(config)
             inputs.check_ids(world.rank, world.world_size)
             plan = HybridPlan(config, world.world_size)
-            shard_size(config, world)
+            shard_size(config, world)  # or an InputError
         with world.agreed():
             if len(set(world.all_gather(config))) > 1:
                 raise InputError("the processes were given different flags; every host must start the same command")
@@ -107,7 +107,10 @@ class Trainer:
         self.plan = plan
         self.world = world
         torch.manual_seed(config.seed)  # the same weights on every rank
-        self.model = GPTBert(inputs.model_config).to(world.device)
+        self.model = GPTBert(inputs.model_config)
+        is_sharded = config.parallel == "fsdp" and world.world_size > 1
+        if not is_sharded:  # `shard` moves it there block by block
+            self.model.to(world.device)
         for block in self.model.blocks:
             block.is_checkpointed = config.activation_checkpointing
         self.ema = WeightAverage(self.model, config.ema_decay)
@@ -115,7 +118,7 @@ class Trainer:
         if self.is_compiled:
             for model in (self.model, self.ema.model):
                 compile_blocks(model.blocks)
-        if config.parallel == "fsdp" and world.world_size > 1:
+        if is_sharded:
             shard([self.model, self.ema.model], config, world)
         self.parallel_model = world.wrap(self.model)
         self.optimizer = build_optimizer(config, self.model)
@@ -243,8 +246,6 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = schedules.learning_rate(self.config, self.step)
         gradient_norm = update_weights(self.optimizer, self.model, self.ema, self.config.max_gradient)
-        if isinstance(gradient_norm, DTensor):
-            gradient_norm = gradient_norm.full_tensor()
         self.optimizer.zero_grad()
         self.sums.add_where(self.skipped_steps.add(gradient_norm), sums)
         return gradient_norm

@@ -179,7 +179,11 @@ def assert_same_end(run_dir: Path, other: Path) -> None:
 def assert_same_checkpoint(path: Path, other: Path) -> None:
     """Two checkpoints are of the same step and hold the same, to the bit."""
     assert path.name == other.name
-    for file in ("model.safetensors", "ema.safetensors"):
+    files = [sorted(file.relative_to(folder) for file in folder.rglob("*")) for folder in (path, other)]
+    assert files[0] == files[1]
+    tensors = [file for file in files[0] if file.suffix == ".safetensors"]
+    assert len(tensors) > 1
+    for file in tensors:
         assert (path / file).read_bytes() == (other / file).read_bytes(), file
     assert_same(*(torch.load(folder / "training_state.pt", weights_only=True) for folder in (path, other)))
 

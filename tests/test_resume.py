@@ -21,6 +21,7 @@ def inputs(tmp_path_factory):
     [
         ("lamb", 3, {"hybrid_mode": "batch", "mixed_precision": True, "mask_history": True}),
         ("adamw", 1, {"log_every": 3, "seq_length_growth": True}),
+        ("lamb", 2, {"parallel": "fsdp", "hybrid_mode": "batch", "activation_checkpointing": True}),
     ],
 )
 def test_killed_and_resumed_equals_undisturbed(inputs, optimizer, world_size, more):
@@ -34,8 +35,8 @@ def test_killed_and_resumed_equals_undisturbed(inputs, optimizer, world_size, mo
         "validation_steps": 1,
         **more,
     }
-    undisturbed = train(inputs, f"{optimizer}-whole", world_size, **settings)
-    name = f"{optimizer}-killed"
+    undisturbed = train(inputs, f"{optimizer}-{world_size}-whole", world_size, **settings)
+    name = f"{optimizer}-{world_size}-killed"
     run = inputs / "runs" / name
     # in the first half, so that a slow machine still kills it long before its end
     records_at_kill = random.randint(2, len(undisturbed) // 2)
@@ -44,7 +45,7 @@ def test_killed_and_resumed_equals_undisturbed(inputs, optimizer, world_size, mo
     kill(process, name)
     assert read_records(run / "metrics.jsonl")[-1]["step"] < STEPS, "killed too late to show anything"
     train(inputs, name, world_size, **settings, resume="auto")
-    assert_same_end(inputs / "runs" / f"{optimizer}-whole", run)
+    assert_same_end(inputs / "runs" / f"{optimizer}-{world_size}-whole", run)
     assert [path.name for path in list_checkpoints(run)] == ["step_00000045", "step_00000046"]
 
 
