@@ -42,11 +42,11 @@ def run_command(
         who = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
         _fail(f"{who}{error}", 1, by_all=True)
     except StoppedError as error:
-        if _speaks():
-            print(error, file=sys.stderr)
-        sys.exit(STOPPED)
+        _end(str(error) if _speaks() else "", STOPPED)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
+    if "RANK" in os.environ:
+        _end("", 0)
 
 
 def parse(settings: type[Settings], arguments: Sequence[str] | None = None) -> Settings:
@@ -83,8 +83,20 @@ def _one_line(box: str) -> str:
 
 
 def _fail(message: str, status: int, by_all: bool = False) -> None:
-    if by_all or _speaks():
-        print(f"error: {message}", file=sys.stderr)
+    _end(f"error: {message}" if by_all or _speaks() else "", status)
+
+
+def _end(message: str, status: int) -> None:
+    """End the process; one among several without Python's own last steps.
+
+    There, a thread of gloo that wants to free what the last collective used finds Python gone, and aborts the process.
+    """
+    if message:
+        print(message, file=sys.stderr)
+    if "RANK" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)
 
 

@@ -1,5 +1,6 @@
 """The processes of a run: torchrun's environment, the process group, reductions, and errors that all ranks share."""
 
+import gc
 import os
 import re
 from collections.abc import Iterator
@@ -110,6 +111,9 @@ def connect(config: TrainConfig) -> Iterator[World]:
         ) from error
     finally:
         if dist.is_initialized():
+            # DDP's reducer must not be the last to hold the group: it would wait for gloo's threads with Python's lock
+            # in its hands, which they may want
+            gc.collect()
             dist.destroy_process_group()
 
 

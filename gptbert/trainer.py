@@ -51,51 +51,53 @@ def fit(config: TrainConfig) -> None:
         StoppedError: a signal asked for it, and a checkpoint was saved; see `StopSignal`.
     """
     with connect(config) as world:
-        with world.agreed():
-            backend = prepare_kernels(config, world)
-            inputs = Inputs.open(config)
-            inputs.check_ids(world.rank, world.world_size)
-            plan = HybridPlan(config, world.world_size)
-            shard_size(config, world)  # or an InputError
-        with world.agreed():
-            if len(set(world.all_gather(config))) > 1:
-                raise InputError("the processes were given different flags; every host must start the same command")
-            path = checkpoint.find(config) if world.is_main else None
-        path = world.all_gather(path)[0]
-        with world.agreed():
-            if path and not path.is_dir():
-                raise InputError(
-                    f"{path}: not to be seen on every host; --output_dir must be one folder for all of them"
-                )
-            resumed = checkpoint.load(path, inputs.model_config) if path else None
-            if resumed:
-                checkpoint.check_settings(path, config)
-        first_step = resumed.step if resumed else 0
-        with world.agreed():
-            if first_step >= config.max_steps and config.resume != "auto":
-                raise InputError(f"--resume {path}: its step {first_step} is the end of --max_steps {config.max_steps}")
-        if first_step >= config.max_steps:
-            if world.is_main:
-                say(f"{config.name}: finished already, {path} is step {first_step} of {config.max_steps}")
-            return
-        with world.agreed():
-            if world.is_main:
-                prepare_run_dir(config, inputs.model_config, world, backend)
-        if world.is_main:
-            model = inputs.model_config
-            say(
-                f"{config.name}: {world.world_size} x {world.device.type}, {backend} kernels, hybrid mode {plan.mode}, "
-                f"{inputs.train_store.num_tokens:,} training tokens, {model.num_hidden_layers} layers of "
-                f"{model.hidden_size}, run folder {config.run_dir}"
-            )
-            if resumed:
-                changes = checkpoint.changed_settings(path, config)
-                say(f"going on from {path}" + (f"; changed since: {', '.join(changes)}" if changes else ""))
-        trainer = Trainer(config, inputs, plan, world)
+        _fit(config, world)  # all that holds the processes' group is gone when it returns
+
+
+def _fit(config: TrainConfig, world: World) -> None:
+    with world.agreed():
+        backend = prepare_kernels(config, world)
+        inputs = Inputs.open(config)
+        inputs.check_ids(world.rank, world.world_size)
+        plan = HybridPlan(config, world.world_size)
+        shard_size(config, world)  # or an InputError
+    with world.agreed():
+        if len(set(world.all_gather(config))) > 1:
+            raise InputError("the processes were given different flags; every host must start the same command")
+        path = checkpoint.find(config) if world.is_main else None
+    path = world.all_gather(path)[0]
+    with world.agreed():
+        if path and not path.is_dir():
+            raise InputError(f"{path}: not to be seen on every host; --output_dir must be one folder for all of them")
+        resumed = checkpoint.load(path, inputs.model_config) if path else None
         if resumed:
-            trainer.restore(resumed)
-            del resumed  # as large as the run's own state
-        trainer.run()
+            checkpoint.check_settings(path, config)
+    first_step = resumed.step if resumed else 0
+    with world.agreed():
+        if first_step >= config.max_steps and config.resume != "auto":
+            raise InputError(f"--resume {path}: its step {first_step} is the end of --max_steps {config.max_steps}")
+    if first_step >= config.max_steps:
+        if world.is_main:
+            say(f"{config.name}: finished already, {path} is step {first_step} of {config.max_steps}")
+        return
+    with world.agreed():
+        if world.is_main:
+            prepare_run_dir(config, inputs.model_config, world, backend)
+    if world.is_main:
+        model = inputs.model_config
+        say(
+            f"{config.name}: {world.world_size} x {world.device.type}, {backend} kernels, hybrid mode {plan.mode}, "
+            f"{inputs.train_store.num_tokens:,} training tokens, {model.num_hidden_layers} layers of "
+            f"{model.hidden_size}, run folder {config.run_dir}"
+        )
+        if resumed:
+            changes = checkpoint.changed_settings(path, config)
+            say(f"going on from {path}" + (f"; changed since: {', '.join(changes)}" if changes else ""))
+    trainer = Trainer(config, inputs, plan, world)
+    if resumed:
+        trainer.restore(resumed)
+        del resumed  # as large as the run's own state
+    trainer.run()
 
 
 class Trainer:
