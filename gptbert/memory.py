@@ -8,7 +8,7 @@ import sys
 import torch
 
 # parameters of glibc's mallopt
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
 _LARGEST = 2**31 - 1
 _PAD = 2**28  # bytes that the heap grows by at least
 
@@ -17,7 +17,8 @@ def keep_freed_memory() -> bool:
     """Have glibc keep what is freed instead of giving it back to the system, for this process and from now on.
 
     A step makes and frees gigabytes of tensors. Given back, their pages come anew, one fault and 4 KB of zeros at a
-    time, which takes some 4 % of a step.
+    time, which takes some 4 % of a step. All threads share one heap: those of their own that gloo's threads would get
+    fray, by 2.3 MB in 1,000 steps among eight processes.
 
     Returns:
         Whether it could be had; elsewhere than on glibc nothing changes.
@@ -25,7 +26,7 @@ def keep_freed_memory() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    settings = {_MMAP_MAX: 0, _TRIM_THRESHOLD: _LARGEST, _TOP_PAD: _PAD}
+    settings = {_ARENA_MAX: 1, _MMAP_MAX: 0, _TRIM_THRESHOLD: _LARGEST, _TOP_PAD: _PAD}
     return all(mallopt(name, value) == 1 for name, value in settings.items())
 
 

@@ -63,7 +63,9 @@ class StopSignal:
             self._handlers = {number: signal.signal(number, self._receive) for number in SIGNALS}
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is not None and self._world.world_size > 1:
+            return  # this process is about to say why it ends, which torchrun's SIGTERM must not cut short
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 

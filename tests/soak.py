@@ -92,4 +92,6 @@ def test_memory_and_open_files_stay_and_nothing_is_left(tmp_path, monkeypatch):
     kept = [f"step_{STEPS - SAVE_EVERY * back:08d}" for back in (2, 1, 0)]
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == kept
     assert not set(SHARED_MEMORY.iterdir()) - shared
-    assert not list(temporary.iterdir())
+    # torchrun's folder for logs and torch.compile's for code, which torch leaves there
+    left = [path.name for path in temporary.iterdir() if not path.name.startswith(("torchelastic_", "torchinductor_"))]
+    assert not left
