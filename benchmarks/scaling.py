@@ -26,6 +26,7 @@ from gptbert.model import Block
 
 STATE_BYTES = 4 + 4 + 8 + 4  # a parameter: weight, gradient, two moments, moving average
 GATHERED, REDUCED = 2, 4  # bytes a parameter
+WHOLE = 4  # bytes of a parameter that is gathered in fp32
 CAST_BYTES = 4 + 2  # read and written for the weights' bf16 copies
 BUCKET_BYTES = 25 * 2**20  # of DDP's gradients; its default
 
@@ -161,6 +162,12 @@ class Setup:
             blocks = [sum(param.numel() for param in Block(self.config, layer).parameters()) for layer in layers]
         return [self.parameters - sum(blocks), *blocks]
 
+    @cached_property
+    def gathered(self) -> list[float]:
+        """Bytes of each unit as it travels: embedding and head in fp32, as autocast leaves them, and blocks in bf16."""
+        root, *blocks = self.units
+        return [WHOLE * root, *(GATHERED * block for block in blocks)]
+
     @property
     def everywhere(self) -> Group:
         """All GPUs."""
@@ -180,8 +187,8 @@ class Setup:
 
     def sent(self) -> tuple[float, float]:
         """Bytes that a GPU sends in a step: all of them, and through its network port."""
-        root, *blocks = self.units
-        gathered = GATHERED * (root + 2 * sum(blocks))  # blocks again in the backward, embedding and head stay
+        root, *blocks = self.gathered
+        gathered = root + 2 * sum(blocks)  # blocks again in the backward, embedding and head stay
         in_sharers = self.sharers.gather_bytes(gathered + REDUCED * self.parameters)
         in_copies = self.copies.reduce_bytes(REDUCED * self.parameters / self.sharers.size)
         network = [
@@ -196,24 +203,27 @@ class Setup:
         return STATE_BYTES * self.parameters / self.sharers.size
 
     def working_bytes(self) -> float:
-        """Casts of all weights; where states are divided, two units gathered, and one's gradients to be scattered."""
+        """Casts of all weights; where states are divided, two blocks or the rest gathered, and gradients to scatter."""
         if self.method is Method.DDP:
             return GATHERED * self.parameters
-        return (2 * GATHERED + REDUCED) * max(self.units)
+        root, *blocks = self.units
+        return max((WHOLE + REDUCED) * root, (2 * GATHERED + REDUCED) * max(blocks))
 
     def activation_bytes(self, *, recompute: bool) -> float:
         """What a forward keeps for the backward.
 
         Args:
-            recompute: only the inputs of blocks, one block's activations at a time, and all representations, which the
-                layer weighting needs in any case.
+            recompute: with `--activation_checkpointing`, only the inputs of attention and feed-forward, what one
+                of them keeps at a time, and all representations, which the layer weighting needs in any case.
         """
         config, hidden = self.config, self.config.hidden_size
-        scores = 2 * config.num_attention_heads * self.seq_length
-        block = (14 + 2) * hidden + 6 * config.intermediate_size + scores  # bytes a token: attention, then feed-forward
-        representations, inputs = 2 * 4 * hidden, 4 * hidden
+        attention = 14 * hidden + 2 * config.num_attention_heads * self.seq_length  # bytes a token
+        feed_forward = 2 * hidden + 6 * config.intermediate_size
+        representations, inputs = 2 * 4 * hidden, 2 * 4 * hidden
         layers = config.num_hidden_layers
-        kept = layers * (representations + inputs) + block if recompute else layers * (representations + block)
+        kept = layers * (representations + attention + feed_forward)
+        if recompute:
+            kept = layers * (representations + inputs) + max(attention, feed_forward)
         head = self.labelled_share * (12 * hidden + 2 * config.vocab_size)
         return self.rows * self.seq_length * (kept + 4 * hidden + head)
 
@@ -246,7 +256,7 @@ class Setup:
             buckets = math.ceil(REDUCED * self.parameters / self.bucket_bytes)
             bucket = self.copies.reduce_seconds(REDUCED * self.parameters / buckets)
             return scalars + max(buckets * bucket - backward, bucket)
-        gather = [self.sharers.gather_seconds(GATHERED * unit) for unit in self.units]
+        gather = [self.sharers.gather_seconds(unit) for unit in self.gathered]
         scatter = [self.sharers.gather_seconds(REDUCED * unit) for unit in self.units]
         reduce = [self.copies.reduce_seconds(REDUCED * unit / self.sharers.size) for unit in self.units]
         scalars *= 3  # the gradient's norm and those of LAMB too

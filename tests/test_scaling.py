@@ -80,9 +80,9 @@ def test_bytes_by_hand(gpus):
     ring = (gpus - 1) / gpus
     ddp, fsdp, hsdp = (Setup(config, method, gpus) for method in Method)
     assert ddp.sent()[0] == pytest.approx(2 * ring * 4 * count)
-    assert fsdp.sent()[0] == pytest.approx(ring * (2 * root + 2 * 2 * (count - root) + 4 * count))
+    assert fsdp.sent()[0] == pytest.approx(ring * (4 * root + 2 * 2 * (count - root) + 4 * count))
     across = 2 * (nodes - 1) / nodes * 4 * count / 8
-    assert hsdp.sent() == pytest.approx((7 / 8 * (8 * count - 2 * root) + across, across))
+    assert hsdp.sent() == pytest.approx((7 / 8 * 8 * count + across, across))
     if gpus == 8:
         assert ddp.sent()[1] == fsdp.sent()[1] == hsdp.sent()[1] == 0
     else:
@@ -99,7 +99,8 @@ def test_activations_by_hand():
     block = 16 * hidden + 6 * inner + 2 * heads * 8
     head = 0.5 * (12 * hidden + 2 * vocab)
     assert setup.activation_bytes(recompute=False) == 3 * 8 * (layers * (block + 8 * hidden) + 4 * hidden + head)
-    assert setup.activation_bytes(recompute=True) == 3 * 8 * (layers * 12 * hidden + block + 4 * hidden + head)
+    recomputed = layers * 16 * hidden + max(14 * hidden + 2 * heads * 8, 2 * hidden + 6 * inner)
+    assert setup.activation_bytes(recompute=True) == 3 * 8 * (recomputed + 4 * hidden + head)
 
 
 def test_exposed_by_hand():
@@ -114,7 +115,8 @@ def test_exposed_by_hand():
     )
     fsdp = Setup(TINY, Method.FSDP, 4, cluster=slow)
     root, *blocks = fsdp.units
-    passes = [everywhere.gather_seconds(2 * unit) for unit in (root, *blocks, *blocks)]
+    passes = [everywhere.gather_seconds(4 * root)]
+    passes += [everywhere.gather_seconds(2 * unit) for unit in (*blocks, *blocks)]
     scatters = [everywhere.gather_seconds(4 * unit) for unit in fsdp.units]
     scalars = 3 * everywhere.reduce_seconds(8)
     assert fsdp.exposed_seconds() == pytest.approx(scalars + sum(passes) + sum(scatters))
@@ -124,14 +126,15 @@ def test_exposed_by_hand():
     node, ports = Group(hidden.cluster, 4, 4), Group(hidden.cluster, 2, 1)
     assert hsdp.exposed_seconds() == pytest.approx(
         3 * hsdp.everywhere.reduce_seconds(8)
-        + node.gather_seconds(2 * root) + node.gather_seconds(4 * root) + ports.reduce_seconds(4 * root / 4)
+        + node.gather_seconds(4 * root) + node.gather_seconds(4 * root) + ports.reduce_seconds(4 * root / 4)
     )  # fmt: skip
 
 
 def test_nvlink_and_network_work_at_the_same_time():
     hsdp = Setup(TINY, Method.HSDP, 8, cluster=dataclasses.replace(ROUND, hidden=0.0))
     node, ports = Group(hsdp.cluster, 4, 4), Group(hsdp.cluster, 2, 1)
-    gathers = [node.gather_seconds(2 * unit) for unit in hsdp.units]
+    root, *blocks = hsdp.units
+    gathers = [node.gather_seconds(4 * root), *(node.gather_seconds(2 * block) for block in blocks)]
     by_node = sum(gathers[1:]) + sum(node.gather_seconds(4 * unit) for unit in hsdp.units)
     by_network = sum(ports.reduce_seconds(4 * unit / 4) for unit in hsdp.units)
     scalars = 3 * hsdp.everywhere.reduce_seconds(8)
@@ -141,7 +144,9 @@ def test_nvlink_and_network_work_at_the_same_time():
 def test_working_memory_by_hand():
     ddp, fsdp = (Setup(TINY, method, 4) for method in (Method.DDP, Method.FSDP))
     assert ddp.working_bytes() == 2 * ddp.parameters
-    assert fsdp.working_bytes() == 2 * 2 * max(fsdp.units) + 4 * max(fsdp.units)
+    assert fsdp.working_bytes() == (2 * 2 + 4) * max(fsdp.units[1:]) > (4 + 4) * fsdp.units[0]
+    wide = Setup(dataclasses.replace(TINY, vocab_size=10_000), Method.FSDP, 4)
+    assert wide.working_bytes() == (4 + 4) * wide.units[0]
     kept = fsdp.activation_bytes(recompute=True)
     assert fsdp.memory_bytes(recompute=True) == fsdp.state_bytes() + fsdp.working_bytes() + kept
 
