@@ -37,7 +37,8 @@ test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # What docs/faults.md promises.
-FAULTS := faults hosts resume skipping checkpoint manifest metrics stop_signal skipped_steps fresh_store token_ids malicious fuzz
+FAULTS := faults hosts recipes resume sharding skipping checkpoint manifest metrics stop_signal skipped_steps fresh_store \
+	token_ids malicious fuzz
 
 test-faults: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(FAULTS:%=tests/test_%.py)

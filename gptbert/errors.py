@@ -31,4 +31,4 @@ class StoppedError(OneLineError):
 
 def first_line(error: BaseException) -> str:
     """What a library says of its error, cut to the one line that a message has room for."""
-    return str(error).partition("\n")[0]
+    return str(error).strip().partition("\n")[0]

@@ -3,6 +3,7 @@
 `make test` reads the same two thousand files each time; `make fuzz` reads others, for minutes.
 """
 
+import dataclasses
 import gzip
 import json
 import shutil
@@ -10,8 +11,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
+from torch.distributed.fsdp import fully_shard
 
 from gptbert import checkpoint, manifest
 from gptbert.checkpoint import Checkpoint
@@ -73,6 +76,11 @@ def valid(tmp_path_factory, tiny, make_config):
     state = Checkpoint(3, weights, weights, optimizer.state_dict(), [rank], skipped, counts)
     saved = checkpoint.save(state, run, tiny, World(0, 1, torch.device("cpu")))
     saved.rename(folder / "checkpoint")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    models = [fully_shard(GPTBert(tiny)).state_dict() for _ in range(2)]
+    sharded = dataclasses.replace(state, model=models[0], ema=models[1])
+    checkpoint.save(sharded, run, tiny, World(0, 1, torch.device("cpu"))).rename(folder / "sharded")
+    dist.destroy_process_group()
     lines = [{"step": step, "train/loss": 5.0 / step} for step in range(1, 6)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "corpus.jsonl").write_text('"one"\n{"text": "two é"}\n["a"]\n"three"\n')
@@ -117,7 +125,7 @@ def damaged_checkpoint(valid, place, name, content):
         ("tokens", "t.safetensors"), *(("tokens", f"{name}.bin") for name in TYPES), ("tokenizer", "tokenizer.json"),
         ("model_config", "checkpoint/model_config.json"), ("resumed", "checkpoint"), ("model", "checkpoint"),
         ("state", "checkpoint/training_state.pt"), ("records", "metrics.jsonl"), ("corpus", "corpus.txt"),
-        ("resumed_settings", "checkpoint"), ("manifest", "checkpoint"),
+        ("resumed_settings", "checkpoint"), ("manifest", "checkpoint"), ("model", "sharded"),
     ],
 )  # fmt: skip
 def test_what_is_whole_is_read(sandbox, valid, reader, name):
@@ -177,6 +185,18 @@ def test_checkpoints(sandbox, valid, place, reader, data):
     }
     content = data.draw(data.draw(st.sampled_from(damages[original.suffix]))(original.read_bytes()))
     read(sandbox, reader, damaged_checkpoint(valid, place, original.name, content))
+
+
+@examples(0.7)
+@given(data=st.data())
+def test_shards(sandbox, valid, place, data):
+    folder = place / "sharded"
+    if not folder.exists():
+        shutil.copytree(valid / "sharded", folder)
+    (original,) = (valid / "sharded" / "shards").iterdir()
+    put(folder / "shards", original.name, data.draw(damage.damaged_safetensors(original.read_bytes())))
+    manifest.write(folder)
+    read(sandbox, "model", folder)
 
 
 @examples(0.5)
