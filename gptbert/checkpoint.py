@@ -335,6 +335,7 @@ def _write(checkpoint: Checkpoint, temporary: Path, config: TrainConfig, model_c
             for index, values in checkpoint.optimizer["state"].items()
         }
         state["optimizer"] = checkpoint.optimizer | {"state": rest}
+        (temporary / _SHARDS).mkdir()
     else:
         for name, weights in (("model", checkpoint.model), ("ema", checkpoint.ema)):
             _write_weights(temporary / f"{name}.safetensors", weights, model_config)

@@ -1,5 +1,6 @@
 """`manifest.json` of a folder: size and SHA-256 of each of its files, so that damage shows before anything is used."""
 
+import errno
 import hashlib
 import json
 from collections.abc import Iterable
@@ -27,11 +28,12 @@ def write(folder: Path, known: dict[str, Entry] | None = None) -> None:
         known: entries of files that others have read already.
 
     Raises:
-        FileNotFoundError: a known file is not there.
+        FileNotFoundError: a known file is not to be seen from here.
     """
     entries = dict(known or {})
-    for name in entries:
-        (folder / name).stat()
+    if hidden := [name for name in entries if not (folder / name).is_file()]:
+        reason = f"{hidden[0]} of another host is not to be seen here; --output_dir must be one folder for all hosts"
+        raise FileNotFoundError(errno.ENOENT, reason)
     files = (path for path in folder.rglob("*") if path.is_file() and path != folder / NAME)
     names = sorted(path.relative_to(folder).as_posix() for path in files)
     entries |= {name: entry(folder / name) for name in names if name not in entries}

@@ -4,7 +4,10 @@ PyTorch's `fully_shard` (FSDP2; Zhao et al. 2023, arXiv 2304.11277) gathers a bl
 and again before its backward, lets go of them after both, and averages gradients to the rank that holds the part.
 """
 
+from datetime import timedelta
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -39,12 +42,20 @@ def shard(models: list[GPTBert], config: TrainConfig, world: World) -> None:
     Raises:
         InputError: see `shard_size`.
     """
-    size = shard_size(config, world)
-    copies = world.world_size // size
-    shape, names = ((size,), ("shard",)) if copies == 1 else ((copies, size), ("replicate", "shard"))
-    mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
+    mesh = _mesh(shard_size(config, world), config, world)
     for model in models:
         _shard(model, mesh, mixed_precision=config.mixed_precision)
+
+
+def _mesh(size: int, config: TrainConfig, world: World) -> DeviceMesh:
+    """Ranks [copies, size], or [size] of a single copy; groups that it makes wait as long as that of all ranks."""
+    device = world.device.type
+    if size == world.world_size:
+        return init_device_mesh(device, (size,), mesh_dim_names=("shard",))
+    ranks, timeout = torch.arange(world.world_size).view(-1, size), timedelta(seconds=config.timeout)
+    lines = (ranks.T.tolist(), ranks.tolist())
+    groups = [dist.new_subgroups_by_enumeration(each, timeout=timeout)[0] for each in lines]
+    return DeviceMesh.from_group(groups, device, mesh=ranks, mesh_dim_names=("replicate", "shard"))
 
 
 def _shard(model: GPTBert, mesh: DeviceMesh, *, mixed_precision: bool) -> None:

@@ -22,7 +22,7 @@ def save_shards(tensors: dict[str, Tensor], folder: Path, world: World) -> dict[
 
     Args:
         tensors: by name, DTensors; where ranks hold the same part, one of them writes it.
-        folder: of files that belong together, and where there are none yet.
+        folder: an empty one.
         world: the processes over which the tensors are spread.
 
     Returns:
@@ -31,7 +31,6 @@ def save_shards(tensors: dict[str, Tensor], folder: Path, world: World) -> dict[
     Raises:
         InputError: a disk refuses; on every rank.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     try:
         dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
     except CheckpointException as error:

@@ -69,3 +69,13 @@ def test_a_manifest_of_no_use_is_damage_too(folder, content):
         (folder / "manifest.json").write_text(content)
     with pytest.raises(InputError):
         manifest.check(folder)
+
+
+def test_known_entries_are_not_read_again_but_must_be_there(folder):
+    known = {"inside/b.txt": {"bytes": 5, "sha256": "of another host"}}
+    manifest.write(folder, known)
+    with pytest.raises(InputError, match=r"^inside/b.txt: its content"):
+        manifest.check(folder)
+    manifest.check(folder, ["a.bin", "empty"])
+    with pytest.raises(FileNotFoundError, match=r"c\.bin of another host is not to be seen here; --output_dir"):
+        manifest.write(folder, {"c.bin": {"bytes": 5, "sha256": ""}})

@@ -211,6 +211,16 @@ def a_checkpoint_is_taken_in_parts_and_whole_again(world, arguments):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+def groups_wait_as_long_as_the_run_does(world, arguments):
+    trainer = make_trainer(world, arguments)
+    mesh = trainer.model.embedding.word_embedding.weight.device_mesh
+    assert mesh.mesh_dim_names == ("replicate", "shard")
+    assert mesh.mesh.tolist() == [[0], [1]]
+    for name in mesh.mesh_dim_names:
+        options = mesh.get_group(name)._get_backend(CPU).options
+        assert options._timeout.total_seconds() == trainer.config.timeout
+
+
 def everything_at_once_is_ddp(world, arguments):
     """In bf16 too: autocast makes of whole weights what is gathered. Inductor is left out, which takes minutes."""
     trainer_module.COMPILE_FROM_FLOPS["cpu"] = 0
@@ -234,6 +244,7 @@ def everything_at_once_is_ddp(world, arguments):
     ("check", "settings"),
     [
         (a_rank_holds_its_part, {"parallel": "fsdp"}),
+        (groups_wait_as_long_as_the_run_does, {"parallel": "fsdp", "shard_size": 1, "timeout": 77}),
         (a_checkpoint_is_taken_in_parts_and_whole_again, {"parallel": "fsdp", "name": "one", "resume": "auto"}),
         (everything_at_once_is_ddp, {"mixed_precision": True, "config_file": "model.json"}),
     ],
