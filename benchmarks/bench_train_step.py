@@ -151,7 +151,7 @@ def _run(case: Case, config: StepBenchConfig, rank: int, port: int) -> Result:
         with watch.installed():
             with patch.dict(trainer_module.COMPILE_FROM_FLOPS, cpu=0, cuda=0):
                 trainer = Trainer(train_config, inputs, HybridPlan(train_config, case.ranks), world)
-            with Prefetcher(trainer.load_rows, 0, train_config.max_steps) as rows:
+            with Prefetcher(trainer.rows.load, 0, train_config.max_steps) as rows:
                 for step in range(train_config.max_steps):
                     steps.append(watch.step(lambda step=step: trainer.train_step(rows.get(step))))
                     trainer.step += 1
@@ -180,7 +180,7 @@ def _run(case: Case, config: StepBenchConfig, rank: int, port: int) -> Result:
 
 def labelled_share(trainer: Trainer, step: int) -> float:
     """Share of the positions that carry a label."""
-    (batch,) = trainer._batches(trainer.load_rows(step))  # noqa: SLF001
+    (batch,) = trainer.rows.batches(trainer.rows.load(step), step)
     return (batch.labels != IGNORE_INDEX).double().mean().item()
 
 

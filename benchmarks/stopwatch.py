@@ -18,6 +18,7 @@ from benchmarks import machine
 from gptbert import trainer as trainer_module
 from gptbert.data import Prefetcher
 from gptbert.distributed import World
+from gptbert.step_rows import StepRows
 from gptbert.trainer import Trainer
 
 PARTS = ("waiting", "masking", "forward", "backward", "reduction", "optimizer", "rest")
@@ -40,7 +41,7 @@ class Stopwatch:
         """Inside, the functions that are a part of the step are timed."""
         parts = [
             ("waiting", Prefetcher, "get"),
-            ("masking", Trainer, "_batches"),
+            ("masking", StepRows, "batches"),
             ("forward", Trainer, "_forward"),
             ("reduction", World, "all_reduce_sum"),
             ("optimizer", trainer_module, "update_weights"),
@@ -48,7 +49,7 @@ class Stopwatch:
         with ExitStack() as stack:
             for part, owner, name in parts:
                 stack.enter_context(patch.object(owner, name, self._timed(part, getattr(owner, name))))
-            stack.enter_context(patch.object(Trainer, "load_rows", self._timed_rows(Trainer.load_rows)))
+            stack.enter_context(patch.object(StepRows, "load", self._timed_rows(StepRows.load)))
             stack.enter_context(patch.object(Tensor, "backward", self._timed_backward(Tensor.backward)))
             stack.enter_context(patch.object(World, "wrap", self._watched_reduction(World.wrap)))
             yield
@@ -73,11 +74,11 @@ class Stopwatch:
 
         return timed
 
-    def _timed_rows(self, load_rows: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(load_rows)
+    def _timed_rows(self, load: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(load)
         def timed(*args: Any) -> Any:
             start = time.perf_counter()
-            result = load_rows(*args)
+            result = load(*args)
             self.rows.append(time.perf_counter() - start)
             return result
 

@@ -5,7 +5,6 @@ import importlib
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -16,26 +15,25 @@ from gptbert import checkpoint, schedules
 from gptbert.checkpoint import Checkpoint
 from gptbert.compilation import compile_blocks
 from gptbert.config import TrainConfig
-from gptbert.data import Prefetcher, RowStream
+from gptbert.data import Prefetcher
 from gptbert.distributed import World, connect
 from gptbert.errors import InputError, SharedError, StoppedError
 from gptbert.evaluate import Validation
 from gptbert.flops import product_rate, training_flops
-from gptbert.inputs import Inputs, naming
-from gptbert.mask_history import MaskHistory
+from gptbert.inputs import Inputs
 from gptbert.memory import peak_memory
 from gptbert.metrics import LossSums, Throughput, Trackers, perplexity
 from gptbert.micro_batch import micro_batch_rows
-from gptbert.model import IGNORE_INDEX, GPTBert
-from gptbert.objectives import Batch, HybridPlan, Masking, Objective, Share, causal_batch, masked_batch
+from gptbert.model import GPTBert
+from gptbert.objectives import Batch, HybridPlan, Objective
 from gptbert.optim import WeightAverage, build_optimizer, new_moments, update_weights
 from gptbert.preparation import prepare_kernels, prepare_run_dir
 from gptbert.progress import brief, progress_bar, say
 from gptbert.sharding import let_go, load_moments, load_weights, shard, shard_size
 from gptbert.skipped_steps import SkippedSteps
+from gptbert.step_rows import LoadedShare, StepRows
 from gptbert.stop_signal import StopSignal
 from kernels import MaskedCrossEntropy
-from kernels.padding import padded_length
 from kernels.span_mask import DEFAULT_MAX_SPAN_LENGTH
 
 # needed by one process in the whole run: an hour or so of a laptop's core, and minutes of a GPU
@@ -127,13 +125,8 @@ class Trainer:
         self.sums = LossSums(world.device)
         self.skipped_steps = SkippedSteps(world.device)
         self.stop_signal = StopSignal(world)
-        self.mask_history = MaskHistory(inputs.train_store.num_tokens, world) if config.mask_history else None
+        self.rows = StepRows(config, inputs, plan, world)
         self.validation = Validation(config, inputs.valid_store, world, inputs.vocab_size)
-        self.streams = {
-            objective: RowStream(inputs.train_store, config.seq_length, (config.seed, index))
-            for index, objective in enumerate(Objective)
-        }
-        self.refusal: str | None = None  # why a row of this rank cannot be trained; see `load_rows`
         self.step = 0
         dtype = torch.bfloat16 if config.mixed_precision else torch.float32
         self.product_rate = product_rate(world.device, dtype, quick=True)
@@ -152,7 +145,7 @@ class Trainer:
             settings = {**config.to_dict(), **dataclasses.asdict(self.inputs.model_config)}
             with self.world.agreed():
                 trackers = stack.enter_context(Trackers(config, self.world, settings, self.step))
-            rows = stack.enter_context(Prefetcher(self.load_rows, self.step, config.max_steps))
+            rows = stack.enter_context(Prefetcher(self.rows.load, self.step, config.max_steps))
             bar = stack.enter_context(progress_bar(config, self.world, self.step))
             throughput = Throughput(self.plan.tokens_before(self.step))
             while self.step < config.max_steps:
@@ -181,55 +174,19 @@ class Trainer:
                         f"{config.run_dir}; the same command with --resume auto goes on"
                     )
 
-    def load_rows(self, step: int) -> list[tuple[Share, dict[str, Tensor]]]:
-        """This rank's rows of a step, on the host, padded for `span_mask`; called ahead of time on another thread.
-
-        Rows that cannot be trained are left out. The other ranks are in the middle of a step then, so the reason waits
-        for the next record or checkpoint, where all of them meet: see `agree_on_rows`.
-        """
-        loaded = []
-        for share in self.plan.shares(step, self.world.rank):
-            try:
-                with naming("--train_path"):
-                    rows = self.streams[share.objective].rows(share.first_slot, share.num_rows, share.length_factor)
-            except InputError as error:
-                self.refusal = str(error)
-                continue
-            tensors = {field.name: torch.from_numpy(getattr(rows, field.name)) for field in dataclasses.fields(rows)}
-            if self.mask_history is None:
-                del tensors["positions"]
-            padding = padded_length(rows.tokens.shape[1]) - rows.tokens.shape[1]
-            tensors |= {
-                name: F.pad(tensor, (0, padding), value=-1) for name, tensor in tensors.items() if tensor.ndim == 2
-            }
-            if self.world.device.type == "cuda":
-                tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
-            loaded.append((share, tensors))
-        return loaded
-
-    def agree_on_rows(self) -> None:
-        """End the run if any rank has left rows out; every rank must call it.
-
-        Raises:
-            InputError: a token id is outside the vocabulary.
-        """
-        with self.world.agreed():
-            if self.refusal:
-                raise InputError(self.refusal)
-
-    def train_step(self, rows: list[tuple[Share, dict[str, Tensor]]]) -> Tensor:
+    def train_step(self, rows: list[LoadedShare]) -> Tensor:
         """One update of the weights; reads nothing back from the device.
 
         If the gradients of any rank are not finite, the weights, their average, the optimizer's state and the sums of
         losses stay as they are on every rank.
 
         Args:
-            rows: from `load_rows` of this step.
+            rows: from `StepRows.load` of this step.
 
         Returns:
             The gradient's global norm before clipping, a scalar on the device.
         """
-        batches = self._batches(rows)
+        batches = self.rows.batches(rows, self.step)
         scales = self._loss_scales(batches)
         length = schedules.sequence_length(self.config, self.step)
         most_rows = micro_batch_rows(self.config, length, self.world.device)
@@ -258,7 +215,7 @@ class Trainer:
         Raises:
             InputError: too many steps one after another were skipped, or rows were left out.
         """
-        self.agree_on_rows()
+        self.rows.agree()
         longest = self.skipped_steps.longest_row()
         if longest >= self.config.max_skipped_steps:
             raise SharedError(
@@ -330,7 +287,7 @@ class Trainer:
         Raises:
             InputError: weights are not finite, or rows were left out, or the disk refuses.
         """
-        self.agree_on_rows()
+        self.rows.agree()
         random_state = {"cpu": torch.get_rng_state()}
         if self.world.device.type == "cuda":
             random_state["cuda"] = torch.cuda.get_rng_state(self.world.device)
@@ -349,7 +306,7 @@ class Trainer:
             optimizer=self.optimizer.state_dict(),
             rank_states=rank_states,
             skipped_steps=self.skipped_steps.counts,
-            mask_counts=self.mask_history.counts if self.mask_history else None,
+            mask_counts=self.rows.mask_history.counts if self.rows.mask_history else None,
         )
         checkpoint.save(state, self.config, self.inputs.model_config, self.world)
 
@@ -368,8 +325,8 @@ class Trainer:
         load_weights(self.ema.model, resumed.ema)
         load_moments(self.optimizer, resumed.optimizer["state"])
         self.skipped_steps.counts.copy_(resumed.skipped_steps)
-        if self.mask_history and resumed.mask_counts is not None:
-            self.mask_history.counts.copy_(resumed.mask_counts)
+        if self.rows.mask_history and resumed.mask_counts is not None:
+            self.rows.mask_history.counts.copy_(resumed.mask_counts)
         if len(resumed.rank_states) == self.world.world_size:
             mine = resumed.rank_states[self.world.rank]
             torch.set_rng_state(mine["random"]["cpu"])
@@ -380,36 +337,6 @@ class Trainer:
             torch.manual_seed((self.config.seed << 20) + (self.step << 10) + self.world.rank)
             if self.world.is_main:
                 self.sums.sums.copy_(sum(state["sums"] for state in resumed.rank_states))
-
-    def _batches(self, rows: list[tuple[Share, dict[str, Tensor]]]) -> list[Batch]:
-        """Move rows to the device and make the objective's inputs and labels of them there."""
-        device = self.world.device
-        batches, masked_positions = [], None
-        for share, tensors in rows:
-            on_device = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
-            width = share.length_factor * self.config.seq_length + 1
-            tokens, document_ids = (on_device[name][:, :width] for name in ("tokens", "document_ids"))
-            if share.objective is Objective.CLM:
-                batches.append(causal_batch(tokens, document_ids))
-                continue
-            counts = None
-            if self.mask_history:
-                masked_positions = on_device["positions"][:, 1:width]
-                counts = self.mask_history.lookup(on_device["positions"])[:, :width]
-            batches.append(masked_batch(tokens, document_ids, on_device["row_ids"], self._masking(), counts))
-        if self.mask_history:
-            self._count_masks(batches, masked_positions)
-        return batches
-
-    def _count_masks(self, batches: list[Batch], positions: Tensor | None) -> None:
-        """Tell the masking history what this step masks, on all ranks."""
-        length = schedules.sequence_length(self.config, self.step)
-        rows = self.plan.num_rows(Objective.MLM, self.step)
-        capacity = -(-rows // max(1, len(self.plan.ranks(Objective.MLM))))
-        labels = next((batch.labels for batch in batches if batch.objective is Objective.MLM), None)
-        if labels is None:
-            labels = positions = torch.full((0, length), IGNORE_INDEX, device=self.world.device)
-        self.mask_history.update(positions, labels, capacity)
 
     def _loss_scales(self, batches: list[Batch]) -> dict[Objective, Tensor]:
         """Factors that turn a rank's sums into its part of the step's loss.
@@ -462,10 +389,6 @@ class Trainer:
         mask_p = schedules.mask_probability(self.config, self.step)
         most = int((length + 1) * mask_p) + 1 + (DEFAULT_MAX_SPAN_LENGTH - 1)  # the last span may stick out
         return rows * min(length, most)
-
-    def _masking(self) -> Masking:
-        mask_p = schedules.mask_probability(self.config, self.step)
-        return Masking.of(self.config, self.inputs.vocab_size, mask_p=mask_p, seed=self.config.seed)
 
     def _synchronised(self, is_last: bool) -> AbstractContextManager:
         """Gradients are reduced over ranks once a step, in the backward of the last micro-batch."""

@@ -110,7 +110,7 @@ def test_a_whole_run_compiles_its_shapes_once(tmp_path, even_short_runs):
     trainer = Trainer(config, Inputs.open(config), HybridPlan(config, 1), World(0, 1, CPU))
     graphs, shapes = [counters["stats"]["unique_graphs"]], []
     for step in range(config.max_steps):
-        trainer.train_step(trainer.load_rows(step))
+        trainer.train_step(trainer.rows.load(step))
         trainer.step += 1
         if step in {0, 30, 37}:
             trainer.validation_record()

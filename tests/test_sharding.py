@@ -174,7 +174,7 @@ def make_trainer(world, arguments):
 
 def a_rank_holds_its_part(world, arguments):
     trainer = make_trainer(world, arguments)
-    batch = trainer._batches(trainer.load_rows(0))[0]
+    batch = trainer.rows.batches(trainer.rows.load(0), 0)[0]
     params = list(trainer.model.parameters())
     with trainer._synchronised(is_last=False):
         trainer._forward(batch).total.backward()
@@ -183,7 +183,7 @@ def a_rank_holds_its_part(world, arguments):
         trainer._forward(batch).total.backward()
     trainer.optimizer.zero_grad()
     for step in range(2):
-        norm = trainer.train_step(trainer.load_rows(step))
+        norm = trainer.train_step(trainer.rows.load(step))
         assert not isinstance(norm, DTensor)
         trainer.step += 1
         trainer.validation_record()
@@ -233,7 +233,7 @@ def everything_at_once_is_ddp(world, arguments):
         norms = []
         for trainer in (ddp, fsdp):
             torch.manual_seed(step)  # of dropout
-            norms.append(trainer.train_step(trainer.load_rows(step)))
+            norms.append(trainer.train_step(trainer.rows.load(step)))
             trainer.step += 1
         torch.testing.assert_close(norms[1], norms[0], rtol=1e-4, atol=0)
         torch.testing.assert_close(fsdp.sums.sums, ddp.sums.sums, rtol=1e-4, atol=0)
@@ -281,4 +281,4 @@ def test_ranks_must_divide_into_copies(inputs, make_config):
 def test_one_process_has_nothing_to_shard(inputs):
     trainer = make_trainer(World(0, 1, CPU), flags(inputs, parallel="fsdp"))
     assert not any(isinstance(param, DTensor) for param in trainer.model.parameters())
-    assert trainer.train_step(trainer.load_rows(0)) > 0
+    assert trainer.train_step(trainer.rows.load(0)) > 0

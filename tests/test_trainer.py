@@ -42,8 +42,8 @@ def test_the_step_is_the_formula(inputs):
     """Clipped gradient of (num/den)·mean MLM + (1−num/den)·mean CLM + z-loss, from one plain forward over all rows."""
     settings = {"optimizer": "adamw", "local_batch_size": 3, "max_gradient": 0.5}  # LAMB clips out of sight
     trainer = make_trainer(inputs, config_file=inputs / "no_dropout.json", **settings)
-    rows = trainer.load_rows(0)
-    batches = {batch.objective: batch for batch in trainer._batches(rows)}
+    rows = trainer.rows.load(0)
+    batches = {batch.objective: batch for batch in trainer.rows.batches(rows, 0)}
     loss = 0.0
     for objective, weight in ((Objective.MLM, 1 / 4), (Objective.CLM, 3 / 4)):
         batch = batches[objective]
@@ -69,7 +69,7 @@ def test_averages_and_learning_rate_follow_every_step(inputs):
     trainer = make_trainer(inputs, ema_decay=0.9)
     expected = [param.detach().clone() for param in trainer.model.parameters()]
     for step in range(3):
-        trainer.train_step(trainer.load_rows(step))
+        trainer.train_step(trainer.rows.load(step))
         trainer.step += 1
         rates = {group["lr"] for group in trainer.optimizer.param_groups}
         assert rates == {learning_rate(trainer.config, step)}
@@ -100,7 +100,7 @@ def test_a_step_reads_nothing_back_from_the_device(inputs, monkeypatch, mask_his
     trainer = make_trainer(inputs, mask_history=mask_history, mixed_precision=True, local_batch_size=2)
     monkeypatch.setattr(trainer, "_label_capacity", lambda batch: Trainer._label_capacity(on_gpu(trainer), batch))
     steps_on_host = lambda: {id(state["step"]) for state in trainer.optimizer.state.values() if state}  # noqa: E731
-    rows = [trainer.load_rows(step) for step in range(2)]
+    rows = [trainer.rows.load(step) for step in range(2)]
     with HostReads(steps_on_host) as reads:
         for row in rows:
             trainer.train_step(row)
@@ -120,7 +120,7 @@ def on_gpu(trainer):
 
 def test_label_capacity_is_an_upper_bound_and_not_a_wasteful_one(inputs):
     trainer = make_trainer(inputs, global_batch_size=256, batch_reduction=1, seq_length=64)
-    for batch in trainer._batches(trainer.load_rows(0)):
+    for batch in trainer.rows.batches(trainer.rows.load(0), 0):
         capacity = Trainer._label_capacity(on_gpu(trainer), batch)
         assert batch.label_count <= capacity
         assert capacity < 1.35 * batch.label_count
@@ -134,7 +134,7 @@ def test_longer_rows_come_in_fewer_at_a_time(inputs, monkeypatch):
     widest = []
     for trainer.step in (0, 7, 9):
         shapes.clear()
-        trainer.train_step(trainer.load_rows(trainer.step))
+        trainer.train_step(trainer.rows.load(trainer.step))
         widest.append(max(shapes))
     length = trainer.config.seq_length
     assert widest == [(8, length), (4, 2 * length), (2, 4 * length)]
@@ -171,7 +171,7 @@ def test_gradients_are_reduced_once_a_step_however_many_micro_batches(inputs, pr
     trainer.parallel_model.register_comm_hook(None, hook)
     for step in range(2):
         reduced.clear()
-        trainer.train_step(trainer.load_rows(step))
+        trainer.train_step(trainer.rows.load(step))
         assert sorted(reduced) == sorted(id(param) for param in trainer.model.parameters())
 
 

@@ -1,0 +1,111 @@
+"""The rows of each step, as one rank trains them: loaded ahead, moved to the device, and masked there."""
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gptbert import schedules
+from gptbert.config import TrainConfig
+from gptbert.data import RowStream
+from gptbert.distributed import World
+from gptbert.errors import InputError
+from gptbert.inputs import Inputs, naming
+from gptbert.mask_history import MaskHistory
+from gptbert.model import IGNORE_INDEX
+from gptbert.objectives import Batch, HybridPlan, Masking, Objective, Share, causal_batch, masked_batch
+from kernels.padding import padded_length
+
+LoadedShare = tuple[Share, dict[str, Tensor]]  # the fields of `Rows`, on the host
+
+
+class StepRows:
+    """Rows and batches of every step of a run.
+
+    Attributes:
+        streams: by objective, the rows of the training documents.
+        mask_history: how often each token was masked, or None.
+    """
+
+    def __init__(self, config: TrainConfig, inputs: Inputs, plan: HybridPlan, world: World) -> None:
+        self._config = config
+        self._vocab_size = inputs.vocab_size
+        self._plan = plan
+        self._world = world
+        self._refusal: str | None = None  # why a row of this rank cannot be trained
+        self.mask_history = MaskHistory(inputs.train_store.num_tokens, world) if config.mask_history else None
+        self.streams = {
+            objective: RowStream(inputs.train_store, config.seq_length, (config.seed, index))
+            for index, objective in enumerate(Objective)
+        }
+
+    def load(self, step: int) -> list[LoadedShare]:
+        """This rank's rows of a step, on the host, padded for `span_mask`; called ahead of time on another thread.
+
+        Rows that cannot be trained are left out. The other ranks are in the middle of a step then, so the reason waits
+        for the next record or checkpoint, where all of them meet: see `agree`.
+        """
+        loaded = []
+        for share in self._plan.shares(step, self._world.rank):
+            try:
+                with naming("--train_path"):
+                    rows = self.streams[share.objective].rows(share.first_slot, share.num_rows, share.length_factor)
+            except InputError as error:
+                self._refusal = str(error)
+                continue
+            tensors = {field.name: torch.from_numpy(getattr(rows, field.name)) for field in dataclasses.fields(rows)}
+            if self.mask_history is None:
+                del tensors["positions"]
+            padding = padded_length(rows.tokens.shape[1]) - rows.tokens.shape[1]
+            tensors |= {
+                name: F.pad(tensor, (0, padding), value=-1) for name, tensor in tensors.items() if tensor.ndim == 2
+            }
+            if self._world.device.type == "cuda":
+                tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+            loaded.append((share, tensors))
+        return loaded
+
+    def agree(self) -> None:
+        """End the run if any rank has left rows out; every rank must call it.
+
+        Raises:
+            InputError: a token id is outside the vocabulary.
+        """
+        with self._world.agreed():
+            if self._refusal:
+                raise InputError(self._refusal)
+
+    def batches(self, loaded: list[LoadedShare], step: int) -> list[Batch]:
+        """Move rows to the device and make the objectives' inputs and labels of them there."""
+        device = self._world.device
+        batches, masked_positions = [], None
+        for share, tensors in loaded:
+            on_device = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+            width = share.length_factor * self._config.seq_length + 1
+            tokens, document_ids = (on_device[name][:, :width] for name in ("tokens", "document_ids"))
+            if share.objective is Objective.CLM:
+                batches.append(causal_batch(tokens, document_ids))
+                continue
+            counts = None
+            if self.mask_history:
+                masked_positions = on_device["positions"][:, 1:width]
+                counts = self.mask_history.lookup(on_device["positions"])[:, :width]
+            batches.append(masked_batch(tokens, document_ids, on_device["row_ids"], self._masking(step), counts))
+        if self.mask_history:
+            self._count_masks(batches, masked_positions, step)
+        return batches
+
+    def _masking(self, step: int) -> Masking:
+        mask_p = schedules.mask_probability(self._config, step)
+        return Masking.of(self._config, self._vocab_size, mask_p=mask_p, seed=self._config.seed)
+
+    def _count_masks(self, batches: list[Batch], positions: Tensor | None, step: int) -> None:
+        """Tell the masking history what this step masks, on all ranks."""
+        length = schedules.sequence_length(self._config, step)
+        rows = self._plan.num_rows(Objective.MLM, step)
+        capacity = -(-rows // max(1, len(self._plan.ranks(Objective.MLM))))
+        labels = next((batch.labels for batch in batches if batch.objective is Objective.MLM), None)
+        if labels is None:
+            labels = positions = torch.full((0, length), IGNORE_INDEX, device=self._world.device)
+        self.mask_history.update(positions, labels, capacity)
