@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from gptbert.command_line import parse, run_command
+from gptbert.command_line import STOPPED, parse, run_command
 from gptbert.config import ModelConfig, TrainConfig
-from gptbert.errors import InputError
+from gptbert.errors import InputError, LostProcessError, SharedError, StoppedError
 
 ROOT = Path(__file__).parents[1]
 # the flags of the command line that users have in their scripts, with the values they give
@@ -243,12 +243,23 @@ def test_names_with_spaces_are_a_folder(make_config):
     assert config.run_dir == Path("runs/Run Name")
 
 
-@pytest.mark.parametrize(("error", "status"), [(InputError("flag is wrong"), 1), (KeyboardInterrupt(), 130)])
-def test_commands_end_with_a_status_and_one_line(capsys, monkeypatch, error, status):
+@pytest.mark.parametrize(
+    ("error", "status", "speakers"),
+    [
+        (SharedError("flag is wrong"), 1, 1),
+        (KeyboardInterrupt(), 130, 1),
+        (StoppedError("stopped by SIGTERM"), STOPPED, 1),
+        (InputError("only here"), 1, 2),
+        (LostProcessError("another process has ended"), 1, 2),
+    ],
+)
+def test_commands_end_with_a_status_and_one_line(capsys, monkeypatch, error, status, speakers):
+    """What all processes know, one says; what one alone knows, that one says."""
+
     def fail(_):
         raise error
 
-    for rank, lines in (("0", 1), ("3", 0)):
+    for rank, lines in (("0", 1), ("3", speakers - 1)):
         monkeypatch.setenv("LOCAL_RANK", rank)
         with pytest.raises(SystemExit) as end:
             run_command(TrainConfig, fail, REQUIRED)
