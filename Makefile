@@ -43,7 +43,7 @@ FAULTS := faults hosts recipes resume sharding skipping checkpoint manifest metr
 test-faults: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(FAULTS:%=tests/test_%.py)
 
-# Files from elsewhere, damaged in other ways each time (86,000 of them).
+# Files from elsewhere, damaged in other ways each time (100,000 of them; five minutes).
 fuzz: install
 	$(BIN)/python -m pytest -n 2 tests/test_malicious.py tests/test_fuzz.py --hypothesis-profile fuzz
 

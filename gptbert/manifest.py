@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from gptbert.errors import InputError
+from gptbert.errors import InputError, first_line
 from gptbert.json_file import read_json
 
 Entry = dict[str, int | str]
@@ -61,13 +61,22 @@ def check(folder: Path, names: Iterable[str] | None = None) -> None:
     for name in entries if names is None else names:
         if name not in entries:
             raise InputError(f"{name}: not in {NAME}")
-        path, size = folder / name, entries[name].get("bytes")
-        if not path.is_file():  # a pipe or device may never end
-            raise InputError(f"{name}: no such file")
-        if path.stat().st_size != size:
-            raise InputError(f"{name}: {path.stat().st_size} bytes instead of {size}")
-        if _digest(path) != entries[name].get("sha256"):
-            raise InputError(f"{name}: its content has changed since it was written")
+        try:
+            _check_file(folder, name, entries[name])
+        except (OSError, ValueError) as error:  # a name that is too long, say, or holds a zero
+            raise InputError(f"{name[:100]}: cannot be read ({first_line(error)[:100]})") from error
+
+
+def _check_file(folder: Path, name: str, expected: Entry) -> None:
+    path, size = folder / name, expected.get("bytes")
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise InputError(f"{name[:100]}: is not in the folder")
+    if not path.is_file():  # a pipe or device may never end
+        raise InputError(f"{name}: no such file")
+    if path.stat().st_size != size:
+        raise InputError(f"{name}: {path.stat().st_size} bytes instead of {str(size)[:20]}")
+    if _digest(path) != expected.get("sha256"):
+        raise InputError(f"{name}: its content has changed since it was written")
 
 
 def _digest(path: Path) -> str:

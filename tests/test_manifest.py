@@ -79,3 +79,14 @@ def test_known_entries_are_not_read_again_but_must_be_there(folder):
     manifest.check(folder, ["a.bin", "empty"])
     with pytest.raises(FileNotFoundError, match=r"c\.bin of another host is not to be seen here; --output_dir"):
         manifest.write(folder, {"c.bin": {"bytes": 5, "sha256": ""}})
+
+
+@pytest.mark.parametrize(
+    "name", ["a" * 5000, "nul\0", "\ud800", "../outside", "/etc/hostname", "inside/../../outside", "", "."]
+)
+def test_names_of_no_use_are_refused(folder, name):
+    (folder.parent / "outside").write_bytes(b"")
+    entries = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(entries | {name: entries["empty"]}))
+    with pytest.raises(InputError):
+        manifest.check(folder)
