@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -94,6 +95,8 @@ def _end(message: str, status: int) -> None:
     if message:
         print(message, file=sys.stderr)
     if "RANK" in os.environ:
+        if status and not message:
+            time.sleep(2)  # torchrun ends all when the first has ended, also the one that has yet to say why
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -54,9 +54,10 @@ def _check_optimizer(optimizer: Any, weights: Mapping[str, Tensor]) -> None:
     """Each parameter has a dictionary of numbers and of tensors of its shape, or none has."""
     if type(optimizer) is not dict or type(optimizer.get("state")) is not dict:
         raise InputError("its optimizer state is of another form")
+    names = {"step", "exp_avg", "exp_avg_sq"} if weights else {"step"}  # of LAMB and AdamW; moments may be in shards
     shapes: dict[str, Counter[torch.Size]] = {}
     for index, values in optimizer["state"].items():
-        if type(index) is not int or type(values) is not dict:
+        if type(index) is not int or type(values) is not dict or set(values) not in (set(), names):
             raise InputError("its optimizer state is of another form")
         for name, value in values.items():
             if isinstance(value, Tensor) and value.is_floating_point():
