@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim import AdamW, Optimizer
 
 from gptbert.config import TrainConfig
+from gptbert.sharding import let_go, local, whole
 from kernels import lamb_step
 
 
@@ -100,15 +100,15 @@ class Lamb(Optimizer):
         gradient_norm = None
         if len(calls) != 1 and max_grad_norm is not None:  # the norm is of all, so it comes first
             grads = [param.grad for members in calls.values() for param, _ in members]
-            gradient_norm = _whole(get_total_norm(grads))
+            gradient_norm = whole(get_total_norm(grads))
         for members in calls.values():
             params, (_, group) = [param for param, _ in members], members[0]
             states = [self._state_of(param) for param in params]
             norm = lamb_step(  # that of all gradients, whether it is given or computed
-                [_local(param) for param in params],
-                [_local(param.grad).contiguous() for param in params],
-                [_local(state["exp_avg"]) for state in states],
-                [_local(state["exp_avg_sq"]) for state in states],
+                [local(param) for param in params],
+                [local(param.grad).contiguous() for param in params],
+                [local(state["exp_avg"]) for state in states],
+                [local(state["exp_avg_sq"]) for state in states],
                 [state["step"] for state in states],
                 lr=group["lr"],
                 beta1=group["betas"][0],
@@ -117,7 +117,7 @@ class Lamb(Optimizer):
                 weight_decay=[group["weight_decay"] for _, group in members],
                 max_grad_norm=max_grad_norm,
                 gradient_norm=gradient_norm,
-                averages=[_local(averages[param]) for param in params] if averages else None,
+                averages=[local(averages[param]) for param in params] if averages else None,
                 average_decay=average_decay,
                 group=group_of_shards,
             )
@@ -143,18 +143,13 @@ class WeightAverage:
         decay: what is left of the average after a step.
 
     Args:
-        model: whose weights the average begins with.
+        model: whose weights the average begins with; whole. To shard it, shard the average's model too.
         decay: see above.
-        copy: a model with the same parameters, whatever their values, to hold the average; None makes one. Models that
-            fully_shard has sharded cannot be copied, so they need one that is sharded alike.
     """
 
-    def __init__(self, model: nn.Module, decay: float, copy: nn.Module | None = None) -> None:
-        self.model = (deepcopy(model) if copy is None else copy).eval().requires_grad_(False)
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model = deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
-        with torch.no_grad():
-            for param, average in self.of(model).items():
-                average.copy_(param)
 
     @torch.no_grad()
     def update(self, model: nn.Module, gradient_norm: Tensor | None = None) -> None:
@@ -163,25 +158,15 @@ class WeightAverage:
 
     def of(self, model: nn.Module) -> dict[Tensor, Tensor]:
         """The average of each parameter of the model, sharded as it is."""
-        if isinstance(self.model, FSDPModule):
-            self.model.reshard()  # a forward without backward leaves whole parameters behind
+        let_go(self.model)
         return dict(zip(model.parameters(), self.model.parameters(), strict=True))
 
 
 def _move_averages(averages: Mapping[Tensor, Tensor], decay: float, gradient_norm: Tensor | None) -> None:
     weight = 1 - decay if gradient_norm is None else torch.where(gradient_norm.isfinite(), 1 - decay, 0.0)
     for param, average in averages.items():
-        values = _local(average)
-        values.lerp_(_local(param), weight.to(values) if isinstance(weight, Tensor) else weight)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """What this process has of it."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        values = local(average)
+        values.lerp_(local(param), weight.to(values) if isinstance(weight, Tensor) else weight)
 
 
 def _shard_group(params: Iterable[Tensor]) -> ProcessGroup | None:
@@ -218,7 +203,7 @@ def update_weights(optimizer: Optimizer, model: nn.Module, average: WeightAverag
     """
     if isinstance(optimizer, Lamb):
         return optimizer.clip_step_average(max_grad_norm, average.of(model), average.decay)
-    gradient_norm = _whole(clip_grad_norm_(model.parameters(), max_grad_norm))
+    gradient_norm = whole(clip_grad_norm_(model.parameters(), max_grad_norm))
     optimizer.found_inf = (~gradient_norm.isfinite()).float()  # as GradScaler tells the fused kernel to skip
     optimizer.step()
     del optimizer.found_inf
@@ -245,12 +230,3 @@ def build_optimizer(config: TrainConfig, model: nn.Module) -> Optimizer:
     }
     groups = parameter_groups(model, config.weight_decay)
     return Lamb(groups, **settings) if config.optimizer == "lamb" else AdamW(groups, fused=True, **settings)
-
-
-def new_moments(optimizer: Optimizer) -> dict[int, dict[str, Tensor]]:
-    """Zeros like the moments of LAMB or AdamW, by the parameters' places in the state_dict; sharded as they are."""
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    return {
-        index: {name: torch.zeros_like(param) for name in ("exp_avg", "exp_avg_sq")}
-        for index, param in enumerate(params)
-    }

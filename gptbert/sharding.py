@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -79,10 +79,20 @@ def _shard(model: GPTBert, mesh: DeviceMesh, *, mixed_precision: bool) -> None:
                 module.set_force_sum_reduction_for_comms(True)  # gloo knows no mean
 
 
-def let_go(model: GPTBert) -> None:
+def let_go(model: nn.Module) -> None:
     """Drop the whole embedding, which a forward leaves behind for its backward, where none follows."""
     if isinstance(model, FSDPModule):
         model.reshard()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank has of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor; every rank must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def load_weights(model: GPTBert, weights: dict[str, Tensor]) -> None:
@@ -93,11 +103,24 @@ def load_weights(model: GPTBert, weights: dict[str, Tensor]) -> None:
 
 def load_moments(optimizer: Optimizer, state: dict[int, dict[str, Tensor]]) -> None:
     """Take the state of the parameters, whole on every rank or sharded as they are; the optimizer's settings stay."""
-    params = [param for group in optimizer.param_groups for param in group["params"]]
+    params = _params(optimizer)
     parts = {
         index: {name: _part(value, params[index]) for name, value in values.items()} for index, values in state.items()
     }
     optimizer.load_state_dict({"state": parts, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def new_moments(optimizer: Optimizer) -> dict[int, dict[str, Tensor]]:
+    """Zeros like the moments of LAMB or AdamW, by the parameters' places in the state_dict; sharded as they are."""
+    return {
+        index: {name: torch.zeros_like(param) for name in ("exp_avg", "exp_avg_sq")}
+        for index, param in enumerate(_params(optimizer))
+    }
+
+
+def _params(optimizer: Optimizer) -> list[Tensor]:
+    """In the order of the state_dict."""
+    return [param for group in optimizer.param_groups for param in group["params"]]
 
 
 def _part(tensor: Tensor, like: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
@@ -26,10 +25,10 @@ from gptbert.metrics import LossSums, Throughput, Trackers, perplexity
 from gptbert.micro_batch import micro_batch_rows
 from gptbert.model import GPTBert
 from gptbert.objectives import Batch, HybridPlan, Objective
-from gptbert.optim import WeightAverage, build_optimizer, new_moments, update_weights
+from gptbert.optim import WeightAverage, build_optimizer, update_weights
 from gptbert.preparation import prepare_kernels, prepare_run_dir
 from gptbert.progress import brief, progress_bar, say
-from gptbert.sharding import let_go, load_moments, load_weights, shard, shard_size
+from gptbert.sharding import let_go, load_moments, load_weights, new_moments, shard, shard_size, whole
 from gptbert.skipped_steps import SkippedSteps
 from gptbert.step_rows import LoadedShare, StepRows
 from gptbert.stop_signal import StopSignal
@@ -292,9 +291,9 @@ class Trainer:
         if self.world.device.type == "cuda":
             random_state["cuda"] = torch.cuda.get_rng_state(self.world.device)
         rank_states = self.world.all_gather({"random": random_state, "sums": self.sums.sums.cpu()})
-        norm = get_total_norm(self.model.parameters())
+        norm = whole(get_total_norm(self.model.parameters()))
         with self.world.agreed():
-            if not (norm.full_tensor() if isinstance(norm, DTensor) else norm).isfinite():
+            if not norm.isfinite():
                 raise InputError(
                     f"training diverged: weights are not finite after step {self.step}; go on from a checkpoint before "
                     "(--resume PATH, another --name), with a lower --learning_rate, say"

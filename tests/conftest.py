@@ -59,6 +59,15 @@ def parallel_scans():
         yield own
 
 
+@pytest.fixture
+def fresh_compiler():
+    """torch.compile without what other tests had it compile, and with counters at zero."""
+    torch.compiler.reset()
+    importlib.import_module("torch._dynamo.utils").counters.clear()  # here, since most tests do without
+    yield
+    torch.compiler.reset()
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """A model's shape, small enough for milliseconds."""

@@ -213,19 +213,28 @@ def losses(records: list[dict]) -> list[float]:
 
 
 def on_ranks(world_size: int, target: Callable[..., None], *arguments: object) -> dict[int, Any]:
-    """What each of the processes says that run `target(rank, port, *arguments, results)`, by rank.
+    """What each of the processes says that run `target(rank, *arguments, results)`, by rank.
 
-    Each puts its rank and what it has to say into `results`.
+    Each has torchrun's environment, and puts its rank and what it has to say into `results`.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    ranks = [context.Process(target=target, args=(rank, port, *arguments, results)) for rank in range(world_size)]
+    shared = {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [
+        context.Process(target=_run_as, args=({**shared, "RANK": rank}, target, rank, *arguments, results))
+        for rank in range(world_size)
+    ]
     for process in ranks:
         process.start()
     said = dict(results.get(timeout=300) for _ in ranks)
     for process in ranks:
         process.join(60)
     return said
+
+
+def _run_as(variables: dict[str, object], target: Callable[..., None], *arguments: object) -> None:
+    os.environ |= {name: str(value) for name, value in variables.items()}
+    target(*arguments)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from gptbert.metrics import read_records
-from tests.runs import MODEL, flags, process_ids, start, write_inputs
+from tests.runs import MODEL, flags, process_ids, start, workers, write_inputs
 
 RANKS, STEPS, WARM_UP_STEPS, SAVE_EVERY = 8, 2000, 400, 100
 LARGEST_SLOPE = 1.0  # MB in 1,000 steps
@@ -36,14 +36,12 @@ SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (only looked at)
 def measure(name):
     """By rank, resident memory in MB and the number of open files."""
     measured = {}
-    for process_id in process_ids(name):
+    for rank, process_id in workers(name).items():
         folder = Path(f"/proc/{process_id}")
         with contextlib.suppress(OSError):  # it has ended
-            environment = dict(line.split(b"=", 1) for line in (folder / "environ").read_bytes().split(b"\0") if line)
-            if b"RANK" in environment:  # torchrun has none
-                pages = int((folder / "statm").read_text().split()[1])
-                files = len(list((folder / "fd").iterdir()))
-                measured[int(environment[b"RANK"])] = (pages * os.sysconf("SC_PAGE_SIZE") / 1e6, files)
+            pages = int((folder / "statm").read_text().split()[1])
+            files = len(list((folder / "fd").iterdir()))
+            measured[rank] = (pages * os.sysconf("SC_PAGE_SIZE") / 1e6, files)
     return measured
 
 

@@ -19,12 +19,7 @@ DROPOUT = {**vars(TINY), "hidden_dropout_prob": 0.1, "attention_probs_dropout_pr
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch.compiler.reset()
-    counters.clear()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def make_model():

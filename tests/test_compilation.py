@@ -22,12 +22,7 @@ from tests.runs import flags, write_inputs
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch.compiler.reset()
-    counters.clear()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def make_model(**changes):

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import os
 import traceback
 from datetime import timedelta
 from itertools import chain
@@ -18,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from gptbert.optim import Lamb, WeightAverage, parameter_groups, update_weights
+from gptbert.sharding import whole
 from kernels import lamb_step
 from kernels.backend import BACKENDS
 from tests.numerics import relative_error, same
@@ -61,8 +61,8 @@ def operation(rank, world_size, backend, moment_type):
     """Largest error of a rank's shards after each step, norms included; whether the bad step left them alone."""
     part = lambda tensors: [shard(tensor, rank, world_size) for tensor in tensors]  # noqa: E731
     moments = [[torch.zeros(shape, dtype=moment_type) for shape in SHAPES] for _ in "mv"]
-    whole = [randoms(0), *moments, [torch.zeros(()) for _ in SHAPES], randoms(1)]
-    parts = [part(tensors) if tensors is not whole[3] else [torch.zeros(()) for _ in SHAPES] for tensors in whole]
+    complete = [randoms(0), *moments, [torch.zeros(()) for _ in SHAPES], randoms(1)]
+    parts = [part(tensors) if tensors is not complete[3] else [torch.zeros(()) for _ in SHAPES] for tensors in complete]
     errors, stayed = [], False
     for step in range(STEPS):
         grads = randoms(10 + step)
@@ -70,7 +70,7 @@ def operation(rank, world_size, backend, moment_type):
             grads[0][0, 0] = math.nan  # on the first rank alone
             before = copy.deepcopy(parts)
         norms = []
-        for state, own, group in ((whole, grads, None), (parts, part(grads), dist.group.WORLD)):
+        for state, own, group in ((complete, grads, None), (parts, part(grads), dist.group.WORLD)):
             params, exp_avgs, exp_avg_sqs, steps, averages = state
             norms.append(
                 lamb_step(
@@ -82,7 +82,7 @@ def operation(rank, world_size, backend, moment_type):
             stayed = same(chain(*parts), chain(*before)) and not norms[1].isfinite()
             continue
         errors.append(relative_error(norms[1], norms[0]))
-        for index, pairs in enumerate(zip(parts, whole, strict=True)):
+        for index, pairs in enumerate(zip(parts, complete, strict=True)):
             for mine, expected in zip(*pairs, strict=True):
                 own = expected if index == 3 else shard(expected, rank, world_size)
                 if mine.numel():  # relative to the whole tensor, as its norm is
@@ -96,7 +96,16 @@ def make_model():
 
 
 def make_sharded(mesh):
-    model = make_model()
+    return shard_layers(make_model(), mesh)
+
+
+def make_sharded_average(mesh):
+    average = WeightAverage(make_model(), 0.9)
+    shard_layers(average.model, mesh)
+    return average
+
+
+def shard_layers(model, mesh):
     for layer in model[:2]:  # the others are the outermost module's
         fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
@@ -113,14 +122,10 @@ def set_gradients(model, step, bad=None):
         param.grad = None if index == 3 and step % 2 else grad  # an idle parameter, whose average moves
 
 
-def whole(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def optimizer(mesh, name):
     """Largest error of parameters, averages and norms after each step; whether the bad steps left no trace."""
     models = [make_model(), make_sharded(mesh)]
-    averages = [WeightAverage(models[0], 0.9), WeightAverage(models[1], 0.9, copy=make_sharded(mesh))]
+    averages = [WeightAverage(models[0], 0.9), make_sharded_average(mesh)]
     optimizers = [OPTIMIZERS[name](parameter_groups(model, 0.1)) for model in models]
     errors, stayed = [], True
     for step in range(STEPS):
@@ -154,7 +159,7 @@ def restored(mesh, name, folder):
     """Whether a run goes on to the bit from a state that torch.distributed.checkpoint wrote and read."""
     model = make_sharded(mesh)
     own = OPTIMIZERS[name](parameter_groups(model, 0.1))
-    average = WeightAverage(model, 0.9, copy=make_sharded(mesh))
+    average = make_sharded_average(mesh)
     for step in range(6):
         if step == 3:
             weights = [param.detach().clone() for param in model.parameters()]
@@ -169,7 +174,7 @@ def restored(mesh, name, folder):
     state = {"optimizer": get_optimizer_state_dict(other, second)}
     load(state, checkpoint_id=folder)
     set_optimizer_state_dict(other, second, state["optimizer"])
-    average = WeightAverage(other, 0.9, copy=make_sharded(mesh))
+    average = make_sharded_average(mesh)
     for step in range(3, 6):
         set_gradients(other, step)
         update_weights(second, other, average, 2.0)
@@ -185,10 +190,9 @@ def refusal(params):
     return ""
 
 
-def everything(rank, port, world_size, folder, results):
+def everything(rank, world_size, folder, results):
     torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     said = {}
     try:
         for backend, moment_type in operations(world_size):

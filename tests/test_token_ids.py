@@ -1,7 +1,5 @@
 """A token id outside the vocabulary never trains: ranks look before the first step, and at every row they make."""
 
-import os
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -123,11 +121,7 @@ def test_in_the_run_where_they_do_not(inputs, monkeypatch, capfd):
     assert min(saved) == 2, "and those before it are there"
 
 
-def late_on_two_ranks(rank, port, inputs, results):
-    os.environ |= {
-        "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }  # fmt: skip
+def late_on_two_ranks(rank, inputs, results):
     run_inputs.CHECKED_TOKENS = 100
     try:
         fit(parse(TrainConfig, unlucky_run(inputs, name="two", hybrid_denominator=2)))
