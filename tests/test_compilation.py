@@ -135,10 +135,10 @@ def test_no_compile_is_no_compile(tmp_path, even_short_runs):
     assert not Trainer(config, Inputs.open(config), HybridPlan(config, 1), World(0, 1, CPU)).is_compiled
 
 
-def test_without_a_compiler_there_is_one_line(tmp_path, monkeypatch, even_short_runs):
+def test_without_a_compiler_there_is_one_line(tmp_path, even_short_runs):
     inputs = write_inputs(tmp_path)
     config = parse(TrainConfig, flags(inputs))
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/nowhere/g++",))
-    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
-    with pytest.raises(InputError, match=r"^--compile: .*--no_compile trains without$"):
+    without = {"cpp.cxx": ("/nowhere/g++",), "force_disable_caches": True}
+    message = r"^--compile: .*--no_compile trains without$"
+    with torch._inductor.config.patch(without), pytest.raises(InputError, match=message):
         Trainer(config, Inputs.open(config), HybridPlan(config, 1), World(0, 1, CPU))
