@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -31,14 +30,14 @@ from gptbert import manifest
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.distributed import World
 from gptbert.errors import InputError, first_line
-from gptbert.files import finish
+from gptbert.files import finish, finish_folder
 from gptbert.json_file import read_json
 from gptbert.model import GPTBert
 from gptbert.progress import say
 from gptbert.shards import load_shards, save_shards
 from gptbert.tokenizer import tokenizer_hash
 from gptbert.training_state import STATE_KEYS, read_training_state
-from gptbert.upstream import from_upstream, to_upstream
+from gptbert.weights import read_weights, shapes, write_weights
 
 _STATE = "training_state.pt"
 _SHARDS = "shards"
@@ -102,13 +101,13 @@ def save(checkpoint: Checkpoint, config: TrainConfig, model_config: ModelConfig,
     """
     final = _folder(config.run_dir) / f"step_{checkpoint.step:08d}"
     temporary, shards = final.with_name(f".{final.name}.incomplete"), {}
+    moments, rest = _moments_apart(checkpoint.optimizer)  # no moments, where they are whole
     try:
         with world.agreed(), _refusals(final):
             if world.is_main:
-                _write(checkpoint, temporary, config, model_config)
+                _write(replace(checkpoint, optimizer=rest), temporary, config, model_config)
         if checkpoint.is_sharded:
             with world.agreed(), _refusals(final):
-                moments = _moments(checkpoint.optimizer)
                 tensors = _named(checkpoint.model, checkpoint.ema, moments)
                 shards = save_shards(tensors, temporary / _SHARDS, world)
         with world.agreed(), _refusals(final):
@@ -216,11 +215,10 @@ def load(path: Path, model_config: ModelConfig) -> Checkpoint:
         InputError: something is missing or damaged, or the model has another shape than `model_config`.
     """
     saved_config = ModelConfig.from_json(path / "model_config.json")
-    shards, weights = path / _SHARDS, {"model": {}, "ema": {}}
+    shards, weights = path / _SHARDS if is_sharded(path) else None, {"model": {}, "ema": {}}
     try:
-        if not shards.is_dir():
-            shards = None
-            weights = {name: _read_weights(path / f"{name}.safetensors", saved_config) for name in weights}
+        if shards is None:
+            weights = {name: read_weights(path / f"{name}.safetensors", saved_config) for name in weights}
         checkpoint = Checkpoint(**weights, **read_training_state(path / _STATE, weights["model"]), shards=shards)
     except InputError as error:
         raise InputError(f"--resume {path}: the checkpoint is damaged ({error}); {_WAY_OUT}") from error
@@ -241,10 +239,10 @@ def load_model(path: Path, weights: str = "ema") -> GPTBert:
     Raises:
         InputError: nothing there, or damaged.
     """
-    path = _newest_in(Path(path))
+    path = newest_in(Path(path))
     config = ModelConfig.from_json(path / "model_config.json")
     try:  # before the model takes the memory of its shape
-        state = _checked_weights(path, weights, config)
+        state = whole_weights(path, weights, config)
     except InputError as error:
         raise InputError(f"{path}: the checkpoint is damaged ({error})") from error
     model = GPTBert(config)
@@ -252,46 +250,12 @@ def load_model(path: Path, weights: str = "ema") -> GPTBert:
     return model.eval()
 
 
-def write_whole_weights(path: Path, output: Path) -> Path:
-    """The weights and their average of a sharded checkpoint as ordinary files, with the settings and the tokenizer.
-
-    Args:
-        path: a checkpoint's folder, or a run's for its newest checkpoint.
-        output: a folder that is not there yet; it appears when it is complete.
-
-    Returns:
-        The checkpoint's folder.
+def newest_in(path: Path) -> Path:
+    """A checkpoint's folder itself, or the newest of a run.
 
     Raises:
-        InputError: no sharded checkpoint there, or damaged, or the output cannot be written.
+        InputError: it is neither.
     """
-    path = _newest_in(path)
-    if not (path / _SHARDS).is_dir():
-        raise InputError(f"{path}: has no {_SHARDS}, so that its weights are ordinary files already")
-    if output.exists():
-        raise InputError(f"--output {output}: is there already")
-    config = ModelConfig.from_json(path / "model_config.json")
-    temporary = output.with_name(f".{output.name}.incomplete")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        for weights in ("model", "ema"):
-            _write_weights(temporary / f"{weights}.safetensors", _checked_weights(path, weights, config), config)
-        for name in ("model_config.json", "train_config.json", "tokenizer.json"):
-            shutil.copyfile(path / name, temporary / name)
-        manifest.write(temporary)
-        for file in temporary.iterdir():
-            finish(file)
-        temporary.rename(output)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"--output {output}: cannot be written ({first_line(error)})") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return path
-
-
-def _newest_in(path: Path) -> Path:
-    """A checkpoint's folder itself, or the newest of a run."""
     if (path / "model_config.json").is_file():
         return path
     inside = list_checkpoints(path)
@@ -300,13 +264,27 @@ def _newest_in(path: Path) -> Path:
     return inside[-1]
 
 
-def _checked_weights(path: Path, weights: str, config: ModelConfig) -> dict[str, Tensor]:
-    """Whole weights of a checkpoint of either kind; InputError with a file's name."""
-    if not (path / _SHARDS).is_dir():
+def is_sharded(path: Path) -> bool:
+    """Whether a checkpoint's tensors are in the parts that ranks had."""
+    return (path / _SHARDS).is_dir()
+
+
+def whole_weights(path: Path, weights: str, config: ModelConfig) -> dict[str, Tensor]:
+    """Whole weights of a checkpoint of either kind, checked against its manifest.
+
+    Args:
+        path: the checkpoint's folder.
+        weights: "ema" or "model".
+        config: its model's shape.
+
+    Raises:
+        InputError: a file's name, and what is wrong with it.
+    """
+    if not is_sharded(path):
         manifest.check(path, ["model_config.json", f"{weights}.safetensors"])
-        return _read_weights(path / f"{weights}.safetensors", config)
+        return read_weights(path / f"{weights}.safetensors", config)
     manifest.check(path)
-    state = {name: torch.empty(shape) for name, shape in _shapes(config).items()}
+    state = {name: torch.empty(shape) for name, shape in shapes(config).items()}
     load_shards({f"{weights}.{name}": tensor for name, tensor in state.items()}, path / _SHARDS)
     return state
 
@@ -329,16 +307,10 @@ def _write(checkpoint: Checkpoint, temporary: Path, config: TrainConfig, model_c
     temporary.mkdir(parents=True)
     state = {key: getattr(checkpoint, key) for key in STATE_KEYS}
     if checkpoint.is_sharded:
-        moments = _moments(checkpoint.optimizer)
-        rest = {
-            index: {name: value for name, value in values.items() if name not in moments[index]}
-            for index, values in checkpoint.optimizer["state"].items()
-        }
-        state["optimizer"] = checkpoint.optimizer | {"state": rest}
         (temporary / _SHARDS).mkdir()
     else:
         for name, weights in (("model", checkpoint.model), ("ema", checkpoint.ema)):
-            _write_weights(temporary / f"{name}.safetensors", weights, model_config)
+            write_weights(temporary / f"{name}.safetensors", weights, model_config)
     torch.save(state, temporary / _STATE)
     _write_json(temporary / "model_config.json", asdict(model_config))
     _write_json(temporary / "train_config.json", config.to_dict())
@@ -346,8 +318,7 @@ def _write(checkpoint: Checkpoint, temporary: Path, config: TrainConfig, model_c
 
 
 def _publish(temporary: Path, final: Path, config: TrainConfig) -> None:
-    for path in (*temporary.rglob("*"), temporary):
-        finish(path)
+    finish_folder(temporary)
     if final.exists():
         _delete(final)
     temporary.rename(final)
@@ -357,18 +328,17 @@ def _publish(temporary: Path, final: Path, config: TrainConfig) -> None:
         _delete(folder)
 
 
-def _write_weights(path: Path, weights: dict[str, Tensor], model_config: ModelConfig) -> None:
-    published = to_upstream(weights, model_config)
-    # one tensor under two names is stored twice: safetensors has no aliases
-    save_file({key: tensor.clone() for key, tensor in published.items()}, path)
-
-
-def _moments(optimizer: dict[str, Any]) -> dict[int, dict[str, Tensor]]:
-    """What of an optimizer's state is sharded, by parameter."""
-    return {
+def _moments_apart(optimizer: dict[str, Any]) -> tuple[dict[int, dict[str, Tensor]], dict[str, Any]]:
+    """The part of an optimizer's state that is sharded, by parameter, and its state_dict without."""
+    moments = {
         index: {name: value for name, value in values.items() if isinstance(value, DTensor)}
         for index, values in optimizer["state"].items()
     }
+    rest = {
+        index: {name: value for name, value in values.items() if name not in moments[index]}
+        for index, values in optimizer["state"].items()
+    }
+    return moments, optimizer | {"state": rest}
 
 
 def _named(
@@ -394,28 +364,6 @@ def _saved_settings(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise InputError(f"--resume {path}: its train_config.json is no JSON object")
     return settings
-
-
-def _read_weights(file: Path, config: ModelConfig) -> dict[str, Tensor]:
-    """Weights whose names and shapes are those of a model that takes no memory; InputError with the file's name."""
-    try:
-        if not file.is_file():  # a pipe or device may never end
-            raise FileNotFoundError("no such file")
-        weights = from_upstream(load_file(file))
-    except (InputError, OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file.name}: {first_line(error)[:100]}") from error
-    expected = _shapes(config)
-    found = {name: tensor.shape for name, tensor in weights.items()}
-    if wrong := [name for name in expected | found if expected.get(name) != found.get(name)]:
-        raise InputError(f"{file.name}: {wrong[0]} does not fit model_config.json")
-    if odd := [name for name, tensor in weights.items() if not tensor.is_floating_point()]:
-        raise InputError(f"{file.name}: {odd[0]} is of type {weights[odd[0]].dtype}")
-    return weights
-
-
-def _shapes(config: ModelConfig) -> dict[str, torch.Size]:
-    with torch.device("meta"):
-        return {name: tensor.shape for name, tensor in GPTBert(config).state_dict().items()}
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -18,3 +18,9 @@ def finish(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def finish_folder(folder: Path) -> None:
+    """`finish` all that is in a folder, and then itself."""
+    for path in (*folder.rglob("*"), folder):
+        finish(path)

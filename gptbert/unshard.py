@@ -1,13 +1,20 @@
 """`python -m gptbert.unshard RUN --output FOLDER`: ordinary weights out of a sharded checkpoint."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
+from safetensors import SafetensorError
 
-from gptbert.checkpoint import write_whole_weights
+from gptbert import manifest
+from gptbert.checkpoint import is_sharded, newest_in, whole_weights
 from gptbert.command_line import run_command
+from gptbert.config import ModelConfig
+from gptbert.errors import InputError, first_line
+from gptbert.files import finish_folder
+from gptbert.weights import write_weights
 
 
 @dataclass(frozen=True)
@@ -22,6 +29,43 @@ class UnshardConfig:
     """A checkpoint's folder, or a run's for its newest checkpoint."""
     output: Path
     """Folder to write, which must not be there yet."""
+
+
+def write_whole_weights(path: Path, output: Path) -> Path:
+    """The weights and their average of a sharded checkpoint as ordinary files, with the settings and the tokenizer.
+
+    Args:
+        path: a checkpoint's folder, or a run's for its newest checkpoint.
+        output: a folder that is not there yet; it appears when it is complete.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        InputError: no sharded checkpoint there, or damaged, or the output cannot be written.
+    """
+    path = newest_in(path)
+    if not is_sharded(path):
+        raise InputError(f"{path}: has no shards, so that its weights are ordinary files already")
+    if output.exists():
+        raise InputError(f"--output {output}: is there already")
+    config = ModelConfig.from_json(path / "model_config.json")
+    temporary = output.with_name(f".{output.name}.incomplete")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        for weights in ("model", "ema"):
+            write_weights(temporary / f"{weights}.safetensors", whole_weights(path, weights, config), config)
+        for name in ("model_config.json", "train_config.json", "tokenizer.json"):
+            shutil.copyfile(path / name, temporary / name)
+        manifest.write(temporary)
+        finish_folder(temporary)
+        temporary.rename(output)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"--output {output}: cannot be written ({first_line(error)})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return path
 
 
 def unshard(config: UnshardConfig) -> None:

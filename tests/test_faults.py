@@ -16,6 +16,7 @@ from gptbert import manifest
 from gptbert.checkpoint import list_checkpoints
 from gptbert.command_line import STOPPED
 from gptbert.metrics import read_records
+from tests.disk import small_disk
 from tests.runs import assert_same_end, flags, kill, start, train, wait_for_record, workers, write_inputs
 
 STEPS = 40
@@ -150,24 +151,16 @@ def test_damaged_checkpoints_are_named_and_the_one_before_is_used(inputs, undist
 
 
 @pytest.fixture
-def small_disk(tmp_path, undisturbed):
-    """A disk of its own for two checkpoints and a half."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
+def full_disk(tmp_path, undisturbed):
+    """A disk for two checkpoints and a half."""
     (one, *_) = list_checkpoints(undisturbed[1])
-    size = sum(file.stat().st_size for file in one.iterdir())
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={int(2.5 * size)}", "tmpfs", str(disk)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"a disk of its own cannot be mounted here ({mounted.stderr.decode().strip()})")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    with small_disk(tmp_path, int(2.5 * sum(file.stat().st_size for file in one.iterdir()))) as disk:
+        yield disk
 
 
-def test_a_full_disk_leaves_the_old_checkpoints_and_a_clear_error(inputs, undisturbed, launch, small_disk):
-    run = small_disk / "full"
-    process = launch("full", output_dir=small_disk)
+def test_a_full_disk_leaves_the_old_checkpoints_and_a_clear_error(inputs, undisturbed, launch, full_disk):
+    run = full_disk / "full"
+    process = launch("full", output_dir=full_disk)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1
     line = output.splitlines()[-1]
@@ -178,8 +171,8 @@ def test_a_full_disk_leaves_the_old_checkpoints_and_a_clear_error(inputs, undist
     for path in list_checkpoints(run):
         manifest.check(path)
     assert not list((run / "checkpoints").glob(".*"))
-    subprocess.run(["mount", "-o", "remount,size=1g", str(small_disk)], check=True)
-    assert launch("full", output_dir=small_disk, resume="auto").wait(timeout=60) == 0
+    subprocess.run(["mount", "-o", "remount,size=1g", str(full_disk)], check=True)
+    assert launch("full", output_dir=full_disk, resume="auto").wait(timeout=60) == 0
     assert_same_end(run, undisturbed[1])
 
 

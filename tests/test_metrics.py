@@ -2,7 +2,6 @@
 
 import json
 import math
-import subprocess
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from gptbert.distributed import World
 from gptbert.metrics import JsonLines, LossSums, Throughput, Trackers, _wandb_mode, perplexity, read_records
 from gptbert.objectives import Objective
 from kernels import MaskedCrossEntropy
+from tests.disk import small_disk
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -159,15 +159,8 @@ def test_throughput_leaves_pauses_out_and_knows_what_was_waiting(monkeypatch):
 
 @pytest.fixture
 def tiny_disk(tmp_path):
-    """A disk of 16 kB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(disk)]
-    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
-    if mounted.returncode:
-        pytest.skip(f"a disk of its own cannot be mounted here ({mounted.stderr.strip()})")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    with small_disk(tmp_path, 16 << 10) as disk:
+        yield disk
 
 
 def test_a_full_disk_costs_records_and_not_the_run(make_config, tiny_disk, capfd):
