@@ -12,13 +12,13 @@ import tyro
 from gptbert.checkpoint import list_checkpoints, load_model
 from gptbert.command_line import run_command
 from gptbert.errors import InputError
-from gptbert.evaluate import unigram_entropy
 from gptbert.fill_mask import fill_masks
 from gptbert.generate import continue_text
 from gptbert.metrics import read_records
 from gptbert.objectives import Objective
 from gptbert.token_store import TokenStore
 from gptbert.tokenizer import load_tokenizer
+from gptbert.validation import unigram_entropy
 
 NAMES = {Objective.MLM: "masked (MLM)", Objective.CLM: "causal (CLM)"}
 MASKED_TEXTS = (

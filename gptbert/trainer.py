@@ -17,7 +17,6 @@ from gptbert.config import TrainConfig
 from gptbert.data import Prefetcher
 from gptbert.distributed import World, connect
 from gptbert.errors import InputError, SharedError, StoppedError
-from gptbert.evaluate import Validation
 from gptbert.flops import product_rate, training_flops
 from gptbert.inputs import Inputs
 from gptbert.memory import peak_memory
@@ -32,6 +31,7 @@ from gptbert.sharding import let_go, load_moments, load_weights, new_moments, sh
 from gptbert.skipped_steps import SkippedSteps
 from gptbert.step_rows import LoadedShare, StepRows
 from gptbert.stop_signal import StopSignal
+from gptbert.validation import Validation
 from kernels import MaskedCrossEntropy
 from kernels.span_mask import DEFAULT_MAX_SPAN_LENGTH
 

@@ -6,6 +6,7 @@ import torch
 
 from gptbert import checkpoint, manifest
 from gptbert.config import ModelConfig, TrainConfig
+from gptbert.corpus import Corpus, CorpusConfig
 from gptbert.data import RowStream
 from gptbert.metrics import read_records
 from gptbert.model import GPTBert
@@ -14,7 +15,6 @@ from gptbert.token_store import TokenStore
 from gptbert.tokenizer import load_tokenizer, tokenizer_hash
 from gptbert.torch_file import load_torch_file
 from tests.conftest import TINY
-from tokenize_scripts.corpus import Corpus, CorpusConfig
 from tokenize_scripts.tokenize_corpus import encode_documents
 
 DOCUMENTS = 1 << 16

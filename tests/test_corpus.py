@@ -5,9 +5,9 @@ import tracemalloc
 
 import pytest
 
+from gptbert.corpus import MAX_TEXT_DOCUMENT, Corpus, CorpusConfig
 from gptbert.errors import InputError
 from tests.texts import jsonl
-from tokenize_scripts.corpus import MAX_TEXT_DOCUMENT, Corpus, CorpusConfig
 
 
 def test_gzip_suffix_does_not_hide_the_format(tmp_path):

@@ -9,11 +9,11 @@ from gptbert.command_line import parse
 from gptbert.config import TrainConfig
 from gptbert.demo import DemoSettings, show
 from gptbert.errors import InputError
-from gptbert.evaluate import unigram_entropy
 from gptbert.fill_mask import fill_masks
 from gptbert.generate import continue_text
 from gptbert.tokenizer import BOS_ID, MASK_ID, load_tokenizer
 from gptbert.trainer import fit
+from gptbert.validation import unigram_entropy
 from tests.runs import flags, write_inputs
 
 

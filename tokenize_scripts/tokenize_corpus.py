@@ -11,10 +11,10 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from gptbert.command_line import run_command
+from gptbert.corpus import Corpus, CorpusConfig
 from gptbert.errors import InputError
 from gptbert.token_store import SHARD_TOKENS, TokenStoreWriter
 from gptbert.tokenizer import load_tokenizer, tokenizer_hash
-from tokenize_scripts.corpus import Corpus, CorpusConfig
 from tokenize_scripts.outputs import check_outputs
 
 BATCH_CHARACTERS = 2_000_000  # what one call of the library encodes; it takes some 100 bytes for each resulting token
