@@ -3,7 +3,6 @@
 import functools
 import importlib.metadata
 import os
-import platform
 import re
 import statistics
 import time
@@ -11,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from gptbert.hardware import hardware_name
 
 RESULTS = Path(__file__).parent / "results"
 OPERATIONS, STEPS = ".csv", "-train-step.json"  # how files there end: of `pytest benchmarks`, and of training steps
@@ -27,11 +28,7 @@ def device() -> torch.device:
 
 def hardware() -> str:
     """The GPU's name, or the processor's where there is none."""
-    if device().type == "cuda":
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    models = re.findall(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else []
-    return models[0].strip() if models else platform.processor() or platform.machine()
+    return hardware_name(device())
 
 
 def cores() -> int:

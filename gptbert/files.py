@@ -1,7 +1,14 @@
 """The last touch on files before they are renamed to where others will look for them."""
 
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+from gptbert.errors import InputError, first_line
 
 
 def finish(path: Path) -> None:
@@ -24,3 +31,29 @@ def finish_folder(folder: Path) -> None:
     """`finish` all that is in a folder, and then itself."""
     for path in (*folder.rglob("*"), folder):
         finish(path)
+
+
+@contextmanager
+def new_folder(output: Path, what: str) -> Iterator[Path]:
+    """A folder to fill, that gets its name and place when the block ends without an error, and is gone after one.
+
+    Args:
+        output: must not be there yet.
+        what: names it in messages, such as a flag.
+
+    Raises:
+        InputError: it is there already, or cannot be written.
+    """
+    if output.exists():
+        raise InputError(f"{what} {output}: is there already")
+    temporary = output.absolute().with_name(f".{output.absolute().name}.incomplete")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        finish_folder(temporary)
+        temporary.rename(output)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{what} {output}: cannot be written ({first_line(error)})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -10,6 +10,7 @@ import torch
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.distributed import World
 from gptbert.errors import InputError
+from gptbert.hardware import hardware_name
 from kernels.backend import choose_backend, set_default_backend
 from kernels.check import first_failure, run_checks
 
@@ -44,6 +45,7 @@ def prepare_run_dir(config: TrainConfig, model_config: ModelConfig, world: World
         "model": dataclasses.asdict(model_config),
         "world_size": world.world_size,
         "device": str(world.device),
+        "hardware": hardware_name(world.device),
         "kernels": backend,
         "torch": torch.__version__,
     }

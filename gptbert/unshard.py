@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from safetensors import SafetensorError
 
 from gptbert import manifest
 from gptbert.checkpoint import is_sharded, newest_in, whole_weights
 from gptbert.command_line import run_command
 from gptbert.config import ModelConfig
-from gptbert.errors import InputError, first_line
-from gptbert.files import finish_folder
+from gptbert.errors import InputError
+from gptbert.files import new_folder
 from gptbert.weights import write_weights
 
 
@@ -47,24 +46,13 @@ def write_whole_weights(path: Path, output: Path) -> Path:
     path = newest_in(path)
     if not is_sharded(path):
         raise InputError(f"{path}: has no shards, so that its weights are ordinary files already")
-    if output.exists():
-        raise InputError(f"--output {output}: is there already")
     config = ModelConfig.from_json(path / "model_config.json")
-    temporary = output.with_name(f".{output.name}.incomplete")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+    with new_folder(output, "--output") as folder:
         for weights in ("model", "ema"):
-            write_weights(temporary / f"{weights}.safetensors", whole_weights(path, weights, config), config)
+            write_weights(folder / f"{weights}.safetensors", whole_weights(path, weights, config), config)
         for name in ("model_config.json", "train_config.json", "tokenizer.json"):
-            shutil.copyfile(path / name, temporary / name)
-        manifest.write(temporary)
-        finish_folder(temporary)
-        temporary.rename(output)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"--output {output}: cannot be written ({first_line(error)})") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            shutil.copyfile(path / name, folder / name)
+        manifest.write(folder)
     return path
 
 

@@ -36,7 +36,7 @@ _NAMES = {
 }
 _TO_PUBLISHED = {ours.replace("{}", "L"): published.replace("{}", "L") for ours, published in _NAMES.items()}
 _FROM_PUBLISHED = {published: ours for ours, published in _TO_PUBLISHED.items()}
-_TIED_WEIGHT = "classifier.nonlinearity.5.weight"
+TIED_WEIGHT = "classifier.nonlinearity.5.weight"
 _BUFFER = "transformer.attention_layers.{}.position_indices"
 
 # type of a .bin's tensors → the one of the ids that are read from it
@@ -56,7 +56,7 @@ def from_upstream(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     converted = {}
     for name, tensor in state_dict.items():
         name = name.removeprefix("module.").removeprefix("_orig_mod.")  # noqa: PLW2901  DDP's and compile's prefixes
-        if name == _TIED_WEIGHT or name.endswith(".position_indices"):
+        if name == TIED_WEIGHT or name.endswith(".position_indices"):
             continue
         if alpha := re.fullmatch(r"transformer\.dwa_modules\.alphas\.(\d+)", name):
             layer, is_feed_forward = divmod(int(alpha[1]), 2)
@@ -83,7 +83,7 @@ def to_upstream(state_dict: Mapping[str, Tensor], config: ModelConfig | None = N
             converted[f"transformer.dwa_modules.alphas.{2 * int(alpha[1]) + (alpha[2] == 'feed_forward')}"] = tensor
         else:
             converted[_rename(name, _TO_PUBLISHED)] = tensor
-    converted[_TIED_WEIGHT] = converted["embedding.word_embedding.weight"]
+    converted[TIED_WEIGHT] = converted["embedding.word_embedding.weight"]
     if config is not None:
         position = torch.arange(config.max_position_embeddings)
         buckets = position_bucket(position[:, None] - position[None, :], config) + config.position_bucket_size - 1

@@ -1,0 +1,259 @@
+"""`python -m gptbert.export RUN OUT`: a folder that Hugging Face's transformers loads."""
+
+import json
+import math
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jinja2
+import tyro
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gptbert import huggingface
+from gptbert.checkpoint import newest_in, whole_weights
+from gptbert.command_line import run_command
+from gptbert.config import ModelConfig
+from gptbert.errors import InputError
+from gptbert.files import new_folder
+from gptbert.json_file import read_json
+from gptbert.metrics import read_records
+from gptbert.tokenizer import BOS_ID, EOS_ID, MASK_ID, PAD_ID, SPECIAL_TOKENS, UNK_ID, load_tokenizer
+from gptbert.upstream import TIED_WEIGHT, to_upstream
+
+CLASSES = {
+    "AutoModel": "GPTBertModel",
+    "AutoModelForMaskedLM": "GPTBertForMaskedLM",
+    "AutoModelForCausalLM": "GPTBertForCausalLM",
+    "AutoModelForSequenceClassification": "GPTBertForSequenceClassification",
+    "AutoModelForTokenClassification": "GPTBertForTokenClassification",
+}
+_CODE = Path(huggingface.__file__).parent
+_CODE_FILES = ("configuration_gptbert.py", "modeling_gptbert.py")
+_JSON_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a checkpoint as a folder for Hugging Face's transformers, 4.51 and newer.
+
+    The folder has weights, tokenizer, code for `trust_remote_code=True` and a model card, README.md.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """A run's folder, for its newest checkpoint, or a checkpoint's."""
+    output: Annotated[Path, tyro.conf.Positional]
+    """Folder to write, which must not be there yet."""
+    weights: Literal["ema", "model"] = "ema"
+    """ema: the weights' moving average. model: the weights themselves."""
+    shift_masked_logits: bool = True
+    """Whether AutoModelForMaskedLM gives the scores of token t at position t, as users of masked language models
+    expect. Without, at the position before it, where the model computes them: for evaluations that shift by themselves
+    ("mntp" in the evaluation of BabyLM, whose "mlm" takes the default). Also a key of config.json."""
+    words: bool = False
+    """Export the run's checkpoints by words as well (--checkpoint_words), into output/chck_1M, output/chck_2M and so
+    on; published, each becomes the branch of that name."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a checkpoint comes from.
+
+    Attributes:
+        checkpoint: its folder.
+        train: settings of the run.
+        run: what the run's own config.json says: hardware, world_size, versions; empty where it is not there.
+        records: of the run up to this checkpoint, oldest first; empty where they are not there.
+        step: of the checkpoint, or None where nothing says.
+        words: seen, or None where nobody counted.
+    """
+
+    checkpoint: Path
+    train: dict[str, Any]
+    run: dict[str, Any]
+    records: list[dict[str, Any]]
+    step: int | None
+    words: float | None
+
+    @classmethod
+    def of(cls, checkpoint: Path) -> "Origin":
+        """Look around a checkpoint's folder, which stands in its run's `checkpoints/` or `words/`, or alone."""
+        run_dir = checkpoint.absolute().parents[1]
+        here = read_object(checkpoint / "words.json") if (checkpoint / "words.json").is_file() else {}
+        step = here.get("step")
+        if step is None and checkpoint.name.startswith("step_"):
+            step = int(checkpoint.name.removeprefix("step_"))
+        records = []
+        if (run_dir / "config.json").is_file():
+            records = [record for record in read_records(run_dir / "metrics.jsonl") if record["step"] <= (step or 0)]
+        return cls(
+            checkpoint,
+            read_object(checkpoint / "train_config.json"),
+            read_object(run_dir / "config.json") if (run_dir / "config.json").is_file() else {},
+            records,
+            step,
+            here.get("words"),
+        )
+
+
+def export(config: ExportConfig) -> None:
+    """Write the folder.
+
+    Raises:
+        InputError: there is no checkpoint, or it is damaged, or the output cannot be written.
+    """
+    checkpoint = newest_in(config.run)
+    by_words = []
+    if config.words:
+        by_words = sorted((config.run / "words").glob("chck_*"), key=lambda path: Origin.of(path).step or 0)
+        if not by_words:
+            raise InputError(f"--words: {config.run} has no checkpoints by words (train with --checkpoint_words)")
+    with new_folder(config.output, "OUTPUT") as folder:
+        write_export(checkpoint, folder, config.weights, config.shift_masked_logits)
+        for path in by_words:
+            (folder / path.name).mkdir()
+            write_export(path, folder / path.name, config.weights, config.shift_masked_logits)
+    print(f"wrote {checkpoint} ({config.weights} weights) to {config.output}")
+    if by_words:
+        print(f"and {len(by_words)} checkpoints by words, {by_words[0].name} to {by_words[-1].name}, into it")
+
+
+def write_export(checkpoint: Path, folder: Path, weights: str = "ema", shift_masked_logits: bool = True) -> None:
+    """Fill a folder with what transformers loads.
+
+    Args:
+        checkpoint: a checkpoint's folder.
+        folder: is there, and empty.
+        weights: "ema" or "model".
+        shift_masked_logits: see `ExportConfig`.
+
+    Raises:
+        InputError: the checkpoint is damaged.
+        OSError: the disk refuses.
+    """
+    config = ModelConfig.from_json(checkpoint / "model_config.json")
+    save_file(published_weights(checkpoint, weights, config), folder / "model.safetensors", metadata={"format": "pt"})
+    origin = Origin.of(checkpoint)
+    tokenizer = load_tokenizer(checkpoint / "tokenizer.json")
+    shutil.copyfile(checkpoint / "tokenizer.json", folder / "tokenizer.json")
+    for name in _CODE_FILES:
+        shutil.copyfile(_CODE / name, folder / name)
+    never = [*range(origin.train.get("n_special_tokens", 16)), *range(tokenizer.get_vocab_size(), config.vocab_size)]
+    special = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "pad_token_id": PAD_ID}
+    files = {
+        "config.json": {
+            "model_type": "gptbert",
+            "architectures": [CLASSES["AutoModelForMaskedLM"]],
+            "auto_map": {"AutoConfig": "configuration_gptbert.GPTBertConfig"}
+            | {auto: f"modeling_gptbert.{name}" for auto, name in CLASSES.items()},
+            **asdict(config),
+            **special,
+            "mask_token_id": MASK_ID,
+            "tie_word_embeddings": True,
+            "shift_masked_logits": shift_masked_logits,
+            "torch_dtype": "float32",
+        },
+        "generation_config.json": {**special, "suppress_tokens": never},  # which the training has never as labels
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **special_tokens(),
+            "model_max_length": max(config.max_position_embeddings, origin.train.get("seq_length", 0)),
+            "model_input_names": ["input_ids", "attention_mask"],
+            "clean_up_tokenization_spaces": False,
+        },
+        "special_tokens_map.json": special_tokens(),
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(
+        model_card(origin, config, weights, shift_masked_logits, folder.name), encoding="utf-8"
+    )
+
+
+def published_weights(checkpoint: Path, weights: str, config: ModelConfig) -> dict[str, Tensor]:
+    """A checkpoint's weights under the published names, the tied one once, as transformers writes them."""
+    published = to_upstream(whole_weights(checkpoint, weights, config))
+    del published[TIED_WEIGHT]
+    return {name: tensor.contiguous() for name, tensor in published.items()}
+
+
+def special_tokens() -> dict[str, str]:
+    """Their roles for transformers."""
+    roles = {"unk": UNK_ID, "bos": BOS_ID, "eos": EOS_ID, "pad": PAD_ID, "mask": MASK_ID, "cls": BOS_ID, "sep": EOS_ID}
+    return {f"{role}_token": SPECIAL_TOKENS[token_id] for role, token_id in roles.items()}
+
+
+def model_card(origin: Origin, config: ModelConfig, weights: str, shift: bool, name: str) -> str:
+    """README.md of an exported folder, from what is known of the run."""
+    markdown = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)  # noqa: S701  no HTML
+    template = markdown.from_string((_CODE / "card.md.jinja").read_text(encoding="utf-8"))
+    prefix = "validation_ema" if weights == "ema" else "validation"
+    validated = [record for record in origin.records if f"{prefix}/mlm/loss" in record]
+    losses, losses_origin = [], ""
+    if validated:
+        for key, objective in (("mlm", "masked"), ("clm", "causal")):
+            values = (
+                validated[-1].get(f"{prefix}/{key}/{metric}", math.nan) for metric in ("loss", "perplexity", "accuracy")
+            )
+            losses.append((objective, *values))
+        losses_origin = f"On {_name_of(origin.train.get('valid_path'))}, after step {validated[-1]['step']:,}."
+    return template.render(
+        name=origin.train.get("name", name),
+        num_parameters=config.num_parameters,
+        vocab_size=config.vocab_size,
+        step=origin.step,
+        words=origin.words,
+        train=origin.train,
+        weights_name="the weights' moving average" if weights == "ema" else "the weights themselves",
+        shift=shift,
+        facts=list(_facts(origin).items()),
+        losses=losses,
+        losses_origin=losses_origin,
+    )
+
+
+def _facts(origin: Origin) -> dict[str, str]:
+    """Rows of the card's table, of what is known."""
+    train, run = origin.train, origin.run
+    paths = train.get("train_path")
+    tokens = next((record["train/tokens"] for record in reversed(origin.records) if "train/tokens" in record), None)
+    facts = {
+        "data": ", ".join(_name_of(path) for path in (paths if isinstance(paths, list) else [paths])),
+        "tokens seen": f"{tokens:,}" if tokens else "",
+        "masked share": f"{train.get('hybrid_numerator')}/{train.get('hybrid_denominator')}, the rest causal",
+        "rows in a step": f"{train.get('global_batch_size')} at the end, of {train.get('seq_length')} tokens"
+        + (", and longer ones at the end" if train.get("seq_length_growth") else ""),
+        "optimizer": f"{train.get('optimizer')}, learning rate {train.get('learning_rate')}, "
+        f"weight decay {train.get('weight_decay')}",
+        "masked tokens": f"{train.get('mask_p_start')} of them at first, {train.get('mask_p_end')} at the end",
+        "precision": "bf16 autocast, fp32 weights" if train.get("mixed_precision") else "fp32",
+        "seed": str(train.get("seed")),
+        "hardware": f"{run['world_size']} × {run['hardware']}" if "hardware" in run else "",
+        "software": f"torch {run['torch']}" if "torch" in run else "",
+    }
+    return {name: value for name, value in facts.items() if value}
+
+
+def _name_of(path: Any) -> str:
+    return Path(path).name if isinstance(path, str) else "?"
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    try:
+        content = read_json(path, _JSON_BYTES)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object")
+    return content
+
+
+if __name__ == "__main__":
+    run_command(ExportConfig, export)

@@ -1,0 +1,16 @@
+"""What a process computes on, by name."""
+
+import platform
+import re
+from pathlib import Path
+
+import torch
+
+
+def hardware_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's for a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    models = re.findall(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else []
+    return models[0].strip() if models else platform.processor() or platform.machine()

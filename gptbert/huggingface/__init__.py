@@ -1,0 +1,1 @@
+"""What an exported folder carries: code for transformers' `trust_remote_code`, apart from this package."""
