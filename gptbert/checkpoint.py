@@ -222,9 +222,7 @@ def load(path: Path, model_config: ModelConfig) -> Checkpoint:
         checkpoint = Checkpoint(**weights, **read_training_state(path / _STATE, weights["model"]), shards=shards)
     except InputError as error:
         raise InputError(f"--resume {path}: the checkpoint is damaged ({error}); {_WAY_OUT}") from error
-    if saved_config != model_config:
-        here, there = asdict(model_config), asdict(saved_config)
-        changes = ", ".join(f"{key} {there[key]} there, {here[key]} here" for key in here if here[key] != there[key])
+    if changes := differences(saved_config, model_config):
         raise InputError(f"--resume {path}: its model differs from --config_file: {changes}")
     return checkpoint
 
@@ -248,6 +246,12 @@ def load_model(path: Path, weights: str = "ema") -> GPTBert:
     model = GPTBert(config)
     model.load_state_dict(state)
     return model.eval()
+
+
+def differences(saved: ModelConfig, config: ModelConfig) -> str:
+    """In words, how the shape of a saved model differs from another; nothing where it does not."""
+    here, there = asdict(config), asdict(saved)
+    return ", ".join(f"{key} {there[key]} there, {here[key]} here" for key in here if here[key] != there[key])
 
 
 def newest_in(path: Path) -> Path:

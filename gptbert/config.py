@@ -6,7 +6,7 @@ import os
 import reprlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from gptbert.errors import InputError
 from gptbert.json_file import read_json
@@ -87,6 +87,15 @@ class ModelConfig:
             raise InputError(f"model config {path}: cannot be read as JSON ({error})") from error
         if not isinstance(values, dict):
             raise InputError(f"model config {path}: expected a JSON object")
+        return cls.from_values(values, path)
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any], path: Path) -> "ModelConfig":
+        """What a JSON file holds as a shape that this machine has the memory for.
+
+        Raises:
+            InputError: with the file's name; a key is unknown or missing, or a value is of no use.
+        """
         known = [field.name for field in dataclasses.fields(cls)]
         if unknown := sorted(set(values) - set(known)):
             raise InputError(f"model config {path}: unknown key {', '.join(unknown)} (known: {', '.join(known)})")
@@ -227,6 +236,9 @@ class TrainConfig:
     """Steps between checkpoints; 0: only at the end."""
     keep_checkpoints: int = 3
     """Number of checkpoints kept, the newest ones."""
+    initial_weights: Path | None = None
+    """Start from these weights instead of random ones, with a fresh optimizer and the schedules from their beginning: a
+    checkpoint's folder, a run's for its newest, or one from gptbert.import_hf."""
     resume: str | None = None
     """auto: go on from the run's newest checkpoint, or start where there is none.
     A path: go on from that checkpoint."""

@@ -172,11 +172,11 @@ class _Mark:
     """A function of torch that a pickle may name; it is recognised, never called."""
 
 
-_TENSOR, _TENSOR_WITH_DTYPE, _NO_HOOKS, _ANY_STORAGE, _FORGOTTEN = (_Mark() for _ in range(5))
+_TENSOR, _TENSOR_WITH_DTYPE, _DICTIONARY, _ANY_STORAGE, _FORGOTTEN = (_Mark() for _ in range(5))
 _GLOBALS = {
     "torch._utils _rebuild_tensor_v2": _TENSOR,
     "torch._utils _rebuild_tensor_v3": _TENSOR_WITH_DTYPE,
-    "collections OrderedDict": _NO_HOOKS,  # of backward hooks, always empty
+    "collections OrderedDict": _DICTIONARY,  # a module's state_dict; an empty one of hooks in each tensor
     "torch.storage UntypedStorage": _ANY_STORAGE,
     **{f"torch {name}": dtype for name, dtype in _STORAGES.items()},
     **{f"torch {name}": getattr(torch, name) for name in ("uint16", "uint32", "uint64")},
@@ -204,7 +204,7 @@ class _Pickle:
             "LONG_BINPUT": self._put, "BINGET": self._get, "LONG_BINGET": self._get, "TUPLE": self._tuple,
             "EMPTY_LIST": self._list, "EMPTY_DICT": self._dict, "APPEND": self._append, "APPENDS": self._append,
             "SETITEM": self._set_items, "SETITEMS": self._set_items, "BINPERSID": self._storage,
-            "REDUCE": self._reduce,
+            "REDUCE": self._reduce, "BUILD": self._drop_attributes,
         }  # fmt: skip
         try:
             for opcode, argument, _ in pickletools.genops(io.BytesIO(self._content)):
@@ -317,26 +317,32 @@ class _Pickle:
 
     def _reduce(self, *_: object) -> None:
         function, arguments = self._take(len(self._stack) - 2)
-        if function is _NO_HOOKS and arguments == ():
-            self._stack.append(None)
+        if function is _DICTIONARY and arguments == ():
+            self._push({})
             return
         if function is _TENSOR:
-            storage, offset, shape, stride, *_rest = arguments
+            storage, offset, shape, stride, _gradient, hooks, *_rest = arguments
             dtype = storage.dtype
         elif function is _TENSOR_WITH_DTYPE:
-            storage, offset, shape, stride, _gradient, _hooks, dtype, *_rest = arguments
+            storage, offset, shape, stride, _gradient, hooks, dtype, *_rest = arguments
         else:
             raise InputError("refused, since it calls a function that makes no tensor (maybe code)")
         saved = SavedTensor(storage, dtype, offset, shape, stride)
         if not _lies_inside(saved):
             raise InputError("a tensor reaches outside its storage or repeats elements of it")
-        self._forget(arguments, shape, stride)
+        self._forget(arguments, shape, stride, hooks)
         self._push(self._build(saved))
 
-    def _forget(self, *tuples: tuple) -> None:
+    def _drop_attributes(self, *_: object) -> None:
+        """Of a state_dict: versions of its modules, in a dictionary of their own."""
+        attributes = self._take(len(self._stack) - 1)[0]
+        if type(attributes) is not dict or type(self._stack[-1]) is not dict:
+            raise TypeError("sets attributes of what is no dictionary")
+
+    def _forget(self, *parts: object) -> None:
         """Let go of what was only there to describe a tensor, which a file of many small ones has most of."""
         for index in range(max(0, len(self._memo) - 4), len(self._memo)):
-            if any(self._memo[index] is one for one in tuples):
+            if any(self._memo[index] is one for one in parts):
                 self._left += sys.getsizeof(self._memo[index])
                 self._memo[index] = _FORGOTTEN
 

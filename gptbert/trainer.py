@@ -18,6 +18,7 @@ from gptbert.data import Prefetcher
 from gptbert.distributed import World, connect
 from gptbert.errors import InputError, SharedError, StoppedError
 from gptbert.flops import product_rate, training_flops
+from gptbert.initial_weights import read_initial_weights
 from gptbert.inputs import Inputs
 from gptbert.memory import peak_memory
 from gptbert.metrics import LossSums, Throughput, Trackers, perplexity
@@ -67,6 +68,7 @@ def _fit(config: TrainConfig, world: World) -> None:
         if path and not path.is_dir():
             raise InputError(f"{path}: not to be seen on every host; --output_dir must be one folder for all of them")
         resumed = checkpoint.load(path, inputs.model_config) if path else None
+        initial_weights = None if resumed else read_initial_weights(config, inputs.model_config)
         if resumed:
             checkpoint.check_settings(path, config)
     first_step = resumed.step if resumed else 0
@@ -90,7 +92,9 @@ def _fit(config: TrainConfig, world: World) -> None:
         if resumed:
             changes = checkpoint.changed_settings(path, config)
             say(f"going on from {path}" + (f"; changed since: {', '.join(changes)}" if changes else ""))
-    trainer = Trainer(config, inputs, plan, world)
+        elif initial_weights:
+            say(f"starting from the weights of {config.initial_weights}")
+    trainer = Trainer(config, inputs, plan, world, initial_weights)
     if resumed:
         trainer.restore(resumed)
         del resumed  # as large as the run's own state
@@ -100,13 +104,22 @@ def _fit(config: TrainConfig, world: World) -> None:
 class Trainer:
     """A run in progress, as one rank sees it."""
 
-    def __init__(self, config: TrainConfig, inputs: Inputs, plan: HybridPlan, world: World) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        inputs: Inputs,
+        plan: HybridPlan,
+        world: World,
+        initial_weights: dict[str, Tensor] | None = None,
+    ) -> None:
         self.config = config
         self.inputs = inputs
         self.plan = plan
         self.world = world
         torch.manual_seed(config.seed)  # the same weights on every rank
         self.model = GPTBert(inputs.model_config)
+        if initial_weights:
+            self.model.load_state_dict(initial_weights)
         is_sharded = config.parallel == "fsdp" and world.world_size > 1
         if not is_sharded:  # `shard` moves it there block by block
             self.model.to(world.device)

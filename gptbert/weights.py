@@ -29,15 +29,27 @@ def read_weights(file: Path, config: ModelConfig) -> dict[str, Tensor]:
     try:
         if not file.is_file():  # a pipe or device may never end
             raise FileNotFoundError("no such file")
-        weights = from_upstream(load_file(file))
+        return fitting(load_file(file), config)
     except (InputError, OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file.name}: {first_line(error)[:100]}") from error
-    expected = shapes(config)
-    found = {name: tensor.shape for name, tensor in weights.items()}
-    if wrong := [name for name in expected | found if expected.get(name) != found.get(name)]:
-        raise InputError(f"{file.name}: {wrong[0]} does not fit model_config.json")
-    if odd := [name for name, tensor in weights.items() if not tensor.is_floating_point()]:
-        raise InputError(f"{file.name}: {odd[0]} is of type {weights[odd[0]].dtype}")
+        raise InputError(f"{file.name}: {first_line(error)[:200]}") from error
+
+
+def fitting(published: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Weights under published names as those of a `GPTBert` of this shape.
+
+    Raises:
+        InputError: which one is missing, unknown, or of another shape or kind of numbers.
+    """
+    weights, expected = from_upstream(published), shapes(config)
+    for name in expected | weights:
+        if name not in weights:
+            raise InputError(f"{name} is missing")
+        if name not in expected:
+            raise InputError(f"{name} is no weight of a model of this shape")
+        if weights[name].shape != expected[name]:
+            raise InputError(f"{name} does not fit the model: {list(weights[name].shape)} for {list(expected[name])}")
+        if not weights[name].is_floating_point():
+            raise InputError(f"{name} is of type {weights[name].dtype}")
     return weights
 
 

@@ -1,0 +1,149 @@
+"""`python -m gptbert.import_hf SOURCE OUT`: published weights as a folder that a run starts from."""
+
+import dataclasses
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from gptbert import manifest
+from gptbert.command_line import run_command
+from gptbert.config import ModelConfig
+from gptbert.errors import InputError, first_line
+from gptbert.files import new_folder
+from gptbert.json_file import read_json
+from gptbert.tokenizer import load_tokenizer
+from gptbert.torch_file import load_torch_file
+from gptbert.weights import fitting, write_weights
+
+_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+_JSON_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """Make a folder of published weights that training starts from, with --initial_weights.
+
+    It has what `generate`, `fill_mask`, `score`, `evaluate` and `export` read, too.
+    """
+
+    source: Annotated[Path, tyro.conf.Positional]
+    """A folder for Hugging Face's transformers, from `gptbert.export` or as published by upstream (config.json,
+    tokenizer.json and weights), or a file of weights that upstream's script wrote (.bin)."""
+    output: Annotated[Path, tyro.conf.Positional]
+    """Folder to write, which must not be there yet."""
+    config_file: Path | None = None
+    """JSON file with the model's shape, where it is not config.json beside the weights."""
+    tokenizer_path: Path | None = None
+    """Tokenizer JSON file, where it is not tokenizer.json beside the weights."""
+
+
+def import_hf(config: ImportConfig) -> None:
+    """Write the folder.
+
+    Raises:
+        InputError: something is missing, damaged, or of another kind of model; or the output cannot be written.
+    """
+    weights_file, folder = find_weights(config.source)
+    config_file = config.config_file or folder / "config.json"
+    tokenizer_path = config.tokenizer_path or folder / "tokenizer.json"
+    for flag, path in (("--config_file", config_file), ("--tokenizer_path", tokenizer_path)):
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; name the one that goes with {weights_file} with {flag}")
+    model_config = read_shape(config_file)
+    vocab_size = load_tokenizer(tokenizer_path).get_vocab_size()
+    if vocab_size > model_config.vocab_size:
+        raise InputError(
+            f"tokenizer {tokenizer_path} has {vocab_size} tokens, more than vocab_size {model_config.vocab_size} in "
+            f"{config_file}"
+        )
+    model, ema, left_out = read_published(weights_file, model_config)
+    with new_folder(config.output, "OUTPUT") as written:
+        for name, weights in (("model", model), ("ema", ema)):
+            write_weights(written / f"{name}.safetensors", weights, model_config)
+        for name, content in (
+            ("model_config.json", asdict(model_config)),
+            ("train_config.json", {"name": config.source.absolute().name}),
+        ):
+            (written / name).write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
+        shutil.copyfile(tokenizer_path, written / "tokenizer.json")
+        manifest.write(written)
+    note = f", without {', '.join(left_out[:3])}{' and others' if len(left_out) > 3 else ''}" if left_out else ""
+    print(f"wrote {weights_file} to {config.output}{note}; train_distributed.py --initial_weights {config.output}")
+
+
+def find_weights(source: Path) -> tuple[Path, Path]:
+    """The file of weights that `source` names, and the folder it lies in.
+
+    Raises:
+        InputError: there is none.
+    """
+    if source.is_file():
+        return source, source.parent
+    if not source.is_dir():
+        raise InputError(f"{source}: no such file or folder")
+    for name in _WEIGHT_FILES:
+        if (source / name).is_file():
+            return source / name, source
+    if (source / "model_config.json").is_file() or (source / "checkpoints").is_dir():
+        raise InputError(
+            f"{source}: is a run or checkpoint of this trainer already: --initial_weights takes it as it is"
+        )
+    raise InputError(f"{source}: holds neither {' nor '.join(_WEIGHT_FILES)}; name the file of weights")
+
+
+def read_shape(path: Path) -> ModelConfig:
+    """A model's shape from a config.json, whose further keys say nothing about it.
+
+    Raises:
+        InputError: the file cannot be read, a key is missing, or a value is of no use.
+    """
+    try:
+        values = read_json(path, _JSON_BYTES)
+    except (OSError, ValueError) as error:
+        raise InputError(f"model config {path}: cannot be read as JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise InputError(f"model config {path}: expected a JSON object")
+    return ModelConfig.from_values(
+        {field.name: values[field.name] for field in dataclasses.fields(ModelConfig) if field.name in values}, path
+    )
+
+
+def read_published(file: Path, config: ModelConfig) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
+    """Weights and their average under the model's own names, fp32, and the names of what does not belong to a GPT-BERT.
+
+    The average is the weights themselves where the file has none. Heads for other tasks (`head.…`) are left out.
+
+    Raises:
+        InputError: the file is damaged, or holds another model than `config` describes.
+    """
+    read, left_out = [], []
+    try:
+        for state in _states(load_file(file) if file.suffix == ".safetensors" else load_torch_file(file)):
+            left_out = [name for name in state if name.startswith("head.")]
+            weights = fitting({name: state[name] for name in state if name not in left_out}, config)
+            read.append({name: tensor.float() for name, tensor in weights.items()})
+    except (InputError, SafetensorError, OSError) as error:
+        raise InputError(f"{file}: {first_line(error)}") from error
+    return read[0], read[-1], left_out
+
+
+def _states(content: Any) -> list[dict[str, Tensor]]:
+    """The weights that a file holds: alone, or as one of upstream's training states, followed by their average."""
+    if not isinstance(content, dict):
+        raise InputError("expected a dictionary of weights")
+    states = [content[key] for key in ("model", "ema_model") if isinstance(content.get(key), dict)] or [content]
+    for name, tensor in [item for state in states for item in state.items()]:
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise InputError(f"{str(name)[:100]} is no tensor with a name; expected a dictionary of weights")
+    return states
+
+
+if __name__ == "__main__":
+    run_command(ImportConfig, import_hf)

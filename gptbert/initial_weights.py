@@ -1,0 +1,27 @@
+"""Weights that a run starts from instead of random ones (`--initial_weights`)."""
+
+from torch import Tensor
+
+from gptbert.checkpoint import differences, newest_in, whole_weights
+from gptbert.config import ModelConfig, TrainConfig
+from gptbert.errors import InputError
+from gptbert.inputs import naming
+from gptbert.tokenizer import tokenizer_hash
+
+
+def read_initial_weights(config: TrainConfig, model_config: ModelConfig) -> dict[str, Tensor] | None:
+    """The weights that `--initial_weights` names, on the CPU, or None without the flag.
+
+    Raises:
+        InputError: nothing there, or damaged, or of a model of another shape or tokenizer.
+    """
+    if config.initial_weights is None:
+        return None
+    with naming("--initial_weights"):
+        path = newest_in(config.initial_weights)
+        saved_config = ModelConfig.from_json(path / "model_config.json")
+        if changes := differences(saved_config, model_config):
+            raise InputError(f"{path}: its model differs from --config_file: {changes}")
+        if tokenizer_hash(path / "tokenizer.json") != tokenizer_hash(config.tokenizer_path):
+            raise InputError(f"{path}: its tokenizer.json is not --tokenizer_path {config.tokenizer_path}")
+        return whole_weights(path, "model", model_config)
