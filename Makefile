@@ -1,5 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
+OLDEST := .venv/transformers-4.51
 DEMO := demo
 
 .PHONY: demo test test-faults fuzz soak lint bench clean install
@@ -33,8 +34,15 @@ demo: install
 		--max_steps=500 --validate_every=250 --save_every=250
 	$(BIN)/python -m gptbert.demo $(DEMO)/runs/demo --valid_path $(DEMO)/validation.safetensors
 
-test: lint
+test: lint $(OLDEST)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/test_export.py
+
+# The oldest transformers that exported folders promise to work with, beside the newest.
+$(OLDEST): .venv/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ \
+		"transformers==4.51.3" "tokenizers~=0.21.0" "huggingface-hub~=0.30"
+	@touch $@
 
 # What docs/faults.md promises.
 FAULTS := faults hosts recipes resume sharding skipping checkpoint manifest metrics stop_signal skipped_steps fresh_store \

@@ -88,13 +88,13 @@ def find_weights(source: Path) -> tuple[Path, Path]:
         return source, source.parent
     if not source.is_dir():
         raise InputError(f"{source}: no such file or folder")
-    for name in _WEIGHT_FILES:
-        if (source / name).is_file():
-            return source / name, source
     if (source / "model_config.json").is_file() or (source / "checkpoints").is_dir():
         raise InputError(
             f"{source}: is a run or checkpoint of this trainer already: --initial_weights takes it as it is"
         )
+    for name in _WEIGHT_FILES:
+        if (source / name).is_file():
+            return source / name, source
     raise InputError(f"{source}: holds neither {' nor '.join(_WEIGHT_FILES)}; name the file of weights")
 
 

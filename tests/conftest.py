@@ -1,13 +1,19 @@
 """Fixtures that several files need. Those that return a function last a session, so that hypothesis takes them."""
 
+import atexit
 import importlib
 import os
+import shutil
+import tempfile
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import settings
 
+# before anything imports transformers: nothing is asked of the network, nothing written into the user's cache
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="gptbert-hf-")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports a kernel: Triton then runs it on CPU tensors
 
@@ -16,6 +22,7 @@ from gptbert.token_store import TokenStore
 from kernels.backend import BACKENDS
 from tests.scans import scan_by_doubling
 
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 settings.register_profile("fuzz", max_examples=10_000, deadline=None)  # of `make fuzz`, see tests/test_fuzz.py
 
 TINY = ModelConfig(

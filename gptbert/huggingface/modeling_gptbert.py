@@ -622,3 +622,12 @@ def _layer_norm(size: int, config: GPTBertConfig) -> nn.LayerNorm:
 
 def _returned(output: Any, return_dict: bool | None) -> Any:
     return output.to_tuple() if return_dict is False else output
+
+
+# so that `save_pretrained` takes this code along
+GPTBertConfig.register_for_auto_class()
+GPTBertModel.register_for_auto_class("AutoModel")
+GPTBertForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")
+GPTBertForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+GPTBertForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+GPTBertForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")

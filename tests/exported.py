@@ -1,0 +1,55 @@
+"""A checkpoint on disk whose every weight matters, as export and import take it."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from gptbert import manifest
+from gptbert.config import ModelConfig
+from gptbert.model import GPTBert
+from gptbert.tokenizer import load_tokenizer
+from gptbert.weights import write_weights
+from tests.runs import write_inputs
+
+SHAPE = ModelConfig(
+    hidden_size=32,
+    intermediate_size=48,
+    num_attention_heads=2,
+    num_hidden_layers=3,
+    vocab_size=324,  # more than the tokenizer has
+    max_position_embeddings=24,
+    position_bucket_size=8,
+    attention_probs_dropout_prob=0.1,
+    hidden_dropout_prob=0.1,
+    layer_norm_eps=1e-5,
+)
+
+
+def random_model(seed: int) -> GPTBert:
+    """In eval mode; no weight has a value that hides a mistake, as biases of 0 and mixes of one-hot α do."""
+    torch.manual_seed(seed)
+    model = GPTBert(SHAPE).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+def write_checkpoint(folder: Path) -> tuple[Path, dict[str, GPTBert]]:
+    """A checkpoint's folder, and the models of its weights and their average."""
+    inputs = folder / "inputs"
+    inputs.mkdir()
+    write_inputs(inputs, train_characters=20_000)
+    checkpoint = folder / "checkpoint"
+    checkpoint.mkdir()
+    models = {"model": random_model(1), "ema": random_model(2)}
+    for name, model in models.items():
+        write_weights(checkpoint / f"{name}.safetensors", model.state_dict(), SHAPE)
+    (checkpoint / "model_config.json").write_text(json.dumps(asdict(SHAPE)))
+    (checkpoint / "train_config.json").write_text(json.dumps({"name": "a run", "seq_length": 16, "max_steps": 9}))
+    (checkpoint / "tokenizer.json").write_bytes((inputs / "tokenizer.json").read_bytes())
+    assert load_tokenizer(checkpoint / "tokenizer.json").get_vocab_size() < SHAPE.vocab_size
+    manifest.write(checkpoint)
+    return checkpoint, models

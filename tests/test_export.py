@@ -1,0 +1,297 @@
+"""Exported folders in the real transformers: `make test` runs this file with the newest release and with 4.51."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
+
+from gptbert.errors import InputError
+from gptbert.export import ExportConfig, Origin, export, model_card
+from gptbert.tokenizer import MASK_ID, load_tokenizer
+from tests.exported import SHAPE, write_checkpoint
+from tests.runs import train
+
+LENGTH = 40  # beyond max_position_embeddings
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """The folder, and the models that it and a folder of the plain weights were made of."""
+    folder = tmp_path_factory.mktemp("export")
+    checkpoint, models = write_checkpoint(folder)
+    export(ExportConfig(checkpoint, folder / "ema"))
+    export(ExportConfig(checkpoint, folder / "model", weights="model"))
+    return folder, models
+
+
+@pytest.fixture
+def folder(exported):
+    return exported[0] / "ema"
+
+
+@pytest.fixture
+def model(exported):
+    return exported[1]["ema"]
+
+
+def load(auto, folder, **settings):
+    loaded, info = auto.from_pretrained(folder, trust_remote_code=True, output_loading_info=True, **settings)
+    assert not info["unexpected_keys"]
+    assert all(name.startswith("head.") for name in info["missing_keys"])
+    assert loaded.dtype == torch.float32
+    return loaded.eval()
+
+
+def some_ids(rows=3, length=LENGTH):
+    ids = torch.randint(16, SHAPE.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
+    ids[:, 0] = 1
+    ids[:, 5::7] = MASK_ID
+    return ids
+
+
+@torch.no_grad()
+def expected_logits(model, ids, causal, document_ids=None):
+    document_ids = torch.zeros_like(ids) if document_ids is None else document_ids
+    return model.logits(model.encode(ids, document_ids, causal))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("weights", ["ema", "model"])
+def test_logits_are_the_trainers(exported, weights):
+    folder, models = exported
+    ids = some_ids()
+    causal = load(AutoModelForCausalLM, folder / weights)(ids).logits
+    torch.testing.assert_close(causal, expected_logits(models[weights], ids, causal=True), **CLOSE)
+    raw = expected_logits(models[weights], ids, causal=False)
+    masked = load(AutoModelForMaskedLM, folder / weights)(ids).logits
+    torch.testing.assert_close(masked[:, 1:], raw[:, :-1], **CLOSE)  # those of token t at position t
+    as_computed = load(AutoModelForMaskedLM, folder / weights, shift_masked_logits=False)(ids).logits
+    torch.testing.assert_close(as_computed, raw, **CLOSE)
+
+
+@torch.no_grad()
+def test_representations_are_the_trainers(folder, model):
+    ids = some_ids()
+    for settings, causal in (({}, False), ({"is_decoder": True}, True)):
+        output = load(AutoModel, folder, **settings)(ids, output_hidden_states=True, output_attentions=True)
+        expected = model.encode(ids, torch.zeros_like(ids), causal)
+        torch.testing.assert_close(output.last_hidden_state, expected, **CLOSE)
+        assert len(output.hidden_states) == SHAPE.num_hidden_layers + 1
+        assert len(output.attentions) == SHAPE.num_hidden_layers
+        torch.testing.assert_close(output.attentions[1].sum(-1), torch.ones(3, SHAPE.num_attention_heads, LENGTH))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("auto", [AutoModelForMaskedLM, AutoModelForCausalLM])
+def test_padding_stands_on_either_side(folder, auto):
+    loaded = load(auto, folder)
+    ids, lengths = some_ids(), (LENGTH, 23, 2)
+    right, left = torch.full_like(ids, 3), torch.full_like(ids, 3)
+    masks = torch.zeros(2, *ids.shape, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        right[row, :length] = left[row, LENGTH - length :] = ids[row, :length]
+        masks[0, row, :length] = masks[1, row, LENGTH - length :] = 1
+    from_right, from_left = loaded(right, masks[0]).logits, loaded(left, masks[1]).logits
+    for row, length in enumerate(lengths):
+        alone = loaded(ids[row : row + 1, :length]).logits[0]
+        torch.testing.assert_close(from_right[row, :length], alone, **CLOSE)
+        torch.testing.assert_close(from_left[row, LENGTH - length :], alone, **CLOSE)
+    ignored = loaded(right, torch.ones_like(right)).logits
+    assert not torch.allclose(ignored[2, :2], from_right[2, :2], atol=1e-2) or auto is AutoModelForCausalLM
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_mask_of_pairs_of_positions(folder, model, causal):
+    """Packed documents, and padding that sees nothing and is not seen."""
+    ids = some_ids(rows=1)
+    document_ids = torch.tensor([[0] * 11 + [1] * 20 + [-1] * 9])
+    mask = (document_ids[:, :, None] == document_ids[:, None, :]) & (document_ids >= 0)[:, None, :]
+    auto = AutoModelForCausalLM if causal else AutoModelForMaskedLM
+    loaded = load(auto, folder, **({} if causal else {"shift_masked_logits": False}))
+    expected = expected_logits(model, ids, causal, document_ids)
+    torch.testing.assert_close(loaded(ids, mask.long()).logits, expected, **CLOSE)
+    torch.testing.assert_close(loaded(ids, mask[:, None]).logits, expected, **CLOSE)
+    with pytest.raises(ValueError, match=r"attention_mask has shape \(1, 39\), expected \(1, 40\) or \(1, 40, 40\)"):
+        loaded(ids, torch.ones(1, LENGTH - 1))
+
+
+@torch.no_grad()
+def test_a_cache_changes_nothing(folder):
+    loaded = load(AutoModelForCausalLM, folder)
+    ids = some_ids()
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    whole = loaded(ids, mask, use_cache=False)
+    assert whole.get("past_key_values", whole.get("cache")) is None
+    parts, cache = [], None
+    for first, end in ((0, 17), (17, 18), (18, 31), (31, LENGTH)):
+        output = loaded(ids[:, first:end], mask[:, :end], past_key_values=cache, use_cache=True)
+        cache = output.get("past_key_values", output.get("cache"))
+        parts.append(output.logits)
+    torch.testing.assert_close(torch.cat(parts, dim=1)[mask.bool()], whole.logits[mask.bool()], **CLOSE)
+    torch.testing.assert_close(loaded(ids, mask, logits_to_keep=1).logits, whole.logits[:, -1:], **CLOSE)
+
+
+def test_generate_with_and_without_cache(folder):
+    loaded = load(AutoModelForCausalLM, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    texts = ["The following example shows how to", "A"]
+    inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+    settings = {"max_new_tokens": 20, "do_sample": False}
+    cached = loaded.generate(**inputs, **settings)
+    assert torch.equal(cached, loaded.generate(**inputs, **settings, use_cache=False))
+    prompt = inputs.input_ids.shape[1]
+    assert cached.shape == (2, prompt + 20)
+    assert cached[:, prompt:].min() >= 16
+    assert cached.max() < len(tokenizer)
+    for row, text in enumerate(texts):
+        alone = loaded.generate(**tokenizer(text, return_tensors="pt"), **settings)
+        assert torch.equal(alone[0, -20:], cached[row, -20:])
+    assert loaded.generate(**inputs, max_new_tokens=3, num_beams=3, do_sample=False).shape == (2, prompt + 3)
+
+
+@pytest.mark.parametrize("auto", [AutoModelForMaskedLM, AutoModelForCausalLM])
+def test_losses_are_means_over_labels(folder, auto):
+    loaded, ids = load(auto, folder), some_ids()
+    labels = torch.where(torch.arange(LENGTH) % 3 == 0, ids, -100)
+    output = loaded(ids, labels=labels)
+    shift = int(auto is AutoModelForCausalLM)
+    log_probabilities = output.logits.log_softmax(-1)
+    terms = [
+        -log_probabilities[row, position - shift, ids[row, position]]
+        for row in range(3)
+        for position in range(shift, LENGTH)
+        if labels[row, position] >= 0
+    ]
+    torch.testing.assert_close(output.loss, torch.stack(terms).mean())
+    output.loss.backward()
+    assert all(parameter.grad is not None for parameter in loaded.parameters())
+
+
+@pytest.mark.parametrize("is_decoder", [False, True])
+def test_classification_reads_one_token_whatever_the_padding(folder, is_decoder):
+    loaded = load(AutoModelForSequenceClassification, folder, num_labels=3, is_decoder=is_decoder)
+    ids = some_ids(rows=1, length=9)
+    right, left = (torch.nn.functional.pad(ids, sides, value=3) for sides in ((0, 4), (4, 0)))
+    alone = loaded(ids).logits
+    assert alone.shape == (1, 3)
+    for padded in (right, left):
+        torch.testing.assert_close(loaded(padded, (padded != 3).long()).logits, alone, **CLOSE)
+    assert loaded(ids, labels=torch.tensor([2])).loss > 0
+    regression = load(AutoModelForSequenceClassification, folder, num_labels=1)
+    torch.testing.assert_close(
+        regression(ids, labels=torch.tensor([0.5])).loss, (regression(ids).logits[0, 0] - 0.5).square()
+    )
+    assert load(AutoModelForTokenClassification, folder, num_labels=5)(ids).logits.shape == (1, 9, 5)
+
+
+def damaged(folder, tmp_path, change):
+    copy = tmp_path / "damaged"
+    shutil.copytree(folder, copy)
+    weights = load_file(copy / "model.safetensors")
+    change(weights)
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weights: weights.pop("transformer.dwa_modules.alphas.3"), "1 missing weights: .*alphas.3"),
+        (lambda weights: weights.pop("classifier.nonlinearity.5.bias"), "1 missing weights: classifier"),
+        (lambda weights: weights.update(more=torch.ones(2)), "1 unknown weights: more"),
+    ],
+)
+def test_loading_is_strict(folder, tmp_path, change, message):
+    copy = damaged(folder, tmp_path, change)
+    with pytest.raises(ValueError, match=message):
+        AutoModelForMaskedLM.from_pretrained(copy, trust_remote_code=True)
+
+
+def test_tokenizer_is_the_trainers(folder, exported):
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    assert tokenizer.is_fast
+    text = "This is a list<mask> strings, and ünïcode."
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    assert encoded["input_ids"] == load_tokenizer(folder / "tokenizer.json").encode(text).ids
+    assert encoded["input_ids"][0] == tokenizer.bos_token_id == 1
+    assert encoded["offset_mapping"][0] == (0, 0)
+    assert encoded["offset_mapping"][-1][1] == len(text)
+    mask = encoded["input_ids"].index(tokenizer.mask_token_id)
+    assert text[slice(*encoded["offset_mapping"][mask])] == "<mask>"
+    assert set(encoded) == {"input_ids", "attention_mask", "offset_mapping"}
+    assert tokenizer.decode(encoded["input_ids"], skip_special_tokens=True) == text.replace("<mask>", "")
+    assert tokenizer.pad_token_id == 3
+
+
+def test_what_transformers_saves_again_is_the_same(folder, tmp_path):
+    for auto in (AutoModelForMaskedLM, AutoModelForCausalLM):
+        loaded = load(auto, folder)
+        loaded.save_pretrained(tmp_path / auto.__name__)
+        ids = some_ids()
+        for other in (AutoModelForMaskedLM, AutoModelForCausalLM):  # the code comes along, for every class
+            again = load(other, tmp_path / auto.__name__)
+            assert torch.equal(load(other, folder)(ids).logits, again(ids).logits)
+        weights = (load_file(path / "model.safetensors") for path in (folder, tmp_path / auto.__name__))
+        assert next(weights).keys() == next(weights).keys()
+
+
+def test_a_run_says_on_its_card_what_it_was(exported, tmp_path):
+    inputs = exported[0] / "inputs"
+    records = train(inputs, "with-a-card", max_steps=4, hybrid_denominator=3, validate_every=2, mixed_precision=True)
+    run_dir = inputs / "runs" / "with-a-card"
+    export(ExportConfig(run_dir, tmp_path / "out"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    loss = records[-1]["validation_ema/mlm/loss"]
+    tokens = next(record["train/tokens"] for record in reversed(records) if "train/tokens" in record)
+    for part in ("# with-a-card", "step 4 of 4", "| masked share | 1/3", f"| masked | {loss:.3f} |", f"{tokens:,}",
+                 "| hardware | 1 × ", "train.safetensors", "bf16", "after step 4"):  # fmt: skip
+        assert part in card, part
+    assert "nan" not in card.lower()
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mode & 0o044  # others may read it
+
+
+def test_a_checkpoint_alone_has_a_card_too(exported):
+    card = model_card(Origin.of(exported[0] / "checkpoint"), SHAPE, "ema", shift=False, name="x")
+    assert "# a run" in card
+    assert "Validation" not in card
+    assert "mntp`" in card
+
+
+def test_refusals_leave_nothing(exported, tmp_path, capsys):
+    checkpoint = exported[0] / "checkpoint"
+    (tmp_path / "there").mkdir()
+    for settings, message in (
+        (ExportConfig(tmp_path, tmp_path / "out"), "neither a checkpoint nor a run"),
+        (ExportConfig(checkpoint, tmp_path / "there"), "is there already"),
+        (ExportConfig(checkpoint, tmp_path / "out", words=True), "--words: .* has no checkpoints by words"),
+    ):
+        with pytest.raises(InputError, match=message):
+            export(settings)
+    copy = tmp_path / "cut"
+    shutil.copytree(checkpoint, copy)
+    (copy / "train_config.json").write_text("[]")
+    with pytest.raises(InputError, match="expected a JSON object"):
+        export(ExportConfig(copy, tmp_path / "out"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "there"]
+
+
+def test_configuration_keeps_the_published_keys(folder):
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    for name, value in vars(SHAPE).items():
+        assert getattr(config, name) == value
+    assert json.loads((folder / "config.json").read_text())["torch_dtype"] == "float32"
