@@ -104,7 +104,7 @@ def test_refusals_name_what_is_wrong_and_leave_nothing(folder, tmp_path):
     for source, changes, message in (
         (folder / "exported", {"config_file": tmp_path / "no.json"}, r"no.json: no such file; .* with --config_file"),
         (tmp_path / "missing.safetensors", {}, r"config.json: no such file; .* with --config_file"),
-        (folder / "checkpoint", {}, "already: --initial_weights takes it as it is"),
+        (folder / "checkpoint", {}, "of this trainer: --initial_weights takes it as it is"),
         (folder, {}, "holds neither model.safetensors nor pytorch_model.bin"),
     ):
         with pytest.raises(InputError, match=message):

@@ -1,0 +1,81 @@
+"""The worked example of fine-tuning, on small generated data and through transformers' own Trainer."""
+
+import json
+import random
+
+import pytest
+from transformers import AutoTokenizer, pipeline
+
+from examples.finetune import IGNORE_INDEX, Settings, encode_words, finetune
+from gptbert.export import ExportConfig, export
+from tests.runs import train, write_inputs
+
+ANIMALS, PLACES, VERBS = ("cat", "dog", "horse", "mouse"), ("house", "garden", "river"), ("saw", "left", "liked")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A model that has been trained for a few steps."""
+    folder = tmp_path_factory.mktemp("finetune")
+    write_inputs(folder, train_characters=20_000)
+    train(folder, "base", config_file=folder / "no_dropout.json", max_steps=30, validate_every=0)
+    export(ExportConfig(folder / "runs" / "base", folder / "exported"))
+    return folder / "exported"
+
+
+def sentences(count, seed):
+    """Who did what to where or whom: the label is whether an animal comes first."""
+    generator = random.Random(seed)
+    for _ in range(count):
+        nouns = [generator.choice(generator.choice((ANIMALS, PLACES))) for _ in range(2)]
+        words = ["the", nouns[0], generator.choice(VERBS), "the", nouns[1]]
+        kinds = ["animal" if noun in ANIMALS else "place" for noun in nouns]
+        yield words, ["other", kinds[0], "other", "other", kinds[1]], kinds[0]
+
+
+def write_data(folder, task):
+    for name, count, seed in (("train", 300, 1), ("validation", 80, 2)):
+        lines = [
+            {"words": words, "tags": tags} if task == "tag" else {"text": " ".join(words), "label": label}
+            for words, tags, label in sentences(count, seed)
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize(("task", "causal"), [("classify", False), ("classify", True), ("tag", False)])
+def test_the_example_learns_its_task(exported, tmp_path, task, causal):
+    write_data(tmp_path, task)
+    settings = Settings(
+        task=task,
+        model=str(exported),
+        train=tmp_path / "train.jsonl",
+        validation=tmp_path / "validation.jsonl",
+        output=tmp_path / "out",
+        learning_rate=3e-3,
+        epochs=6,
+        causal=causal,
+    )
+    metrics = finetune(settings)
+    assert metrics["eval_accuracy"] > 0.95
+    kind = {"classify": "text-classification", "tag": "token-classification"}[task]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    loaded = pipeline(kind, model=str(tmp_path / "out"), tokenizer=tokenizer, trust_remote_code=True)
+    answers = loaded("the mouse left the garden")
+    if task == "classify":
+        assert answers[0]["label"] == "animal"
+    else:
+        assert {answer["entity"] for answer in answers} >= {"animal", "place", "other"}
+
+
+def test_labels_stand_on_the_first_token_of_each_word(exported):
+    tokenizer = AutoTokenizer.from_pretrained(exported, trust_remote_code=True)
+    words, tags = ["Zürich", "is", "x", "unbelievably", "far"], ["a", "b", "a", "unseen", "b"]
+    encoding = encode_words(tokenizer, {"words": words, "tags": tags}, ["a", "b"], max_length=100)
+    tokens = [tokenizer.decode([token]) for token in encoding["input_ids"]]
+    labelled = [(tokens[place], label) for place, label in enumerate(encoding["labels"]) if label != IGNORE_INDEX]
+    assert [label for _, label in labelled] == [0, 1, 0, 1]
+    for (token, _), word in zip(labelled, ["Zürich", "is", "x", "far"], strict=True):
+        assert token.strip() in {"", word} or word.startswith(token.strip())
+    assert len(tokens) > len(words) + 1
+    cut = encode_words(tokenizer, {"words": words, "tags": tags}, ["a", "b"], max_length=3)
+    assert len(cut["labels"]) == 3
