@@ -45,7 +45,7 @@ $(OLDEST): .venv/.installed
 	@touch $@
 
 # What docs/faults.md promises.
-FAULTS := faults hosts recipes resume sharding skipping checkpoint manifest metrics stop_signal skipped_steps fresh_store \
+FAULTS := faults hosts recipes resume sharding skipping checkpoint manifest trackers records stop_signal skipped_steps fresh_store \
 	token_ids malicious fuzz
 
 test-faults: install

@@ -1,6 +1,7 @@
 """The model's shape (a JSON file) and a run's settings (the command line), as frozen dataclasses."""
 
 import dataclasses
+import json
 import math
 import os
 import reprlib
@@ -242,6 +243,8 @@ class TrainConfig:
     resume: str | None = None
     """auto: go on from the run's newest checkpoint, or start where there is none.
     A path: go on from that checkpoint."""
+    trackers: tuple[Literal["wandb", "tensorboard"], ...] = ("wandb",)
+    """Where records go beside metrics.jsonl: any of these, or nothing after the flag for none."""
     wandb_project: str = "gptbert"
     """Project in wandb."""
     wandb_entity: str | None = None
@@ -316,7 +319,5 @@ class TrainConfig:
         return round(self.max_steps * self.cooldown_proportion)
 
     def to_dict(self) -> dict:
-        """The settings as JSON values."""
-        return {
-            name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(self).items()
-        }
+        """The settings as JSON values: paths as strings, tuples as lists."""
+        return json.loads(json.dumps(dataclasses.asdict(self), default=str))

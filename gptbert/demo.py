@@ -14,8 +14,8 @@ from gptbert.command_line import run_command
 from gptbert.errors import InputError
 from gptbert.fill_mask import fill_masks
 from gptbert.generate import continue_text
-from gptbert.metrics import read_records
 from gptbert.objectives import Objective
+from gptbert.records import read_records
 from gptbert.token_store import TokenStore
 from gptbert.tokenizer import load_tokenizer
 from gptbert.validation import unigram_entropy

@@ -55,3 +55,13 @@ def batch_sizes(config: TrainConfig, steps: np.ndarray) -> np.ndarray:
 def batch_size(config: TrainConfig, step: int) -> int:
     """`batch_sizes` of one step."""
     return int(batch_sizes(config, np.array(step)))
+
+
+def values(config: TrainConfig, step: int) -> dict[str, float]:
+    """All of them at `step`, by the names of records."""
+    return {
+        "learning_rate": learning_rate(config, step),
+        "batch_size": batch_size(config, step),
+        "sequence_length": sequence_length(config, step),
+        "mask_p": mask_probability(config, step),
+    }

@@ -21,17 +21,19 @@ from gptbert.flops import product_rate, training_flops
 from gptbert.initial_weights import read_initial_weights
 from gptbert.inputs import Inputs
 from gptbert.memory import peak_memory
-from gptbert.metrics import LossSums, Throughput, Trackers, perplexity
+from gptbert.metrics import LossSums, Throughput, training_losses
 from gptbert.micro_batch import micro_batch_rows
 from gptbert.model import GPTBert
 from gptbert.objectives import Batch, HybridPlan, Objective
 from gptbert.optim import WeightAverage, build_optimizer, update_weights
 from gptbert.preparation import prepare_kernels, prepare_run_dir
 from gptbert.progress import brief, progress_bar, say
+from gptbert.samples import Samples
 from gptbert.sharding import let_go, load_moments, load_weights, new_moments, shard, shard_size, whole
 from gptbert.skipped_steps import SkippedSteps
 from gptbert.step_rows import LoadedShare, StepRows
 from gptbert.stop_signal import StopSignal
+from gptbert.trackers import Trackers
 from gptbert.validation import Validation
 from kernels import MaskedCrossEntropy
 from kernels.span_mask import DEFAULT_MAX_SPAN_LENGTH
@@ -157,6 +159,7 @@ class Trainer:
             settings = {**config.to_dict(), **dataclasses.asdict(self.inputs.model_config)}
             with self.world.agreed():
                 trackers = stack.enter_context(Trackers(config, self.world, settings, self.step))
+                samples = Samples(config, self.inputs.valid_store, self.world)
             rows = stack.enter_context(Prefetcher(self.rows.load, self.step, config.max_steps))
             bar = stack.enter_context(progress_bar(config, self.world, self.step))
             throughput = Throughput(self.plan.tokens_before(self.step))
@@ -176,6 +179,7 @@ class Trainer:
                     if last or (config.validate_every and self.step % config.validate_every == 0):
                         record = self.validation_record()
                         trackers.log(self.step, record)
+                        trackers.log_samples(self.step, samples(self.model, self._precision()))
                         if self.world.is_main:
                             say(f"step {self.step}: validation {brief(record, 'validation')}")
                     if last or stops or (config.save_every and self.step % config.save_every == 0):
@@ -238,30 +242,18 @@ class Trainer:
         step = self.step - 1
         means = self.sums.means(self.world)
         self.sums = LossSums(self.world.device)
-        record = {}
         weights = {objective: self.plan.weight(objective) for objective in means}
         if self.config.token_weighted_loss:
             weights = {objective: values["count"] for objective, values in means.items()}
-        total = sum(weights.values())
-        if means:  # none, where all steps were skipped
-            for name in ("loss", "accuracy", "z_loss"):
-                record[f"train/{name}"] = sum(weights[key] * values[name] for key, values in means.items()) / total
-            record["train/perplexity"] = perplexity(record["train/loss"])
-        for objective, values in means.items():
-            for name in ("loss", "perplexity", "accuracy", "z_loss"):
-                record[f"train/{objective.value}/{name}"] = values[name]
         tokens = self.plan.tokens_before(self.step)
         return (
-            record
+            training_losses(means, weights)
             | {
                 "train/gradient_norm": gradient_norm.item(),
                 "train/skipped_steps": self.skipped_steps.total(),
-                "train/learning_rate": schedules.learning_rate(self.config, step),
-                "train/batch_size": schedules.batch_size(self.config, step),
-                "train/sequence_length": schedules.sequence_length(self.config, step),
-                "train/mask_p": schedules.mask_probability(self.config, step),
                 "train/tokens": tokens,
             }
+            | {f"train/{name}": value for name, value in schedules.values(self.config, step).items()}
             | self._speed(tokens, sum(values["count"] for values in means.values()), throughput)
         )
 

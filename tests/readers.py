@@ -8,9 +8,9 @@ from gptbert import checkpoint, manifest
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.corpus import Corpus, CorpusConfig
 from gptbert.data import RowStream
-from gptbert.metrics import read_records
 from gptbert.model import GPTBert
 from gptbert.optim import Lamb
+from gptbert.records import read_records
 from gptbert.token_store import TokenStore
 from gptbert.tokenizer import load_tokenizer, tokenizer_hash
 from gptbert.torch_file import load_torch_file

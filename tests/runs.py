@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from gptbert.checkpoint import list_checkpoints
-from gptbert.metrics import read_records
+from gptbert.records import read_records
 from tokenize_scripts.tokenize_corpus import TokenizeConfig, tokenize_corpus
 from tokenize_scripts.train_tokenizer import TrainTokenizerConfig, train_tokenizer
 

@@ -46,6 +46,9 @@ def test_the_scan_sees_every_kind_of_import(tmp_path, monkeypatch):
         ("gptbert/**/*.py", ["train_distributed", "benchmarks", "tests"]),
         ("gptbert/checkpoint.py", ["gptbert.trainer"]),
         ("gptbert/metrics.py", ["gptbert.trainer"]),
+        ("gptbert/records.py", ["gptbert"]),
+        ("gptbert/trackers.py", ["gptbert.trainer"]),
+        ("gptbert/report.py", ["gptbert.trainer", "gptbert.model", "torch"]),
         ("gptbert/data.py", ["gptbert.trainer"]),
     ],
 )

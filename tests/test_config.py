@@ -156,11 +156,27 @@ def test_defaults_are_those_of_the_recipe():
 def test_settings_survive_json(make_config):
     config = make_config(name="a run", resume="auto", learning_rate=0.1)
     values = json.loads(json.dumps(config.to_dict()))
+    assert values == config.to_dict(), "or a checkpoint's settings would differ from the same ones"
+    values["trackers"] = tuple(values["trackers"])
     paths = {
         name: Path(values[name]) for name in ("train_path", "valid_path", "config_file", "tokenizer_path", "output_dir")
     }
     assert TrainConfig(**{**values, **paths}) == dataclasses.replace(config, **paths)
     assert set(values) == {field.name for field in dataclasses.fields(TrainConfig)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "trackers"),
+    [
+        ([], ("wandb",)),
+        (["--trackers"], ()),
+        (["--trackers", "--seed=1"], ()),
+        (["--trackers", "wandb", "tensorboard"], ("wandb", "tensorboard")),
+        (["--trackers=tensorboard"], ("tensorboard",)),
+    ],
+)
+def test_any_number_of_trackers(arguments, trackers):
+    assert parse(TrainConfig, [*REQUIRED, *arguments]).trackers == trackers
 
 
 def test_help_mentions_every_flag(capsys):
@@ -194,6 +210,7 @@ def test_train_distributed_shows_its_help_and_its_mistakes():
         (["--seed"], "seed"),
         (["stray"], "stray"),
         (["--hybrid_mode=both"], "both"),
+        (["--trackers", "wandb", "mlflow"], "mlflow"),
     ],
 )
 def test_a_mistaken_command_line_is_one_line_and_status_2(capsys, arguments, named):

@@ -15,7 +15,7 @@ import pytest
 from gptbert import manifest
 from gptbert.checkpoint import list_checkpoints
 from gptbert.command_line import STOPPED
-from gptbert.metrics import read_records
+from gptbert.records import read_records
 from tests.disk import small_disk
 from tests.runs import assert_same_end, flags, kill, start, train, wait_for_record, workers, write_inputs
 

@@ -1,16 +1,14 @@
-"""Loss sums, the metrics file across kills, and where wandb records go."""
+"""Loss sums, what a training record makes of them, and throughput."""
 
-import json
 import math
 
 import pytest
 import torch
 
 from gptbert.distributed import World
-from gptbert.metrics import JsonLines, LossSums, Throughput, Trackers, _wandb_mode, perplexity, read_records
+from gptbert.metrics import LossSums, Throughput, perplexity, training_losses
 from gptbert.objectives import Objective
 from kernels import MaskedCrossEntropy
-from tests.disk import small_disk
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -60,86 +58,19 @@ def test_perplexity_of_no_number_is_no_number():
     assert math.isnan(perplexity(math.nan))
 
 
-def log(path, first_step, steps):
-    tracker = JsonLines(path, first_step)
-    for step in steps:
-        tracker.log(step, {"loss": step / 2})
-    tracker.close()
-
-
-def test_records_of_steps_that_come_again_are_dropped(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    log(path, 0, [10, 20, 30, 40])
-    log(path, 20, [])
-    assert [record["step"] for record in read_records(path)] == [10, 20]
-    log(path, 20, [30, 40])
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [
-        {"step": step, "loss": step / 2} for step in (10, 20, 30, 40)
-    ]
-    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
-
-
-@pytest.mark.parametrize("cut", range(1, 27))
-def test_a_record_torn_by_a_kill_spoils_no_other(tmp_path, cut):
-    """Whatever part of the last line was written, also all of it but its end."""
-    path = tmp_path / "metrics.jsonl"
-    log(path, 0, [10, 20])
-    content = path.read_bytes()
-    assert len(content.splitlines()[-1]) == 26
-    path.write_bytes(content[:-cut])
-    whole = [10] if cut > 1 else [10, 20]
-    assert [record["step"] for record in read_records(path)] == whole
-    log(path, 20, [30])
-    assert [record["step"] for record in read_records(path)] == [*whole, 30]
-    assert len(path.read_text().splitlines()) == len(whole) + 1
-
-
-def test_records_are_on_the_disk_at_once(tmp_path):
-    tracker = JsonLines(tmp_path / "metrics.jsonl", 0)
-    tracker.log(1, {"loss": math.inf})
-    assert read_records(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": math.inf}]
-    tracker.close()
-
-
-def test_a_file_that_is_not_there_has_no_records(tmp_path):
-    assert read_records(tmp_path / "none.jsonl") == []
-
-
-@pytest.mark.parametrize(
-    ("environment", "netrc", "mode"),
-    [
-        ({}, None, "offline"),
-        ({}, "machine api.wandb.ai login user password k", "online"),
-        ({}, "machine example.org login user password k", "offline"),
-        ({}, "not a netrc", "offline"),
-        ({"WANDB_API_KEY": "k"}, None, "online"),
-        ({"WANDB_API_KEY": ""}, None, "offline"),
-        ({"WANDB_API_KEY": "k", "WANDB_MODE": "offline"}, None, "offline"),
-        ({"WANDB_MODE": "disabled"}, "machine api.wandb.ai login user password k", "disabled"),
-    ],
-)
-def test_wandb_is_online_only_for_those_who_logged_in(monkeypatch, tmp_path, environment, netrc, mode):
-    for name in ("WANDB_MODE", "WANDB_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    if netrc:
-        (tmp_path / ".netrc").write_text(netrc)
-        (tmp_path / ".netrc").chmod(0o600)
-    assert _wandb_mode() == mode
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_only_the_main_rank_writes(make_config, tmp_path, rank):
-    config = make_config(output_dir=tmp_path, wandb_mode="disabled")
-    config.run_dir.mkdir()
-    with Trackers(config, World(rank, 2, torch.device("cpu")), {}, 0) as trackers:
-        trackers.log(1, {"loss": 2.0})
-    files = {file.name for file in config.run_dir.iterdir()}
-    assert files == ({"metrics.jsonl"} if rank == 0 else set())
-    if rank == 0:
-        assert read_records(config.run_dir / "metrics.jsonl") == [{"step": 1, "loss": 2.0}]
+def test_the_loss_of_a_record_is_weighted_by_objective():
+    means = {
+        Objective.MLM: {"loss": 2.0, "perplexity": math.exp(2), "accuracy": 0.5, "z_loss": 4.0, "count": 1},
+        Objective.CLM: {"loss": 6.0, "perplexity": math.exp(6), "accuracy": 0.1, "z_loss": 8.0, "count": 9},
+    }
+    record = training_losses(means, {Objective.MLM: 1, Objective.CLM: 3})
+    total = {name: record[f"train/{name}"] for name in ("loss", "perplexity", "accuracy", "z_loss")}
+    assert total == pytest.approx({"loss": 5.0, "perplexity": math.exp(5), "accuracy": 0.2, "z_loss": 7.0})
+    for objective, values in means.items():
+        for name in total:
+            assert record[f"train/{objective.value}/{name}"] == values[name]
+    assert len(record) == 12
+    assert training_losses({}, {}) == {}
 
 
 def test_throughput_leaves_pauses_out_and_knows_what_was_waiting(monkeypatch):
@@ -155,50 +86,3 @@ def test_throughput_leaves_pauses_out_and_knows_what_was_waiting(monkeypatch):
     assert throughput.since_last(2000) == (100, 0.5)
     now[0] += 1
     assert throughput.since_last(2007) == (7, 0)
-
-
-@pytest.fixture
-def tiny_disk(tmp_path):
-    with small_disk(tmp_path, 16 << 10) as disk:
-        yield disk
-
-
-def test_a_full_disk_costs_records_and_not_the_run(make_config, tiny_disk, capfd):
-    config = make_config(output_dir=tiny_disk, wandb_mode="disabled")
-    config.run_dir.mkdir()
-    ballast = tiny_disk / "ballast"
-    with Trackers(config, World(0, 1, torch.device("cpu")), {}, 0) as trackers:
-        trackers.log(1, {"loss": 2.0})
-        ballast.write_bytes(bytes(8 << 10))  # two of its four pages; the file of records has one
-        for step in range(2, 9):
-            trackers.log(step, {"x" * 1000: float(step)})
-        trackers.log(9, {"y" * 5000: 9.0})
-        trackers.log(10, {"y" * 5000: 10.0})
-        ballast.unlink()
-        trackers.log(11, {"loss": 1.0})
-    steps = [record["step"] for record in read_records(config.run_dir / "metrics.jsonl")]
-    assert steps[-1] == 11
-    assert steps[:-1] == list(range(1, len(steps))), "those before the disk was full"
-    assert len(steps) < 10, "or the disk was not full"
-    said = capfd.readouterr().err
-    assert said.count("metrics.jsonl fails") == 1
-    assert "No space left on device" in said
-
-
-class Failing:
-    def log(self, step, values):
-        raise ValueError("of its own")
-
-    def close(self):
-        raise KeyError
-
-
-def test_a_tracker_that_fails_does_not_keep_others_from_records(make_config, tmp_path, capfd):
-    config = make_config(output_dir=tmp_path, wandb_mode="disabled")
-    config.run_dir.mkdir()
-    with Trackers(config, World(0, 1, torch.device("cpu")), {}, 0) as trackers:
-        trackers._trackers = {"failing": Failing(), **trackers._trackers}
-        for step in (1, 2):
-            trackers.log(step, {"loss": 2.0})
-    assert [record["step"] for record in read_records(config.run_dir / "metrics.jsonl")] == [1, 2]
-    assert capfd.readouterr().err.splitlines() == ["failing fails (of its own); training goes on"]

@@ -17,7 +17,7 @@ from torch.distributed.run import get_args_parser
 from gptbert.checkpoint import list_checkpoints
 from gptbert.command_line import parse
 from gptbert.config import TrainConfig
-from gptbert.metrics import read_records
+from gptbert.records import read_records
 from tests.runs import ROOT, assert_same_end, flags, process_ids, train, wait_for_record, write_inputs
 
 FOLDER = ROOT / "configs" / "runs"

@@ -20,10 +20,10 @@ from gptbert.config import ModelConfig, TrainConfig
 from gptbert.distributed import World
 from gptbert.errors import InputError
 from gptbert.inputs import Inputs
-from gptbert.metrics import read_records
 from gptbert.model import GPTBert
 from gptbert.objectives import HybridPlan
 from gptbert.optim import Lamb, parameter_groups
+from gptbert.records import read_records
 from gptbert.sharding import new_moments, shard_size
 from gptbert.trainer import Trainer, fit
 from gptbert.unshard import UnshardConfig, unshard

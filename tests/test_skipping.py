@@ -10,8 +10,8 @@ from gptbert.command_line import parse, run_command
 from gptbert.config import TrainConfig
 from gptbert.distributed import connect
 from gptbert.inputs import Inputs
-from gptbert.metrics import read_records
 from gptbert.objectives import HybridPlan
+from gptbert.records import read_records
 from gptbert.trainer import Trainer, fit
 from tests.runs import assert_same, assert_same_checkpoint, flags, on_ranks, write_inputs
 

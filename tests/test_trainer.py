@@ -16,8 +16,8 @@ from gptbert.config import TrainConfig
 from gptbert.distributed import World
 from gptbert.errors import InputError
 from gptbert.inputs import Inputs
-from gptbert.metrics import read_records
 from gptbert.objectives import HybridPlan, Objective
+from gptbert.records import read_records
 from gptbert.schedules import learning_rate
 from gptbert.token_store import TokenStore
 from gptbert.tokenizer import BOS_ID

@@ -1,0 +1,56 @@
+"""Files of records: one JSON object a line, each with the step it is of."""
+
+import errno
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_LONGEST_RECORD = 1 << 20  # bytes of a line; a longer one is damage
+
+
+class JsonLines:
+    """One JSON object a line, with its step, written at once and as a whole, or not at all.
+
+    Opening drops the records of steps after `first_step`: a run that was killed wrote them, and will write them again.
+    """
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        temporary = path.with_suffix(".tmp")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(line for line, record in _records(path) if record["step"] <= first_step)
+        temporary.replace(path)
+        self._file = path.open("ab", buffering=0)
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """Append a record."""
+        line = (json.dumps({"step": step, **values}) + "\n").encode()
+        size = os.fstat(self._file.fileno()).st_size
+        if self._file.write(line) < len(line):  # the disk is full, and readers stop at a broken line
+            self._file.truncate(size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """All records of a file; a last line cut short by a kill is left out."""
+    return [record for _, record in _records(path)]
+
+
+def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Lines and their records, up to the first line that is none."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        while line := file.readline(_LONGEST_RECORD):
+            try:
+                text = line.decode("utf-8").rstrip("\n") + "\n"
+                record = json.loads(text)
+                record["step"] += 0
+            except (ValueError, TypeError, KeyError, RecursionError):
+                return
+            yield text, record

@@ -1,0 +1,53 @@
+"""The files of records across kills."""
+
+import json
+import math
+
+import pytest
+
+from gptbert.records import JsonLines, read_records
+
+
+def log(path, first_step, steps):
+    tracker = JsonLines(path, first_step)
+    for step in steps:
+        tracker.log(step, {"loss": step / 2})
+    tracker.close()
+
+
+def test_records_of_steps_that_come_again_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log(path, 0, [10, 20, 30, 40])
+    log(path, 20, [])
+    assert [record["step"] for record in read_records(path)] == [10, 20]
+    log(path, 20, [30, 40])
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": step, "loss": step / 2} for step in (10, 20, 30, 40)
+    ]
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("cut", range(1, 27))
+def test_a_record_torn_by_a_kill_spoils_no_other(tmp_path, cut):
+    """Whatever part of the last line was written, also all of it but its end."""
+    path = tmp_path / "metrics.jsonl"
+    log(path, 0, [10, 20])
+    content = path.read_bytes()
+    assert len(content.splitlines()[-1]) == 26
+    path.write_bytes(content[:-cut])
+    whole = [10] if cut > 1 else [10, 20]
+    assert [record["step"] for record in read_records(path)] == whole
+    log(path, 20, [30])
+    assert [record["step"] for record in read_records(path)] == [*whole, 30]
+    assert len(path.read_text().splitlines()) == len(whole) + 1
+
+
+def test_records_are_on_the_disk_at_once(tmp_path):
+    tracker = JsonLines(tmp_path / "metrics.jsonl", 0)
+    tracker.log(1, {"loss": math.inf})
+    assert read_records(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": math.inf}]
+    tracker.close()
+
+
+def test_a_file_that_is_not_there_has_no_records(tmp_path):
+    assert read_records(tmp_path / "none.jsonl") == []
