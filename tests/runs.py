@@ -168,10 +168,12 @@ def train(inputs: Path, name: str, world_size: int = 1, **changes: object) -> li
 
 
 def assert_same_end(run_dir: Path, other: Path) -> None:
-    """Two runs have the same records but for speed, and the same newest checkpoint, all to the bit."""
+    """Two runs have the same records but for speed, the same samples and the same newest checkpoint, all to the bit."""
     records = [read_records(path / "metrics.jsonl") for path in (run_dir, other)]
     without_speed = [[{key: record[key] for key in record if key not in SPEED} for record in each] for each in records]
     assert without_speed[0] == without_speed[1]
+    samples = [read_records(path / "samples.jsonl") for path in (run_dir, other)]
+    assert samples[0] == samples[1] != []
     assert_same_checkpoint(*(list_checkpoints(path)[-1] for path in (run_dir, other)))
     for path in (run_dir, other):
         assert not list((path / "checkpoints").glob(".*")), "nothing half-written is left"

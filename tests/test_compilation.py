@@ -13,6 +13,7 @@ from gptbert.errors import InputError
 from gptbert.inputs import Inputs
 from gptbert.model import IGNORE_INDEX, GPTBert
 from gptbert.objectives import HybridPlan
+from gptbert.samples import Samples
 from gptbert.schedules import batch_size, length_factor
 from gptbert.trainer import Trainer
 from tests.conftest import TINY
@@ -103,12 +104,14 @@ def test_a_whole_run_compiles_its_shapes_once(tmp_path, even_short_runs):
     config = parse(TrainConfig, flags(inputs, **settings, max_steps=40, hybrid_denominator=2, hybrid_mode="batch"))
     assert config.compile
     trainer = Trainer(config, Inputs.open(config), HybridPlan(config, 1), World(0, 1, CPU))
+    samples = Samples(config, trainer.inputs.valid_store, trainer.world)
     graphs, shapes = [counters["stats"]["unique_graphs"]], []
     for step in range(config.max_steps):
         trainer.train_step(trainer.rows.load(step))
         trainer.step += 1
         if step in {0, 30, 37}:
             trainer.validation_record()
+            assert samples(trainer.model, trainer._precision())
         graphs.append(counters["stats"]["unique_graphs"])
         shapes.append((batch_size(config, step), length_factor(config, step)))
     assert len({rows for rows, _ in shapes}) > 4
