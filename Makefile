@@ -31,7 +31,7 @@ demo: install
 		--hybrid_numerator=1 --hybrid_denominator=2 --mixed_precision \
 		--seq_length=128 --global_batch_size=32 --batch_reduction=1 \
 		--learning_rate=2e-2 --warmup_proportion=0.05 --ema_decay=0.98 \
-		--max_steps=500 --validate_every=250 --save_every=250
+		--max_steps=500 --validate_every=125 --save_every=250
 	$(BIN)/python -m gptbert.demo $(DEMO)/runs/demo --valid_path $(DEMO)/validation.safetensors
 
 test: lint $(OLDEST)

@@ -1,8 +1,8 @@
 """What a run's model fills into a few fixed texts, at each validation: progress that can be read.
 
-The texts are the beginnings of documents of the validation file, with the same tokens masked in every run on that file.
-A record of `samples.jsonl` is one text at one step: the three likeliest tokens for each of its masks, with their
-probabilities by the weights of that step (not by their average):
+The texts are cut out of the middle of documents of the validation file, with the same tokens masked in every run on
+that file. A record of `samples.jsonl` is one text at one step: the three likeliest tokens for each of its masks, with
+their probabilities by the weights of that step (not by their average):
 
     {"step": 1000, "text": "The first<mask> is …", "answers": [" argument"], "guesses": [[[" argument", 0.62], …]]}
 """
@@ -21,7 +21,7 @@ from gptbert.token_store import TokenStore
 from gptbert.tokenizer import BOS_ID, MASK_ID, PAD_ID, load_tokenizer
 
 NUM_TEXTS = 4
-MOST_TOKENS = 40  # of a text
+MOST_TOKENS = 48  # of a text
 MASKED_SHARE = 0.1
 TOP = 3  # guesses for a mask
 _DOCUMENTS = 1000  # looked at, for texts that are not short
@@ -42,7 +42,7 @@ class Samples:
 
     def __init__(self, config: TrainConfig, store: TokenStore, world: World) -> None:
         self._tokenizer = load_tokenizer(config.tokenizer_path)
-        texts = _beginnings(store, min(MOST_TOKENS, config.seq_length - 1))
+        texts = _excerpts(store, min(MOST_TOKENS, config.seq_length - 1))
         masked = [(text, _places(text, number, config.n_special_tokens)) for number, text in enumerate(texts)]
         masked = [(text, places) for text, places in masked if len(places)]
         shape = (len(masked), config.seq_length)  # rows as long as validation's, which are compiled already
@@ -85,13 +85,14 @@ class Samples:
         return self._tokenizer.decode([int(token) for token in tokens], skip_special_tokens=False)
 
 
-def _beginnings(store: TokenStore, most_tokens: int) -> list[np.ndarray]:
-    """The first tokens of the first documents that have `most_tokens`, or else of the longest ones there are."""
+def _excerpts(store: TokenStore, most_tokens: int) -> list[np.ndarray]:
+    """The middle, where headings are rare, of the first documents that have `most_tokens`, or else of the longest."""
     starts, lengths = store.documents(0, min(_DOCUMENTS, store.num_documents))
-    lengths = np.minimum(lengths, most_tokens)
-    longest = np.argsort(-lengths, kind="stable")[:NUM_TEXTS]
-    tokens, _ = store.gather(starts[longest], lengths[longest])
-    return np.split(tokens.astype(np.int64), np.cumsum(lengths[longest])[:-1])
+    sizes = np.minimum(lengths, most_tokens)
+    starts = starts + (lengths - sizes) // 2
+    longest = np.argsort(-sizes, kind="stable")[:NUM_TEXTS]
+    tokens, _ = store.gather(starts[longest], sizes[longest])
+    return np.split(tokens.astype(np.int64), np.cumsum(sizes[longest])[:-1])
 
 
 def _places(text: np.ndarray, number: int, num_special_tokens: int) -> np.ndarray:

@@ -41,7 +41,7 @@ def make_samples(inputs, store=None, **changes):
     return Samples(config, store or TokenStore.open(config.valid_path), ALONE)
 
 
-def test_masks_hide_a_few_ordinary_tokens_of_the_first_documents(inputs):
+def test_masks_hide_a_few_ordinary_tokens_of_the_middle_of_documents(inputs):
     model, tokenizer = AfterTheLast(), load_tokenizer(inputs / "tokenizer.json")
     records = make_samples(inputs, seq_length=64)(model, nullcontext())
     input_ids, document_ids, causal, training = model.seen
@@ -49,22 +49,22 @@ def test_masks_hide_a_few_ordinary_tokens_of_the_first_documents(inputs):
     assert not training
     assert not causal
     assert input_ids.shape == (NUM_TEXTS, 64)
-    assert (document_ids == torch.tensor([0] * 41 + [-1] * 23)).all()
+    assert (document_ids == torch.tensor([0] * 49 + [-1] * 15)).all()
     store = TokenStore.open(inputs / "valid.safetensors")
-    for row, start, record in zip(input_ids, store.documents()[0], records, strict=True):
-        text = store.shards[0][start : start + 40].astype(int)
-        masked = row[1:41] == MASK_ID
+    for row, start, length, record in zip(input_ids, *store.documents(), records, strict=True):
+        text = store.shards[0][start + (length - 48) // 2 :][:48].astype(int)
+        masked = row[1:49] == MASK_ID
         assert row[0] == BOS_ID
-        assert masked.sum() == 4
-        assert (row[1:41][~masked].numpy() == text[~masked.numpy()]).all()
-        assert record["text"].count("<mask>") == 4
+        assert masked.sum() == 5
+        assert (row[1:49][~masked].numpy() == text[~masked.numpy()]).all()
+        assert record["text"].count("<mask>") == 5
         assert record["answers"] == [tokenizer.decode([token]) for token in text[masked.numpy()]]
         whole = record["text"]
         for answer in record["answers"]:
             whole = whole.replace("<mask>", answer, 1)
         assert whole == tokenizer.decode(text.tolist())
         before = row[:-1][row[1:] == MASK_ID]
-        assert [len(mask) for mask in record["guesses"]] == [TOP] * 4
+        assert [len(mask) for mask in record["guesses"]] == [TOP] * 5
         for (best, *others), token in zip(record["guesses"], before.tolist(), strict=True):
             assert best == [tokenizer.decode([token + 1], skip_special_tokens=False), 1.0]
             assert [share for _, share in others] == [0.0] * 2
