@@ -12,7 +12,7 @@ from itertools import pairwise
 Point = tuple[float, float]
 
 WIDTH, HEIGHT = 480, 280
-LEFT, RIGHT, TOP, BOTTOM = 56, 468, 12, 250  # where lines are drawn
+LEFT, RIGHT, TOP, BOTTOM = 58, 454, 12, 248  # where lines are drawn
 MOST_POINTS = 1000  # of a line
 _MOST_BANDS = 60
 _LARGEST = 1e100  # beyond it there is nothing to see
@@ -82,9 +82,11 @@ def draw(title: str, lines: list[Line], *, from_zero: bool = False, log: bool = 
     values = [value for line in lines for _, value in line.points if is_drawn(value)]
     steps = [step for line in lines for step, _ in line.points]
     x_low, x_high = _widened(min(steps), max(steps))
-    counts = all(value == int(value) for value in values)
     y_low, y_high = _range(values, from_zero=from_zero, log=log)
     scaled = math.log10 if log else float
+    y_ticks = log_ticks(y_low, y_high) if log else ticks(y_low, y_high, 5)
+    if not log and all(value == int(value) for value in values):
+        y_ticks = _whole(y_ticks)
 
     def x(step: float) -> float:
         return round(LEFT + (step - x_low) / (x_high - x_low) * (RIGHT - LEFT), 1)
@@ -102,12 +104,8 @@ def draw(title: str, lines: list[Line], *, from_zero: bool = False, log: bool = 
     return Chart(
         title,
         drawn,
-        [(x(tick), number(tick)) for tick in ticks(x_low, x_high, 5) if tick == int(tick)],
-        [
-            (y(tick), number(tick))
-            for tick in (log_ticks(y_low, y_high) if log else ticks(y_low, y_high, 5))
-            if tick == int(tick) or not counts
-        ],
+        [(x(tick), number(tick)) for tick in _whole(ticks(x_low, x_high, 5))],
+        [(y(tick), number(tick)) for tick in y_ticks],
         [(x(left), x(right) - x(left), text) for left, right, text in _bands(lines, x_low, x_high)],
         sum(not math.isfinite(value) for line in lines for _, value in line.points),
     )
@@ -156,6 +154,10 @@ def number(value: float) -> str:
         if size <= abs(value) < 1e12:
             return f"{value / (1e3 if letter == 'k' else size):.4g}{letter}"
     return f"{value:,.4g}".replace("e-0", "e-").replace("e+0", "e+").replace("e+", "e")
+
+
+def _whole(numbers: list[float]) -> list[float]:
+    return [number for number in numbers if number == int(number)]
 
 
 def _range(values: list[float], *, from_zero: bool, log: bool) -> tuple[float, float]:

@@ -23,7 +23,7 @@ from gptbert.json_file import read_json
 from gptbert.records import read_records
 
 OBJECTIVES = {"mlm": "masked", "clm": "causal"}
-WEIGHTS = {"train": "training", "validation": "validation", "validation_ema": "validation, averaged weights"}
+WEIGHTS = {"train": "training", "validation": "validation", "validation_ema": "averaged weights"}
 METRICS = ("loss", "perplexity", "accuracy")
 MOST_SAMPLES = 12  # steps of a text that are shown
 _CONFIG_BYTES = 1 << 20
