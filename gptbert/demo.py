@@ -16,6 +16,7 @@ from gptbert.fill_mask import fill_masks
 from gptbert.generate import continue_text
 from gptbert.objectives import Objective
 from gptbert.records import read_records
+from gptbert.report import write_report
 from gptbert.token_store import TokenStore
 from gptbert.tokenizer import load_tokenizer
 from gptbert.validation import unigram_entropy
@@ -42,7 +43,7 @@ class DemoSettings:
 
 
 def show(settings: DemoSettings) -> None:
-    """Print losses beside the unigram entropy, filled masks and a continuation; draw the loss curve.
+    """Print losses beside the unigram entropy, filled masks and a continuation; write the report.
 
     Raises:
         InputError: there is no finished run, or it learnt less than the margin asks for.
@@ -62,37 +63,15 @@ def show(settings: DemoSettings) -> None:
         print(f"  {name:<14}{loss:>12.3f}{ppl:>12.1f}{accuracy:>10.1%}{entropy - loss:>16.3f}")
     print(f"  {'unigram':<14}{entropy:>12.3f}{np.exp(entropy):>12.1f}")
     _show_samples(settings.run_dir)
-    chart = settings.run_dir / "loss.png"
-    draw_losses(records, entropy, chart)
-    print(f"\nLoss curve:  {chart}\nRecords:     {settings.run_dir / 'metrics.jsonl'}\nCheckpoints:")
+    page = write_report(settings.run_dir)
+    print(f"\nReport:      {page} (open it in a browser)\nRecords:     {settings.run_dir / 'metrics.jsonl'}")
+    print("Checkpoints:")
     for folder in list_checkpoints(settings.run_dir):
         print(f"  {folder}")
     sys.stdout.flush()
     for objective, name in NAMES.items():
         if entropy - validations[-1][f"validation/{objective.value}/loss"] < settings.margin:
             raise InputError(f"{name} ended less than {settings.margin} nat below the unigram entropy {entropy:.3f}")
-
-
-def draw_losses(records: list[dict], entropy: float, path: Path) -> None:
-    """Losses over steps as a PNG: training as lines, validation as points, the unigram entropy dashed."""
-    import matplotlib as mpl  # noqa: PLC0415  a development extra, which training does without
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt  # noqa: PLC0415
-
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for objective, color in zip(Objective, ("tab:blue", "tab:orange"), strict=True):
-        for kind, style in (("train", {"alpha": 0.6}), ("validation", {"marker": "o", "linestyle": "none"})):
-            key = f"{kind}/{objective.value}/loss"
-            points = [(record["step"], record[key]) for record in records if key in record]
-            if points:
-                axes.plot(*zip(*points, strict=True), color=color, label=f"{NAMES[objective]}, {kind}", **style)
-    axes.axhline(entropy, color="gray", linestyle="--", label="unigram entropy")
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title="GPT-BERT demo")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def _show_samples(run_dir: Path) -> None:

@@ -92,12 +92,16 @@ def test_unigram_entropy():
     assert unigram_entropy(torch.full((10,), 3)) == 0
 
 
-def test_show_prints_everything_and_draws_the_curve(inputs, capsys):
+def test_show_prints_everything_and_writes_the_report(inputs, capsys):
     show(DemoSettings(run_dir=inputs / "runs/demo", valid_path=inputs / "valid.safetensors", margin=-10))
     output = capsys.readouterr().out
     for text in ("masked (MLM)", "causal (CLM)", "unigram", "→", "Continuation", "checkpoints/step_00000003"):
         assert text in output
-    assert (inputs / "runs/demo/loss.png").read_bytes().startswith(b"\x89PNG")
+    page = inputs / "runs/demo/report.html"
+    assert str(page) in output
+    said = page.read_text(encoding="utf-8")
+    for text in ("finished after 3 steps", "Loss (nats a token)", "Masks filled"):
+        assert text in said
 
 
 def test_show_fails_where_a_run_learnt_too_little(inputs):
