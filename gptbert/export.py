@@ -19,7 +19,7 @@ from gptbert.config import ModelConfig
 from gptbert.errors import InputError
 from gptbert.files import new_folder
 from gptbert.json_file import read_json
-from gptbert.metrics import read_records
+from gptbert.records import read_records
 from gptbert.tokenizer import BOS_ID, EOS_ID, MASK_ID, PAD_ID, SPECIAL_TOKENS, UNK_ID, load_tokenizer
 from gptbert.upstream import TIED_WEIGHT, to_upstream
 

@@ -18,7 +18,7 @@ from gptbert.chart import Chart, Line, draw
 from gptbert.command_line import run_command
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.errors import InputError, first_line
-from gptbert.files import finish
+from gptbert.files import new_file
 from gptbert.json_file import read_json
 from gptbert.records import read_records
 
@@ -58,15 +58,8 @@ def write_report(run_dir: Path, output: Path | None = None) -> Path:
     """
     output = output or run_dir / "report.html"
     page = render(run_dir)
-    temporary = output.with_name(f".{output.name}.incomplete")
-    try:
+    with new_file(output, "--output") as temporary:
         temporary.write_text(page, encoding="utf-8", errors="replace")  # halves of characters come out of JSON
-        finish(temporary)
-        temporary.replace(output)
-    except OSError as error:
-        raise InputError(f"--output {output}: cannot be written ({error.strerror or first_line(error)})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return output
 
 
