@@ -89,9 +89,7 @@ def find_weights(source: Path) -> tuple[Path, Path]:
     if not source.is_dir():
         raise InputError(f"{source}: no such file or folder")
     if (source / "model_config.json").is_file() or (source / "checkpoints").is_dir():
-        raise InputError(
-            f"{source}: is a run or checkpoint of this trainer already: --initial_weights takes it as it is"
-        )
+        raise InputError(f"{source}: is a run or checkpoint of this trainer: --initial_weights takes it as it is")
     for name in _WEIGHT_FILES:
         if (source / name).is_file():
             return source / name, source

@@ -168,7 +168,8 @@ def _status(run_dir: Path, step: int, max_steps: object, has_records: bool) -> s
 
 def _facts(run_dir: Path, settings: dict[str, Any], records: list[dict]) -> list[tuple[str, str]]:
     """What the run is and where it runs, in a few words each; what is not known is left out."""
-    facts = [("processes", f"{settings.get('world_size', '?')} × {settings.get('device', '?')}")]
+    hardware = settings.get("hardware", settings.get("device", "?"))
+    facts = [("processes", f"{settings.get('world_size', '?')} × {hardware}")]
     facts += [(name, str(settings[name])) for name in ("kernels", "torch") if name in settings]
     with suppress(TypeError, InputError):  # settings of another version
         facts.append(("parameters", f"{ModelConfig(**settings['model']).num_parameters:,}"))
