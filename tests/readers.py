@@ -8,6 +8,7 @@ from gptbert import checkpoint, manifest
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.corpus import Corpus, CorpusConfig
 from gptbert.data import RowStream
+from gptbert.encoding import encode_documents
 from gptbert.metrics import read_records
 from gptbert.model import GPTBert
 from gptbert.optim import Lamb
@@ -15,7 +16,6 @@ from gptbert.token_store import TokenStore
 from gptbert.tokenizer import load_tokenizer, tokenizer_hash
 from gptbert.torch_file import load_torch_file
 from tests.conftest import TINY
-from tokenize_scripts.tokenize_corpus import encode_documents
 
 DOCUMENTS = 1 << 16
 
