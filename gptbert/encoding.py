@@ -1,12 +1,14 @@
-"""Documents to token ids: all cores busy, few documents in memory."""
+"""Texts to token ids: documents with all cores busy and few of them in memory; sentences."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
+
+from gptbert.tokenizer import BOS_ID
 
 BATCH_CHARACTERS = 2_000_000  # what one call of the library encodes; it takes some 100 bytes for each resulting token
 DOCUMENT_OVERHEAD = 500  # a short document still costs an object of about as much memory as so many characters
@@ -41,6 +43,18 @@ def encode_documents(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator
             yield _to_arrays(waiting.popleft().result())
     finally:
         encoder.shutdown(cancel_futures=True)
+
+
+def encode_sentences(tokenizer: Tokenizer, sentences: Sequence[str]) -> list[list[int]]:
+    """Encode sentences as plain text, each led by `<s>`.
+
+    Args:
+        tokenizer: its setting for special tokens is changed, as by `encode_documents`.
+        sentences: texts; all of them are encoded at once.
+    """
+    tokenizer.encode_special_tokens = True
+    encodings = tokenizer.encode_batch_fast(list(sentences), add_special_tokens=False)
+    return [[BOS_ID, *encoding.ids] for encoding in encodings]
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
