@@ -36,7 +36,7 @@ SWEEP = tuple(round(0.05 * step, 2) for step in range(10, 61))  # 0.5 … 3
 class ScoreSettings(ModelChoice):
     """Score minimal pairs by causal log-likelihood and by masked next-token pseudo-log-likelihood."""
 
-    pairs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    pairs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PAIRS")]
     """JSONL files, or folders of them, with `sentence_good` and `sentence_bad` on each line, as BLiMP has them."""
     group_by: tuple[str, ...] | None = None
     """Fields to group by, each on its own. Without it, by UID if all lines have that."""
@@ -101,7 +101,7 @@ def score(settings: ScoreSettings) -> None:
     Raises:
         InputError: a flag, the pairs, the checkpoint or an output cannot be used.
     """
-    temperatures = _temperatures(settings)
+    temperatures = _checked_temperatures(settings)
     pairs = read_pairs(settings.pairs, settings.group_by)
     files = list(dict.fromkeys(pair.file for pair in pairs))
     outputs = [path for path in (settings.output, settings.pairs_output) if path]
@@ -136,7 +136,9 @@ def score(settings: ScoreSettings) -> None:
     print(f"\n{_total_table(pairs, results, temperatures)}")
 
 
-def _temperatures(settings: ScoreSettings) -> list[float]:
+def _checked_temperatures(settings: ScoreSettings) -> list[float]:
+    if not settings.pairs:
+        raise InputError("PAIRS is missing: name JSONL files, or folders of them")
     if settings.batch_tokens < 1:
         raise InputError(f"--batch_tokens is {settings.batch_tokens}, expected at least 1")
     if not settings.backend:

@@ -25,7 +25,7 @@ _SETTINGS_BYTES = 1 << 20
 class ModelChoice:
     """Which model a command takes."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """A run's folder, for its newest checkpoint, or a checkpoint's own."""
     weights: Literal["ema", "model"] = "ema"
     """ema: the moving average of the weights. model: the weights themselves."""

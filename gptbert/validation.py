@@ -1,4 +1,4 @@
-"""Validation: loss, perplexity and accuracy of both objectives, with the same masks every time."""
+"""Validation, during a run and after it: loss, perplexity and accuracy of both objectives, with the same masks."""
 
 from contextlib import AbstractContextManager
 
@@ -18,10 +18,10 @@ _MASK_SEED = 0x5EED_0F_7A11D  # of validation only, whatever the run's seed: run
 
 
 class Validation:
-    """The validation rows of a run, and their evaluation.
+    """The validation rows of a store, and their evaluation.
 
     Args:
-        config: of the run.
+        config: of the run; says how rows are made, masked and batched, and how many there are.
         store: validation documents.
         world: rows are divided among its ranks; sums are over all of them.
         vocab_size: of the tokenizer, for random tokens in masks.
@@ -36,13 +36,17 @@ class Validation:
         if config.validation_steps:
             self.num_rows = min(self.num_rows, config.validation_steps * config.global_batch_size)
 
-    @torch.no_grad()
     def __call__(self, model: GPTBert, precision: AbstractContextManager) -> dict[Objective, dict[str, float]]:
         """Evaluate `model`, leaving it in the mode it was in; every rank must call it.
 
         Returns:
-            Per objective: loss, perplexity, accuracy, z_loss.
+            Per objective: loss, perplexity, accuracy, z_loss, count of labels.
         """
+        return self.sums(model, precision).means(self._world)
+
+    @torch.no_grad()
+    def sums(self, model: GPTBert, precision: AbstractContextManager) -> LossSums:
+        """What `__call__` takes the means of, of this rank's rows; every rank must call it."""
         was_training = model.training
         model.eval()
         sums = LossSums(self._world.device)
@@ -56,7 +60,7 @@ class Validation:
                 sums.add(batch.objective, result)
         let_go(model)
         model.train(was_training)
-        return sums.means(self._world)
+        return sums
 
     def _batches(self, first: int, count: int) -> list[Batch]:
         """Both objectives' batches of the same rows; of padding if there are none."""
