@@ -8,6 +8,7 @@ from itertools import chain
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
+from gptbert.errors import InputError
 from gptbert.tokenizer import BOS_ID
 
 BATCH_CHARACTERS = 2_000_000  # what one call of the library encodes; it takes some 100 bytes for each resulting token
@@ -49,12 +50,40 @@ def encode_sentences(tokenizer: Tokenizer, sentences: Sequence[str]) -> list[lis
     """Encode sentences as plain text, each led by `<s>`.
 
     Args:
-        tokenizer: its setting for special tokens is changed, as by `encode_documents`.
+        tokenizer: its setting for special tokens is changed.
         sentences: texts; all of them are encoded at once.
+
+    Raises:
+        InputError: a text is not UTF-8.
     """
+    for sentence in sentences:
+        _check_text(sentence)
     tokenizer.encode_special_tokens = True
     encodings = tokenizer.encode_batch_fast(list(sentences), add_special_tokens=False)
     return [[BOS_ID, *encoding.ids] for encoding in encodings]
+
+
+def encode_with_masks(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Encode a text, led by `<s>`, in which "<mask>" is a mask, and the other special tokens are what they say too.
+
+    Args:
+        tokenizer: its setting for special tokens is changed.
+        text: any.
+
+    Raises:
+        InputError: the text is not UTF-8.
+    """
+    _check_text(text)
+    tokenizer.encode_special_tokens = False
+    return [BOS_ID, *tokenizer.encode(text, add_special_tokens=False).ids]
+
+
+def _check_text(text: str) -> None:
+    """Refuse bytes of the command line that are not UTF-8, which Python keeps as half surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"text {text!a}: is not UTF-8") from None
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:

@@ -51,6 +51,12 @@ class EvaluateSettings(CorpusConfig, ModelChoice):
     output: Path | None = None
     """JSON file for the results."""
 
+    def __post_init__(self) -> None:
+        if not self.input:
+            raise InputError("DATA: needs a token file, or at least one file or folder of documents")
+        if self.mask_p is not None and not 0 <= self.mask_p <= 1:
+            raise InputError(f"--mask_p is {self.mask_p}, expected a number from 0 to 1")
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -95,8 +101,6 @@ def evaluate(settings: EvaluateSettings) -> None:
     Raises:
         InputError: a flag, the data, the checkpoint or the output cannot be used.
     """
-    if not settings.input:
-        raise InputError("DATA is missing: name a token file, or files or folders of documents")
     outputs = [settings.output] if settings.output else []
     check_outputs(outputs, [file for path in settings.input for file in (path, *path.rglob("*"))])
     trained = TrainedModel.load(settings)
@@ -131,8 +135,6 @@ def evaluate(settings: EvaluateSettings) -> None:
 
 def _changed(run_config: TrainConfig, settings: EvaluateSettings) -> TrainConfig:
     """The run's settings with those of the command line; longer rows are fewer at once."""
-    if settings.mask_p is not None and not 0 <= settings.mask_p <= 1:
-        raise InputError(f"--mask_p is {settings.mask_p}, expected a number from 0 to 1")
     seq_length = run_config.seq_length if settings.seq_length is None else settings.seq_length
     return replace(
         run_config,

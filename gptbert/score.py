@@ -7,7 +7,6 @@ are wrong. Accuracy is reported over all pairs (micro) and as the mean over the 
 """
 
 import json
-import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -52,6 +51,18 @@ class ScoreSettings(ModelChoice):
     """JSON file for all results."""
     pairs_output: Path | None = None
     """JSONL file for the scores of every pair, at each backend's best temperature."""
+
+    def __post_init__(self) -> None:
+        for name in ("pairs", "backend", "temperature"):
+            if not getattr(self, name):
+                raise InputError(f"{'PAIRS' if name == 'pairs' else f'--{name}'}: needs at least one")
+        for temperature in self.temperature:
+            if not 0.01 <= temperature <= 100:
+                raise InputError(f"--temperature is {temperature}, expected a number from 0.01 to 100")
+        if self.batch_tokens < 1:
+            raise InputError(f"--batch_tokens is {self.batch_tokens}, expected at least 1")
+        if self.output and self.pairs_output and self.output.resolve() == self.pairs_output.resolve():
+            raise InputError(f"--output and --pairs_output: are both {self.output}; name two files")
 
 
 @dataclass(frozen=True)
@@ -101,13 +112,11 @@ def score(settings: ScoreSettings) -> None:
     Raises:
         InputError: a flag, the pairs, the checkpoint or an output cannot be used.
     """
-    temperatures = _checked_temperatures(settings)
+    temperatures = sorted({*settings.temperature, *(SWEEP if settings.sweep else ())})
     pairs = read_pairs(settings.pairs, settings.group_by)
     files = list(dict.fromkeys(pair.file for pair in pairs))
     outputs = [path for path in (settings.output, settings.pairs_output) if path]
     check_outputs(outputs, files)
-    if len({path.resolve() for path in outputs}) < len(outputs):
-        raise InputError(f"--output and --pairs_output: are both {settings.output}; name two files")
     trained = TrainedModel.load(settings)
     with ExitStack() as stack:  # outputs that cannot be written are refused before the work
         staged = {path: stack.enter_context(staged_outputs(path))[0] for path in outputs}
@@ -134,22 +143,6 @@ def score(settings: ScoreSettings) -> None:
     for field in pairs[0].groups:
         print(f"\n{_group_table(pairs, field, results)}")
     print(f"\n{_total_table(pairs, results, temperatures)}")
-
-
-def _checked_temperatures(settings: ScoreSettings) -> list[float]:
-    if not settings.pairs:
-        raise InputError("PAIRS is missing: name JSONL files, or folders of them")
-    if settings.batch_tokens < 1:
-        raise InputError(f"--batch_tokens is {settings.batch_tokens}, expected at least 1")
-    if not settings.backend:
-        raise InputError("--backend: needs causal, mntp or both")
-    for temperature in settings.temperature:
-        if not 0 < temperature < math.inf:
-            raise InputError(f"--temperature is {temperature}, expected a positive number")
-    temperatures = sorted({*settings.temperature, *(SWEEP if settings.sweep else ())})
-    if not temperatures:
-        raise InputError("--temperature: needs at least one number")
-    return temperatures
 
 
 def _sizes(pairs: Sequence[MinimalPair], field: str) -> dict[str, int]:

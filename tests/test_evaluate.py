@@ -130,7 +130,7 @@ def test_domains_keep_every_token_in_order(trained, tmp_path):
     [
         (["{}/gone.jsonl"], "gone.jsonl: no such file or folder"),
         (["{}/gone.safetensors"], "gone.safetensors: no such file"),
-        ([], "DATA is missing"),
+        ([], "DATA: needs"),
         (["{}/a.jsonl", "{}/b.safetensors"], "a token file is evaluated on its own"),
         (["{}/b.safetensors", "--domain_field", "x"], "--domain_field x: the token file"),
         (["{}/a.jsonl", "--domain_field", "x"], "a.jsonl:1: the object has no `x`"),
