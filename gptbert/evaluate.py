@@ -17,7 +17,6 @@ import torch
 import tyro
 
 from gptbert.command_line import run_command
-from gptbert.config import TrainConfig
 from gptbert.corpus import Corpus, CorpusConfig
 from gptbert.distributed import World
 from gptbert.encoding import encode_documents
@@ -29,7 +28,7 @@ from gptbert.table import table
 from gptbert.token_store import TokenStore, token_dtype
 from gptbert.tokenizer import tokenizer_hash
 from gptbert.trained_model import ModelChoice, TrainedModel
-from gptbert.validation import Validation
+from gptbert.validation import Validation, ValidationSettings
 
 _TOKEN_FILES = {".safetensors", ".bin"}
 
@@ -56,6 +55,10 @@ class EvaluateSettings(CorpusConfig, ModelChoice):
             raise InputError("DATA: needs a token file, or at least one file or folder of documents")
         if self.mask_p is not None and not 0 <= self.mask_p <= 1:
             raise InputError(f"--mask_p is {self.mask_p}, expected a number from 0 to 1")
+        if self.seq_length is not None and not 2 <= self.seq_length < 10**7:
+            raise InputError(f"--seq_length is {self.seq_length}, expected a number from 2 to 9999999")
+        if self.validation_steps < 0:
+            raise InputError(f"--validation_steps is {self.validation_steps}, expected at least 0")
 
 
 @dataclass(frozen=True)
@@ -82,16 +85,16 @@ class Evaluation:
         return self.sums.means(World(0, 1, self.sums.sums.device))
 
 
-def evaluate_store(trained: TrainedModel, store: TokenStore, config: TrainConfig) -> Evaluation:
+def evaluate_store(trained: TrainedModel, store: TokenStore, settings: ValidationSettings) -> Evaluation:
     """Evaluate a model on documents.
 
     Args:
         trained: the model.
         store: documents; fewer tokens than a row has are padded.
-        config: how, as for `Validation`.
+        settings: of the run, or changed ones.
     """
-    validation = Validation(config, store, World(0, 1, trained.device), trained.tokenizer.get_vocab_size())
-    precision = torch.autocast(trained.device.type, torch.bfloat16, enabled=config.mixed_precision)
+    validation = Validation(settings, store, World(0, 1, trained.device), trained.tokenizer.get_vocab_size())
+    precision = torch.autocast(trained.device.type, torch.bfloat16, enabled=settings.mixed_precision)
     return Evaluation(store.num_documents, store.num_tokens, validation.sums(trained.model, precision))
 
 
@@ -104,12 +107,12 @@ def evaluate(settings: EvaluateSettings) -> None:
     outputs = [settings.output] if settings.output else []
     check_outputs(outputs, [file for path in settings.input for file in (path, *path.rglob("*"))])
     trained = TrainedModel.load(settings)
-    run_config = trained.run_config()
-    config = _changed(run_config, settings)
+    of_run = ValidationSettings.from_json(trained.path)
+    used = _changed(of_run, settings)
     stores = _open_data(trained, settings)
     with ExitStack() as stack:  # an output that cannot be written is refused before the work
         staged = [stack.enter_context(staged_outputs(path))[0] for path in outputs]
-        domains = {name: evaluate_store(trained, store, config) for name, store in stores.items()}
+        domains = {name: evaluate_store(trained, store, used) for name, store in stores.items()}
         first, *others = domains.values()
         together = sum(others, first)
         for file in staged:
@@ -117,30 +120,30 @@ def evaluate(settings: EvaluateSettings) -> None:
                 "checkpoint": str(trained.path),
                 "weights": settings.weights,
                 "data": [str(path) for path in settings.input],
-                "seq_length": config.seq_length,
-                "mask_p": config.validation_mask_p,
-                "validation_steps": config.validation_steps,
+                "seq_length": used.seq_length,
+                "mask_p": used.validation_mask_p,
+                "validation_steps": used.validation_steps,
                 "all": _as_json(together),
             }
             if settings.domain_field:
                 report |= {"domain_field": settings.domain_field}
                 report |= {"domains": {name: _as_json(result) for name, result in domains.items()}}
             file.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    rows = f"{config.seq_length} tokens a row, {config.validation_mask_p:.0%} masked"
+    rows = f"{used.seq_length} tokens a row, {used.validation_mask_p:.0%} masked"
     print(f"{trained.path}, {settings.weights} weights, {rows}\n")
     print(_table([*(domains.items() if settings.domain_field else ()), ("all", together)], settings.domain_field))
-    if run_config.validation_steps and not settings.validation_steps:
-        print(f"\nAll rows; the run itself validated with --validation_steps {run_config.validation_steps}.")
+    if of_run.validation_steps and not settings.validation_steps:
+        print(f"\nAll rows; the run itself validated with --validation_steps {of_run.validation_steps}.")
 
 
-def _changed(run_config: TrainConfig, settings: EvaluateSettings) -> TrainConfig:
+def _changed(of_run: ValidationSettings, settings: EvaluateSettings) -> ValidationSettings:
     """The run's settings with those of the command line; longer rows are fewer at once."""
-    seq_length = run_config.seq_length if settings.seq_length is None else settings.seq_length
+    seq_length = of_run.seq_length if settings.seq_length is None else settings.seq_length
     return replace(
-        run_config,
+        of_run,
         seq_length=seq_length,
-        local_batch_size=max(1, run_config.local_batch_size * run_config.seq_length // max(1, seq_length)),
-        validation_mask_p=run_config.validation_mask_p if settings.mask_p is None else settings.mask_p,
+        local_batch_size=max(1, of_run.local_batch_size * of_run.seq_length // seq_length),
+        validation_mask_p=of_run.validation_mask_p if settings.mask_p is None else settings.mask_p,
         validation_steps=settings.validation_steps,
     )
 

@@ -7,6 +7,7 @@ are wrong. Accuracy is reported over all pairs (micro) and as the mean over the 
 """
 
 import json
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -70,19 +71,25 @@ class BackendScores:
     """Scores of all pairs by one backend.
 
     Attributes:
+        temperatures: K of them.
         good: [pairs, K] fp64, of the good sentences at each temperature.
         bad: [pairs, K].
         accuracies: K of them.
     """
 
+    temperatures: Sequence[float]
     good: np.ndarray
     bad: np.ndarray
     accuracies: list[Accuracy]
 
     @property
     def best(self) -> int:
-        """Number of the best temperature, of equals the lowest."""
-        return max(range(len(self.accuracies)), key=lambda index: self.accuracies[index].headline)
+        """Number of the best temperature, of equals the nearest to 1."""
+
+        def quality(index: int) -> tuple[float, float]:
+            return self.accuracies[index].headline, -abs(math.log(self.temperatures[index]))
+
+        return max(range(len(self.temperatures)), key=quality)
 
 
 def score_pairs(
@@ -102,7 +109,7 @@ def score_pairs(
             scores = log_likelihoods(trained.model, ids, objective, temperatures, batch_tokens, bar.update).numpy()
             good, bad = scores[0::2], scores[1::2]
             accuracies = [Accuracy.of(pairs, good[:, index], bad[:, index]) for index in range(len(temperatures))]
-            results[backend] = BackendScores(good, bad, accuracies)
+            results[backend] = BackendScores(temperatures, good, bad, accuracies)
     return results
 
 
@@ -129,44 +136,42 @@ def score(settings: ScoreSettings) -> None:
                 "files": [str(file) for file in files],
                 "num_pairs": len(pairs),
                 "num_pairs_by_group": {field: _sizes(pairs, field) for field in pairs[0].groups},
-                "backends": {name: _as_json(scores, temperatures) for name, scores in results.items()},
+                "backends": {name: _as_json(scores) for name, scores in results.items()},
             }
             staged[settings.output].write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
         if settings.pairs_output:
             with staged[settings.pairs_output].open("w", encoding="utf-8") as file:
                 for index, pair in enumerate(pairs):
-                    line = _pair_as_json(pair, index, results, temperatures)
+                    line = _pair_as_json(pair, index, results)
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
     print(f"{trained.path}, {settings.weights} weights, {len(pairs):,} pairs")
     if len(temperatures) > 1:
         print(f"\n{_temperature_table(results, temperatures)}")
     for field in pairs[0].groups:
         print(f"\n{_group_table(pairs, field, results)}")
-    print(f"\n{_total_table(pairs, results, temperatures)}")
+    print(f"\n{_total_table(pairs, results)}")
 
 
 def _sizes(pairs: Sequence[MinimalPair], field: str) -> dict[str, int]:
     return {value: len(chosen) for value, chosen in members(pairs, field).items()}
 
 
-def _as_json(scores: BackendScores, temperatures: Sequence[float]) -> dict[str, Any]:
+def _as_json(scores: BackendScores) -> dict[str, Any]:
     return {
-        "best_temperature": temperatures[scores.best],
+        "best_temperature": scores.temperatures[scores.best],
         "temperatures": [
             {"temperature": temperature, "micro": accuracy.micro, "macro": accuracy.macro, "groups": accuracy.groups}
-            for temperature, accuracy in zip(temperatures, scores.accuracies, strict=True)
+            for temperature, accuracy in zip(scores.temperatures, scores.accuracies, strict=True)
         ],
     }
 
 
-def _pair_as_json(
-    pair: MinimalPair, index: int, results: dict[str, BackendScores], temperatures: Sequence[float]
-) -> dict[str, Any]:
+def _pair_as_json(pair: MinimalPair, index: int, results: dict[str, BackendScores]) -> dict[str, Any]:
     line: dict[str, Any] = {"file": str(pair.file), "line": pair.line, **pair.groups}
     line |= {"sentence_good": pair.good, "sentence_bad": pair.bad}
     for backend, scores in results.items():
         good, bad = scores.good[index, scores.best].item(), scores.bad[index, scores.best].item()
-        temperature = temperatures[scores.best]
+        temperature = scores.temperatures[scores.best]
         line[backend] = {"temperature": temperature, "good": good, "bad": bad, "correct": good > bad}
     return line
 
@@ -191,7 +196,7 @@ def _group_table(pairs: Sequence[MinimalPair], field: str, results: dict[str, Ba
     return table(rows)
 
 
-def _total_table(pairs: Sequence[MinimalPair], results: dict[str, BackendScores], temperatures: Sequence[float]) -> str:
+def _total_table(pairs: Sequence[MinimalPair], results: dict[str, BackendScores]) -> str:
     best = [scores.accuracies[scores.best] for scores in results.values()]
     rows = [["accuracy", *results]]
     rows += [
@@ -200,7 +205,7 @@ def _total_table(pairs: Sequence[MinimalPair], results: dict[str, BackendScores]
         for cells in [[f"{accuracy.macro[field]:.1%}" for accuracy in best]]
     ]
     rows.append([f"all {len(pairs):,} pairs", *(f"{accuracy.micro:.1%}" for accuracy in best)])
-    rows.append(["at temperature", *(f"{temperatures[scores.best]:g}" for scores in results.values())])
+    rows.append(["at temperature", *(f"{scores.temperatures[scores.best]:g}" for scores in results.values())])
     return table(rows)
 
 

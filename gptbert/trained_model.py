@@ -1,6 +1,5 @@
 """A trained model and its tokenizer, as every command after training is given them."""
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,16 +8,11 @@ import torch
 import tyro
 from tokenizers import Tokenizer
 
-from gptbert import manifest
 from gptbert.checkpoint import load_model, newest_in
-from gptbert.config import TrainConfig
 from gptbert.distributed import choose_device
 from gptbert.errors import InputError
-from gptbert.json_file import read_json
 from gptbert.model import GPTBert
 from gptbert.tokenizer import load_tokenizer
-
-_SETTINGS_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,18 +63,3 @@ class TrainedModel:
                 f"{model.config.vocab_size}"
             )
         return cls(path, model, tokenizer)
-
-    def run_config(self) -> TrainConfig:
-        """The settings of the run; those that did not exist when it ran have their defaults.
-
-        Raises:
-            InputError: they are missing or damaged.
-        """
-        file = self.path / "train_config.json"
-        try:
-            manifest.check(self.path, [file.name])
-            settings = read_json(file, _SETTINGS_BYTES)
-            known = [field.name for field in dataclasses.fields(TrainConfig) if field.name in settings]
-            return TrainConfig(**{name: settings[name] for name in known})
-        except (OSError, ValueError, TypeError, InputError) as error:
-            raise InputError(f"{file}: is missing or damaged ({error})") from error

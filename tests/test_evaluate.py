@@ -2,10 +2,12 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
 
+from gptbert import manifest
 from gptbert.command_line import parse, run_command
 from gptbert.config import TrainConfig
 from gptbert.corpus import CorpusConfig
@@ -164,13 +166,26 @@ def test_token_files_of_another_tokenizer_are_refused(run_dir, tmp_path, capfd):
     assert "was written with another tokenizer" in capfd.readouterr().err
 
 
-def test_damaged_settings_of_the_run_are_named(run_dir, tmp_path, capfd):
-    copy = tmp_path / "copy"
-    copy.mkdir()
+def with_settings(run_dir, folder, settings):
+    """A copy of the run's checkpoint with other settings."""
     (newest,) = (run_dir / "checkpoints").iterdir()
-    for file in newest.iterdir():
-        (copy / file.name).write_bytes(file.read_bytes())
-    (copy / "train_config.json").write_text("{}")
+    shutil.copytree(newest, folder)
+    (folder / "train_config.json").write_text(json.dumps(settings))
+    manifest.write(folder)
+    return folder
+
+
+def test_settings_that_a_folder_does_not_say_are_the_usual_ones(inputs, run_dir, tmp_path):
+    imported = with_settings(run_dir, tmp_path / "copy", {"name": "from elsewhere"})
+    found = results(imported, tmp_path, inputs / "valid.safetensors")
+    assert (found["seq_length"], found["mask_p"]) == (128, 0.15)
+
+
+@pytest.mark.parametrize("settings", [[], {"seq_length": "long"}, None])
+def test_damaged_settings_of_the_run_are_named(run_dir, tmp_path, capfd, settings):
+    copy = with_settings(run_dir, tmp_path / "copy", settings)
+    if settings is None:  # and against the manifest
+        (copy / "train_config.json").write_text("{}")
     with pytest.raises(SystemExit):
         run_command(EvaluateSettings, evaluate, [str(copy), str(tmp_path / "any.jsonl")])
-    assert "train_config.json: is missing or damaged" in capfd.readouterr().err
+    assert "train_config.json: " in capfd.readouterr().err

@@ -13,7 +13,7 @@ from gptbert.errors import InputError
 from gptbert.likelihood import log_likelihoods
 from gptbert.minimal_pairs import Accuracy, MinimalPair, read_pairs
 from gptbert.objectives import Objective
-from gptbert.score import SWEEP, ScoreSettings, score
+from gptbert.score import SWEEP, BackendScores, ScoreSettings, score
 from gptbert.tokenizer import BOS_ID, MASK_ID
 from gptbert.trained_model import ModelChoice, TrainedModel
 from gptbert.trainer import fit
@@ -58,6 +58,15 @@ def test_accuracies_by_hand():
     assert accuracy.groups == {"UID": {"x": 0.5, "y": 0.5, "z": 1.0}, "field": {"p": 1.0, "q": 0.5}}
     assert accuracy.macro == {"UID": pytest.approx(2 / 3), "field": 0.75}
     assert accuracy.headline == accuracy.macro["UID"]
+
+
+def test_the_best_temperature_is_of_equals_the_nearest_to_one():
+    same, better = Accuracy(0.5, {}), Accuracy(0.6, {})
+    temperatures = [0.5, 0.9, 1.2, 3.0]
+    assert BackendScores(temperatures, None, None, [same] * 4).best == 1
+    assert BackendScores(temperatures, None, None, [better, same, same, better]).best == 0
+    by_group = [Accuracy(0.5, {"UID": {"x": 0.2, "y": 0.6}}), Accuracy(0.4, {"UID": {"x": 0.8, "y": 0.3}})]
+    assert BackendScores([1.0, 2.0], None, None, by_group).best == 1, "the mean over groups decides"
 
 
 def test_files_and_folders_are_read_once_and_in_order(tmp_path):
