@@ -78,7 +78,7 @@ def test_domains_come_from_a_field_of_jsonl(tmp_path):
     assert (corpus.skipped_lines, corpus.empty_documents) == (2, 1)
     with pytest.raises(InputError, match=r"a.jsonl:3: the line is a string, not an object with a `year`"):
         list(Corpus(CorpusConfig(input=(tmp_path,)), domain_field="year"))
-    assert list(Corpus(CorpusConfig(input=(tmp_path,))).with_domains())[0] == ("", "a")
+    assert next(Corpus(CorpusConfig(input=(tmp_path,))).with_domains()) == ("", "a")
     (tmp_path / "a.txt").write_text("plain")
     with pytest.raises(InputError, match=r"a.txt: plain text has no field 'year'"):
         list(Corpus(CorpusConfig(input=(tmp_path / "a.txt",)), domain_field="year"))
