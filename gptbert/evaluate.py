@@ -189,7 +189,7 @@ def encode_domains(trained: TrainedModel, config: CorpusConfig, domain_field: st
 
     try:
         corpus = Corpus(config, domain_field)
-        for tokens, lengths in encode_documents(trained.tokenizer, texts(corpus)):
+        for tokens, lengths, *_ in encode_documents(trained.tokenizer, texts(corpus)):
             batches.append((tokens.astype(dtype), lengths))
         corpus.require_documents()
     except InputError as error:  # the data have no flag here
