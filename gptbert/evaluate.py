@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import tyro
+from tqdm import tqdm
 
 from gptbert.command_line import run_command
 from gptbert.corpus import Corpus, CorpusConfig
@@ -86,7 +87,7 @@ class Evaluation:
 
 
 def evaluate_store(trained: TrainedModel, store: TokenStore, settings: ValidationSettings) -> Evaluation:
-    """Evaluate a model on documents.
+    """Evaluate a model on documents, with a progress bar.
 
     Args:
         trained: the model.
@@ -95,7 +96,9 @@ def evaluate_store(trained: TrainedModel, store: TokenStore, settings: Validatio
     """
     validation = Validation(settings, store, World(0, 1, trained.device), trained.tokenizer.get_vocab_size())
     precision = torch.autocast(trained.device.type, torch.bfloat16, enabled=settings.mixed_precision)
-    return Evaluation(store.num_documents, store.num_tokens, validation.sums(trained.model, precision))
+    with tqdm(total=validation.num_rows, unit="row", delay=0.5) as bar:
+        sums = validation.sums(trained.model, precision, bar.update)
+    return Evaluation(store.num_documents, store.num_tokens, sums)
 
 
 def evaluate(settings: EvaluateSettings) -> None:

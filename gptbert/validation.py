@@ -1,5 +1,6 @@
 """Validation, during a run and after it: loss, perplexity and accuracy of both objectives, with the same masks."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -101,8 +102,16 @@ class Validation:
         return self.sums(model, precision).means(self._world)
 
     @torch.no_grad()
-    def sums(self, model: GPTBert, precision: AbstractContextManager) -> LossSums:
-        """What `__call__` takes the means of, of this rank's rows; every rank must call it."""
+    def sums(
+        self, model: GPTBert, precision: AbstractContextManager, advance: Callable[[int], object] = lambda _: None
+    ) -> LossSums:
+        """What `__call__` takes the means of, of this rank's rows; every rank must call it.
+
+        Args:
+            model: left in the mode it was in.
+            precision: to compute in.
+            advance: called with numbers of rows as they are done, `num_rows` in all over the ranks.
+        """
         was_training = model.training
         model.eval()
         sums = LossSums(self._world.device)
@@ -114,6 +123,7 @@ class Validation:
                 with precision:
                     result = model(batch.input_ids, batch.document_ids, batch.labels, batch.objective.causal)
                 sums.add(batch.objective, result)
+            advance(max(0, min(step, end - row)))
         let_go(model)
         model.train(was_training)
         return sums
