@@ -1,5 +1,6 @@
 """Validation, during a run and after it: loss, perplexity and accuracy of both objectives, with the same masks."""
 
+import reprlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
@@ -63,7 +64,7 @@ class ValidationSettings:
         for name, value in asdict(settings).items():
             kind = type(getattr(TrainConfig, name))
             if type(value) not in ({int, float} if kind is float else {kind}):
-                raise InputError(f"{file}: {name} is {value!r}, expected one of type {kind.__name__}")
+                raise InputError(f"{file}: {name} is {reprlib.repr(value)}, expected one of type {kind.__name__}")
         return settings
 
 
