@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tqdm import tqdm
 
@@ -56,13 +56,18 @@ class Corpus:
         skipped_lines: bad lines left out under `on_error="skip"`.
     """
 
-    def __init__(self, config: CorpusConfig) -> None:
+    def __init__(self, config: CorpusConfig, domain_field: str | None = None) -> None:
         """List the files.
+
+        Args:
+            config: says what to read, and how.
+            domain_field: field of JSONL objects with each document's domain, for `with_domains`.
 
         Raises:
             InputError: nothing is there, or a folder holds no file.
         """
         self.config = config
+        self.domain_field = domain_field
         if not config.input:
             raise InputError("--input: needs at least one file or folder")
         listed = [file for path in config.input for file in _list_files(path)]
@@ -76,19 +81,27 @@ class Corpus:
         Raises:
             InputError: a file cannot be read, or, under `on_error="stop"`, a line is bad; names file and line.
         """
+        return (text for _, text in self.with_domains())
+
+    def with_domains(self) -> Iterator[tuple[str, str]]:
+        """Yield the domain of each document, "" without a `domain_field`, and the document.
+
+        Raises:
+            InputError: as iterating does; a line without the field is bad.
+        """
         # On a terminal the bar moves smoothly, in the log of a batch job it adds a line now and then.
         interval = 0.2 if sys.stderr.isatty() else 30.0
         with tqdm(total=self.num_bytes, unit="B", unit_scale=True, delay=0.5, mininterval=interval) as bar:
             for file in self.files:
                 read = self._jsonl_documents if self._is_jsonl(file) else self._text_documents
-                for document in read(file, _lines(file, bar.update)):
+                for domain, document in read(file, numbered_lines(file, bar.update)):
                     text = document.strip()
                     if not text:
                         self.empty_documents += 1
                         continue
                     self.num_documents += 1
                     self.text_bytes += len(text) if text.isascii() else len(text.encode())
-                    yield text
+                    yield domain, text
 
     def counts(self) -> str:
         """What was read and what was left out, for the last line that a script prints."""
@@ -107,17 +120,18 @@ class Corpus:
         name = file.name.lower().removesuffix(".gz")
         return name.endswith((".jsonl", ".ndjson", ".json"))
 
-    def _jsonl_documents(self, file: Path, lines: Iterator[tuple[int, bytes]]) -> Iterator[str]:
+    def _jsonl_documents(self, file: Path, lines: Iterator[tuple[int, bytes]]) -> Iterator[tuple[str, str]]:
         for number, line in lines:
             if line.isspace():
                 continue
             try:
-                _check_length(line)
-                yield _parse_json(line)
+                yield _parse_document(line, self.domain_field)
             except ValueError as error:
                 self._reject(file, number, error)
 
-    def _text_documents(self, file: Path, lines: Iterator[tuple[int, bytes]]) -> Iterator[str]:
+    def _text_documents(self, file: Path, lines: Iterator[tuple[int, bytes]]) -> Iterator[tuple[str, str]]:
+        if self.domain_field:
+            raise InputError(f"{file}: plain text has no field {self.domain_field!r}; --domain_field takes JSONL")
         every_line = self.config.text_documents == "line"
         pieces, size = [], 0
         for number, line in lines:
@@ -132,10 +146,10 @@ class Corpus:
                 pieces.append(piece)
                 size += len(piece)
             if pieces and (every_line or blank or size >= MAX_TEXT_DOCUMENT):
-                yield "".join(pieces)
+                yield "", "".join(pieces)
                 pieces, size = [], 0
         if pieces:
-            yield "".join(pieces)
+            yield "", "".join(pieces)
 
     def _reject(self, file: Path, number: int, reason: ValueError) -> None:
         if self.config.on_error == "stop":
@@ -180,7 +194,7 @@ def _list_files(path: Path) -> list[Path]:
     return files
 
 
-def _lines(file: Path, advance: Callable[[int], object]) -> Iterator[tuple[int, bytes]]:
+def numbered_lines(file: Path, advance: Callable[[int], object]) -> Iterator[tuple[int, bytes]]:
     """Number the lines of a file, from 1, as bytes with their line ends; unpack gzip.
 
     Of a line longer than `MAX_LINE` comes the beginning, one byte too long.
@@ -215,20 +229,43 @@ def _decode(line: bytes) -> str:
         raise ValueError(f"not UTF-8 (byte 0x{line[error.start]:02x} at column {error.start + 1})") from None
 
 
-def _parse_json(line: bytes) -> str:
-    """The document on a JSONL line; ValueError says in words why there is none."""
+def parse_json(line: bytes) -> Any:
+    """The JSON value on a line; ValueError says in words why there is none."""
+    _check_length(line)
     try:
-        value = json.loads(_decode(line.rstrip(b"\r\n")))
+        return json.loads(_decode(line.rstrip(b"\r\n")))
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg.removesuffix(' at')} at column {error.colno})") from None
     except RecursionError:
         raise ValueError("not a document (JSON nested too deeply)") from None
+
+
+def string_field(values: dict[str, Any], name: str) -> str:
+    """A text in a JSON object; ValueError says in words why there is none."""
+    if name not in values:
+        raise ValueError(f"the object has no `{name}`")
+    return _string(values[name], f"`{name}`")
+
+
+def label_field(values: dict[str, Any], name: str) -> str:
+    """A label in a JSON object, which may be a number or a boolean; ValueError says in words why there is none."""
+    value = values.get(name)
+    return json.dumps(value) if isinstance(value, bool | int | float) else string_field(values, name)
+
+
+def _parse_document(line: bytes, domain_field: str | None) -> tuple[str, str]:
+    """The domain and the text on a JSONL line; ValueError says in words why there is none."""
+    value = parse_json(line)
     if isinstance(value, dict):
-        if "text" not in value:
-            raise ValueError("the object has no `text`")
-        value, what = value["text"], "`text`"
-    else:
-        what = "the line"
+        domain = label_field(value, domain_field) if domain_field else ""
+        return domain, string_field(value, "text")
+    text = _string(value, "the line")
+    if domain_field:
+        raise ValueError(f"the line is a string, not an object with a `{domain_field}`")
+    return "", text
+
+
+def _string(value: Any, what: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{what} is {_JSON_NAMES[type(value)]}, not a string")  # noqa: TRY004  a bad line, not a bug
     try:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import tyro
 
-from gptbert.checkpoint import list_checkpoints, load_model
+from gptbert.checkpoint import list_checkpoints
 from gptbert.command_line import run_command
 from gptbert.errors import InputError
 from gptbert.fill_mask import fill_masks
@@ -18,7 +18,7 @@ from gptbert.objectives import Objective
 from gptbert.records import read_records
 from gptbert.report import write_report
 from gptbert.token_store import TokenStore
-from gptbert.tokenizer import load_tokenizer
+from gptbert.trained_model import ModelChoice, TrainedModel
 from gptbert.validation import unigram_entropy
 
 NAMES = {Objective.MLM: "masked (MLM)", Objective.CLM: "causal (CLM)"}
@@ -75,13 +75,14 @@ def show(settings: DemoSettings) -> None:
 
 
 def _show_samples(run_dir: Path) -> None:
-    model, tokenizer = load_model(run_dir, weights="model"), load_tokenizer(run_dir / "tokenizer.json")
+    trained = TrainedModel.load(ModelChoice(run=run_dir, weights="model", device="cpu"))
     print("\nFilled masks")
     for text in MASKED_TEXTS:
-        for candidates in fill_masks(model, tokenizer, text):
+        for candidates in fill_masks(trained.model, trained.tokenizer, text):
             guesses = ", ".join(f"{guess!r} {probability:.0%}" for guess, probability in candidates)
             print(f"  {text}  →  {guesses}")
-    print(f"\nContinuation\n  {' '.join(continue_text(model, tokenizer, PROMPT).split())}")
+    text = continue_text(trained.model, trained.tokenizer, PROMPT)
+    print(f"\nContinuation\n  {' '.join(text.split())}")
 
 
 if __name__ == "__main__":

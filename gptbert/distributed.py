@@ -84,7 +84,7 @@ def connect(config: TrainConfig) -> Iterator[World]:
         LostProcessError: another process cannot be reached, now or later; wherever torch.distributed notices.
     """
     rank, world_size = _environment("RANK", 0), _environment("WORLD_SIZE", 1)
-    device = _choose_device(config, local_rank=_environment("LOCAL_RANK", 0))
+    device = choose_device(config.device, local_rank=_environment("LOCAL_RANK", 0))
     if device.type == "cpu":
         # torchrun asks for one thread a process, whatever the machine has
         torch.set_num_threads(config.cpu_threads or max(1, _usable_cores() // _environment("LOCAL_WORLD_SIZE", 1)))
@@ -117,6 +117,26 @@ def connect(config: TrainConfig) -> Iterator[World]:
             dist.destroy_process_group()
 
 
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of this process.
+
+    Args:
+        name: "auto" (a GPU where there is one), "cuda" or "cpu".
+        local_rank: of the processes of this host; each has a GPU of its own.
+
+    Raises:
+        InputError: there is no GPU for this process.
+    """
+    available = torch.cuda.device_count() if name != "cpu" else 0
+    if available == 0:
+        if name == "cuda":
+            raise InputError("--device cuda: torch sees no GPU; --device cpu works everywhere")
+        return torch.device("cpu")
+    if local_rank >= available:
+        raise InputError(f"--device {name}: process {local_rank} of this host has no GPU ({available} there)")
+    return torch.device("cuda", local_rank)
+
+
 def _join(backend: str, timeout: timedelta) -> None:
     if not shares_its_store():
         dist.init_process_group(backend, timeout=timeout)
@@ -129,17 +149,6 @@ def _join(backend: str, timeout: timedelta) -> None:
 def _reason(error: RuntimeError) -> str:
     """What gloo or nccl says, without its place in their source code and without advice."""
     return re.sub(r"\[[^\]]*\.(cc|cpp|h|hpp):\d+\] *", "", first_line(error)).partition(". ")[0].strip()[:200]
-
-
-def _choose_device(config: TrainConfig, local_rank: int) -> torch.device:
-    available = torch.cuda.device_count() if config.device != "cpu" else 0
-    if available == 0:
-        if config.device == "cuda":
-            raise InputError("--device cuda: torch sees no GPU; --device cpu works everywhere")
-        return torch.device("cpu")
-    if local_rank >= available:
-        raise InputError(f"--device {config.device}: process {local_rank} of this host has no GPU ({available} there)")
-    return torch.device("cuda", local_rank)
 
 
 def _environment(name: str, default: int) -> int:

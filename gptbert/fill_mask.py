@@ -1,38 +1,85 @@
-"""Fill `<mask>` in a text with the masked objective."""
+"""Fill `<mask>` in a text with the masked objective: `python -m gptbert.fill_mask RUN "text with <mask>"`."""
+
+from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+import tyro
 from tokenizers import Tokenizer
 
+from gptbert.command_line import run_command
+from gptbert.encoding import encode_with_masks
 from gptbert.errors import InputError
 from gptbert.model import GPTBert
-from gptbert.tokenizer import MASK_ID
+from gptbert.table import table
+from gptbert.tokenizer import MASK_ID, ordinary_ids
+from gptbert.trained_model import ModelChoice, TrainedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class FillMaskSettings(ModelChoice):
+    """Show the likeliest tokens for each `<mask>` of a text."""
+
+    text: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TEXT")]
+    """Text with at least one <mask>, which stands for one token. Tokens of words hold the space before them, so write
+    the mask without one: "one<mask> three"."""
+    top_k: int = 5
+    """Candidates for each mask."""
+
+    def __post_init__(self) -> None:
+        if self.top_k < 1:
+            raise InputError(f"--top_k is {self.top_k}, expected at least 1")
 
 
 @torch.no_grad()
 def fill_masks(model: GPTBert, tokenizer: Tokenizer, text: str, top_k: int = 3) -> list[list[tuple[str, float]]]:
-    """The likeliest tokens for each `<mask>` of a text.
+    """The likeliest tokens for each `<mask>` of a text, without special tokens.
 
-    The objective is masked *next*-token prediction, so a mask is predicted from the position before it.
+    The objective is masked *next*-token prediction, so a mask is predicted from the position before it. Each mask is
+    filled as if the others stayed masks.
 
     Args:
         model: in eval mode.
-        tokenizer: puts `<s>` in front, and knows `<mask>` in the text.
+        tokenizer: that it was trained with.
         text: with at least one `<mask>`, which stands for one token.
         top_k: candidates per mask.
 
     Returns:
-        For each mask, `top_k` pairs of text and probability, the likeliest first.
+        For each mask, `top_k` pairs of text and probability (among the tokens that are not special), the likeliest
+        first; fewer if there are no more tokens.
 
     Raises:
-        InputError: the text has no `<mask>`.
+        InputError: the text has no `<mask>`, or is not UTF-8.
     """
-    ids = torch.tensor([tokenizer.encode(text).ids], device=next(model.parameters()).device)  # [1, T]
+    device = next(model.parameters()).device
+    ids = torch.tensor([encode_with_masks(tokenizer, text)], device=device)  # [1, T]
     masks = (ids[0] == MASK_ID).nonzero().squeeze(-1)
     if len(masks) == 0:
         raise InputError(f"no <mask> in {text!r}")
+    allowed = torch.tensor(ordinary_ids(tokenizer), device=device)
     hidden_states = model.encode(ids, torch.zeros_like(ids), causal=False)
-    best = model.logits(hidden_states[0, masks - 1]).float().softmax(dim=-1).topk(top_k)  # [masks, top_k]
+    logits = model.logits(hidden_states[0, masks - 1]).float()[:, allowed]  # [masks, allowed]
+    best = logits.softmax(dim=-1).topk(min(top_k, len(allowed)))  # [masks, top_k]
     return [
         [(tokenizer.decode([token]), probability) for token, probability in zip(*row, strict=True)]
-        for row in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        for row in zip(allowed[best.indices].tolist(), best.values.tolist(), strict=True)
     ]
+
+
+def fill_mask(settings: FillMaskSettings) -> None:
+    """Print a table of candidates, two columns for each mask.
+
+    Raises:
+        InputError: the checkpoint or the text cannot be used.
+    """
+    trained = TrainedModel.load(settings)
+    masks = fill_masks(trained.model, trained.tokenizer, settings.text, settings.top_k)
+    rows = [[""] + [cell for number in range(1, len(masks) + 1) for cell in (f"mask {number}", "")]]
+    for rank, candidates in enumerate(zip(*masks, strict=True), start=1):
+        cells = [cell for text, probability in candidates for cell in (repr(text), f"{probability:.1%}")]
+        rows.append([str(rank), *cells])
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    run_command(FillMaskSettings, fill_mask)

@@ -1,10 +1,53 @@
-"""Continue a text with the causal objective."""
+"""Continue a text with the causal objective: `python -m gptbert.generate RUN "prompt"`."""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+import tyro
 from tokenizers import Tokenizer
+from torch import Tensor
 
+from gptbert.command_line import run_command
+from gptbert.encoding import encode_sentences
+from gptbert.errors import InputError
 from gptbert.model import GPTBert
-from gptbert.tokenizer import MASK_ID
+from gptbert.tokenizer import ordinary_ids
+from gptbert.trained_model import ModelChoice, TrainedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateSettings(ModelChoice):
+    """Continue a text, token by token."""
+
+    prompt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")]
+    """Text to continue; "" begins anew."""
+    num_tokens: int = 40
+    """Tokens to add."""
+    temperature: float = 0.8
+    """Divides the logits; 0 takes the likeliest token each time."""
+    top_k: int = 40
+    """Sample among this many of the likeliest tokens; 0: among all."""
+    top_p: float = 1.0
+    """Of these, sample among the fewest likeliest whose probabilities add up to this share."""
+    seed: int = 0
+    """Seed of the sampling."""
+    num_samples: int = 1
+    """Continuations to print; each takes the next seed."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_tokens", "num_samples"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} is {getattr(self, name)}, expected at least 1")
+        if not 0 <= self.temperature < math.inf:
+            raise InputError(f"--temperature is {self.temperature}, expected 0 or a positive number")
+        if self.top_k < 0:
+            raise InputError(f"--top_k is {self.top_k}, expected a number of tokens, or 0 for all")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"--top_p is {self.top_p}, expected a share above 0, at most 1")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"--seed is {self.seed}, expected a number from 0 to {2**32 - 1}")
 
 
 @torch.no_grad()
@@ -15,33 +58,85 @@ def continue_text(
     num_tokens: int = 40,
     temperature: float = 0.8,
     top_k: int = 40,
+    top_p: float = 1.0,
     seed: int = 0,
 ) -> str:
-    """Sample a continuation.
+    """Sample a continuation, without special tokens.
 
     Args:
         model: in eval mode.
-        tokenizer: puts `<s>` in front of the prompt.
-        prompt: any text.
+        tokenizer: that it was trained with.
+        prompt: any text; special tokens in it are plain text.
         num_tokens: tokens to add.
         temperature: divides the logits; 0 takes the likeliest token.
-        top_k: sample among this many of the likeliest tokens.
+        top_k: sample among this many of the likeliest tokens; 0: among all.
+        top_p: of these, sample among the fewest likeliest whose probabilities add up to this share.
         seed: of the sampling.
 
     Returns:
         The prompt and its continuation.
+
+    Raises:
+        InputError: the prompt is not UTF-8.
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.tensor([tokenizer.encode(prompt).ids], device=device)  # [1, T]
+    allowed = torch.tensor(ordinary_ids(tokenizer))
+    ids = torch.tensor(encode_sentences(tokenizer, [prompt]), device=device)  # [1, T]
     for _ in range(num_tokens):
         hidden_states = model.encode(ids, torch.zeros_like(ids), causal=True)
-        logits = model.logits(hidden_states[:, -1])[0].float().cpu()  # [V]
-        logits[: MASK_ID + 1] = -torch.inf  # text holds no special tokens
-        logits[tokenizer.get_vocab_size() :] = -torch.inf
-        best = logits.topk(min(top_k, len(logits)))
-        choice = 0
+        logits = model.logits(hidden_states[:, -1])[0].float().cpu()[allowed]
+        choice = int(logits.argmax())
         if temperature > 0:
-            choice = int(torch.multinomial((best.values / temperature).softmax(-1), 1, generator=generator))
-        ids = torch.cat([ids, best.indices[choice].view(1, 1).to(device)], dim=1)
+            choice = int(torch.multinomial(distribution(logits, temperature, top_k, top_p), 1, generator=generator))
+        ids = torch.cat([ids, allowed[choice].view(1, 1).to(device)], dim=1)
     return tokenizer.decode(ids[0].tolist())
+
+
+def distribution(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """The probabilities that tokens are drawn with; temperature first, then top-k, then top-p (Holtzman et al. 2020).
+
+    Args:
+        logits: [V].
+        temperature: above 0.
+        top_k: tokens that are kept, the likeliest ones; 0: all.
+        top_p: of their probabilities, the share that the fewest likeliest must reach to be kept; one token at least is.
+
+    Returns:
+        [V] fp64, 0 for tokens that are not kept.
+    """
+    logits = logits.double()
+    best = ((logits - logits.max()) / temperature).topk(min(top_k or len(logits), len(logits)))
+    probabilities = best.values.softmax(dim=-1)
+    if top_p < 1:
+        of_likelier = probabilities.cumsum(dim=-1).roll(1)
+        of_likelier[0] = 0
+        probabilities = torch.where(of_likelier < top_p, probabilities, 0.0)
+    return torch.zeros_like(logits).scatter(0, best.indices, probabilities / probabilities.sum())
+
+
+def generate(settings: GenerateSettings) -> None:
+    """Print the prompt and its continuation, once for each sample.
+
+    Raises:
+        InputError: the checkpoint or the prompt cannot be used.
+    """
+    trained = TrainedModel.load(settings)
+    for sample in range(settings.num_samples):
+        text = continue_text(
+            trained.model,
+            trained.tokenizer,
+            settings.prompt,
+            settings.num_tokens,
+            settings.temperature,
+            settings.top_k,
+            settings.top_p,
+            settings.seed + sample,
+        )
+        if settings.num_samples > 1:
+            print(f"--- seed {settings.seed + sample}")
+        print(text, flush=True)
+
+
+if __name__ == "__main__":
+    run_command(GenerateSettings, generate)

@@ -77,7 +77,7 @@ class Masking:
 
     @classmethod
     def of(cls, config: TrainConfig, vocab_size: int, *, mask_p: float, seed: int) -> "Masking":
-        """The run's replacements, with a share and a seed that differ between training and validation."""
+        """The run's replacements, with the share of a step."""
         return cls(mask_p, config.mask_random_p, config.mask_keep_p, vocab_size, config.n_special_tokens, seed)
 
 

@@ -56,6 +56,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return tokenizer
 
 
+def ordinary_ids(tokenizer: Tokenizer) -> list[int]:
+    """Ids of all tokens but the special ones, in order."""
+    special = {token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    return [token_id for token_id in range(MASK_ID + 1, tokenizer.get_vocab_size()) if token_id not in special]
+
+
 def tokenizer_hash(path: str | Path) -> str:
     """SHA-256 of the tokenizer's JSON content, independent of white space and key order."""
     canonical = json.dumps(_read(Path(path)), sort_keys=True, separators=(",", ":"))

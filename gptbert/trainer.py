@@ -34,7 +34,7 @@ from gptbert.skipped_steps import SkippedSteps
 from gptbert.step_rows import LoadedShare, StepRows
 from gptbert.stop_signal import StopSignal
 from gptbert.trackers import Trackers
-from gptbert.validation import Validation
+from gptbert.validation import Validation, ValidationSettings
 from kernels import MaskedCrossEntropy
 from kernels.span_mask import DEFAULT_MAX_SPAN_LENGTH
 
@@ -140,7 +140,7 @@ class Trainer:
         self.skipped_steps = SkippedSteps(world.device)
         self.stop_signal = StopSignal(world)
         self.rows = StepRows(config, inputs, plan, world)
-        self.validation = Validation(config, inputs.valid_store, world, inputs.vocab_size)
+        self.validation = Validation(ValidationSettings.of(config), inputs.valid_store, world, inputs.vocab_size)
         self.step = 0
         dtype = torch.bfloat16 if config.mixed_precision else torch.float32
         self.product_rate = product_rate(world.device, dtype, quick=True)

@@ -2,20 +2,23 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from gptbert import checkpoint, manifest
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.corpus import Corpus, CorpusConfig
 from gptbert.data import RowStream
+from gptbert.encoding import encode_documents
+from gptbert.minimal_pairs import Accuracy, read_pairs
 from gptbert.model import GPTBert
 from gptbert.optim import Lamb
 from gptbert.records import read_records
 from gptbert.token_store import TokenStore
 from gptbert.tokenizer import load_tokenizer, tokenizer_hash
 from gptbert.torch_file import load_torch_file
+from gptbert.validation import ValidationSettings
 from tests.conftest import TINY
-from tokenize_scripts.tokenize_corpus import encode_documents
 
 DOCUMENTS = 1 << 16
 
@@ -77,6 +80,7 @@ def resumed_settings(path: Path) -> None:
     config = TrainConfig(*[path / "tokenizer.json"] * 4)
     checkpoint.check_settings(path, config)
     checkpoint.changed_settings(path, config)
+    ValidationSettings.from_json(path)
 
 
 def model(path: Path) -> None:
@@ -108,8 +112,16 @@ def corpus(path: Path) -> None:
             text.encode()
 
 
+def pairs(path: Path) -> None:
+    """Minimal pairs: both sentences are text, and pairs are grouped alike."""
+    found = read_pairs([path])
+    for pair in found:
+        assert "".join([pair.good, pair.bad, *pair.groups.values()]).encode()
+    Accuracy.of(found, np.zeros(len(found)), np.ones(len(found)))
+
+
 READERS = {
     "tokens": tokens, "model_config": model_config, "tokenizer": tokenizer, "resumed": resumed,
     "resumed_settings": resumed_settings, "manifest": checked, "model": model, "state": state,
-    "records": records, "corpus": corpus,
+    "records": records, "corpus": corpus, "pairs": pairs,
 }  # fmt: skip

@@ -64,6 +64,26 @@ def test_reading_holds_one_document_at_a_time(tmp_path):
     assert peak < 6_000_000 < corpus.num_bytes / 6
 
 
+def test_domains_come_from_a_field_of_jsonl(tmp_path):
+    lines = [
+        '{"text": "a", "year": 1999}',
+        '{"text": " ", "year": "x"}',
+        '"b"',
+        '{"text": "c"}',
+        '{"text": "d", "year": "x"}',
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    corpus = Corpus(CorpusConfig(input=(tmp_path,), on_error="skip"), domain_field="year")
+    assert list(corpus.with_domains()) == [("1999", "a"), ("x", "d")]
+    assert (corpus.skipped_lines, corpus.empty_documents) == (2, 1)
+    with pytest.raises(InputError, match=r"a.jsonl:3: the line is a string, not an object with a `year`"):
+        list(Corpus(CorpusConfig(input=(tmp_path,)), domain_field="year"))
+    assert next(Corpus(CorpusConfig(input=(tmp_path,))).with_domains()) == ("", "a")
+    (tmp_path / "a.txt").write_text("plain")
+    with pytest.raises(InputError, match=r"a.txt: plain text has no field 'year'"):
+        list(Corpus(CorpusConfig(input=(tmp_path / "a.txt",)), domain_field="year"))
+
+
 # Broken input
 
 BAD_LINES = [

@@ -28,6 +28,7 @@ from tokenize_scripts.train_tokenizer import learn
 
 LONG = settings.get_current_profile_name() == "fuzz"
 TYPES = ("uint8", "int16", "uint16", "int32", "int64")
+PAIR = {"sentence_good": "One é.", "sentence_bad": "Ones.", "UID": "number"}
 
 
 def examples(share: float = 1.0):
@@ -84,6 +85,7 @@ def valid(tmp_path_factory, tiny, make_config):
     lines = [{"step": step, "train/loss": 5.0 / step} for step in range(1, 6)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "corpus.jsonl").write_text('"one"\n{"text": "two é"}\n["a"]\n"three"\n')
+    (folder / "pairs.jsonl").write_text(json.dumps(PAIR) + "\n")
     (folder / "corpus.txt").write_text("one\ntwo\n\nthree é\n")
     return folder
 
@@ -125,7 +127,7 @@ def damaged_checkpoint(valid, place, name, content):
         ("tokens", "t.safetensors"), *(("tokens", f"{name}.bin") for name in TYPES), ("tokenizer", "tokenizer.json"),
         ("model_config", "checkpoint/model_config.json"), ("resumed", "checkpoint"), ("model", "checkpoint"),
         ("state", "checkpoint/training_state.pt"), ("records", "metrics.jsonl"), ("corpus", "corpus.txt"),
-        ("resumed_settings", "checkpoint"), ("manifest", "checkpoint"), ("model", "sharded"),
+        ("resumed_settings", "checkpoint"), ("manifest", "checkpoint"), ("model", "sharded"), ("pairs", "pairs.jsonl"),
     ],
 )  # fmt: skip
 def test_what_is_whole_is_read(sandbox, valid, reader, name):
@@ -222,6 +224,16 @@ def test_corpora(sandbox, valid, place, data):
 
 
 @examples(0.5)
-@given(st.binary(max_size=200), st.sampled_from(["tokens", "tokenizer", "model_config", "state", "records", "corpus"]))
+@given(st.data())
+def test_pairs(sandbox, place, data):
+    lines = [damage.json_text(data.draw(st.just(PAIR) | damage.damaged_value(PAIR))) for _ in range(3)]
+    read(sandbox, "pairs", put(place, "pairs.jsonl", "\n".join(lines).encode("utf-8", "surrogatepass")))
+
+
+@examples(0.5)
+@given(
+    st.binary(max_size=200),
+    st.sampled_from(["tokens", "tokenizer", "model_config", "state", "records", "corpus", "pairs"]),
+)
 def test_any_bytes(sandbox, place, content, reader):
     read(sandbox, reader, put(place, "any.bin", content))

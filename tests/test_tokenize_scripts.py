@@ -17,15 +17,16 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from gptbert import corpus as corpus_module
+from gptbert import encoding as encoding_module
 from gptbert.corpus import Corpus, CorpusConfig
+from gptbert.encoding import encode_documents
 from gptbert.errors import InputError
 from gptbert.token_store import TokenStore
 from gptbert.tokenizer import BOS_ID, SPECIAL_TOKENS, load_tokenizer, tokenizer_hash
 from tests.texts import DOCUMENTS, jsonl
-from tokenize_scripts import tokenize_corpus as tokenize_module
 from tokenize_scripts.demo_corpus import DemoConfig, demo_corpus
 from tokenize_scripts.split_corpus import SplitConfig, side_of, split_corpus
-from tokenize_scripts.tokenize_corpus import TokenizeConfig, encode_documents, tokenize_corpus
+from tokenize_scripts.tokenize_corpus import TokenizeConfig, tokenize_corpus
 from tokenize_scripts.train_tokenizer import TrainTokenizerConfig, learn, train_tokenizer
 
 REPOSITORY = Path(__file__).parents[1]
@@ -123,7 +124,7 @@ def test_failure_leaves_nothing_and_keeps_the_old_output(tmp_path, run_each, mon
     file.write_bytes(content)
     if fault == "interrupted":
         monkeypatch.setattr(Corpus, "__iter__", lambda self: chain(["first"], map(_interrupt, [0])))
-        monkeypatch.setattr(tokenize_module, "BATCH_CHARACTERS", 1)
+        monkeypatch.setattr(encoding_module, "BATCH_CHARACTERS", 1)
     with pytest.raises(error, match=message):
         run_each(script, input=(file,), **flags)
     assert not out.exists()
@@ -228,7 +229,7 @@ def test_shards_hold_what_one_file_holds(tmp_path, tokenizer_path, capsys):
 
 
 def test_batches_are_bounded_and_keep_the_order(tokenizer_path, monkeypatch):
-    monkeypatch.setattr(tokenize_module, "BATCH_CHARACTERS", 5000)
+    monkeypatch.setattr(encoding_module, "BATCH_CHARACTERS", 5000)
     documents = [f"{i} " * (i % 40 + 1) for i in range(300)]
     batches = list(encode_documents(load_tokenizer(tokenizer_path), documents))
     assert len(batches) > 20

@@ -12,7 +12,7 @@ from typing import TextIO
 from gptbert.command_line import run_command
 from gptbert.corpus import Corpus, CorpusConfig
 from gptbert.errors import InputError
-from tokenize_scripts.outputs import check_outputs, staged_outputs
+from gptbert.outputs import check_outputs, staged_outputs
 
 SIDES = ("train", "validation", "test")
 

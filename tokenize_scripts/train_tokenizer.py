@@ -11,8 +11,8 @@ from tqdm import tqdm
 from gptbert.command_line import run_command
 from gptbert.corpus import Corpus, CorpusConfig
 from gptbert.errors import InputError
+from gptbert.outputs import check_outputs, staged_outputs
 from gptbert.tokenizer import BOS_ID, SPECIAL_TOKENS, UNK_ID
-from tokenize_scripts.outputs import check_outputs, staged_outputs
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())  # 256 characters, each of which stands for a byte
 SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + len(ALPHABET)

@@ -1,4 +1,4 @@
-"""Outputs of the scripts: refused before any work if they cannot be meant, and published only when complete."""
+"""Outputs of commands: refused before any work if they cannot be meant, and published only when complete."""
 
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence

@@ -1,0 +1,237 @@
+"""`python -m gptbert.evaluate RUN DATA`: loss, perplexity and accuracy of both objectives on token files or texts.
+
+The rows, their masks and the means are those of a run's own validation (`gptbert.validation`): evaluated on its
+`--valid_path`, a checkpoint gives the numbers that the run logged for it. Texts are encoded as tokenize_corpus.py does.
+With `--domain_field`, every domain has rows of its own, and what is said of all are the means over the labels of all.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import tyro
+from tqdm import tqdm
+
+from gptbert.command_line import run_command
+from gptbert.corpus import Corpus, CorpusConfig
+from gptbert.distributed import World
+from gptbert.encoding import encode_documents
+from gptbert.errors import InputError
+from gptbert.metrics import LossSums
+from gptbert.objectives import Objective
+from gptbert.outputs import check_outputs, staged_outputs
+from gptbert.table import table
+from gptbert.token_store import TokenStore, token_dtype
+from gptbert.tokenizer import tokenizer_hash
+from gptbert.trained_model import ModelChoice, TrainedModel
+from gptbert.validation import Validation, ValidationSettings
+
+_TOKEN_FILES = {".safetensors", ".bin"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSettings(CorpusConfig, ModelChoice):
+    """Evaluate a checkpoint on data: loss in nats, perplexity and accuracy of both objectives."""
+
+    input: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+    """A token file (.safetensors or .bin), or files or folders of documents, as tokenize_corpus.py takes them."""
+    domain_field: str | None = None
+    """Field of JSONL objects: results for each of its values, and for all together."""
+    seq_length: int | None = None
+    """Tokens per row. Without it, those of the run."""
+    mask_p: float | None = None
+    """Share of tokens masked. Without it, the run's --validation_mask_p."""
+    validation_steps: int = 0
+    """Evaluate this many of the run's batches, of each domain, as --validation_steps of the run does; 0: all rows."""
+    output: Path | None = None
+    """JSON file for the results."""
+
+    def __post_init__(self) -> None:
+        if not self.input:
+            raise InputError("DATA: needs a token file, or at least one file or folder of documents")
+        if self.mask_p is not None and not 0 <= self.mask_p <= 1:
+            raise InputError(f"--mask_p is {self.mask_p}, expected a number from 0 to 1")
+        if self.seq_length is not None and not 2 <= self.seq_length < 10**7:
+            raise InputError(f"--seq_length is {self.seq_length}, expected a number from 2 to 9999999")
+        if self.validation_steps < 0:
+            raise InputError(f"--validation_steps is {self.validation_steps}, expected at least 0")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Sums over the labels of some rows, and what the rows hold.
+
+    Attributes:
+        num_documents: in the data.
+        num_tokens: in the data, `<s>` not counted.
+        sums: over the rows that were evaluated.
+    """
+
+    num_documents: int
+    num_tokens: int
+    sums: LossSums
+
+    def __add__(self, other: "Evaluation") -> "Evaluation":
+        sums = LossSums(self.sums.sums.device)
+        sums.sums = self.sums.sums + other.sums.sums
+        return Evaluation(self.num_documents + other.num_documents, self.num_tokens + other.num_tokens, sums)
+
+    def means(self) -> dict[Objective, dict[str, float]]:
+        """By objective, of those that have labels: loss, perplexity, accuracy, z_loss, count of labels."""
+        return self.sums.means(World(0, 1, self.sums.sums.device))
+
+
+def evaluate_store(trained: TrainedModel, store: TokenStore, settings: ValidationSettings) -> Evaluation:
+    """Evaluate a model on documents, with a progress bar.
+
+    Args:
+        trained: the model.
+        store: documents; fewer tokens than a row has are padded.
+        settings: of the run, or changed ones.
+    """
+    validation = Validation(settings, store, World(0, 1, trained.device), trained.tokenizer.get_vocab_size())
+    precision = torch.autocast(trained.device.type, torch.bfloat16, enabled=settings.mixed_precision)
+    with tqdm(total=validation.num_rows, unit="row", delay=0.5) as bar:
+        sums = validation.sums(trained.model, precision, bar.update)
+    return Evaluation(store.num_documents, store.num_tokens, sums)
+
+
+def evaluate(settings: EvaluateSettings) -> None:
+    """Evaluate, print the table, write the file.
+
+    Raises:
+        InputError: a flag, the data, the checkpoint or the output cannot be used.
+    """
+    outputs = [settings.output] if settings.output else []
+    check_outputs(outputs, [file for path in settings.input for file in (path, *path.rglob("*"))])
+    trained = TrainedModel.load(settings)
+    of_run = ValidationSettings.from_json(trained.path)
+    used = _changed(of_run, settings)
+    stores = _open_data(trained, settings)
+    with ExitStack() as stack:  # an output that cannot be written is refused before the work
+        staged = [stack.enter_context(staged_outputs(path))[0] for path in outputs]
+        domains = {name: evaluate_store(trained, store, used) for name, store in stores.items()}
+        first, *others = domains.values()
+        together = sum(others, first)
+        for file in staged:
+            report = {
+                "checkpoint": str(trained.path),
+                "weights": settings.weights,
+                "data": [str(path) for path in settings.input],
+                "seq_length": used.seq_length,
+                "mask_p": used.validation_mask_p,
+                "validation_steps": used.validation_steps,
+                "all": _as_json(together),
+            }
+            if settings.domain_field:
+                report |= {"domain_field": settings.domain_field}
+                report |= {"domains": {name: _as_json(result) for name, result in domains.items()}}
+            file.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    rows = f"{used.seq_length} tokens a row, {used.validation_mask_p:.0%} masked"
+    print(f"{trained.path}, {settings.weights} weights, {rows}\n")
+    print(_table([*(domains.items() if settings.domain_field else ()), ("all", together)], settings.domain_field))
+    if of_run.validation_steps and not settings.validation_steps:
+        print(f"\nAll rows; the run itself validated with --validation_steps {of_run.validation_steps}.")
+
+
+def _changed(of_run: ValidationSettings, settings: EvaluateSettings) -> ValidationSettings:
+    """The run's settings with those of the command line; longer rows are fewer at once."""
+    seq_length = of_run.seq_length if settings.seq_length is None else settings.seq_length
+    return replace(
+        of_run,
+        seq_length=seq_length,
+        local_batch_size=max(1, of_run.local_batch_size * of_run.seq_length // seq_length),
+        validation_mask_p=of_run.validation_mask_p if settings.mask_p is None else settings.mask_p,
+        validation_steps=settings.validation_steps,
+    )
+
+
+def _open_data(trained: TrainedModel, settings: EvaluateSettings) -> dict[str, TokenStore]:
+    """Documents by domain; all under "" without a `domain_field`."""
+    token_files = [path for path in settings.input if path.suffix in _TOKEN_FILES]
+    if not token_files:
+        return encode_domains(trained, settings, settings.domain_field)
+    file = token_files[0]
+    if len(settings.input) > 1:
+        raise InputError(f"{file}: a token file is evaluated on its own; give it alone")
+    if settings.domain_field:
+        raise InputError(f"--domain_field {settings.domain_field}: the token file {file} has no fields; give JSONL")
+    store = TokenStore.open(file)
+    if store.tokenizer_hash not in {None, tokenizer_hash(trained.path / "tokenizer.json")}:
+        raise InputError(f"{file} was written with another tokenizer than that of {trained.path}; tokenize the text")
+    if store.vocab_size > trained.model.config.vocab_size:
+        raise InputError(
+            f"{file} has token ids up to {store.vocab_size - 1}, beyond the model's {trained.model.config.vocab_size}"
+        )
+    return {"": store}
+
+
+def encode_domains(trained: TrainedModel, config: CorpusConfig, domain_field: str | None) -> dict[str, TokenStore]:
+    """Documents in memory, two bytes a token for most vocabularies, by the value of a field, in order of appearance.
+
+    Args:
+        trained: gives the tokenizer.
+        config: what to read.
+        domain_field: field of JSONL objects; None for one store, named "".
+
+    Raises:
+        InputError: a file cannot be read, a line is bad or has no such field, or there is no text.
+    """
+    dtype = token_dtype(trained.tokenizer.get_vocab_size())
+    batches, domains = [], []  # a domain for each document
+
+    def texts(corpus: Corpus) -> Iterator[str]:
+        for domain, text in corpus.with_domains():
+            domains.append(domain)
+            yield text
+
+    try:
+        corpus = Corpus(config, domain_field)
+        for tokens, lengths, *_ in encode_documents(trained.tokenizer, texts(corpus)):
+            batches.append((tokens.astype(dtype), lengths))
+        corpus.require_documents()
+    except InputError as error:  # the data have no flag here
+        raise InputError(str(error).removeprefix("--input ")) from error
+    tokens, lengths = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
+    names = list(dict.fromkeys(domains))
+    number = {name: index for index, name in enumerate(names)}
+    domain_of = np.array([number[domain] for domain in domains])
+    domain_of_token = np.repeat(domain_of, lengths)
+    return {
+        name: TokenStore(
+            [tokens[domain_of_token == index]],
+            [np.concatenate([[0], np.cumsum(lengths[domain_of == index])])],
+            trained.tokenizer.get_vocab_size(),
+            None,
+        )
+        for index, name in enumerate(names)
+    }
+
+
+def _as_json(result: Evaluation) -> dict[str, Any]:
+    means = {objective.value: values for objective, values in result.means().items()}
+    return {"num_documents": result.num_documents, "num_tokens": result.num_tokens, **means}
+
+
+def _table(results: list[tuple[str, Evaluation]], domain_field: str | None) -> str:
+    columns = [f"{objective.value} {name}" for objective in Objective for name in ("loss", "perplexity", "accuracy")]
+    rows = [[domain_field or "", "documents", "tokens", *columns]]
+    for name, result in results:
+        row = [name, f"{result.num_documents:,}", f"{result.num_tokens:,}"]
+        means = result.means()
+        for objective in Objective:
+            if values := means.get(objective):
+                row += [f"{values['loss']:.3f}", f"{values['perplexity']:,.1f}", f"{values['accuracy']:.1%}"]
+            else:  # no labels
+                row += ["-"] * 3
+        rows.append(row)
+    return table(rows)
+
+
+if __name__ == "__main__":
+    run_command(EvaluateSettings, evaluate)

@@ -1,0 +1,213 @@
+"""`python -m gptbert.score RUN pairs.jsonl`: how often a model prefers the good sentence of a minimal pair.
+
+A sentence's score is its log-likelihood under the causal objective or its pseudo-log-likelihood under the masked one,
+both defined in `gptbert.likelihood`. A pair counts as correct if its good sentence has the higher score; equal scores
+are wrong. Accuracy is reported over all pairs (micro) and as the mean over the groups of a field (macro); the mean over
+`UID` is BLiMP's number.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from gptbert.command_line import run_command
+from gptbert.encoding import encode_sentences
+from gptbert.errors import InputError
+from gptbert.likelihood import log_likelihoods, num_predictions
+from gptbert.minimal_pairs import BLIMP_GROUP, Accuracy, MinimalPair, members, read_pairs
+from gptbert.objectives import Objective
+from gptbert.outputs import check_outputs, staged_outputs
+from gptbert.table import table
+from gptbert.trained_model import ModelChoice, TrainedModel
+
+OBJECTIVES = {"causal": Objective.CLM, "mntp": Objective.MLM}
+SWEEP = tuple(round(0.05 * step, 2) for step in range(10, 61))  # 0.5 … 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreSettings(ModelChoice):
+    """Score minimal pairs by causal log-likelihood and by masked next-token pseudo-log-likelihood."""
+
+    pairs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PAIRS")]
+    """JSONL files, or folders of them, with `sentence_good` and `sentence_bad` on each line, as BLiMP has them."""
+    group_by: tuple[str, ...] | None = None
+    """Fields to group by, each on its own. Without it, by UID if all lines have that."""
+    backend: tuple[Literal["causal", "mntp"], ...] = ("causal", "mntp")
+    """causal: log-likelihood. mntp: masked next-token pseudo-log-likelihood, for which every token takes a row."""
+    temperature: tuple[float, ...] = (1.0,)
+    """Numbers that divide the logits; of several, the best one is reported for each backend."""
+    sweep: bool = False
+    """Try the temperatures 0.5, 0.55, … 3 too, from the same forward passes."""
+    batch_tokens: int = 8192
+    """Tokens that go through the model at once."""
+    output: Path | None = None
+    """JSON file for all results."""
+    pairs_output: Path | None = None
+    """JSONL file for the scores of every pair, at each backend's best temperature."""
+
+    def __post_init__(self) -> None:
+        for name in ("pairs", "backend", "temperature"):
+            if not getattr(self, name):
+                raise InputError(f"{'PAIRS' if name == 'pairs' else f'--{name}'}: needs at least one")
+        for temperature in self.temperature:
+            if not 0.01 <= temperature <= 100:
+                raise InputError(f"--temperature is {temperature}, expected a number from 0.01 to 100")
+        if self.batch_tokens < 1:
+            raise InputError(f"--batch_tokens is {self.batch_tokens}, expected at least 1")
+        if self.output and self.pairs_output and self.output.resolve() == self.pairs_output.resolve():
+            raise InputError(f"--output and --pairs_output: are both {self.output}; name two files")
+
+
+@dataclass(frozen=True)
+class BackendScores:
+    """Scores of all pairs by one backend.
+
+    Attributes:
+        temperatures: K of them.
+        good: [pairs, K] fp64, of the good sentences at each temperature.
+        bad: [pairs, K].
+        accuracies: K of them.
+    """
+
+    temperatures: Sequence[float]
+    good: np.ndarray
+    bad: np.ndarray
+    accuracies: list[Accuracy]
+
+    @property
+    def best(self) -> int:
+        """Number of the best temperature, of equals the nearest to 1."""
+
+        def quality(index: int) -> tuple[float, float]:
+            return self.accuracies[index].headline, -abs(math.log(self.temperatures[index]))
+
+        return max(range(len(self.temperatures)), key=quality)
+
+
+def score_pairs(
+    trained: TrainedModel,
+    pairs: Sequence[MinimalPair],
+    backends: Sequence[str] = tuple(OBJECTIVES),
+    temperatures: Sequence[float] = (1.0,),
+    batch_tokens: int = 8192,
+) -> dict[str, BackendScores]:
+    """Score pairs by each backend, "causal" or "mntp", at each temperature, with a progress bar."""
+    sentences = [sentence for pair in pairs for sentence in (pair.good, pair.bad)]
+    ids = encode_sentences(trained.tokenizer, sentences)
+    results = {}
+    with tqdm(total=num_predictions(ids) * len(backends), unit="token", unit_scale=True, delay=0.5) as bar:
+        for backend in backends:
+            objective = OBJECTIVES[backend]
+            scores = log_likelihoods(trained.model, ids, objective, temperatures, batch_tokens, bar.update).numpy()
+            good, bad = scores[0::2], scores[1::2]
+            accuracies = [Accuracy.of(pairs, good[:, index], bad[:, index]) for index in range(len(temperatures))]
+            results[backend] = BackendScores(temperatures, good, bad, accuracies)
+    return results
+
+
+def score(settings: ScoreSettings) -> None:
+    """Score the pairs, print the tables, write the files.
+
+    Raises:
+        InputError: a flag, the pairs, the checkpoint or an output cannot be used.
+    """
+    temperatures = sorted({*settings.temperature, *(SWEEP if settings.sweep else ())})
+    pairs = read_pairs(settings.pairs, settings.group_by)
+    files = list(dict.fromkeys(pair.file for pair in pairs))
+    outputs = [path for path in (settings.output, settings.pairs_output) if path]
+    check_outputs(outputs, files)
+    trained = TrainedModel.load(settings)
+    with ExitStack() as stack:  # outputs that cannot be written are refused before the work
+        staged = {path: stack.enter_context(staged_outputs(path))[0] for path in outputs}
+        backends = list(dict.fromkeys(settings.backend))
+        results = score_pairs(trained, pairs, backends, temperatures, settings.batch_tokens)
+        if settings.output:
+            report = {
+                "checkpoint": str(trained.path),
+                "weights": settings.weights,
+                "files": [str(file) for file in files],
+                "num_pairs": len(pairs),
+                "num_pairs_by_group": {field: _sizes(pairs, field) for field in pairs[0].groups},
+                "backends": {name: _as_json(scores) for name, scores in results.items()},
+            }
+            staged[settings.output].write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        if settings.pairs_output:
+            with staged[settings.pairs_output].open("w", encoding="utf-8") as file:
+                for index, pair in enumerate(pairs):
+                    line = _pair_as_json(pair, index, results)
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    print(f"{trained.path}, {settings.weights} weights, {len(pairs):,} pairs")
+    if len(temperatures) > 1:
+        print(f"\n{_temperature_table(results, temperatures)}")
+    for field in pairs[0].groups:
+        print(f"\n{_group_table(pairs, field, results)}")
+    print(f"\n{_total_table(pairs, results)}")
+
+
+def _sizes(pairs: Sequence[MinimalPair], field: str) -> dict[str, int]:
+    return {value: len(chosen) for value, chosen in members(pairs, field).items()}
+
+
+def _as_json(scores: BackendScores) -> dict[str, Any]:
+    return {
+        "best_temperature": scores.temperatures[scores.best],
+        "temperatures": [
+            {"temperature": temperature, "micro": accuracy.micro, "macro": accuracy.macro, "groups": accuracy.groups}
+            for temperature, accuracy in zip(scores.temperatures, scores.accuracies, strict=True)
+        ],
+    }
+
+
+def _pair_as_json(pair: MinimalPair, index: int, results: dict[str, BackendScores]) -> dict[str, Any]:
+    line: dict[str, Any] = {"file": str(pair.file), "line": pair.line, **pair.groups}
+    line |= {"sentence_good": pair.good, "sentence_bad": pair.bad}
+    for backend, scores in results.items():
+        good, bad = scores.good[index, scores.best].item(), scores.bad[index, scores.best].item()
+        temperature = scores.temperatures[scores.best]
+        line[backend] = {"temperature": temperature, "good": good, "bad": bad, "correct": good > bad}
+    return line
+
+
+def _temperature_table(results: dict[str, BackendScores], temperatures: Sequence[float]) -> str:
+    """What temperatures are compared by, a column for each backend; the best one has a star."""
+    rows = [["temperature", *results]]
+    for index, temperature in enumerate(temperatures):
+        cells = [
+            f"{scores.accuracies[index].headline:.1%}{'*' if index == scores.best else ' '}"
+            for scores in results.values()
+        ]
+        rows.append([f"{temperature:g}", *cells])
+    return table(rows)
+
+
+def _group_table(pairs: Sequence[MinimalPair], field: str, results: dict[str, BackendScores]) -> str:
+    best = [scores.accuracies[scores.best] for scores in results.values()]
+    rows = [[field, "pairs", *results]]
+    for value, size in _sizes(pairs, field).items():
+        rows.append([value, f"{size:,}", *(f"{accuracy.groups[field][value]:.1%}" for accuracy in best)])
+    return table(rows)
+
+
+def _total_table(pairs: Sequence[MinimalPair], results: dict[str, BackendScores]) -> str:
+    best = [scores.accuracies[scores.best] for scores in results.values()]
+    rows = [["accuracy", *results]]
+    rows += [
+        [f"mean over {field}" + (" (BLiMP's number)" if field == BLIMP_GROUP else ""), *cells]
+        for field in pairs[0].groups
+        for cells in [[f"{accuracy.macro[field]:.1%}" for accuracy in best]]
+    ]
+    rows.append([f"all {len(pairs):,} pairs", *(f"{accuracy.micro:.1%}" for accuracy in best)])
+    rows.append(["at temperature", *(f"{scores.temperatures[scores.best]:g}" for scores in results.values())])
+    return table(rows)
+
+
+if __name__ == "__main__":
+    run_command(ScoreSettings, score)

@@ -1,0 +1,191 @@
+"""Evaluation after a run: the numbers that the run logged, texts as token files, and domains."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+
+from gptbert import manifest
+from gptbert.command_line import parse, run_command
+from gptbert.config import TrainConfig
+from gptbert.corpus import CorpusConfig
+from gptbert.evaluate import EvaluateSettings, encode_domains, evaluate
+from gptbert.objectives import Objective
+from gptbert.records import read_records
+from gptbert.tokenizer import BOS_ID
+from gptbert.trained_model import ModelChoice, TrainedModel
+from gptbert.trainer import fit
+from tests.runs import flags, write_inputs
+
+METRICS = ("loss", "perplexity", "accuracy")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("evaluate"), train_characters=10_000)
+
+
+@pytest.fixture(scope="module")
+def run_dir(inputs):
+    """A run whose settings of validation are none of the usual ones."""
+    settings = {"validation_mask_p": 0.4, "mask_keep_p": 0.3, "mask_random_p": 0.2, "seq_length": 24}
+    fit(parse(TrainConfig, flags(inputs, name="run", max_steps=6, ema_decay=0.5, mixed_precision=True, **settings)))
+    return inputs / "runs/run"
+
+
+@pytest.fixture(scope="module")
+def trained(run_dir):
+    return TrainedModel.load(ModelChoice(run=run_dir))
+
+
+def results(run_dir, tmp_path, *data, **settings):
+    output = tmp_path / "results.json"
+    evaluate(EvaluateSettings(run=run_dir, input=data, output=output, **settings))
+    return json.loads(output.read_text())
+
+
+@pytest.mark.parametrize(("weights", "prefix"), [("model", "validation"), ("ema", "validation_ema")])
+def test_a_checkpoint_gives_what_its_run_logged(inputs, run_dir, tmp_path, weights, prefix):
+    found = results(run_dir, tmp_path, inputs / "valid.safetensors", weights=weights, validation_steps=2)["all"]
+    logged = [record for record in read_records(run_dir / "metrics.jsonl") if f"{prefix}/mlm/loss" in record][-1]
+    for objective in Objective:
+        for metric in METRICS:
+            value = found[objective.value][metric]
+            assert value == pytest.approx(logged[f"{prefix}/{objective.value}/{metric}"], rel=1e-6), metric
+
+
+def test_all_rows_are_evaluated_unless_asked_otherwise(inputs, run_dir, tmp_path, capsys):
+    every = results(run_dir, tmp_path, inputs / "valid.safetensors")["all"]
+    assert every["num_tokens"] == every["clm"]["count"], "each token is predicted once"
+    assert "--validation_steps 2" in capsys.readouterr().out
+    some = results(run_dir, tmp_path, inputs / "valid.safetensors", validation_steps=2)["all"]
+    assert some["clm"]["count"] < every["clm"]["count"]
+    assert "--validation_steps" not in capsys.readouterr().out
+
+
+def test_texts_are_what_a_token_file_of_them_is(inputs, run_dir, tmp_path):
+    token_file = results(run_dir, tmp_path, inputs / "valid.safetensors")
+    assert results(run_dir, tmp_path, inputs / "valid.jsonl")["all"] == token_file["all"]
+
+
+def test_settings_of_the_command_line(inputs, run_dir, tmp_path):
+    data = inputs / "valid.safetensors"
+    masked = [results(run_dir, tmp_path, data, mask_p=share)["all"] for share in (0.1, 0.8)]
+    assert 6 < masked[1]["mlm"]["count"] / masked[0]["mlm"]["count"] < 10
+    assert masked[0]["clm"] == masked[1]["clm"]
+    longer = results(run_dir, tmp_path, data, seq_length=60)
+    assert longer["seq_length"] == 60
+    assert longer["all"]["clm"]["count"] == masked[0]["clm"]["count"]
+    assert longer["all"]["clm"]["loss"] != masked[0]["clm"]["loss"]
+
+
+def test_domains_are_evaluated_apart_and_together(run_dir, trained, tmp_path, capsys):
+    """The tiny one has fewer tokens than a row."""
+    texts = {
+        "news": ["The first statement. " * 9, "It returns a value."],
+        "all": ["The name of a file " * 12],
+        "3": ["a"],
+    }
+    order = ["news", "all", "news", "3"]
+    left = {domain: list(documents) for domain, documents in texts.items()}
+    lines = [{"text": left[domain].pop(0), "genre": 3 if domain == "3" else domain} for domain in order]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = results(run_dir, tmp_path, tmp_path / "a.jsonl", domain_field="genre")
+    assert list(found["domains"]) == ["news", "all", "3"]
+    for domain, documents in texts.items():
+        (tmp_path / "alone.jsonl").write_text("".join(json.dumps(text) + "\n" for text in documents))
+        assert found["domains"][domain] == results(run_dir, tmp_path, tmp_path / "alone.jsonl")["all"]
+    for objective in ("mlm", "clm"):
+        each = [domain[objective] for domain in found["domains"].values()]
+        count = sum(values["count"] for values in each)
+        loss = sum(values["loss"] * values["count"] for values in each) / count
+        together = found["all"][objective]
+        assert (together["count"], together["loss"]) == (count, pytest.approx(loss))
+        assert together["perplexity"] == pytest.approx(math.exp(loss))
+    assert found["all"]["num_documents"] == 4
+    assert "genre" in capsys.readouterr().out
+    # the tiny one by hand
+    ids = torch.tensor([[BOS_ID]])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = trained.model.logits(trained.model.encode(ids, torch.zeros_like(ids), causal=True))
+    expected = -logits[0, 0].float().log_softmax(-1)[trained.tokenizer.token_to_id("a")].item()
+    assert found["domains"]["3"]["clm"]["loss"] == pytest.approx(expected, rel=1e-4)
+    assert found["domains"]["3"]["clm"]["count"] == found["domains"]["3"]["mlm"]["count"] == 1
+
+
+def test_domains_keep_every_token_in_order(trained, tmp_path):
+    documents = [("a", "one two"), ("b", "three"), ("a", "four"), ("b", "five six seven")]
+    lines = [json.dumps({"text": text, "domain": domain}) + "\n" for domain, text in documents]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    stores = encode_domains(trained, CorpusConfig(input=(tmp_path / "a.jsonl",)), "domain")
+    for domain, store in stores.items():
+        starts, lengths = store.documents()
+        tokens, _ = store.gather(starts, lengths)
+        assert trained.tokenizer.decode(tokens.tolist()) == "".join(text for name, text in documents if name == domain)
+        assert len(lengths) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{}/gone.jsonl"], "gone.jsonl: no such file or folder"),
+        (["{}/gone.safetensors"], "gone.safetensors: no such file"),
+        ([], "DATA: needs"),
+        (["{}/a.jsonl", "{}/b.safetensors"], "a token file is evaluated on its own"),
+        (["{}/b.safetensors", "--domain_field", "x"], "--domain_field x: the token file"),
+        (["{}/a.jsonl", "--domain_field", "x"], "a.jsonl:1: the object has no `x`"),
+        (["{}/c.txt", "--domain_field", "x"], "c.txt: plain text has no field 'x'"),
+        (["{}/d.jsonl"], "d.jsonl:1: not JSON"),
+        (["{}/e.txt"], "e.txt: holds no text"),
+        (["{}/a.jsonl", "--seq_length", "1"], "--seq_length is 1"),
+        (["{}/a.jsonl", "--mask_p", "1.5"], "--mask_p is 1.5"),
+        (["{}/a.jsonl", "--validation_steps", "-1"], "--validation_steps is -1"),
+        (["{}", "--output", "{}/a.jsonl"], "is also an input"),
+    ],
+)
+def test_a_mistake_is_one_line(run_dir, tmp_path, capfd, arguments, message):
+    contents = {"a.jsonl": '{"text": "a"}\n', "b.safetensors": "", "c.txt": "text", "d.jsonl": "{", "e.txt": " "}
+    for name, content in contents.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(SystemExit) as end:
+        run_command(EvaluateSettings, evaluate, [str(run_dir), *(each.format(tmp_path) for each in arguments)])
+    assert end.value.code == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert "--input" not in line
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == contents
+
+
+def test_token_files_of_another_tokenizer_are_refused(run_dir, tmp_path, capfd):
+    other = write_inputs(tmp_path, train_characters=20_000)
+    with pytest.raises(SystemExit):
+        run_command(EvaluateSettings, evaluate, [str(run_dir), str(other / "valid.safetensors")])
+    assert "was written with another tokenizer" in capfd.readouterr().err
+
+
+def with_settings(run_dir, folder, settings):
+    """A copy of the run's checkpoint with other settings."""
+    (newest,) = (run_dir / "checkpoints").iterdir()
+    shutil.copytree(newest, folder)
+    (folder / "train_config.json").write_text(json.dumps(settings))
+    manifest.write(folder)
+    return folder
+
+
+def test_settings_that_a_folder_does_not_say_are_the_usual_ones(inputs, run_dir, tmp_path):
+    imported = with_settings(run_dir, tmp_path / "copy", {"name": "from elsewhere"})
+    found = results(imported, tmp_path, inputs / "valid.safetensors")
+    assert (found["seq_length"], found["mask_p"]) == (128, 0.15)
+
+
+@pytest.mark.parametrize("settings", [[], {"seq_length": "long"}, None])
+def test_damaged_settings_of_the_run_are_named(run_dir, tmp_path, capfd, settings):
+    copy = with_settings(run_dir, tmp_path / "copy", settings)
+    if settings is None:  # and against the manifest
+        (copy / "train_config.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        run_command(EvaluateSettings, evaluate, [str(copy), str(tmp_path / "any.jsonl")])
+    assert "train_config.json: " in capfd.readouterr().err
