@@ -20,6 +20,7 @@ from gptbert.dropout import Dropout, random_seeds
 from gptbert.layer_weighting import LayerWeighting, Representations
 from gptbert.norm import InputNorm, layer_norm
 from kernels import MaskedCrossEntropy, masked_cross_entropy
+from kernels.padding import rounded_rows
 
 IGNORE_INDEX = -100
 BLOCK_SEEDS = ATTENTION_SEEDS + 1
@@ -266,15 +267,14 @@ def select_labelled(hidden_states: Tensor, labels: Tensor, capacity: int | None)
         hidden_states: [B·T, D].
         labels: [B·T].
         capacity: number of rows to return, at least the number of labels; the rest is filled with unlabelled rows.
-            None counts the labels, for which a GPU has to wait.
+            None counts the labels, for which a GPU has to wait, and rounds up.
 
     Returns:
         [N, D] and [N].
     """
     labelled = labels != IGNORE_INDEX
     if capacity is None:
-        rows = labelled.nonzero().squeeze(-1)
-        return hidden_states[rows], labels[rows]
+        capacity = rounded_rows(int(labelled.sum()))
     if capacity >= len(labels):
         return hidden_states, labels
     rows = labelled.nonzero_static(size=capacity, fill_value=-1).squeeze(-1)

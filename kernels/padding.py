@@ -1,8 +1,9 @@
-"""Rows that all begin at multiples of 16 entries, so that kernels move words of 128 bits however long rows are."""
+"""Sizes: rows that begin at multiples of 16 entries, so that kernels move words of 128 bits; numbers of rows that recur."""
 
 from torch import Tensor
 
 PADDING = 16  # entries; Triton looks whether strides are multiples of 16, and of nothing else
+ROWS = 64
 
 
 def padded_length(length: int) -> int:
@@ -14,3 +15,12 @@ def padded_rows(like: Tensor) -> Tensor:
     """Memory for rows [B, T] of the type and on the device of `like` [B, T]."""
     num_rows, length = like.shape
     return like.new_empty(num_rows, padded_length(length))[:, :length]
+
+
+def rounded_rows(count: int) -> int:
+    """A number of rows that recurs, at least `count`, for matrix products on the CPU.
+
+    Its library keeps code for each shape that it meets, and never gives up the memory: some megabytes for every new
+    number of labelled rows, of which there is one in nearly every step.
+    """
+    return -(-count // ROWS) * ROWS

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels.masked_cross_entropy import rows as torch_rows
-from kernels.padding import PADDING, padded_length
+from kernels.padding import PADDING, padded_length, rounded_rows
 
 CHUNK_ELEMENTS = 2**24  # logits that exist at once: 32 MB in bf16
 _BLOCK_ROWS = 256  # of the output matrix
@@ -86,8 +86,11 @@ def masked_cross_entropy(
     check_labels(labels, ignore_index, len(weight))
     kept = None
     if labels.device.type == "cpu":  # a GPU would have to be waited for; there, callers bound the number of rows
-        kept = (labels != ignore_index).nonzero().squeeze(-1)
-        kept = None if len(kept) == len(labels) else kept
+        labelled = labels != ignore_index
+        count = int(labelled.sum())
+        most = rounded_rows(count) if backend == "torch" else count  # kernels that are interpreted are counted
+        if most < len(labels):
+            kept = labelled.logical_not().argsort(stable=True)[:most]  # the labelled rows, then a few others
     all_rows = hidden.shape
     if kept is not None:
         hidden, labels = hidden[kept], labels[kept]

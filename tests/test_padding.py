@@ -1,0 +1,60 @@
+"""Sizes that recur, so that what a library keeps for each of them does not fill the memory."""
+
+import ctypes
+import platform
+
+import pytest
+import torch
+
+from gptbert.model import IGNORE_INDEX, select_labelled
+from kernels import masked_cross_entropy
+from kernels.padding import ROWS, rounded_rows
+
+
+class _Heap(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in ["arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "used", "free", "keepcost"]
+    ]
+
+
+def heap_in_use():
+    """Bytes that glibc has handed out."""
+    mallinfo2 = ctypes.CDLL(None).mallinfo2
+    mallinfo2.restype = _Heap
+    heap = mallinfo2()
+    return heap.used + heap.hblkhd
+
+
+def test_rounding():
+    assert [rounded_rows(count) for count in (0, 1, 63, 64, 65)] == [0, ROWS, 64, 64, 128]
+
+
+def test_rows_that_are_selected_recur():
+    hidden_states = torch.randn(300, 4)
+    for count in (1, 64, 65, 290):
+        labels = torch.full((300,), IGNORE_INDEX)
+        labels[torch.randperm(300)[:count]] = 5
+        rows, chosen = select_labelled(hidden_states, labels, None)
+        assert len(rows) == len(chosen) == min(300, rounded_rows(count))
+        assert torch.equal(rows[chosen == 5], hidden_states[labels == 5])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc")
+def test_memory_stays_whatever_the_number_of_labels():
+    """oneDNN keeps code for each shape of a product: half a megabyte and more for each number of rows."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(2048, 128), torch.randn(1024, 128)
+    hidden, weight = hidden.bfloat16().requires_grad_(), weight.bfloat16().requires_grad_()
+
+    def step(count):
+        labels = torch.full((2048,), IGNORE_INDEX)
+        labels[:count] = 3
+        masked_cross_entropy(hidden, weight, labels, backend="torch").total.backward()
+
+    for count in range(64, 1024, 64):  # all numbers of rows there are
+        step(count)
+    before = heap_in_use()
+    for count in range(101, 1000, 11):
+        step(count)
+    assert heap_in_use() - before < 2e6
