@@ -137,8 +137,9 @@ def _parquet_batches(
     file: Path, columns: Sequence[str], advance: Callable[[int], object]
 ) -> Iterator["pa.RecordBatch"]:
     parquet = require_library("pyarrow.parquet", str(file))
-    # a buffer, or a row group's whole column would be read at once
-    with parquet.ParquetFile(str(file), buffer_size=1 << 20, page_checksum_verification=True) as opened:
+    # of a row group a buffer's worth at a time, where the library would read the whole column at once
+    settings = {"pre_buffer": False, "buffer_size": 1 << 20, "page_checksum_verification": True}
+    with parquet.ParquetFile(str(file), **settings) as opened:
         _require_columns(str(file), columns, opened.schema_arrow.names)
         metadata, size = opened.metadata, file.stat().st_size
         rows = told = 0
