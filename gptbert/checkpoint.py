@@ -14,22 +14,26 @@ With `--parallel fsdp`, `shards/` holds weights, average and moments instead, a 
 
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from gptbert import manifest
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.distributed import World
-from gptbert.errors import InputError
+from gptbert.errors import InputError, first_line
+from gptbert.files import delete, move_away, publish
 from gptbert.json_file import read_json
 from gptbert.model import GPTBert
-from gptbert.model_folder import delete, move_away, publish, refusals, write_settings
 from gptbert.progress import say
+from gptbert.settings_files import write_settings
 from gptbert.shards import load_shards, save_shards
 from gptbert.tokenizer import tokenizer_hash
 from gptbert.training_state import STATE_KEYS, read_training_state
@@ -100,14 +104,14 @@ def save(checkpoint: Checkpoint, config: TrainConfig, model_config: ModelConfig,
     temporary, shards = final.with_name(f".{final.name}.incomplete"), {}
     moments, rest = _moments_apart(checkpoint.optimizer)  # no moments, where they are whole
     try:
-        with world.agreed(), refusals(final):
+        with world.agreed(), _refusals(final):
             if world.is_main:
                 _write(replace(checkpoint, optimizer=rest), temporary, config, model_config)
         if checkpoint.is_sharded:
-            with world.agreed(), refusals(final):
+            with world.agreed(), _refusals(final):
                 tensors = _named(checkpoint.model, checkpoint.ema, moments)
                 shards = save_shards(tensors, temporary / _SHARDS, world)
-        with world.agreed(), refusals(final):
+        with world.agreed(), _refusals(final):
             if world.is_main:
                 manifest.write(temporary, {f"{_SHARDS}/{name}": entry for name, entry in shards.items()})
                 publish(temporary, final)
@@ -308,6 +312,17 @@ def whole_weights(path: Path, weights: str, config: ModelConfig) -> dict[str, Te
     state = {name: torch.empty(shape) for name, shape in shapes(config).items()}
     load_shards({f"{weights}.{name}": tensor for name, tensor in state.items()}, path / _SHARDS)
     return state
+
+
+@contextmanager
+def _refusals(final: Path) -> Iterator[None]:
+    """A block whose errors of the disk say which checkpoint could not be written; libraries have their own words."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError, InputError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        free = shutil.disk_usage(final.parents[1]).free / 1e6
+        raise InputError(f"checkpoint {final}: cannot be written ({reason}); {free:,.1f} MB are free there") from error
 
 
 def _write(checkpoint: Checkpoint, temporary: Path, config: TrainConfig, model_config: ModelConfig) -> None:

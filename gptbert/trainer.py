@@ -15,7 +15,7 @@ from gptbert.compilation import compile_blocks, compiling
 from gptbert.config import TrainConfig
 from gptbert.data import Prefetcher
 from gptbert.distributed import World, connect
-from gptbert.errors import InputError, SharedError, StoppedError
+from gptbert.errors import InputError, StoppedError
 from gptbert.flops import product_rate, training_flops
 from gptbert.initial_weights import read_initial_weights
 from gptbert.inputs import Inputs
@@ -226,13 +226,7 @@ class Trainer:
             InputError: too many steps one after another were skipped, or rows were left out.
         """
         self.rows.agree()
-        longest = self.skipped_steps.longest_row()
-        if longest >= self.config.max_skipped_steps:
-            raise SharedError(
-                f"training diverged: by step {self.step}, the gradients of {longest} steps one after another were not "
-                f"finite (--max_skipped_steps {self.config.max_skipped_steps}); go on from a checkpoint before "
-                "(--resume PATH, another --name), with a lower --learning_rate, say"
-            )
+        self.skipped_steps.require_fewer(self.config.max_skipped_steps, self.step)
         step = self.step - 1
         means = self.sums.means(self.world)
         self.sums = LossSums(self.world.device)

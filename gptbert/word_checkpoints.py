@@ -11,13 +11,15 @@ from collections.abc import Mapping
 from decimal import Decimal
 from pathlib import Path
 
+from gptbert import manifest
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.data import RowStream
 from gptbert.distributed import World
 from gptbert.errors import InputError
+from gptbert.files import new_folder
 from gptbert.model import GPTBert
-from gptbert.model_folder import refusals, staged_folder, write_json, write_settings
 from gptbert.objectives import HybridPlan, Objective
+from gptbert.settings_files import write_json, write_settings
 from gptbert.sharding import whole_weights
 from gptbert.weights import write_weights
 
@@ -87,13 +89,14 @@ class WordCheckpoints:
         weights = {"model": whole_weights(model, world), "ema": whole_weights(ema, world)}
         for words in self.due(step):
             final = _folder(self._config.run_dir) / checkpoint_name(words)
-            with world.agreed(), refusals(final):
+            with world.agreed():
                 if world.is_main:
-                    with staged_folder(final) as folder:
+                    with new_folder(final, "checkpoint", replace=True) as folder:
                         for name, tensors in weights.items():
                             write_weights(folder / f"{name}.safetensors", tensors, model_config)
                         write_settings(folder, self._config, model_config)
                         write_json(folder / "words.json", {"step": step, "words": self.words_before(step)})
+                        manifest.write(folder)
 
 
 def list_word_checkpoints(run_dir: Path) -> list[Path]:
