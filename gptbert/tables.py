@@ -103,13 +103,15 @@ def saved_dataset_files(folder: Path, names: Sequence[str], split: str | None) -
     Args:
         folder: that may be one.
         names: of the files in it.
-        split: of a DatasetDict, the part to read.
+        split: of a DatasetDict, the part to read; None where there is only one.
 
     Raises:
         InputError: a DatasetDict without that split, or files of the dataset are missing.
     """
     if "dataset_dict.json" in names:
         splits = _saved_list(folder / "dataset_dict.json", "splits")
+        if split is None and len(splits) == 1:
+            split = str(splits[0])
         if split not in splits:
             wanted = f"has no split {split}" if split else "has several splits"
             raise InputError(f"--input {folder}: {wanted}; choose with --split: {', '.join(map(str, splits))}")

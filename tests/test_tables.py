@@ -169,6 +169,8 @@ def test_a_dict_of_datasets_wants_a_split(saved):
         corpus(saved)
     with pytest.raises(InputError, match=r"saved: has no split test; choose with --split: train, dev$"):
         corpus(saved.parent, split="test")
+    (saved / "dataset_dict.json").write_text('{"splits": ["dev"]}')
+    assert len(list(corpus(saved))) == 5
 
 
 def test_damaged_folders_of_datasets(saved):
