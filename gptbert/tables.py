@@ -1,8 +1,8 @@
 """Rows of tables: Parquet and Arrow files, folders of `Dataset.save_to_disk`, and datasets of Hugging Face by name.
 
-Values of text columns are given as UTF-8 bytes, since nothing checked them yet, and None for null. A column of another
-type gives that type in the place of each value. pyarrow and datasets are imported where they are needed: they are an
-extra (`pip install 'gptbert[datasets]'`).
+Values of text columns are given as UTF-8 bytes, since nothing checked them yet, and None for null. Numbers and booleans
+are those; a column of another type gives that type in the place of each value. pyarrow and datasets are imported where
+they are needed: they are an extra (`pip install 'gptbert[datasets]'`).
 """
 
 import importlib
@@ -25,7 +25,7 @@ BATCH_ROWS = 1000  # at most
 _STREAM_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 _SAVED_JSON_BYTES = 1 << 24  # a name for each of many thousand files
 
-Row = dict[str, Any]  # by column, bytes or None, or the type of a column that holds no text
+Row = dict[str, Any]  # by column: bytes, a number, a boolean, None, or the type of a column of anything else
 
 
 def is_table(file: Path) -> bool:
@@ -188,6 +188,8 @@ def _values(column: "pa.Array | pa.ChunkedArray") -> Iterator[Any]:
         column = column.cast(column.type.value_type)
     if types.is_null(column.type):
         return (None for _ in range(len(column)))
+    if types.is_boolean(column.type) or types.is_integer(column.type) or types.is_floating(column.type):
+        return (value.as_py() for value in column)
     as_bytes = _bytes_type(column.type)
     if as_bytes is None:
         return (column.type for _ in range(len(column)))

@@ -94,7 +94,10 @@ def test_bytes_that_call_themselves_a_string(tmp_path):
 @pytest.mark.parametrize(
     ("values", "kind", "said"),
     [
-        ([1, 2], pa.int64(), "of type int64"),
+        ([1, 2], pa.int64(), "a number"),
+        ([0.5, float("nan")], pa.float16(), "a number"),
+        ([True, False], pa.bool_(), "a boolean"),
+        ([1, 2], pa.timestamp("ns"), "of type timestamp"),
         ([None, None], pa.null(), "null"),
         ([["a"], []], pa.list_(pa.string()), "of type list<"),
         ([{"a": b"\xff"}, None], pa.struct({"a": pa.binary()}), "of type struct<"),
@@ -130,6 +133,14 @@ def test_progress_ends_at_the_size_of_each_file(tmp_path):
         assert sum(told) == file.stat().st_size
         assert min(told) >= 0
         assert len(told) > 1
+
+
+@pytest.mark.parametrize("column", [["a", "b", "a"], [1, 2, 1], [True, False, True]])
+def test_a_column_may_hold_domains(tmp_path, column):
+    pq.write_table(pa.table({"text": ["one", "two", "three"], "domain": column}), tmp_path / "a.parquet")
+    domains = [str(value).lower() for value in column]
+    read = Corpus(CorpusConfig(input=(tmp_path,)), "domain")
+    assert list(read.with_domains()) == list(zip(domains, ["one", "two", "three"], strict=True))
 
 
 def test_reading_holds_a_few_rows_at_a_time(tmp_path, monkeypatch):
