@@ -79,9 +79,7 @@ def _fit(config: TrainConfig, world: World) -> None:
         if world.is_main:
             prepare_run_dir(config, inputs.model_config, world, backend)
     if world.is_main:
-        introduce(config, inputs, plan, world, backend)
-        if config.checkpoint_words:
-            say(words.forecast())
+        introduce(config, inputs, plan, world, backend, words)
         if resumed:
             changes = checkpoint.changed_settings(path, config)
             say(f"going on from {path}" + (f"; changed since: {', '.join(changes)}" if changes else ""))

@@ -15,8 +15,8 @@ from gptbert.command_line import parse
 from gptbert.config import TrainConfig
 from gptbert.data import RowStream
 from gptbert.errors import InputError
-from gptbert.metrics import read_records
 from gptbert.objectives import HybridPlan, Objective
+from gptbert.records import read_records
 from gptbert.token_store import TokenStore, TokenStoreWriter
 from gptbert.tokenizer import tokenizer_hash
 from gptbert.trainer import Trainer, fit
