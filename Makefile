@@ -46,7 +46,7 @@ $(OLDEST): .venv/.installed
 
 # What docs/faults.md promises.
 FAULTS := faults hosts recipes resume sharding skipping checkpoint manifest trackers records stop_signal skipped_steps fresh_store \
-	token_ids malicious fuzz
+	word_checkpoints token_ids malicious fuzz
 
 test-faults: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(FAULTS:%=tests/test_%.py)

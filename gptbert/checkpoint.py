@@ -12,7 +12,6 @@ run folder/checkpoints/step_00001000/
 With `--parallel fsdp`, `shards/` holds weights, average and moments instead, a file of each rank (see shards.py).
 """
 
-import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -30,14 +29,16 @@ from gptbert import manifest
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.distributed import World
 from gptbert.errors import InputError, first_line
-from gptbert.files import finish, finish_folder
+from gptbert.files import delete, move_away, publish
 from gptbert.json_file import read_json
 from gptbert.model import GPTBert
 from gptbert.progress import say
+from gptbert.settings_files import write_settings
 from gptbert.shards import load_shards, save_shards
 from gptbert.tokenizer import tokenizer_hash
 from gptbert.training_state import STATE_KEYS, read_training_state
 from gptbert.weights import read_weights, shapes, write_weights
+from gptbert.word_checkpoints import list_word_checkpoints
 
 _STATE = "training_state.pt"
 _SHARDS = "shards"
@@ -113,7 +114,8 @@ def save(checkpoint: Checkpoint, config: TrainConfig, model_config: ModelConfig,
         with world.agreed(), _refusals(final):
             if world.is_main:
                 manifest.write(temporary, {f"{_SHARDS}/{name}": entry for name, entry in shards.items()})
-                _publish(temporary, final, config)
+                publish(temporary, final)
+                _delete_old(final, config)
     except InputError:
         if world.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -141,8 +143,9 @@ def find(config: TrainConfig) -> Path | None:
             was found is damaged.
     """
     existing = list_checkpoints(config.run_dir)
+    left_over = existing or list_word_checkpoints(config.run_dir)
     if config.resume is None:
-        if existing:
+        if left_over:
             raise InputError(
                 f"--output_dir and --name: {config.run_dir} already holds checkpoints; go on with --resume auto (given "
                 "from the first start on where something restarts the run, as torchrun --max_restarts does), or give "
@@ -157,9 +160,9 @@ def find(config: TrainConfig) -> Path | None:
         if not inside:
             raise InputError(f"--resume {path}: not a checkpoint (a folder that holds {_STATE})")
         path = inside[-1]
-    if existing and path.resolve() != existing[-1].resolve():
+    if left_over and (not existing or path.resolve() != existing[-1].resolve()):
         raise InputError(
-            f"--resume {path} while the run {config.name!r} already has {existing[-1].name}: give another --name to "
+            f"--resume {path} while the run {config.name!r} already has {left_over[-1].name}: give another --name to "
             "branch off there, or go on with --resume auto"
         )
     try:
@@ -167,6 +170,24 @@ def find(config: TrainConfig) -> Path | None:
     except InputError as error:
         raise InputError(f"--resume {path}: the checkpoint is damaged ({error}); {_WAY_OUT}") from None
     return path
+
+
+def agree(config: TrainConfig, model_config: ModelConfig, world: World) -> tuple[Path | None, Checkpoint | None]:
+    """The checkpoint that a run goes on from, and where it lies; every rank must call it.
+
+    Raises:
+        InputError: on every rank; see `find`, `load` and `check_settings`.
+    """
+    with world.agreed():
+        path = find(config) if world.is_main else None
+    path = world.all_gather(path)[0]
+    with world.agreed():
+        if path and not path.is_dir():
+            raise InputError(f"{path}: not to be seen on every host; --output_dir must be one folder for all of them")
+        checkpoint = load(path, model_config) if path else None
+        if checkpoint:
+            check_settings(path, config)
+    return path, checkpoint
 
 
 def _newest_undamaged(existing: list[Path]) -> Path | None:
@@ -177,7 +198,7 @@ def _newest_undamaged(existing: list[Path]) -> Path | None:
         except InputError as error:
             damage = damage or f"{path} ({error})"
             say(f"--resume auto: {path} is damaged ({error}), set aside as {path.name}.damaged")
-            _move_away(path, f"{path.name}.damaged")
+            move_away(path, f"{path.name}.damaged")
         else:
             return path
     if damage:  # to begin anew is for the user to say
@@ -316,20 +337,14 @@ def _write(checkpoint: Checkpoint, temporary: Path, config: TrainConfig, model_c
         for name, weights in (("model", checkpoint.model), ("ema", checkpoint.ema)):
             write_weights(temporary / f"{name}.safetensors", weights, model_config)
     torch.save(state, temporary / _STATE)
-    _write_json(temporary / "model_config.json", asdict(model_config))
-    _write_json(temporary / "train_config.json", config.to_dict())
-    shutil.copyfile(config.run_dir / "tokenizer.json", temporary / "tokenizer.json")
+    write_settings(temporary, config, model_config)
 
 
-def _publish(temporary: Path, final: Path, config: TrainConfig) -> None:
-    finish_folder(temporary)
-    if final.exists():
-        _delete(final)
-    temporary.rename(final)
-    finish(final.parent)
+def _delete_old(final: Path, config: TrainConfig) -> None:
+    """All but the newest `keep_checkpoints`, of which the one just written is one."""
     others = [folder for folder in list_checkpoints(config.run_dir) if folder != final]
     for folder in others[: max(0, len(others) + 1 - config.keep_checkpoints)]:
-        _delete(folder)
+        delete(folder)
 
 
 def _moments_apart(optimizer: dict[str, Any]) -> tuple[dict[int, dict[str, Tensor]], dict[str, Any]]:
@@ -368,20 +383,3 @@ def _saved_settings(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise InputError(f"--resume {path}: its train_config.json is no JSON object")
     return settings
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=4) + "\n", encoding="utf-8")
-
-
-def _delete(folder: Path) -> None:
-    """Delete a checkpoint so that a kill half-way leaves nothing that looks like one."""
-    shutil.rmtree(_move_away(folder, f".{folder.name}.deleted"))
-
-
-def _move_away(folder: Path, name: str) -> Path:
-    """Rename a checkpoint, in place of what had that name."""
-    there = folder.with_name(name)
-    if there.exists():
-        shutil.rmtree(there)
-    return folder.rename(there)

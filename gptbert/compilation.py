@@ -4,9 +4,13 @@ The compiler itself is imported where it is used: that takes seconds, and brings
 """
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+from gptbert.errors import InputError
 
 # of what a forward keeps for the backward, the share that may stay; the rest is what is cheap to compute again
 _ACTIVATION_MEMORY = 0.8
@@ -30,6 +34,24 @@ def compile_blocks(blocks: nn.ModuleList) -> None:
         block.is_compiled = True
         block.attention.compile(fullgraph=True, dynamic=False)
         block.feed_forward.compile(fullgraph=True, dynamic=False)
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """A block in which models are compiled: what the compiler has to say becomes one line.
+
+    Raises:
+        InputError: the model cannot be compiled here.
+    """
+    errors = importlib.import_module("torch._dynamo.exc")
+    try:
+        yield
+    except errors.TorchDynamoException as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"--compile: the model cannot be compiled here ({reason}); on CPUs that takes a C++ compiler; "
+            "--no_compile trains without"
+        ) from error
 
 
 def any_number_of_rows(tensor: Tensor) -> Tensor:

@@ -237,6 +237,9 @@ class TrainConfig:
     """Steps between checkpoints; 0: only at the end."""
     keep_checkpoints: int = 3
     """Number of checkpoints kept, the newest ones."""
+    checkpoint_words: tuple[str, ...] = ()
+    """Numbers of words seen at which weights are also saved, for good, in the run's words/chck_1M and so on: such as
+    500_000 1M 1.5B, or babylm for 1M, 2M, … 10M, 20M, … 100M, 200M, … 1000M, as far as the run goes."""
     initial_weights: Path | None = None
     """Start from these weights instead of random ones, with a fresh optimizer and the schedules from their beginning: a
     checkpoint's folder, a run's for its newest, or one from gptbert.import_hf."""

@@ -97,6 +97,15 @@ class RowStream:
         row_ids = np.arange(first_slot, end, length_factor)
         return Rows(tokens, document_ids, row_ids, positions)
 
+    def words_before(self, slot: int) -> int | None:
+        """Words in the slots before this one, counted from 0 through all epochs; None where the store does not know.
+
+        Every slot stands for the same share of an epoch's words: an epoch has them all, and within one the number is an
+        estimate, rounded down, that no process needs to read documents for.
+        """
+        words = self.store.num_words
+        return None if words is None else slot * words // self.slots_per_epoch
+
     def _stream(self, epoch: int, first: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and store positions of the slots first … stop − 1 of an epoch."""
         start, end = first * self.seq_length, stop * self.seq_length

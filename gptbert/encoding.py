@@ -17,7 +17,7 @@ ENCODER_THREADS = 2  # the second keeps the cores busy while the first one's res
 WAITING_BATCHES = ENCODER_THREADS + 1  # being encoded, or encoded and waiting for this thread
 
 
-def encode_documents(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def encode_documents(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator[tuple[np.ndarray, ...]]:
     """Encode documents as plain text: without `<s>`, and a literal "<mask>" in them is seven characters, not a mask.
 
     Two threads keep the library busy on all cores (it lets go of the interpreter lock); meanwhile this one reads the
@@ -28,20 +28,25 @@ def encode_documents(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator
         documents: texts, of any length.
 
     Yields:
-        For each batch of documents the ids [Σ lengths] uint32, end to end, and the lengths [num_documents] int64.
+        For each batch of documents the ids [Σ lengths] uint32, end to end, the lengths [num_documents] int64, and the
+        number of words [num_documents] int64 of each: what `str.split()` makes of its text, cut at white space.
     """
     tokenizer.encode_special_tokens = True
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    waiting: deque[Future[list[Encoding]]] = deque()
+
+    def encode(batch: list[str]) -> tuple[list[Encoding], list[int]]:
+        return tokenizer.encode_batch_fast(batch, add_special_tokens=False), [len(text.split()) for text in batch]
+
+    waiting: deque[Future[tuple[list[Encoding], list[int]]]] = deque()
     encoder = ThreadPoolExecutor(ENCODER_THREADS)
     try:
         for batch in _batches(documents):
-            waiting.append(encoder.submit(tokenizer.encode_batch_fast, batch, add_special_tokens=False))
+            waiting.append(encoder.submit(encode, batch))
             if len(waiting) > WAITING_BATCHES:
-                yield _to_arrays(waiting.popleft().result())
+                yield _to_arrays(*waiting.popleft().result())
         while waiting:
-            yield _to_arrays(waiting.popleft().result())
+            yield _to_arrays(*waiting.popleft().result())
     finally:
         encoder.shutdown(cancel_futures=True)
 
@@ -98,7 +103,7 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _to_arrays(encodings: list[Encoding]) -> tuple[np.ndarray, np.ndarray]:
+def _to_arrays(encodings: list[Encoding], words: list[int]) -> tuple[np.ndarray, ...]:
     lengths = np.fromiter(map(len, encodings), np.int64, count=len(encodings))
     ids = chain.from_iterable(encoding.ids for encoding in encodings)
-    return np.fromiter(ids, np.uint32, count=int(lengths.sum())), lengths
+    return np.fromiter(ids, np.uint32, count=int(lengths.sum())), lengths, np.array(words, np.int64)

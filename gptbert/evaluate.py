@@ -39,9 +39,10 @@ class EvaluateSettings(CorpusConfig, ModelChoice):
     """Evaluate a checkpoint on data: loss in nats, perplexity and accuracy of both objectives."""
 
     input: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
-    """A token file (.safetensors or .bin), or files or folders of documents, as tokenize_corpus.py takes them."""
+    """A token file (.safetensors or .bin), or files or folders of documents, as tokenize_corpus.py takes them; nothing
+    with --dataset."""
     domain_field: str | None = None
-    """Field of JSONL objects: results for each of its values, and for all together."""
+    """Field of JSONL objects or column of tables: results for each of its values, and for all together."""
     seq_length: int | None = None
     """Tokens per row. Without it, those of the run."""
     mask_p: float | None = None
@@ -52,7 +53,7 @@ class EvaluateSettings(CorpusConfig, ModelChoice):
     """JSON file for the results."""
 
     def __post_init__(self) -> None:
-        if not self.input:
+        if not self.input and not self.dataset:
             raise InputError("DATA: needs a token file, or at least one file or folder of documents")
         if self.mask_p is not None and not 0 <= self.mask_p <= 1:
             raise InputError(f"--mask_p is {self.mask_p}, expected a number from 0 to 1")
@@ -122,7 +123,7 @@ def evaluate(settings: EvaluateSettings) -> None:
             report = {
                 "checkpoint": str(trained.path),
                 "weights": settings.weights,
-                "data": [str(path) for path in settings.input],
+                "data": [settings.dataset] if settings.dataset else [str(path) for path in settings.input],
                 "seq_length": used.seq_length,
                 "mask_p": used.validation_mask_p,
                 "validation_steps": used.validation_steps,

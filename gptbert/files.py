@@ -33,26 +33,50 @@ def finish_folder(folder: Path) -> None:
         finish(path)
 
 
+def publish(temporary: Path, final: Path) -> None:
+    """Put a complete folder, `finish`ed, in the place of whatever has its name."""
+    finish_folder(temporary)
+    if final.exists():
+        delete(final)
+    temporary.rename(final)
+    finish(final.parent)
+
+
+def delete(folder: Path) -> None:
+    """Delete a folder so that a kill half-way leaves nothing that looks complete."""
+    shutil.rmtree(move_away(folder, f".{folder.name}.deleted"))
+
+
+def move_away(folder: Path, name: str) -> Path:
+    """Rename a folder, in place of what had that name."""
+    there = folder.with_name(name)
+    if there.exists():
+        shutil.rmtree(there)
+    return folder.rename(there)
+
+
 @contextmanager
-def new_folder(output: Path, what: str) -> Iterator[Path]:
+def new_folder(output: Path, what: str, replace: bool = False) -> Iterator[Path]:
     """A folder to fill, that gets its name and place when the block ends without an error, and is gone after one.
 
     Args:
-        output: must not be there yet.
+        output: must not be there yet, unless it may be replaced.
         what: names it in messages, such as a flag.
+        replace: take the place of what is there.
 
     Raises:
         InputError: it is there already, or cannot be written.
     """
-    if output.exists():
+    if output.exists() and not replace:
         raise InputError(f"{what} {output}: is there already")
-    temporary = output.absolute().with_name(f".{output.absolute().name}.incomplete")
+    output = output.absolute()
+    temporary, deleted = (output.with_name(f".{output.name}.{state}") for state in ("incomplete", "deleted"))
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for leftover in (temporary, deleted) if replace else (temporary,):  # of a process that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
-        finish_folder(temporary)
-        temporary.rename(output)
+        publish(temporary, output)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{what} {output}: cannot be written ({first_line(error)})") from error
     finally:

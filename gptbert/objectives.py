@@ -174,7 +174,12 @@ class HybridPlan:
 
     def tokens_before(self, step: int) -> int:
         """Tokens (positions of the model's input) in all steps before `step`."""
-        return sum(self._first_slot(objective, step) for objective in Objective) * self.config.seq_length
+        return sum(self.slots_before(objective, step) for objective in Objective) * self.config.seq_length
+
+    def slots_before(self, objective: Objective, step: int) -> int:
+        """Slots of the objective's stream in all steps before `step`: the step's first slot."""
+        block, index = divmod(step, self._block_steps)
+        return int(self._block(block).first_slots[index, _COLUMNS[objective]])
 
     def ranks(self, objective: Objective) -> range:
         """The ranks that train the objective."""
@@ -194,7 +199,7 @@ class HybridPlan:
             rows, index = self.num_rows(objective, step), rank - ranks.start
             first, end = rows * index // len(ranks), rows * (index + 1) // len(ranks)
             if end > first:
-                first_slot = self._first_slot(objective, step) + first * factor
+                first_slot = self.slots_before(objective, step) + first * factor
                 shares.append(Share(objective, first_slot, end - first, factor))
         return shares
 
@@ -205,10 +210,6 @@ class HybridPlan:
             share = -(-self.num_rows(objective, step) // max(1, len(self.ranks(objective))))
             counts.append(-(-share // rows))
         return max(1, sum(counts) if self.mode == "batch" else max(counts))
-
-    def _first_slot(self, objective: Objective, step: int) -> int:
-        block, index = divmod(step, self._block_steps)
-        return int(self._block(block).first_slots[index, _COLUMNS[objective]])
 
     def _draw_block(self, block: int) -> _Steps:
         """A block's steps; there are none behind the last one, only where they would begin."""

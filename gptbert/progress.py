@@ -7,12 +7,28 @@ from tqdm import tqdm
 
 from gptbert.config import TrainConfig
 from gptbert.distributed import World
-from gptbert.objectives import Objective
+from gptbert.inputs import Inputs
+from gptbert.objectives import HybridPlan, Objective
+from gptbert.word_checkpoints import WordCheckpoints
 
 
 def say(line: str) -> None:
     """Print a line above the progress bar."""
     tqdm.write(line, file=sys.stderr)
+
+
+def introduce(
+    config: TrainConfig, inputs: Inputs, plan: HybridPlan, world: World, backend: str, words: WordCheckpoints
+) -> None:
+    """Say what a run is about to do, and with what."""
+    model = inputs.model_config
+    say(
+        f"{config.name}: {world.world_size} x {world.device.type}, {backend} kernels, hybrid mode {plan.mode}, "
+        f"{inputs.train_store.num_tokens:,} training tokens, {model.num_hidden_layers} layers of {model.hidden_size}, "
+        f"run folder {config.run_dir}"
+    )
+    if config.checkpoint_words:
+        say(words.forecast())
 
 
 def progress_bar(config: TrainConfig, world: World, first_step: int) -> tqdm:

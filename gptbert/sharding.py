@@ -95,6 +95,20 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def whole_weights(model: GPTBert, world: World) -> dict[str, Tensor]:
+    """A model's weights on the main rank, by name, on the CPU if they were sharded; every rank must call it.
+
+    Returns:
+        Nothing on the other ranks, which hold a whole tensor only while it is gathered.
+    """
+    gathered = {}
+    for name, tensor in model.state_dict().items():
+        all_of_it = whole(tensor)
+        if world.is_main:
+            gathered[name] = all_of_it.cpu() if isinstance(tensor, DTensor) else all_of_it
+    return gathered
+
+
 def load_weights(model: GPTBert, weights: dict[str, Tensor]) -> None:
     """Take weights, whole on every rank or sharded as these are."""
     parts = model.state_dict()

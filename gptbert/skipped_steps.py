@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from gptbert.errors import SharedError
+
 
 class SkippedSteps:
     """Counters on the device, the same on every rank, because the gradient's norm is.
@@ -36,3 +38,21 @@ class SkippedSteps:
         _, row, longest = self.counts.tolist()
         self.counts[2] = row
         return longest
+
+    def require_fewer(self, most: int, step: int) -> None:
+        """End the run where it skips too much.
+
+        Args:
+            most: skipped steps one after another, since `longest_row` was last called, that are too many.
+            step: steps done by now.
+
+        Raises:
+            SharedError: on every rank.
+        """
+        longest = self.longest_row()
+        if longest >= most:
+            raise SharedError(
+                f"training diverged: by step {step}, the gradients of {longest} steps one after another were not "
+                f"finite (--max_skipped_steps {most}); go on from a checkpoint before (--resume PATH, another --name), "
+                "with a lower --learning_rate, say"
+            )

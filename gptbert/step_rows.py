@@ -20,6 +20,14 @@ from kernels.padding import padded_length
 LoadedShare = tuple[Share, dict[str, Tensor]]  # the fields of `Rows`, on the host
 
 
+def training_streams(config: TrainConfig, inputs: Inputs) -> dict[Objective, RowStream]:
+    """By objective, the rows of the training documents."""
+    return {
+        objective: RowStream(inputs.train_store, config.seq_length, (config.seed, index))
+        for index, objective in enumerate(Objective)
+    }
+
+
 class StepRows:
     """Rows and batches of every step of a run.
 
@@ -35,10 +43,7 @@ class StepRows:
         self._world = world
         self._refusal: str | None = None  # why a row of this rank cannot be trained
         self.mask_history = MaskHistory(inputs.train_store.num_tokens, world) if config.mask_history else None
-        self.streams = {
-            objective: RowStream(inputs.train_store, config.seq_length, (config.seed, index))
-            for index, objective in enumerate(Objective)
-        }
+        self.streams = training_streams(config, inputs)
 
     def load(self, step: int) -> list[LoadedShare]:
         """This rank's rows of a step, on the host, padded for `span_mask`; called ahead of time on another thread.

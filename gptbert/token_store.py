@@ -4,14 +4,14 @@ A store is one safetensors file or a complete set of numbered shards (`train-000
 
 - `tokens` [num_tokens]: the ids of all documents, end to end, in the smallest unsigned type that holds the vocabulary;
 - `document_offsets` [num_documents + 1] int64: document i is `tokens[document_offsets[i] : document_offsets[i + 1]]`;
-- metadata: format, vocabulary size and the hash of the tokenizer that wrote it.
+- metadata: format, vocabulary size, the hash of the tokenizer that wrote it, and the number of words in the documents'
+  text (`str.split()`: separated by white space), which files of before do not have.
 
 Documents are stored without `<s>`: the packer puts it in front of every piece (see `gptbert.data`).
 
 A reader maps files, of many shards those that it read last, and keeps none open.
 """
 
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -23,18 +23,24 @@ from types import TracebackType
 from typing import Self
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors import SafetensorError
 
 from gptbert.errors import InputError, first_line
 from gptbert.files import finish
 from gptbert.mapped_arrays import MappedArrays, lengths_of
+from gptbert.token_shards import (
+    SLICE,
+    Shard,
+    is_safetensors,
+    numbered_shards,
+    open_shard,
+    shard_files,
+    shard_name,
+    write_shard,
+)
 
-FORMAT = "gptbert-tokens-1"
 SHARD_TOKENS = 50_000_000  # the writer holds a shard twice for a moment: 400 MB where ids take 4 bytes
 MOST_MAPPED = 1024  # files; two blocks of gptbert.document_order reach into some hundred
-_HEADER_BYTES = 1 << 16
-_SLICE = 2**16  # documents looked at together where all are: half a megabyte of offsets, which stays in a cache
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -52,6 +58,8 @@ class TokenStore:
         vocab_size: ids are below this number.
         tokenizer_hash: `gptbert.tokenizer.tokenizer_hash` of the writer; None where the format has none (upstream).
         files: paths of the shards, for messages; none where they are arrays in memory.
+        num_words: in the documents' text, separated by white space; None where a shard does not say (files of before,
+            and upstream's).
     """
 
     shards: Sequence[np.ndarray]
@@ -59,6 +67,7 @@ class TokenStore:
     vocab_size: int
     tokenizer_hash: str | None
     files: Sequence[str] = ()
+    num_words: int | None = None
     _chunk_sizes: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
@@ -89,24 +98,28 @@ class TokenStore:
             InputError: nothing is there, a shard is missing, or a file is empty, cut short or of another kind.
         """
         path = Path(path)
-        files = [str(file) for file in _shard_files(path)]  # a Path takes ten times the memory
-        if not _is_safetensors(Path(files[0])):
+        files = [str(file) for file in shard_files(path)]  # a Path takes ten times the memory
+        if not is_safetensors(Path(files[0])):
             from gptbert.upstream import read_token_file  # noqa: PLC0415  upstream's pickles need torch, ours do not
 
             tokens, offsets = read_token_file(files[0])
             store = cls([tokens], [offsets], int(tokens.max(initial=0)) + 1, None, files)
         else:
-            opened = lru_cache(MOST_MAPPED)(lambda index: _open_shard(Path(files[index])))
-            sizes, writers = [], set()
+            opened = lru_cache(MOST_MAPPED)(lambda index: open_shard(Path(files[index])))
+            sizes, words, writers = [], [], set()
             for shard in map(opened, range(len(files))):
                 sizes.append((len(shard.tokens), len(shard.document_offsets)))
+                words.append(shard.num_words)
                 writers.add((shard.vocab_size, shard.tokenizer_hash))
             if len(writers) > 1:
                 raise InputError(f"token file {path}: its shards were written by different tokenizers; tokenize again")
             tokens, offsets = zip(*sizes, strict=True)
-            shards = MappedArrays(lambda index: opened(index).tokens, tokens)
             store = cls(
-                shards, MappedArrays(lambda index: opened(index).document_offsets, offsets), *writers.pop(), files
+                MappedArrays(lambda index: opened(index).tokens, tokens),
+                MappedArrays(lambda index: opened(index).document_offsets, offsets),
+                *writers.pop(),
+                files,
+                num_words=None if None in words else sum(words),
             )
         if store.num_tokens == 0:
             raise InputError(f"token file {path}: holds no tokens; tokenize a corpus that is not empty")
@@ -144,7 +157,7 @@ class TokenStore:
         """
         if chunk_documents not in self._chunk_sizes:
             sizes = np.empty((-(-self.num_documents // chunk_documents), 2), np.int64)
-            step = chunk_documents * max(1, _SLICE // chunk_documents)
+            step = chunk_documents * max(1, SLICE // chunk_documents)
             for first in range(0, self.num_documents, step):
                 _, lengths = self.documents(first, min(first + step, self.num_documents))
                 borders = np.arange(0, len(lengths), chunk_documents)
@@ -215,6 +228,7 @@ class TokenStoreWriter:
     Attributes:
         num_tokens: tokens appended so far.
         num_documents: documents appended so far.
+        num_words: words of them, or None if they were not always given.
         files: the published files, in order; empty until the block has ended.
     """
 
@@ -227,7 +241,8 @@ class TokenStoreWriter:
         self.shard_tokens = shard_tokens
         self.num_tokens = 0
         self.num_documents = 0
-        self._batches: list[tuple[np.ndarray, np.ndarray]] = []
+        self.num_words: int | None = 0
+        self._batches: list[tuple[np.ndarray, np.ndarray, int | None]] = []
         self._batched_tokens = 0
         self._written: list[Path] = []
         self.files: list[Path] = []
@@ -241,7 +256,7 @@ class TokenStoreWriter:
             self._folder = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=nearest))
         return self
 
-    def append(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+    def append(self, tokens: np.ndarray, lengths: np.ndarray, words: np.ndarray | None = None) -> None:
         """Add documents.
 
         A shard takes documents up to `shard_tokens`; one that is longer gets a shard of its own. How the documents are
@@ -250,6 +265,7 @@ class TokenStoreWriter:
         Args:
             tokens: [Σ lengths] ids below `vocab_size`, of any integer type, document after document.
             lengths: [num_documents] integers, tokens in each document.
+            words: [num_documents] integers, words in the text of each document; None if nobody has counted them.
 
         Raises:
             InputError: an id is outside the vocabulary, or the disk is full.
@@ -270,11 +286,13 @@ class TokenStoreWriter:
                 continue
             stop = max(stop, first + 1)
             batch = tokens[start : ends[stop - 1]].astype(token_dtype(self.vocab_size))
-            self._batches.append((batch, lengths[first:stop].astype(np.int64)))
+            batch_words = None if words is None else int(words[first:stop].sum())
+            self._batches.append((batch, lengths[first:stop].astype(np.int64), batch_words))
             self._batched_tokens += len(batch)
             first = stop
         self.num_tokens += len(tokens)
         self.num_documents += len(lengths)
+        self.num_words = None if words is None or self.num_words is None else self.num_words + int(words.sum())
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -290,22 +308,22 @@ class TokenStoreWriter:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _write_shard(self) -> None:
-        tokens = np.concatenate([batch for batch, _ in self._batches])
-        lengths = np.concatenate([lengths for _, lengths in self._batches])
+        batches, lengths, words = zip(*self._batches, strict=True)
+        tokens, offsets = np.concatenate(batches), np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
+        del batches
         self._batches, self._batched_tokens = [], 0
         file = self._folder / f"{len(self._written):05d}.safetensors"
-        arrays = {"tokens": tokens, "document_offsets": np.concatenate([[0], np.cumsum(lengths)])}
-        metadata = {"format": FORMAT, "vocab_size": str(self.vocab_size), "tokenizer_hash": self.tokenizer_hash}
+        num_words = None if None in words else sum(words)
         with _write_errors(self.path):
-            save_file(arrays, file, metadata=metadata)
+            write_shard(Shard(tokens, offsets, self.vocab_size, self.tokenizer_hash, num_words), file)
             finish(file)
         self._written.append(file)
 
     def _publish(self) -> None:
         """Put the finished shards in the place of whatever an earlier job left under this name."""
-        old = [file for file in [self.path, *_numbered_shards(self.path)] if file.exists()]
+        old = [file for file in [self.path, *numbered_shards(self.path)] if file.exists()]
         count = len(self._written)
-        names = [self.path] if count == 1 else [_shard_name(self.path, i + 1, count) for i in range(count)]
+        names = [self.path] if count == 1 else [shard_name(self.path, i + 1, count) for i in range(count)]
         with _write_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             for file, name in zip(self._written, names, strict=True):
@@ -324,94 +342,3 @@ def _write_errors(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise InputError(f"output {path}: cannot be written ({reason})") from error
-
-
-@dataclass(frozen=True)
-class _Shard:
-    tokens: np.ndarray
-    document_offsets: np.ndarray
-    vocab_size: int
-    tokenizer_hash: str
-
-
-def _open_shard(file: Path) -> _Shard:
-    _check_header(file)
-    try:
-        with safe_open(file, framework="pt") as handle:  # torch's side of safetensors maps the file, numpy's copies it
-            metadata = handle.metadata() or {}
-            if metadata.get("format") != FORMAT or not {"tokens", "document_offsets"} <= set(handle.keys()):
-                raise InputError(f"token file {file}: not written by tokenize_scripts/tokenize_corpus.py")
-            tokens = handle.get_tensor("tokens").numpy()
-            offsets = handle.get_tensor("document_offsets").numpy()
-            vocab_size, digest = metadata["vocab_size"], metadata["tokenizer_hash"]
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        reason = first_line(error)
-        raise InputError(f"token file {file}: damaged or cut short ({reason}); tokenize the corpus again") from error
-    if tokens.ndim != 1 or tokens.dtype.kind != "u" or offsets.ndim != 1 or offsets.dtype != np.int64:
-        raise InputError(f"token file {file}: its arrays have unexpected types; tokenize the corpus again")
-    if not re.fullmatch("[1-9][0-9]{0,9}", vocab_size):
-        raise InputError(f"token file {file}: its vocab_size is {vocab_size[:20]!r}; tokenize the corpus again")
-    if not _fits(offsets, len(tokens)):
-        raise InputError(f"token file {file}: its document offsets do not fit its tokens; tokenize the corpus again")
-    return _Shard(tokens, offsets, int(vocab_size), digest)
-
-
-def _check_header(file: Path) -> None:
-    """Refuse headers of more than two arrays' names, of which safetensors would make objects many times their size."""
-    _check_is_file(file)
-    with file.open("rb") as handle:
-        if int.from_bytes(handle.read(8), "little") > _HEADER_BYTES:
-            raise InputError(f"token file {file}: not written by tokenize_scripts/tokenize_corpus.py")
-
-
-def _check_is_file(file: Path) -> None:
-    """Refuse pipes and devices, which may never end, and what lies behind no readable name."""
-    if not file.is_file():
-        raise InputError(f"token file {file}: is no file; tokenize the corpus again")
-
-
-def _fits(offsets: np.ndarray, num_tokens: int) -> bool:
-    """Whether offsets rise from 0 to the number of tokens; differences may overflow, slices keep it from memory."""
-    if not len(offsets) or offsets[0] != 0 or offsets[-1] != num_tokens:
-        return False
-    slices = (offsets[first : first + _SLICE + 1] for first in range(0, len(offsets), _SLICE))
-    return all((part[1:] >= part[:-1]).all() for part in slices)
-
-
-def _shard_files(path: Path) -> list[Path]:
-    """The file itself, or all of its numbered shards in order."""
-    if path.is_file():
-        if path.stat().st_size == 0:
-            raise InputError(f"token file {path}: the file is empty; tokenize the corpus again")
-        return [path]
-    if path.is_dir():
-        raise InputError(f"token file {path}: is a folder; name the token file that tokenize_corpus.py wrote")
-    shards = _numbered_shards(path)
-    if not shards:
-        raise InputError(f"token file {path}: no such file (make one with tokenize_scripts/tokenize_corpus.py)")
-    count = int(shards[0].stem.rpartition("-of-")[2])
-    present = set(shards)
-    for expected in (_shard_name(path, i + 1, count) for i in range(count)):
-        if expected not in present:
-            raise InputError(f"token file {path}: its shard {expected.name} is missing; tokenize the corpus again")
-    if len(shards) != count:
-        raise InputError(f"token file {path}: shards of two different runs lie there; tokenize the corpus again")
-    return shards
-
-
-def _numbered_shards(path: Path) -> list[Path]:
-    pattern = re.compile(rf"{re.escape(path.stem)}-\d{{5}}-of-\d{{5}}{re.escape(path.suffix)}")
-    if not path.parent.is_dir():
-        return []
-    return sorted(file for file in path.parent.iterdir() if pattern.fullmatch(file.name))
-
-
-def _shard_name(path: Path, number: int, count: int) -> Path:
-    return path.with_name(f"{path.stem}-{number:05d}-of-{count:05d}{path.suffix}")
-
-
-def _is_safetensors(file: Path) -> bool:
-    """Safetensors starts with the header's length (8 bytes) and then its JSON."""
-    _check_is_file(file)
-    with file.open("rb") as handle:
-        return handle.read(9)[8:] == b"{"

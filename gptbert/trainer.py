@@ -1,7 +1,6 @@
 """The training loop: one step, and the run around it."""
 
 import dataclasses
-import importlib
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
@@ -12,11 +11,11 @@ from torch.nn.utils import get_total_norm
 
 from gptbert import checkpoint, schedules
 from gptbert.checkpoint import Checkpoint
-from gptbert.compilation import compile_blocks
+from gptbert.compilation import compile_blocks, compiling
 from gptbert.config import TrainConfig
 from gptbert.data import Prefetcher
 from gptbert.distributed import World, connect
-from gptbert.errors import InputError, SharedError, StoppedError
+from gptbert.errors import InputError, StoppedError
 from gptbert.flops import product_rate, training_flops
 from gptbert.initial_weights import read_initial_weights
 from gptbert.inputs import Inputs
@@ -27,14 +26,15 @@ from gptbert.model import GPTBert
 from gptbert.objectives import Batch, HybridPlan, Objective
 from gptbert.optim import WeightAverage, build_optimizer, update_weights
 from gptbert.preparation import prepare_kernels, prepare_run_dir
-from gptbert.progress import brief, progress_bar, say
+from gptbert.progress import brief, introduce, progress_bar, say
 from gptbert.samples import Samples
 from gptbert.sharding import let_go, load_moments, load_weights, new_moments, shard, shard_size, whole
 from gptbert.skipped_steps import SkippedSteps
-from gptbert.step_rows import LoadedShare, StepRows
+from gptbert.step_rows import LoadedShare, StepRows, training_streams
 from gptbert.stop_signal import StopSignal
 from gptbert.trackers import Trackers
 from gptbert.validation import Validation, ValidationSettings
+from gptbert.word_checkpoints import WordCheckpoints
 from kernels import MaskedCrossEntropy
 from kernels.span_mask import DEFAULT_MAX_SPAN_LENGTH
 
@@ -61,20 +61,14 @@ def _fit(config: TrainConfig, world: World) -> None:
         inputs.check_ids(world.rank, world.world_size)
         plan = HybridPlan(config, world.world_size)
         shard_size(config, world)  # or an InputError
+        words = WordCheckpoints(config, training_streams(config, inputs), plan)
     with world.agreed():
         if len(set(world.all_gather(config))) > 1:
             raise InputError("the processes were given different flags; every host must start the same command")
-        path = checkpoint.find(config) if world.is_main else None
-    path = world.all_gather(path)[0]
-    with world.agreed():
-        if path and not path.is_dir():
-            raise InputError(f"{path}: not to be seen on every host; --output_dir must be one folder for all of them")
-        resumed = checkpoint.load(path, inputs.model_config) if path else None
-        initial_weights = None if resumed else read_initial_weights(config, inputs.model_config)
-        if resumed:
-            checkpoint.check_settings(path, config)
+    path, resumed = checkpoint.agree(config, inputs.model_config, world)
     first_step = resumed.step if resumed else 0
     with world.agreed():
+        initial_weights = None if resumed else read_initial_weights(config, inputs.model_config)
         if first_step >= config.max_steps and config.resume != "auto":
             raise InputError(f"--resume {path}: its step {first_step} is the end of --max_steps {config.max_steps}")
     if first_step >= config.max_steps:
@@ -85,12 +79,7 @@ def _fit(config: TrainConfig, world: World) -> None:
         if world.is_main:
             prepare_run_dir(config, inputs.model_config, world, backend)
     if world.is_main:
-        model = inputs.model_config
-        say(
-            f"{config.name}: {world.world_size} x {world.device.type}, {backend} kernels, hybrid mode {plan.mode}, "
-            f"{inputs.train_store.num_tokens:,} training tokens, {model.num_hidden_layers} layers of "
-            f"{model.hidden_size}, run folder {config.run_dir}"
-        )
+        introduce(config, inputs, plan, world, backend, words)
         if resumed:
             changes = checkpoint.changed_settings(path, config)
             say(f"going on from {path}" + (f"; changed since: {', '.join(changes)}" if changes else ""))
@@ -140,6 +129,7 @@ class Trainer:
         self.skipped_steps = SkippedSteps(world.device)
         self.stop_signal = StopSignal(world)
         self.rows = StepRows(config, inputs, plan, world)
+        self.words = WordCheckpoints(config, self.rows.streams, plan)
         self.validation = Validation(ValidationSettings.of(config), inputs.valid_store, world, inputs.vocab_size)
         self.step = 0
         dtype = torch.bfloat16 if config.mixed_precision else torch.float32
@@ -182,6 +172,8 @@ class Trainer:
                         trackers.log_samples(self.step, samples(self.model, self._precision()))
                         if self.world.is_main:
                             say(f"step {self.step}: validation {brief(record, 'validation')}")
+                    if self.words.due(self.step):
+                        self.save_words()
                     if last or stops or (config.save_every and self.step % config.save_every == 0):
                         self.save()
                 if stops:
@@ -232,20 +224,14 @@ class Trainer:
             InputError: too many steps one after another were skipped, or rows were left out.
         """
         self.rows.agree()
-        longest = self.skipped_steps.longest_row()
-        if longest >= self.config.max_skipped_steps:
-            raise SharedError(
-                f"training diverged: by step {self.step}, the gradients of {longest} steps one after another were not "
-                f"finite (--max_skipped_steps {self.config.max_skipped_steps}); go on from a checkpoint before "
-                "(--resume PATH, another --name), with a lower --learning_rate, say"
-            )
+        self.skipped_steps.require_fewer(self.config.max_skipped_steps, self.step)
         step = self.step - 1
         means = self.sums.means(self.world)
         self.sums = LossSums(self.world.device)
         weights = {objective: self.plan.weight(objective) for objective in means}
         if self.config.token_weighted_loss:
             weights = {objective: values["count"] for objective, values in means.items()}
-        tokens = self.plan.tokens_before(self.step)
+        tokens, words = self.plan.tokens_before(self.step), self.words.words_before(self.step)
         return (
             training_losses(means, weights)
             | {
@@ -254,6 +240,7 @@ class Trainer:
                 "train/tokens": tokens,
             }
             | {f"train/{name}": value for name, value in schedules.values(self.config, step).items()}
+            | ({} if words is None else {"train/words": words})
             | self._speed(tokens, sum(values["count"] for values in means.values()), throughput)
         )
 
@@ -291,18 +278,11 @@ class Trainer:
         Raises:
             InputError: weights are not finite, or rows were left out, or the disk refuses.
         """
-        self.rows.agree()
+        self._agree_to_save()
         random_state = {"cpu": torch.get_rng_state()}
         if self.world.device.type == "cuda":
             random_state["cuda"] = torch.cuda.get_rng_state(self.world.device)
         rank_states = self.world.all_gather({"random": random_state, "sums": self.sums.sums.cpu()})
-        norm = whole(get_total_norm(self.model.parameters()))
-        with self.world.agreed():
-            if not norm.isfinite():
-                raise InputError(
-                    f"training diverged: weights are not finite after step {self.step}; go on from a checkpoint before "
-                    "(--resume PATH, another --name), with a lower --learning_rate, say"
-                )
         state = Checkpoint(
             step=self.step,
             model=self.model.state_dict(),
@@ -313,6 +293,26 @@ class Trainer:
             mask_counts=self.rows.mask_history.counts if self.rows.mask_history else None,
         )
         checkpoint.save(state, self.config, self.inputs.model_config, self.world)
+
+    def save_words(self) -> None:
+        """Write the weights that are due by words seen; every rank must call it, before `save` at the same step.
+
+        Raises:
+            InputError: see `save`.
+        """
+        self._agree_to_save()
+        self.words.save(self.step, self.model, self.ema.model, self.inputs.model_config, self.world)
+
+    def _agree_to_save(self) -> None:
+        """Raise InputError on all ranks where weights are not finite, or rows were left out."""
+        self.rows.agree()
+        norm = whole(get_total_norm(self.model.parameters()))
+        with self.world.agreed():
+            if not norm.isfinite():
+                raise InputError(
+                    f"training diverged: weights are not finite after step {self.step}; go on from a checkpoint before "
+                    "(--resume PATH, another --name), with a lower --learning_rate, say"
+                )
 
     def restore(self, resumed: Checkpoint) -> None:
         """Go on where a checkpoint was written; every rank must call it.
@@ -422,17 +422,10 @@ class Trainer:
         """
         if not self.is_compiled and self.world.world_size == 1:
             return
-        dynamo_errors = importlib.import_module("torch._dynamo.exc")
-        try:
+        with compiling():
             for factor in sorted(self.plan.length_factors if self.is_compiled else {1}):
                 batch = Batch.padding(factor * self.config.seq_length, self.world.device)
                 self._forward(batch).total.backward()
             if self.is_compiled:
                 self._warm_up_evaluation()
-        except dynamo_errors.TorchDynamoException as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise InputError(
-                f"--compile: the model cannot be compiled here ({reason}); on CPUs that takes a C++ compiler; "
-                "--no_compile trains without"
-            ) from error
         self.optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""Sizes: rows that begin at multiples of 16 entries, so that kernels move words of 128 bits; numbers of rows that recur."""
+"""Sizes: rows that begin at multiples of 16, so that kernels move words of 128 bits; numbers of rows that recur."""
 
 from torch import Tensor
 

@@ -154,10 +154,10 @@ def test_defaults_are_those_of_the_recipe():
 
 
 def test_settings_survive_json(make_config):
-    config = make_config(name="a run", resume="auto", learning_rate=0.1)
+    config = make_config(name="a run", resume="auto", learning_rate=0.1, checkpoint_words=("babylm", "2K"))
     values = json.loads(json.dumps(config.to_dict()))
     assert values == config.to_dict(), "or a checkpoint's settings would differ from the same ones"
-    values["trackers"] = tuple(values["trackers"])
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     paths = {
         name: Path(values[name]) for name in ("train_path", "valid_path", "config_file", "tokenizer_path", "output_dir")
     }

@@ -68,6 +68,12 @@ def test_all_rows_are_evaluated_unless_asked_otherwise(inputs, run_dir, tmp_path
 def test_texts_are_what_a_token_file_of_them_is(inputs, run_dir, tmp_path):
     token_file = results(run_dir, tmp_path, inputs / "valid.safetensors")
     assert results(run_dir, tmp_path, inputs / "valid.jsonl")["all"] == token_file["all"]
+    (tmp_path / "hub").mkdir()
+    lines = [json.loads(line) for line in (inputs / "valid.jsonl").open()]
+    (tmp_path / "hub" / "valid.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    output = tmp_path / "by-name.json"
+    run_command(EvaluateSettings, evaluate, [str(run_dir), "--dataset", str(tmp_path / "hub"), "--output", str(output)])
+    assert json.loads(output.read_text())["all"] == token_file["all"]
 
 
 def test_settings_of_the_command_line(inputs, run_dir, tmp_path):

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from gptbert import token_store
+from gptbert import token_shards, token_store
 from gptbert.errors import InputError
-from gptbert.token_store import FORMAT, TokenStore, TokenStoreWriter, token_dtype
+from gptbert.token_shards import FORMAT
+from gptbert.token_store import TokenStore, TokenStoreWriter, token_dtype
 
 DOCUMENTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [], [14, 15]]
 
@@ -146,7 +147,7 @@ def test_writer_refuses_what_it_cannot_store(tmp_path, monkeypatch):
     def full(*arguments, **options):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(token_store, "save_file", full)
+    monkeypatch.setattr(token_shards, "save_file", full)
     with pytest.raises(InputError, match=r"t.safetensors: cannot be written \(.*No space left"):
         write(path)
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
@@ -196,17 +197,17 @@ def test_foreign_and_inconsistent_safetensors_are_refused(tmp_path):
 def test_offsets_fit_as_a_whole_whatever_the_slices(inner, size):
     offsets = np.array([0, *inner, 20])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(token_store, "_SLICE", size)
-        assert token_store._fits(offsets, 20) == (sorted(offsets) == offsets.tolist())
-        assert not token_store._fits(offsets, 21)
+        patch.setattr(token_shards, "SLICE", size)
+        assert token_shards._fits(offsets, 20) == (sorted(offsets) == offsets.tolist())
+        assert not token_shards._fits(offsets, 21)
 
 
 def test_of_many_shards_only_the_last_ones_stay_mapped(tmp_path, monkeypatch):
     path, opened = tmp_path / "t.safetensors", []
     documents = [[number, number + 1] for number in range(12)]
     write(path, documents, shard_tokens=2)
-    open_shard = token_store._open_shard
-    monkeypatch.setattr(token_store, "_open_shard", lambda file: opened.append(file.name[2:7]) or open_shard(file))
+    open_shard = token_store.open_shard
+    monkeypatch.setattr(token_store, "open_shard", lambda file: opened.append(file.name[2:7]) or open_shard(file))
     monkeypatch.setattr(token_store, "MOST_MAPPED", 3)
     store = TokenStore.open(path)
     assert opened == [f"{number:05d}" for number in range(1, 13)]
@@ -260,3 +261,38 @@ def test_opening_maps_the_file_and_reads_only_what_is_asked_for(tmp_path):
 
 def _resident_bytes():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+# Words
+
+
+def test_every_shard_has_its_own_words(tmp_path):
+    lengths, words = np.array([3, 3, 3, 3]), np.array([2, 0, 5, 1])
+    with TokenStoreWriter(tmp_path / "t.safetensors", 16, "abc", shard_tokens=7) as writer:
+        writer.append(np.full(12, 5), lengths, words)
+    assert writer.num_words == 8
+    assert [token_shards.open_shard(file).num_words for file in writer.files] == [2, 6]
+    assert TokenStore.open(tmp_path / "t.safetensors").num_words == 8
+
+
+def test_words_are_unknown_where_a_shard_lacks_them(tmp_path):
+    with TokenStoreWriter(tmp_path / "t.safetensors", 16, "abc", shard_tokens=4) as writer:
+        writer.append(np.full(4, 5), np.array([4]), np.array([3]))
+        writer.append(np.full(4, 5), np.array([4]))
+    assert writer.num_words is None
+    assert [token_shards.open_shard(file).num_words for file in writer.files] == [3, None]
+    assert TokenStore.open(tmp_path / "t.safetensors").num_words is None
+
+
+@pytest.mark.parametrize("words", ["", "-1", "many", "1.5", "9" * 19, "٣"])
+def test_a_number_of_words_that_is_none_is_refused(tmp_path, words):
+    arrays = {"tokens": np.array([1], np.uint8), "document_offsets": np.array([0, 1])}
+    metadata = {"format": FORMAT, "vocab_size": "16", "tokenizer_hash": "abc", "num_words": words}
+    save_file(arrays, tmp_path / "t.safetensors", metadata=metadata)
+    with pytest.raises(InputError, match="its num_words is"):
+        TokenStore.open(tmp_path / "t.safetensors")
+
+
+def test_the_same_documents_give_the_same_bytes(tmp_path):
+    files = [write(tmp_path / f"{i}.safetensors").files[0].read_bytes() for i in range(8)]
+    assert len(set(files)) == 1, "metadata stand in one order"

@@ -178,7 +178,7 @@ def test_special_tokens_come_first_and_s_leads(tokenizer_path):
 @given(st.text(st.characters(exclude_categories=["Cs"])) | st.lists(st.sampled_from(SPECIAL_TOKENS)).map("".join))
 def test_any_text_is_encoded_without_loss_and_without_special_ids(tokenizer_path, text):
     tokenizer = load_tokenizer(tokenizer_path)
-    ((ids, lengths),) = encode_documents(tokenizer, [text, "x"])
+    ((ids, lengths, _),) = encode_documents(tokenizer, [text, "x"])
     assert ids.min() >= len(SPECIAL_TOKENS)
     assert lengths.sum() == len(ids)
     assert tokenizer.decode(ids[: lengths[0]].tolist(), skip_special_tokens=False) == text
@@ -186,7 +186,7 @@ def test_any_text_is_encoded_without_loss_and_without_special_ids(tokenizer_path
 
 def test_special_tokens_in_the_training_text_are_not_learnt():
     tokenizer = learn(iter([" ".join(SPECIAL_TOKENS) + "".join(SPECIAL_TOKENS)] * 50), vocab_size=400, min_frequency=2)
-    ((ids, _),) = encode_documents(tokenizer, [" ".join(SPECIAL_TOKENS), "".join(SPECIAL_TOKENS)])
+    ((ids, *_),) = encode_documents(tokenizer, [" ".join(SPECIAL_TOKENS), "".join(SPECIAL_TOKENS)])
     assert ids.min() >= len(SPECIAL_TOKENS)
 
 
@@ -233,10 +233,20 @@ def test_batches_are_bounded_and_keep_the_order(tokenizer_path, monkeypatch):
     documents = [f"{i} " * (i % 40 + 1) for i in range(300)]
     batches = list(encode_documents(load_tokenizer(tokenizer_path), documents))
     assert len(batches) > 20
-    assert all(len(lengths) <= 10 for _, lengths in batches), "short documents count too"
-    lengths = np.concatenate([lengths for _, lengths in batches])
-    texts = np.split(np.concatenate([ids for ids, _ in batches]), np.cumsum(lengths)[:-1])
+    assert all(len(lengths) <= 10 for _, lengths, _ in batches), "short documents count too"
+    lengths = np.concatenate([lengths for _, lengths, _ in batches])
+    texts = np.split(np.concatenate([ids for ids, *_ in batches]), np.cumsum(lengths)[:-1])
     assert [load_tokenizer(tokenizer_path).decode(ids.tolist()) for ids in texts] == documents
+
+
+def test_words_are_what_white_space_separates(tmp_path, tokenizer_path, capsys):
+    (tmp_path / "a.jsonl").write_bytes(
+        jsonl(["one  two\u00a0three\n\tfour\u3000five", "word-with-hyphen, don't!", " "])
+    )
+    output = tmp_path / "t.safetensors"
+    tokenize_corpus(TokenizeConfig(input=(tmp_path / "a.jsonl",), output=output, tokenizer_path=tokenizer_path))
+    assert "of 7 words from 2 documents" in capsys.readouterr().out
+    assert TokenStore.open(output).num_words == 7
 
 
 def test_padding_and_truncation_in_the_tokenizer_file_are_ignored(tmp_path, tokenizer_path):

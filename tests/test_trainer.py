@@ -188,9 +188,8 @@ def test_a_rank_without_rows_takes_part(inputs):
 
 RECORDED = {
     "train/loss", "train/perplexity", "train/accuracy", "train/z_loss", "train/gradient_norm", "train/skipped_steps",
-    "train/learning_rate",
-    "train/batch_size", "train/sequence_length", "train/mask_p", "train/tokens", "train/tokens_per_second",
-    "train/mfu", "train/waiting_share", "train/peak_memory_gb",
+    "train/learning_rate", "train/batch_size", "train/sequence_length", "train/mask_p", "train/tokens", "train/words",
+    "train/tokens_per_second", "train/mfu", "train/waiting_share", "train/peak_memory_gb",
     *(f"train/mlm/{name}" for name in ("loss", "perplexity", "accuracy", "z_loss")),
     *(f"train/clm/{name}" for name in ("loss", "perplexity", "accuracy", "z_loss")),
 }  # fmt: skip

@@ -39,13 +39,14 @@ def tokenize_corpus(config: TokenizeConfig) -> None:
     check_outputs([config.output], [*corpus.files, config.tokenizer_path])
     digest = tokenizer_hash(config.tokenizer_path)
     with TokenStoreWriter(config.output, tokenizer.get_vocab_size(), digest, config.shard_tokens) as writer:
-        for tokens, lengths in encode_documents(tokenizer, corpus):
-            writer.append(tokens, lengths)
+        for tokens, lengths, words in encode_documents(tokenizer, corpus):
+            writer.append(tokens, lengths, words)
         corpus.require_documents()
     names = str(writer.files[0]) if len(writer.files) == 1 else f"{writer.files[0]} to {writer.files[-1].name}"
     print(
-        f"wrote {writer.num_tokens:,} tokens ({corpus.text_bytes / writer.num_tokens:.2f} bytes per token) from "
-        f"{corpus.counts()} to {len(writer.files)} file{'s'[: len(writer.files) > 1]}: {names}"
+        f"wrote {writer.num_tokens:,} tokens ({corpus.text_bytes / writer.num_tokens:.2f} bytes per token) of "
+        f"{writer.num_words:,} words from {corpus.counts()} to {len(writer.files)} file{'s'[: len(writer.files) > 1]}: "
+        f"{names}"
     )
 
 

@@ -1,0 +1,285 @@
+"""Documents out of Parquet and Arrow files and Hugging Face datasets: every kind of column, and what is damaged."""
+
+import random
+import sys
+import tracemalloc
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset, DatasetDict
+
+from gptbert import tables
+from gptbert.corpus import Corpus, CorpusConfig
+from gptbert.errors import InputError
+from gptbert.tables import table_rows
+from tests.runs import write_inputs
+from tests.texts import DOCUMENTS, jsonl
+from tokenize_scripts.split_corpus import SplitConfig, split_corpus
+from tokenize_scripts.tokenize_corpus import TokenizeConfig, tokenize_corpus
+
+
+def corpus(*inputs, **settings):
+    return Corpus(CorpusConfig(input=inputs, **settings))
+
+
+def parquet(path, values=DOCUMENTS, kind=None, column="text", **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = pa.array(values, kind)
+    pq.write_table(pa.table({"id": range(len(values)), column: values}), path, **options)
+    return path
+
+
+def arrow(path, values=DOCUMENTS, kind=None):
+    table = pa.table({"id": range(len(values)), "text": pa.array(values, kind)})
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as stream:
+        for batch in table.to_batches(3):
+            stream.write_batch(batch)
+    return path
+
+
+WRITERS = {"a.parquet": parquet, "A.ARROW": arrow}
+DICTIONARY = pa.dictionary(pa.int32(), pa.string())
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), DICTIONARY], ids=str
+)
+def test_every_kind_of_text_column(tmp_path, name, kind):
+    texts = [*DOCUMENTS, "", *DOCUMENTS]
+    file = WRITERS[name](tmp_path / name, texts, kind)
+    read = corpus(tmp_path)
+    assert read.files == [file]
+    assert list(read) == [*DOCUMENTS, *DOCUMENTS]
+    assert (read.num_documents, read.empty_documents, read.skipped_lines) == (8, 1, 0)
+
+
+def test_row_groups_and_a_column_of_another_name(tmp_path):
+    texts = [f"document {i}" for i in range(1000)]
+    file = parquet(tmp_path / "a.parquet", texts, column="content", row_group_size=7)
+    assert pq.ParquetFile(file).num_row_groups == 143
+    assert list(corpus(file, text_field="content")) == texts
+    with pytest.raises(InputError, match=r"a.parquet: has no column text, only id, content; see --text_field$"):
+        list(corpus(file, on_error="skip"))
+    (tmp_path / "b.jsonl").write_text('{"content": "in JSON", "text": "not this"}\n"a string"\n')
+    assert list(corpus(tmp_path, text_field="content")) == [*texts, "in JSON", "a string"]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize(
+    ("values", "kind", "reason"),
+    [
+        (["one", None, "two"], pa.string(), "`text` is null, not a string"),
+        (["one", None, "two"], DICTIONARY, "`text` is null, not a string"),
+        ([b"one", b"caf\xe9", b"two"], pa.binary(), r"not UTF-8 \(byte 0xe9 at column 4\)"),
+    ],
+)
+def test_a_bad_row_stops_with_its_number_or_is_skipped(tmp_path, name, values, kind, reason):
+    file = WRITERS[name](tmp_path / name, values, kind)
+    with pytest.raises(InputError, match=f"{name}: row 2: {reason}; correct it, or leave"):
+        list(corpus(file))
+    read = corpus(file, on_error="skip")
+    assert list(read) == ["one", "two"]
+    assert read.skipped_lines == 1
+
+
+def test_bytes_that_call_themselves_a_string(tmp_path):
+    values = pa.array([b"one", b"caf\xe9"]).view(pa.string())
+    file = parquet(tmp_path / "a.parquet", values)
+    with pytest.raises(InputError, match=r"a.parquet: row 2: not UTF-8"):
+        list(corpus(file))
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "said"),
+    [
+        ([1, 2], pa.int64(), "a number"),
+        ([0.5, float("nan")], pa.float16(), "a number"),
+        ([True, False], pa.bool_(), "a boolean"),
+        ([1, 2], pa.timestamp("ns"), "of type timestamp"),
+        ([None, None], pa.null(), "null"),
+        ([["a"], []], pa.list_(pa.string()), "of type list<"),
+        ([{"a": b"\xff"}, None], pa.struct({"a": pa.binary()}), "of type struct<"),
+    ],
+)
+def test_a_column_of_anything_else_has_bad_rows_only(tmp_path, values, kind, said):
+    file = parquet(tmp_path / "a.parquet", values, kind)
+    with pytest.raises(InputError, match=f"row 1: `text` is {said}"):
+        list(corpus(file))
+    read = corpus(file, on_error="skip")
+    assert list(read) == []
+    assert read.skipped_lines == 2
+
+
+def test_all_kinds_in_one_folder_in_order(tmp_path):
+    parquet(tmp_path / "a" / "z.parquet", ["one"])
+    (tmp_path / "a.txt").write_text("two\n\nthree")
+    Dataset.from_dict({"text": ["four", "five", "six"]}).save_to_disk(tmp_path / "b" / "saved", num_shards=2)
+    parquet(tmp_path / "b" / "saved.parquet", ["seven"])
+    (tmp_path / "c.jsonl").write_bytes(jsonl(["eight"]))
+    parquet(tmp_path / ".hidden" / "z.parquet", ["no"])
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
+    read = corpus(tmp_path)
+    assert list(read) == words
+    assert read.num_bytes == sum(file.stat().st_size for file in read.files)
+
+
+def test_progress_ends_at_the_size_of_each_file(tmp_path):
+    for file in (parquet(tmp_path / "a.parquet", ["x" * 50] * 40, row_group_size=9), arrow(tmp_path / "a.arrow")):
+        told = []
+        rows = list(table_rows(file, ("text", "id"), told.append))
+        assert set(rows[0]) == {"text", "id"}, "further columns are further names"
+        assert sum(told) == file.stat().st_size
+        assert min(told) >= 0
+        assert len(told) > 1
+
+
+@pytest.mark.parametrize("column", [["a", "b", "a"], [1, 2, 1], [True, False, True]])
+def test_a_column_may_hold_domains(tmp_path, column):
+    pq.write_table(pa.table({"text": ["one", "two", "three"], "domain": column}), tmp_path / "a.parquet")
+    domains = [str(value).lower() for value in column]
+    read = Corpus(CorpusConfig(input=(tmp_path,)), "domain")
+    assert list(read.with_domains()) == list(zip(domains, ["one", "two", "three"], strict=True))
+
+
+def test_reading_holds_a_few_rows_at_a_time(tmp_path, monkeypatch):
+    """Row groups of 10 MB each in pages of 1 MB, and a column as large that nobody asked for."""
+    monkeypatch.setattr(tables, "BATCH_BYTES", 1_000_000)
+    generator = random.Random(0)
+    texts = [generator.randbytes(10_000).hex() for _ in range(1000)]
+    table = pa.table({"other": texts, "text": texts})
+    layout = {"row_group_size": 500, "write_batch_size": 8, "use_dictionary": False, "compression": "none"}
+    pq.write_table(table, tmp_path / "a.parquet", **layout)
+    del table
+    read = corpus(tmp_path)
+    before = pa.total_allocated_bytes()
+    tracemalloc.start()
+    most = max(pa.total_allocated_bytes() for _ in read) - before
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert read.text_bytes == 20_000_000 < read.num_bytes / 2
+    assert peak < 2_000_000
+    assert 500_000 < most < 5_000_000
+
+
+# Hugging Face
+
+
+@pytest.fixture
+def saved(tmp_path):
+    parts = {name: Dataset.from_dict({"text": [f"{name} {i}" for i in range(5)]}) for name in ("train", "dev")}
+    DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def test_a_dict_of_datasets_wants_a_split(saved):
+    assert list(corpus(saved, split="dev")) == [f"dev {i}" for i in range(5)]
+    assert list(corpus(saved / "train")) == [f"train {i}" for i in range(5)]
+    with pytest.raises(InputError, match=r"saved: has several splits; choose with --split: train, dev$"):
+        corpus(saved)
+    with pytest.raises(InputError, match=r"saved: has no split test; choose with --split: train, dev$"):
+        corpus(saved.parent, split="test")
+    (saved / "dataset_dict.json").write_text('{"splits": ["dev"]}')
+    assert len(list(corpus(saved))) == 5
+
+
+def test_damaged_folders_of_datasets(saved):
+    (saved / "dev" / "data-00000-of-00001.arrow").unlink()
+    with pytest.raises(InputError, match=r"dev/data-00000-of-00001.arrow: is missing"):
+        corpus(saved, split="dev")
+    for content in ("", "{", "[]", '{"_data_files": 3}'):
+        (saved / "dev" / "state.json").write_text(content)
+        with pytest.raises(InputError, match=r"dev/state.json: .*save the dataset again$"):
+            corpus(saved, split="dev")
+
+
+def test_a_dataset_by_name_is_streamed(tmp_path):
+    """A folder of data files stands for a name on the Hub."""
+    for name in ("train", "test"):
+        parquet(tmp_path / "hub" / f"{name}.parquet", [name, None, "x"], column="body")
+    (tmp_path / "json").mkdir()
+    (tmp_path / "json" / "a.jsonl").write_bytes(jsonl(DOCUMENTS))
+    assert list(Corpus(CorpusConfig(dataset=str(tmp_path / "json")))) == DOCUMENTS
+    settings = {"dataset": str(tmp_path / "hub"), "text_field": "body", "split": "test"}
+    read = Corpus(CorpusConfig(**settings, on_error="skip"))
+    assert list(read) == ["test", "x"]
+    assert read.skipped_lines == 1
+    for changes, message in (
+        ({}, "hub: row 2: `body` is null, not a string"),
+        ({"split": None}, "hub: has several splits; choose with --split: train, test"),
+        ({"split": "dev"}, "hub: cannot be opened .*dev"),
+        ({"dataset_config": "en"}, "hub: cannot be opened .*en"),
+        ({"text_field": "text"}, "hub: has no column text, only id, body"),
+        ({"dataset": str(tmp_path / "none")}, "none: cannot be opened"),
+        ({"input": (tmp_path,)}, "--input: needs at least one file or folder, or --dataset a name instead"),
+    ):
+        with pytest.raises(InputError, match=message) as error:
+            list(Corpus(CorpusConfig(**settings | changes)))
+        assert "\n" not in str(error.value)
+    (tmp_path / "json" / "a.jsonl").write_bytes(b'{"text": "good"}\n{"text": "cut')
+    with pytest.raises(InputError, match="json: cannot be read"):
+        list(Corpus(CorpusConfig(dataset=str(tmp_path / "json"))))
+
+
+# Broken input
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_file_cut_anywhere_is_one_line(tmp_path, name):
+    file = WRITERS[name](tmp_path / name, [f"{i} " * 20 for i in range(9)])
+    content = file.read_bytes()
+    for size in range(0, len(content), 13):
+        file.write_bytes(content[:size])
+        with pytest.raises(InputError, match=f"{name}: damaged, cut short|damaged or cut short") as error:
+            list(corpus(file, on_error="skip"))
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_damaged_file_is_one_line_or_other_text(tmp_path, name):
+    file = WRITERS[name](tmp_path / name, [f"{i} " * 20 for i in range(9)], DICTIONARY)
+    content, generator = file.read_bytes(), random.Random(0)
+    messages = []
+    for _ in range(200):
+        damaged = bytearray(content)
+        for _ in range(generator.randint(1, 4)):
+            damaged[generator.randrange(len(damaged))] = generator.randrange(256)
+        file.write_bytes(damaged)
+        try:
+            list(corpus(file, on_error="skip"))
+        except InputError as error:
+            messages.append(str(error))
+    assert len(messages) > 20
+    assert not any("\n" in message for message in messages)
+
+
+def test_without_the_libraries_is_one_line(tmp_path, monkeypatch):
+    parquet(tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_bytes(jsonl(DOCUMENTS))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputError, match=r"a.parquet: takes the library pyarrow; pip install 'gptbert\[datasets\]'$"):
+        corpus(tmp_path)
+    with pytest.raises(
+        InputError, match=r"--dataset x: takes the library datasets; pip install 'gptbert\[datasets\]'$"
+    ):
+        list(Corpus(CorpusConfig(dataset="x")))
+    assert list(corpus(tmp_path / "a.jsonl")) == DOCUMENTS, "which other files do not need"
+
+
+# Scripts
+
+
+def test_scripts_make_the_same_of_a_parquet_copy(tmp_path):
+    inputs = write_inputs(tmp_path, train_characters=20_000)
+    texts = list(corpus(inputs / "train.jsonl"))
+    file = parquet(tmp_path / "train.parquet", texts, row_group_size=2)
+    output = tmp_path / "of_parquet.safetensors"
+    tokenize_corpus(TokenizeConfig(input=(file,), tokenizer_path=inputs / "tokenizer.json", output=output))
+    assert output.read_bytes() == (inputs / "train.safetensors").read_bytes()
+    for name, path in (("parquet", file), ("jsonl", inputs / "train.jsonl")):
+        split_corpus(SplitConfig(input=(path,), output_dir=tmp_path / name, valid_fraction=0.3))
+    for side in ("train", "validation", "test"):
+        one, other = ((tmp_path / name / f"{side}.jsonl").read_bytes() for name in ("parquet", "jsonl"))
+        assert one == other
