@@ -1,24 +1,32 @@
 """Recipes of whole runs: shell that bash reads, flags that the commands know, and a Slurm job that goes on later.
 
+And what a run is told whose batch and learning rate are no recipe's.
+
 Slurm's own commands are stand-ins here: `srun` starts its command on this machine, `scontrol` notes what it was asked.
 tests/test_hosts.py follows the recipe for several hosts on two of them.
 """
 
+import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 from torch.distributed.run import get_args_parser
 
+from gptbert import recipes
 from gptbert.checkpoint import list_checkpoints
 from gptbert.command_line import parse
 from gptbert.config import TrainConfig
 from gptbert.records import read_records
-from tests.runs import ROOT, assert_same_end, flags, process_ids, train, wait_for_record, write_inputs
+from gptbert.trainer import fit
+from tests.runs import MODEL, ROOT, assert_same_end, flags, process_ids, train, wait_for_record, write_inputs
 
 FOLDER = ROOT / "configs" / "runs"
 STAND_INS = {
@@ -26,6 +34,7 @@ STAND_INS = {
     "scontrol": 'echo "$@" >> "$(dirname "$0")/scontrol.log"',
 }
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_CPUS_PER_TASK": "2"}
+WHOLE = ("babylm_10m", "babylm_100m", "four_gpus")  # from documents to a trained model
 needs_ip = pytest.mark.skipif(shutil.which("ip") is None, reason="the recipes need `ip` (iproute2)")
 
 
@@ -49,9 +58,14 @@ def environment(commands, **more):
 
 
 def test_there_are_recipes_and_bash_reads_them():
-    recipes = sorted(FOLDER.iterdir())
-    assert [recipe.name for recipe in recipes] == ["hosts.sh", "slurm.sh"]
-    for recipe in recipes:
+    files = sorted(FOLDER.iterdir())
+    assert [file.name for file in files] == [
+        *sorted(f"{name}.sh" for name in WHOLE),
+        "hosts.sh",
+        "prepare.sh",
+        "slurm.sh",
+    ]
+    for recipe in files:
         assert os.access(recipe, os.X_OK)
         done = subprocess.run(["bash", "-n", recipe], capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (0, "")
@@ -112,3 +126,133 @@ def test_a_slurm_job_near_its_limit_is_requeued_and_goes_on(commands):
     assert "going on from" in output
     assert (commands / "scontrol.log").read_text() == "requeue 7\n", "a run at its end is not requeued"
     assert_same_end(run, inputs / "runs" / "whole")
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory):
+    """A folder with documents to train and validate on, a small model, and what the recipes make of them."""
+    folder = tmp_path_factory.mktemp("documents")
+    texts = [topics[name][:3000] for name in sorted(topics)[:30]]
+    (folder / "train.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    (folder / "model.json").write_text(json.dumps(MODEL))
+    return folder
+
+
+def run_recipe(name, documents, **variables):
+    own = {"DATA": documents / "train.jsonl", "OUT": documents / "out", "CONFIG": documents / "model.json"}
+    return subprocess.run(
+        [FOLDER / f"{name}.sh", "--seq_length=16", "--global_batch_size=8", "--device=cpu", "--cpu_threads=1",
+         "--wandb_mode=disabled", "--save_every=0"],
+        cwd=ROOT, env=os.environ | {key: str(value) for key, value in (own | variables).items()},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "processes"), [("babylm_10m", 2), ("babylm_100m", 1), ("four_gpus", 1)])
+def test_a_recipe_is_the_whole_path(commands, documents, name, processes):
+    """At a toy's size; the first prepares the corpus, the others find it."""
+    shared = environment(commands, GPUS=str(processes), MAX_STEPS="4")
+    made = {file: file.stat().st_mtime_ns for file in (documents / "out").glob("*.*")}
+    done = run_recipe(name, documents, **shared)
+    assert done.returncode == 0, done.stdout
+    run = documents / "out" / "runs" / name
+    assert list_checkpoints(run)[-1].name == "step_00000004"
+    assert {"validation/mlm/loss", "validation/clm/loss"} <= set(read_records(run / "metrics.jsonl")[-1])
+    names = {"tokenizer.json", "train.safetensors", "validation.safetensors"}
+    assert names == {file.name for file in (documents / "out").glob("*.*")}
+    assert all(file.stat().st_mtime_ns == time for file, time in made.items()), "made once"
+    if name == "babylm_10m":
+        assert "finished already" in run_recipe(name, documents, **shared).stdout, "the same command goes on"
+
+
+def full_size(commands, documents, name):
+    """Torchrun's and the trainer's arguments, of a recipe that is told nothing but its documents."""
+    add_command(commands, "torchrun", 'printf "%s\\n" "$@"')
+    add_command(commands, "python", 'echo "$@" >> "$(dirname "$0")/python.log"')
+    done = subprocess.run(
+        [FOLDER / f"{name}.sh"], cwd=ROOT, env=environment(commands, DATA="my corpus.jsonl", OUT=str(commands / "out")),
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    launch = get_args_parser().parse_args(done.stdout.splitlines())
+    return launch, parse(TrainConfig, launch.training_script_args)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_recipe_trains_with_what_it_is_known_for(commands, documents, name):
+    launch, config = full_size(commands, documents, name)
+    assert launch.nproc_per_node == ("4" if name == "four_gpus" else "gpu")
+    assert (ROOT / config.config_file).is_file()
+    (recipe,) = [recipe for recipe in recipes.RECIPES if recipe.name == f"configs/runs/{name}.sh"]
+    own = (config.optimizer, config.global_batch_size, config.seq_length, config.learning_rate)
+    assert own == (recipe.optimizer, recipe.rows, recipe.length, recipe.learning_rate)
+    assert recipes.warning(config) is None
+    log = (commands / "python.log").read_text()
+    assert "--input my corpus.jsonl" in log, "a name with a space stays one"
+    assert re.findall(r"^tokenize_scripts/(\w+)", log, re.MULTILINE) == [
+        "split_corpus", "train_tokenizer", "tokenize_corpus", "tokenize_corpus"
+    ]  # fmt: skip
+
+
+def test_the_four_gpus_are_the_users(commands, documents, make_config):
+    _, config = full_size(commands, documents, "four_gpus")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    command = text.split("train_distributed.py \\", 1)[1].split("```", 1)[0]
+    shown = parse(TrainConfig, shlex.split(command.replace("\\\n", " ")))
+    ours = {"train_path", "valid_path", "config_file", "tokenizer_path", "output_dir", "name", "resume"}
+    assert {key for key, value in shown.to_dict().items() if config.to_dict()[key] != value} == ours
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({}, None),
+        ({"learning_rate": 4.1e-3}, "from 0.00025 to below 0.004 would be in range"),
+        ({"learning_rate": 1.41e-2}, "the nearest recipe, configs/runs/four_gpus.sh, has 0.001 at 128 x 128"),
+        ({"learning_rate": 2.4e-4}, "from 0.00025"),
+        # four times the batch is twice the rate, whichever of rows and tokens makes it
+        ({"seq_length": 512, "learning_rate": 7.9e-3}, None),
+        ({"global_batch_size": 512, "learning_rate": 8.1e-3}, "to below 0.008 would"),
+        # a recipe's rate for much smaller steps and for much larger ones
+        ({"global_batch_size": 32, "learning_rate": 1e-3}, None),
+        ({"global_batch_size": 4, "learning_rate": 1e-3}, "--global_batch_size 4 x --seq_length 128"),
+        ({"global_batch_size": 32768, "learning_rate": 1e-3}, "babylm_100m.sh, has 0.01 at 32768 x 128"),
+        # known to diverge, and so with noisier gradients too; by the square root where there are more tokens
+        ({"global_batch_size": 32768, "learning_rate": 1.99e-2}, None),
+        ({"global_batch_size": 32768, "learning_rate": 2e-2}, "the nearest recipe, configs/runs/babylm_10m.sh"),
+        ({"global_batch_size": 16384, "learning_rate": 2e-2}, "to below 0.02"),
+        ({"global_batch_size": 131072, "learning_rate": 3.9e-2}, None),
+        ({"global_batch_size": 131072, "learning_rate": 4.1e-2}, "to below 0.04"),
+        # LAMB's rates are none of AdamW's
+        ({"optimizer": "adamw"}, None),
+        ({"optimizer": "adamw", "global_batch_size": 32768, "learning_rate": 1.41e-2}, "RoBERTa-base, has 0.0006"),
+        ({"optimizer": "adamw", "global_batch_size": 256, "seq_length": 512, "learning_rate": 1.1e-3}, "ELECTRA-Base"),
+        # what somebody tries for a moment
+        ({"learning_rate": 1.0, "max_steps": 999}, None),
+        ({"learning_rate": 1.0, "max_steps": 1000}, "--learning_rate 1 is far from"),
+        ({"learning_rate": 0.0}, "--learning_rate 0 is far from"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_warning_where_batch_and_rate_together_are_no_recipes(make_config, changes, says):
+    line = recipes.warning(make_config(**changes))
+    if says is None:
+        assert line is None
+    else:
+        assert says in line
+        assert line.startswith("warning: --learning_rate")
+        assert "\n" not in line
+
+
+def test_the_demo_is_a_trial(make_config):
+    """Its rate is far above the recipes': for 500 steps of a model of a million parameters, which learns by it."""
+    command = (ROOT / "Makefile").read_text(encoding="utf-8").split("train_distributed.py", 1)[1].split("\n\t$(BIN)")[0]
+    config = parse(TrainConfig, shlex.split(command.replace("\\\n", " ")))
+    assert config.max_steps == 500
+    assert recipes.warning(config) is None
+
+
+def test_a_run_says_it_once(tmp_path, monkeypatch, capsys):
+    inputs = write_inputs(tmp_path)
+    monkeypatch.setattr(recipes, "TRIAL_STEPS", 1)
+    fit(parse(TrainConfig, flags(inputs, name="far", max_steps=1, validate_every=0)))
+    assert capsys.readouterr().err.count("warning: --learning_rate 0.01 is far from") == 1
