@@ -8,7 +8,7 @@
 #
 # All flags from --hybrid_numerator to --seed are those of README.md: one masked GPU and three causal ones. What it does
 # not name keeps its default: rows grow from a quarter of the batch, and stay of one length. No paper has this run; by
-# the square root of the batch, its learning rate is 0.016 at that of babylm_10m.sh, which has 0.0141 (docs/choosing.md).
+# the square root of the batch, its rate is 0.016 at that of babylm_10m.sh, which has 0.0141 (docs/choosing.md).
 set -euo pipefail
 
 DATA=${DATA:?the documents to train on: JSONL or text, a file or a folder}

@@ -1,0 +1,77 @@
+"""The pages of docs/: in the index, with links that lead somewhere, and with commands that run."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from gptbert.checkpoint import list_checkpoints
+from gptbert.command_line import parse
+from gptbert.config import TrainConfig
+from tests.runs import ROOT
+
+DOCS = ROOT / "docs"
+PAGES = sorted([*DOCS.glob("*.md"), ROOT / "README.md"])
+
+
+def blocks(page, section=""):
+    """The shell of a page, or of the section of that title."""
+    text = page.read_text(encoding="utf-8")
+    if section:
+        text = text.split(f"\n## {section}\n", 1)[1].split("\n## ")[0]
+    return re.findall(r"^```(?:sh|bash)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def test_every_page_is_in_the_index():
+    index = (DOCS / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| \[([\w-]+\.md)\]\(\1\) \|", index, re.MULTILINE)) == {
+        page.name for page in DOCS.glob("*.md") if page.name != "README.md"
+    }
+    assert "docs/README.md" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere_and_training_commands_are_known(page):
+    for link in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+        assert link.startswith("https://") or (page.parent / link).exists(), link
+    for block in blocks(page):
+        for line in block.replace("\\\n", " ").splitlines():
+            if "train_distributed.py --train_path" in re.sub(" +", " ", line):
+                parse(TrainConfig, shlex.split(line.split("train_distributed.py", 1)[1], comments=True))
+
+
+def test_flags_that_stayed_the_same_exist():
+    """And every flag that the page names for something else."""
+    table = (DOCS / "upstream.md").read_text(encoding="utf-8").split("\n## Flags\n")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in row.split("|")] for row in re.findall(r"^\| (`--.*)\|$", table, re.MULTILINE)]
+    assert len(rows) > 15
+    known = {field.name for field in fields(TrainConfig)}
+    for upstreams, ours, _ in rows:
+        names = re.findall(r"--(\w+)", upstreams if ours == "the same" else ours)
+        assert names
+        assert set(names) <= known, names
+
+
+def test_the_quick_start_runs_as_it_stands(tmp_path):
+    """But for the number of steps, and where the demo's measure of what was learnt is."""
+    page = DOCS / "quick-start.md"
+    script = "\n".join([*blocks(page, "On a laptop"), *blocks(page, "Look at it")])
+    short = script.replace("--max_steps=500", "--max_steps=2 --cpu_threads=1 --validation_steps=1")
+    assert short != script
+    short = re.sub(r"(gptbert\.demo .*)", r"\1 --margin -10", short)
+    for name in ("train_distributed.py", "tokenize_scripts", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", short],
+        cwd=tmp_path, env=os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert list_checkpoints(tmp_path / "work" / "runs" / "first")[-1].name == "step_00000002"
+    assert "Continuation" in done.stdout
