@@ -240,7 +240,8 @@ def load(path: Path, model_config: ModelConfig) -> Checkpoint:
     try:
         if shards is None:
             weights = {name: read_weights(path / f"{name}.safetensors", saved_config) for name in weights}
-        checkpoint = Checkpoint(**weights, **read_training_state(path / _STATE, weights["model"]), shards=shards)
+        state = read_training_state(path / _STATE, weights["model"], _saved_settings(path).get("optimizer", ""))
+        checkpoint = Checkpoint(**weights, **state, shards=shards)
     except InputError as error:
         raise InputError(f"--resume {path}: the checkpoint is damaged ({error}); {_WAY_OUT}") from error
     if changes := differences(saved_config, model_config):

@@ -155,8 +155,9 @@ class TrainConfig:
     batch_reduction: float = 4.0
     """The first step has global_batch_size/batch_reduction rows; rows grow linearly. 1 switches growth off."""
 
-    optimizer: Literal["lamb", "adamw"] = "lamb"
-    """LAMB scales each tensor's step to its size, AdamW does not."""
+    optimizer: Literal["lamb", "adamw", "muon"] = "lamb"
+    """lamb scales each tensor's step to its size, adamw does not. muon is Muon for the matrices of blocks and head, at
+    AdamW's learning rates, and AdamW for the rest; it takes --parallel ddp."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 0.1
@@ -295,6 +296,8 @@ class TrainConfig:
             raise InputError("--mask_random_p and --mask_keep_p together are above 1")
         if self.shard_size and self.parallel != "fsdp":
             raise InputError(f"--shard_size {self.shard_size} is for --parallel fsdp, not {self.parallel}")
+        if self.optimizer == "muon" and self.parallel == "fsdp":
+            raise InputError("--optimizer muon needs whole matrices, which --parallel fsdp has on no process; use ddp")
         if self.max_gradient == 0:
             raise InputError("--max_gradient is 0, which would clip every gradient away; expected a positive number")
         size = len(os.fsencode(self.name)) if self.name.isprintable() else 0

@@ -14,6 +14,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim import AdamW, Optimizer
 
 from gptbert.config import TrainConfig
+from gptbert.muon import MuonWithAdamW, hidden_matrices
 from gptbert.sharding import let_go, local, whole
 from kernels import lamb_step
 
@@ -204,7 +205,7 @@ def update_weights(optimizer: Optimizer, model: nn.Module, average: WeightAverag
     if isinstance(optimizer, Lamb):
         return optimizer.clip_step_average(max_grad_norm, average.of(model), average.decay)
     gradient_norm = whole(clip_grad_norm_(model.parameters(), max_grad_norm))
-    optimizer.found_inf = (~gradient_norm.isfinite()).float()  # as GradScaler tells the fused kernel to skip
+    optimizer.found_inf = (~gradient_norm.isfinite()).float()  # as GradScaler tells fused optimizers to skip
     optimizer.step()
     del optimizer.found_inf
     average.update(model, gradient_norm)
@@ -229,4 +230,9 @@ def build_optimizer(config: TrainConfig, model: nn.Module) -> Optimizer:
         "eps": config.optimizer_eps,
     }
     groups = parameter_groups(model, config.weight_decay)
+    if config.optimizer == "muon":
+        matrices = hidden_matrices(model)
+        taken = {id(matrix) for matrix in matrices}
+        rest = [{**group, "params": [p for p in group["params"] if id(p) not in taken]} for group in groups]
+        return MuonWithAdamW(matrices, rest, weight_decay=config.weight_decay, **settings)
     return Lamb(groups, **settings) if config.optimizer == "lamb" else AdamW(groups, fused=True, **settings)

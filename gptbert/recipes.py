@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 
 from gptbert.config import TrainConfig
+from gptbert.progress import say
 
 TRIAL_STEPS = 1000  # shorter runs are trials, for which nothing is published: to get anywhere, they take larger steps
 FACTOR = 4.0  # how far off the recipes a rate may be, up or down
@@ -59,18 +60,16 @@ RECIPES = (
 DIVERGED = Recipe("diverged", "lamb", 32768, 128, 2e-2, "reports of upstream's users")
 
 
-def learning_rate_range(optimizer: str, tokens: int) -> tuple[float, float] | None:
+def learning_rate_range(optimizer: str, tokens: int) -> tuple[float, float]:
     """The peak learning rates that are within `FACTOR` of a recipe, for steps of so many tokens.
 
-    Of the recipes of an optimizer, those count that have the next smaller and the next larger batch.
+    Of the recipes of an optimizer, those count that have the next smaller and the next larger batch. Muon's steps are
+    made as large as AdamW's, so that AdamW's rates suit it.
 
     Returns:
-        The lowest, and the one below which they must stay; None where the optimizer has no recipe.
+        The lowest, and the one below which they must stay.
     """
-    recipes = _neighbours(optimizer, tokens)
-    if not recipes:
-        return None
-    rates = [recipe.rate_at(tokens) for recipe in recipes]
+    rates = [recipe.rate_at(tokens) for recipe in _neighbours(optimizer, tokens)]
     low, high = min(rates) / FACTOR, max(rates) * FACTOR
     if optimizer == DIVERGED.optimizer:
         high = min(high, DIVERGED.rate_at(max(tokens, DIVERGED.tokens)))
@@ -80,27 +79,34 @@ def learning_rate_range(optimizer: str, tokens: int) -> tuple[float, float] | No
 def warning(config: TrainConfig) -> str | None:
     """A line to say at the start of a run whose batch and learning rate together are far from every recipe, or None.
 
-    Runs of fewer than `TRIAL_STEPS` steps, and optimizers without a recipe, get none.
+    Runs of fewer than `TRIAL_STEPS` steps get none, nor low rates that go on from trained weights.
     """
-    tokens = config.global_batch_size * config.seq_length
-    allowed = learning_rate_range(config.optimizer, tokens)
-    if config.max_steps < TRIAL_STEPS or not allowed or allowed[0] <= config.learning_rate < allowed[1]:
+    tokens, rate = config.global_batch_size * config.seq_length, config.learning_rate
+    low, high = learning_rate_range(config.optimizer, tokens)
+    is_low = rate < low and config.initial_weights is None
+    if config.max_steps < TRIAL_STEPS or not (is_low or rate >= high):
         return None
     nearest = min(
         _neighbours(config.optimizer, tokens),
-        key=lambda recipe: (abs(math.log(tokens / recipe.tokens)), abs(recipe.learning_rate - config.learning_rate)),
+        key=lambda recipe: (abs(math.log(tokens / recipe.tokens)), abs(recipe.learning_rate - rate)),
     )
     return (
-        f"warning: --learning_rate {config.learning_rate:g} is far from what is known to work for --optimizer "
+        f"warning: --learning_rate {rate:g} is far from what is known to work for --optimizer "
         f"{config.optimizer} at --global_batch_size {config.global_batch_size} x --seq_length {config.seq_length}: "
-        f"from {allowed[0]:.2g} to below {allowed[1]:.2g} would be in range there; the nearest recipe, {nearest.name}, "
+        f"from {low:.2g} to below {high:.2g} would be in range there; the nearest recipe, {nearest.name}, "
         f"has {nearest.learning_rate:g} at {nearest.rows} x {nearest.length} (docs/choosing.md)"
     )
 
 
+def warn(config: TrainConfig) -> None:
+    """Say it, if there is something to say."""
+    if line := warning(config):
+        say(line)
+
+
 def _neighbours(optimizer: str, tokens: int) -> list[Recipe]:
-    """An optimizer's recipes of the next smaller batch and of the next larger one, or of the only one that is near."""
-    recipes = [recipe for recipe in RECIPES if recipe.optimizer == optimizer]
+    """An optimizer's recipes of the next smaller batch and of the next larger one, or of the only one there is."""
+    recipes = [recipe for recipe in RECIPES if recipe.optimizer == {"muon": "adamw"}.get(optimizer, optimizer)]
     sizes = sorted({recipe.tokens for recipe in recipes})
     nearest = {max((size for size in sizes if size <= tokens), default=None)}
     nearest |= {min((size for size in sizes if size >= tokens), default=None)}

@@ -85,8 +85,7 @@ def _fit(config: TrainConfig, world: World) -> None:
             say(f"going on from {path}" + (f"; changed since: {', '.join(changes)}" if changes else ""))
         elif initial_weights:
             say(f"starting from the weights of {config.initial_weights}")
-        if warning := recipes.warning(config):
-            say(warning)
+        recipes.warn(config)
     trainer = Trainer(config, inputs, plan, world, initial_weights)
     if resumed:
         trainer.restore(resumed)

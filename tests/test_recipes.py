@@ -226,6 +226,12 @@ def test_the_four_gpus_are_the_users(commands, documents, make_config):
         ({"optimizer": "adamw"}, None),
         ({"optimizer": "adamw", "global_batch_size": 32768, "learning_rate": 1.41e-2}, "RoBERTa-base, has 0.0006"),
         ({"optimizer": "adamw", "global_batch_size": 256, "seq_length": 512, "learning_rate": 1.1e-3}, "ELECTRA-Base"),
+        # Muon's are
+        ({"optimizer": "muon", "learning_rate": 5e-4}, None),
+        ({"optimizer": "muon", "learning_rate": 2e-2}, "--optimizer muon at --global_batch_size 128"),
+        # trained weights go on with small steps
+        ({"initial_weights": "somewhere", "learning_rate": 1e-5}, None),
+        ({"initial_weights": "somewhere", "learning_rate": 5e-3}, "--learning_rate 0.005 is far"),
         # what somebody tries for a moment
         ({"learning_rate": 1.0, "max_steps": 999}, None),
         ({"learning_rate": 1.0, "max_steps": 1000}, "--learning_rate 1 is far from"),
