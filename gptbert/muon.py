@@ -70,8 +70,9 @@ class MuonWithAdamW(Optimizer):
         if not state:
             state["momentum_buffer"] = torch.zeros_like(matrix)
         changing = (matrix, state["momentum_buffer"])
-        before = [tensor.clone() for tensor in changing] if found_inf is not None else []
+        before = [tensor.clone() for tensor in changing]
         self._muon.param_groups = [group | {"params": [matrix]}]
         self._muon.step()
-        for tensor, old in zip(changing, before, strict=bool(before)):
-            tensor.copy_(torch.where(found_inf > 0, old, tensor))
+        if found_inf is not None:
+            for tensor, old in zip(changing, before, strict=True):
+                tensor.copy_(torch.where(found_inf > 0, old, tensor))

@@ -180,7 +180,7 @@ def full_size(commands, documents, name):
 @pytest.mark.parametrize("name", WHOLE)
 def test_a_recipe_trains_with_what_it_is_known_for(commands, documents, name):
     launch, config = full_size(commands, documents, name)
-    assert launch.nproc_per_node == ("4" if name == "four_gpus" else "gpu")
+    assert launch.nproc_per_node == ("4" if name == "four_gpus" else "auto")
     assert (ROOT / config.config_file).is_file()
     (recipe,) = [recipe for recipe in recipes.RECIPES if recipe.name == f"configs/runs/{name}.sh"]
     own = (config.optimizer, config.global_batch_size, config.seq_length, config.learning_rate)
