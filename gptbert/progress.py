@@ -5,6 +5,7 @@ import sys
 
 from tqdm import tqdm
 
+from gptbert import recipes
 from gptbert.config import TrainConfig
 from gptbert.distributed import World
 from gptbert.inputs import Inputs
@@ -29,6 +30,8 @@ def introduce(
     )
     if config.checkpoint_words:
         say(words.forecast())
+    if warning := recipes.warning(config):
+        say(warning)
 
 
 def progress_bar(config: TrainConfig, world: World, first_step: int) -> tqdm:

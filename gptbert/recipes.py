@@ -8,7 +8,6 @@ import math
 from dataclasses import dataclass
 
 from gptbert.config import TrainConfig
-from gptbert.progress import say
 
 TRIAL_STEPS = 1000  # shorter runs are trials, for which nothing is published: to get anywhere, they take larger steps
 FACTOR = 4.0  # how far off the recipes a rate may be, up or down
@@ -96,12 +95,6 @@ def warning(config: TrainConfig) -> str | None:
         f"from {low:.2g} to below {high:.2g} would be in range there; the nearest recipe, {nearest.name}, "
         f"has {nearest.learning_rate:g} at {nearest.rows} x {nearest.length} (docs/choosing.md)"
     )
-
-
-def warn(config: TrainConfig) -> None:
-    """Say it, if there is something to say."""
-    if line := warning(config):
-        say(line)
 
 
 def _neighbours(optimizer: str, tokens: int) -> list[Recipe]:

@@ -9,7 +9,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
-from gptbert import checkpoint, recipes, schedules
+from gptbert import checkpoint, schedules
 from gptbert.checkpoint import Checkpoint
 from gptbert.compilation import compile_blocks, compiling
 from gptbert.config import TrainConfig
@@ -85,7 +85,6 @@ def _fit(config: TrainConfig, world: World) -> None:
             say(f"going on from {path}" + (f"; changed since: {', '.join(changes)}" if changes else ""))
         elif initial_weights:
             say(f"starting from the weights of {config.initial_weights}")
-        recipes.warn(config)
     trainer = Trainer(config, inputs, plan, world, initial_weights)
     if resumed:
         trainer.restore(resumed)

@@ -186,6 +186,7 @@ def test_a_recipe_trains_with_what_it_is_known_for(commands, documents, name):
     own = (config.optimizer, config.global_batch_size, config.seq_length, config.learning_rate)
     assert own == (recipe.optimizer, recipe.rows, recipe.length, recipe.learning_rate)
     assert recipes.warning(config) is None
+    assert config.checkpoint_words == ("babylm",)
     log = (commands / "python.log").read_text()
     assert "--input my corpus.jsonl" in log, "a name with a space stays one"
     assert re.findall(r"^tokenize_scripts/(\w+)", log, re.MULTILINE) == [
@@ -198,7 +199,16 @@ def test_the_four_gpus_are_the_users(commands, documents, make_config):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     command = text.split("train_distributed.py \\", 1)[1].split("```", 1)[0]
     shown = parse(TrainConfig, shlex.split(command.replace("\\\n", " ")))
-    ours = {"train_path", "valid_path", "config_file", "tokenizer_path", "output_dir", "name", "resume"}
+    ours = {
+        "train_path",
+        "valid_path",
+        "config_file",
+        "tokenizer_path",
+        "output_dir",
+        "name",
+        "resume",
+        "checkpoint_words",
+    }
     assert {key for key, value in shown.to_dict().items() if config.to_dict()[key] != value} == ours
 
 

@@ -3,8 +3,9 @@
 #
 #     DATA=train_10M.jsonl VALIDATION=dev.jsonl configs/runs/babylm_10m.sh [further flags of train_distributed.py]
 #
-# It makes tokenizer and token files, and trains, with validation every 1,000 steps and at the end. The same command
-# goes on where it was stopped. Further flags come last and so replace those below.
+# It makes tokenizer and token files, and trains, with validation every 1,000 steps and at the end, and with the weights
+# saved for good at each of BabyLM's numbers of words. The same command goes on where it was stopped. Further flags come
+# last and so replace those below.
 #
 # Published are shape, optimizer, schedules and batch: Charpentier & Samuel 2024 (arXiv 2410.24159), by the defaults of
 # pretraining/train_10m.py of github.com/ltgoslo/gpt-bert; with its corpus, ltg/babylm-2024-baby-cosmo-fine-10m, BLiMP
@@ -24,7 +25,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # torchrun would set it too, and sa
 configs/runs/prepare.sh "$DATA" "$OUT" "$CONFIG" "$VALIDATION"
 
 # 15/16 masked is published, there with whole GPUs for either objective; where 16 does not divide their number, each
-# trains both here, and the loss is the same. Ours: validation on the whole file, --resume.
+# trains both here, and the loss is the same. Ours: validation on the whole file, --checkpoint_words, --resume.
 exec torchrun --standalone --nproc_per_node="$GPUS" train_distributed.py \
     --train_path="$OUT/train.safetensors" \
     --valid_path="$OUT/validation.safetensors" \
@@ -58,6 +59,7 @@ exec torchrun --standalone --nproc_per_node="$GPUS" train_distributed.py \
     --mixed_precision \
     --validate_every=1000 \
     --save_every=1000 \
+    --checkpoint_words=babylm \
     --seed=42 \
     --resume=auto \
     "$@"

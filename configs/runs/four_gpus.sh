@@ -3,12 +3,14 @@
 #
 #     DATA=corpus.jsonl configs/runs/four_gpus.sh [further flags of train_distributed.py]
 #
-# It makes tokenizer and token files, and trains, with validation every 1,000 steps and at the end. The same command
-# goes on where it was stopped. Further flags come last and so replace those below.
+# It makes tokenizer and token files, and trains, with validation every 1,000 steps and at the end, and with the weights
+# saved for good at each of BabyLM's numbers of words. The same command goes on where it was stopped. Further flags come
+# last and so replace those below.
 #
-# All flags from --hybrid_numerator to --seed are those of README.md: one masked GPU and three causal ones. What it does
-# not name keeps its default: rows grow from a quarter of the batch, and stay of one length. No paper has this run; by
-# the square root of the batch, its rate is 0.016 at that of babylm_10m.sh, which has 0.0141 (docs/choosing.md).
+# All flags from --hybrid_numerator to --seed but --checkpoint_words are README.md's: one masked GPU, three causal ones.
+# What it does not name keeps its default: rows grow from a quarter of the batch, and stay of one length. No paper has
+# this run; by the square root of the batch, its rate is 0.016 at that of babylm_10m.sh, which has 0.0141
+# (docs/choosing.md).
 set -euo pipefail
 
 DATA=${DATA:?the documents to train on: JSONL or text, a file or a folder}
@@ -47,6 +49,7 @@ exec torchrun --standalone --nproc_per_node="$GPUS" train_distributed.py \
     --mixed_precision \
     --validate_every=1000 \
     --save_every=1000 \
+    --checkpoint_words=babylm \
     --seed=42 \
     --resume=auto \
     "$@"

@@ -6,6 +6,7 @@
 # DATA and VALIDATION are files or folders of documents; without VALIDATION, 5 % of DATA's documents are kept for it. In
 # the folder OUT there will be tokenizer.json, with as many tokens as the model of CONFIG knows, and train and
 # validation .safetensors. What is there already is not made again: files appear when they are complete, or not at all.
+# Tokenizing counts words, by which --checkpoint_words saves.
 set -euo pipefail
 
 data=${1:?the documents to train on} out=${2:?the folder to write to} config=${3:?the JSON file of the model}
