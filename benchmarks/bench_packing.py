@@ -5,6 +5,7 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from gptbert.data import RowStream
+from gptbert.mixture import Mixture
 from gptbert.token_store import TokenStore
 
 
@@ -23,6 +24,17 @@ def test_packing(benchmark: BenchmarkFixture, mean_length: int, num_rows: int) -
     """One call of `RowStream.rows`."""
     rows = stream(mean_length)
     slots = iter(range(0, rows.slots_per_epoch - num_rows, num_rows))
+    benchmark.pedantic(lambda: rows.rows(next(slots), num_rows), rounds=200, warmup_rounds=5)
+    if benchmark.stats:
+        benchmark.extra_info["million tokens/s"] = num_rows * 128 / benchmark.stats["median"] / 1e6
+
+
+@pytest.mark.parametrize("num_corpora", [2, 8])
+@pytest.mark.parametrize("num_rows", [32, 256])
+def test_packing_of_a_mixture(benchmark: BenchmarkFixture, num_corpora: int, num_rows: int) -> None:
+    """One call of `Mixture.rows`, of documents of 1,000 tokens."""
+    rows = Mixture([stream(1000, 5_000_000) for _ in range(num_corpora)], range(1, num_corpora + 1))
+    slots = iter(range(0, 10**6, num_rows))
     benchmark.pedantic(lambda: rows.rows(next(slots), num_rows), rounds=200, warmup_rounds=5)
     if benchmark.stats:
         benchmark.extra_info["million tokens/s"] = num_rows * 128 / benchmark.stats["median"] / 1e6

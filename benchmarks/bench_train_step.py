@@ -131,7 +131,8 @@ def _run(case: Case, config: StepBenchConfig, rank: int, port: int) -> Result:
     model_config = ModelConfig.from_json(config.config_file)
     start = time.perf_counter()
     train_config = TrainConfig(
-        *(Path("none"),) * 4,
+        (Path("none"),),
+        *(Path("none"),) * 3,
         hybrid_numerator=int(case.objective == "MLM"),
         hybrid_denominator=1,
         seq_length=case.seq_length,
@@ -147,7 +148,7 @@ def _run(case: Case, config: StepBenchConfig, rank: int, port: int) -> Result:
     store = random_store(model_config.vocab_size)
     watch, steps = Stopwatch(), []
     with connect(train_config) as world:
-        inputs = Inputs(model_config, model_config.vocab_size, store, store)
+        inputs = Inputs(model_config, model_config.vocab_size, (store,), store)
         with watch.installed():
             with patch.dict(trainer_module.COMPILE_FROM_FLOPS, cpu=0, cuda=0):
                 trainer = Trainer(train_config, inputs, HybridPlan(train_config, case.ranks), world)

@@ -95,7 +95,7 @@ def run_config(config: PlanningConfig) -> TrainConfig:
     """The run whose planning is simulated."""
     none = Path("none")
     return TrainConfig(
-        none, none, none, none, seq_length=512, seq_length_growth=True, local_batch_size=8,
+        (none,), none, none, none, seq_length=512, seq_length_growth=True, local_batch_size=8,
         global_batch_size=config.global_batch_size, max_steps=config.max_steps,
     )  # fmt: skip
 

@@ -208,12 +208,19 @@ def _newest_undamaged(existing: list[Path]) -> Path | None:
 
 def changed_settings(path: Path, config: TrainConfig) -> list[str]:
     """Settings that differ from those of the run that wrote a checkpoint, where they bear on the result."""
-    here, there = config.to_dict(), _saved_settings(path)
+    saved = _saved_settings(path)
+    here = {name: _as_typed(value) for name, value in config.to_dict().items()}
+    there = {name: _as_typed(saved.get(name)) for name in here}
     return [
-        f"--{name} {there.get(name)} -> {here[name]}"
+        f"--{name} {there[name]} -> {here[name]}"
         for name in here
-        if name not in {"resume", "output_dir", "name"} and here[name] != there.get(name)
+        if name not in {"resume", "output_dir", "name"} and here[name] != there[name]
     ]
+
+
+def _as_typed(value: object) -> str:
+    """A setting as on the command line; a list of one file is that file, as older checkpoints have it."""
+    return " ".join(map(str, value)) or "None" if isinstance(value, list) else str(value)
 
 
 def check_settings(path: Path, config: TrainConfig) -> None:

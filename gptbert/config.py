@@ -120,8 +120,9 @@ class TrainConfig:
     Runs as one process, or as many as torchrun starts, on GPUs (nccl) or CPUs (gloo).
     """
 
-    train_path: Path
-    """Token file to train on (from tokenize_corpus.py, or upstream's .bin)."""
+    train_path: tuple[Path, ...]
+    """Token file to train on (from tokenize_corpus.py, or upstream's .bin). Several: one of each corpus, mixed as
+    --train_weights says."""
     valid_path: Path
     """Token file to validate on."""
     config_file: Path
@@ -132,6 +133,10 @@ class TrainConfig:
     """Folder of all runs; this run writes to output_dir/name."""
     name: str = "gptbert"
     """Name of the run: its folder, and its name in wandb."""
+
+    train_weights: tuple[float, ...] = ()
+    """Each corpus's share of the tokens trained, in the order of --train_path, of any sum: a corpus with more than its
+    size comes more often. Without it, each counts by its size, so that their epochs end together."""
 
     hybrid_numerator: int = 1
     """Masked share of the training, numerator: the share is hybrid_numerator/hybrid_denominator."""
@@ -282,7 +287,20 @@ class TrainConfig:
         for name, limit in below.items():
             if not getattr(self, name) < limit:
                 raise InputError(f"--{name} is {getattr(self, name)}, expected a number below {limit}")
+        self._check_corpora()
         self._check_combinations()
+
+    def _check_corpora(self) -> None:
+        paths, weights = self.train_path, self.train_weights
+        if not paths:
+            raise InputError("--train_path names no file; name one or more token files")
+        if twice := next((path for path in paths if paths.count(path) > 1), None):
+            raise InputError(f"--train_path names {twice} twice; name it once, with a larger share in --train_weights")
+        if weights and len(weights) != len(paths):
+            counts = f"{len(weights)} for {len(paths)} of --train_path"
+            raise InputError(f"--train_weights: expected a number for each token file, found {counts}")
+        if wrong := [weight for weight in weights if not 0 < weight < math.inf]:
+            raise InputError(f"--train_weights has {wrong[0]}, expected positive numbers; leave out files of no weight")
 
     def _check_combinations(self) -> None:
         if self.hybrid_numerator > self.hybrid_denominator:

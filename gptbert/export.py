@@ -22,6 +22,7 @@ from gptbert.json_file import read_json
 from gptbert.records import read_records
 from gptbert.tokenizer import BOS_ID, EOS_ID, MASK_ID, PAD_ID, SPECIAL_TOKENS, UNK_ID, load_tokenizer
 from gptbert.upstream import TIED_WEIGHT, to_upstream
+from gptbert.word_checkpoints import list_word_checkpoints
 
 CLASSES = {
     "AutoModel": "GPTBertModel",
@@ -107,7 +108,7 @@ def export(config: ExportConfig) -> None:
     checkpoint = newest_in(config.run)
     by_words = []
     if config.words:
-        by_words = sorted((config.run / "words").glob("chck_*"), key=lambda path: Origin.of(path).step or 0)
+        by_words = sorted(list_word_checkpoints(config.run), key=lambda path: Origin.of(path).words or 0)
         if not by_words:
             raise InputError(f"--words: {config.run} has no checkpoints by words (train with --checkpoint_words)")
     with new_folder(config.output, "OUTPUT") as folder:
@@ -217,10 +218,9 @@ def model_card(origin: Origin, config: ModelConfig, weights: str, shift: bool, n
 def _facts(origin: Origin) -> dict[str, str]:
     """Rows of the card's table, of what is known."""
     train, run = origin.train, origin.run
-    paths = train.get("train_path")
     tokens = next((record["train/tokens"] for record in reversed(origin.records) if "train/tokens" in record), None)
     facts = {
-        "data": ", ".join(_name_of(path) for path in (paths if isinstance(paths, list) else [paths])),
+        "data": _data(train),
         "tokens seen": f"{tokens:,}" if tokens else "",
         "masked share": f"{train.get('hybrid_numerator')}/{train.get('hybrid_denominator')}, the rest causal",
         "rows in a step": f"{train.get('global_batch_size')} at the end, of {train.get('seq_length')} tokens"
@@ -234,6 +234,15 @@ def _facts(origin: Origin) -> dict[str, str]:
         "software": f"torch {run['torch']}" if "torch" in run else "",
     }
     return {name: value for name, value in facts.items() if value}
+
+
+def _data(train: dict[str, Any]) -> str:
+    """Names of the token files, with their weights where those were given."""
+    names = [_name_of(path) for path in (train.get("train_path") or [])]
+    weights = train.get("train_weights") or []
+    if len(weights) == len(names) > 1:
+        return ", ".join(f"{name} (weight {weight:g})" for name, weight in zip(names, weights, strict=True))
+    return ", ".join(names)
 
 
 def _name_of(path: Any) -> str:

@@ -1,6 +1,6 @@
 """The files that a run is given, opened and checked against each other."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +20,19 @@ class Inputs:
     Attributes:
         model_config: the model's shape.
         vocab_size: of the tokenizer; at most the model's.
-        train_store: training documents.
+        train_stores: training documents, a store of each corpus.
         valid_store: validation documents.
     """
 
     model_config: ModelConfig
     vocab_size: int
-    train_store: TokenStore
+    train_stores: tuple[TokenStore, ...]
     valid_store: TokenStore
+
+    @property
+    def num_train_tokens(self) -> int:
+        """Training tokens of all corpora."""
+        return sum(store.num_tokens for store in self.train_stores)
 
     @classmethod
     def open(cls, config: TrainConfig) -> "Inputs":
@@ -52,7 +57,10 @@ class Inputs:
         return cls(
             model_config,
             vocab_size,
-            _open_store("--train_path", config.train_path, config, model_config, digest, longest_row),
+            tuple(
+                _open_store("--train_path", path, config, model_config, digest, longest_row)
+                for path in config.train_path
+            ),
             _open_store("--valid_path", config.valid_path, config, model_config, digest, config.seq_length),
         )
 
@@ -66,9 +74,19 @@ class Inputs:
             InputError: an id is outside its file's vocabulary.
         """
         with naming("--train_path"):
-            self.train_store.check_ids(rank, world_size, CHECKED_TOKENS)
+            for store in self.train_stores:
+                store.check_ids(rank, world_size, CHECKED_TOKENS * store.num_tokens // self.num_train_tokens)
         with naming("--valid_path"):
             self.valid_store.check_ids(rank, world_size)
+
+
+def corpus_names(paths: Sequence[Path]) -> list[str]:
+    """What files are called in messages: their stems, or as many last parts of their paths as tell them apart."""
+    names, parts = [path.stem for path in paths], 0
+    while len(set(names)) < len(names):
+        parts += 1
+        names = ["/".join(path.parts[-parts:]) for path in paths]
+    return names
 
 
 @contextmanager

@@ -141,7 +141,7 @@ class HybridPlan:
 
     Attributes:
         mode: "rank" or "batch".
-        length_factors: all that occur in the run.
+        length_factors: all that occur in the run, each with its first step.
 
     Raises:
         InputError: rank mode with a world size that the denominator does not divide, or a step too small for both
@@ -152,14 +152,15 @@ class HybridPlan:
         self.config = config
         self.world_size = world_size
         self.mode = self._choose_mode()
-        self.length_factors: set[int] = set()
+        self.length_factors: dict[int, int] = {}
         self._block_steps = max(_BLOCK, -(-config.max_steps // _BLOCK))
         blocks = -(-config.max_steps // self._block_steps)
         self._block_slots = np.zeros((blocks + 1, 2), np.int64)  # before each block, and behind the last
         for block in range(blocks):
             steps = self._draw_block(block)
             self._block_slots[block + 1] = steps.first_slots[-1]
-            self.length_factors |= set(np.unique(steps.factors).tolist())
+            for factor, index in zip(*np.unique(steps.factors, return_index=True), strict=True):
+                self.length_factors.setdefault(int(factor), block * self._block_steps + int(index))
         self._block = lru_cache(maxsize=2)(self._draw_block)  # the trainer asks for its step, and a few steps ahead
 
     def weight(self, objective: Objective) -> float:

@@ -25,7 +25,7 @@ def introduce(
     model = inputs.model_config
     say(
         f"{config.name}: {world.world_size} x {world.device.type}, {backend} kernels, hybrid mode {plan.mode}, "
-        f"{inputs.train_store.num_tokens:,} training tokens, {model.num_hidden_layers} layers of {model.hidden_size}, "
+        f"{inputs.num_train_tokens:,} training tokens, {model.num_hidden_layers} layers of {model.hidden_size}, "
         f"run folder {config.run_dir}"
     )
     if config.checkpoint_words:

@@ -11,8 +11,9 @@ from gptbert.config import TrainConfig
 from gptbert.data import RowStream
 from gptbert.distributed import World
 from gptbert.errors import InputError
-from gptbert.inputs import Inputs, naming
+from gptbert.inputs import Inputs, corpus_names, naming
 from gptbert.mask_history import MaskHistory
+from gptbert.mixture import Mixture
 from gptbert.model import IGNORE_INDEX
 from gptbert.objectives import Batch, HybridPlan, Masking, Objective, Share, causal_batch, masked_batch
 from kernels.padding import padded_length
@@ -20,19 +21,29 @@ from kernels.padding import padded_length
 LoadedShare = tuple[Share, dict[str, Tensor]]  # the fields of `Rows`, on the host
 
 
-def training_streams(config: TrainConfig, inputs: Inputs) -> dict[Objective, RowStream]:
-    """By objective, the rows of the training documents."""
-    return {
-        objective: RowStream(inputs.train_store, config.seq_length, (config.seed, index))
-        for index, objective in enumerate(Objective)
-    }
+def training_streams(config: TrainConfig, inputs: Inputs, plan: HybridPlan) -> dict[Objective, RowStream | Mixture]:
+    """By objective, the rows of the training documents, mixed where there are several corpora."""
+    if len(inputs.train_stores) == 1:
+        return {
+            objective: RowStream(*inputs.train_stores, config.seq_length, (config.seed, index))
+            for index, objective in enumerate(Objective)
+        }
+    streams = {}
+    for index, objective in enumerate(Objective):
+        own = [
+            RowStream(store, config.seq_length, (config.seed, index, corpus))
+            for corpus, store in enumerate(inputs.train_stores)
+        ]
+        growth = [(plan.slots_before(objective, step), factor) for factor, step in plan.length_factors.items()]
+        streams[objective] = Mixture(own, config.train_weights, growth)
+    return streams
 
 
 class StepRows:
     """Rows and batches of every step of a run.
 
     Attributes:
-        streams: by objective, the rows of the training documents.
+        streams: by objective, the rows of the training documents, mixed where there are several corpora.
         mask_history: how often each token was masked, or None.
     """
 
@@ -42,8 +53,9 @@ class StepRows:
         self._plan = plan
         self._world = world
         self._refusal: str | None = None  # why a row of this rank cannot be trained
-        self.mask_history = MaskHistory(inputs.train_store.num_tokens, world) if config.mask_history else None
-        self.streams = training_streams(config, inputs)
+        self.mask_history = MaskHistory(inputs.num_train_tokens, world) if config.mask_history else None
+        self.streams = training_streams(config, inputs, plan)
+        self._corpora = dict(zip(corpus_names(config.train_path), inputs.train_stores, strict=True))
 
     def load(self, step: int) -> list[LoadedShare]:
         """This rank's rows of a step, on the host, padded for `span_mask`; called ahead of time on another thread.
@@ -80,6 +92,23 @@ class StepRows:
         with self._world.agreed():
             if self._refusal:
                 raise InputError(self._refusal)
+
+    def epochs_before(self, step: int) -> dict[str, float]:
+        """How often each of several corpora was trained on in the steps before `step`, both objectives together."""
+        if len(self._corpora) == 1:
+            return {}
+        epochs = sum(stream.epochs_before(self._plan.slots_before(key, step)) for key, stream in self.streams.items())
+        return dict(zip(self._corpora, epochs.tolist(), strict=True))
+
+    def describe_corpora(self) -> str:
+        """A line for the screen: shares, sizes and repetitions of several corpora."""
+        epochs = self.epochs_before(self._config.max_steps)
+        shares = self.streams[Objective.CLM].shares
+        parts = [
+            f"{100 * share:.3g} % {name} ({store.num_tokens:,} tokens, {epochs[name]:.3g} epochs in all)"
+            for share, (name, store) in zip(shares, self._corpora.items(), strict=True)
+        ]
+        return f"training on {', '.join(parts)}"
 
     def batches(self, loaded: list[LoadedShare], step: int) -> list[Batch]:
         """Move rows to the device and make the objectives' inputs and labels of them there."""

@@ -19,6 +19,7 @@ from gptbert.errors import InputError, StoppedError
 from gptbert.flops import product_rate, training_flops
 from gptbert.initial_weights import read_initial_weights
 from gptbert.inputs import Inputs
+from gptbert.mask_history import check_counts
 from gptbert.memory import peak_memory
 from gptbert.metrics import LossSums, Throughput, training_losses
 from gptbert.micro_batch import micro_batch_rows
@@ -61,13 +62,14 @@ def _fit(config: TrainConfig, world: World) -> None:
         inputs.check_ids(world.rank, world.world_size)
         plan = HybridPlan(config, world.world_size)
         shard_size(config, world)  # or an InputError
-        words = WordCheckpoints(config, training_streams(config, inputs), plan)
+        words = WordCheckpoints(config, training_streams(config, inputs, plan), plan)
     with world.agreed():
         if len(set(world.all_gather(config))) > 1:
             raise InputError("the processes were given different flags; every host must start the same command")
     path, resumed = checkpoint.agree(config, inputs.model_config, world)
     first_step = resumed.step if resumed else 0
     with world.agreed():
+        check_counts(resumed.mask_counts if resumed and config.mask_history else None, inputs.num_train_tokens)
         initial_weights = None if resumed else read_initial_weights(config, inputs.model_config)
         if first_step >= config.max_steps and config.resume != "auto":
             raise InputError(f"--resume {path}: its step {first_step} is the end of --max_steps {config.max_steps}")
@@ -86,6 +88,8 @@ def _fit(config: TrainConfig, world: World) -> None:
         elif initial_weights:
             say(f"starting from the weights of {config.initial_weights}")
     trainer = Trainer(config, inputs, plan, world, initial_weights)
+    if world.is_main and len(inputs.train_stores) > 1:
+        say(trainer.rows.describe_corpora())
     if resumed:
         trainer.restore(resumed)
         del resumed  # as large as the run's own state
@@ -241,6 +245,7 @@ class Trainer:
             }
             | {f"train/{name}": value for name, value in schedules.values(self.config, step).items()}
             | ({} if words is None else {"train/words": words})
+            | {f"train/corpus/{name}/epochs": epochs for name, epochs in self.rows.epochs_before(self.step).items()}
             | self._speed(tokens, sum(values["count"] for values in means.values()), throughput)
         )
 

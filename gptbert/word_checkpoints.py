@@ -17,6 +17,7 @@ from gptbert.data import RowStream
 from gptbert.distributed import World
 from gptbert.errors import InputError
 from gptbert.files import new_folder
+from gptbert.mixture import Mixture
 from gptbert.model import GPTBert
 from gptbert.objectives import HybridPlan, Objective
 from gptbert.settings_files import write_json, write_settings
@@ -38,7 +39,7 @@ class WordCheckpoints:
             file does not say how many it holds.
     """
 
-    def __init__(self, config: TrainConfig, streams: Mapping[Objective, RowStream], plan: HybridPlan) -> None:
+    def __init__(self, config: TrainConfig, streams: Mapping[Objective, RowStream | Mixture], plan: HybridPlan) -> None:
         self._config = config
         self._streams = streams
         self._plan = plan
@@ -48,7 +49,7 @@ class WordCheckpoints:
         seen = self.words_before(config.max_steps)
         if seen is None:
             raise InputError(
-                "--checkpoint_words: the token file of --train_path does not say how many words it holds; tokenize the "
+                "--checkpoint_words: a token file of --train_path does not say how many words it holds; tokenize the "
                 "corpus again"
             )
         chosen = {words: value for value in config.checkpoint_words for words in _parse(value)}

@@ -5,6 +5,7 @@ import importlib
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -86,8 +87,8 @@ def make_config():
     """A TrainConfig of files that need not exist, with any settings changed."""
 
     def make(**changes):
-        paths = dict.fromkeys(("train_path", "valid_path", "config_file", "tokenizer_path"), "none")
-        return TrainConfig(**{**paths, **changes})
+        paths = dict.fromkeys(("valid_path", "config_file", "tokenizer_path"), "none")
+        return TrainConfig(**{**paths, "train_path": (Path("none"),), **changes})
 
     return make
 

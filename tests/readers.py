@@ -77,7 +77,8 @@ def resumed(path: Path) -> None:
 
 def resumed_settings(path: Path) -> None:
     """The settings in a checkpoint."""
-    config = TrainConfig(*[path / "tokenizer.json"] * 4)
+    tokenizer_path = path / "tokenizer.json"
+    config = TrainConfig((tokenizer_path,), *[tokenizer_path] * 3)
     checkpoint.check_settings(path, config)
     checkpoint.changed_settings(path, config)
     ValidationSettings.from_json(path)

@@ -67,7 +67,7 @@ def write_inputs(folder: Path, train_characters: int = 60_000) -> Path:
 
 
 def flags(inputs: Path, **changes: object) -> list[str]:
-    """The command line of a short run; `changes` are further flags, True for a bare one."""
+    """The command line of a short run; `changes` are further flags, True for a bare one, a list for several values."""
     settings = {
         "train_path": inputs / "train.safetensors",
         "valid_path": inputs / "valid.safetensors",
@@ -89,9 +89,13 @@ def flags(inputs: Path, **changes: object) -> list[str]:
         "cpu_threads": 1,  # OpenMP's threads spin while they wait, which takes minutes where other tests want the cores
         "wandb_mode": "disabled",
     } | changes
-    return [
-        f"--{name}" if value is True else f"--{name}={value}" for name, value in settings.items() if value is not False
-    ]
+    arguments = []
+    for name, value in settings.items():
+        if isinstance(value, list):
+            arguments += [f"--{name}", *map(str, value)]
+        elif value is not False:
+            arguments.append(f"--{name}" if value is True else f"--{name}={value}")
+    return arguments
 
 
 def start(arguments: list[str], world_size: int = 1, *torchrun: str, **variables: str) -> subprocess.Popen:

@@ -76,6 +76,16 @@ CASES = {
     "truncated header": (lambda i: {"train_path": truncate(i / "train.safetensors", 0.005)}, ["train.safetensors"]),
     "token file of another kind": (lambda i: {"train_path": i / "train.jsonl"}, ["train.jsonl"]),
     "token file is a folder": (lambda i: {"train_path": i}, ["--train_path", "folder"]),
+    "one of two token files is missing": (
+        lambda i: {"train_path": [i / "train.safetensors", i / "gone.safetensors"]},
+        ["--train_path", "gone.safetensors", "no such file"],
+    ),
+    "one of two has another tokenizer": (
+        lambda i: {"train_path": [i / "train.safetensors", foreign_tokens(i)]},
+        ["--train_path", "foreign.safetensors", "another tokenizer"],
+    ),
+    "weights for other files": (lambda i: {"train_weights": [1, 2]}, ["--train_weights", "2 for 1 of --train_path"]),
+    "weights are no numbers": (lambda i: {"train_weights": ["much"]}, ["--train_weights", "much"]),
     "wrong tokenizer": (lambda i: {"train_path": foreign_tokens(i)}, ["--train_path", "another tokenizer"]),
     "tokenizer missing": (lambda i: {"tokenizer_path": i / "gone.json"}, ["gone.json", "no such file"]),
     "tokenizer is something else": (lambda i: {"tokenizer_path": i / "model.json"}, ["model.json", "tokenizer"]),
@@ -197,6 +207,21 @@ def test_resume_with_another_optimizer_is_refused(finished, capfd):
     assert "--optimizer adamw" in capfd.readouterr().err
 
 
+def test_masks_counted_in_other_files_are_refused(pristine, capfd):
+    run(flags(pristine, name="counted", max_steps=1, mask_history=True))
+    files = {file: file.stat().st_mtime_ns for file in (pristine / "runs/counted").rglob("*")}
+    more = {"train_path": [pristine / "train.safetensors", pristine / "valid.safetensors"]}
+    with pytest.raises(SystemExit):
+        run(flags(pristine, name="counted", max_steps=2, resume="auto", mask_history=True, **more))
+    assert "error: --mask_history: the checkpoint counts masks" in capfd.readouterr().err.splitlines()[-1]
+    assert files == {file: file.stat().st_mtime_ns for file in (pristine / "runs/counted").rglob("*")}
+    run(flags(pristine, name="counted", max_steps=2, resume="auto", **more))
+    said = capfd.readouterr().err
+    train, valid = more["train_path"]
+    assert f"changed since: --train_path {train} -> {train} {valid}, " in said
+    assert "training on 70 % train (7,091 tokens, " in said
+
+
 def test_a_run_that_diverges_says_so_and_saves_nothing(finished, capfd):
     with pytest.raises(SystemExit) as end:
         run(flags(finished, name="diverged", learning_rate=1e30, max_steps=8, warmup_proportion=0))
@@ -222,7 +247,7 @@ def complain(only_if):
 
 
 def fail_on_one_rank(rank, path, results):
-    config = TrainConfig(path, path, path, path, device="cpu", timeout=60)
+    config = TrainConfig((path,), path, path, path, device="cpu", timeout=60)
     with connect(config) as world:
         try:
             with world.agreed():

@@ -1,8 +1,10 @@
 """Checkpoints: complete or absent, the newest kept, found again, and refused in one line when damaged."""
 
 import dataclasses
+import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -295,6 +297,18 @@ def test_settings_that_changed_are_listed(run, save, tmp_path):
     assert checkpoint.changed_settings(path, run) == []
     moved = dataclasses.replace(run, resume="auto", name="other", learning_rate=0.5, seed=1)
     assert checkpoint.changed_settings(path, moved) == ["--learning_rate 0.001 -> 0.5", "--seed 42 -> 1"]
+    mixed = dataclasses.replace(run, train_path=(Path("none"), Path("b")), train_weights=(0.7, 1.0))
+    changes = ["--train_path none -> none b", "--train_weights None -> 0.7 1.0"]
+    assert checkpoint.changed_settings(path, mixed) == changes
+
+
+def test_checkpoints_from_before_there_were_several_corpora_have_not_changed(run, save):
+    path = save(1)
+    settings = json.loads((path / "train_config.json").read_text())
+    (settings["train_path"],) = settings["train_path"]
+    del settings["train_weights"]
+    (path / "train_config.json").write_text(json.dumps(settings))
+    assert checkpoint.changed_settings(path, run) == []
 
 
 def test_load_model_gives_the_weights_that_were_asked_for(run, save, trained):

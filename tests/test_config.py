@@ -134,7 +134,7 @@ def test_the_users_command_line_parses(separate):
             arguments += [f"--{name}", str(value)] if separate else [f"--{name}={value}"]
     config = parse(TrainConfig, arguments)
     for name, value in USERS_FLAGS.items():
-        expected = {"mixed_precision": True}.get(
+        expected = {"mixed_precision": True, "train_path": (Path(USERS_FLAGS["train_path"]),)}.get(
             name, Path(value) if "path" in name or name[-3:] in {"ile", "dir"} else value
         )
         assert getattr(config, name) == expected, name
@@ -149,18 +149,19 @@ def test_defaults_are_those_of_the_recipe():
         "batch_reduction": 4.0, "hybrid_numerator": 1, "hybrid_denominator": 4, "hybrid_mode": "auto",
         "optimizer": "lamb", "n_special_tokens": 16, "mixed_precision": False, "token_weighted_loss": False,
         "seq_length_growth": False, "mask_history": False, "resume": None, "seed": 42, "seq_length": 128,
+        "train_weights": (),
     }  # fmt: skip
     assert {name: getattr(config, name) for name in expected} == expected
 
 
 def test_settings_survive_json(make_config):
-    config = make_config(name="a run", resume="auto", learning_rate=0.1, checkpoint_words=("babylm", "2K"))
+    corpora = {"train_path": (Path("a"), Path("b")), "train_weights": (0.5, 2.0), "checkpoint_words": ("babylm", "2K")}
+    config = make_config(name="a run", resume="auto", learning_rate=0.1, **corpora)
     values = json.loads(json.dumps(config.to_dict()))
     assert values == config.to_dict(), "or a checkpoint's settings would differ from the same ones"
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    paths = {
-        name: Path(values[name]) for name in ("train_path", "valid_path", "config_file", "tokenizer_path", "output_dir")
-    }
+    paths = {name: Path(values[name]) for name in ("valid_path", "config_file", "tokenizer_path", "output_dir")}
+    paths["train_path"] = tuple(map(Path, values["train_path"]))
     assert TrainConfig(**{**values, **paths}) == dataclasses.replace(config, **paths)
     assert set(values) == {field.name for field in dataclasses.fields(TrainConfig)}
 
@@ -247,6 +248,32 @@ def test_values_out_of_range_name_the_flag(make_config, name, value):
     with pytest.raises(InputError, match=f"--{name} ?") as error:
         make_config(**{name: value})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("paths", "weights", "message"),
+    [
+        ((), (), "--train_path names no file"),
+        (("a", "b", "a"), (), "--train_path names a twice"),
+        (("a", "b"), (1.0,), "--train_weights: expected a number for each token file, found 1 for 2 of --train_path"),
+        (("a",), (1.0, 2.0), "found 2 for 1"),
+        (("a", "b"), (1.0, 0.0), r"--train_weights has 0\.0, expected positive"),
+        (("a", "b"), (-1.0, 1.0), r"--train_weights has -1\.0"),
+        (("a", "b"), (1.0, float("nan")), "--train_weights has nan"),
+        (("a", "b"), (float("inf"), 1.0), "--train_weights has inf"),
+    ],
+)
+def test_corpora_that_cannot_be_mixed_are_named(make_config, paths, weights, message):
+    with pytest.raises(InputError, match=message) as error:
+        make_config(train_path=tuple(map(Path, paths)), train_weights=weights)
+    assert "\n" not in str(error.value)
+
+
+def test_corpora_and_their_weights_on_the_command_line():
+    arguments = ["--train_path", "a", "b.bin", *REQUIRED[1:], "--train_weights", "0.7", "3"]
+    config = parse(TrainConfig, arguments)
+    assert config.train_path == (Path("a"), Path("b.bin"))
+    assert config.train_weights == (0.7, 3.0)
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/root", "a\\b", "../x", "a\0b"])

@@ -35,8 +35,10 @@ def test_batch_mode_does_not_depend_on_ranks_or_local_batch_size(inputs):
 
 
 def test_every_option_of_the_step_at_once_does_not_depend_on_ranks(inputs):
-    """Longer rows, one mean over all labels, masking history over more than one epoch, ranks without rows."""
+    """Two corpora, longer rows, one mean over all labels, masking history over several epochs, ranks without rows."""
     common = {
+        "train_path": [inputs / "train.safetensors", inputs / "valid.safetensors"],
+        "train_weights": [2, 1],
         "config_file": inputs / "no_dropout.json",
         "hybrid_mode": "batch",
         "hybrid_numerator": 1,
@@ -47,7 +49,9 @@ def test_every_option_of_the_step_at_once_does_not_depend_on_ranks(inputs):
         "token_weighted_loss": True,
         "mask_history": True,
     }
-    assert_same_losses(train(inputs, "all-one", **common), train(inputs, "all-three", 3, **common))
+    one = train(inputs, "all-one", **common)
+    assert one[-2]["train/corpus/valid/epochs"] > 4
+    assert_same_losses(one, train(inputs, "all-three", 3, **common))
 
 
 def test_rank_mode_does_not_depend_on_the_number_of_ranks(inputs):

@@ -251,9 +251,10 @@ def test_what_transformers_saves_again_is_the_same(folder, tmp_path):
 
 def test_a_run_says_on_its_card_what_it_was(exported, tmp_path):
     inputs = exported[0] / "inputs"
-    records = train(inputs, "with-a-card", max_steps=4, hybrid_denominator=3, validate_every=2, mixed_precision=True)
+    settings = {"hybrid_denominator": 3, "validate_every": 2, "mixed_precision": True, "checkpoint_words": "120"}
+    records = train(inputs, "with-a-card", max_steps=4, **settings)
     run_dir = inputs / "runs" / "with-a-card"
-    export(ExportConfig(run_dir, tmp_path / "out"))
+    export(ExportConfig(run_dir, tmp_path / "out", words=True))
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
     loss = records[-1]["validation_ema/mlm/loss"]
@@ -263,6 +264,16 @@ def test_a_run_says_on_its_card_what_it_was(exported, tmp_path):
         assert part in card, part
     assert "nan" not in card.lower()
     assert (tmp_path / "out" / "model.safetensors").stat().st_mode & 0o044  # others may read it
+    by_words = tmp_path / "out" / "chck_120"  # a checkpoint by words stands on its own, as a branch will
+    words = json.loads((run_dir / "words" / "chck_120" / "words.json").read_text())
+    card = (by_words / "README.md").read_text()
+    assert f"step {words['step']} of 4 ({words['words']:,} words seen)" in card
+    assert ("## Validation" in card) == (words["step"] >= 2)
+    weights = [load_file(folder / "model.safetensors") for folder in (by_words, run_dir / "words" / "chck_120")]
+    assert torch.equal(
+        load(AutoModel, by_words).embedding.relative_embedding, weights[0]["embedding.relative_embedding"]
+    )
+    assert weights[0]["classifier.nonlinearity.5.bias"].shape == weights[1]["classifier.nonlinearity.5.bias"].shape
 
 
 def test_a_checkpoint_alone_has_a_card_too(exported):

@@ -12,7 +12,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 def config(local_batch_size, seq_length=128):
-    return TrainConfig(*(Path("none"),) * 4, local_batch_size=local_batch_size, seq_length=seq_length)
+    return TrainConfig((Path("none"),), *(Path("none"),) * 3, local_batch_size=local_batch_size, seq_length=seq_length)
 
 
 @pytest.mark.parametrize("device", [CPU, GPU])

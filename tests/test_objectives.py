@@ -159,7 +159,7 @@ def test_every_step_is_what_a_loop_over_steps_gives(make_config, data):
         expected[step] = ([masked, causal], factor, list(slots))
         slots[0] += masked * factor
         slots[1] += causal * factor
-    assert plan.length_factors == {factor for *_, factor in steps}
+    assert plan.length_factors == {factor: step for step, *_, factor in reversed(steps)}
     assert plan.tokens_before(config.max_steps) == 2 * sum(slots)
     for step in data.draw(st.permutations(range(config.max_steps))):
         rows, factor, first_slots = expected[step]

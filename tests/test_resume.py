@@ -20,7 +20,7 @@ def inputs(tmp_path_factory):
     ("optimizer", "world_size", "more"),
     [
         ("lamb", 3, {"hybrid_mode": "batch", "mixed_precision": True, "mask_history": True}),
-        ("adamw", 1, {"log_every": 3, "seq_length_growth": True}),
+        ("adamw", 1, {"log_every": 3, "seq_length_growth": True, "mask_history": True, "train_weights": [1, 2]}),
         ("lamb", 2, {"parallel": "fsdp", "hybrid_mode": "batch", "activation_checkpointing": True}),
     ],
 )
@@ -35,6 +35,8 @@ def test_killed_and_resumed_equals_undisturbed(inputs, optimizer, world_size, mo
         "validation_steps": 1,
         **more,
     }
+    if "train_weights" in settings:
+        settings["train_path"] = [inputs / "train.safetensors", inputs / "valid.safetensors"]
     undisturbed = train(inputs, f"{optimizer}-{world_size}-whole", world_size, **settings)
     name = f"{optimizer}-{world_size}-killed"
     run = inputs / "runs" / name

@@ -98,7 +98,7 @@ def unlucky_run(inputs, **changes):
 
 def first_step_with(config, position):
     """The first step one of whose rows has the token that stands there in the store."""
-    store = TokenStore.open(config.train_path)
+    store = TokenStore.open(*config.train_path)
     store = TokenStore(store.shards, store.document_offsets, 2**16, None)
     plan = HybridPlan(config, world_size=1)
     streams = [RowStream(store, config.seq_length, (config.seed, index)) for index in range(2)]
