@@ -230,7 +230,9 @@ def _facts(origin: Origin) -> dict[str, str]:
         "masked tokens": f"{train.get('mask_p_start')} of them at first, {train.get('mask_p_end')} at the end",
         "precision": "bf16 autocast, fp32 weights" if train.get("mixed_precision") else "fp32",
         "seed": str(train.get("seed")),
-        "hardware": f"{run['world_size']} × {run['hardware']}" if "hardware" in run else "",
+        "hardware": f"{run['hardware']}, {run['world_size']} process{'es'[: 2 * (run['world_size'] != 1)]}"
+        if "hardware" in run
+        else "",
         "software": f"torch {run['torch']}" if "torch" in run else "",
     }
     return {name: value for name, value in facts.items() if value}
