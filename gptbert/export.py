@@ -32,7 +32,7 @@ CLASSES = {
     "AutoModelForTokenClassification": "GPTBertForTokenClassification",
 }
 _CODE = Path(huggingface.__file__).parent
-_CODE_FILES = ("configuration_gptbert.py", "modeling_gptbert.py")
+_CODE_FILES = ("configuration_gptbert.py", "layers_gptbert.py", "modeling_gptbert.py")
 _JSON_BYTES = 1 << 20
 
 
