@@ -2,7 +2,7 @@
 
 Values of text columns are given as UTF-8 bytes, since nothing checked them yet, and None for null. Numbers and booleans
 are those; a column of another type gives that type in the place of each value. pyarrow and datasets are imported where
-they are needed: they are an extra (`pip install 'gptbert[datasets]'`).
+they are needed: they are an extra (`pip install datasets pyarrow`).
 """
 
 import importlib
@@ -43,7 +43,7 @@ def require_library(name: str, what: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         library = name.partition(".")[0]
-        raise InputError(f"{what}: takes the library {library}; pip install 'gptbert[datasets]'") from error
+        raise InputError(f"{what}: takes the library {library}; pip install datasets pyarrow") from error
 
 
 def table_rows(file: Path, columns: Sequence[str], advance: Callable[[int], object]) -> Iterator[Row]:

@@ -106,7 +106,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  an extra
         except ImportError as error:
             raise InputError(
-                f"--trackers tensorboard: {first_line(error)} (pip install 'gptbert[tensorboard]' brings it)"
+                f"--trackers tensorboard: {first_line(error)} (pip install tensorboard brings it)"
             ) from error
         self._writer = SummaryWriter(str(config.run_dir / "tensorboard"), purge_step=first_step + 1)
 
