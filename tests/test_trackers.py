@@ -151,5 +151,5 @@ def test_without_tensorboard_there_is_one_line(make_config, tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     config = make_config(output_dir=tmp_path, trackers=("tensorboard",))
     config.run_dir.mkdir()
-    with pytest.raises(InputError, match=r"^--trackers tensorboard: .*gptbert\[tensorboard\]"):
+    with pytest.raises(InputError, match=r"^--trackers tensorboard: .*pip install tensorboard brings it"):
         Trackers(config, World(0, 1, torch.device("cpu")), {}, 0)
