@@ -169,6 +169,10 @@ def find(config: TrainConfig) -> Path | None:
         manifest.check(path)
     except InputError as error:
         raise InputError(f"--resume {path}: the checkpoint is damaged ({error}); {_WAY_OUT}") from None
+    if not (path / _STATE).is_file():
+        raise InputError(
+            f"--resume {path}: holds weights and no run to go on with; --initial_weights starts one from them"
+        )
     return path
 
 

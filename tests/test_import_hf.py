@@ -144,6 +144,7 @@ def test_initial_weights_that_do_not_fit_are_refused(folder, tmp_path):
     inputs = folder / "inputs"
     for changes, message in (
         ({"initial_weights": folder / "hub"}, "--initial_weights: .*neither a checkpoint nor a run"),
+        ({"resume": folder / "checkpoint"}, "--resume .*: holds weights and no run .* --initial_weights starts one"),
         ({"initial_weights": folder / "checkpoint"}, "differs from --config_file: num_hidden_layers 3 there, 2 here"),
     ):
         process = start(flags(inputs, name="refused", output_dir=tmp_path, **changes))
