@@ -86,7 +86,8 @@ def test_memory_and_open_files_stay_and_nothing_is_left(tmp_path, monkeypatch):
     assert max(slopes.values()) < LARGEST_SLOPE
     assert all(first == second for first, second in opened.values())
     assert not process_ids(run.name)
-    assert {path.name for path in run.iterdir()} == {"config.json", "tokenizer.json", "metrics.jsonl", "checkpoints"}
+    written = {"config.json", "tokenizer.json", "metrics.jsonl", "samples.jsonl", "checkpoints"}
+    assert {path.name for path in run.iterdir()} == written
     kept = [f"step_{STEPS - SAVE_EVERY * back:08d}" for back in (2, 1, 0)]
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == kept
     assert not set(SHARED_MEMORY.iterdir()) - shared
