@@ -1,6 +1,5 @@
 """`python -m gptbert.export RUN OUT`: a folder that Hugging Face's transformers loads."""
 
-import json
 import math
 import shutil
 from dataclasses import asdict, dataclass
@@ -18,9 +17,9 @@ from gptbert.command_line import run_command
 from gptbert.config import ModelConfig
 from gptbert.errors import InputError
 from gptbert.files import new_folder
-from gptbert.json_file import read_json
+from gptbert.json_file import read_object, write_json
 from gptbert.records import read_records
-from gptbert.tokenizer import BOS_ID, EOS_ID, MASK_ID, PAD_ID, SPECIAL_TOKENS, UNK_ID, load_tokenizer
+from gptbert.tokenizer import BOS_ID, EOS_ID, MASK_ID, PAD_ID, SPECIAL_TOKENS, UNK_ID, load_tokenizer, ordinary_ids
 from gptbert.upstream import TIED_WEIGHT, to_upstream
 from gptbert.word_checkpoints import list_word_checkpoints
 
@@ -33,7 +32,6 @@ CLASSES = {
 }
 _CODE = Path(huggingface.__file__).parent
 _CODE_FILES = ("configuration_gptbert.py", "layers_gptbert.py", "modeling_gptbert.py")
-_JSON_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,8 @@ def export(config: ExportConfig) -> None:
     checkpoint = newest_in(config.run)
     by_words = []
     if config.words:
-        by_words = sorted(list_word_checkpoints(config.run), key=lambda path: Origin.of(path).words or 0)
+        by_words = list_word_checkpoints(config.run)
+        by_words.sort(key=lambda path: read_object(path / "words.json").get("words", 0))
         if not by_words:
             raise InputError(f"--words: {config.run} has no checkpoints by words (train with --checkpoint_words)")
     with new_folder(config.output, "OUTPUT") as folder:
@@ -141,7 +140,7 @@ def write_export(checkpoint: Path, folder: Path, weights: str = "ema", shift_mas
     shutil.copyfile(checkpoint / "tokenizer.json", folder / "tokenizer.json")
     for name in _CODE_FILES:
         shutil.copyfile(_CODE / name, folder / name)
-    never = [*range(origin.train.get("n_special_tokens", 16)), *range(tokenizer.get_vocab_size(), config.vocab_size)]
+    never = sorted(set(range(config.vocab_size)).difference(ordinary_ids(tokenizer)))
     special = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "pad_token_id": PAD_ID}
     files = {
         "config.json": {
@@ -156,7 +155,7 @@ def write_export(checkpoint: Path, folder: Path, weights: str = "ema", shift_mas
             "shift_masked_logits": shift_masked_logits,
             "torch_dtype": "float32",
         },
-        "generation_config.json": {**special, "suppress_tokens": never},  # which the training has never as labels
+        "generation_config.json": {**special, "suppress_tokens": never},  # as in gptbert.generate
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             **special_tokens(),
@@ -167,7 +166,7 @@ def write_export(checkpoint: Path, folder: Path, weights: str = "ema", shift_mas
         "special_tokens_map.json": special_tokens(),
     }
     for name, content in files.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / name, content)
     (folder / "README.md").write_text(
         model_card(origin, config, weights, shift_masked_logits, folder.name), encoding="utf-8"
     )
@@ -249,21 +248,6 @@ def _data(train: dict[str, Any]) -> str:
 
 def _name_of(path: Any) -> str:
     return Path(path).name if isinstance(path, str) else "?"
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        InputError: it is missing or damaged.
-    """
-    try:
-        content = read_json(path, _JSON_BYTES)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a JSON object")
-    return content
 
 
 if __name__ == "__main__":

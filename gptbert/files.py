@@ -81,25 +81,3 @@ def new_folder(output: Path, what: str, replace: bool = False) -> Iterator[Path]
         raise InputError(f"{what} {output}: cannot be written ({first_line(error)})") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
-def new_file(output: Path, what: str) -> Iterator[Path]:
-    """A file to write, that gets its name and place, an older one's too, when the block ends without an error.
-
-    Args:
-        output: must not be a folder.
-        what: names it in messages, such as a flag.
-
-    Raises:
-        InputError: it cannot be written.
-    """
-    temporary = output.absolute().with_name(f".{output.absolute().name}.incomplete")
-    try:
-        yield temporary
-        finish(temporary)
-        temporary.replace(output)
-    except OSError as error:
-        raise InputError(f"{what} {output}: cannot be written ({error.strerror or first_line(error)})") from error
-    finally:
-        temporary.unlink(missing_ok=True)

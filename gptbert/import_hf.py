@@ -1,7 +1,6 @@
 """`python -m gptbert.import_hf SOURCE OUT`: published weights as a folder that a run starts from."""
 
 import dataclasses
-import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,13 +16,12 @@ from gptbert.command_line import run_command
 from gptbert.config import ModelConfig
 from gptbert.errors import InputError, first_line
 from gptbert.files import new_folder
-from gptbert.json_file import read_json
+from gptbert.json_file import read_object, write_json
 from gptbert.tokenizer import load_tokenizer
 from gptbert.torch_file import load_torch_file
 from gptbert.weights import fitting, write_weights
 
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-_JSON_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ def import_hf(config: ImportConfig) -> None:
             ("model_config.json", asdict(model_config)),
             ("train_config.json", {"name": config.source.absolute().name}),
         ):
-            (written / name).write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
+            write_json(written / name, content)
         shutil.copyfile(tokenizer_path, written / "tokenizer.json")
         manifest.write(written)
     note = f", without {', '.join(left_out[:3])}{' and others' if len(left_out) > 3 else ''}" if left_out else ""
@@ -102,12 +100,7 @@ def read_shape(path: Path) -> ModelConfig:
     Raises:
         InputError: the file cannot be read, a key is missing, or a value is of no use.
     """
-    try:
-        values = read_json(path, _JSON_BYTES)
-    except (OSError, ValueError) as error:
-        raise InputError(f"model config {path}: cannot be read as JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise InputError(f"model config {path}: expected a JSON object")
+    values = read_object(path)
     return ModelConfig.from_values(
         {field.name: values[field.name] for field in dataclasses.fields(ModelConfig) if field.name in values}, path
     )

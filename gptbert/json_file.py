@@ -1,9 +1,13 @@
-"""JSON files from elsewhere: read in bounded memory, and refused in words."""
+"""JSON files: those from elsewhere read in bounded memory and refused in words, our own written."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from gptbert.errors import InputError
+
+_OBJECT_BYTES = 1 << 20
 
 
 def read_json(path: Path, most_bytes: int, unique_keys: bool = False) -> Any:
@@ -31,6 +35,26 @@ def read_json(path: Path, most_bytes: int, unique_keys: bool = False) -> Any:
         raise ValueError(error.strerror) from error
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object of a megabyte at most.
+
+    Raises:
+        InputError: it is missing or damaged, with its name.
+    """
+    try:
+        content = read_json(path, _OBJECT_BYTES)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object")
+    return content
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write a value as people can read it."""
+    path.write_text(json.dumps(values, indent=4) + "\n", encoding="utf-8")
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -2,12 +2,11 @@
 
 import errno
 import hashlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from gptbert.errors import InputError, first_line
-from gptbert.json_file import read_json
+from gptbert.json_file import read_json, write_json
 
 Entry = dict[str, int | str]
 
@@ -37,7 +36,7 @@ def write(folder: Path, known: dict[str, Entry] | None = None) -> None:
     files = (path for path in folder.rglob("*") if path.is_file() and path != folder / NAME)
     names = sorted(path.relative_to(folder).as_posix() for path in files)
     entries |= {name: entry(folder / name) for name in names if name not in entries}
-    (folder / NAME).write_text(json.dumps(entries, indent=4) + "\n", encoding="utf-8")
+    write_json(folder / NAME, entries)
 
 
 def check(folder: Path, names: Iterable[str] | None = None) -> None:

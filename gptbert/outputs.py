@@ -24,13 +24,14 @@ def check_outputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
 
 
 @contextmanager
-def staged_outputs(*outputs: Path) -> Iterator[Sequence[Path]]:
+def staged_outputs(*outputs: Path, what: str = "output") -> Iterator[Sequence[Path]]:
     """Give paths to write to, and move them to `outputs`, fsynced and all together, when the block ends well.
 
     After an exception nothing is left, not even a new folder, and older files under the same names are untouched.
 
     Args:
         outputs: files of one folder, which is made if need be.
+        what: names them in messages, such as a flag.
 
     Yields:
         One path for each output, in a hidden folder on the same disk.
@@ -50,4 +51,4 @@ def staged_outputs(*outputs: Path) -> Iterator[Sequence[Path]]:
             for file, output in zip(staged, outputs, strict=True):
                 file.replace(output)
     except OSError as error:
-        raise InputError(f"output {outputs[0]}: cannot be written ({error.strerror})") from error
+        raise InputError(f"{what} {outputs[0]}: cannot be written ({error.strerror})") from error

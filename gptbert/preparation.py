@@ -1,7 +1,6 @@
 """What a run needs before its first step: kernels that compute what they should, and a folder to write to."""
 
 import dataclasses
-import json
 import shutil
 from contextlib import suppress
 
@@ -11,6 +10,7 @@ from gptbert.config import ModelConfig, TrainConfig
 from gptbert.distributed import World
 from gptbert.errors import InputError
 from gptbert.hardware import hardware_name
+from gptbert.json_file import write_json
 from kernels.backend import choose_backend, set_default_backend
 from kernels.check import first_failure, run_checks
 
@@ -51,7 +51,7 @@ def prepare_run_dir(config: TrainConfig, model_config: ModelConfig, world: World
     }
     try:
         config.run_dir.mkdir(parents=True, exist_ok=True)
-        (config.run_dir / "config.json").write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")
+        write_json(config.run_dir / "config.json", settings)
         with suppress(shutil.SameFileError):
             shutil.copyfile(config.tokenizer_path, config.run_dir / "tokenizer.json")
     except OSError as error:

@@ -18,8 +18,8 @@ from gptbert.chart import Chart, Line, draw
 from gptbert.command_line import run_command
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.errors import InputError, first_line
-from gptbert.files import new_file
 from gptbert.json_file import read_json
+from gptbert.outputs import staged_outputs
 from gptbert.records import read_records
 
 OBJECTIVES = {"mlm": "masked", "clm": "causal"}
@@ -58,8 +58,10 @@ def write_report(run_dir: Path, output: Path | None = None) -> Path:
     """
     output = output or run_dir / "report.html"
     page = render(run_dir)
-    with new_file(output, "--output") as temporary:
-        temporary.write_text(page, encoding="utf-8", errors="replace")  # halves of characters come out of JSON
+    if not output.absolute().parent.is_dir():  # which may be a run's name with a mistake in it
+        raise InputError(f"--output {output}: cannot be written (there is no such folder)")
+    with staged_outputs(output, what="--output") as (staged,):
+        staged.write_text(page, encoding="utf-8", errors="replace")  # halves of characters come out of JSON
     return output
 
 
