@@ -6,7 +6,6 @@ One transformer that is both a masked and a causal language model: `AutoModelFor
 Letters of shapes: B rows, T positions, K keys (those of the cache and T), D hidden, H heads, V vocabulary.
 """
 
-import dataclasses
 import math
 from typing import Any
 
@@ -38,23 +37,6 @@ from .layers_gptbert import (
 _CACHE_FIELD = next(
     name for name in ("cache", "past_key_values") if name in CausalLMOutputWithPast.__dataclass_fields__
 )
-
-
-@dataclasses.dataclass
-class Encoding:
-    """What the encoder gives.
-
-    Attributes:
-        last_hidden_state: [B, T, D].
-        hidden_states: the embedding and each layer's output, [B, T, D] each, if asked for.
-        attentions: each layer's probabilities [B, H, T, K], if asked for.
-        cache: keys and values of all positions so far, if asked for.
-    """
-
-    last_hidden_state: Tensor
-    hidden_states: tuple[Tensor, ...] | None
-    attentions: tuple[Tensor, ...] | None
-    cache: Cache | None
 
 
 class GPTBertPreTrainedModel(PreTrainedModel):
@@ -118,8 +100,11 @@ class GPTBertPreTrainedModel(PreTrainedModel):
         cache: Cache | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-    ) -> Encoding:
-        """Contextual representations.
+    ) -> tuple[Tensor, dict[str, tuple[Tensor, ...] | None]]:
+        """Contextual representations [B, T, D], and what else transformers' outputs have room for.
+
+        That is `hidden_states`, the embedding and each layer's output [B, T, D], and `attentions`, each layer's
+        probabilities [B, H, T, K]; None where they are not asked for.
 
         Args:
             input_ids: [B, T].
@@ -142,12 +127,11 @@ class GPTBertPreTrainedModel(PreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         if output_attentions is None:
             output_attentions = self.config.output_attentions
-        return Encoding(
-            states[-1],
-            tuple(states) if output_hidden_states else None,
-            tuple(attentions) if output_attentions else None,
-            cache,
-        )
+        extras = {
+            "hidden_states": tuple(states) if output_hidden_states else None,
+            "attentions": tuple(attentions) if output_attentions else None,
+        }
+        return states[-1], extras
 
 
 class GPTBertModel(GPTBertPreTrainedModel):
@@ -168,15 +152,11 @@ class GPTBertModel(GPTBertPreTrainedModel):
         return_dict: bool | None = None,
     ) -> BaseModelOutputWithPast | tuple[Tensor, ...]:
         """Representations [B, T, D]; see `GPTBertPreTrainedModel.encode`."""
-        encoding = self.encode(
-            input_ids, attention_mask, self.config.is_decoder, None, output_hidden_states, output_attentions
+        causal = self.config.is_decoder
+        hidden_states, extras = self.encode(
+            input_ids, attention_mask, causal, None, output_hidden_states, output_attentions
         )
-        output = BaseModelOutputWithPast(
-            last_hidden_state=encoding.last_hidden_state,
-            hidden_states=encoding.hidden_states,
-            attentions=encoding.attentions,
-        )
-        return _returned(output, return_dict)
+        return _returned(BaseModelOutputWithPast(last_hidden_state=hidden_states, **extras), return_dict)
 
 
 class _LanguageModel(GPTBertPreTrainedModel):
@@ -223,20 +203,18 @@ class GPTBertForMaskedLM(_LanguageModel):
             labels: [B, T], the token at each position, −100 where there is none to predict.
             output_hidden_states: None asks the configuration.
             output_attentions: None asks the configuration.
-            return_dict: None asks the configuration.
+            return_dict: False gives a tuple.
         """
-        encoding = self.encode(input_ids, attention_mask, False, None, output_hidden_states, output_attentions)
-        hidden_states = encoding.last_hidden_state
+        hidden_states, extras = self.encode(
+            input_ids, attention_mask, False, None, output_hidden_states, output_attentions
+        )
         if self.config.shift_masked_logits:
             if attention_mask is not None and attention_mask.ndim == 2:  # what stands left of a text is nothing
                 hidden_states = hidden_states.masked_fill(attention_mask.unsqueeze(-1) == 0, 0)
             hidden_states = F.pad(hidden_states, (0, 0, 1, 0))[:, :-1]
         logits = self.classifier(hidden_states)
-        loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
-        output = MaskedLMOutput(
-            loss=loss, logits=logits, hidden_states=encoding.hidden_states, attentions=encoding.attentions
-        )
-        return _returned(output, return_dict)
+        loss = None if labels is None else _mean_loss(logits, labels)
+        return _returned(MaskedLMOutput(loss=loss, logits=logits, **extras), return_dict)
 
 
 class GPTBertForCausalLM(_LanguageModel, GenerationMixin):
@@ -288,30 +266,24 @@ class GPTBertForCausalLM(_LanguageModel, GenerationMixin):
             use_cache: return keys and values; None asks the configuration, and never in training.
             output_hidden_states: None asks the configuration.
             output_attentions: None asks the configuration.
-            return_dict: None asks the configuration.
+            return_dict: False gives a tuple.
             logits_to_keep: of the last so many positions only; 0 gives all.
         """
         cache = cache if cache is not None else past_key_values
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
         if cache is None and use_cache:
             cache = DynamicCache()
-        encoding = self.encode(input_ids, attention_mask, True, cache, output_hidden_states, output_attentions)
-        logits = self.classifier(encoding.last_hidden_state[:, -logits_to_keep:])
-        loss = None
-        if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-        output = CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            hidden_states=encoding.hidden_states,
-            attentions=encoding.attentions,
-            **{_CACHE_FIELD: cache if use_cache else None},
+        hidden_states, extras = self.encode(
+            input_ids, attention_mask, True, cache, output_hidden_states, output_attentions
         )
-        return _returned(output, return_dict)
+        logits = self.classifier(hidden_states[:, -logits_to_keep:])
+        loss = None if labels is None else _mean_loss(logits[:, :-1], labels[:, 1:])
+        extras[_CACHE_FIELD] = cache if use_cache else None
+        return _returned(CausalLMOutputWithPast(loss=loss, logits=logits, **extras), return_dict)
 
 
-class GPTBertForSequenceClassification(GPTBertPreTrainedModel):
-    """Classifies texts by the representation of `<s>`, or of the last token if the configuration says `is_decoder`."""
+class _Classifier(GPTBertPreTrainedModel):
+    """The encoder under a new head."""
 
     _keys_to_ignore_on_load_unexpected = (r"\.position_indices$", r"^classifier\.")
 
@@ -319,6 +291,10 @@ class GPTBertForSequenceClassification(GPTBertPreTrainedModel):
         super().__init__(config)
         self.head = ClassificationHead(config)
         self.post_init()
+
+
+class GPTBertForSequenceClassification(_Classifier):
+    """Classifies texts by the representation of `<s>`, or of the last token if the configuration says `is_decoder`."""
 
     def forward(
         self,
@@ -338,18 +314,15 @@ class GPTBertForSequenceClassification(GPTBertPreTrainedModel):
                 (`config.problem_type` decides, else their type and `num_labels` do).
             output_hidden_states: None asks the configuration.
             output_attentions: None asks the configuration.
-            return_dict: None asks the configuration.
+            return_dict: False gives a tuple.
         """
         causal = self.config.is_decoder
-        encoding = self.encode(input_ids, attention_mask, causal, None, output_hidden_states, output_attentions)
-        logits = self.head(self._pooled(encoding.last_hidden_state, attention_mask))
-        output = SequenceClassifierOutput(
-            loss=None if labels is None else self._loss(logits, labels),
-            logits=logits,
-            hidden_states=encoding.hidden_states,
-            attentions=encoding.attentions,
+        hidden_states, extras = self.encode(
+            input_ids, attention_mask, causal, None, output_hidden_states, output_attentions
         )
-        return _returned(output, return_dict)
+        logits = self.head(self._pooled(hidden_states, attention_mask))
+        loss = None if labels is None else self._loss(logits, labels)
+        return _returned(SequenceClassifierOutput(loss=loss, logits=logits, **extras), return_dict)
 
     def _pooled(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
         """[B, T, D] to [B, D]."""
@@ -374,15 +347,8 @@ class GPTBertForSequenceClassification(GPTBertPreTrainedModel):
         return F.cross_entropy(logits.float(), labels)
 
 
-class GPTBertForTokenClassification(GPTBertPreTrainedModel):
+class GPTBertForTokenClassification(_Classifier):
     """Classifies every token."""
-
-    _keys_to_ignore_on_load_unexpected = (r"\.position_indices$", r"^classifier\.")
-
-    def __init__(self, config: GPTBertConfig) -> None:
-        super().__init__(config)
-        self.head = ClassificationHead(config)
-        self.post_init()
 
     def forward(
         self,
@@ -395,13 +361,17 @@ class GPTBertForTokenClassification(GPTBertPreTrainedModel):
     ) -> TokenClassifierOutput | tuple[Tensor, ...]:
         """Logits [B, T, num_labels], and the mean loss if there are labels [B, T], −100 where there is none."""
         causal = self.config.is_decoder
-        encoding = self.encode(input_ids, attention_mask, causal, None, output_hidden_states, output_attentions)
-        logits = self.head(encoding.last_hidden_state)
-        loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
-        output = TokenClassifierOutput(
-            loss=loss, logits=logits, hidden_states=encoding.hidden_states, attentions=encoding.attentions
+        hidden_states, extras = self.encode(
+            input_ids, attention_mask, causal, None, output_hidden_states, output_attentions
         )
-        return _returned(output, return_dict)
+        logits = self.head(hidden_states)
+        loss = None if labels is None else _mean_loss(logits, labels)
+        return _returned(TokenClassifierOutput(loss=loss, logits=logits, **extras), return_dict)
+
+
+def _mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of logits [B, T, classes] and labels [B, T], −100 where there is none."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
 
 
 def _returned(output: Any, return_dict: bool | None) -> Any:
