@@ -1,4 +1,4 @@
-"""The last touch on files before they are renamed to where others will look for them."""
+"""Files and folders that are complete or absent: the last touch before others see them, and their ends."""
 
 import os
 import shutil
