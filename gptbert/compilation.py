@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gptbert.errors import InputError
+from kernels import cpp
 
 # of what a forward keeps for the backward, the share that may stay; the rest is what is cheap to compute again
 _ACTIVATION_MEMORY = 0.8
@@ -30,6 +31,8 @@ def compile_blocks(blocks: nn.ModuleList) -> None:
     config = importlib.import_module("torch._functorch.config")
     config.ban_recompute_long_fusible_chains = False
     config.activation_memory_budget = _ACTIVATION_MEMORY
+    if next(blocks.parameters()).device.type == "cpu":
+        cpp.load()
     for block in blocks:
         block.is_compiled = True
         block.attention.compile(fullgraph=True, dynamic=False)

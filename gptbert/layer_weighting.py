@@ -1,14 +1,16 @@
 """Depth-weighted averaging of representations: x_n = Σ_{m≤n} α_{n,m}·y_m, one matrix–vector product at each depth.
 
-All y_m of a forward stand in one piece of memory, so that x_n is α_n · Y, and its backward two more such products. Each
-reads what it needs once. Autograd's own way would write the gradient of every y_m anew at each of the depths behind it:
-four times the traffic.
+All y_m of a forward stand in one piece of memory, so that x_n is α_n · Y, and its backward two more such products
+(`kernels.depth_mix`). Each reads what it needs once. Autograd's own way would write the gradient of every y_m anew at
+each of the depths behind it: four times the traffic.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from kernels.depth_mix import buffer, depth_mix, depth_mix_backward
 
 
 class LayerWeighting(nn.Module):
@@ -30,16 +32,19 @@ class Representations:
 
     Args:
         capacity: number of representations that will be there at the end.
+        compiled: whether the model around is.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, *, compiled: bool = False) -> None:
         self.capacity = capacity
+        self.compiled = compiled
         self.count = 0
         self.collected = 0
 
     def start(self, first: Tensor) -> Tensor:
         """y_0 [B, T, D] to x_0, the same, whose gradient will be collected from all depths."""
-        self._values = first.new_empty(self.capacity, first.numel())  # y_m; in the backward ∂/∂x_n for the depths done
+        # [capacity, B·T·D]: y_m; in the backward ∂/∂x_n for the depths done
+        self._values = buffer(self.capacity, first, compiled=self.compiled)
         self._alphas = first.new_zeros(self.capacity, self.capacity)
         return _Mix.apply(first, first.new_ones(1), self)
 
@@ -48,28 +53,18 @@ class Representations:
         depth, self.count = self.count, self.count + 1
         if len(alpha) != self.count:
             raise ValueError(f"representation {depth} has {len(alpha)} weights, expected {self.count}")
-        self._values[depth] = newest.flatten()
         self._alphas[depth, : self.count] = alpha
-        if depth == 0:
-            return newest.clone()
-        with torch.autocast(newest.device.type, enabled=False):  # which would take the product in two bytes
-            mixed = self._values.new_empty(newest.shape)  # no view: FSDP hangs a hook on it
-            torch.mv(self._values[: self.count].T, self._alphas[depth, : self.count], out=mixed.view(-1))
-            return mixed
+        return depth_mix(self._values, newest, self._alphas[depth, : self.count])
 
     def collect(self, depth: int, grad: Tensor) -> tuple[Tensor, Tensor]:
         """Take ∂/∂x_n; return those of y_n and α_n. Depths come in descending order, each once."""
         if depth != self.count - 1 - self.collected:
             raise RuntimeError("layer weighting: a forward has one backward (retain_graph does not help)")
         self.collected += 1
-        grad = grad.flatten()
-        grad_alpha = self._values[: depth + 1] @ grad
-        self._values[depth] = grad  # y_n itself is not needed any more
-        deeper = slice(depth, self.count)
-        grad_newest = self._alphas[deeper, depth] @ self._values[deeper]
+        gradients = depth_mix_backward(self._values, grad, self._alphas, depth, self.count)
         if depth == 0:
             del self._values  # the graph, and so this object, may live as long as the loss
-        return grad_newest, grad_alpha
+        return gradients
 
 
 class _Mix(torch.autograd.Function):
@@ -82,5 +77,4 @@ class _Mix(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        grad_newest, grad_alpha = ctx.representations.collect(ctx.depth, grad)
-        return grad_newest.view_as(grad), grad_alpha, None
+        return *ctx.representations.collect(ctx.depth, grad), None

@@ -23,7 +23,7 @@ def choose_backend(backend: str | None, device: torch.device) -> str:
     Raises:
         ValueError: the name is not a backend, Triton is not installed, or it cannot run on `device`.
     """
-    named = {"backend": backend, "set_default_backend": _default, "KERNELS_BACKEND": os.environ.get("KERNELS_BACKEND")}
+    named = {"backend": backend, **_process_wide()}
     source, chosen = next(((source, name) for source, name in named.items() if name), (None, None))
     if chosen is None:
         return "triton" if device.type == "cuda" and _triton_installed() else "torch"
@@ -37,6 +37,15 @@ def choose_backend(backend: str | None, device: torch.device) -> str:
             "TRITON_INTERPRET=1 in the environment runs the kernels in Triton's slow interpreter"
         )
     return chosen
+
+
+def chosen_by_name() -> str | None:
+    """What `set_default_backend` or the environment's `KERNELS_BACKEND` ask for, or None."""
+    return next((name for name in _process_wide().values() if name), None)
+
+
+def _process_wide() -> dict[str, str | None]:
+    return {"set_default_backend": _default, "KERNELS_BACKEND": os.environ.get("KERNELS_BACKEND")}
 
 
 def set_default_backend(backend: str | None) -> None:

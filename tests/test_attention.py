@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from gptbert.attention import AttentionContext
-from gptbert.dropout import dropout
+from kernels.attention_context import attention_context
+from kernels.dropout import dropout
 from gptbert.model import GPTBert, attention_mask
 from tests.conftest import TINY
 from tests.numerics import close
@@ -16,7 +16,7 @@ SEED = torch.tensor([77, -5], dtype=torch.int32)
 def plain(scores, by_query, by_key, value, buckets, mask, seed, dropout_prob):
     length = scores.shape[-1]
     position = torch.arange(length)
-    scores = scores + by_query[:, :, position[:, None], buckets] + by_key[:, :, position[None, :], buckets]
+    scores = scores + by_query[:, :, position[:, None], buckets] + by_key.transpose(1, 2)[:, :, buckets, position[None, :]]
     exponentials = (scores - scores.detach().amax(-1, keepdim=True)).exp() * mask
     total = exponentials.sum(-1, keepdim=True)
     probabilities = exponentials / torch.where(total > 0, total, 1)
@@ -25,7 +25,7 @@ def plain(scores, by_query, by_key, value, buckets, mask, seed, dropout_prob):
 
 def arguments(length=11, dtype=torch.float64):
     generator = torch.Generator().manual_seed(1)
-    shapes = [(2, 2, length, length), (2, 2, length, BUCKETS), (2, 2, length, BUCKETS), (2, 2, length, 8)]
+    shapes = [(2, 2, length, length), (2, 2, length, BUCKETS), (2, BUCKETS, 2, length), (2, 2, length, 8)]
     tensors = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
     documents = torch.tensor([[0] * 4 + [1] * (length - 4), [0] * (length - 3) + [-1] * 3])
     return [tensor.requires_grad_() for tensor in tensors], documents
@@ -37,7 +37,7 @@ def test_context_and_gradients_are_those_of_the_formula(causal, dropout_prob):
     tensors, documents = arguments()
     rest = GPTBert(TINY).position_buckets(11), attention_mask(documents, causal), SEED, dropout_prob
     results = []
-    for function in (AttentionContext.apply, plain):
+    for function in (attention_context, plain):
         context = function(*tensors, *rest)
         results.append([context.detach(), *torch.autograd.grad(context.sin().sum(), tensors)])
     assert close(*results, tolerance=1e-12)
@@ -46,11 +46,11 @@ def test_context_and_gradients_are_those_of_the_formula(causal, dropout_prob):
 def test_a_query_that_sees_nothing_gives_zeros_and_takes_no_gradient():
     tensors, documents = arguments()
     mask = attention_mask(documents, causal=False)
-    context = AttentionContext.apply(*tensors, GPTBert(TINY).position_buckets(11), mask, None, 0.0)
-    assert (context[1, :, -3:] == 0).all()
+    context = attention_context(*tensors, GPTBert(TINY).position_buckets(11), mask, None, 0.0)
+    assert (context[:, 1, -3:] == 0).all()
     context.square().sum().backward()
     assert all(tensor.grad.isfinite().all() for tensor in tensors)
-    assert (tensors[0].grad[1, :, -3:] == 0).all()
+    assert (tensors[0].grad[:, 1, -3:] == 0).all()
 
 
 def test_only_the_probabilities_are_kept():
@@ -59,5 +59,5 @@ def test_only_the_probabilities_are_kept():
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda t: t):
         mask = attention_mask(documents, causal=False)
-        AttentionContext.apply(*tensors, GPTBert(TINY).position_buckets(11), mask, SEED, 0.1)
+        attention_context(*tensors, GPTBert(TINY).position_buckets(11), mask, SEED, 0.1)
     assert [shape for shape in kept if shape[-2:] == (11, 11) and len(shape) == 4] == [(2, 2, 11, 11)]

@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from gptbert import bucket_sums as module
-from gptbert.bucket_sums import bucket_sums
 from gptbert.config import ModelConfig
 from gptbert.model import GPTBert
 from tests.conftest import TINY
+from kernels.attention_context import bucket_sums as module
+from kernels.attention_context.bucket_sums import bucket_sums
 from tests.numerics import assert_accurate
 
 BUCKETS = 2 * TINY.position_bucket_size - 1

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from gptbert.dropout import Dropout, dropout, random_seeds, random_words
+from gptbert.dropout import Dropout, random_seeds
+from kernels.dropout import dropout, random_words
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ _CHUNK = {"cpu": 2**21, "cuda": 2**26}  # entries that are laid out by distance 
 _ALIGNMENT = 32  # of a row, in entries
 
 
-@torch.library.custom_op("gptbert::bucket_sums", mutates_args=())
+@torch.library.custom_op("kernels::bucket_sums", mutates_args=())
 def bucket_sums(grad: Tensor, buckets: Tensor, num_buckets: int) -> tuple[Tensor, Tensor]:
     """Add up gradients of scores by bucket, for each query and for each key.
 

@@ -1,0 +1,177 @@
+// Softmax of content and position scores, with dropout, forward and backward; see reference.py.
+//
+// A row of scores stays in the first cache from its sum to its probabilities. Along a row, keys of one bucket stand side
+// by side, so that gathering position scores, and adding up their gradients, is a loop over such runs.
+
+namespace {
+
+struct Run {
+    int64_t first, last;  // distances j − i, the last one excluded
+    int64_t bucket;
+};
+
+std::vector<Run> runs_of(const int64_t* buckets, int64_t length) {
+    std::vector<Run> runs;
+    for (int64_t distance = 1 - length; distance < length; distance++) {
+        int64_t bucket = distance < 0 ? buckets[-distance * length] : buckets[distance];
+        if (runs.empty() || runs.back().bucket != bucket) runs.push_back({distance, distance, bucket});
+        runs.back().last = distance + 1;
+    }
+    return runs;
+}
+
+// 32 random bits of a place, the same as in kernels/dropout.py.
+inline uint32_t random_word(uint32_t place, uint32_t seed, uint32_t second) {
+    uint32_t word = place * 0x9E3779B1u + seed;
+    word = ((word ^ (word >> 15)) * 0x2C1B3C6Du) ^ second;
+    word = (word ^ (word >> 16)) * 0x85EBCA6Bu;
+    word = (word ^ (word >> 13)) * 0xC2B2AE35u;
+    return word ^ (word >> 16);
+}
+
+struct Dropout {
+    uint32_t seed, second;
+    int32_t limit;
+    float scale;
+
+    Dropout(const int32_t* seeds, int64_t limit, float scale)
+        : seed(seeds ? seeds[0] : 0), second(seeds ? seeds[1] : 0), limit(limit), scale(scale) {}
+
+    inline float kept(uint32_t place) const {
+        return static_cast<int32_t>(random_word(place, seed, second)) >= limit ? scale : 0.0f;
+    }
+};
+
+}  // namespace
+
+// scores, probabilities, dropped [heads, batch, length, length], by_query [heads, batch, length, positions],
+// by_key [heads, positions, batch, length], mask [batch, length, length], buckets [length, length];
+// without seeds nothing is written to `dropped`
+extern "C" void attention_weights(const bf16* scores, const bf16* by_query, const bf16* by_key, const int64_t* buckets,
+                                  const uint8_t* mask, const int32_t* seeds, int64_t limit, float scale,
+                                  bf16* probabilities, bf16* dropped, int64_t heads, int64_t batch, int64_t length,
+                                  int64_t positions) {
+    const std::vector<Run> runs = runs_of(buckets, length);
+    const Dropout dropout(seeds, limit, scale);
+#pragma omp parallel
+    {
+        std::vector<float> memory(length);
+        float* row = memory.data();
+#pragma omp for
+        for (int64_t matrix = 0; matrix < heads * batch; matrix++) {
+            const int64_t head = matrix / batch, in_batch = matrix % batch;
+            const bf16* keys = by_key + (head * positions * batch + in_batch) * length;
+            for (int64_t i = 0; i < length; i++) {
+                const int64_t place = (matrix * length + i) * length;
+                const bf16 *query = by_query + (matrix * length + i) * positions, *score = scores + place;
+                const uint8_t* is_visible = mask + (in_batch * length + i) * length;
+                for (const Run& run : runs) {
+                    const int64_t first = std::max<int64_t>(0, i + run.first), last = std::min(length, i + run.last);
+                    if (first >= last) continue;
+                    const float of_query = wide(query[run.bucket]);
+                    const bf16* key = keys + run.bucket * batch * length;
+                    if (last == first + 1) {  // most buckets have one distance
+                        row[first] = of_query + wide(key[first]);
+                        continue;
+                    }
+#pragma omp simd
+                    for (int64_t j = first; j < last; j++) row[j] = of_query + wide(key[j]);
+                }
+                float most = -3.0e38f, sum = 0.0f;
+#pragma omp simd reduction(max : most)
+                for (int64_t j = 0; j < length; j++) {
+                    float total = row[j] + wide(score[j]);
+                    total = static_cast<float>(is_visible[j]) > 0.5f ? total : -3.0e38f;
+                    row[j] = total;
+                    most = most < total ? total : most;
+                }
+#pragma omp simd reduction(+ : sum)
+                for (int64_t j = 0; j < length; j++) {
+                    float weight = exponential(row[j] - most) * static_cast<float>(is_visible[j]);
+                    row[j] = weight;
+                    sum += weight;
+                }
+                const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+                bf16* probability = probabilities + place;
+#pragma omp simd
+                for (int64_t j = 0; j < length; j++) probability[j] = narrow(row[j] * inverse);
+                if (!seeds) continue;
+                bf16* out = dropped + place;
+#pragma omp simd
+                for (int64_t j = 0; j < length; j++)
+                    out[j] = narrow(wide(probability[j]) * dropout.kept(static_cast<uint32_t>(place + j)));
+            }
+        }
+    }
+}
+
+// grad [heads, batch, length, length], of the probabilities after dropout; others as above
+extern "C" void attention_weights_backward(const bf16* grad, const bf16* probabilities, const int64_t* buckets,
+                                           const int32_t* seeds, int64_t limit, float scale, bf16* grad_scores,
+                                           bf16* grad_by_query, bf16* grad_by_key, bf16* dropped, int64_t heads,
+                                           int64_t batch, int64_t length, int64_t positions) {
+    const std::vector<Run> runs = runs_of(buckets, length);
+    const Dropout dropout(seeds, limit, scale);
+#pragma omp parallel
+    {
+        std::vector<float> memory(length + positions + positions * length);
+        float *row = memory.data(), *query = row + length, *keys = query + positions;
+#pragma omp for
+        for (int64_t matrix = 0; matrix < heads * batch; matrix++) {
+            std::fill(keys, keys + positions * length, 0.0f);
+            for (int64_t i = 0; i < length; i++) {
+                const int64_t place = (matrix * length + i) * length;
+                const bf16 *incoming = grad + place, *probability = probabilities + place;
+                float sum = 0.0f;
+                if (seeds) {
+                    bf16* out = dropped + place;
+#pragma omp simd reduction(+ : sum)
+                    for (int64_t j = 0; j < length; j++) {
+                        float weight = wide(probability[j]) * dropout.kept(static_cast<uint32_t>(place + j));
+                        out[j] = narrow(weight);
+                        row[j] = weight * wide(incoming[j]);
+                        sum += row[j];
+                    }
+                } else {
+#pragma omp simd reduction(+ : sum)
+                    for (int64_t j = 0; j < length; j++) {
+                        row[j] = wide(probability[j]) * wide(incoming[j]);
+                        sum += row[j];
+                    }
+                }
+                bf16* outgoing = grad_scores + place;
+#pragma omp simd
+                for (int64_t j = 0; j < length; j++) {
+                    row[j] -= wide(probability[j]) * sum;
+                    outgoing[j] = narrow(row[j]);
+                }
+                std::fill(query, query + positions, 0.0f);
+                for (const Run& run : runs) {
+                    const int64_t first = std::max<int64_t>(0, i + run.first), last = std::min(length, i + run.last);
+                    if (first >= last) continue;
+                    float *key = keys + run.bucket * length, total = 0.0f;
+                    if (last == first + 1) {
+                        query[run.bucket] += row[first];
+                        key[first] += row[first];
+                        continue;
+                    }
+#pragma omp simd reduction(+ : total)
+                    for (int64_t j = first; j < last; j++) {
+                        total += row[j];
+                        key[j] += row[j];
+                    }
+                    query[run.bucket] += total;
+                }
+                bf16* of_query = grad_by_query + (matrix * length + i) * positions;
+#pragma omp simd
+                for (int64_t p = 0; p < positions; p++) of_query[p] = narrow(query[p]);
+            }
+            const int64_t head = matrix / batch, in_batch = matrix % batch;
+            for (int64_t p = 0; p < positions; p++) {
+                bf16* of_key = grad_by_key + ((head * positions + p) * batch + in_batch) * length;
+#pragma omp simd
+                for (int64_t j = 0; j < length; j++) of_key[j] = narrow(keys[p * length + j]);
+            }
+        }
+    }
+}

@@ -1,0 +1,46 @@
+"""Dropout whose mask is a function of a seed and of an entry's place: nothing to store, and the same bits everywhere.
+
+PyTorch's own dropout on a CPU draws its numbers one after another, which takes a tenth of a training step and more.
+Here a few integer operations on an entry's index give its 32 random bits; compiled code fuses them into whatever comes
+before, and draws them again in the backward.
+"""
+
+import torch
+from torch import Tensor
+
+
+def dropout(x: Tensor, seed: Tensor | None, probability: float) -> Tensor:
+    """Zero entries with a probability, and scale the others so that the mean stays.
+
+    Args:
+        x: of any shape, below 2³¹ entries.
+        seed: [2] int32; None switches dropout off.
+        probability: of zero, in [0, 1).
+    """
+    if seed is None or probability == 0:
+        return x
+    return torch.where(random_words(x.shape, seed) >= limit(probability), x * (1 / (1 - probability)), 0.0)
+
+
+def limit(probability: float) -> int:
+    """The least of an entry's random words, as signed numbers, with which it stays."""
+    return round(probability * 2**32) - 2**31
+
+
+def random_words(shape: torch.Size, seed: Tensor) -> Tensor:
+    """32 random bits, as int32, for each place: MurmurHash3's finalizer, with a round for the seed's second word."""
+    words = torch.arange(shape.numel(), dtype=torch.int32, device=seed.device).view(shape)
+    words = words * _signed(0x9E3779B1) + seed[0]
+    words = (words ^ _shifted(words, 15)) * _signed(0x2C1B3C6D) ^ seed[1]
+    words = (words ^ _shifted(words, 16)) * _signed(0x85EBCA6B)
+    words = (words ^ _shifted(words, 13)) * _signed(0xC2B2AE35)
+    return words ^ _shifted(words, 16)
+
+
+def _shifted(words: Tensor, bits: int) -> Tensor:
+    """To the right, with zeros from the left."""
+    return (words >> bits) & (2 ** (32 - bits) - 1)
+
+
+def _signed(word: int) -> int:
+    return word - 2**32 if word >= 2**31 else word

@@ -1,0 +1,132 @@
+// LayerNorm(linear · GELU(gate)), one pass over memory forward and one backward; see reference.py.
+//
+// A row has `groups` pieces of `width` entries. Those of the gate follow one another; those of `linear` may lie apart, as
+// the heads of an attention's context do.
+
+namespace {
+
+struct Gelu {
+    float share;  // GELU(x) = x · share
+    float slope;  // its derivative
+};
+
+inline Gelu gelu_tanh(float x) {
+    const float scale = 1.5957691216057308f, cubic = 0.044715f;  // 2·√(2/π)
+    float share = 1.0f / (1.0f + exponential(-scale * (x + cubic * x * x * x)));
+    return {share, share + x * share * (1.0f - share) * scale * (1.0f + 3.0f * cubic * x * x)};
+}
+
+// The normal distribution by Abramowitz & Stegun 7.1.26, to 1.5e-7.
+inline Gelu gelu_exact(float x) {
+    float magnitude = __builtin_fabsf(x) * 0.70710678f, bell = exponential(-magnitude * magnitude);
+    float t = 1.0f / (1.0f + 0.3275911f * magnitude);
+    float series = 1.061405429f;
+    series = series * t - 1.453152027f;
+    series = series * t + 1.421413741f;
+    series = series * t - 0.284496736f;
+    series = series * t + 0.254829592f;
+    float tail = 0.5f * series * t * bell;
+    float share = x > 0.0f ? 1.0f - tail : tail;
+    return {share, share + x * bell * 0.39894228f};
+}
+
+template <Gelu (*gelu)(float)>
+void forward(const bf16* linear, const bf16* gate, bf16* normalised, float* means, float* inverse_stds, int64_t rows,
+             int64_t groups, int64_t width, int64_t linear_row, int64_t linear_group, int64_t gate_row, float eps) {
+    const int64_t size = groups * width;
+#pragma omp parallel
+    {
+        std::vector<float> values(size);
+#pragma omp for
+        for (int64_t row = 0; row < rows; row++) {
+            float sum = 0.0f;
+            for (int64_t group = 0; group < groups; group++) {
+                const bf16 *l = linear + row * linear_row + group * linear_group, *g = gate + row * gate_row + group * width;
+                float* v = values.data() + group * width;
+#pragma omp simd reduction(+ : sum)
+                for (int64_t i = 0; i < width; i++) {
+                    float x = wide(g[i]);
+                    v[i] = wide(l[i]) * x * gelu(x).share;
+                    sum += v[i];
+                }
+            }
+            float *v = values.data(), mean = sum / size, squares = 0.0f;
+#pragma omp simd reduction(+ : squares)
+            for (int64_t i = 0; i < size; i++) squares += (v[i] - mean) * (v[i] - mean);
+            float inverse_std = 1.0f / std::sqrt(squares / size + eps);
+            bf16* out = normalised + row * size;
+#pragma omp simd
+            for (int64_t i = 0; i < size; i++) out[i] = narrow((v[i] - mean) * inverse_std);
+            means[row] = mean;
+            inverse_stds[row] = inverse_std;
+        }
+    }
+}
+
+template <Gelu (*gelu)(float)>
+void backward(const bf16* grad, const bf16* linear, const bf16* gate, const float* means, const float* inverse_stds,
+              bf16* grad_linear, bf16* grad_gate, bf16* normalised, int64_t rows, int64_t groups, int64_t width,
+              int64_t linear_row, int64_t linear_group, int64_t gate_row, int64_t grad_linear_row,
+              int64_t grad_linear_group, int64_t grad_gate_row) {
+    const int64_t size = groups * width;
+#pragma omp parallel
+    {
+        std::vector<float> memory(3 * size);
+        float *shares = memory.data(), *slopes = shares + size, *values = slopes + size;
+#pragma omp for
+        for (int64_t row = 0; row < rows; row++) {
+            const float mean = means[row], inverse_std = inverse_stds[row];
+            float sum = 0.0f, along = 0.0f;
+            for (int64_t group = 0; group < groups; group++) {
+                const bf16 *l = linear + row * linear_row + group * linear_group, *g = gate + row * gate_row + group * width;
+                const bf16* dy = grad + row * size + group * width;
+                bf16* out = normalised + row * size + group * width;
+                float *share = shares + group * width, *slope = slopes + group * width, *value = values + group * width;
+#pragma omp simd reduction(+ : sum, along)
+                for (int64_t i = 0; i < width; i++) {
+                    float x = wide(g[i]);
+                    Gelu activation = gelu(x);
+                    share[i] = x * activation.share;
+                    slope[i] = activation.slope;
+                    value[i] = (wide(l[i]) * share[i] - mean) * inverse_std;
+                    out[i] = narrow(value[i]);
+                    sum += wide(dy[i]);
+                    along += wide(dy[i]) * value[i];
+                }
+            }
+            sum /= size;
+            along /= size;
+            for (int64_t group = 0; group < groups; group++) {
+                const bf16 *l = linear + row * linear_row + group * linear_group, *dy = grad + row * size + group * width;
+                bf16* dl = grad_linear + row * grad_linear_row + group * grad_linear_group;
+                bf16* dg = grad_gate + row * grad_gate_row + group * width;
+                float *share = shares + group * width, *slope = slopes + group * width, *value = values + group * width;
+#pragma omp simd
+                for (int64_t i = 0; i < width; i++) {
+                    float product = inverse_std * (wide(dy[i]) - sum - value[i] * along);
+                    dl[i] = narrow(product * share[i]);
+                    dg[i] = narrow(product * wide(l[i]) * slope[i]);
+                }
+            }
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" void gated_norm(const bf16* linear, const bf16* gate, bf16* normalised, float* means, float* inverse_stds,
+                           int64_t rows, int64_t groups, int64_t width, int64_t linear_row, int64_t linear_group,
+                           int64_t gate_row, int64_t is_tanh, float eps) {
+    (is_tanh ? forward<gelu_tanh> : forward<gelu_exact>)(linear, gate, normalised, means, inverse_stds, rows, groups,
+                                                         width, linear_row, linear_group, gate_row, eps);
+}
+
+extern "C" void gated_norm_backward(const bf16* grad, const bf16* linear, const bf16* gate, const float* means,
+                                    const float* inverse_stds, bf16* grad_linear, bf16* grad_gate, bf16* normalised,
+                                    int64_t rows, int64_t groups, int64_t width, int64_t linear_row,
+                                    int64_t linear_group, int64_t gate_row, int64_t grad_linear_row,
+                                    int64_t grad_linear_group, int64_t grad_gate_row, int64_t is_tanh) {
+    (is_tanh ? backward<gelu_tanh> : backward<gelu_exact>)(
+        grad, linear, gate, means, inverse_stds, grad_linear, grad_gate, normalised, rows, groups, width, linear_row,
+        linear_group, gate_row, grad_linear_row, grad_linear_group, grad_gate_row);
+}
