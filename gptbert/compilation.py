@@ -14,7 +14,7 @@ from gptbert.errors import InputError
 from kernels import cpp
 
 # of what a forward keeps for the backward, the share that may stay; the rest is what is cheap to compute again
-_ACTIVATION_MEMORY = 0.8
+_ACTIVATION_MEMORY = 1.0
 
 
 def compile_blocks(blocks: nn.ModuleList) -> None:

@@ -37,8 +37,10 @@ struct Dropout {
     Dropout(const int32_t* seeds, int64_t limit, float scale)
         : seed(seeds ? seeds[0] : 0), second(seeds ? seeds[1] : 0), limit(limit), scale(scale) {}
 
-    inline float kept(uint32_t place) const {
-        return static_cast<int32_t>(random_word(place, seed, second)) >= limit ? scale : 0.0f;
+    // of an entry, 0 or `scale`
+    inline float factor(uint32_t place) const {
+        int32_t word = static_cast<int32_t>(random_word(place, seed, second));
+        return scale * static_cast<float>(word >= limit);
     }
 };
 
@@ -99,7 +101,7 @@ extern "C" void attention_weights(const bf16* scores, const bf16* by_query, cons
                 bf16* out = dropped + place;
 #pragma omp simd
                 for (int64_t j = 0; j < length; j++)
-                    out[j] = narrow(wide(probability[j]) * dropout.kept(static_cast<uint32_t>(place + j)));
+                    out[j] = narrow(wide(probability[j]) * dropout.factor(static_cast<uint32_t>(place + j)));
             }
         }
     }
@@ -127,7 +129,7 @@ extern "C" void attention_weights_backward(const bf16* grad, const bf16* probabi
                     bf16* out = dropped + place;
 #pragma omp simd reduction(+ : sum)
                     for (int64_t j = 0; j < length; j++) {
-                        float weight = wide(probability[j]) * dropout.kept(static_cast<uint32_t>(place + j));
+                        float weight = wide(probability[j]) * dropout.factor(static_cast<uint32_t>(place + j));
                         out[j] = narrow(weight);
                         row[j] = weight * wide(incoming[j]);
                         sum += row[j];

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from kernels import cpp
 
+PIECE = 1024  # entries that stand side by side, as in kernel.cpp
+
 
 def buffer(capacity: int, like: Tensor, *, compiled: bool) -> Tensor:
-    """[capacity, N]: memory for representations of N entries each.
+    """Memory for representations of N entries each: [capacity, N], or for C++ kernels [⌈N/PIECE⌉, capacity, PIECE].
 
     Args:
         capacity: how many.
@@ -21,7 +23,9 @@ def buffer(capacity: int, like: Tensor, *, compiled: bool) -> Tensor:
     device = like.device.type
     mixed = like.dtype == torch.float32 and torch.is_autocast_enabled(device)
     narrow = compiled and device == "cpu" and mixed and torch.get_autocast_dtype(device) == torch.bfloat16
-    return like.new_empty(capacity, like.numel(), dtype=torch.bfloat16 if narrow and cpp.is_loaded() else like.dtype)
+    if narrow and cpp.is_loaded():
+        return like.new_empty(-(-like.numel() // PIECE), capacity, PIECE, dtype=torch.bfloat16)
+    return like.new_empty(capacity, like.numel())
 
 
 def depth_mix(values: Tensor, newest: Tensor, alpha: Tensor) -> Tensor:
@@ -38,7 +42,7 @@ def depth_mix(values: Tensor, newest: Tensor, alpha: Tensor) -> Tensor:
     depth = len(alpha) - 1
     mixed = newest.new_empty(newest.shape)  # no view: FSDP hangs a hook on it
     if values.dtype != newest.dtype:
-        cpp.call("depth_mix", (values, newest.contiguous(), alpha.contiguous(), mixed, depth, newest.numel()))
+        cpp.call("depth_mix", (values, newest.contiguous(), alpha.contiguous(), mixed, depth, values.shape[1], newest.numel()))
         return mixed
     values[depth] = newest.flatten()
     if depth == 0:
