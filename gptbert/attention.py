@@ -6,6 +6,7 @@ distinct.
 
 import math
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptbert.config import ModelConfig
@@ -47,9 +48,10 @@ class Attention(nn.Module):
         """
         relative_seed, probability_seed, output_seed = (None,) * SEEDS if seeds is None else seeds.unbind()
         normalised = self.input_norm(hidden_states)
-        query, key = self.query_key(normalised).chunk(2, dim=-1)
-        value, gate = self.value_gate(normalised).chunk(2, dim=-1)
-        position_query, position_key = self.query_key(self.dropout(relative, relative_seed)).chunk(2, dim=-1)
+        query, key = self._query_key(normalised)
+        value_gate = F.linear(normalised, self.value_gate.weight)
+        value, gate = add_bias(value_gate, self.value_gate.bias).chunk(2, dim=-1)
+        position_query, position_key = self._query_key(self.dropout(relative, relative_seed))
         query, position_query = query * self.scale, position_query * self.scale
         query, key, value = (self.heads(x) for x in (query, key, value))  # [H, B, T, d]
         position_query, position_key = (self.heads(x) for x in (position_query, position_key))  # [H, P, d]
@@ -64,9 +66,18 @@ class Attention(nn.Module):
             probability_seed,
             self.attention_dropout_prob if self.training else 0.0,
         )  # [H, B, T, d]
-        output = gated_product(gate, context, self.output.weight, self.output.bias, approximate="none", eps=self.eps)
-        return hidden_states + self.dropout(output, output_seed)
+        output = gated_product(gate, context, self.output.weight, approximate="none", eps=self.eps)
+        return hidden_states + self.dropout(add_bias(output, self.output.bias), output_seed)
+
+    def _query_key(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[..., D] to two of that."""
+        return add_bias(F.linear(x, self.query_key.weight), self.query_key.bias).chunk(2, dim=-1)
 
     def heads(self, x: Tensor) -> Tensor:
-        """[..., D] to [H, ..., d]."""
-        return x.unflatten(-1, (self.num_heads, -1)).movedim(-2, 0)
+        """[..., D] to [H, ..., d], copied once, so that all products read it as it lies."""
+        return x.unflatten(-1, (self.num_heads, -1)).movedim(-2, 0).contiguous()
+
+
+def add_bias(product: Tensor, bias: Tensor) -> Tensor:
+    """The rest of a linear layer, for compiled code to fuse into the next pass; a library copies it to all rows first."""
+    return product + bias.to(product.dtype)

@@ -210,7 +210,7 @@ class FeedForward(nn.Module):
     def forward(self, hidden_states: Tensor, seed: Tensor | None) -> Tensor:
         """X [B, T, D] to x + feed_forward(x)."""
         gate = self.up(self.input_norm(hidden_states))
-        output = gated_product(gate, None, self.down.weight, None, approximate="tanh", eps=self.eps)
+        output = gated_product(gate, None, self.down.weight, approximate="tanh", eps=self.eps)
         return hidden_states + self.dropout(output, seed)
 
 

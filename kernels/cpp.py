@@ -17,6 +17,8 @@ from kernels.backend import chosen_by_name
 
 _FLAGS = ("-ftree-loop-vectorize", "-ffp-contract=fast")  # torch.compile writes vectors itself, these are loops
 
+TAGS = (torch.Tag.flexible_layout,)  # of operations: they take tensors however they lie, so that none is copied before
+
 _is_loaded = False
 
 

@@ -7,7 +7,7 @@ from kernels import cpp
 from kernels.dropout import limit
 
 
-@torch.library.custom_op("kernels::attention_weights", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("kernels::attention_weights", mutates_args=(), device_types="cpu", tags=cpp.TAGS)
 def attention_weights(
     scores: Tensor,
     by_query: Tensor,
@@ -32,7 +32,7 @@ def _(scores, by_query, by_key, buckets, mask, seed, dropout_prob):
     return _weights(scores, seed)
 
 
-@torch.library.custom_op("kernels::attention_weights_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("kernels::attention_weights_backward", mutates_args=(), device_types="cpu", tags=cpp.TAGS)
 def attention_weights_backward(
     grad: Tensor,
     probabilities: Tensor,

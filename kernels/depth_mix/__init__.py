@@ -42,7 +42,10 @@ def depth_mix(values: Tensor, newest: Tensor, alpha: Tensor) -> Tensor:
     depth = len(alpha) - 1
     mixed = newest.new_empty(newest.shape)  # no view: FSDP hangs a hook on it
     if values.dtype != newest.dtype:
-        cpp.call("depth_mix", (values, newest.contiguous(), alpha.contiguous(), mixed, depth, values.shape[1], newest.numel()))
+        cpp.call(
+            "depth_mix",
+            (values, newest.contiguous(), alpha.contiguous(), mixed, depth, values.shape[1], newest.numel()),
+        )
         return mixed
     values[depth] = newest.flatten()
     if depth == 0:

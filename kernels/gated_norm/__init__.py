@@ -14,7 +14,6 @@ def gated_product(
     gate: Tensor,
     linear: Tensor | None,
     weight: Tensor,
-    bias: Tensor | None,
     *,
     approximate: Literal["none", "tanh"],
     eps: float,
@@ -25,7 +24,6 @@ def gated_product(
         gate: [B, T, D]; without `linear` [B, T, 2D], that and the gate side by side.
         linear: [H, B, T, d], D = H·d, or None.
         weight: [E, D].
-        bias: [E], or None.
         approximate: as of torch.nn.functional.gelu.
         eps: of LayerNorm.
 
@@ -33,26 +31,24 @@ def gated_product(
         [B, T, E].
     """
     if cpp.serve(gate):
-        return _GatedProduct.apply(gate, linear, weight, bias, approximate == "tanh", eps)
+        return _GatedProduct.apply(gate, linear, weight, approximate == "tanh", eps)
     if linear is None:
         linear, gate = gate.chunk(2, dim=-1)
     else:
         linear = linear.permute(1, 2, 0, 3).flatten(2)  # [B, T, D]
-    return F.linear(reference.gated_norm(linear, gate, approximate, eps), weight, bias)
+    return F.linear(reference.gated_norm(linear, gate, approximate, eps), weight)
 
 
 class _GatedProduct(torch.autograd.Function):
     """Keeps what comes in, and computes the normalised product again: it is the largest of a block's tensors."""
 
     @staticmethod
-    def forward(
-        ctx: Any, gate: Tensor, linear: Tensor | None, weight: Tensor, bias: Tensor | None, is_tanh: bool, eps: float
-    ) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, linear: Tensor | None, weight: Tensor, is_tanh: bool, eps: float) -> Tensor:
         normalised, mean, inverse_std = op.gated_norm(gate, linear, is_tanh, eps)
         narrow = weight.to(gate.dtype)
         ctx.save_for_backward(gate, linear, narrow, mean, inverse_std)
-        ctx.is_tanh, ctx.dtype, ctx.has_bias = is_tanh, weight.dtype, bias is not None
-        return F.linear(normalised, narrow, None if bias is None else bias.to(gate.dtype))
+        ctx.is_tanh, ctx.dtype = is_tanh, weight.dtype
+        return F.linear(normalised, narrow)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -60,7 +56,5 @@ class _GatedProduct(torch.autograd.Function):
         of_gate, of_linear, normalised = op.gated_norm_backward(
             grad @ weight, gate, linear, mean, inverse_std, ctx.is_tanh
         )
-        rows = grad.flatten(0, -2)
-        of_weight = (rows.T @ normalised.flatten(0, -2)).to(ctx.dtype)
-        of_bias = rows.sum(dim=0, dtype=ctx.dtype) if ctx.has_bias else None
-        return of_gate, None if linear is None else of_linear, of_weight, of_bias, None, None
+        of_weight = (grad.flatten(0, -2).T @ normalised.flatten(0, -2)).to(ctx.dtype)
+        return of_gate, None if linear is None else of_linear, of_weight, None, None

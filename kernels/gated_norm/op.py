@@ -6,7 +6,7 @@ from torch import Tensor
 from kernels import cpp
 
 
-@torch.library.custom_op("kernels::gated_norm", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("kernels::gated_norm", mutates_args=(), device_types="cpu", tags=cpp.TAGS)
 def gated_norm(gate: Tensor, linear: Tensor | None, is_tanh: bool, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """LayerNorm(linear · GELU(gate)), in bf16.
 
@@ -30,7 +30,7 @@ def _(gate, linear, is_tanh, eps):
     return _normalised(gate, linear)
 
 
-@torch.library.custom_op("kernels::gated_norm_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("kernels::gated_norm_backward", mutates_args=(), device_types="cpu", tags=cpp.TAGS)
 def gated_norm_backward(
     grad: Tensor, gate: Tensor, linear: Tensor | None, mean: Tensor, inverse_std: Tensor, is_tanh: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
