@@ -52,15 +52,12 @@ class Attention(nn.Module):
         value_gate = F.linear(normalised, self.value_gate.weight)
         value, gate = add_bias(value_gate, self.value_gate.bias).chunk(2, dim=-1)
         position_query, position_key = self._query_key(self.dropout(relative, relative_seed))
-        query, position_query = query * self.scale, position_query * self.scale
-        query, key, value = (self.heads(x) for x in (query, key, value))  # [H, B, T, d]
-        position_query, position_key = (self.heads(x) for x in (position_query, position_key))  # [H, P, d]
-        rows = query.shape[1:3]  # heads first, so that each head's product with the positions is one for all rows
         context = attention_context(
-            query @ key.transpose(-2, -1),  # [H, B, T, T]
-            (query.flatten(1, 2) @ position_key.transpose(-2, -1)).unflatten(1, rows),  # [H, B, T, P]
-            (position_query @ key.flatten(1, 2).transpose(-2, -1)).unflatten(2, rows),  # [H, P, B, T]
-            value,
+            self.heads(query * self.scale),  # [H, B, T, d]
+            self.heads(key),
+            self.heads(position_query * self.scale),  # [H, P, d]
+            self.heads(position_key),
+            self.heads(value),
             buckets,
             mask,
             probability_seed,

@@ -59,5 +59,5 @@ def compiling() -> Iterator[None]:
 
 def any_number_of_rows(tensor: Tensor) -> Tensor:
     """Tell torch.compile that the first dimension is another one at the next call, and may be 1; returns the tensor."""
-    torch._dynamo.decorators.mark_unbacked(tensor, 0)
+    torch._dynamo.decorators.mark_unbacked(tensor, 0, min=1)
     return tensor

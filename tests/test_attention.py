@@ -13,10 +13,10 @@ BUCKETS = 2 * TINY.position_bucket_size - 1
 SEED = torch.tensor([77, -5], dtype=torch.int32)
 
 
-def plain(scores, by_query, by_key, value, buckets, mask, seed, dropout_prob):
-    length = scores.shape[-1]
-    position = torch.arange(length)
-    scores = scores + by_query[:, :, position[:, None], buckets] + by_key.transpose(1, 2)[:, :, buckets, position[None, :]]
+def plain(query, key, position_query, position_key, value, buckets, mask, seed, dropout_prob):
+    scores = query @ key.mT
+    scores = scores + torch.einsum("hbid,hijd->hbij", query, position_key[:, buckets])
+    scores = scores + torch.einsum("hijd,hbjd->hbij", position_query[:, buckets], key)
     exponentials = (scores - scores.detach().amax(-1, keepdim=True)).exp() * mask
     total = exponentials.sum(-1, keepdim=True)
     probabilities = exponentials / torch.where(total > 0, total, 1)
@@ -25,7 +25,7 @@ def plain(scores, by_query, by_key, value, buckets, mask, seed, dropout_prob):
 
 def arguments(length=11, dtype=torch.float64):
     generator = torch.Generator().manual_seed(1)
-    shapes = [(2, 2, length, length), (2, 2, length, BUCKETS), (2, BUCKETS, 2, length), (2, 2, length, 8)]
+    shapes = [(3, 2, length, 8), (3, 2, length, 8), (3, BUCKETS, 8), (3, BUCKETS, 8), (3, 2, length, 8)]
     tensors = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
     documents = torch.tensor([[0] * 4 + [1] * (length - 4), [0] * (length - 3) + [-1] * 3])
     return [tensor.requires_grad_() for tensor in tensors], documents
@@ -60,4 +60,4 @@ def test_only_the_probabilities_are_kept():
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda t: t):
         mask = attention_mask(documents, causal=False)
         attention_context(*tensors, GPTBert(TINY).position_buckets(11), mask, SEED, 0.1)
-    assert [shape for shape in kept if shape[-2:] == (11, 11) and len(shape) == 4] == [(2, 2, 11, 11)]
+    assert [shape for shape in kept if shape[-2:] == (11, 11) and len(shape) == 4] == [(3, 2, 11, 11)]
