@@ -13,6 +13,7 @@ from gptbert.config import ModelConfig
 from gptbert.dropout import Dropout
 from gptbert.norm import InputNorm
 from kernels.attention_context import attention_context
+from kernels.column_sums import add_bias
 from kernels.gated_norm import gated_product
 
 SEEDS = 3  # of dropout, for each attention
@@ -73,8 +74,3 @@ class Attention(nn.Module):
     def heads(self, x: Tensor) -> Tensor:
         """[..., D] to [H, ..., d], copied once, so that all products read it as it lies."""
         return x.unflatten(-1, (self.num_heads, -1)).movedim(-2, 0).contiguous()
-
-
-def add_bias(product: Tensor, bias: Tensor) -> Tensor:
-    """The rest of a linear layer, for compiled code to fuse into the next pass; a library copies it to all rows first."""
-    return product + bias.to(product.dtype)

@@ -15,6 +15,8 @@ from kernels import cpp
 
 # of what a forward keeps for the backward, the share that may stay; the rest is what is cheap to compute again
 _ACTIVATION_MEMORY = 1.0
+# shapes and places of tensors are not looked at again at each call, of which there are a hundred in a step
+_OPTIONS = dict.fromkeys(("size_asserts", "alignment_asserts", "scalar_asserts"), False)
 
 
 def compile_blocks(blocks: nn.ModuleList) -> None:
@@ -35,8 +37,8 @@ def compile_blocks(blocks: nn.ModuleList) -> None:
         cpp.load()
     for block in blocks:
         block.is_compiled = True
-        block.attention.compile(fullgraph=True, dynamic=False)
-        block.feed_forward.compile(fullgraph=True, dynamic=False)
+        for sub_layer in (block.attention, block.feed_forward):
+            sub_layer.compile(fullgraph=True, dynamic=False, options=_OPTIONS)
 
 
 @contextmanager

@@ -6,6 +6,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from kernels.column_sums import column_sums
+from kernels.masked_cross_entropy import cpp_rows
 from kernels.masked_cross_entropy import rows as torch_rows
 from kernels.padding import PADDING, padded_length, rounded_rows
 
@@ -123,7 +125,8 @@ def masked_cross_entropy(
         if needs_weight:
             _accumulate_product(grad_weight, gradient.T, states, product, is_first=first == 0)
         if needs_bias:
-            grad_bias += gradient.sum(dim=0, dtype=wide)
+            by_cpp = cpp_rows.supports(gradient)
+            grad_bias += column_sums(gradient) if by_cpp else gradient.sum(dim=0, dtype=wide)
     return sums, counts, grad_hidden, grad_weight, grad_bias
 
 
@@ -233,7 +236,7 @@ def _implementation(logits: Tensor, backend: str) -> ModuleType:
         kernel = importlib.import_module("kernels.masked_cross_entropy.kernel")
         if kernel.supports(logits):
             return kernel
-    return torch_rows
+    return cpp_rows if cpp_rows.supports(logits) else torch_rows
 
 
 def _aligned_rows(num_rows: int, row_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -1,0 +1,27 @@
+"""Rows of logits by the C++ kernel: what compiled training on a CPU uses in mixed precision."""
+
+import torch
+from torch import Tensor
+
+from kernels import cpp
+from kernels.masked_cross_entropy.rows import multiply
+
+__all__ = ["multiply", "rows", "supports"]
+
+
+def supports(logits: Tensor) -> bool:
+    """Whether `rows` takes such logits here."""
+    return cpp.is_loaded() and logits.device.type == "cpu" and logits.dtype == torch.bfloat16
+
+
+def rows(
+    logits: Tensor, labels: Tensor, gradient: Tensor | None, scale: Tensor, ignore_index: int, z_loss_weight: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `kernels.masked_cross_entropy.rows.rows`; in bf16, columns contiguous."""
+    count, classes = logits.shape
+    loss, z_loss = (logits.new_empty(count, dtype=torch.float32) for _ in range(2))
+    correct = logits.new_empty(count, dtype=torch.int32)
+    strides = (logits.stride(0), 0 if gradient is None else gradient.stride(0))
+    tensors = (logits, labels.long().contiguous(), gradient, scale.float(), loss, z_loss, correct)
+    cpp.call("cross_entropy_rows", (*tensors, ignore_index, float(z_loss_weight), count, classes, *strides))
+    return loss, z_loss, correct
