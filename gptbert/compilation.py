@@ -13,28 +13,29 @@ from torch import Tensor, nn
 from gptbert.errors import InputError
 from kernels import cpp
 
-# of what a forward keeps for the backward, the share that may stay; the rest is what is cheap to compute again
-_ACTIVATION_MEMORY = 1.0
+# of what a forward keeps for the backward, the share that may stay; the rest is what is cheap to compute again.
+# C++ kernels do so themselves, and are not cheap to run twice
+_ACTIVATION_MEMORY, _ACTIVATION_MEMORY_WITH_CPP = 0.8, 1.0
 # shapes and places of tensors are not looked at again at each call, of which there are a hundred in a step
 _OPTIONS = dict.fromkeys(("size_asserts", "alignment_asserts", "scalar_asserts"), False)
 
 
-def compile_blocks(blocks: nn.ModuleList) -> None:
+def compile_blocks(blocks: nn.ModuleList, *, mixed_precision: bool = True) -> None:
     """Compile the attention and the feed-forward of each block, in place; parameters keep their names.
 
     All blocks share two graphs, since compiled code takes parameters as arguments. What stands between them, the layer
     weighting, is one library call; the head and the loss see another number of labels at each step. Compilation happens
     at the first forward and backward of each row length, and at the first forward in evaluation; never for another
     number of rows (see `any_number_of_rows`) or the other objective. Code for any row length was a tenth slower.
-    Inductor keeps what it made on the disk, so that the next run starts in seconds (the environment's
+    On a CPU in mixed precision, C++ kernels serve what Inductor makes many passes of (`kernels.cpp`), unless a backend
+    was chosen by name. Inductor keeps what it made on the disk, so that the next run starts in seconds (the environment's
     TORCHINDUCTOR_CACHE_DIR names the folder).
     """
     # the masks of dropout are drawn again in the backward: to write and read them takes ten times as long on a CPU
     config = importlib.import_module("torch._functorch.config")
     config.ban_recompute_long_fusible_chains = False
-    config.activation_memory_budget = _ACTIVATION_MEMORY
-    if next(blocks.parameters()).device.type == "cpu":
-        cpp.load()
+    by_cpp = mixed_precision and next(blocks.parameters()).device.type == "cpu" and cpp.load()
+    config.activation_memory_budget = _ACTIVATION_MEMORY_WITH_CPP if by_cpp else _ACTIVATION_MEMORY
     for block in blocks:
         block.is_compiled = True
         for sub_layer in (block.attention, block.feed_forward):
@@ -49,9 +50,14 @@ def compiling() -> Iterator[None]:
         InputError: the model cannot be compiled here.
     """
     errors = importlib.import_module("torch._dynamo.exc")
+    inductor_errors = importlib.import_module("torch._inductor.exc")
     try:
         yield
-    except errors.TorchDynamoException as error:
+    except (
+        errors.TorchDynamoException,
+        inductor_errors.InvalidCxxCompiler,
+        inductor_errors.CppCompileError,
+    ) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"--compile: the model cannot be compiled here ({reason}); on CPUs that takes a C++ compiler; "

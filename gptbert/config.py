@@ -220,9 +220,10 @@ class TrainConfig:
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: a GPU where there is one."""
     kernels: Literal["auto", "torch", "triton"] = "auto"
-    """Implementation of cross-entropy, masking and LAMB. auto: Triton on a GPU, PyTorch elsewhere."""
+    """Implementation of cross-entropy, masking and LAMB. auto: Triton on a GPU, PyTorch elsewhere, with C++ kernels for
+    compiled blocks on a CPU in mixed precision. torch: PyTorch alone."""
     kernel_check: Literal["on", "off"] = "on"
-    """on: before the first step, compare Triton's kernels with their references on this device (seconds)."""
+    """on: before the first step, compare the kernels with their references on this device (seconds)."""
     cpu_threads: int = 0
     """Threads per process on the CPU, whatever OMP_NUM_THREADS says; 0 divides this machine's cores among its
     processes."""

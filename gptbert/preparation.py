@@ -11,6 +11,7 @@ from gptbert.distributed import World
 from gptbert.errors import InputError
 from gptbert.hardware import hardware_name
 from gptbert.json_file import write_json
+from kernels import cpp
 from kernels.backend import choose_backend, set_default_backend
 from kernels.check import first_failure, run_checks
 
@@ -32,6 +33,18 @@ def prepare_kernels(config: TrainConfig, world: World) -> str:
     if backend == "triton" and config.kernel_check == "on" and (failure := first_failure(run_checks(world.device))):
         raise InputError(failure)
     return backend
+
+
+def check_cpp_kernels(config: TrainConfig) -> None:
+    """See that the C++ kernels, where compiled blocks use them, compute what they should.
+
+    Raises:
+        InputError: one differs from its reference.
+    """
+    if cpp.is_loaded() and config.kernel_check == "on":
+        failure = first_failure(run_checks(torch.device("cpu"), "cpp"))
+        if failure:
+            raise InputError(failure)
 
 
 def prepare_run_dir(config: TrainConfig, model_config: ModelConfig, world: World, backend: str) -> None:

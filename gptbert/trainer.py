@@ -26,7 +26,7 @@ from gptbert.micro_batch import micro_batch_rows
 from gptbert.model import GPTBert
 from gptbert.objectives import Batch, HybridPlan, Objective
 from gptbert.optim import WeightAverage, build_optimizer, update_weights
-from gptbert.preparation import prepare_kernels, prepare_run_dir
+from gptbert.preparation import check_cpp_kernels, prepare_kernels, prepare_run_dir
 from gptbert.progress import brief, introduce, progress_bar, say
 from gptbert.samples import Samples
 from gptbert.sharding import let_go, load_moments, load_weights, new_moments, shard, shard_size, whole
@@ -123,8 +123,10 @@ class Trainer:
         self.ema = WeightAverage(self.model, config.ema_decay)
         self.is_compiled = config.compile and self._is_long_enough_to_compile()
         if self.is_compiled:
-            for model in (self.model, self.ema.model):
-                compile_blocks(model.blocks)
+            with compiling():
+                for model in (self.model, self.ema.model):
+                    compile_blocks(model.blocks, mixed_precision=config.mixed_precision)
+            check_cpp_kernels(config)
         if is_sharded:
             shard([self.model, self.ema.model], config, world)
         self.parallel_model = world.wrap(self.model)

@@ -8,8 +8,9 @@ import importlib.util
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -17,8 +18,9 @@ import tyro
 
 from kernels.backend import interpreted
 from kernels.configuration import OPERATIONS
+from kernels.numerics import Comparison
 
-WAY_ON = "--kernels torch, or KERNELS_BACKEND=torch in the environment, trains without Triton's kernels"
+WAY_ON = "--kernels torch, or KERNELS_BACKEND=torch in the environment, trains without these kernels"
 
 
 @dataclass(frozen=True)
@@ -55,14 +57,16 @@ def run_checks(device: torch.device, backend: str = "triton") -> list[Row]:
 
     Args:
         device: where the kernels run.
-        backend: the implementation to check; see `kernels.backend`.
+        backend: the implementation to check; see `kernels.backend`, or "cpp" for the kernels in C++.
 
     Returns:
         A row a comparison. Whatever a check raises becomes a row that failed, so that this never raises.
     """
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):  # a run must not depend on whether it was checked
-        return [row for op in OPERATIONS for row in _check(op, device, backend)]
+        if backend == "cpp":
+            return list(_check("cpp", lambda: importlib.import_module("kernels.cpp_check").comparisons()))
+        return [row for op in OPERATIONS for row in _check(op, partial(_comparisons, op, device, backend))]
 
 
 def first_failure(rows: Sequence[Row]) -> str | None:
@@ -71,12 +75,15 @@ def first_failure(rows: Sequence[Row]) -> str | None:
     return None if failed is None else f"kernel check failed: {failed}; {WAY_ON}"
 
 
-def _check(op: str, device: torch.device, backend: str) -> Iterator[Row]:
+def _comparisons(op: str, device: torch.device, backend: str) -> Iterator[Comparison]:
+    yield from importlib.import_module(f"kernels.{op}.check").comparisons(device, backend)
+
+
+def _check(op: str, comparisons: Callable[[], Iterator[Comparison]]) -> Iterator[Row]:
     start = time.perf_counter()
     try:
-        module = importlib.import_module(f"kernels.{op}.check")
         compared = 0
-        for result in module.comparisons(device, backend):
+        for result in comparisons():
             end = time.perf_counter()
             yield Row(op, result.name, result.error, result.bound, end - start)
             start, compared = time.perf_counter(), compared + 1
@@ -94,8 +101,8 @@ class CheckConfig:
 
     device: str | None = None
     """Where; by default the GPU, if there is one. On the CPU, Triton's kernels run in its interpreter."""
-    backend: Literal["triton", "torch"] = "triton"
-    """Which implementation."""
+    backend: Literal["triton", "torch", "cpp"] = "triton"
+    """Which implementation. cpp: the kernels in C++ that compiled runs on CPUs use."""
 
 
 def main() -> None:
