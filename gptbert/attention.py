@@ -49,10 +49,13 @@ class Attention(nn.Module):
         """
         relative_seed, probability_seed, output_seed = (None,) * SEEDS if seeds is None else seeds.unbind()
         normalised = self.input_norm(hidden_states)
-        query, key = self._query_key(normalised)
+        # narrowed once for both of their uses, whose gradients then add up before they widen
+        weight, bias = (param.to(normalised.dtype) for param in (self.query_key.weight, self.query_key.bias))
+        query, key = add_bias(F.linear(normalised, weight), bias).chunk(2, dim=-1)
         value_gate = F.linear(normalised, self.value_gate.weight)
         value, gate = add_bias(value_gate, self.value_gate.bias).chunk(2, dim=-1)
-        position_query, position_key = self._query_key(self.dropout(relative, relative_seed))
+        relative = self.dropout(relative, relative_seed)
+        position_query, position_key = add_bias(F.linear(relative, weight), bias).chunk(2, dim=-1)
         context = attention_context(
             self.heads(query * self.scale),  # [H, B, T, d]
             self.heads(key),
@@ -66,10 +69,6 @@ class Attention(nn.Module):
         )  # [H, B, T, d]
         output = gated_product(gate, context, self.output.weight, approximate="none", eps=self.eps)
         return hidden_states + self.dropout(add_bias(output, self.output.bias), output_seed)
-
-    def _query_key(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[..., D] to two of that."""
-        return add_bias(F.linear(x, self.query_key.weight), self.query_key.bias).chunk(2, dim=-1)
 
     def heads(self, x: Tensor) -> Tensor:
         """[..., D] to [H, ..., d], copied once, so that all products read it as it lies."""

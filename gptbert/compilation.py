@@ -16,8 +16,6 @@ from kernels import cpp
 # of what a forward keeps for the backward, the share that may stay; the rest is what is cheap to compute again.
 # C++ kernels do so themselves, and are not cheap to run twice
 _ACTIVATION_MEMORY, _ACTIVATION_MEMORY_WITH_CPP = 0.8, 1.0
-# shapes and places of tensors are not looked at again at each call, of which there are a hundred in a step
-_OPTIONS = dict.fromkeys(("size_asserts", "alignment_asserts", "scalar_asserts"), False)
 
 
 def compile_blocks(blocks: nn.ModuleList, *, mixed_precision: bool = True) -> None:
@@ -28,18 +26,21 @@ def compile_blocks(blocks: nn.ModuleList, *, mixed_precision: bool = True) -> No
     at the first forward and backward of each row length, and at the first forward in evaluation; never for another
     number of rows (see `any_number_of_rows`) or the other objective. Code for any row length was a tenth slower.
     On a CPU in mixed precision, C++ kernels serve what Inductor makes many passes of (`kernels.cpp`), unless a backend
-    was chosen by name. Inductor keeps what it made on the disk, so that the next run starts in seconds (the environment's
-    TORCHINDUCTOR_CACHE_DIR names the folder).
+    was chosen by name. Inductor keeps what it made on the disk, so that the next run starts in seconds (the
+    environment's TORCHINDUCTOR_CACHE_DIR names the folder).
     """
     # the masks of dropout are drawn again in the backward: to write and read them takes ten times as long on a CPU
     config = importlib.import_module("torch._functorch.config")
     config.ban_recompute_long_fusible_chains = False
     by_cpp = mixed_precision and next(blocks.parameters()).device.type == "cpu" and cpp.load()
     config.activation_memory_budget = _ACTIVATION_MEMORY_WITH_CPP if by_cpp else _ACTIVATION_MEMORY
+    # shapes and places of tensors are not looked at again at each call, of which there are a hundred in a step
+    inductor = importlib.import_module("torch._inductor.config")
+    inductor.size_asserts = inductor.alignment_asserts = inductor.scalar_asserts = False
     for block in blocks:
         block.is_compiled = True
         for sub_layer in (block.attention, block.feed_forward):
-            sub_layer.compile(fullgraph=True, dynamic=False, options=_OPTIONS)
+            sub_layer.compile(fullgraph=True, dynamic=False)
 
 
 @contextmanager

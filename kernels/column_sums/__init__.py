@@ -43,4 +43,5 @@ class _AddBias(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return grad, column_sums(grad.flatten(0, -2)).to(ctx.dtype)
+        # rounded as PyTorch's own is, so that weights that travel in two bytes, as FSDP's do, learn the same
+        return grad, column_sums(grad.flatten(0, -2)).to(grad.dtype).to(ctx.dtype)
