@@ -55,6 +55,22 @@ def test_probabilities_and_gradients_are_as_accurate_as_pytorch(table, length, r
         assert_accurate(actual, *expected, name=name)
 
 
+def test_a_bucket_may_hold_distances_that_are_apart():
+    position = torch.arange(29)
+    buckets = (position[:, None] - position).abs() // 3 % BUCKETS
+    scores, mask, grad = make_case(29)
+    rest = buckets, mask, None, 0.0
+    exact = reference.attention_weights(*wide(scores), *rest)[0]
+    assert_accurate(attention_weights(*scores, *rest)[0], exact, exact.bfloat16())
+    probabilities, rest = exact.bfloat16(), (buckets, BUCKETS, None, 0.0)
+    by_query, by_key = attention_weights_backward(grad, probabilities, *rest)[1:3]
+    of_scores = reference.attention_weights_backward(*wide([grad, probabilities]), *rest)[0]
+    for actual, index, of_each in ((by_query, buckets, of_scores), (by_key, buckets.mT, of_scores.mT)):
+        exact = of_scores.new_zeros(2, 3, 29, BUCKETS).scatter_add(-1, index.expand_as(of_each), of_each)
+        exact = exact if actual is by_query else exact.permute(0, 3, 1, 2)
+        assert_accurate(actual, exact, exact.bfloat16())
+
+
 def test_scores_so_large_that_one_key_takes_all(table):
     scores, mask, _ = make_case(45, size=300.0)
     rest = table(45), mask, None, 0.0

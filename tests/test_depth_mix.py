@@ -112,6 +112,13 @@ def test_what_is_not_a_number_stays_in_its_place():
     assert of_alpha.isnan().all()
 
 
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7F800001, -1])
+def test_whatever_its_bits_it_is_kept_as_no_number(bits):
+    values, newest = make_values(torch.zeros(CAPACITY, 3).bfloat16()), torch.full((3,), bits, dtype=torch.int32)
+    depth_mix(values, newest.view(torch.float32), torch.ones(1))
+    assert values[0, 0, :3].isnan().all()
+
+
 @pytest.mark.parametrize("size", [3, 5 * PIECE + 77])
 def test_two_calls_and_two_threads_give_the_same_bits(size):
     """Except ∂/∂α, of which each thread has a part: there the same number of threads does."""

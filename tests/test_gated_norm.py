@@ -86,6 +86,13 @@ def test_the_activation_of_every_gate_in_bf16(is_tanh):
 
 
 @GELUS
+def test_the_slope_where_it_is_almost_zero(is_tanh):
+    """There the approximation by tanh differs by more than bf16 hides."""
+    gate, linear, grad = make_case(2, 9, 3, 20, separate=True)
+    check((torch.full_like(gate, -0.75), linear, grad), is_tanh)
+
+
+@GELUS
 @SEPARATE
 def test_what_is_not_a_number_stays_none_in_its_row_alone(is_tanh, separate):
     gate, linear, grad = make_case(2, 5, 3, 7, separate=separate)
