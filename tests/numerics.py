@@ -1,13 +1,13 @@
-"""The rule of `kernels/numerics.py` as assertions, and comparisons of lists of tensors."""
+"""The rule of `kernels/numerics.py` as assertions, comparisons of lists of tensors, and what C++ kernels are run on."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from kernels.numerics import compare, relative_error
 
-__all__ = ["assert_accurate", "close", "relative_error", "same"]
+__all__ = ["assert_accurate", "close", "on_threads", "relative_error", "same", "scattered"]
 
 
 def assert_accurate(
@@ -27,3 +27,19 @@ def close(actual: Iterable[Tensor], expected: Iterable[Tensor], tolerance: float
     """Whether all tensors are within a relative error of those expected."""
     pairs = zip(actual, expected, strict=True)
     return all(relative_error(left, right) < tolerance for left, right in pairs if left.numel())
+
+
+def scattered(tensor: Tensor) -> Tensor:
+    """The same tensor in memory where no two entries are neighbours; what stands between them is not a number."""
+    between = torch.full_like(tensor, torch.nan if tensor.is_floating_point() else 1)
+    return torch.stack([tensor, between], dim=-1)[..., 0]
+
+
+def on_threads(count: int, function: Callable, *arguments: object) -> object:
+    """What a function returns where PyTorch has so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        return function(*arguments)
+    finally:
+        torch.set_num_threads(before)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from gptbert.model import GPTBert, attention_mask
 from kernels.attention_context import attention_context
 from kernels.dropout import dropout
-from gptbert.model import GPTBert, attention_mask
 from tests.conftest import TINY
 from tests.numerics import close
 

@@ -7,9 +7,9 @@ import torch
 
 from gptbert.config import ModelConfig
 from gptbert.model import GPTBert
-from tests.conftest import TINY
 from kernels.attention_context import bucket_sums as module
 from kernels.attention_context.bucket_sums import bucket_sums
+from tests.conftest import TINY
 from tests.numerics import assert_accurate
 
 BUCKETS = 2 * TINY.position_bucket_size - 1

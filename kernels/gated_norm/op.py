@@ -63,11 +63,11 @@ def _gradients(grad: Tensor, gate: Tensor, linear: Tensor | None) -> tuple[Tenso
 def _memory(gate: Tensor, linear: Tensor | None) -> tuple[tuple[Tensor, ...], tuple[int, ...], tuple[int, ...]]:
     """Linear and gate; rows, groups and their width; strides of rows and groups of `linear`, of rows of the gate."""
     batch, length, size = gate.shape
-    if gate.stride(2) != 1 or gate.stride(0) != length * gate.stride(1):
-        gate = gate.contiguous()
+    gate = gate.flatten(0, 1)  # whose rows then have one stride, also where batch or length is 1 and theirs is any
+    gate = gate if gate.stride(1) == 1 else gate.contiguous()
     if linear is None:
         linear, gate = gate.chunk(2, dim=-1)
-        return (linear, gate), (batch * length, 1, size // 2), (gate.stride(1), 0, gate.stride(1))
+        return (linear, gate), (batch * length, 1, size // 2), (gate.stride(0), 0, gate.stride(0))
     heads, _, _, width = linear.shape
     linear = linear.contiguous()
-    return (linear, gate), (batch * length, heads, width), (width, batch * length * width, gate.stride(1))
+    return (linear, gate), (batch * length, heads, width), (width, batch * length * width, gate.stride(0))
