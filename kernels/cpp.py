@@ -48,10 +48,19 @@ def is_loaded() -> bool:
 
 @cache
 def library() -> ctypes.CDLL:
-    """All C++ kernels of this folder, compiled where that has not happened yet: in about two seconds."""
+    """All C++ kernels of this folder."""
+    return compiled(source())
+
+
+def source() -> str:
+    """That of all of them, after what they have in common."""
     folder = Path(__file__).parent
     files = [folder / "numbers.h", *sorted(folder.glob("*/kernel.cpp"))]
-    source = "\n".join(file.read_text(encoding="utf-8") for file in files)
+    return "\n".join(file.read_text(encoding="utf-8") for file in files)
+
+
+def compiled(source: str) -> ctypes.CDLL:
+    """The library, compiled where that has not happened yet: in about two seconds."""
     codecache = importlib.import_module("torch._inductor.codecache")
     return codecache.CppCodeCache.load(source, device_type="cpu", needs_vec_isa=True, extra_flags=_FLAGS)
 

@@ -1,0 +1,69 @@
+"""Planted bugs in the kernels in C++, each of which the check before a run must find."""
+
+import pytest
+
+from kernels import cpp
+from kernels.cpp_check import comparisons
+from tests.numerics import on_threads
+
+MUTANTS = {
+    "bf16 cut off": ("(bits + 0x7fff + ((bits >> 16) & 1)) >> 16", "bits >> 16"),
+    "the first bucket alone": ("buckets[-distance * length]", "buckets[0]"),
+    "buckets of the keys": (
+        "buckets[-distance * length] : buckets[distance]",
+        "buckets[-distance] : buckets[distance * length]",
+    ),
+    "other random numbers": ("0x85EBCA6Bu", "0x85EBCA6Du"),
+    "dropped and not scaled": (
+        "return scale * static_cast<float>(word >= limit)",
+        "return static_cast<float>(word >= limit)",
+    ),
+    "no score by query": ("row[j] = of_query + wide(key[j])", "row[j] = wide(key[j])"),
+    "no score by key": ("row[first] = of_query + wide(key[first])", "row[first] = of_query"),
+    "something for queries that see nothing": (" * static_cast<float>(is_visible[j])", ""),
+    "the mask of another row": ("mask + (in_batch * length + i) * length", "mask + i * length"),
+    "no divisor": ("sum == 0.0f ? 0.0f : 1.0f / sum", "1.0f"),
+    "the softmax's sum forgotten": ("row[j] -= wide(probability[j]) * sum;", ""),
+    "gradients of a query's runs overwritten": ("query[run.bucket] += total", "query[run.bucket] = total + 0.01f"),
+    "gradients of keys not kept": ("key[j] += row[j]", "key[j] = row[j]"),
+    "gelu without its cube": ("-scale * (x + cubic * x * x * x)", "-scale * x"),
+    "the tail of a positive": ("x > 0.0f ? 1.0f - tail : tail", "tail"),
+    "slope without the bell": ("share + x * bell * 0.39894228f", "share"),
+    "no mean": ("out[i] = narrow((v[i] - mean) * inverse_std)", "out[i] = narrow(v[i] * inverse_std)"),
+    "no epsilon's variance": ("squares / size + eps", "squares / (size - 1) + eps"),
+    "the gradient's mean left in": ("(wide(dy[i]) - sum - value[i] * along)", "(wide(dy[i]) - value[i] * along)"),
+    "the gradient along the norm left in": ("(wide(dy[i]) - sum - value[i] * along)", "(wide(dy[i]) - sum)"),
+    "heads mixed up": (
+        "grad_linear + row * grad_linear_row + group * grad_linear_group",
+        "grad_linear + row * grad_linear_row",
+    ),
+    "the newest without its weight": ("sum[i] = own * y[i]", "sum[i] = y[i]"),
+    "the oldest left out": ("for (int64_t m = 0; m < depth; m++) add(", "for (int64_t m = 1; m < depth; m++) add("),
+    "weights of the wrong depth": ("alphas[m * capacity + depth], n", "alphas[depth * capacity + m], n"),
+    "one product too few": (
+        "for (int64_t m = 0; m <= depth; m++) {\n                const bf16* y",
+        "for (int64_t m = 0; m < depth; m++) {\n                const bf16* y",
+    ),
+    "one thread's part": (
+        "grad_alpha[m] += parts[thread * (depth + 1) + m]",
+        "grad_alpha[m] = parts[thread * (depth + 1) + m]",
+    ),
+    "the last piece left out": ("(size + PIECE - 1) / PIECE", "size / PIECE"),
+    "the last row left out": (
+        "for (int64_t row = 0; row < rows; row++) {\n            const bf16* entries",
+        "for (int64_t row = 1; row < rows; row++) {\n            const bf16* entries",
+    ),
+    "a wrong label's loss": ("static_cast<float>(log_sum - target)", "static_cast<float>(log_sum)"),
+    "ties for everybody": ("target == 0.0f && std::none_of", "target == 0.0f || std::none_of"),
+    "no gradient of the z-loss": ("*scale * (1.0 + of_z_loss) / sum", "*scale / sum"),
+    "the label like any other": ("out[label] = narrow(", "narrow("),
+}
+
+
+@pytest.mark.parametrize(("old", "new"), MUTANTS.values(), ids=MUTANTS)
+def test_is_found(monkeypatch, old, new):
+    source = cpp.source()
+    assert source.count(old) == 1, f"{source.count(old)} times: {old}"
+    mutant = cpp.compiled(source.replace(old, new))
+    monkeypatch.setattr(cpp, "library", lambda: mutant)
+    assert not all(result.passed for result in on_threads(2, list, comparisons()))
