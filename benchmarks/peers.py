@@ -16,6 +16,8 @@ PACKAGES = {"triton": "triton", "liger": "liger_kernel", "cut_cross_entropy": "c
 
 def skip_unless_possible(impl: str) -> None:
     """Skip, with the reason, an implementation that cannot run here."""
+    if impl == "cpp" and machine.device().type != "cpu":
+        pytest.skip("cpp: kernels for CPUs")
     package = PACKAGES.get(impl)
     if package is None:
         return

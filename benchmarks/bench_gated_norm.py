@@ -1,0 +1,86 @@
+"""The gated LayerNorm of a feed-forward, forward and backward, without products: half the rows of a training step."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import machine, peers
+from benchmarks.measurement import BASELINE, Measurement
+from kernels.gated_norm import op, reference
+from kernels.numerics import Comparison, compare
+
+EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class Shape:
+    """B rows of T positions, of I entries each."""
+
+    B: int
+    T: int
+    I: int  # noqa: E741 - the paper's letter
+
+    def __str__(self) -> str:
+        return f"B={self.B} T={self.T} I={self.I}"
+
+
+SHAPES = [Shape(16, 128, 1280), Shape(16, 128, 2560)]
+TINY = Shape(1, 3, 24)
+
+
+def _reference(gate: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, T, 2I] and the gradient [B, T, I] of the result to that result and the gradient of what came in."""
+    leaf = gate.detach().requires_grad_()
+    with torch.autocast(gate.device.type, torch.bfloat16, enabled=gate.dtype == torch.bfloat16):
+        normalised = reference.gated_norm(*leaf.chunk(2, dim=-1), "tanh", EPS)
+    normalised.backward(grad)
+    return normalised.detach(), leaf.grad
+
+
+def _cpp(gate: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    normalised, mean, inverse_std = op.gated_norm(gate, None, True, EPS)
+    of_gate, _, _ = op.gated_norm_backward(grad, gate, None, mean, inverse_std, True)
+    return normalised, of_gate
+
+
+IMPLEMENTATIONS = {BASELINE: _reference, "reference_compiled": _reference, "cpp": _cpp}
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gated_norm(measurement: Measurement, impl: str, shape: Shape) -> None:
+    """In bf16; the C++ kernel also computes its result again, for the gradient of the matrix behind it."""
+    peers.skip_unless_possible(impl)
+    shape = shape if measurement.enabled else TINY
+    gate, grad = make_inputs(shape)
+    function = IMPLEMENTATIONS[impl]
+    if impl == "reference_compiled":
+        forward = measurement.compile(lambda leaf: reference.gated_norm(*leaf.chunk(2, dim=-1), "tanh", EPS))
+
+        def function(gate: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+            leaf = gate.detach().requires_grad_()
+            with torch.autocast(gate.device.type, torch.bfloat16):
+                normalised = forward(leaf)
+            normalised.backward(grad)
+            return normalised.detach(), leaf.grad
+
+    measurement.prove(proof(function(gate, grad), gate, grad))
+    measurement.time(lambda: function(gate, grad), None if impl == BASELINE else lambda: _reference(gate, grad))
+
+
+def make_inputs(shape: Shape) -> tuple[Tensor, Tensor]:
+    """Linear and gate side by side, and a gradient, in bf16."""
+    generator = torch.Generator().manual_seed(shape.I)
+    sizes = ((shape.B, shape.T, 2 * shape.I), (shape.B, shape.T, shape.I))
+    gate, grad = (torch.randn(size, generator=generator).bfloat16().to(machine.device()) for size in sizes)
+    return gate, grad
+
+
+def proof(results: tuple[Tensor, Tensor], gate: Tensor, grad: Tensor) -> Iterator[Comparison]:
+    """By the rule."""
+    exact = _reference(gate.double(), grad.double())
+    for name, *tensors in zip(("normalised", "∂gate"), results, exact, _reference(gate, grad), strict=True):
+        yield from compare(name, *tensors)
