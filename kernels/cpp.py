@@ -6,7 +6,8 @@ CPU needs a C++ compiler anyway. They take bf16, so they serve mixed precision; 
 
 import ctypes
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from kernels.backend import chosen_by_name
 
-_FLAGS = ("-ftree-loop-vectorize", "-ffp-contract=fast")  # torch.compile writes vectors itself, these are loops
+_FLAGS = ("-ftree-loop-vectorize", "-ffp-contract=fast", "-fno-math-errno")  # to make vectors of plain loops
 
 TAGS = (torch.Tag.flexible_layout,)  # of operations: they take tensors however they lie, so that none is copied before
 
@@ -46,6 +47,17 @@ def is_loaded() -> bool:
     return _is_loaded
 
 
+@contextmanager
+def serving() -> Iterator[None]:
+    """A block in which C++ kernels serve, whatever was loaded or chosen before."""
+    global _is_loaded  # noqa: PLW0603 - see `load`
+    before, _is_loaded = _is_loaded, True
+    try:
+        yield
+    finally:
+        _is_loaded = before
+
+
 @cache
 def library() -> ctypes.CDLL:
     """All C++ kernels of this folder."""
@@ -65,12 +77,19 @@ def compiled(source: str) -> ctypes.CDLL:
     return codecache.CppCodeCache.load(source, device_type="cpu", needs_vec_isa=True, extra_flags=_FLAGS)
 
 
-def call(name: str, arguments: Sequence[Tensor | int | float | None]) -> None:
-    """Run a kernel: tensors become pointers to their first entry, None a null pointer, numbers int64_t or float."""
+def call(name: str, arguments: Sequence[Tensor | ctypes.Array | int | float | None]) -> None:
+    """Run a kernel: tensors become pointers to their first entry, None a null pointer, numbers int64_t or float.
+
+    Arrays are handed over as they are.
+    """
     library()[name](*(_argument(argument) for argument in arguments))
 
 
-def _argument(argument: Tensor | float | None) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float:
+def _argument(
+    argument: Tensor | ctypes.Array | float | None,
+) -> ctypes.Array | ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float:
+    if isinstance(argument, ctypes.Array):
+        return argument
     if argument is None:
         return ctypes.c_void_p(None)
     if isinstance(argument, Tensor):

@@ -14,6 +14,7 @@ from kernels.attention_context import reference as attention
 from kernels.column_sums import column_sums
 from kernels.depth_mix import PIECE, depth_mix, depth_mix_backward
 from kernels.dropout import dropout
+from kernels.lamb import check as lamb_check
 from kernels.masked_cross_entropy import cpp_rows, rows
 from kernels.numerics import Comparison, compare, compare_exactly
 
@@ -35,6 +36,9 @@ def comparisons() -> Iterator[Comparison]:
         yield from _cross_entropy(classes)
     x = _random(45, 300)
     yield from compare("column_sums", column_sums(x), x.double().sum(0), x.sum(0, dtype=torch.float32))
+    with cpp.serving():
+        steps = list(lamb_check.comparisons(torch.device("cpu"), "torch"))
+    yield from steps
 
 
 def _random(*shape: int) -> Tensor:

@@ -56,6 +56,26 @@ MUTANTS = {
     "a wrong label's loss": ("static_cast<float>(log_sum - target)", "static_cast<float>(log_sum)"),
     "ties for everybody": ("target == 0.0f && std::none_of", "target == 0.0f || std::none_of"),
     "no gradient of the z-loss": ("*scale * (1.0 + of_z_loss) / sum", "*scale / sum"),
+    "not clipped": ("g = grad[i] * clip", "g = grad[i]"),
+    "moments exchanged": (
+        "exp_avg[i] = m;\n                exp_avg_sq[i] = v;",
+        "exp_avg[i] = v;\n                exp_avg_sq[i] = m;",
+    ),
+    "no decay": (" + decay * param;", ";"),
+    "eps inside the root": ("(std::sqrt(exp_avg_sq * second) + eps)", "std::sqrt(exp_avg_sq * second + eps)"),
+    "factors of age exchanged": ("1.0 / (1.0 - std::pow(beta1, age))", "1.0 / (1.0 - std::pow(beta2, age))"),
+    "age not kept": ("*steps[tensor] += 1.0f;", ""),
+    "ratio inverted": ("std::sqrt(norms[0] / norms[1])", "std::sqrt(norms[1] / norms[0])"),
+    "ratio without decay": ("decays[tensor] != 0.0 && norms[0]", "norms[0]"),
+    "ratio of one chunk": ("norms[which] += sums[which][chunk]", "norms[which] = sums[which][chunk]"),
+    "norm without the last chunk": (
+        "for (double sum : sums) norm[0] += sum;",
+        "for (double sum : sums) norm[0] += sum; norm[0] -= sums.back();",
+    ),
+    "average of the old parameter": (
+        "average_rest * (param[i] - average[i])",
+        "average_rest * (param[i] + step * exp_avg[i] - average[i])",
+    ),
     "the label like any other": ("out[label] = narrow(", "narrow("),
 }
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from kernels.lamb import blocked, reference
+from kernels.lamb import blocked, cpp_step, reference
 
 _STATE = {"params", "exp_avgs", "exp_avg_sqs", "steps", "averages", "gradient_norm"}
 
@@ -48,6 +48,8 @@ def lamb_step(
         raise ValueError(f"lr: on {lr_tensor.device}, the parameters are on {params[0].device}")
     if backend == "triton" and params[0].dtype == torch.float32:
         implementation = importlib.import_module("kernels.lamb.kernel").launch  # Triton may be missing elsewhere
+    elif cpp_step.supports(params, grads, exp_avgs, group_name):
+        implementation = cpp_step.lamb_step
     elif params[0].device.type == "cpu" and exp_avgs[0].dtype == params[0].dtype:
         implementation = blocked.lamb_step
     else:
