@@ -216,7 +216,7 @@ class TrainConfig:
     number of all. 0: all of them."""
     activation_checkpointing: bool = False
     """Keep only the inputs of attention and feed-forward for the backward, and compute the rest again there: a third of
-    the activations' memory, for steps that take a quarter longer; the results are the same."""
+    the activations' memory, for steps that take a third longer; the results are the same."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: a GPU where there is one."""
     kernels: Literal["auto", "torch", "triton"] = "auto"
