@@ -1,7 +1,7 @@
 """C++ kernels, `kernels/*/kernel.cpp`: what Triton's are on a GPU, on a CPU beside torch.compile.
 
 All of them are one library. The compiler, its flags and the folder of what it made are torch.compile's own, which on a
-CPU needs a C++ compiler anyway. They take bf16, so they serve mixed precision; everything else is PyTorch's.
+CPU needs a C++ compiler anyway. All but LAMB's take bf16, so they serve mixed precision; everything else is PyTorch's.
 """
 
 import ctypes
