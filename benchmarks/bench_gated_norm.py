@@ -1,7 +1,8 @@
 """The gated LayerNorm of a feed-forward, forward and backward, without products: half the rows of a training step."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from kernels.gated_norm import op, reference
 from kernels.numerics import Comparison, compare
 
 EPS = 1e-5
+Forward = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,15 @@ SHAPES = [Shape(16, 128, 1280), Shape(16, 128, 2560)]
 TINY = Shape(1, 3, 24)
 
 
-def _reference(gate: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+def _forward(leaf: Tensor) -> Tensor:
+    return reference.gated_norm(*leaf.chunk(2, dim=-1), "tanh", EPS)
+
+
+def _by_autograd(gate: Tensor, grad: Tensor, forward: Forward = _forward) -> tuple[Tensor, Tensor]:
     """[B, T, 2I] and the gradient [B, T, I] of the result to that result and the gradient of what came in."""
     leaf = gate.detach().requires_grad_()
     with torch.autocast(gate.device.type, torch.bfloat16, enabled=gate.dtype == torch.bfloat16):
-        normalised = reference.gated_norm(*leaf.chunk(2, dim=-1), "tanh", EPS)
+        normalised = forward(leaf)
     normalised.backward(grad)
     return normalised.detach(), leaf.grad
 
@@ -46,7 +52,7 @@ def _cpp(gate: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     return normalised, of_gate
 
 
-IMPLEMENTATIONS = {BASELINE: _reference, "reference_compiled": _reference, "cpp": _cpp}
+IMPLEMENTATIONS = {BASELINE: _by_autograd, "reference_compiled": _by_autograd, "cpp": _cpp}
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -58,17 +64,9 @@ def test_gated_norm(measurement: Measurement, impl: str, shape: Shape) -> None:
     gate, grad = make_inputs(shape)
     function = IMPLEMENTATIONS[impl]
     if impl == "reference_compiled":
-        forward = measurement.compile(lambda leaf: reference.gated_norm(*leaf.chunk(2, dim=-1), "tanh", EPS))
-
-        def function(gate: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-            leaf = gate.detach().requires_grad_()
-            with torch.autocast(gate.device.type, torch.bfloat16):
-                normalised = forward(leaf)
-            normalised.backward(grad)
-            return normalised.detach(), leaf.grad
-
+        function = partial(function, forward=measurement.compile(_forward))
     measurement.prove(proof(function(gate, grad), gate, grad))
-    measurement.time(lambda: function(gate, grad), None if impl == BASELINE else lambda: _reference(gate, grad))
+    measurement.time(lambda: function(gate, grad), None if impl == BASELINE else lambda: _by_autograd(gate, grad))
 
 
 def make_inputs(shape: Shape) -> tuple[Tensor, Tensor]:
@@ -81,6 +79,6 @@ def make_inputs(shape: Shape) -> tuple[Tensor, Tensor]:
 
 def proof(results: tuple[Tensor, Tensor], gate: Tensor, grad: Tensor) -> Iterator[Comparison]:
     """By the rule."""
-    exact = _reference(gate.double(), grad.double())
-    for name, *tensors in zip(("normalised", "∂gate"), results, exact, _reference(gate, grad), strict=True):
+    exact = _by_autograd(gate.double(), grad.double())
+    for name, *tensors in zip(("normalised", "∂gate"), results, exact, _by_autograd(gate, grad), strict=True):
         yield from compare(name, *tensors)

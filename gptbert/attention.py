@@ -1,7 +1,6 @@
 """Self-attention with disentangled relative positions (spec.md §1).
 
-Letters of shapes: B rows, T positions, D hidden, H heads, d = D/H, S bucket size, P position vectors, of which 2S−1 are
-distinct.
+Letters of shapes: B rows, T positions, D hidden, H heads, d = D/H, S bucket size, P = 2S−1 distinct position vectors.
 """
 
 import math

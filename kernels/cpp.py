@@ -37,7 +37,7 @@ def load() -> bool:
     return _is_loaded
 
 
-def serve(x: Tensor) -> bool:
+def serves(x: Tensor) -> bool:
     """Whether C++ kernels take `x`, in code that torch.compile traces."""
     return _is_loaded and torch.compiler.is_compiling() and x.device.type == "cpu" and x.dtype == torch.bfloat16
 

@@ -63,7 +63,7 @@ class _AttentionContext(torch.autograd.Function):
         scores = query @ key.mT  # [H, B, T, T]
         by_query = (query.flatten(1, 2) @ position_key.mT).unflatten(1, rows)  # [H, B, T, P]
         by_key = (position_query @ key.flatten(1, 2).mT).unflatten(2, rows)  # [H, P, B, T]
-        weights = op.attention_weights if cpp.serve(scores) else reference.attention_weights
+        weights = op.attention_weights if cpp.serves(scores) else reference.attention_weights
         probabilities, dropped = weights(scores, by_query, by_key, buckets, mask, seed, dropout_prob)
         ctx.save_for_backward(query, key, position_query, position_key, value, probabilities, buckets, seed)
         ctx.dropout_prob = dropout_prob
@@ -72,7 +72,7 @@ class _AttentionContext(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, position_query, position_key, value, probabilities, buckets, seed = ctx.saved_tensors
-        backward = op.attention_weights_backward if cpp.serve(grad) else reference.attention_weights_backward
+        backward = op.attention_weights_backward if cpp.serves(grad) else reference.attention_weights_backward
         of_scores, by_query, by_key, dropped = backward(
             grad @ value.mT, probabilities, buckets, position_key.shape[1], seed, ctx.dropout_prob
         )

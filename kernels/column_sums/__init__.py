@@ -18,7 +18,7 @@ def add_bias(product: Tensor, bias: Tensor) -> Tensor:
     Returns:
         [..., D], in the type of the product.
     """
-    return _AddBias.apply(product, bias) if cpp.serve(product) else product + bias.to(product.dtype)
+    return _AddBias.apply(product, bias) if cpp.serves(product) else product + bias.to(product.dtype)
 
 
 @torch.library.custom_op("kernels::column_sums", mutates_args=(), device_types="cpu", tags=cpp.TAGS)

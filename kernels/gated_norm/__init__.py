@@ -30,7 +30,7 @@ def gated_product(
     Returns:
         [B, T, E].
     """
-    if cpp.serve(gate):
+    if cpp.serves(gate):
         return _GatedProduct.apply(gate, linear, weight, approximate == "tanh", eps)
     if linear is None:
         linear, gate = gate.chunk(2, dim=-1)
