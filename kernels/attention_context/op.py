@@ -7,7 +7,11 @@ from kernels import cpp
 from kernels.dropout import limit
 
 
-@torch.library.custom_op("kernels::attention_weights", mutates_args=(), device_types="cpu", tags=cpp.TAGS)
+def _fake_attention_weights(scores, by_query, by_key, buckets, mask, seed, dropout_prob):
+    return _weights(scores, seed)
+
+
+@cpp.operation(_fake_attention_weights)
 def attention_weights(
     scores: Tensor,
     by_query: Tensor,
@@ -27,12 +31,11 @@ def attention_weights(
     return outputs
 
 
-@attention_weights.register_fake
-def _(scores, by_query, by_key, buckets, mask, seed, dropout_prob):
-    return _weights(scores, seed)
+def _fake_attention_weights_backward(grad, probabilities, buckets, num_buckets, seed, dropout_prob):
+    return _gradients(grad, num_buckets, seed)
 
 
-@torch.library.custom_op("kernels::attention_weights_backward", mutates_args=(), device_types="cpu", tags=cpp.TAGS)
+@cpp.operation(_fake_attention_weights_backward)
 def attention_weights_backward(
     grad: Tensor,
     probabilities: Tensor,
@@ -48,11 +51,6 @@ def attention_weights_backward(
     sizes = (heads, batch, length, num_buckets)
     cpp.call("attention_weights_backward", (*inputs, *_dropout(seed, dropout_prob), *outputs, *sizes))
     return outputs
-
-
-@attention_weights_backward.register_fake
-def _(grad, probabilities, buckets, num_buckets, seed, dropout_prob):
-    return _gradients(grad, num_buckets, seed)
 
 
 def _weights(scores: Tensor, seed: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -21,18 +21,17 @@ def add_bias(product: Tensor, bias: Tensor) -> Tensor:
     return _AddBias.apply(product, bias) if cpp.serves(product) else product + bias.to(product.dtype)
 
 
-@torch.library.custom_op("kernels::column_sums", mutates_args=(), device_types="cpu", tags=cpp.TAGS)
+def _sums(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[1], dtype=torch.float32)
+
+
+@cpp.operation(_sums)
 def column_sums(x: Tensor) -> Tensor:
     """[N, D] in bf16 to [D] in fp32; compiled code, which fuses the sum with what makes `x`, would make it twice."""
     x = x if x.stride(1) == 1 else x.contiguous()
-    sums = x.new_empty(x.shape[1], dtype=torch.float32)
+    sums = _sums(x)
     cpp.call("column_sums", (x, sums, *x.shape, x.stride(0)))
     return sums
-
-
-@column_sums.register_fake
-def _(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape[1], dtype=torch.float32)
 
 
 class _AddBias(torch.autograd.Function):

@@ -6,7 +6,11 @@ from torch import Tensor
 from kernels import cpp
 
 
-@torch.library.custom_op("kernels::gated_norm", mutates_args=(), device_types="cpu", tags=cpp.TAGS)
+def _fake_gated_norm(gate, linear, is_tanh, eps):
+    return _normalised(gate, linear)
+
+
+@cpp.operation(_fake_gated_norm)
 def gated_norm(gate: Tensor, linear: Tensor | None, is_tanh: bool, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """LayerNorm(linear · GELU(gate)), in bf16.
 
@@ -25,12 +29,11 @@ def gated_norm(gate: Tensor, linear: Tensor | None, is_tanh: bool, eps: float) -
     return outputs
 
 
-@gated_norm.register_fake
-def _(gate, linear, is_tanh, eps):
-    return _normalised(gate, linear)
+def _fake_gated_norm_backward(grad, gate, linear, mean, inverse_std, is_tanh):
+    return _gradients(grad, gate, linear)
 
 
-@torch.library.custom_op("kernels::gated_norm_backward", mutates_args=(), device_types="cpu", tags=cpp.TAGS)
+@cpp.operation(_fake_gated_norm_backward)
 def gated_norm_backward(
     grad: Tensor, gate: Tensor, linear: Tensor | None, mean: Tensor, inverse_std: Tensor, is_tanh: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,11 +45,6 @@ def gated_norm_backward(
     tensors = (grad, *inputs, mean, inverse_std, *grads, normalised)
     cpp.call("gated_norm_backward", (*tensors, *sizes, *strides, *grad_strides, int(is_tanh)))
     return outputs
-
-
-@gated_norm_backward.register_fake
-def _(grad, gate, linear, mean, inverse_std, is_tanh):
-    return _gradients(grad, gate, linear)
 
 
 def _normalised(gate: Tensor, linear: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
