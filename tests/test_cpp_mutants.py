@@ -19,7 +19,19 @@ MUTANTS = {
         "return static_cast<float>(word >= limit)",
     ),
     "no score by query": ("row[j] = of_query + wide(key[j])", "row[j] = wide(key[j])"),
-    "no score by key": ("row[first] = of_query + wide(key[first])", "row[first] = of_query"),
+    "no score by near keys": (
+        "row[j] = wide(query[bucket]) + wide(keys[",
+        "row[j] = wide(query[bucket]) + 0 * wide(keys[",
+    ),
+    "no score by far keys": ("row[j] = of_query + wide(key[j])", "row[j] = of_query"),
+    "near keys counted from the row's begin": (
+        "bucket = run.bucket - (first - i - run.first); j < last; j++, bucket--)\n                            row",
+        "bucket = run.bucket; j < last; j++, bucket--)\n                            row",
+    ),
+    "a run that writes too little": (
+        "const int64_t end = std::min(length, first",
+        "const int64_t end = std::min(last - 1, first",
+    ),
     "something for queries that see nothing": (" * static_cast<float>(is_visible[j])", ""),
     "the mask of another row": ("mask + (in_batch * length + i) * length", "mask + i * length"),
     "no divisor": ("sum == 0.0f ? 0.0f : 1.0f / sum", "1.0f"),

@@ -1,21 +1,34 @@
 // Softmax of content and position scores, with dropout, forward and backward; see reference.py.
 //
 // A row of scores stays in the first cache from its sum to its probabilities. Along a row, keys of one bucket stand side
-// by side, so that gathering position scores, and adding up their gradients, is a loop over such runs.
+// by side, and so do near ones, of which each has its own, so that gathering position scores, and adding up their
+// gradients, is a loop over such runs.
 
 namespace {
 
+constexpr int64_t VECTOR = 16;  // entries that a core has at once, if it can
+
+// Keys that stand side by side: of one bucket, or of one bucket each, in descending order.
 struct Run {
     int64_t first, last;  // distances j − i, the last one excluded
-    int64_t bucket;
+    int64_t bucket;       // that of the first
+    bool descends;
 };
 
 std::vector<Run> runs_of(const int64_t* buckets, int64_t length) {
     std::vector<Run> runs;
     for (int64_t distance = 1 - length; distance < length; distance++) {
-        int64_t bucket = distance < 0 ? buckets[-distance * length] : buckets[distance];
-        if (runs.empty() || runs.back().bucket != bucket) runs.push_back({distance, distance, bucket});
-        runs.back().last = distance + 1;
+        const int64_t bucket = distance < 0 ? buckets[-distance * length] : buckets[distance];
+        if (!runs.empty()) {
+            Run& run = runs.back();
+            const int64_t count = run.last - run.first;
+            if (count == 1 && bucket == run.bucket - 1) run.descends = true;
+            if (bucket == (run.descends ? run.bucket - count : run.bucket)) {
+                run.last++;
+                continue;
+            }
+        }
+        runs.push_back({distance, distance + 1, bucket, false});
     }
     return runs;
 }
@@ -70,14 +83,17 @@ extern "C" void attention_weights(const bf16* scores, const bf16* by_query, cons
                 for (const Run& run : runs) {
                     const int64_t first = std::max<int64_t>(0, i + run.first), last = std::min(length, i + run.last);
                     if (first >= last) continue;
-                    const float of_query = wide(query[run.bucket]);
-                    const bf16* key = keys + run.bucket * batch * length;
-                    if (last == first + 1) {  // most buckets have one distance
-                        row[first] = of_query + wide(key[first]);
+                    if (run.descends) {
+                        for (int64_t j = first, bucket = run.bucket - (first - i - run.first); j < last; j++, bucket--)
+                            row[j] = wide(query[bucket]) + wide(keys[bucket * batch * length + j]);
                         continue;
                     }
-#pragma omp simd
-                    for (int64_t j = first; j < last; j++) row[j] = of_query + wide(key[j]);
+                    const float of_query = wide(query[run.bucket]);
+                    const bf16* key = keys + run.bucket * batch * length;
+                    // whole vectors: what is written too far, the next runs write again
+                    const int64_t end = std::min(length, first + (last - first + VECTOR - 1) / VECTOR * VECTOR);
+#pragma omp simd simdlen(VECTOR)
+                    for (int64_t j = first; j < end; j++) row[j] = of_query + wide(key[j]);
                 }
                 float most = -3.0e38f, sum = 0.0f;
 #pragma omp simd reduction(max : most)
@@ -151,12 +167,14 @@ extern "C" void attention_weights_backward(const bf16* grad, const bf16* probabi
                 for (const Run& run : runs) {
                     const int64_t first = std::max<int64_t>(0, i + run.first), last = std::min(length, i + run.last);
                     if (first >= last) continue;
-                    float *key = keys + run.bucket * length, total = 0.0f;
-                    if (last == first + 1) {
-                        query[run.bucket] += row[first];
-                        key[first] += row[first];
+                    if (run.descends) {
+                        for (int64_t j = first, bucket = run.bucket - (first - i - run.first); j < last; j++, bucket--) {
+                            query[bucket] += row[j];
+                            keys[bucket * length + j] += row[j];
+                        }
                         continue;
                     }
+                    float *key = keys + run.bucket * length, total = 0.0f;
 #pragma omp simd reduction(+ : total)
                     for (int64_t j = first; j < last; j++) {
                         total += row[j];

@@ -1,6 +1,5 @@
 """The C++ kernels as registered operations."""
 
-import torch
 from torch import Tensor
 
 from kernels import cpp
