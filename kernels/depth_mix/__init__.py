@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels import cpp
 
-PIECE = 1024  # entries that stand side by side, as in kernel.cpp
+PIECE = 2048  # entries that stand side by side, as in kernel.cpp
 
 
 def buffer(capacity: int, like: Tensor, *, compiled: bool) -> Tensor:

@@ -2,7 +2,7 @@
 
 namespace {
 
-constexpr int64_t PIECE = 1024;  // entries of a sum that stay in the first cache while all y_m add to it
+constexpr int64_t PIECE = 2048;  // entries of a sum that stay in the first cache while all y_m add to it
 
 inline void add(float* sum, const bf16* values, float weight, int64_t count) {
 #pragma omp simd
