@@ -25,7 +25,7 @@ _DROPOUT, _EPS = 0.3, 1e-5
 def comparisons() -> Iterator[Comparison]:
     """Of each operation, forward and backward, at sizes that do not fit vectors."""
     cpp.library()
-    for length in (1, 19, 64):
+    for length in (1, 19, 150):
         yield from _attention(length)
     for size in (3, 40, 1280):
         for with_linear in (False, True):

@@ -34,7 +34,7 @@ def wide(tensors):
     return [tensor.double() for tensor in tensors]
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 16, 17, 45, 128])
+@pytest.mark.parametrize("length", [1, 2, 3, 16, 17, 45, 128, 200])
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("heads", [1, 6])
 @pytest.mark.parametrize(("causal", "seed", "probability"), [(False, SEED, 0.3), (True, None, 0.0)])

@@ -29,9 +29,12 @@ MUTANTS = {
         "bucket = run.bucket; j < last; j++, bucket--)\n                            row",
     ),
     "a run that writes too little": (
-        "const int64_t end = std::min(length, first",
+        "const int64_t end = std::min(range.last, first",
         "const int64_t end = std::min(last - 1, first",
     ),
+    "the last keys forgotten": ("std::min(length, (last + step - 1) / step * step)", "last / step * step"),
+    "something before what is seen": ("row + range.first, bf16{0}", "row + range.first, bf16{0x3f80}"),
+    "something behind what is seen": ("row + length, bf16{0}", "row + length, bf16{0x3f80}"),
     "something for queries that see nothing": (" * static_cast<float>(is_visible[j])", ""),
     "the mask of another row": ("mask + (in_batch * length + i) * length", "mask + i * length"),
     "no divisor": ("sum == 0.0f ? 0.0f : 1.0f / sum", "1.0f"),

@@ -2,7 +2,7 @@
 //
 // A row of scores stays in the first cache from its sum to its probabilities. Along a row, keys of one bucket stand side
 // by side, and so do near ones, of which each has its own, so that gathering position scores, and adding up their
-// gradients, is a loop over such runs.
+// gradients, is a loop over such runs. What no query may see is left out.
 
 namespace {
 
@@ -31,6 +31,26 @@ std::vector<Run> runs_of(const int64_t* buckets, int64_t length) {
         runs.push_back({distance, distance + 1, bucket, false});
     }
     return runs;
+}
+
+struct Range {
+    int64_t first, last;  // of keys, the last one excluded
+};
+
+// A range of whole steps outside which all entries are zero: a document is often shorter than a row. Steps are what was
+// fastest: with larger ones more is computed, with smaller ones cores guess wrong more often where loops end.
+template <int64_t step, typename Entry>
+Range nonzero(const Entry* entries, int64_t length) {
+    int64_t first = 0, last = length;
+    while (first < length && entries[first] == 0) first++;
+    while (last > first && entries[last - 1] == 0) last--;
+    return {first / step * step, std::min(length, (last + step - 1) / step * step)};
+}
+
+// Zeros outside a range of a row.
+inline void clear_outside(bf16* row, const Range& range, int64_t length) {
+    std::fill(row, row + range.first, bf16{0});
+    std::fill(row + range.last, row + length, bf16{0});
 }
 
 // 32 random bits of a place, the same as in kernels/dropout.py.
@@ -68,10 +88,13 @@ extern "C" void attention_weights(const bf16* scores, const bf16* by_query, cons
                                   int64_t positions) {
     const std::vector<Run> runs = runs_of(buckets, length);
     const Dropout dropout(seeds, limit, scale);
+    std::vector<Range> visible(batch * length);
 #pragma omp parallel
     {
         std::vector<float> memory(length);
         float* row = memory.data();
+#pragma omp for
+        for (int64_t i = 0; i < batch * length; i++) visible[i] = nonzero<64>(mask + i * length, length);
 #pragma omp for
         for (int64_t matrix = 0; matrix < heads * batch; matrix++) {
             const int64_t head = matrix / batch, in_batch = matrix % batch;
@@ -80,8 +103,9 @@ extern "C" void attention_weights(const bf16* scores, const bf16* by_query, cons
                 const int64_t place = (matrix * length + i) * length;
                 const bf16 *query = by_query + (matrix * length + i) * positions, *score = scores + place;
                 const uint8_t* is_visible = mask + (in_batch * length + i) * length;
+                const Range range = visible[in_batch * length + i];
                 for (const Run& run : runs) {
-                    const int64_t first = std::max<int64_t>(0, i + run.first), last = std::min(length, i + run.last);
+                    const int64_t first = std::max(range.first, i + run.first), last = std::min(range.last, i + run.last);
                     if (first >= last) continue;
                     if (run.descends) {
                         for (int64_t j = first, bucket = run.bucket - (first - i - run.first); j < last; j++, bucket--)
@@ -91,32 +115,34 @@ extern "C" void attention_weights(const bf16* scores, const bf16* by_query, cons
                     const float of_query = wide(query[run.bucket]);
                     const bf16* key = keys + run.bucket * batch * length;
                     // whole vectors: what is written too far, the next runs write again
-                    const int64_t end = std::min(length, first + (last - first + VECTOR - 1) / VECTOR * VECTOR);
+                    const int64_t end = std::min(range.last, first + (last - first + VECTOR - 1) / VECTOR * VECTOR);
 #pragma omp simd simdlen(VECTOR)
                     for (int64_t j = first; j < end; j++) row[j] = of_query + wide(key[j]);
                 }
                 float most = -3.0e38f, sum = 0.0f;
 #pragma omp simd reduction(max : most)
-                for (int64_t j = 0; j < length; j++) {
+                for (int64_t j = range.first; j < range.last; j++) {
                     float total = row[j] + wide(score[j]);
                     total = static_cast<float>(is_visible[j]) > 0.5f ? total : -3.0e38f;
                     row[j] = total;
                     most = most < total ? total : most;
                 }
 #pragma omp simd reduction(+ : sum)
-                for (int64_t j = 0; j < length; j++) {
+                for (int64_t j = range.first; j < range.last; j++) {
                     float weight = exponential(row[j] - most) * static_cast<float>(is_visible[j]);
                     row[j] = weight;
                     sum += weight;
                 }
                 const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
                 bf16* probability = probabilities + place;
+                clear_outside(probability, range, length);
 #pragma omp simd
-                for (int64_t j = 0; j < length; j++) probability[j] = narrow(row[j] * inverse);
+                for (int64_t j = range.first; j < range.last; j++) probability[j] = narrow(row[j] * inverse);
                 if (!seeds) continue;
                 bf16* out = dropped + place;
+                clear_outside(out, range, length);
 #pragma omp simd
-                for (int64_t j = 0; j < length; j++)
+                for (int64_t j = range.first; j < range.last; j++)
                     out[j] = narrow(wide(probability[j]) * dropout.factor(static_cast<uint32_t>(place + j)));
             }
         }
@@ -140,11 +166,13 @@ extern "C" void attention_weights_backward(const bf16* grad, const bf16* probabi
             for (int64_t i = 0; i < length; i++) {
                 const int64_t place = (matrix * length + i) * length;
                 const bf16 *incoming = grad + place, *probability = probabilities + place;
+                const Range range = nonzero<32>(probability, length);
                 float sum = 0.0f;
                 if (seeds) {
                     bf16* out = dropped + place;
+                    clear_outside(out, range, length);
 #pragma omp simd reduction(+ : sum)
-                    for (int64_t j = 0; j < length; j++) {
+                    for (int64_t j = range.first; j < range.last; j++) {
                         float weight = wide(probability[j]) * dropout.factor(static_cast<uint32_t>(place + j));
                         out[j] = narrow(weight);
                         row[j] = weight * wide(incoming[j]);
@@ -152,20 +180,21 @@ extern "C" void attention_weights_backward(const bf16* grad, const bf16* probabi
                     }
                 } else {
 #pragma omp simd reduction(+ : sum)
-                    for (int64_t j = 0; j < length; j++) {
+                    for (int64_t j = range.first; j < range.last; j++) {
                         row[j] = wide(probability[j]) * wide(incoming[j]);
                         sum += row[j];
                     }
                 }
                 bf16* outgoing = grad_scores + place;
+                clear_outside(outgoing, range, length);
 #pragma omp simd
-                for (int64_t j = 0; j < length; j++) {
+                for (int64_t j = range.first; j < range.last; j++) {
                     row[j] -= wide(probability[j]) * sum;
                     outgoing[j] = narrow(row[j]);
                 }
                 std::fill(query, query + positions, 0.0f);
                 for (const Run& run : runs) {
-                    const int64_t first = std::max<int64_t>(0, i + run.first), last = std::min(length, i + run.last);
+                    const int64_t first = std::max(range.first, i + run.first), last = std::min(range.last, i + run.last);
                     if (first >= last) continue;
                     if (run.descends) {
                         for (int64_t j = first, bucket = run.bucket - (first - i - run.first); j < last; j++, bucket--) {
