@@ -14,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Literal
 from unittest.mock import patch
 
 import numpy as np
@@ -39,13 +40,14 @@ from gptbert.trainer import Trainer
 WARM_UPS = 2
 RATES = 3  # tries at the best rate of torch.mm: the machine may be busy at one of them
 TOKENS = 2_000_000
+MOST_TOKENS = 4096  # of a step
 
 
 @dataclass(frozen=True)
 class Case:
-    """What a step trains, and on how many processes."""
+    """What a step trains, and on how many processes; hybrid is a quarter MLM, as `TrainConfig` has it."""
 
-    objective: str
+    objective: Literal["MLM", "CLM", "hybrid"]
     seq_length: int
     rows: int
     ranks: int = 1
@@ -60,7 +62,10 @@ class Case:
 CASES = (
     *(Case("MLM", 128, 32), Case("CLM", 128, 32), Case("MLM", 512, 8), Case("CLM", 512, 8)),
     *(Case("MLM", 128, 32, ranks=2), Case("CLM", 128, 32, ranks=2)),
+    # where a schedule of the batch begins: a quarter of its rows
+    *(Case("hybrid", 128, 32), Case("MLM", 128, 8), Case("CLM", 128, 8), Case("hybrid", 128, 8), Case("MLM", 512, 2)),
 )
+_MASKED_QUARTERS = {"MLM": 4, "CLM": 0, "hybrid": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +75,7 @@ class StepBenchConfig:
     config_file: Path = Path("configs/small.json")
     """Model."""
     steps: int = 6
-    """Steps measured of each case, after two that are not."""
+    """Steps measured of each case, after two that are not; of smaller steps up to four times as many."""
     compile: bool = True
     """Compile the model's blocks."""
     activation_checkpointing: bool = False
@@ -130,16 +135,17 @@ def _run(case: Case, config: StepBenchConfig, rank: int, port: int) -> Result:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     model_config = ModelConfig.from_json(config.config_file)
     start = time.perf_counter()
+    steps_measured = (MOST_TOKENS // max(MOST_TOKENS // 4, case.rows * case.seq_length)) * config.steps
     train_config = TrainConfig(
         (Path("none"),),
         *(Path("none"),) * 3,
-        hybrid_numerator=int(case.objective == "MLM"),
-        hybrid_denominator=1,
+        hybrid_numerator=_MASKED_QUARTERS[case.objective],
+        hybrid_denominator=4,
         seq_length=case.seq_length,
         local_batch_size=case.rows // case.ranks,
         global_batch_size=case.rows,
         batch_reduction=1,
-        max_steps=WARM_UPS + config.steps,
+        max_steps=WARM_UPS + steps_measured,
         mixed_precision=True,
         compile=config.compile,
         activation_checkpointing=config.activation_checkpointing,
@@ -163,7 +169,7 @@ def _run(case: Case, config: StepBenchConfig, rank: int, port: int) -> Result:
         world.all_gather(None)  # all ranks measure at once, as they computed
         rate = max(product_rate(world.device, torch.bfloat16) for _ in range(RATES))
         rate = sum(world.all_gather(rate))
-    seconds, parts = sorted(steps[WARM_UPS:], key=lambda timed: timed[0])[config.steps // 2]
+    seconds, parts = sorted(steps[WARM_UPS:], key=lambda timed: timed[0])[steps_measured // 2]
     tokens = case.rows * case.seq_length
     return Result(
         case=case,
@@ -181,8 +187,9 @@ def _run(case: Case, config: StepBenchConfig, rank: int, port: int) -> Result:
 
 def labelled_share(trainer: Trainer, step: int) -> float:
     """Share of the positions that carry a label."""
-    (batch,) = trainer.rows.batches(trainer.rows.load(step), step)
-    return (batch.labels != IGNORE_INDEX).double().mean().item()
+    batches = trainer.rows.batches(trainer.rows.load(step), step)
+    labels = torch.cat([batch.labels.flatten() for batch in batches])
+    return (labels != IGNORE_INDEX).double().mean().item()
 
 
 def random_store(vocab_size: int) -> TokenStore:
