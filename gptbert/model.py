@@ -5,6 +5,7 @@ P = 2S−1 distinct position vectors, N labelled positions.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -61,20 +62,20 @@ class GPTBert(nn.Module):
             for linear in (block.feed_forward.up, block.feed_forward.down):
                 linear.weight.mul_(math.sqrt(1 / (2 * (1 + layer))))
 
-    def encode(self, input_ids: Tensor, document_ids: Tensor, causal: bool) -> Tensor:
+    def encode(self, input_ids: Tensor, document_ids: Tensor, causal: bool | Tensor) -> Tensor:
         """Contextual representations.
 
         Args:
             input_ids: [B, T] integers.
             document_ids: [B, T] integers; positions attend only to their own document, and −1 (padding) to nothing.
-            causal: attend only to earlier positions and oneself.
+            causal: attend only to earlier positions and oneself; or [B] bool, whether each row does.
 
         Returns:
             [B, T, D].
         """
         return self._encode(input_ids, document_ids, causal, self._dropout_seeds(input_ids.device))
 
-    def _encode(self, input_ids: Tensor, document_ids: Tensor, causal: bool, seeds: DropoutSeeds) -> Tensor:
+    def _encode(self, input_ids: Tensor, document_ids: Tensor, causal: bool | Tensor, seeds: DropoutSeeds) -> Tensor:
         mask = attention_mask(document_ids, causal)
         buckets = self.position_buckets(input_ids.shape[1])
         hidden_states, relative = self.embedding(input_ids, seeds.embedding)
@@ -97,35 +98,47 @@ class GPTBert(nn.Module):
         input_ids: Tensor,
         document_ids: Tensor,
         labels: Tensor,
-        causal: bool,
+        causal: bool | Tensor,
         z_loss_weight: float = 0.0,
         label_capacity: int | None = None,
-    ) -> MaskedCrossEntropy:
+        parts: Sequence[tuple[int, int | None]] | None = None,
+    ) -> MaskedCrossEntropy | list[MaskedCrossEntropy]:
         """Cross-entropy of the positions that carry a label.
 
         Args:
             input_ids: [B, T] integers.
             document_ids: [B, T] integers, −1 for padding.
             labels: [B, T] integers, −100 where there is no label; already shifted, so position t predicts labels[t].
-            causal: the objective's attention.
+            causal: the objective's attention, or [B] bool that of each row's.
             z_loss_weight: weight of logsumexp² in `total`.
             label_capacity: an upper bound of the number of labels, which spares a GPU the wait for the exact number.
+            parts: numbers of consecutive rows whose sums are wanted apart, and the upper bound for each.
 
         Returns:
-            Sums over the labelled positions; see `kernels.MaskedCrossEntropy`.
+            Sums over the labelled positions, see `kernels.MaskedCrossEntropy`; with `parts` those of each.
         """
         seeds = self._dropout_seeds(input_ids.device)
         hidden_states = self._encode(input_ids, document_ids, causal, seeds)
+        rows, capacities = zip(*(parts or [(len(labels), label_capacity)]), strict=True)
         # [B·T, D] to [N, D]: the head sees labelled positions only
-        hidden_states, labels = select_labelled(hidden_states.flatten(0, 1), labels.flatten(), label_capacity)
-        return masked_cross_entropy(
-            self.head(hidden_states, seeds.head),
-            self.embedding.word_embedding.weight,
-            labels,
-            self.head.bias,
-            ignore_index=IGNORE_INDEX,
-            z_loss_weight=z_loss_weight,
-        )
+        selected = [
+            select_labelled(states.flatten(0, 1), part.flatten(), capacity)
+            for states, part, capacity in zip(hidden_states.split(rows), labels.split(rows), capacities, strict=True)
+        ]
+        numbers = [len(labels) for _, labels in selected]
+        states = self.head(torch.cat([states for states, _ in selected]), seeds.head).split(numbers)
+        results = [
+            masked_cross_entropy(
+                states,
+                self.embedding.word_embedding.weight,
+                labels,
+                self.head.bias,
+                ignore_index=IGNORE_INDEX,
+                z_loss_weight=z_loss_weight,
+            )
+            for states, (_, labels) in zip(states, selected, strict=True)
+        ]
+        return results if parts else results[0]
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Scores [..., V] of the next token for representations [..., D] from `encode`."""
@@ -244,12 +257,12 @@ def position_bucket(distance: Tensor, config: ModelConfig) -> Tensor:
     return torch.where(magnitude <= middle, distance, far)
 
 
-def attention_mask(document_ids: Tensor, causal: bool) -> Tensor:
-    """[B, T] document ids to [B, T, T] bool: True where query i may see key j."""
+def attention_mask(document_ids: Tensor, causal: bool | Tensor) -> Tensor:
+    """[B, T] document ids, and whether rows are causal (all, or [B] bool), to [B, T, T] bool: query i may see key j."""
     mask = (document_ids[:, :, None] == document_ids[:, None, :]) & (document_ids >= 0)[:, None, :]
-    if causal:
-        mask = mask.tril()
-    return mask
+    if isinstance(causal, Tensor):
+        return torch.where(causal[:, None, None], mask.tril(), mask)
+    return mask.tril() if causal else mask
 
 
 def select_labelled(hidden_states: Tensor, labels: Tensor, capacity: int | None) -> tuple[Tensor, Tensor]:

@@ -57,11 +57,30 @@ class Batch:
             labels=torch.full((1, length), IGNORE_INDEX, device=device),
         )
 
-    def split(self, rows: int) -> list["Batch"]:
-        """Micro-batches of at most `rows` rows, as equal as possible."""
-        pieces = -(-len(self.labels) // rows)
-        parts = (tensor.tensor_split(pieces) for tensor in (self.input_ids, self.document_ids, self.labels))
-        return [Batch(self.objective, *part) for part in zip(*parts, strict=True)]
+    def rows(self, first: int, last: int) -> "Batch":
+        """Rows from `first` to the one before `last`, of those that there are."""
+        tensors = (self.input_ids, self.document_ids, self.labels)
+        return Batch(self.objective, *(tensor[max(0, first) : max(0, last)] for tensor in tensors))
+
+
+def micro_batches(batches: list[Batch], most_rows: int) -> list[list[Batch]]:
+    """Cut consecutive rows into pieces of at most `most_rows`, as equal as possible.
+
+    Returns:
+        The parts of each piece: of a batch those rows that are in it, if there are any.
+    """
+    total = sum(len(batch.labels) for batch in batches)
+    pieces = -(-total // most_rows)
+    result = []
+    for piece in range(pieces):
+        first, last = total * piece // pieces, total * (piece + 1) // pieces
+        parts = []
+        for batch in batches:
+            part = batch.rows(first, last)
+            parts += [part] if len(part.labels) else []
+            first, last = first - len(batch.labels), last - len(batch.labels)
+        result.append(parts)
+    return result
 
 
 @dataclass(frozen=True)
@@ -206,11 +225,9 @@ class HybridPlan:
 
     def most_micro_batches(self, step: int, rows: int) -> int:
         """A number of micro-batches, of at most `rows` rows, that no rank has more of at `step`; at least 1."""
-        counts = []
-        for objective in Objective:
-            share = -(-self.num_rows(objective, step) // max(1, len(self.ranks(objective))))
-            counts.append(-(-share // rows))
-        return max(1, sum(counts) if self.mode == "batch" else max(counts))
+        shares = [-(-self.num_rows(objective, step) // max(1, len(self.ranks(objective)))) for objective in Objective]
+        share = sum(shares) if self.mode == "batch" else max(shares)
+        return max(1, -(-share // rows))
 
     def _draw_block(self, block: int) -> _Steps:
         """A block's steps; there are none behind the last one, only where they would begin."""

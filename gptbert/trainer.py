@@ -24,7 +24,7 @@ from gptbert.memory import peak_memory
 from gptbert.metrics import LossSums, Throughput, training_losses
 from gptbert.micro_batch import micro_batch_rows
 from gptbert.model import GPTBert
-from gptbert.objectives import Batch, HybridPlan, Objective
+from gptbert.objectives import Batch, HybridPlan, Objective, micro_batches
 from gptbert.optim import WeightAverage, build_optimizer, update_weights
 from gptbert.preparation import check_cpp_kernels, prepare_kernels, prepare_run_dir
 from gptbert.progress import brief, introduce, progress_bar, say
@@ -204,18 +204,19 @@ class Trainer:
         scales = self._loss_scales(batches)
         length = schedules.sequence_length(self.config, self.step)
         most_rows = micro_batch_rows(self.config, length, self.world.device)
-        micro_batches = [micro for batch in batches for micro in batch.split(most_rows)]
+        pieces = micro_batches(batches, most_rows)
         fewest = 1
         if isinstance(self.parallel_model, FSDPModule):  # for each of them all ranks gather the weights together
             fewest = self.plan.most_micro_batches(self.step, most_rows)
-        micro_batches += [Batch.padding(length, self.world.device)] * (fewest - len(micro_batches))
+        pieces += [[Batch.padding(length, self.world.device)]] * (fewest - len(pieces))
         sums = LossSums(self.world.device)
-        for index, batch in enumerate(micro_batches):
-            is_last = index == len(micro_batches) - 1
-            with self._synchronised(is_last):
-                result = self._forward(batch)
-                (result.total * scales[batch.objective]).backward()
-            sums.add(batch.objective, result)
+        for index, parts in enumerate(pieces):
+            with self._synchronised(is_last=index == len(pieces) - 1):
+                results = self._forward(parts)
+                totals = [result.total * scales[part.objective] for part, result in zip(parts, results, strict=True)]
+                sum(totals[1:], totals[0]).backward()
+            for part, result in zip(parts, results, strict=True):
+                sums.add(part.objective, result)
         for group in self.optimizer.param_groups:
             group["lr"] = schedules.learning_rate(self.config, self.step)
         gradient_norm = update_weights(self.optimizer, self.model, self.ema, self.config.max_gradient)
@@ -379,15 +380,20 @@ class Trainer:
             let_go(model)
         self.model.train()
 
-    def _forward(self, batch: Batch) -> MaskedCrossEntropy:
+    def _forward(self, parts: list[Batch]) -> list[MaskedCrossEntropy]:
+        """The sums of each part; all of them go through the model together."""
+        tensors = zip(*((part.input_ids, part.document_ids, part.labels) for part in parts), strict=True)
+        rows = [len(part.labels) for part in parts]
+        is_causal = [part.objective.causal for part in parts]
+        of_rows = [
+            torch.full((count,), value, device=self.world.device) for count, value in zip(rows, is_causal, strict=True)
+        ]
         with self._precision():
             return self.parallel_model(
-                batch.input_ids,
-                batch.document_ids,
-                batch.labels,
-                batch.objective.causal,
+                *(torch.cat(tensor) for tensor in tensors),
+                torch.cat(of_rows) if len(parts) > 1 else is_causal[0],
                 self.config.z_loss_weight,
-                self._label_capacity(batch),
+                parts=list(zip(rows, map(self._label_capacity, parts), strict=True)),
             )
 
     def _label_capacity(self, batch: Batch) -> int | None:
@@ -432,7 +438,7 @@ class Trainer:
         with compiling():
             for factor in sorted(self.plan.length_factors if self.is_compiled else {1}):
                 batch = Batch.padding(factor * self.config.seq_length, self.world.device)
-                self._forward(batch).total.backward()
+                self._forward([batch])[0].total.backward()
             if self.is_compiled:
                 self._warm_up_evaluation()
         self.optimizer.zero_grad()

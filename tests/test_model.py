@@ -154,6 +154,24 @@ def test_capacity_above_the_number_of_labels_changes_nothing(batch, capacity):
         torch.testing.assert_close(getattr(roomy, name), value, msg=name)
 
 
+def test_rows_of_both_objectives_together_are_as_each_alone(batch):
+    ids, documents = batch
+    labels = torch.where(documents >= 0, ids.roll(-1, dims=1), IGNORE_INDEX)
+    model = randomise(GPTBert(TINY))
+    causal = torch.tensor([False, True])
+    together = model(ids, documents, labels, causal, z_loss_weight=0.1, parts=[(1, None), (1, 10)])
+    sum(result.total for result in together).backward()
+    gradients = {name: param.grad.clone() for name, param in model.named_parameters()}
+    model.zero_grad()
+    for row, result in enumerate(together):
+        rows = slice(row, row + 1)
+        alone = model(ids[rows], documents[rows], labels[rows], row == 1, z_loss_weight=0.1)
+        torch.testing.assert_close(tuple(result), tuple(alone))
+        alone.total.backward()
+    for name, param in model.named_parameters():
+        assert relative_error(gradients[name], param.grad) < 1e-5, name
+
+
 def test_select_labelled_keeps_order_and_fills_with_unlabelled_rows():
     hidden = torch.arange(12.0).view(6, 2)
     labels = torch.tensor([IGNORE_INDEX, 3, IGNORE_INDEX, 5, IGNORE_INDEX, IGNORE_INDEX])

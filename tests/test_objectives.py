@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gptbert.data import RowStream
 from gptbert.errors import InputError
-from gptbert.objectives import Batch, HybridPlan, Masking, Objective, causal_batch, masked_batch
+from gptbert.objectives import Batch, HybridPlan, Masking, Objective, causal_batch, masked_batch, micro_batches
 from gptbert.schedules import batch_size, length_factor
 from gptbert.tokenizer import BOS_ID, MASK_ID, PAD_ID
 
@@ -254,16 +254,22 @@ def test_masked_labels_are_masked_one_position_later(some_rows):
     assert torch.equal(again.labels, batch.labels)
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 50))
-def test_split_keeps_every_row_in_even_pieces(rows, limit):
-    ids = torch.arange(rows * 3).view(rows, 3)
-    pieces = Batch(CLM, ids, ids + 1000, ids + 2000).split(limit)
-    sizes = [len(piece.labels) for piece in pieces]
-    assert max(sizes) <= limit
-    assert len(pieces) == -(-rows // limit)
-    assert max(sizes) - min(sizes) <= 1
-    assert torch.equal(torch.cat([piece.input_ids for piece in pieces]), ids)
-    assert torch.equal(torch.cat([piece.document_ids for piece in pieces]), ids + 1000)
-    assert torch.equal(torch.cat([piece.labels for piece in pieces]), ids + 2000)
-    assert all(piece.objective is CLM for piece in pieces)
+@settings(max_examples=80, deadline=None)
+@given(st.integers(0, 40), st.integers(0, 40), st.integers(1, 50))
+def test_micro_batches_keep_every_row_of_both_objectives_in_even_pieces(masked, causal, limit):
+    ids = torch.arange((masked + causal) * 3).view(-1, 3)
+    batches = [
+        Batch(objective, *(rows + number for number in (0, 1000, 2000)))
+        for objective, rows in zip(Objective, ids.split([masked, causal]), strict=True)
+    ]
+    pieces = micro_batches(batches, limit)
+    sizes = [sum(len(part.labels) for part in parts) for parts in pieces]
+    assert len(pieces) == -(-(masked + causal) // limit)
+    assert all(0 < size <= limit for size in sizes)
+    assert not sizes or max(sizes) - min(sizes) <= 1
+    assert all(len(part.labels) for parts in pieces for part in parts)
+    for batch in batches:
+        found = [part for parts in pieces for part in parts if part.objective is batch.objective]
+        for name in ("input_ids", "document_ids", "labels"):
+            joined = [getattr(part, name) for part in found]
+            assert torch.equal(torch.cat([ids[:0], *joined]), getattr(batch, name))

@@ -177,10 +177,10 @@ def a_rank_holds_its_part(world, arguments):
     batch = trainer.rows.batches(trainer.rows.load(0), 0)[0]
     params = list(trainer.model.parameters())
     with trainer._synchronised(is_last=False):
-        trainer._forward(batch).total.backward()
+        trainer._forward([batch])[0].total.backward()
     assert all(param.grad is None for param in params), "gradients wait for the last micro-batch"
     with trainer._synchronised(is_last=True):
-        trainer._forward(batch).total.backward()
+        trainer._forward([batch])[0].total.backward()
     trainer.optimizer.zero_grad()
     for step in range(2):
         norm = trainer.train_step(trainer.rows.load(step))
@@ -260,7 +260,7 @@ def test_most_micro_batches_is_a_bound_and_reached(make_config):
         config = make_config(hybrid_mode=mode, global_batch_size=61, batch_reduction=8, max_steps=50)
         plan, reached = HybridPlan(config, ranks), 0
         for step in range(config.max_steps):
-            most = max(sum(-(-share.num_rows // rows) for share in plan.shares(step, rank)) for rank in range(ranks))
+            most = max(-(-sum(share.num_rows for share in plan.shares(step, rank)) // rows) for rank in range(ranks))
             assert max(1, most) <= plan.most_micro_batches(step, rows) <= most + 1
             reached += most == plan.most_micro_batches(step, rows)
         assert reached > 25

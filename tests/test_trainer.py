@@ -130,7 +130,12 @@ def test_longer_rows_come_in_fewer_at_a_time(inputs, monkeypatch):
     settings = {"local_batch_size": 8, "global_batch_size": 64, "batch_reduction": 1, "max_steps": 10}
     trainer = make_trainer(inputs, seq_length_growth=True, **settings)
     forward, shapes = trainer._forward, []
-    monkeypatch.setattr(trainer, "_forward", lambda batch: shapes.append(tuple(batch.labels.shape)) or forward(batch))
+
+    def watched(parts):
+        shapes.append((sum(len(part.labels) for part in parts), parts[0].labels.shape[1]))
+        return forward(parts)
+
+    monkeypatch.setattr(trainer, "_forward", watched)
     widest = []
     for trainer.step in (0, 7, 9):
         shapes.clear()
@@ -138,6 +143,17 @@ def test_longer_rows_come_in_fewer_at_a_time(inputs, monkeypatch):
         widest.append(max(shapes))
     length = trainer.config.seq_length
     assert widest == [(8, length), (4, 2 * length), (2, 4 * length)]
+
+
+def test_rows_of_both_objectives_go_through_the_model_together(inputs, monkeypatch):
+    trainer = make_trainer(inputs, local_batch_size=8, global_batch_size=12, batch_reduction=1)
+    forward, pieces = trainer._forward, []
+    monkeypatch.setattr(trainer, "_forward", lambda parts: pieces.append(parts) or forward(parts))
+    trainer.train_step(trainer.rows.load(0))
+    assert [[(part.objective.value, len(part.labels)) for part in parts] for parts in pieces] == [
+        [("mlm", 3), ("clm", 3)],
+        [("clm", 6)],
+    ]
 
 
 def test_resumed_moments_follow_the_settings_of_the_command_line(inputs):
