@@ -47,6 +47,11 @@ class Batch:
         """Scalar int64."""
         return (self.labels != IGNORE_INDEX).sum()
 
+    @property
+    def is_causal(self) -> Tensor:
+        """[B] bool: the objective's attention, for each row."""
+        return torch.full_like(self.labels[:, 0], self.objective.causal, dtype=torch.bool)
+
     @classmethod
     def padding(cls, length: int, device: torch.device) -> "Batch":
         """A row of padding: a rank without rows must still take part in what all ranks do together."""

@@ -382,18 +382,14 @@ class Trainer:
 
     def _forward(self, parts: list[Batch]) -> list[MaskedCrossEntropy]:
         """The sums of each part; all of them go through the model together."""
-        tensors = zip(*((part.input_ids, part.document_ids, part.labels) for part in parts), strict=True)
-        rows = [len(part.labels) for part in parts]
-        is_causal = [part.objective.causal for part in parts]
-        of_rows = [
-            torch.full((count,), value, device=self.world.device) for count, value in zip(rows, is_causal, strict=True)
-        ]
         with self._precision():
             return self.parallel_model(
-                *(torch.cat(tensor) for tensor in tensors),
-                torch.cat(of_rows) if len(parts) > 1 else is_causal[0],
+                torch.cat([part.input_ids for part in parts]),
+                torch.cat([part.document_ids for part in parts]),
+                torch.cat([part.labels for part in parts]),
+                torch.cat([part.is_causal for part in parts]),
                 self.config.z_loss_weight,
-                parts=list(zip(rows, map(self._label_capacity, parts), strict=True)),
+                parts=[(len(part.labels), self._label_capacity(part)) for part in parts],
             )
 
     def _label_capacity(self, batch: Batch) -> int | None:
