@@ -47,7 +47,8 @@ def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:
     nothing is asked for.
     """
     limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
-    if any(limit != resource.RLIM_INFINITY for limit in limits) or _OVERCOMMIT.read_text().strip() == "2":
+    is_strict = not _OVERCOMMIT.exists() or _OVERCOMMIT.read_text(encoding="ascii").strip() == "2"
+    if is_strict or any(limit != resource.RLIM_INFINITY for limit in limits):
         return
     size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     libc.malloc.restype = ctypes.c_void_p
