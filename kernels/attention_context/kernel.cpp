@@ -7,6 +7,9 @@
 namespace {
 
 constexpr int64_t VECTOR = 16;  // entries that a core has at once, if it can
+// After rows that are worked on: there is room for a vector that begins in the row, and near keys, of which each is in
+// another row, do not all lie where a cache has few places for them.
+constexpr int64_t PADDING = 32;
 
 // Keys that stand side by side: of one bucket, or of one bucket each, in descending order.
 struct Run {
@@ -87,18 +90,22 @@ extern "C" void attention_weights(const bf16* scores, const bf16* by_query, cons
                                   bf16* probabilities, bf16* dropped, int64_t heads, int64_t batch, int64_t length,
                                   int64_t positions) {
     const std::vector<Run> runs = runs_of(buckets, length);
+    const int64_t stride = length + PADDING;
     const Dropout dropout(seeds, limit, scale);
     std::vector<Range> visible(batch * length);
 #pragma omp parallel
     {
-        std::vector<float> memory(length);
+        std::vector<float> memory(stride);
+        std::vector<bf16> memory_of_keys(positions * stride);
         float* row = memory.data();
+        bf16* keys = memory_of_keys.data();
 #pragma omp for
         for (int64_t i = 0; i < batch * length; i++) visible[i] = nonzero<64>(mask + i * length, length);
 #pragma omp for
         for (int64_t matrix = 0; matrix < heads * batch; matrix++) {
             const int64_t head = matrix / batch, in_batch = matrix % batch;
-            const bf16* keys = by_key + (head * positions * batch + in_batch) * length;
+            for (int64_t p = 0; p < positions; p++)
+                std::copy_n(by_key + ((head * positions + p) * batch + in_batch) * length, length, keys + p * stride);
             for (int64_t i = 0; i < length; i++) {
                 const int64_t place = (matrix * length + i) * length;
                 const bf16 *query = by_query + (matrix * length + i) * positions, *score = scores + place;
@@ -109,15 +116,17 @@ extern "C" void attention_weights(const bf16* scores, const bf16* by_query, cons
                     if (first >= last) continue;
                     if (run.descends) {
                         for (int64_t j = first, bucket = run.bucket - (first - i - run.first); j < last; j++, bucket--)
-                            row[j] = wide(query[bucket]) + wide(keys[bucket * batch * length + j]);
+                            row[j] = wide(query[bucket]) + wide(keys[bucket * stride + j]);
                         continue;
                     }
                     const float of_query = wide(query[run.bucket]);
-                    const bf16* key = keys + run.bucket * batch * length;
+                    const bf16* key = keys + run.bucket * stride;
                     // whole vectors: what is written too far, the next runs write again
-                    const int64_t end = std::min(range.last, first + (last - first + VECTOR - 1) / VECTOR * VECTOR);
-#pragma omp simd simdlen(VECTOR)
-                    for (int64_t j = first; j < end; j++) row[j] = of_query + wide(key[j]);
+                    for (int64_t block = first; block < last; block += VECTOR) {
+#pragma omp simd
+                        for (int32_t lane = 0; lane < VECTOR; lane++)
+                            row[block + lane] = of_query + wide(key[block + lane]);
+                    }
                 }
                 float most = -3.0e38f, sum = 0.0f;
 #pragma omp simd reduction(max : most)
@@ -155,14 +164,15 @@ extern "C" void attention_weights_backward(const bf16* grad, const bf16* probabi
                                            bf16* grad_by_query, bf16* grad_by_key, bf16* dropped, int64_t heads,
                                            int64_t batch, int64_t length, int64_t positions) {
     const std::vector<Run> runs = runs_of(buckets, length);
+    const int64_t stride = length + PADDING;
     const Dropout dropout(seeds, limit, scale);
 #pragma omp parallel
     {
-        std::vector<float> memory(length + positions + positions * length);
-        float *row = memory.data(), *query = row + length, *keys = query + positions;
+        std::vector<float> memory(stride + positions + positions * stride);
+        float *row = memory.data(), *query = row + stride, *keys = query + positions;
 #pragma omp for
         for (int64_t matrix = 0; matrix < heads * batch; matrix++) {
-            std::fill(keys, keys + positions * length, 0.0f);
+            std::fill(keys, keys + positions * stride, 0.0f);
             for (int64_t i = 0; i < length; i++) {
                 const int64_t place = (matrix * length + i) * length;
                 const bf16 *incoming = grad + place, *probability = probabilities + place;
@@ -197,18 +207,25 @@ extern "C" void attention_weights_backward(const bf16* grad, const bf16* probabi
                     const int64_t first = std::max(range.first, i + run.first), last = std::min(range.last, i + run.last);
                     if (first >= last) continue;
                     if (run.descends) {
-                        for (int64_t j = first, bucket = run.bucket - (first - i - run.first); j < last; j++, bucket--) {
-                            query[bucket] += row[j];
-                            keys[bucket * length + j] += row[j];
-                        }
+                        const int64_t bucket = run.bucket - (first - i - run.first);
+#pragma omp simd
+                        for (int64_t d = 0; d < last - first; d++) query[bucket - d] += row[first + d];
+                        for (int64_t d = 0; d < last - first; d++) keys[(bucket - d) * stride + first + d] += row[first + d];
                         continue;
                     }
-                    float *key = keys + run.bucket * length, total = 0.0f;
-#pragma omp simd reduction(+ : total)
-                    for (int64_t j = first; j < last; j++) {
-                        total += row[j];
-                        key[j] += row[j];
+                    float *key = keys + run.bucket * stride, sums[VECTOR] = {}, total = 0.0f;
+                    // whole vectors here too: most runs are shorter, and a loop over the rest of one is slow
+                    for (int64_t block = first; block < last; block += VECTOR) {
+                        const int32_t left = static_cast<int32_t>(last - block);
+#pragma omp simd
+                        for (int32_t lane = 0; lane < VECTOR; lane++) {
+                            float value = lane < left ? row[block + lane] : 0.0f;
+                            sums[lane] += value;
+                            key[block + lane] += value;
+                        }
                     }
+#pragma omp simd reduction(+ : total)
+                    for (int32_t lane = 0; lane < VECTOR; lane++) total += sums[lane];
                     query[run.bucket] += total;
                 }
                 bf16* of_query = grad_by_query + (matrix * length + i) * positions;
@@ -219,7 +236,7 @@ extern "C" void attention_weights_backward(const bf16* grad, const bf16* probabi
             for (int64_t p = 0; p < positions; p++) {
                 bf16* of_key = grad_by_key + ((head * positions + p) * batch + in_batch) * length;
 #pragma omp simd
-                for (int64_t j = 0; j < length; j++) of_key[j] = narrow(keys[p * length + j]);
+                for (int64_t j = 0; j < length; j++) of_key[j] = narrow(keys[p * stride + j]);
             }
         }
     }
