@@ -10,11 +10,11 @@ using bf16 = uint16_t;
 
 static inline float wide(bf16 x) { return __builtin_bit_cast(float, static_cast<uint32_t>(x) << 16); }
 
-// To the nearest, ties to even. What is not a number stays none, as arithmetic makes it: with all 24 last bits set, which it
-// never does, it would round to a zero.
+// To the nearest, ties to even; what is not a number stays none.
 static inline bf16 narrow(float x) {
     uint32_t bits = __builtin_bit_cast(uint32_t, x);
-    return static_cast<bf16>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return static_cast<bf16>(x == x ? rounded : 0x7fc0);
 }
 
 // e^x to 4·10⁻⁷ of it within ±5, and to 4·10⁻⁶ up to ±87; beyond ±87 that of the bound. What is not a number stays none.
