@@ -3,7 +3,7 @@ BIN := .venv/bin
 OLDEST := .venv/transformers-4.51
 DEMO := demo
 
-.PHONY: demo test test-faults fuzz soak lint bench clean install
+.PHONY: demo test test-gpu test-faults fuzz soak lint bench clean install
 
 install: .venv/.installed
 
@@ -43,6 +43,10 @@ $(OLDEST): .venv/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ \
 		"transformers==4.51.3" "tokenizers~=0.21.0" "huggingface-hub~=0.30"
 	@touch $@
+
+# The GPU's own tests. Without a GPU they are skipped; `make test` rehearses them on the CPU.
+test-gpu: install
+	GPTBERT_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/gpu -n 8 --dist worksteal
 
 # What docs/faults.md promises.
 FAULTS := faults hosts recipes resume sharding skipping checkpoint manifest trackers records stop_signal skipped_steps fresh_store \

@@ -12,9 +12,12 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.lanes import DEVICE, prepare_environment
+from tests.lanes import DEVICE, NO_GPU
 
-prepare_environment()  # before CUDA looks for GPUs, and before anything imports a kernel
+if DEVICE == "cpu":
+    os.environ |= NO_GPU  # before anything looks for a GPU or imports a kernel
+else:
+    os.environ.pop("TRITON_INTERPRET", None)
 # before anything imports transformers: nothing is asked of the network, nothing written into the user's cache
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="gptbert-hf-")

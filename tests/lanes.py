@@ -6,20 +6,9 @@ The environment's GPTBERT_TEST_DEVICE says which: "cpu", where it is not set, or
 import os
 
 DEVICE = os.environ.get("GPTBERT_TEST_DEVICE", "cpu")
+if DEVICE not in {"cpu", "cuda"}:
+    raise ValueError(f"GPTBERT_TEST_DEVICE={DEVICE!r}: expected cpu or cuda")
 
-
-def prepare_environment() -> None:
-    """Hide the GPUs from this process and from all that it starts, and have Triton interpret; on a GPU neither.
-
-    PyTorch reads these variables when it first looks for a GPU, Triton when a kernel's module is imported.
-
-    Raises:
-        ValueError: GPTBERT_TEST_DEVICE is neither.
-    """
-    if DEVICE == "cpu":
-        # no such device: to HIP an empty list would hide nothing
-        os.environ |= dict.fromkeys(("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"), "-1") | {"TRITON_INTERPRET": "1"}
-    elif DEVICE == "cuda":
-        os.environ.pop("TRITON_INTERPRET", None)
-    else:
-        raise ValueError(f"GPTBERT_TEST_DEVICE={DEVICE!r}: expected cpu or cuda")
+# Hides all GPUs from a process and from those that it starts, and has Triton interpret. PyTorch reads it when it first
+# looks for a GPU, Triton when a kernel's module is imported. To HIP an empty list would hide nothing.
+NO_GPU = {"CUDA_VISIBLE_DEVICES": "-1", "HIP_VISIBLE_DEVICES": "-1", "TRITON_INTERPRET": "1"}
