@@ -8,6 +8,7 @@ from gptbert import schedules
 from gptbert.config import TrainConfig
 from gptbert.distributed import World
 from gptbert.objectives import Batch, HybridPlan, Objective, micro_batches
+from kernels.padding import rounded_rows
 from kernels.span_mask import most_selected
 
 _TOKENS = 1024  # that a CPU takes at once for each thread, two of them at least
@@ -97,7 +98,7 @@ class MicroBatches:
         rows, length = batch.labels.shape
         if batch.objective is Objective.CLM:
             return rows * length
-        return rows * min(length, most_selected(length + 1, self._most_masked))
+        return min(rows * length, rounded_rows(rows * most_selected(length + 1, self._most_masked)))
 
     def _fixed(self, objectives: tuple[Objective, ...], step: int) -> dict[Objective, int]:
         """Rows of each objective in every micro-batch of steps with this row length; empty where they are not fixed."""
