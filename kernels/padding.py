@@ -21,7 +21,7 @@ def rows_apart(like: Tensor, num_rows: int, length: int, stride: int) -> Tensor:
     """Memory for rows [num_rows, length] of the type and on the device of `like`, with zeros between them.
 
     Matrix products may read what stands behind a row: on CPUs with AMX, oneDNN 3.12 multiplies an entry of it by zero
-    where the row's length is odd (docs/performance.md), and zero times what is not a number is not a number.
+    where the row's length is odd (docs/library-faults.md), and zero times what is not a number is not a number.
     """
     memory = like.new_empty(num_rows, stride)
     if stride > length:
@@ -30,9 +30,9 @@ def rows_apart(like: Tensor, num_rows: int, length: int, stride: int) -> Tensor:
 
 
 def rounded_rows(count: int) -> int:
-    """A number of rows that recurs, at least `count`, for matrix products on the CPU.
+    """A number of rows that recurs, at least `count`, for matrix products.
 
-    Its library keeps code for each shape that it meets, and never gives up the memory: some megabytes for every new
-    number of labelled rows, of which there is one in nearly every step.
+    A CPU's library keeps code for each shape that it meets, and never gives up the memory: some megabytes for every new
+    number of labelled rows, of which there is one in nearly every step. A GPU's wants multiples of 16 bytes.
     """
     return -(-count // ROWS) * ROWS

@@ -37,11 +37,12 @@ def nothing_is_written(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
-def train(inputs, look, steps=1, **changes):
+def train(inputs, look, steps=1, *, has_fixed_shapes=False, **changes):
     """Steps of a hybrid run in mixed precision, whose operations a function looks at; returns the trainer."""
     settings = {"mixed_precision": True, "hybrid_numerator": 1, "hybrid_denominator": 2, "batch_reduction": 1}
     config = parse(TrainConfig, flags(inputs, **settings | changes))
     trainer = Trainer(config, Inputs.open(config), HybridPlan(config, 1), World(0, 1, torch.device("cpu")))
+    trainer.micro_batches.has_fixed_shapes = has_fixed_shapes
     for step in range(steps):
         rows = trainer.rows.load(step)
         with Operations(look):
@@ -56,7 +57,8 @@ def odd_places(tensor):
     return [place for place in places if place * tensor.element_size() % WORD]
 
 
-def test_all_sizes_are_multiples_of_a_word(inputs):
+@pytest.mark.parametrize("has_fixed_shapes", [False, True])
+def test_all_sizes_are_multiples_of_a_word(inputs, has_fixed_shapes):
     """Where a size is odd, rows begin at odd addresses, and cuBLAS falls back to kernels many times slower.
 
     Products with a vector, of the layer weighting, are bound by memory, and their sizes are those of depths.
@@ -69,7 +71,7 @@ def test_all_sizes_are_multiples_of_a_word(inputs):
             seen.update(matrices[0].shape[-1:])
             odd.extend((name, tuple(matrix.shape), matrix.stride()) for matrix in matrices if odd_places(matrix))
 
-    train(inputs, look)
+    train(inputs, look, has_fixed_shapes=has_fixed_shapes)
     assert seen.total() >= 30 * MODEL["num_hidden_layers"], "or some are not seen"
     assert not odd
 
