@@ -6,12 +6,12 @@ A process of its own, since what one run compiled serves the next in the same pr
 import sys
 
 import pytest
-from torch import nn
 from torch._dynamo.utils import counters
 
 from gptbert.command_line import parse
 from gptbert.config import TrainConfig
 from gptbert.trainer import Trainer, fit
+from tests.gpu.tracing import trace_only
 from tests.lanes import DEVICE
 
 
@@ -20,14 +20,6 @@ def always_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "_is_long_enough_to_compile", lambda self: True)
     if DEVICE == "cpu":
         trace_only(monkeypatch)
-
-
-def trace_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have modules compiled without a compiler behind the tracing."""
-    compile_module = nn.Module.compile
-    monkeypatch.setattr(
-        nn.Module, "compile", lambda self, **options: compile_module(self, backend="aot_eager", **options)
-    )
 
 
 def main() -> None:
