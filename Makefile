@@ -2,7 +2,6 @@ PYTHON ?= python3
 BIN := .venv/bin
 OLDEST := .venv/transformers-4.51
 TORCH ?= 2.11.0
-OTHER_TORCH := .venv/torch-$(TORCH)
 DEMO := demo
 
 .PHONY: demo test test-torch test-faults fuzz soak lint bench clean install
@@ -46,13 +45,15 @@ $(OLDEST): .venv/.installed
 		"transformers==4.51.3" "tokenizers~=0.21.0" "huggingface-hub~=0.30"
 	@touch $@
 
-# Beside the PyTorch of constraints.txt: any other, which brings its own Triton. TORCH=2.11.0 is the oldest.
-test-torch: $(OTHER_TORCH)/.installed
-	$(OTHER_TORCH)/bin/python -m pytest -n 2 --dist loadfile $(TORCH_TESTS:%=tests/test_%.py)
+# Beside the PyTorch of constraints.txt: any other, which brings its own Triton. 2.11.0 is the oldest.
+test-torch: .venv/torch-$(TORCH)/.installed
+	.venv/torch-$(TORCH)/bin/python -m pytest -n 2 --dist loadfile $(TORCH_TESTS:%=tests/test_%.py)
 
-$(OTHER_TORCH)/.installed: pyproject.toml
-	@test -x $(OTHER_TORCH)/bin/python || $(PYTHON) -m venv $(OTHER_TORCH)
-	$(OTHER_TORCH)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" "torch==$(TORCH)"
+# Triton 3.6, which PyTorch 2.11 brings, cannot interpret kernels with numpy 2.4.
+.venv/torch-%/.installed: pyproject.toml
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" "torch==$*" \
+		$(if $(filter 2.11.%,$*),"numpy<2.4")
 	@touch $@
 
 # What docs/faults.md promises.

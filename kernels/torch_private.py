@@ -106,12 +106,15 @@ def configure_inductor(**settings: Any) -> None:
 def mark_any_size(tensor: Tensor, dim: int) -> None:
     """Have torch.compile make one code for all sizes of a dimension from 1 on, told nothing of the present one.
 
-    PyTorch 2.11 takes no `min`, and derives from its own checks that the size is not zero. Without `mark_unbacked`
-    nothing is marked: code is made for each size anew, up to torch.compile's limit, and then the run ends.
+    Without its argument `min`, as in PyTorch 2.11, that code is told nothing of the least size either; without
+    `mark_unbacked` there are two codes, one of them for the size 1.
     """
-    mark = getattr(_module("torch._dynamo.decorators"), "mark_unbacked", None)
-    if mark is not None:
+    decorators = importlib.import_module("torch._dynamo.decorators")
+    if hasattr(decorators, "mark_unbacked"):
+        mark = decorators.mark_unbacked
         mark(tensor, dim, **({"min": 1} if "min" in _parameters(mark) else {}))
+    else:
+        decorators.maybe_mark_dynamic(tensor, dim)
 
 
 @cache
