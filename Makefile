@@ -1,15 +1,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OLDEST := .venv/transformers-4.51
+TORCH ?= 2.11.0
 DEMO := demo
 
-.PHONY: demo test test-faults fuzz soak lint bench clean install
+.PHONY: demo test test-torch test-faults fuzz soak lint bench clean install
 
 install: .venv/.installed
 
-.venv/.installed: pyproject.toml
+.venv/.installed: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" -c constraints.txt
 	@touch $@
 
 # The main job on real text: Python's own documentation, one masked and one causal rank.
@@ -42,6 +43,17 @@ test: lint $(OLDEST)
 $(OLDEST): .venv/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ \
 		"transformers==4.51.3" "tokenizers~=0.21.0" "huggingface-hub~=0.30"
+	@touch $@
+
+# Beside the PyTorch of constraints.txt: any other, which brings its own Triton. 2.11.0 is the oldest.
+test-torch: .venv/torch-$(TORCH)/.installed
+	.venv/torch-$(TORCH)/bin/python -m pytest -n 2 --dist loadfile $(TORCH_TESTS:%=tests/test_%.py)
+
+# Triton 3.6, which PyTorch 2.11 brings, cannot interpret kernels with numpy 2.4.
+.venv/torch-%/.installed: pyproject.toml
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" "torch==$*" \
+		$(if $(filter 2.11.%,$*),"numpy<2.4")
 	@touch $@
 
 # What docs/faults.md promises.

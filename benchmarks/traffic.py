@@ -352,7 +352,7 @@ def main() -> None:
     """Entry point. Exit status 1 if a bar is broken."""
     config = tyro.cli(TrafficConfig, use_underscores=True)
     if importlib.util.find_spec("triton") is None:
-        sys.exit("benchmarks.traffic: Triton is not installed: pip install 'triton~=3.7.1' (Linux only)")
+        sys.exit("benchmarks.traffic: Triton is not installed: pip install triton (Linux only)")
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
     jobs = []
     if not config.json:

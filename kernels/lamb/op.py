@@ -4,8 +4,8 @@ import importlib
 
 import torch
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
 
+from kernels import torch_private
 from kernels.lamb import blocked, cpp_step, reference
 
 _STATE = {"params", "exp_avgs", "exp_avg_sqs", "steps", "averages", "gradient_norm"}
@@ -50,7 +50,7 @@ def lamb_step(
         implementation = importlib.import_module("kernels.lamb.kernel").launch  # Triton may be missing elsewhere
     elif cpp_step.supports(params, grads, exp_avgs, group_name):
         implementation = cpp_step.lamb_step
-    elif params[0].device.type == "cpu" and exp_avgs[0].dtype == params[0].dtype:
+    elif blocked.supports(params, exp_avgs):
         implementation = blocked.lamb_step
     else:
         implementation = reference.lamb_step
@@ -71,7 +71,7 @@ def lamb_step(
         average_decay=average_decay,
         seed=seed,
         clip=clip,
-        group=None if group_name is None else _resolve_process_group(group_name),
+        group=None if group_name is None else torch_private.process_group(group_name),
     )
 
 

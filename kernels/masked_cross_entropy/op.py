@@ -6,6 +6,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from kernels import torch_private
 from kernels.column_sums import column_sums
 from kernels.masked_cross_entropy import cpp_rows
 from kernels.masked_cross_entropy import rows as torch_rows
@@ -196,7 +197,7 @@ def check_labels(labels: Tensor, ignore_index: int, vocab_size: int) -> None:
         RuntimeError: on the CPU at once; on a GPU as a device assert, when the next synchronisation finds it.
     """
     valid = (labels == ignore_index) | ((labels >= 0) & (labels < vocab_size))
-    torch._assert_async(  # noqa: SLF001 - torch's only assertion that does not synchronise
+    torch_private.assert_async(
         valid.all(), f"labels: one is neither ignore_index {ignore_index} nor in 0 … {vocab_size - 1}"
     )
 
