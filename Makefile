@@ -4,7 +4,7 @@ OLDEST := .venv/transformers-4.51
 TORCH ?= 2.11.0
 DEMO := demo
 
-.PHONY: demo test test-torch test-faults fuzz soak lint bench clean install
+.PHONY: demo test test-torch test-faults fuzz soak lint bench clean install test-gpu
 
 install: .venv/.installed
 
@@ -55,6 +55,10 @@ test-torch: .venv/torch-$(TORCH)/.installed
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" "torch==$*" \
 		$(if $(filter 2.11.%,$*),"numpy<2.4")
 	@touch $@
+
+# The GPU's own tests. Without a GPU they are skipped; `make test` rehearses them on the CPU.
+test-gpu: install
+	GPTBERT_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/gpu -n 8 --dist worksteal
 
 # What docs/faults.md promises.
 FAULTS := faults hosts recipes resume sharding skipping checkpoint manifest trackers records stop_signal skipped_steps fresh_store \

@@ -333,13 +333,14 @@ class Trainer:
         self.skipped_steps.counts.copy_(resumed.skipped_steps)
         if self.rows.mask_history and resumed.mask_counts is not None:
             self.rows.mask_history.counts.copy_(resumed.mask_counts)
-        if len(resumed.rank_states) == self.world.world_size:
+        generators = {"cpu", self.world.device.type}
+        if [set(state["random"]) for state in resumed.rank_states] == [generators] * self.world.world_size:
             mine = resumed.rank_states[self.world.rank]
             torch.set_rng_state(mine["random"]["cpu"])
-            if self.world.device.type == "cuda" and "cuda" in mine["random"]:
+            if self.world.device.type == "cuda":
                 torch.cuda.set_rng_state(mine["random"]["cuda"], self.world.device)
             self.sums.sums.copy_(mine["sums"])
-        else:  # other ranks than before: dropout goes on with new random numbers
+        else:  # other ranks or devices than before: dropout goes on with new random numbers
             torch.manual_seed((self.config.seed << 20) + (self.step << 10) + self.world.rank)
             if self.world.is_main:
                 self.sums.sums.copy_(sum(state["sums"] for state in resumed.rank_states))

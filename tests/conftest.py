@@ -12,11 +12,15 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.lanes import DEVICE, NO_GPU
+
+if DEVICE == "cpu":
+    os.environ |= NO_GPU  # before anything looks for a GPU or imports a kernel
+else:
+    os.environ.pop("TRITON_INTERPRET", None)
 # before anything imports transformers: nothing is asked of the network, nothing written into the user's cache
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="gptbert-hf-")
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports a kernel: Triton then runs it on CPU tensors
 
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.token_store import TokenStore
@@ -25,6 +29,7 @@ from tests.scans import scan_by_doubling
 
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 settings.register_profile("fuzz", max_examples=10_000, deadline=None)  # of `make fuzz`, see tests/test_fuzz.py
+collect_ignore_glob = ["test_*.py"] if DEVICE == "cuda" else []  # the GPU's lane is tests/gpu alone
 
 TINY = ModelConfig(
     hidden_size=16,
@@ -47,8 +52,8 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def device():
-    """Where kernels are tested: the GPU, if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Where kernels are tested: the CPU, and in the GPU's lane the GPU."""
+    return torch.device(DEVICE)
 
 
 @pytest.fixture(params=BACKENDS)

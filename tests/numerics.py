@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernels.numerics import compare, relative_error
 
-__all__ = ["assert_accurate", "close", "on_threads", "relative_error", "same", "scattered"]
+__all__ = ["assert_accurate", "assert_near", "close", "on_threads", "relative_error", "same", "scattered"]
 
 
 def assert_accurate(
@@ -21,6 +21,25 @@ def assert_accurate(
     """Fail unless `actual` obeys the rule; the arguments are those of `kernels.numerics.compare`."""
     for result in compare(name, actual, reference, plain, off_target, rounding=rounding):
         assert result.passed, f"{result.name}: error {result.error:.3e}, allowed {result.bound:.3e}"
+
+
+def assert_near(actual: Tensor, exact: Tensor, plain: Tensor, dtype: torch.dtype, name: str = "tensor") -> None:
+    """Fail unless a tensor is about as near to the exact one as another is that was computed in the same precision.
+
+    For what different devices and compilers make: the order of their additions, and their exponential functions, differ
+    by more roundings than the rule of `kernels/numerics.py` allows.
+
+    Args:
+        actual: on any device.
+        exact: in fp64.
+        plain: by PyTorch, eager.
+        dtype: that the arithmetic was done in, fp32 or bf16, whatever that of the result is.
+        name: what to call the tensor.
+    """
+    exact, slack = exact.cpu(), {torch.float32: 1e-4, torch.bfloat16: 0.02}[dtype]
+    errors = [relative_error(tensor.cpu(), exact) for tensor in (actual, plain)]
+    assert actual.dtype == plain.dtype, name
+    assert errors[0] < 3 * errors[1] + slack, f"{name}: relative error {errors[0]:.2e}, plain {errors[1]:.2e}"
 
 
 def same(one: Iterable[Tensor], other: Iterable[Tensor]) -> bool:

@@ -184,8 +184,6 @@ def test_the_commands(inputs, tokenizer, capsys):
     ],
 )
 def test_a_mistake_is_one_line(inputs, capfd, command, arguments, message):
-    if "cuda" in arguments and torch.cuda.is_available():
-        pytest.skip("there is a GPU")
     commands = {"generate": (GenerateSettings, generate), "fill_mask": (FillMaskSettings, fill_mask)}
     with pytest.raises(SystemExit) as end:
         run_command(*commands[command], [str(inputs / "runs/run"), *arguments])

@@ -1,0 +1,210 @@
+"""Triton's kernels against their references, and the registered operations, with tensors on the device."""
+
+import importlib
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import kernels
+from kernels import cross_entropy_from_logits, masked_cross_entropy, span_mask
+from kernels.attention_context.bucket_sums import bucket_sums
+from kernels.configuration import OPERATIONS
+from kernels.lamb import lamb_step
+from kernels.lamb import op as lamb
+from kernels.masked_cross_entropy import op as cross_entropy
+from kernels.masked_cross_entropy import reference
+from kernels.span_mask import op as masking
+from kernels.span_mask import reference as masking_reference
+from tests.numerics import assert_accurate, assert_near, same
+
+REHEARSED = 6  # comparisons of each check, which tests/test_check.py runs whole
+IGNORED = -100
+MASKING = {
+    "mask_p": 0.15, "random_p": 0.1, "keep_p": 0.1, "mask_token_id": 4, "vocab_size": 30_000, "num_special_tokens": 16,
+    "seed": 2**64 - 3,
+}  # fmt: skip
+
+
+def random(*shape, device, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=generator).to(device, dtype)
+
+
+def random_ids(vocab_size, *shape, device, seed=0):
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_everything_that_is_checked_before_a_run(operation, device, sized):
+    comparisons = importlib.import_module(f"kernels.{operation}.check").comparisons(device, "triton")
+    results = list(itertools.islice(comparisons, sized(None, REHEARSED)))
+    assert len(results) >= REHEARSED
+    assert [result for result in results if not result.passed] == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cross_entropy_at_a_models_size(device, sized, dtype):
+    """More than 2²⁸ logits, of an odd vocabulary; in autocast as in training; twice, with the same bits."""
+    rows, vocab_size, hidden_size = sized((10_000, 32_771, 128), (20, 131, 32))
+    inputs = {
+        "hidden": random(rows, hidden_size, device=device, dtype=torch.bfloat16),
+        "weight": (0.1 * random(vocab_size, hidden_size, device=device)).bfloat16(),
+        "bias": random(vocab_size, device=device, dtype=torch.bfloat16),
+    }
+    labels = random_ids(vocab_size, rows, device=device)
+    labels[::3] = IGNORED
+
+    def run(function, input_dtype, autocast=False):
+        leaves = {name: tensor.to(input_dtype, copy=True).requires_grad_() for name, tensor in inputs.items()}
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            result = function(**leaves, labels=labels, ignore_index=IGNORED, z_loss_weight=0.01)
+        (result.total / result.count).backward()
+        return [result.loss.detach(), result.z_loss.detach(), *(leaf.grad for leaf in leaves.values())], result
+
+    in_bf16 = dtype == torch.bfloat16
+    actual, result = run(masked_cross_entropy, torch.float32, autocast=in_bf16)
+    again, _ = run(masked_cross_entropy, torch.float32, autocast=in_bf16)
+    exact, expected = run(reference.masked_cross_entropy, torch.float64)
+    plain, _ = run(reference.masked_cross_entropy, torch.float32, autocast=in_bf16)
+    assert same(actual, again)
+    assert result.count == expected.count == (labels != IGNORED).sum()
+    for name, tensor, *others in zip(("loss", "z_loss", *inputs), actual, exact, plain, strict=True):
+        assert_near(tensor, *others, dtype, name=name)
+
+
+def test_cross_entropy_from_logits_at_a_models_size(device, sized):
+    """In the logits' own memory, as an exported model would be trained."""
+    logits = random(*sized((4096, 32_768), (8, 128)), device=device, dtype=torch.bfloat16)
+    labels = random_ids(logits.shape[1], len(logits), device=device)
+    gradients, losses = [], []
+    for function, dtype, options in (
+        (cross_entropy_from_logits, torch.bfloat16, {"reuse_logits": True, "backend": "triton"}),
+        (reference.cross_entropy_from_logits, torch.float64, {}),
+        (reference.cross_entropy_from_logits, torch.bfloat16, {}),
+    ):
+        leaf = logits.to(dtype, copy=True).requires_grad_()
+        result = function(leaf * 1, labels, z_loss_weight=1e-4, **options)
+        result.total.backward()
+        gradients.append(leaf.grad)
+        losses.append(result.loss.detach())
+    assert_accurate(*losses, name="loss")
+    off_target = torch.arange(logits.shape[1], device=device) != labels[:, None]
+    assert_accurate(*gradients, off_target=off_target, name="gradient")
+
+
+@pytest.mark.parametrize("with_history", [False, True])
+def test_masks_of_a_training_step_are_the_cpus(device, sized, with_history):
+    rows, length = sized((256, 513), (3, 33))
+    tokens = random_ids(MASKING["vocab_size"], rows, length, device="cpu")
+    row_ids = random_ids(2**62, rows, device="cpu", seed=1)
+    counts = random_ids(5, rows, length, device="cpu", seed=2).to(torch.uint8) if with_history else None
+    expected = masking_reference.span_mask(
+        tokens, row_ids=row_ids, mask_counts=counts, **MASKING | {"seed": -3}, max_span_length=3
+    )
+    on_device = None if counts is None else counts.to(device)
+    for backend in ("triton", "torch"):
+        actual = span_mask(
+            tokens.to(device), row_ids=row_ids.to(device), mask_counts=on_device, backend=backend, **MASKING
+        )
+        assert same([tensor.cpu() for tensor in actual], expected), backend
+    assert 0.1 < (expected[1] != IGNORED).double().mean() < 0.2
+
+
+def test_lamb_takes_the_steps_of_its_reference(device, sized):
+    """Of a model's tensors, some so large that their chunks are; three steps, twice."""
+    shapes = sized([(9_000_001,), (2560, 768), (768,), (127, 1), ()], [(40_001,), (25, 7), (7,), (1,), ()])
+    runs = []
+    for backend, dtype in (("triton", torch.float32), ("triton", torch.float32), ("torch", torch.float64)):
+        params = [random(*shape, device=device, seed=1).to(dtype) for shape in shapes]
+        moments = [[torch.zeros_like(param) for param in params] for _ in range(2)]
+        averages = [param.clone() for param in params]
+        steps = [torch.zeros((), device=device) for _ in params]
+        for step in range(3):
+            grads = [random(*shape, device=device, seed=step + 2).to(dtype) for shape in shapes]
+            norm = lamb_step(
+                params, grads, *moments, steps, lr=0.01, beta1=0.9, beta2=0.98, eps=1e-8, weight_decay=0.1,
+                max_grad_norm=1.0, averages=averages, average_decay=0.9, backend=backend,
+            )  # fmt: skip
+        runs.append([norm, *steps, *params, *moments[0], *moments[1], *averages])
+    assert same(runs[0], runs[1])
+    for actual, expected in zip(runs[0], runs[2], strict=True):
+        torch.testing.assert_close(actual.double(), expected.double(), rtol=1e-4, atol=1e-6)
+
+
+def opcheck_masking(device):
+    tokens, counts = random_ids(90, 3, 33, device=device), random_ids(9, 3, 33, device=device).to(torch.uint8)
+    row_ids = torch.arange(3, device=device)
+    return masking.span_mask, [(tokens, row_ids, counts, 0.3, 0.1, 0.1, 4, 90, 16, 3, -(2**63), "triton")]
+
+
+def opcheck_lamb(device):
+    lists = [[random(*shape, device=device, seed=seed) for shape in ((300,), (5, 7))] for seed in range(4)]
+    lists[3] = [tensor.square() for tensor in lists[3]]
+    steps = [torch.zeros((), device=device) for _ in range(2)]
+    settings = (0.5, None, 0.9, 0.98, 1e-8, [0.1, 0.0], 1.0, 0.9, None, "triton", None)
+    averages = [tensor.clone() for tensor in lists[0]]
+    return lamb.lamb_step, [(*lists, steps, averages, torch.zeros((), device=device), None, *settings)]
+
+
+def opcheck_rows(name):
+    def arguments(device):
+        logits, labels = random(9, 131, device=device), random_ids(131, 9, device=device)
+        rows = (logits, labels, torch.tensor(0.5, device=device), IGNORED, 0.1)
+        if name == "cross_entropy_":
+            return cross_entropy.cross_entropy_, [(*rows, "triton")]
+        return cross_entropy.cross_entropy, [(*rows, needed, "triton") for needed in (True, False)]
+
+    return arguments
+
+
+def opcheck_masked_cross_entropy(device):
+    hidden, weight, bias = random(9, 8, device=device), random(131, 8, device=device), random(131, device=device)
+    labels = random_ids(131, 9, device=device)
+    products = (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,)
+    return cross_entropy.masked_cross_entropy, [
+        (hidden, weight, labels, bias, IGNORED, 0.1, dtype, [True] * 3, "triton") for dtype in products
+    ]
+
+
+def opcheck_multiply(device):
+    return cross_entropy.multiply_, [(random(9, 131, device=device), torch.tensor(0.5, device=device), "triton")]
+
+
+def opcheck_attach(device):
+    total = torch.tensor(1.0, device=device, requires_grad=True)
+    inputs = [random(9, 8, device=device).requires_grad_(), random(131, 8, device=device).requires_grad_()]
+    return cross_entropy.attach_gradients, [(total, inputs, [torch.ones_like(x) for x in inputs], False, "triton")]
+
+
+def opcheck_bucket_sums(device):
+    position = torch.arange(7, device=device)
+    return bucket_sums, [(random(2, 3, 7, 7, device=device), position[:, None] - position + 6, 13)]
+
+
+OPERATIONS_REGISTERED = {
+    "span_mask": opcheck_masking,
+    "lamb_step": opcheck_lamb,
+    "cross_entropy": opcheck_rows("cross_entropy"),
+    "cross_entropy_": opcheck_rows("cross_entropy_"),
+    "masked_cross_entropy": opcheck_masked_cross_entropy,
+    "multiply_": opcheck_multiply,
+    "attach_gradients": opcheck_attach,
+    "bucket_sums": opcheck_bucket_sums,
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS_REGISTERED)
+def test_is_a_well_made_operation(name, device):
+    operation, cases = OPERATIONS_REGISTERED[name](device)
+    for arguments in cases:
+        torch.library.opcheck(operation, arguments)
+
+
+def test_these_are_all_operations_for_gpus():
+    """Those of the C++ kernels are for CPUs, and registered in another way (`kernels.cpp.operation`)."""
+    files = Path(kernels.__file__).parent.rglob("*.py")
+    found = {name for file in files for name in re.findall(r'custom_op\(\s*"kernels::(\w+)"', file.read_text())}
+    assert found == set(OPERATIONS_REGISTERED)

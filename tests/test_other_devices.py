@@ -1,0 +1,64 @@
+"""Checkpoints that were written on a GPU, as machines without one meet them; tests/gpu has them from a real one."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from gptbert import checkpoint
+from gptbert.command_line import parse
+from gptbert.config import TrainConfig
+from gptbert.distributed import World
+from gptbert.inputs import Inputs
+from gptbert.objectives import HybridPlan
+from gptbert.torch_file import load_torch_file
+from gptbert.trainer import Trainer, fit
+from tests.runs import assert_same, flags, write_inputs
+
+CUDA_STATE = torch.arange(16, dtype=torch.uint8)  # as long as that of a GPU's generator
+
+
+def test_tensors_of_a_gpu_are_read_onto_the_cpu(tmp_path, monkeypatch):
+    """Written with the place that torch.save notes for a GPU's."""
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+    saved = {"step": torch.tensor(3.0), "moments": [torch.randn(4, 5), torch.randn(7, dtype=torch.bfloat16).float()]}
+    torch.save(saved, tmp_path / "state.pt")
+    monkeypatch.undo()
+    assert b"cuda:0" in (tmp_path / "state.pt").read_bytes()
+    assert_same(load_torch_file(tmp_path / "state.pt"), saved)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """Of a run that has a checkpoint of its second step."""
+    inputs = write_inputs(tmp_path_factory.mktemp("devices"), train_characters=10_000)
+    config = parse(TrainConfig, flags(inputs, name="run", max_steps=2, log_every=3))
+    fit(config)
+    return config
+
+
+def resumed_generators(config, change):
+    """PyTorch's random state after going on from a checkpoint with another one, and what the checkpoint has."""
+    inputs = Inputs.open(config)
+    loaded = checkpoint.load(checkpoint.list_checkpoints(config.run_dir)[-1], inputs.model_config)
+    states = [{"random": change(state["random"]), "sums": torch.ones(2, 4)} for state in loaded.rank_states]
+    trainer = Trainer(config, inputs, HybridPlan(config, 1), World(0, 1, torch.device("cpu")))
+    torch.manual_seed(99)
+    trainer.restore(dataclasses.replace(loaded, rank_states=states))
+    assert trainer.sums.sums.tolist() == [[1.0] * 4] * 2
+    return torch.get_rng_state(), loaded.rank_states[0]["random"]["cpu"]
+
+
+def test_the_same_kind_of_device_goes_on_with_its_random_numbers(config):
+    restored, saved = resumed_generators(config, lambda random: random)
+    assert torch.equal(restored, saved)
+
+
+def test_another_kind_of_device_goes_on_with_new_random_numbers(config):
+    """On a GPU dropout draws from its generator, so that the CPU's in the checkpoint still stands at the beginning."""
+    restored, saved = resumed_generators(config, lambda random: random | {"cuda": CUDA_STATE})
+    assert not torch.equal(restored, saved)
+    torch.manual_seed(99)
+    assert not torch.equal(restored, torch.get_rng_state())
+    torch.manual_seed((config.seed << 20) + (2 << 10))
+    assert torch.equal(restored, torch.get_rng_state()), "a function of the seed and the step"
