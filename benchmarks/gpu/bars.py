@@ -84,7 +84,7 @@ BARS = (
     *_cross_entropy("N=4096 D=768 V=32768"),
     *_cross_entropy("N=32768 D=384 V=8192"),
     Bar(
-        "LAMB, clipping and average of small: host ms",
+        "LAMB, clipping and average, small: host ms",
         _of("operations", "rows", "lamb small", "triton", "host_ms"),
         0.3,
     ),

@@ -15,15 +15,13 @@ import torch
 
 from benchmarks import machine
 from benchmarks.gpu.settings import Settings
-from benchmarks.roofline import H100
 from gptbert.flops import product_rate
 from gptbert.hardware import hardware_name
 
 ROOT = Path(__file__).parents[2]
 # dense bf16 of NVIDIA's data sheets, FLOPs a second; the first whose name is in the GPU's
 DATA_SHEET = {
-    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": H100.flops, "H200": H100.flops, "GH200": H100.flops,
-    "A100": 312e12, "B200": 2250e12,
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989.4e12, "H200": 989.4e12, "A100": 312e12, "B200": 2250e12,
 }  # fmt: skip
 SMI_FIELDS = {
     "driver": "driver_version", "SM clock MHz": "clocks.sm", "highest SM clock MHz": "clocks.max.sm",

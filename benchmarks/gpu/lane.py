@@ -1,6 +1,7 @@
 """The GPU's own tests, `make test-gpu`, counted as they end."""
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from benchmarks.gpu.hardware import ROOT
 from benchmarks.gpu.settings import Settings
 
 FOLDER = "tests/gpu"
-WORKERS = 4  # most of a test is compiling
+WORKERS = 6
+LANE = {"GPTBERT_TEST_DEVICE": "cuda"}  # see tests/README.md
 OUTCOME = re.compile(r"\b(PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS)\b")
 NAME = re.compile(rf"{FOLDER}/\S+")
 
@@ -24,11 +26,13 @@ def measure(settings: Settings) -> Iterator[dict[str, Any]]:
         return
     command = [sys.executable, "-m", "pytest", FOLDER, "-v", "-rs", "-p", "no:cacheprovider", "-o", "addopts="]
     if not settings.rehearse and importlib.util.find_spec("xdist"):
-        command += ["-n", str(WORKERS), "--dist", "worksteal"]
+        command += ["-n", str(WORKERS), "--dist", "loadfile"]
     outcomes: Counter[str] = Counter()
     failed: list[str] = []
     last = ""
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | LANE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
         for line in process.stdout:
             print(line, end="", flush=True)
             last = line.strip() or last

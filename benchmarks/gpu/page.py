@@ -33,11 +33,11 @@ UNKNOWN = "–"
 STEPS_TEXT = """\
 bf16, dropout 0.1, everything of a step included, random documents. *ours*: the trainer as it comes; *plain*:
 `--kernels torch --no_compile`, in the same process. *ms*: back to back; *host*: until a step that begins on an idle GPU
-is launched (it waits where the GPU's queue is full); *busy*: sum of the kernels' times; *first step*: model, compilation
-from the shared caches, warm-up."""
+is launched (it waits where the GPU's queue is full); *busy*: sum of the kernels' times; *first step*: the model,
+compilation from the shared caches, warm-up."""
 OPERATIONS_TEXT = """\
-Launched one by one from Python, as who uses them would, so small ones measure the host. Forward and backward, where there
-is one."""
+Launched one by one from Python, as who uses them would, so small ones measure the host. Forward and backward, where
+there is one."""
 
 Entry = dict[str, Any]
 Row = tuple[str, ...]
@@ -54,7 +54,7 @@ def page(report: dict[str, Any]) -> str:
         *_steps(parts),
         *_operations(parts.get("operations")),
         *_right(parts),
-        *_parts(report["parts"]),
+        *([] if report.get("note") else _parts(report["parts"])),
         *report.get("notes", []),
     ]
     title = f"# {'Rehearsal on ' if report['rehearsal'] else ''}{report['gpu']}"
@@ -70,15 +70,18 @@ def table(header: Row, rows: Iterable[Row], text_columns: int = 1) -> list[str]:
     return [*(f"| {' | '.join(row)} |" for row in (header, rule, *rows)), ""]
 
 
-def shown(value: float | None, how: Callable[[float], str] = "{:,.4g}".format) -> str:
-    """A number, or a dash where there is none."""
-    return UNKNOWN if value is None else how(value)
+def shown(value: float | None, how: Callable[[float], str] | None = None) -> str:
+    """A number, or a dash where there is none; three digits at least, if nothing else is said."""
+    if value is None:
+        return UNKNOWN
+    return how(value) if how else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def _labels(report: dict[str, Any]) -> list[str]:
     names = ("commit", "date", "torch", "triton", "python", "liger-kernel", "cut-cross-entropy", "minutes")
     known = [f"{name} {report[name]}" for name in names if report.get(name) not in {None, ""}]
-    return [f"`python -m benchmarks.gpu`: {', '.join(known)}.", ""]
+    command = "" if report.get("note") else "`python -m benchmarks.gpu`: "
+    return [f"{command}{', '.join(known)}.", ""]
 
 
 def _bars(bars: list[dict[str, Any]]) -> list[str]:
@@ -86,7 +89,7 @@ def _bars(bars: list[dict[str, Any]]) -> list[str]:
     for bar in bars:
         sign = "at least" if bar["is_least"] else "at most"
         verdict = {True: "held", False: "**missed**", None: "not measured"}[bar["held"]]
-        limit = f"{sign} {bar['limit']:,.10g}"
+        limit = f"{sign} {shown(bar['limit'])}"
         rows.append((bar["name"], *(shown(bar[key]) for key in ("published", "found")), limit, verdict,
                      shown(bar["goal"])))  # fmt: skip
     header = ("figure", "published code, H100", "found", "bar", "", "goal")
@@ -132,7 +135,7 @@ def _kernels(title: str, figures: dict[str, Any]) -> list[str]:
     if not figures.get("kernels"):
         return []
     rows = [
-        (f"{kernel['ms']:.3f}", f"{kernel['calls']:.1f}", f"`{kernel['name'][:NAME_LETTERS].replace('|', '/')}`")
+        (f"`{kernel['name'][:NAME_LETTERS].replace('|', '/')}`", f"{kernel['ms']:.3f}", f"{kernel['calls']:.1f}")
         for kernel in figures["kernels"]
     ]
     busy, launches = (shown(figures.get(key), FIGURES[key]) for key in ("busy_ms", "launches"))
@@ -141,7 +144,7 @@ def _kernels(title: str, figures: dict[str, Any]) -> list[str]:
         "",
         f"All of a step: {busy} ms, {launches} launches.",
         "",
-        *table(("ms", "calls", "kernel"), rows, text_columns=0),
+        *table(("kernel", "ms", "calls"), rows),
     ]
 
 
@@ -179,11 +182,10 @@ def _right(parts: dict[str, Entry]) -> list[str]:
 
 
 def _parts(parts: dict[str, Entry]) -> list[str]:
-    rows = [
-        (name, entry["status"], f"{entry['seconds']:.1f}", entry["message"] or entry["result"].get("summary", ""))
-        for name, entry in parts.items()
-        if entry["seconds"] or entry["message"]
-    ]
+    rows = []
+    for name, entry in parts.items():
+        if said := [text for text in (entry["message"], entry["result"].get("summary", "")) if text]:
+            rows.append((name, entry["status"], f"{entry['seconds']:.1f}", "; ".join(said)))
     lines = ["## Parts", "", *table(("part", "", "s", ""), rows, text_columns=2)] if rows else []
     for name, entry in parts.items():
         if entry.get("log"):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from benchmarks.bench_train_step import always_compiled
 from benchmarks.gpu.hardware import ROOT
 from benchmarks.gpu.settings import Settings
+from benchmarks.gpu.steps import without_code
 from gptbert.checkpoint import list_checkpoints
 from gptbert.command_line import run_command
 from gptbert.config import TrainConfig
@@ -40,10 +42,11 @@ def measure(settings: Settings, *, is_compiled: bool) -> Iterator[dict[str, Any]
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     inputs = write_inputs(folder)
-    whole, killed = (_start(inputs, name, is_compiled) for name in ("whole", "killed"))
+    way = "plain" if not is_compiled else "traced" if settings.rehearse else "compiled"
+    whole, killed = (_start(inputs, name, way) for name in ("whole", "killed"))
     yield {"summary": "two runs have begun"}
     killed_at = _kill_after(killed, folder / "runs" / "killed", STEPS // 2)
-    _wait(_start(inputs, "killed", is_compiled, resume="auto"))
+    _wait(_start(inputs, "killed", way, resume="auto"))
     _wait(whole)
     tensors, differing = compare(*(list_checkpoints(folder / "runs" / name)[-1] for name in ("whole", "killed")))
     yield {
@@ -53,9 +56,10 @@ def measure(settings: Settings, *, is_compiled: bool) -> Iterator[dict[str, Any]
     }  # fmt: skip
 
 
-def _start(inputs: Path, name: str, is_compiled: bool, **changes: object) -> subprocess.Popen:
-    arguments = flags(inputs, name=name, **SETTINGS, no_compile=not is_compiled, **changes)
-    return subprocess.Popen([sys.executable, "-m", "benchmarks.gpu.resume", *arguments], cwd=ROOT)
+def _start(inputs: Path, name: str, way: str, **changes: object) -> subprocess.Popen:
+    """A run; its way is "plain", "compiled", or "traced", which is compiled but for the code."""
+    arguments = flags(inputs, name=name, **SETTINGS, no_compile=way == "plain", **changes)
+    return subprocess.Popen([sys.executable, "-m", "benchmarks.gpu.resume", way, *arguments], cwd=ROOT)
 
 
 def _wait(process: subprocess.Popen) -> None:
@@ -102,5 +106,5 @@ def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
 
 
 if __name__ == "__main__":
-    with always_compiled():
-        run_command(TrainConfig, fit)
+    with always_compiled(), without_code() if sys.argv[1] == "traced" else nullcontext():
+        run_command(TrainConfig, fit, sys.argv[2:])

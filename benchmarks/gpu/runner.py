@@ -78,11 +78,12 @@ class Process:
 
 
 def environment(settings: Settings) -> dict[str, str]:
-    """Of all parts: shared caches of what was compiled, and no GPU in a rehearsal."""
+    """Of all parts: shared caches of what was compiled, and no GPU in a rehearsal, but kernels for one elsewhere."""
     caches = {"TORCHINDUCTOR_CACHE_DIR": settings.work / "inductor", "TRITON_CACHE_DIR": settings.work / "triton"}
     found = {**os.environ, **{name: str(path) for name, path in caches.items()}, "PYTHONUNBUFFERED": "1"}
     if settings.rehearse:
-        found |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        return found | {"CUDA_VISIBLE_DEVICES": "-1", "HIP_VISIBLE_DEVICES": "-1", "OMP_NUM_THREADS": "1"}
+    found.pop("TRITON_INTERPRET", None)
     return found
 
 

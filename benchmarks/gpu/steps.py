@@ -1,11 +1,14 @@
 """Training steps as the trainer takes them, on random documents, and beside them the plain way in the same process."""
 
 import dataclasses
+import functools
 import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, Self
+from unittest.mock import patch
 
 import torch
 
@@ -82,11 +85,13 @@ class TrainingSteps:
             cpu_threads=1 if settings.rehearse else 0,
         )  # fmt: skip
         self.number_of_steps = steps
+        self._rehearse = settings.rehearse
         self.trainer: Trainer | None = None
 
     def __enter__(self) -> Self:
         self._world = connect(self.config)
-        self.trainer = random_trainer(self.config, self.model_config, self._world.__enter__())
+        with without_code() if self._rehearse else nullcontext():
+            self.trainer = random_trainer(self.config, self.model_config, self._world.__enter__())
         self._rows = Prefetcher(self.trainer.rows.load, 0, self.number_of_steps)
         return self
 
@@ -149,6 +154,14 @@ def figures(case: StepCase, settings: Settings, way: str) -> dict[str, Any]:
         "first_step_seconds": first,
         **kernels,
     }
+
+
+@contextmanager
+def without_code() -> Iterator[None]:
+    """Inside, what is compiled is traced as ever, but no code is made of it, which takes longer than a rehearsal."""
+    compiled = torch.nn.Module.compile
+    with patch.object(torch.nn.Module, "compile", functools.partialmethod(compiled, backend="eager")):
+        yield
 
 
 def launch_seconds(action: Callable[[], object]) -> float:
