@@ -36,15 +36,16 @@ class State:
     """A model's parameters and gradients and LAMB's state, three steps old; the same at every call."""
 
     def __init__(self, sizes: Sizes, dtype: torch.dtype = torch.float32) -> None:
-        generator = torch.Generator().manual_seed(len(sizes))
+        here = machine.device()
+        generator = torch.Generator(here).manual_seed(len(sizes))
         self.params, self.grads, self.exp_avgs, self.averages = (
-            [(0.02 * torch.randn(shape, generator=generator)).to(machine.device(), dtype) for shape, _ in sizes]
+            [0.02 * torch.randn(shape, generator=generator, device=here).to(dtype) for shape, _ in sizes]
             for _ in range(4)
         )
         self.exp_avg_sqs = [exp_avg.square() for exp_avg in self.exp_avgs]
-        self.steps = [torch.tensor(3.0, device=machine.device()) for _ in sizes]
+        self.steps = [torch.tensor(3.0, device=here) for _ in sizes]
         self.decays = [decay for _, decay in sizes]
-        self.gradient_norm = torch.zeros((), dtype=dtype, device=machine.device())
+        self.gradient_norm = torch.zeros((), dtype=dtype, device=here)
 
 
 def _reference(state: State, step: Callable[..., None] = reference.lamb_step) -> Step:
