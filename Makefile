@@ -51,7 +51,8 @@ TORCH_TESTS := torch_private compilation activation_checkpointing model trainer 
 	cross_entropy_rows attention attention_kernel bucket_sums column_sums depth_mix gated_norm dropout norm muon optim \
 	layer_weighting samples likelihood inspect distributed fresh_store upstream
 
-# Beside the PyTorch of constraints.txt: any other, which brings its own Triton. 2.11.0 is the oldest.
+# Beside the PyTorch of constraints.txt: any other, which brings its own Triton (a build for CUDA, some GB, on CPUs too).
+# TORCH=2.11.0 is the oldest.
 test-torch: .venv/torch-$(TORCH)/.installed
 	.venv/torch-$(TORCH)/bin/python -m pytest -n 2 --dist loadfile $(TORCH_TESTS:%=tests/test_%.py)
 
