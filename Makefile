@@ -45,7 +45,14 @@ $(OLDEST): .venv/.installed
 		"transformers==4.51.3" "tokenizers~=0.21.0" "huggingface-hub~=0.30"
 	@touch $@
 
-# Beside the PyTorch of constraints.txt: any other, which brings its own Triton. 2.11.0 is the oldest.
+# What another PyTorch, or the Triton that it brings, may do otherwise.
+TORCH_TESTS := torch_private compilation activation_checkpointing model trainer resume checkpoint export import_hf \
+	generate evaluate sharding lamb lamb_cpp lamb_optimizer lamb_shards cpp_mutants check span_mask masked_cross_entropy \
+	cross_entropy_rows attention attention_kernel bucket_sums column_sums depth_mix gated_norm dropout norm muon optim \
+	layer_weighting samples likelihood inspect distributed fresh_store upstream
+
+# Beside the PyTorch of constraints.txt: any other, which brings its own Triton (a build for CUDA, some GB, on CPUs too).
+# TORCH=2.11.0 is the oldest.
 test-torch: .venv/torch-$(TORCH)/.installed
 	.venv/torch-$(TORCH)/bin/python -m pytest -n 2 --dist loadfile $(TORCH_TESTS:%=tests/test_%.py)
 
