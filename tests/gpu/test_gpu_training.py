@@ -49,18 +49,17 @@ def assert_went_on_to_the_bit(whole, other):
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 1e-2)])
-def test_both_backends_train_the_same(inputs, settings, precision, tolerance):
+def test_both_backends_train_the_same(inputs, settings, sized, precision, tolerance):
     """Masks and dropout are equal to the bit; the rest differs by rounding, in bf16 by that of logits' gradients."""
-    in_bf16 = precision == "bf16"
+    settings = settings | {"mixed_precision": precision == "bf16", "max_steps": sized(8, 2)}
     found = {}
     for kernels in ("triton", "torch"):
-        records, folder = run(
-            inputs, f"{kernels}-{precision}", settings | {"kernels": kernels, "mixed_precision": in_bf16}
-        )
+        records, folder = run(inputs, f"{kernels}-{precision}", settings | {"kernels": kernels})
         assert json.loads((folder / "config.json").read_text())["kernels"] == kernels
         found[kernels] = losses(records)
     assert found["triton"] == pytest.approx(found["torch"], rel=tolerance)
-    assert found["triton"][0] > found["triton"][settings["max_steps"] - 1] + 0.1, "a run that learns nothing"
+    training = found["triton"][: settings["max_steps"]]
+    assert abs(training[-1] - training[0]) > 0.01, "a run in which nothing moves shows nothing"
 
 
 @pytest.mark.parametrize(
