@@ -41,7 +41,7 @@ class Attention(nn.Module):
 
         Args:
             hidden_states: [B, T, D].
-            relative: [P, D], normalised position vectors.
+            relative: [P, D] or more rows, normalised position vectors.
             buckets: [T, T], β(i, j).
             mask: [B, T, T] bool, True where query i may see key j.
             seeds: [SEEDS, 2] of dropout, or None.

@@ -22,7 +22,7 @@ from gptbert.layer_weighting import LayerWeighting, Representations
 from gptbert.norm import InputNorm, layer_norm
 from kernels import MaskedCrossEntropy, masked_cross_entropy
 from kernels.gated_norm import gated_product
-from kernels.padding import rounded_rows
+from kernels.padding import padded_length, rounded_rows
 
 IGNORE_INDEX = -100
 BLOCK_SEEDS = ATTENTION_SEEDS + 1
@@ -164,9 +164,14 @@ class Embedding(nn.Module):
         self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, input_ids: Tensor, seed: Tensor | None) -> tuple[Tensor, Tensor]:
-        """[B, T] ids to x0 [B, T, D] and r [P, D]."""
+        """[B, T] ids to x0 [B, T, D] and r [P, D], which ends in rows of zeros up to a multiple of 16.
+
+        P is odd, and a GPU's libraries have nothing but old, slow kernels for products whose rows begin at odd
+        addresses. No distance has those rows' buckets.
+        """
         hidden_states = self.dropout(self.layer_norm(self.word_embedding(input_ids)), seed)
-        return hidden_states, self.relative_layer_norm(self.relative_embedding)
+        relative = self.relative_layer_norm(self.relative_embedding)
+        return hidden_states, F.pad(relative, (0, 0, 0, padded_length(len(relative)) - len(relative)))
 
 
 class Block(nn.Module):

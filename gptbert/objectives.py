@@ -213,6 +213,22 @@ class HybridPlan:
         masked = self.world_size * self.config.hybrid_numerator // self.config.hybrid_denominator
         return range(masked) if objective is Objective.MLM else range(masked, self.world_size)
 
+    def objectives(self, rank: int) -> tuple[Objective, ...]:
+        """What `rank` trains: in mode "rank" one of them."""
+        return tuple(objective for objective in Objective if rank in self.ranks(objective))
+
+    def rows_of_a_rank(self, objective: Objective, step: int) -> int:
+        """Rows of the objective that the rank has at `step` that has most of them."""
+        return -(-self.num_rows(objective, step) // max(1, len(self.ranks(objective))))
+
+    def most_rows(self, objective: Objective, factor: int) -> int:
+        """Most rows of the objective that a rank has at any step whose rows are `factor` times as long as the first.
+
+        Batches grow in each such range of steps, or stay as they are, so that it is the last step's number.
+        """
+        later = [step for step in self.length_factors.values() if step > self.length_factors[factor]]
+        return self.rows_of_a_rank(objective, min(later, default=self.config.max_steps) - 1)
+
     def shares(self, step: int, rank: int) -> list[Share]:
         """The rows of `step` that `rank` trains; empty shares are left out."""
         factor = length_factor(self.config, step)
@@ -230,7 +246,7 @@ class HybridPlan:
 
     def most_micro_batches(self, step: int, rows: int) -> int:
         """A number of micro-batches, of at most `rows` rows, that no rank has more of at `step`; at least 1."""
-        shares = [-(-self.num_rows(objective, step) // max(1, len(self.ranks(objective)))) for objective in Objective]
+        shares = [self.rows_of_a_rank(objective, step) for objective in Objective]
         share = sum(shares) if self.mode == "batch" else max(shares)
         return max(1, -(-share // rows))
 

@@ -1,21 +1,22 @@
 """The rows of each step, as one rank trains them: loaded ahead, moved to the device, and masked there."""
 
-import dataclasses
-
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gptbert import schedules
 from gptbert.config import TrainConfig
-from gptbert.data import RowStream
+from gptbert.data import Rows, RowStream
 from gptbert.distributed import World
 from gptbert.errors import InputError
 from gptbert.inputs import Inputs, corpus_names, naming
 from gptbert.mask_history import MaskHistory
+from gptbert.micro_batch import MicroBatches
 from gptbert.mixture import Mixture
 from gptbert.model import IGNORE_INDEX
 from gptbert.objectives import Batch, HybridPlan, Masking, Objective, Share, causal_batch, masked_batch
+from gptbert.tokenizer import PAD_ID
 from kernels.padding import padded_length
 
 LoadedShare = tuple[Share, dict[str, Tensor]]  # the fields of `Rows`, on the host
@@ -47,11 +48,14 @@ class StepRows:
         mask_history: how often each token was masked, or None.
     """
 
-    def __init__(self, config: TrainConfig, inputs: Inputs, plan: HybridPlan, world: World) -> None:
+    def __init__(
+        self, config: TrainConfig, inputs: Inputs, plan: HybridPlan, world: World, micro_batches: MicroBatches
+    ) -> None:
         self._config = config
         self._vocab_size = inputs.vocab_size
         self._plan = plan
         self._world = world
+        self._micro_batches = micro_batches
         self._refusal: str | None = None  # why a row of this rank cannot be trained
         self.mask_history = MaskHistory(inputs.num_train_tokens, world) if config.mask_history else None
         self.streams = training_streams(config, inputs, plan)
@@ -60,28 +64,45 @@ class StepRows:
     def load(self, step: int) -> list[LoadedShare]:
         """This rank's rows of a step, on the host, padded for `span_mask`; called ahead of time on another thread.
 
+        Where micro-batches have fixed shapes, rows of padding fill them up, of each objective.
+
         Rows that cannot be trained are left out. The other ranks are in the middle of a step then, so the reason waits
         for the next record or checkpoint, where all of them meet: see `agree`.
         """
+        padded_rows = self._micro_batches.padded_rows(step)
+        shares = {share.objective: share for share in self._plan.shares(step, self._world.rank)}
+        factor = schedules.length_factor(self._config, step)
         loaded = []
-        for share in self._plan.shares(step, self._world.rank):
-            try:
-                with naming("--train_path"):
-                    rows = self.streams[share.objective].rows(share.first_slot, share.num_rows, share.length_factor)
-            except InputError as error:
-                self._refusal = str(error)
-                continue
-            tensors = {field.name: torch.from_numpy(getattr(rows, field.name)) for field in dataclasses.fields(rows)}
-            if self.mask_history is None:
-                del tensors["positions"]
-            padding = padded_length(rows.tokens.shape[1]) - rows.tokens.shape[1]
-            tensors |= {
-                name: F.pad(tensor, (0, padding), value=-1) for name, tensor in tensors.items() if tensor.ndim == 2
-            }
-            if self._world.device.type == "cuda":
-                tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
-            loaded.append((share, tensors))
+        for objective in padded_rows or shares:
+            share = shares.get(objective, Share(objective, 0, 0, factor))
+            rows = self._read(share)
+            num_rows = padded_rows.get(objective, len(rows.row_ids))
+            if num_rows:
+                loaded.append((share, self._on_host(rows, num_rows)))
         return loaded
+
+    def _read(self, share: Share) -> Rows:
+        """The rows of a share; none where they cannot be trained."""
+        try:
+            with naming("--train_path"):
+                if share.num_rows:
+                    return self.streams[share.objective].rows(share.first_slot, share.num_rows, share.length_factor)
+        except InputError as error:
+            self._refusal = str(error)
+        nothing = np.empty((0, share.length_factor * self._config.seq_length + 1), dtype=np.int64)
+        return Rows(nothing, nothing, nothing[:, 0], nothing)
+
+    def _on_host(self, rows: Rows, num_rows: int) -> dict[str, Tensor]:
+        """The fields of rows, with padding behind the last one and behind each."""
+        names = ["tokens", "document_ids", "row_ids", *(["positions"] if self.mask_history else [])]
+        columns = padded_length(rows.tokens.shape[1]) - rows.tokens.shape[1]
+        tensors = {}
+        for name in names:
+            tensor = torch.from_numpy(getattr(rows, name))
+            padding = [0, columns] * (tensor.ndim - 1) + [0, num_rows - len(tensor)]
+            tensor = F.pad(tensor, padding, value=PAD_ID if name == "tokens" else -1)
+            tensors[name] = tensor.pin_memory() if self._world.device.type == "cuda" else tensor
+        return tensors
 
     def agree(self) -> None:
         """End the run if any rank has left rows out; every rank must call it.
@@ -137,8 +158,7 @@ class StepRows:
     def _count_masks(self, batches: list[Batch], positions: Tensor | None, step: int) -> None:
         """Tell the masking history what this step masks, on all ranks."""
         length = schedules.sequence_length(self._config, step)
-        rows = self._plan.num_rows(Objective.MLM, step)
-        capacity = -(-rows // max(1, len(self._plan.ranks(Objective.MLM))))
+        capacity = self._micro_batches.most_rows(Objective.MLM, step)
         labels = next((batch.labels for batch in batches if batch.objective is Objective.MLM), None)
         if labels is None:
             labels = positions = torch.full((0, length), IGNORE_INDEX, device=self._world.device)

@@ -1,5 +1,6 @@
 """Signals that ask a run to save and stop: Ctrl-C, and what batch systems send before they kill."""
 
+import itertools
 import os
 import signal
 import threading
@@ -28,6 +29,12 @@ class StopSignal:
         self.received: signal.Signals | None = None
         self._world = world
         self._totals: list[tuple[Tensor, torch.cuda.Event]] = []  # on their way from the GPU
+        # where they arrive, in turns; made once, since to make pinned memory waits for the GPU
+        self._arrivals = itertools.cycle(
+            [torch.zeros((), dtype=torch.int64, pin_memory=True) for _ in range(2)]
+            if world.device.type == "cuda" and world.world_size > 1
+            else []
+        )
 
     def requests(self) -> Tensor:
         """1 or 0, an int64 scalar on the device, to be added up over the ranks."""
@@ -44,7 +51,7 @@ class StopSignal:
             return self.received is not None
         if total.device.type == "cpu":
             return total.item() > 0
-        on_host = torch.empty((), dtype=total.dtype, pin_memory=True).copy_(total, non_blocking=True)
+        on_host = next(self._arrivals).copy_(total, non_blocking=True)
         self._totals.append((on_host, torch.cuda.current_stream().record_event()))
         if len(self._totals) == 1:
             return False

@@ -22,9 +22,9 @@ from gptbert.inputs import Inputs
 from gptbert.mask_history import check_counts
 from gptbert.memory import peak_memory
 from gptbert.metrics import LossSums, Throughput, training_losses
-from gptbert.micro_batch import micro_batch_rows
+from gptbert.micro_batch import MicroBatches
 from gptbert.model import GPTBert
-from gptbert.objectives import Batch, HybridPlan, Objective, micro_batches
+from gptbert.objectives import Batch, HybridPlan, Objective
 from gptbert.optim import WeightAverage, build_optimizer, update_weights
 from gptbert.preparation import check_cpp_kernels, prepare_kernels, prepare_run_dir
 from gptbert.progress import brief, introduce, progress_bar, say
@@ -37,7 +37,6 @@ from gptbert.trackers import Trackers
 from gptbert.validation import Validation, ValidationSettings
 from gptbert.word_checkpoints import WordCheckpoints
 from kernels import MaskedCrossEntropy
-from kernels.span_mask import DEFAULT_MAX_SPAN_LENGTH
 
 # needed by one process in the whole run: an hour or so of a laptop's core, and minutes of a GPU
 COMPILE_FROM_FLOPS = {"cpu": 1e15, "cuda": 1e17}
@@ -134,7 +133,8 @@ class Trainer:
         self.sums = LossSums(world.device)
         self.skipped_steps = SkippedSteps(world.device)
         self.stop_signal = StopSignal(world)
-        self.rows = StepRows(config, inputs, plan, world)
+        self.micro_batches = MicroBatches(config, plan, world)
+        self.rows = StepRows(config, inputs, plan, world, self.micro_batches)
         self.words = WordCheckpoints(config, self.rows.streams, plan)
         self.validation = Validation(ValidationSettings.of(config), inputs.valid_store, world, inputs.vocab_size)
         self.step = 0
@@ -202,13 +202,7 @@ class Trainer:
         """
         batches = self.rows.batches(rows, self.step)
         scales = self._loss_scales(batches)
-        length = schedules.sequence_length(self.config, self.step)
-        most_rows = micro_batch_rows(self.config, length, self.world.device)
-        pieces = micro_batches(batches, most_rows)
-        fewest = 1
-        if isinstance(self.parallel_model, FSDPModule):  # for each of them all ranks gather the weights together
-            fewest = self.plan.most_micro_batches(self.step, most_rows)
-        pieces += [[Batch.padding(length, self.world.device)]] * (fewest - len(pieces))
+        pieces = self.micro_batches.cut(batches, self.step)
         sums = LossSums(self.world.device)
         for index, parts in enumerate(pieces):
             with self._synchronised(is_last=index == len(pieces) - 1):
@@ -389,19 +383,8 @@ class Trainer:
                 torch.cat([part.labels for part in parts]),
                 torch.cat([part.is_causal for part in parts]),
                 self.config.z_loss_weight,
-                parts=[(len(part.labels), self._label_capacity(part)) for part in parts],
+                parts=[(len(part.labels), self.micro_batches.label_capacity(part)) for part in parts],
             )
-
-    def _label_capacity(self, batch: Batch) -> int | None:
-        """An upper bound of the labels, so that a GPU need not be asked; on the CPU counting costs nothing."""
-        if self.world.device.type == "cpu":
-            return None
-        rows, length = batch.labels.shape
-        if batch.objective is Objective.CLM:
-            return rows * length
-        mask_p = schedules.mask_probability(self.config, self.step)
-        most = int((length + 1) * mask_p) + 1 + (DEFAULT_MAX_SPAN_LENGTH - 1)  # the last span may stick out
-        return rows * min(length, most)
 
     def _synchronised(self, is_last: bool) -> AbstractContextManager:
         """Gradients are reduced over ranks once a step, in the backward of the last micro-batch."""

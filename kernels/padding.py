@@ -17,10 +17,22 @@ def padded_rows(like: Tensor) -> Tensor:
     return like.new_empty(num_rows, padded_length(length))[:, :length]
 
 
-def rounded_rows(count: int) -> int:
-    """A number of rows that recurs, at least `count`, for matrix products on the CPU.
+def rows_apart(like: Tensor, num_rows: int, length: int, stride: int) -> Tensor:
+    """Memory for rows [num_rows, length] of the type and on the device of `like`, with zeros between them.
 
-    Its library keeps code for each shape that it meets, and never gives up the memory: some megabytes for every new
-    number of labelled rows, of which there is one in nearly every step.
+    Matrix products may read what stands behind a row: on CPUs with AMX, oneDNN 3.12 multiplies an entry of it by zero
+    where the row's length is odd (docs/library-faults.md), and zero times what is not a number is not a number.
+    """
+    memory = like.new_empty(num_rows, stride)
+    if stride > length:
+        memory[:, length:].zero_()
+    return memory[:, :length]
+
+
+def rounded_rows(count: int) -> int:
+    """A number of rows that recurs, at least `count`, for matrix products.
+
+    A CPU's library keeps code for each shape that it meets, and never gives up the memory: some megabytes for every new
+    number of labelled rows, of which there is one in nearly every step. A GPU's wants multiples of 16 bytes.
     """
     return -(-count // ROWS) * ROWS

@@ -11,10 +11,15 @@ __all__ = ["assert_accurate", "close", "on_threads", "relative_error", "same", "
 
 
 def assert_accurate(
-    actual: Tensor, reference: Tensor, plain: Tensor, off_target: Tensor | None = None, name: str = "tensor"
+    actual: Tensor,
+    reference: Tensor,
+    plain: Tensor,
+    off_target: Tensor | None = None,
+    name: str = "tensor",
+    rounding: float = 0.0,
 ) -> None:
     """Fail unless `actual` obeys the rule; the arguments are those of `kernels.numerics.compare`."""
-    for result in compare(name, actual, reference, plain, off_target):
+    for result in compare(name, actual, reference, plain, off_target, rounding=rounding):
         assert result.passed, f"{result.name}: error {result.error:.3e}, allowed {result.bound:.3e}"
 
 

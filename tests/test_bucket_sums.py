@@ -42,7 +42,7 @@ def test_agrees_with_a_scatter(table, length, dtype):
 @pytest.mark.parametrize("chunk", [1, 5, 6, 100])
 def test_pieces_do_not_mix(table, monkeypatch, chunk):
     length = 9
-    monkeypatch.setitem(module._CHUNK, "cpu", chunk * length * 32)
+    monkeypatch.setattr(module, "_CHUNK_ON_CPU", chunk * length * 32)
     grad = torch.randn(4, 3, length, length, dtype=torch.float64)
     for actual, expected in zip(
         bucket_sums(grad, table(length), BUCKETS), by_scatter(grad, table(length)), strict=True

@@ -14,6 +14,7 @@ from gptbert.data import RowStream
 from gptbert.distributed import World
 from gptbert.errors import InputError
 from gptbert.inputs import Inputs, corpus_names
+from gptbert.micro_batch import MicroBatches
 from gptbert.mixture import Mixture
 from gptbert.objectives import HybridPlan, Objective
 from gptbert.step_rows import StepRows
@@ -180,7 +181,8 @@ def test_ranks_together_train_what_a_run_mixes(make_store, make_config, tiny):
     config = make_config(**mixed, **growth, hybrid_mode="batch")
     inputs, plan = Inputs(tiny, 64, stores, stores[0]), HybridPlan(config, 3)
     assert plan.length_factors == {1: 0, 2: 24, 4: 30}
-    ranks = [StepRows(config, inputs, plan, World(rank, 3, CPU)) for rank in range(3)]
+    worlds = [World(rank, 3, CPU) for rank in range(3)]
+    ranks = [StepRows(config, inputs, plan, world, MicroBatches(config, plan, world)) for world in worlds]
     trained = {objective: [] for objective in Objective}
     for step in range(config.max_steps):
         for share, tensors in (loaded for rank in ranks for loaded in rank.load(step)):
@@ -205,7 +207,8 @@ def test_ranks_together_train_what_a_run_mixes(make_store, make_config, tiny):
 def test_one_file_is_no_mixture(make_store, make_config, tiny):
     store = make_store([30] * 9, tokens=np.arange(270) % 40 + 16)
     config = make_config(train_path=(Path("a"),), train_weights=(3.0,))
-    rows = StepRows(config, Inputs(tiny, 64, (store,), store), HybridPlan(config, 1), World(0, 1, CPU))
+    plan, world = HybridPlan(config, 1), World(0, 1, CPU)
+    rows = StepRows(config, Inputs(tiny, 64, (store,), store), plan, world, MicroBatches(config, plan, world))
     assert {type(stream) for stream in rows.streams.values()} == {RowStream}
     assert rows.epochs_before(7) == {}
 

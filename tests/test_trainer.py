@@ -96,9 +96,9 @@ class HostReads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("mask_history", [False, True])
-def test_a_step_reads_nothing_back_from_the_device(inputs, monkeypatch, mask_history):
+def test_a_step_reads_nothing_back_from_the_device(inputs, mask_history):
     trainer = make_trainer(inputs, mask_history=mask_history, mixed_precision=True, local_batch_size=2)
-    monkeypatch.setattr(trainer, "_label_capacity", lambda batch: Trainer._label_capacity(on_gpu(trainer), batch))
+    trainer.micro_batches.has_fixed_shapes = True
     steps_on_host = lambda: {id(state["step"]) for state in trainer.optimizer.state.values() if state}  # noqa: E731
     rows = [trainer.rows.load(step) for step in range(2)]
     with HostReads(steps_on_host) as reads:
@@ -109,21 +109,6 @@ def test_a_step_reads_nothing_back_from_the_device(inputs, monkeypatch, mask_his
     with HostReads(steps_on_host) as reads:
         trainer.training_record(torch.tensor(1.0), trainer_module.Throughput(0))
     assert reads.seen, "or the test sees nothing at all"
-
-
-def on_gpu(trainer):
-    """A stand-in whose device says cuda, for what depends on the device's kind alone."""
-    stand_in = object.__new__(Trainer)
-    stand_in.__dict__ = trainer.__dict__ | {"world": World(0, 1, torch.device("cuda", 0))}
-    return stand_in
-
-
-def test_label_capacity_is_an_upper_bound_and_not_a_wasteful_one(inputs):
-    trainer = make_trainer(inputs, global_batch_size=256, batch_reduction=1, seq_length=64)
-    for batch in trainer.rows.batches(trainer.rows.load(0), 0):
-        capacity = Trainer._label_capacity(on_gpu(trainer), batch)
-        assert batch.label_count <= capacity
-        assert capacity < 1.35 * batch.label_count
 
 
 def test_longer_rows_come_in_fewer_at_a_time(inputs, monkeypatch):

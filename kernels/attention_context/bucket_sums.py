@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_CHUNK = {"cpu": 2**21, "cuda": 2**26}  # entries that are laid out by distance at once: what a CPU's cache holds
+# entries that are laid out by distance at once; a CPU's cache holds fewer
+_CHUNK, _CHUNK_ON_CPU = 2**26, 2**21
 _ALIGNMENT = 32  # of a row, in entries
 
 
@@ -34,7 +35,7 @@ def bucket_sums(grad: Tensor, buckets: Tensor, num_buckets: int) -> tuple[Tensor
     padding = (0, 0, 1, width - 2 * length)
     for_queries, for_keys = F.pad(is_in_bucket.flip(0), padding), F.pad(is_in_bucket, padding)
     by_query, by_key = (grad.new_empty(len(matrices) * length, num_buckets) for _ in range(2))
-    chunk = max(1, _CHUNK[grad.device.type] // (length * width))
+    chunk = max(1, (_CHUNK_ON_CPU if grad.device.type == "cpu" else _CHUNK) // (length * width))
     memory = grad.new_zeros(min(chunk, len(matrices)), length * width)
     rows = memory[:, : length * (width - 1)].unflatten(1, (length, width - 1))[:, :, length : 2 * length]
     for first in range(0, len(matrices), chunk):

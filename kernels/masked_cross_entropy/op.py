@@ -9,7 +9,7 @@ from torch import Tensor
 from kernels.column_sums import column_sums
 from kernels.masked_cross_entropy import cpp_rows
 from kernels.masked_cross_entropy import rows as torch_rows
-from kernels.padding import PADDING, padded_length, rounded_rows
+from kernels.padding import PADDING, padded_length, rounded_rows, rows_apart
 
 CHUNK_ELEMENTS = 2**24  # logits that exist at once: 32 MB in bf16
 _BLOCK_ROWS = 256  # of the output matrix
@@ -241,14 +241,14 @@ def _implementation(logits: Tensor, backend: str) -> ModuleType:
 
 def _aligned_rows(num_rows: int, row_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory for [num_rows, row_size], each row at a multiple of 32 bytes or more, so that kernels load wide words."""
-    return torch.empty(num_rows, padded_length(row_size), dtype=dtype, device=device)[:, :row_size]
+    return rows_apart(torch.empty(0, dtype=dtype, device=device), num_rows, row_size, padded_length(row_size))
 
 
 def _empty_gradient(logits: Tensor) -> Tensor:
     """Memory for the gradient [N, V] of rows whose columns are contiguous, at the same places inside words."""
     num_rows, vocab_size = logits.shape
     stride = vocab_size + (logits.stride(0) - vocab_size) % PADDING
-    return logits.new_empty_strided((num_rows, vocab_size), (stride, 1))
+    return rows_apart(logits, num_rows, vocab_size, stride)
 
 
 def _accumulate_product(total: Tensor, left: Tensor, right: Tensor, product: Tensor | None, *, is_first: bool) -> None:

@@ -10,6 +10,11 @@ DEFAULT_MAX_SPAN_LENGTH = 3
 _MAX_VOCAB_SIZE = 2**31  # times a 32-bit random number fits a signed 64-bit one
 
 
+def most_selected(length: int, mask_p: float, max_span_length: int = DEFAULT_MAX_SPAN_LENGTH) -> int:
+    """An upper bound of the tokens that `span_mask` selects in a row of `length`: the last span may stick out."""
+    return min(length, int(length * mask_p) + 1 + max_span_length - 1)
+
+
 def span_mask(
     tokens: Tensor,
     *,

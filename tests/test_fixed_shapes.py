@@ -1,0 +1,151 @@
+"""Training steps by a GPU's rules, on a device without values: what a CUDA graph of a step asks for."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from gptbert import trainer as trainer_module
+from gptbert.command_line import parse
+from gptbert.config import TrainConfig
+from gptbert.distributed import World
+from gptbert.inputs import Inputs
+from gptbert.objectives import HybridPlan
+from gptbert.trainer import Trainer
+from tests.operations import Operations
+from tests.runs import flags, write_inputs
+
+# on a GPU they are Triton's, whose launches depend on their arguments' shapes alone
+CLOSED = ("kernels::lamb_step", "kernels::span_mask")
+# waits for the device or its driver; takes numbers of the host's along; has results whose shape depends on values
+FORBIDDEN = {
+    "from host", "aten::_local_scalar_dense", "aten::pin_memory", "aten::nonzero", "aten::nonzero_numpy",
+    "aten::masked_select", "aten::_unique2", "aten::unique_dim", "aten::equal", "aten::repeat_interleave.Tensor",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("fixed"))
+
+
+@pytest.fixture
+def make_trainer(inputs, monkeypatch):
+    """A trainer whose device has shapes and no values, so that whatever reads some is an error."""
+    monkeypatch.setattr(trainer_module, "product_rate", lambda *args, **options: 1.0)
+    # PyTorch has no mixed precision for the device
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *args: False)
+    monkeypatch.setattr(torch, "autocast", lambda *args, **options: nullcontext())
+
+    def make(**changes):
+        settings = {"global_batch_size": 16, "batch_reduction": 4, "max_steps": 100, "no_compile": True}
+        config = parse(TrainConfig, flags(inputs, **settings | changes))
+        world = World(0, 1, torch.device("meta"))
+        trainer = Trainer(config, Inputs.open(config), HybridPlan(config, 1), world)
+        trainer.micro_batches.has_fixed_shapes = True
+        trainer.step = 1
+        trainer.train_step(trainer.rows.load(1))  # the optimizer's state is made once
+        return trainer
+
+    return make
+
+
+def operations_of(trainer, step):
+    """Name, and shape, type and device of the tensors, of each operation of a step, and what loaded rows are."""
+    trainer.step = step
+    rows = trainer.rows.load(step)
+    loaded = {id(tensor) for _, tensors in rows for tensor in tensors.values()}
+    seen, from_host = [], []
+
+    def look(name, tensors):
+        seen.append((name, tuple((tensor.shape, tensor.dtype, tensor.device.type) for tensor in tensors)))
+        from_host.extend(name for tensor in tensors if tensor.device.type == "cpu" and id(tensor) not in loaded)
+
+    with Operations(look, closed=CLOSED):
+        trainer.train_step(rows)
+    return seen, from_host
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"hybrid_numerator": 0}, {"hybrid_numerator": 4}, {"mask_history": True}],
+    ids=["hybrid", "causal", "masked", "history"],
+)
+def test_steps_far_apart_in_the_schedules_are_the_same_operations(make_trainer, changes):
+    trainer = make_trainer(local_batch_size=16, **changes)
+    plan = trainer.plan
+    assert sum(plan.num_rows(objective, 2) for objective in plan.objectives(0)) < 5, "or nothing has changed"
+    (early, _), (late, _) = operations_of(trainer, 2), operations_of(trainer, 99)
+    assert len(early) > 1000
+    assert early == late
+
+
+def test_all_micro_batches_are_the_same_operations(make_trainer, monkeypatch):
+    trainer = make_trainer(local_batch_size=4)
+    forward, seen = trainer._forward, []
+
+    def watched(parts):
+        own = []
+        seen.append(own)
+        look = lambda name, tensors: own.append((name, tuple(tensor.shape for tensor in tensors)))  # noqa: E731
+        with Operations(look, closed=CLOSED):
+            return forward(parts)
+
+    monkeypatch.setattr(trainer, "_forward", watched)
+    for step in (2, 99):
+        trainer.step = step
+        trainer.train_step(trainer.rows.load(step))
+    assert len(seen) == 1 + 4
+    assert len(seen[0]) > 300
+    assert all(own == seen[0] for own in seen)
+
+
+@pytest.mark.parametrize("mask_history", [False, True])
+def test_a_cuda_graph_could_record_every_operation(make_trainer, mask_history):
+    trainer = make_trainer(mask_history=mask_history)
+    seen, from_host = operations_of(trainer, 50)
+    assert not from_host, "a copy from memory that is not pinned"
+    assert not {name for name, _ in seen} & FORBIDDEN
+    copies = [name for name, tensors in seen if any(device == "cpu" for *_, device in tensors)]
+    assert copies == ["aten::_to_copy"] * (8 if mask_history else 6), "the fields of both objectives' rows"
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        lambda device: torch.tensor(1.0, device=device),
+        lambda device: torch.ones(2, device=device) + torch.ones(2).to(device),
+        lambda device: torch.zeros(3, device=device)[[0, 2]],
+    ],
+    ids=["a number", "a tensor", "a list of places"],
+)
+def test_what_comes_from_the_host_is_seen(make_trainer, monkeypatch, what):
+    trainer = make_trainer()
+    forward = trainer._forward
+    monkeypatch.setattr(trainer, "_forward", lambda parts: (what(trainer.world.device), forward(parts))[1])
+    seen, from_host = operations_of(trainer, 50)
+    assert from_host or {name for name, _ in seen} & FORBIDDEN
+
+
+@pytest.mark.parametrize("what", [lambda x: x.item(), lambda x: x.nonzero(), lambda x: bool(x.isfinite())])
+def test_what_waits_for_the_device_is_an_error(make_trainer, monkeypatch, what):
+    trainer = make_trainer()
+    forward = trainer._forward
+    monkeypatch.setattr(trainer, "_forward", lambda parts: (what(trainer.sums.sums[0, 0]), forward(parts))[1])
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        operations_of(trainer, 50)
+
+
+@pytest.mark.parametrize("local_batch_size", [16, 4, 1])
+def test_padding_changes_no_gradient(inputs, monkeypatch, local_batch_size):
+    results = []
+    for has_fixed_shapes in (False, True):
+        changes = {"config_file": inputs / "no_dropout.json", "local_batch_size": local_batch_size}
+        config = parse(TrainConfig, flags(inputs, global_batch_size=15, optimizer="adamw", **changes))
+        trainer = Trainer(config, Inputs.open(config), HybridPlan(config, 1), World(0, 1, torch.device("cpu")))
+        trainer.micro_batches.has_fixed_shapes = has_fixed_shapes
+        monkeypatch.setattr(trainer.optimizer, "zero_grad", lambda: None)
+        norm = trainer.train_step(trainer.rows.load(0))
+        gradients = {name: param.grad for name, param in trainer.model.named_parameters()}
+        results.append(gradients | {"norm": norm, "sums": trainer.sums.sums})
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-7)

@@ -1,0 +1,126 @@
+"""The matrix products of a training step: sizes that libraries have fast code for, and memory that they may read."""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils import deterministic
+
+from gptbert.command_line import parse
+from gptbert.config import TrainConfig
+from gptbert.distributed import World
+from gptbert.inputs import Inputs
+from gptbert.objectives import HybridPlan
+from gptbert.trainer import Trainer
+from kernels import cross_entropy_from_logits
+from kernels.padding import rows_apart
+from tests.operations import Operations, is_product
+from tests.runs import MODEL, flags, write_inputs
+
+WORD = 16  # bytes, which a GPU's fast kernels load at once
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = write_inputs(tmp_path_factory.mktemp("products"))
+    (folder / "odd.json").write_text(json.dumps(MODEL | {"vocab_size": 331}))
+    return folder
+
+
+@pytest.fixture
+def nothing_is_written(monkeypatch):
+    """Memory that PyTorch hands out holds no numbers, as memory may."""
+    monkeypatch.setattr(deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def train(inputs, look, steps=1, *, has_fixed_shapes=False, **changes):
+    """Steps of a hybrid run in mixed precision, whose operations a function looks at; returns the trainer."""
+    settings = {"mixed_precision": True, "hybrid_numerator": 1, "hybrid_denominator": 2, "batch_reduction": 1}
+    config = parse(TrainConfig, flags(inputs, **settings | changes))
+    trainer = Trainer(config, Inputs.open(config), HybridPlan(config, 1), World(0, 1, torch.device("cpu")))
+    trainer.micro_batches.has_fixed_shapes = has_fixed_shapes
+    for step in range(steps):
+        rows = trainer.rows.load(step)
+        with Operations(look):
+            trainer.train_step(rows)
+        trainer.step += 1
+    return trainer
+
+
+def odd_places(tensor):
+    """Sizes and distances of a matrix, or of each in a batch, that are no multiple of a word, in bytes."""
+    places = [*tensor.shape[-2:], *(stride for stride in tensor.stride() if stride != 1)]
+    return [place for place in places if place * tensor.element_size() % WORD]
+
+
+@pytest.mark.parametrize("has_fixed_shapes", [False, True])
+def test_all_sizes_are_multiples_of_a_word(inputs, has_fixed_shapes):
+    """Where a size is odd, rows begin at odd addresses, and cuBLAS falls back to kernels many times slower.
+
+    Products with a vector, of the layer weighting, are bound by memory, and their sizes are those of depths.
+    """
+    odd, seen = [], Counter()
+
+    def look(name, tensors):
+        matrices = [tensor for tensor in tensors if tensor.ndim > 1]
+        if is_product(name) and not any(1 in matrix.shape[-2:] for matrix in matrices):
+            seen.update(matrices[0].shape[-1:])
+            odd.extend((name, tuple(matrix.shape), matrix.stride()) for matrix in matrices if odd_places(matrix))
+
+    train(inputs, look, has_fixed_shapes=has_fixed_shapes)
+    assert seen.total() >= 30 * MODEL["num_hidden_layers"], "or some are not seen"
+    assert not odd
+
+
+@pytest.mark.parametrize("vocab_size", [130, 131, 1009])
+def test_zeros_stand_between_rows(nothing_is_written, vocab_size):
+    like = torch.empty(0, dtype=torch.bfloat16)
+    for stride in (vocab_size, vocab_size + 1, vocab_size + 14):
+        rows = rows_apart(like, 5, vocab_size, stride)
+        assert (rows.shape, rows.stride()) == ((5, vocab_size), (stride, 1))
+        assert rows.isnan().all(), "or nothing is seen"
+        between = rows.as_strided((5, stride - vocab_size), (stride, 1), vocab_size)
+        assert torch.equal(between, torch.zeros_like(between))
+
+
+def behind_rows(matrix):
+    """The entries that stand between the rows of a matrix, or its columns where those are contiguous."""
+    rows = matrix if matrix.stride(-1) == 1 else matrix.mT
+    length, stride = rows.shape[-1], rows.stride(0)
+    if rows.stride(-1) != 1 or stride <= length:
+        return rows.new_empty(0)
+    return rows.as_strided((len(rows) - 1, stride - length), (stride, 1), rows.storage_offset() + length)
+
+
+def test_what_stands_behind_rows_that_a_product_reads_is_finite(inputs, nothing_is_written):
+    """On CPUs with AMX a product reads it; this looks at the memory itself, so that it fails on any CPU."""
+    apart, wrong = [], []
+
+    def look(name, tensors):
+        if is_product(name):
+            behind = [behind_rows(tensor) for tensor in tensors if tensor.ndim == 2]
+            apart.extend(name for entries in behind if len(entries))
+            wrong.extend(name for entries in behind if not entries.isfinite().all())
+
+    trainer = train(inputs, look, steps=3, config_file=inputs / "odd.json")
+    assert "aten::matmul" in apart, "or the gradient of the logits is not seen"
+    assert not wrong
+    assert all(param.isfinite().all() for param in trainer.model.parameters())
+    assert trainer.skipped_steps.total() == 0
+
+
+@pytest.mark.parametrize("row_size", [144, 149])
+def test_zeros_stand_behind_rows_of_the_gradient_of_logits(nothing_is_written, row_size):
+    """Whatever made the logits multiplies their gradient next."""
+    logits = torch.zeros(7, row_size, dtype=torch.bfloat16)[:, :131].requires_grad_()
+    gradients = []
+    logits.register_hook(gradients.append)
+    cross_entropy_from_logits(logits, torch.arange(7)).total.backward()
+    assert gradients[0].isfinite().all()
+    behind = behind_rows(gradients[0])
+    assert behind.numel()
+    assert torch.equal(behind, torch.zeros_like(behind))
