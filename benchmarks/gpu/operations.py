@@ -17,6 +17,7 @@ from benchmarks.gpu.settings import Settings
 from benchmarks.gpu.steps import launch_seconds
 from benchmarks.measurement import peak_bytes
 from gptbert.errors import first_line
+from gptbert.optim import Lamb
 from kernels.lamb import reference as lamb_reference
 from kernels.numerics import Comparison
 
@@ -32,6 +33,8 @@ FROM_LOGITS = (  # D does not matter here
 SPAN_MASK = (bench_span_mask.Shape(32, 136), bench_span_mask.Shape(256, 520))
 LAMB = ("small", "base_32k")
 COMPILED = "reference_compiled"
+OPTIMIZER = "optimizer"  # gptbert.optim.Lamb, which calls the operation
+COMPILING = (COMPILED, OPTIMIZER, "triton", "liger", "cut_cross_entropy")
 ROUNDS, CALLS = 10, 5  # a round's calls follow each other without a wait
 PROFILED = 3
 
@@ -69,7 +72,9 @@ def compile_first(settings: Settings) -> Iterator[dict[str, Any]]:
     """Call once what `measure` will time, so that its code is in the caches; what fails there will say why."""
     seconds: dict[str, float] = {}
     for job in jobs(settings):
-        if job.impl in {COMPILED, "triton", "liger", "cut_cross_entropy"} and not peers.reason_against(job.impl):
+        if job.impl in {COMPILED, OPTIMIZER, "triton", "liger", "cut_cross_entropy"} and not peers.reason_against(
+            job.impl
+        ):
             start = time.perf_counter()
             _attempt(lambda job=job: job.make()[0]())
             torch.compiler.reset()
@@ -132,6 +137,7 @@ def _make_from_logits(
 
 def _lamb(settings: Settings) -> Iterator[Job]:
     for name in ("tiny",) if settings.rehearse else LAMB:
+        yield Job(f"lamb {name}", OPTIMIZER, functools.partial(_make_optimizer, name))
         for impl in bench_lamb.IMPLEMENTATIONS:
             yield Job(f"lamb {name}", impl, functools.partial(_make_lamb, name, impl, settings))
 
@@ -145,6 +151,20 @@ def _make_lamb(name: str, impl: str, settings: Settings) -> tuple[Run, Proof | N
     if impl not in {"torch", "triton"}:  # others' are something else, and the compiled one would compile once more
         return run, None
     return run, functools.partial(bench_lamb.proof, make_step, sizes[: bench_lamb.PROOF_TENSORS])
+
+
+def _make_optimizer(name: str) -> tuple[Run, None]:
+    """As the trainer calls it."""
+    sizes = bench_lamb.model_sizes(name)
+    state = bench_lamb.State(sizes)
+    groups: dict[float, list[torch.Tensor]] = {}
+    for param, grad, decay in zip(state.params, state.grads, state.decays, strict=True):
+        param.requires_grad_().grad = grad
+        groups.setdefault(decay, []).append(param)
+    optimizer = Lamb([{"params": params, "weight_decay": decay} for decay, params in groups.items()])
+    averages = dict(zip(state.params, state.averages, strict=True))
+    bounds = bench_lamb.SETTINGS["max_grad_norm"], averages, bench_lamb.SETTINGS["average_decay"]
+    return functools.partial(optimizer.clip_step_average, *bounds), None
 
 
 def _span_mask(settings: Settings) -> Iterator[Job]:

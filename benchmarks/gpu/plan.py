@@ -25,7 +25,7 @@ def stages() -> list[Stage]:
             _resume("resume, compiled", is_compiled=True),
             _resume("resume, not compiled", is_compiled=False),
             Part("soak", "soak", "benchmarks.gpu.soak:measure", 150, needs=TRAINER),
-            Part("tests", "tests", "benchmarks.gpu.lane:measure", 180, needs=("pytest",)),
+            Part("tests", "tests", "benchmarks.gpu.lane:measure", 180, needs=("pytest", "hypothesis")),
         ],
     ]
 
@@ -59,9 +59,15 @@ def _steps(name: str) -> Part:
 
 
 def _operations(name: str, function: str, seconds: float) -> Part:
-    return Part(name, "operations", f"benchmarks.gpu.operations:{function}", seconds, needs=(*TRAINER, "pytest"))
+    return Part(
+        name,
+        "operations",
+        f"benchmarks.gpu.operations:{function}",
+        seconds,
+        needs=(*TRAINER, "pytest", "pytest_benchmark"),
+    )
 
 
 def _resume(name: str, *, is_compiled: bool) -> Part:
     options = {"is_compiled": is_compiled}
-    return Part(name, "resume", "benchmarks.gpu.resume:measure", 150, options=options, needs=TRAINER)
+    return Part(name, "resume", "benchmarks.gpu.resume:measure", 170, options=options, needs=TRAINER)
