@@ -252,6 +252,22 @@ def test_a_peer_that_raises_is_a_line_but_a_dead_gpu_ends_the_part(settings, mon
         operations._row(job(run=run), settings)
 
 
+def test_what_is_slow_to_compile_is_measured_only_when_it_was_compiled_before(tmp_path, monkeypatch):
+    settings = Settings(8.0, rehearse=True, work=tmp_path)
+    slow = operations.Job("lamb small", operations.COMPILED, lambda: (lambda: torch.ones(3).add_(1), None))
+    monkeypatch.setattr(operations, "jobs", lambda _: iter([slow]))
+
+    def row():
+        return list(operations.measure(settings, "before"))[-1]["rows"][slow.operation][slow.impl]
+
+    assert row() == {"left_out": "it was not compiled before (before)"}
+    *_, found = operations.compile_first(settings)
+    assert set(found["seconds"]) == {slow.name}
+    settings.result("before").parent.mkdir()
+    settings.result("before").write_text(json.dumps(found))
+    assert row()["ms"] > 0
+
+
 def test_sizes_on_a_gpu_are_those_that_bars_ask_for(tmp_path):
     jobs = list(operations.jobs(Settings(8.0, rehearse=False, work=tmp_path)))
     names = {job.operation for job in jobs}

@@ -36,8 +36,8 @@ SETTINGS = {
 def measure(settings: Settings, *, is_compiled: bool) -> Iterator[dict[str, Any]]:
     """`differing`: how many tensors of the last checkpoints differ, of `tensors`.
 
-    One run goes to its end; then another is killed with SIGKILL in its middle, and goes on from its last checkpoint. One
-    after another, so that both find the same compiled code on the disk, as a user's runs do.
+    One run goes to its end; then another is killed with SIGKILL in its middle, and goes on from its last checkpoint.
+    All find the same compiled code on the disk, as a user's runs do.
     """
     folder = settings.work / "resume" / ("compiled" if is_compiled else "plain")
     shutil.rmtree(folder, ignore_errors=True)
