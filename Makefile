@@ -4,7 +4,7 @@ OLDEST := .venv/transformers-4.51
 TORCH ?= 2.11.0
 DEMO := demo
 
-.PHONY: demo test test-torch test-faults fuzz soak lint bench clean install test-gpu
+.PHONY: demo test test-torch test-faults fuzz soak lint bench clean install test-gpu gpu
 
 install: .venv/.installed
 
@@ -94,6 +94,11 @@ bench: install
 	$(BIN)/python -m benchmarks.bench_train_step --save
 	$(BIN)/python -m benchmarks.report
 
+# Everything that a GPU can tell, in eight minutes, with a page in benchmarks/results. Peers stand beside it where pip finds them.
+gpu: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[bench]" || echo "without the peers of [bench]"
+	$(BIN)/python -m benchmarks.gpu
+
 clean:
-	rm -rf $(DEMO) .pytest_cache .ruff_cache .hypothesis .benchmarks build *.egg-info
+	rm -rf benchmarks/results/work $(DEMO) .pytest_cache .ruff_cache .hypothesis .benchmarks build *.egg-info
 	find . -name __pycache__ -not -path './.venv/*' -exec rm -rf {} +

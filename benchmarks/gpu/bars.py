@@ -85,7 +85,7 @@ BARS = (
     *_cross_entropy("N=32768 D=384 V=8192"),
     Bar(
         "LAMB, clipping and average, small: host ms",
-        _of("operations", "rows", "lamb small", "triton", "host_ms"),
+        _of("operations", "rows", "lamb small", "optimizer", "host_ms"),
         0.3,
     ),
     Bar("resume, compiled: tensors that differ", _of("resume, compiled", "differing"), 0),

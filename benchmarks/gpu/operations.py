@@ -1,6 +1,7 @@
 """Operations beside their reference, the reference compiled, and peers; launched one by one, as who uses them would."""
 
 import functools
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from benchmarks.gpu.settings import Settings
 from benchmarks.gpu.steps import launch_seconds
 from benchmarks.measurement import peak_bytes
 from gptbert.errors import first_line
+from gptbert.optim import Lamb
 from kernels.lamb import reference as lamb_reference
 from kernels.numerics import Comparison
 
@@ -32,6 +34,8 @@ FROM_LOGITS = (  # D does not matter here
 SPAN_MASK = (bench_span_mask.Shape(32, 136), bench_span_mask.Shape(256, 520))
 LAMB = ("small", "base_32k")
 COMPILED = "reference_compiled"
+OPTIMIZER = "optimizer"  # gptbert.optim.Lamb, which calls the operation
+COMPILING = (COMPILED, OPTIMIZER, "triton", "liger", "cut_cross_entropy")
 ROUNDS, CALLS = 10, 5  # a round's calls follow each other without a wait
 PROFILED = 3
 
@@ -54,12 +58,31 @@ class Job:
     impl: str
     make: Callable[[], tuple[Run, Proof | None]]
 
+    @property
+    def name(self) -> str:
+        """Of both."""
+        return f"{self.operation}, {self.impl}"
 
-def measure(settings: Settings) -> Iterator[dict[str, Any]]:
-    """`rows`: for each operation, by implementation, its figures, or why there are none."""
+    @property
+    def is_slow_to_compile(self) -> bool:
+        """Whether that may take minutes: a loop over a hundred tensors of which each is a shape of its own."""
+        return self.impl == COMPILED and self.operation.startswith("lamb")
+
+
+def measure(settings: Settings, compiled_by: str) -> Iterator[dict[str, Any]]:
+    """`rows`: for each operation, by implementation, its figures, or why there are none.
+
+    What takes minutes to compile is measured if the part named `compiled_by` has done so.
+    """
     rows: dict[str, dict[str, Any]] = {}
+    before = settings.result(compiled_by)
+    compiled = json.loads(before.read_text(encoding="utf-8"))["seconds"] if before.exists() else {}
     for job in jobs(settings):
-        rows.setdefault(job.operation, {})[job.impl] = _row(job, settings)
+        if job.is_slow_to_compile and job.name not in compiled:
+            row = {"left_out": f"it was not compiled before ({compiled_by})"}
+        else:
+            row = _row(job, settings)
+        rows.setdefault(job.operation, {})[job.impl] = row
         yield {"rows": rows}
     ours = sum("ms" in row for found in rows.values() for row in found.values())
     yield {"rows": rows, "summary": f"{ours} implementations measured"}
@@ -69,24 +92,19 @@ def compile_first(settings: Settings) -> Iterator[dict[str, Any]]:
     """Call once what `measure` will time, so that its code is in the caches; what fails there will say why."""
     seconds: dict[str, float] = {}
     for job in jobs(settings):
-        if job.impl in {COMPILED, "triton", "liger", "cut_cross_entropy"} and not peers.reason_against(job.impl):
+        if job.impl in COMPILING and not peers.reason_against(job.impl):
             start = time.perf_counter()
             _attempt(lambda job=job: job.make()[0]())
             torch.compiler.reset()
-            seconds[f"{job.operation}, {job.impl}"] = time.perf_counter() - start
+            seconds[job.name] = time.perf_counter() - start
             yield {"seconds": seconds}
     yield {"seconds": seconds, "summary": f"{len(seconds)} implementations"}
 
 
 def jobs(settings: Settings) -> Iterator[Job]:
     """All of them, the ones that a bar asks for first; what takes minutes to compile comes last."""
-    late = []
-    for job in [*_cross_entropy(settings), *_from_logits(settings), *_lamb(settings), *_span_mask(settings)]:
-        if job.impl == COMPILED and job.operation.startswith("lamb"):
-            late.append(job)
-        else:
-            yield job
-    yield from late
+    found = [*_cross_entropy(settings), *_from_logits(settings), *_lamb(settings), *_span_mask(settings)]
+    yield from sorted(found, key=lambda job: job.is_slow_to_compile)
 
 
 def _cross_entropy(settings: Settings) -> Iterator[Job]:
@@ -132,6 +150,7 @@ def _make_from_logits(
 
 def _lamb(settings: Settings) -> Iterator[Job]:
     for name in ("tiny",) if settings.rehearse else LAMB:
+        yield Job(f"lamb {name}", OPTIMIZER, functools.partial(_make_optimizer, name))
         for impl in bench_lamb.IMPLEMENTATIONS:
             yield Job(f"lamb {name}", impl, functools.partial(_make_lamb, name, impl, settings))
 
@@ -145,6 +164,20 @@ def _make_lamb(name: str, impl: str, settings: Settings) -> tuple[Run, Proof | N
     if impl not in {"torch", "triton"}:  # others' are something else, and the compiled one would compile once more
         return run, None
     return run, functools.partial(bench_lamb.proof, make_step, sizes[: bench_lamb.PROOF_TENSORS])
+
+
+def _make_optimizer(name: str) -> tuple[Run, None]:
+    """As the trainer calls it."""
+    sizes = bench_lamb.model_sizes(name)
+    state = bench_lamb.State(sizes)
+    groups: dict[float, list[torch.Tensor]] = {}
+    for param, grad, decay in zip(state.params, state.grads, state.decays, strict=True):
+        param.requires_grad_().grad = grad
+        groups.setdefault(decay, []).append(param)
+    optimizer = Lamb([{"params": params, "weight_decay": decay} for decay, params in groups.items()])
+    averages = dict(zip(state.params, state.averages, strict=True))
+    bounds = bench_lamb.SETTINGS["max_grad_norm"], averages, bench_lamb.SETTINGS["average_decay"]
+    return functools.partial(optimizer.clip_step_average, *bounds), None
 
 
 def _span_mask(settings: Settings) -> Iterator[Job]:

@@ -1,10 +1,13 @@
 """The parts, in the order of their worth: a run cut short has the first of them."""
 
+from typing import Any
+
 from benchmarks.gpu.cases import CASES
 from benchmarks.gpu.settings import Part
 
 TRAINER = ("tyro", "safetensors", "tokenizers", "tqdm")  # what gptbert.trainer imports beside PyTorch
 GROUPS = ("machine", "check", "steps", "operations", "resume", "soak", "tests")
+COMPILING_OPERATIONS = "compiling operations"
 
 Stage = list[Part]
 
@@ -19,13 +22,13 @@ def stages() -> list[Stage]:
         [Part("machine", "machine", "benchmarks.gpu.hardware:measure", 40)],
         compilations(),
         *([_steps(name)] for name in CASES),
-        [_operations("operations", "measure", 90)],
+        [_operations("operations", "measure", 90, compiled_by=COMPILING_OPERATIONS)],
         [Part("check before a run", "check", "benchmarks.gpu.check:before_a_run", 120, needs=TRAINER)],
         [
             _resume("resume, compiled", is_compiled=True),
             _resume("resume, not compiled", is_compiled=False),
             Part("soak", "soak", "benchmarks.gpu.soak:measure", 150, needs=TRAINER),
-            Part("tests", "tests", "benchmarks.gpu.lane:measure", 180, needs=("pytest",)),
+            Part("tests", "tests", "benchmarks.gpu.lane:measure", 180, needs=("pytest", "hypothesis")),
         ],
     ]
 
@@ -39,12 +42,12 @@ def compilations() -> Stage:
         Part("check", "check", "benchmarks.gpu.check:measure", 150, needs=("tyro",)),
         *(
             Part(
-                f"compiling {model} T={seq_length}", "steps", "benchmarks.gpu.steps:compile_first", 180,
+                f"compiling {model} T={seq_length}", "steps", "benchmarks.gpu.steps:compile_first", 150,
                 options={"names": names}, needs=TRAINER,
             )
             for (model, seq_length), names in sharing.items()
         ),
-        _operations("compiling operations", "compile_first", 120),
+        _operations(COMPILING_OPERATIONS, "compile_first", 80),
     ]  # fmt: skip
 
 
@@ -58,10 +61,11 @@ def _steps(name: str) -> Part:
     return Part(f"steps {name}", "steps", "benchmarks.gpu.steps:measure", 75, options={"name": name}, needs=TRAINER)
 
 
-def _operations(name: str, function: str, seconds: float) -> Part:
-    return Part(name, "operations", f"benchmarks.gpu.operations:{function}", seconds, needs=(*TRAINER, "pytest"))
+def _operations(name: str, function: str, seconds: float, **options: Any) -> Part:
+    needs = (*TRAINER, "pytest", "pytest_benchmark")
+    return Part(name, "operations", f"benchmarks.gpu.operations:{function}", seconds, options, needs)
 
 
 def _resume(name: str, *, is_compiled: bool) -> Part:
     options = {"is_compiled": is_compiled}
-    return Part(name, "resume", "benchmarks.gpu.resume:measure", 150, options=options, needs=TRAINER)
+    return Part(name, "resume", "benchmarks.gpu.resume:measure", 170, options=options, needs=TRAINER)

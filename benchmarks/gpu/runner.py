@@ -30,7 +30,7 @@ class Process:
         self.seconds = seconds
         for folder in ("parts", "logs", "inductor", "triton"):
             (settings.work / folder).mkdir(parents=True, exist_ok=True)
-        self._result = settings.work / "parts" / f"{part.file_name}.json"
+        self._result = settings.result(part.name)
         self._result.unlink(missing_ok=True)
         self._log = settings.work / "logs" / f"{part.file_name}.log"
         self._read: dict = {}

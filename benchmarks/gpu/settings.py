@@ -25,6 +25,10 @@ class Settings:
         """How often something is done that is done `count` times in a run of eight minutes; `least` in a rehearsal."""
         return least if self.rehearse else max(least, round(count * self.minutes / WHOLE_MINUTES))
 
+    def result(self, name: str) -> Path:
+        """Where a part of this name writes what it knows."""
+        return self.work / "parts" / f"{file_name(name)}.json"
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it; `from_dict` reads it."""
         return {"minutes": self.minutes, "rehearse": self.rehearse, "work": str(self.work)}
@@ -59,4 +63,9 @@ class Part:
     @property
     def file_name(self) -> str:
         """The name without what file systems dislike."""
-        return "".join(letter if letter.isalnum() else "-" for letter in self.name)
+        return file_name(self.name)
+
+
+def file_name(name: str) -> str:
+    """A part's name without what file systems dislike."""
+    return "".join(letter if letter.isalnum() else "-" for letter in name)
