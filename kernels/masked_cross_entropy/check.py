@@ -113,9 +113,9 @@ def _multiplied(device: torch.device, backend: str) -> Iterator[Comparison]:
     generator = torch.Generator().manual_seed(2)
     scale = torch.tensor(0.3, device=device)
     for dtype in (torch.bfloat16, torch.float16):
-        narrow, wide = torch.randn(70, 117, generator=generator).to(dtype), torch.randn(8192, generator=generator)
+        narrow = torch.randn(70, 117, generator=generator).to(device, dtype)
+        wide = torch.randn(8192, generator=generator).to(device)
         for tensors in ([narrow], [narrow, wide]):
-            tensors = [tensor.to(device) for tensor in tensors]
             for index, actual in enumerate(op.multiplied(tensors, scale, backend)):
                 exact, name = tensors[index].double() * scale, f"{str(dtype).removeprefix('torch.')} {len(tensors)}"
                 yield from compare(f"multiplied {name}: {index}", actual, exact, exact.to(actual.dtype))

@@ -8,7 +8,7 @@ from torch import Tensor
 from kernels.configuration import Configuration, launch_warps
 
 _SUM_BLOCK, _SUM_WARPS = 4096, 16  # rows at a time, by the one program: few waits for memory one after another
-_MULTIPLY_BLOCK, _MULTIPLY_WARPS = 4096, 4
+_MULTIPLY_BLOCK, _MULTIPLY_WARPS = 4096, 8
 _MOST_GRADIENTS = 3  # of hidden, weight and bias
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
