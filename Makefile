@@ -1,15 +1,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OLDEST := .venv/transformers-4.51
+TORCH ?= 2.11.0
 DEMO := demo
 
-.PHONY: demo test test-gpu test-faults fuzz soak lint bench clean install
+.PHONY: demo test test-torch test-faults fuzz soak lint bench clean install test-gpu gpu
 
 install: .venv/.installed
 
-.venv/.installed: pyproject.toml
+.venv/.installed: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" -c constraints.txt
 	@touch $@
 
 # The main job on real text: Python's own documentation, one masked and one causal rank.
@@ -44,6 +45,24 @@ $(OLDEST): .venv/.installed
 		"transformers==4.51.3" "tokenizers~=0.21.0" "huggingface-hub~=0.30"
 	@touch $@
 
+# What another PyTorch, or the Triton that it brings, may do otherwise.
+TORCH_TESTS := torch_private compilation activation_checkpointing model trainer resume checkpoint export import_hf \
+	generate evaluate sharding lamb lamb_cpp lamb_optimizer lamb_shards cpp_mutants check span_mask masked_cross_entropy \
+	cross_entropy_rows attention attention_kernel bucket_sums column_sums depth_mix gated_norm dropout norm muon optim \
+	layer_weighting samples likelihood inspect distributed fresh_store upstream
+
+# Beside the PyTorch of constraints.txt: any other, which brings its own Triton (a build for CUDA, some GB, on CPUs too).
+# TORCH=2.11.0 is the oldest.
+test-torch: .venv/torch-$(TORCH)/.installed
+	.venv/torch-$(TORCH)/bin/python -m pytest -n 2 --dist loadfile $(TORCH_TESTS:%=tests/test_%.py)
+
+# Triton 3.6, which PyTorch 2.11 brings, cannot interpret kernels with numpy 2.4.
+.venv/torch-%/.installed: pyproject.toml
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" "torch==$*" \
+		$(if $(filter 2.11.%,$*),"numpy<2.4")
+	@touch $@
+
 # The GPU's own tests. Without a GPU they are skipped; `make test` rehearses them on the CPU.
 test-gpu: install
 	GPTBERT_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/gpu -n 8 --dist worksteal
@@ -75,6 +94,11 @@ bench: install
 	$(BIN)/python -m benchmarks.bench_train_step --save
 	$(BIN)/python -m benchmarks.report
 
+# Everything that a GPU can tell, in eight minutes, with a page in benchmarks/results. Peers stand beside it where pip finds them.
+gpu: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[bench]" || echo "without the peers of [bench]"
+	$(BIN)/python -m benchmarks.gpu
+
 clean:
-	rm -rf $(DEMO) .pytest_cache .ruff_cache .hypothesis .benchmarks build *.egg-info
+	rm -rf benchmarks/results/work $(DEMO) .pytest_cache .ruff_cache .hypothesis .benchmarks build *.egg-info
 	find . -name __pycache__ -not -path './.venv/*' -exec rm -rf {} +

@@ -11,10 +11,11 @@ import os
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from unittest.mock import patch
 
 import numpy as np
@@ -27,7 +28,7 @@ from gptbert import trainer as trainer_module
 from gptbert.command_line import run_command
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.data import Prefetcher
-from gptbert.distributed import connect
+from gptbert.distributed import World, connect
 from gptbert.errors import InputError
 from gptbert.flops import product_rate, training_flops
 from gptbert.inputs import Inputs
@@ -136,28 +137,17 @@ def _run(case: Case, config: StepBenchConfig, rank: int, port: int) -> Result:
     model_config = ModelConfig.from_json(config.config_file)
     start = time.perf_counter()
     tokens = case.rows * case.seq_length
-    train_config = TrainConfig(
-        (Path("none"),),
-        *(Path("none"),) * 3,
-        hybrid_numerator=_MASKED_QUARTERS[case.objective],
-        hybrid_denominator=4,
-        seq_length=case.seq_length,
-        local_batch_size=case.rows // case.ranks,
-        global_batch_size=case.rows,
-        batch_reduction=1,
-        max_steps=WARM_UPS + config.steps * max(1, min(4, TOKENS_OF_A_STEP // tokens)),
-        mixed_precision=True,
+    train_config = training(
+        case,
+        steps=WARM_UPS + config.steps * max(1, min(4, TOKENS_OF_A_STEP // tokens)),
         compile=config.compile,
         activation_checkpointing=config.activation_checkpointing,
         cpu_threads=config.cpu_threads,
     )
-    store = random_store(model_config.vocab_size)
     watch, steps = Stopwatch(), []
     with connect(train_config) as world:
-        inputs = Inputs(model_config, model_config.vocab_size, (store,), store)
         with watch.installed():
-            with patch.dict(trainer_module.COMPILE_FROM_FLOPS, cpu=0, cuda=0):
-                trainer = Trainer(train_config, inputs, HybridPlan(train_config, case.ranks), world)
+            trainer = random_trainer(train_config, model_config, world)
             with Prefetcher(trainer.rows.load, 0, train_config.max_steps) as rows:
                 for step in range(train_config.max_steps):
                     steps.append(watch.step(lambda step=step: trainer.train_step(rows.get(step))))
@@ -183,6 +173,36 @@ def _run(case: Case, config: StepBenchConfig, rank: int, port: int) -> Result:
         labelled_share=labelled,
         rows_ms=1e3 * statistics.mean(watch.rows),
     )
+
+
+def training(case: Case, *, steps: int, **settings: Any) -> TrainConfig:
+    """Settings of a run of this case in bf16, all of its rows at once; `settings` are further ones."""
+    return TrainConfig(
+        (Path("none"),),
+        *(Path("none"),) * 3,
+        hybrid_numerator=_MASKED_QUARTERS[case.objective],
+        hybrid_denominator=4,
+        seq_length=case.seq_length,
+        local_batch_size=case.rows // case.ranks,
+        global_batch_size=case.rows,
+        batch_reduction=1,
+        max_steps=steps,
+        mixed_precision=True,
+        **settings,
+    )
+
+
+def random_trainer(config: TrainConfig, model_config: ModelConfig, world: World) -> Trainer:
+    """A trainer on random documents; compiled, if it is to be, however short the run."""
+    store = random_store(model_config.vocab_size)
+    inputs = Inputs(model_config, model_config.vocab_size, (store,), store)
+    with always_compiled():
+        return Trainer(config, inputs, HybridPlan(config, world.world_size), world)
+
+
+def always_compiled() -> AbstractContextManager:
+    """Inside, no run that asks for compilation is too short for it."""
+    return patch.dict(trainer_module.COMPILE_FROM_FLOPS, cpu=0, cuda=0)
 
 
 def labelled_share(trainer: Trainer, step: int) -> float:

@@ -8,14 +8,17 @@ import csv
 import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import machine
 from kernels.numerics import Comparison
+
+if TYPE_CHECKING:  # what is measured can be had without it
+    from pytest_benchmark.fixture import BenchmarkFixture
 
 BASELINE = "reference_eager"
 SECONDS = 2.0  # for the rounds of one benchmark, a guide
@@ -73,7 +76,7 @@ class Measurement:
         enabled: whether anything is timed; else everything runs once, and should be tiny.
     """
 
-    def __init__(self, benchmark: BenchmarkFixture, request: pytest.FixtureRequest, results: Results) -> None:
+    def __init__(self, benchmark: "BenchmarkFixture", request: pytest.FixtureRequest, results: Results) -> None:
         self.enabled = not benchmark.disabled
         self._benchmark, self._results = benchmark, results
         parameters = request.node.callspec.params
@@ -146,7 +149,7 @@ class Measurement:
             figures["share_of_copy_bandwidth"] = fewest_bytes / statistics.median(times) / copy_rate
             figures["copy_gb_per_s"] = copy_rate / 1e9
         if machine.device().type == "cuda":
-            figures["peak_mib"] = _peak_bytes(run) / 2**20
+            figures["peak_mib"] = peak_bytes(run) / 2**20
         self._benchmark.extra_info.update(figures)
         self._results.rows.append(self._row(times, figures))
 
@@ -170,7 +173,7 @@ class Measurement:
         }
 
 
-def _peak_bytes(run: Callable[[], object]) -> int:
+def peak_bytes(run: Callable[[], object]) -> int:
     """Most GPU memory that one round takes beside its inputs, gradients included."""
     machine.synchronize()
     before = torch.cuda.memory_allocated()

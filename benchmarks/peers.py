@@ -16,17 +16,27 @@ PACKAGES = {"triton": "triton", "liger": "liger_kernel", "cut_cross_entropy": "c
 
 def skip_unless_possible(impl: str) -> None:
     """Skip, with the reason, an implementation that cannot run here."""
+    if reason := reason_against(impl):
+        pytest.skip(reason)
+
+
+def reason_against(impl: str) -> str | None:
+    """Why an implementation cannot run here; None if it can."""
     if impl == "cpp" and machine.device().type != "cpu":
-        pytest.skip("cpp: kernels for CPUs")
-    package = PACKAGES.get(impl)
-    if package is None:
-        return
+        return "cpp: kernels for CPUs"
+    if impl.startswith("linear_cross_entropy") and not hasattr(F, "linear_cross_entropy"):
+        return f"{impl} needs a newer PyTorch than {torch.__version__}"
+    return _reason_against_package(impl, PACKAGES[impl]) if impl in PACKAGES else None
+
+
+def _reason_against_package(impl: str, package: str) -> str | None:
     if machine.device().type != "cuda":
-        pytest.skip(f"{impl} needs a GPU (Triton's interpreter says nothing about time)")
+        return f"{impl} needs a GPU (Triton's interpreter says nothing about time)"
     if importlib.util.find_spec(package) is None:
-        pytest.skip(f"{impl} is not installed: pip install -e '.[bench]'")
+        return f"{impl} is not installed: pip install -e '.[bench]'"
     if interpreted():
-        pytest.skip("TRITON_INTERPRET=1 is set: Triton's interpreter says nothing about time")
+        return "TRITON_INTERPRET=1 is set: Triton's interpreter says nothing about time"
+    return None
 
 
 def liger(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor, z_loss_weight: float) -> Tensor:
@@ -65,6 +75,14 @@ def cut_cross_entropy(
     del bias, z_loss_weight
     package = importlib.import_module("cut_cross_entropy")
     return package.linear_cross_entropy(hidden, weight.bfloat16(), labels, reduction="sum", filter_eps=None)
+
+
+def eager_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, z_loss_weight: float
+) -> Tensor:
+    """PyTorch's product, then its cross-entropy; it has neither z-loss nor accuracy."""
+    del z_loss_weight
+    return F.cross_entropy(F.linear(hidden, weight, bias), labels, reduction="sum")
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor, z_loss_weight: float) -> Tensor:

@@ -1,7 +1,7 @@
 """Markdown and charts of what was measured, one page for each machine: `python -m benchmarks.report`.
 
-Reads the CSV files of `pytest benchmarks` and the JSON files of `bench_train_step --save` in a folder, and writes pages
-and their PNG files beside them.
+Reads the CSV files of `pytest benchmarks` and the JSON files of `bench_train_step --save` and of `benchmarks.gpu` in a
+folder, and writes pages and their PNG files beside them.
 """
 
 import csv
@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 
 from benchmarks import machine
 from benchmarks.bench_train_step import Case
+from benchmarks.gpu.page import page as gpu_page
 from benchmarks.roofline import Job, Limits, Work
 from benchmarks.stopwatch import PARTS
 from gptbert.command_line import run_command
@@ -102,7 +103,15 @@ def write_pages(folder: Path) -> list[Path]:
     """A page, with its charts, for each machine that has results in the folder; their paths."""
     suffixes = (machine.OPERATIONS, machine.STEPS)
     machines = {path.name.removesuffix(suffix) for suffix in suffixes for path in folder.glob(f"*{suffix}")}
-    return [write_page(folder, name) for name in sorted(machines)]
+    gpus = {path for path in folder.glob("*.json") if not path.name.endswith(machine.STEPS)}
+    return [*(write_page(folder, name) for name in sorted(machines)), *(write_gpu_page(path) for path in sorted(gpus))]
+
+
+def write_gpu_page(report: Path) -> Path:
+    """The page of what `benchmarks.gpu` found."""
+    page = report.with_suffix(".md")
+    page.write_text(gpu_page(json.loads(report.read_text(encoding="utf-8"))), encoding="utf-8")
+    return page
 
 
 def write_page(folder: Path, name: str) -> Path:
@@ -119,7 +128,7 @@ def write_page(folder: Path, name: str) -> Path:
             rows = [tuple(row[column] for column in OPERATION_COLUMNS) for row in csv.DictReader(file)]
         lines += ["## Operations", "", "`python -m pytest benchmarks --benchmark-enable`", ""]
         lines += markdown([OPERATION_COLUMNS, *rows], text_columns=3)
-    page = folder / f"{name}.md"
+    page = folder / f"{name}{'-bench' if (folder / f'{name}.json').exists() else ''}.md"  # the other is a GPU's
     page.write_text("\n".join([f"# {name}", "", *lines, ""]), encoding="utf-8")
     return page
 

@@ -3,15 +3,13 @@
 The compiler itself is imported where it is used: that takes seconds, and brings Triton along.
 """
 
-import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
 from gptbert.errors import InputError
-from kernels import cpp
+from kernels import cpp, torch_private
 
 # of what a forward keeps for the backward, the share that may stay; the rest is what is cheap to compute again.
 # C++ kernels do so themselves, and are not cheap to run twice
@@ -30,13 +28,12 @@ def compile_blocks(blocks: nn.ModuleList, *, mixed_precision: bool = True) -> No
     environment's TORCHINDUCTOR_CACHE_DIR names the folder).
     """
     # the masks of dropout are drawn again in the backward: to write and read them takes ten times as long on a CPU
-    config = importlib.import_module("torch._functorch.config")
-    config.ban_recompute_long_fusible_chains = False
+    torch_private.configure_autograd_compiler(ban_recompute_long_fusible_chains=False)
     by_cpp = mixed_precision and next(blocks.parameters()).device.type == "cpu" and cpp.load()
-    config.activation_memory_budget = _ACTIVATION_MEMORY_WITH_CPP if by_cpp else _ACTIVATION_MEMORY
+    kept = _ACTIVATION_MEMORY_WITH_CPP if by_cpp else _ACTIVATION_MEMORY
+    torch_private.configure_autograd_compiler(activation_memory_budget=kept)
     # shapes and places of tensors are not looked at again at each call, of which there are a hundred in a step
-    inductor = importlib.import_module("torch._inductor.config")
-    inductor.size_asserts = inductor.alignment_asserts = inductor.scalar_asserts = False
+    torch_private.configure_inductor(size_asserts=False, alignment_asserts=False, scalar_asserts=False)
     for block in blocks:
         block.is_compiled = True
         for sub_layer in (block.attention, block.feed_forward):
@@ -50,15 +47,9 @@ def compiling() -> Iterator[None]:
     Raises:
         InputError: the model cannot be compiled here.
     """
-    errors = importlib.import_module("torch._dynamo.exc")
-    inductor_errors = importlib.import_module("torch._inductor.exc")
     try:
         yield
-    except (
-        errors.TorchDynamoException,
-        inductor_errors.InvalidCxxCompiler,
-        inductor_errors.CppCompileError,
-    ) as error:
+    except torch_private.compile_errors() as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"--compile: the model cannot be compiled here ({reason}); on CPUs that takes a C++ compiler; "
@@ -68,5 +59,5 @@ def compiling() -> Iterator[None]:
 
 def any_number_of_rows(tensor: Tensor) -> Tensor:
     """Tell torch.compile that the first dimension is another one at the next call, and may be 1; returns the tensor."""
-    torch._dynamo.decorators.mark_unbacked(tensor, 0, min=1)
+    torch_private.mark_any_size(tensor, 0)
     return tensor

@@ -7,6 +7,8 @@ import torch
 
 BACKENDS = ("torch", "triton")
 
+_TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None  # PyTorch 2.11 does not trace a look for it
+
 _default: str | None = None
 
 
@@ -26,10 +28,10 @@ def choose_backend(backend: str | None, device: torch.device) -> str:
     named = {"backend": backend, **_process_wide()}
     source, chosen = next(((source, name) for source, name in named.items() if name), (None, None))
     if chosen is None:
-        return "triton" if device.type == "cuda" and _triton_installed() else "torch"
+        return "triton" if device.type == "cuda" and _TRITON_IS_INSTALLED else "torch"
     if chosen not in BACKENDS:
         raise ValueError(f"{source}={chosen!r}: this version has {', '.join(BACKENDS)}")
-    if chosen == "triton" and not _triton_installed():
+    if chosen == "triton" and not _TRITON_IS_INSTALLED:
         raise ValueError(f"{source}='triton': Triton is not installed (pip install triton, Linux only); 'torch' works")
     if chosen == "triton" and device.type == "cpu" and not interpreted():
         raise ValueError(
@@ -63,7 +65,3 @@ def set_default_backend(backend: str | None) -> None:
 def interpreted() -> bool:
     """Whether Triton kernels run in its interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None

@@ -5,7 +5,6 @@ CPU needs a C++ compiler anyway. All but LAMB's take bf16, so they serve mixed p
 """
 
 import ctypes
-import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -13,8 +12,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
+from kernels import torch_private
 from kernels.backend import chosen_by_name
 
 _FLAGS = ("-ftree-loop-vectorize", "-ffp-contract=fast", "-fno-math-errno")  # to make vectors of plain loops
@@ -25,14 +24,16 @@ _is_loaded = False
 
 
 def load() -> bool:
-    """Have C++ kernels serve compiled code from now on, unless a backend was chosen by name; returns whether they do.
+    """Have C++ kernels serve compiled code from now on, and return whether they do.
+
+    They do not where a backend was chosen by name, or PyTorch has no compiler of C++ to offer.
 
     Raises:
         torch._inductor.exc.CppCompileError: the compiler has something against them.
         torch._inductor.exc.InvalidCxxCompiler: there is none.
     """
     global _is_loaded  # noqa: PLW0603 - what a process has loaded
-    _is_loaded = chosen_by_name() is None
+    _is_loaded = chosen_by_name() is None and torch_private.loads_cpp()
     if _is_loaded:
         library()
     return _is_loaded
@@ -74,8 +75,7 @@ def source() -> str:
 
 def compiled(source: str) -> ctypes.CDLL:
     """The library, compiled where that has not happened yet: in about two seconds."""
-    codecache = importlib.import_module("torch._inductor.codecache")
-    return codecache.CppCodeCache.load(source, device_type="cpu", needs_vec_isa=True, extra_flags=_FLAGS)
+    return torch_private.load_cpp(source, _FLAGS)
 
 
 def call(name: str, arguments: Sequence[Tensor | ctypes.Array | int | float | None]) -> None:
@@ -95,7 +95,7 @@ def _type(argument: Tensor | ctypes.Array | float | None) -> type:
     return ctypes.c_float if isinstance(argument, float) else ctypes.c_void_p
 
 
-def operation(fake: Callable) -> Callable[[Callable], OpOverload]:
+def operation(fake: Callable) -> Callable[[Callable], Callable]:
     """Register a function as an operation `kernels::…` of its name, for CPUs, which returns new tensors.
 
     It is for compiled code: there is no gradient, and nothing is checked at a call, which takes half the time of one of
@@ -105,7 +105,7 @@ def operation(fake: Callable) -> Callable[[Callable], OpOverload]:
         fake: the same without values, for tracing.
     """
 
-    def register(function: Callable) -> OpOverload:
+    def register(function: Callable) -> Callable:
         name = f"kernels::{function.__name__}"
         torch.library.define(name, torch.library.infer_schema(function, mutates_args=()), tags=_TAGS)
         torch.library.impl(name, "cpu", function)

@@ -8,6 +8,8 @@ before, and draws them again in the backward.
 import torch
 from torch import Tensor
 
+_GOLDEN = 0x9E3779B1  # 2³² by the golden ratio, odd
+
 
 def dropout(x: Tensor, seed: Tensor | None, probability: float) -> Tensor:
     """Zero entries with a probability, and scale the others so that the mean stays.
@@ -30,7 +32,9 @@ def limit(probability: float) -> int:
 def random_words(shape: torch.Size, seed: Tensor) -> Tensor:
     """32 random bits, as int32, for each place: MurmurHash3's finalizer, with a round for the seed's second word."""
     words = torch.arange(shape.numel(), dtype=torch.int32, device=seed.device).view(shape)
-    words = words * _signed(0x9E3779B1) + seed[0]
+    # index · _GOLDEN + seed[0], in an order in which Inductor does not see a product of an index and a number: it
+    # would make numbers beyond 32 bits of it where it pads, which Triton refuses
+    words = (words + seed[0] * _signed(pow(_GOLDEN, -1, 2**32))) * _signed(_GOLDEN)
     words = (words ^ _shifted(words, 15)) * _signed(0x2C1B3C6D) ^ seed[1]
     words = (words ^ _shifted(words, 16)) * _signed(0x85EBCA6B)
     words = (words ^ _shifted(words, 13)) * _signed(0xC2B2AE35)

@@ -59,6 +59,7 @@ def main() -> None:
     """Run the operations' own checks, whose results mean nothing here, and print what they launched."""
     triton.runtime.driver.set_active(stand_in)
     kernels.backend.interpreted = lambda: True  # let CPU tensors pass for a GPU's
+    torch._assert_async = lambda *_: None  # of what no kernel wrote
     for op in sys.argv[1:] or OPERATIONS:
         for _ in importlib.import_module(f"kernels.{op}.check").comparisons(torch.device("cpu"), "triton"):
             pass

@@ -80,16 +80,25 @@ def test_names_of_parameters_stay():
 
 
 def test_rows_and_objectives_do_not_recompile():
-    model = make_model()
+    model, eager = make_model(), make_model()
     compile_blocks(model.blocks)
     run(model, 3, causal=False)
     graphs = counters["stats"]["unique_graphs"]
     with torch._dynamo.config.patch(error_on_recompile=True):
         for rows, causal in ((5, True), (2, False), (1, True), (1, False), (8, True)):
             compiled = run(model, rows, causal=causal)
-            assert compiled[0].isfinite()
+            torch.testing.assert_close(compiled, run(eager, rows, causal=causal), rtol=1e-4, atol=1e-5)
     assert counters["stats"]["unique_graphs"] == graphs == 2
     assert not counters["graph_break"]
+
+
+def test_without_unbacked_sizes_one_row_has_code_of_its_own(monkeypatch):
+    monkeypatch.delattr("torch._dynamo.decorators.mark_unbacked")
+    model, eager = make_model(), make_model()
+    compile_blocks(model.blocks)
+    for rows in (3, 5, 1, 2, 8):
+        torch.testing.assert_close(run(model, rows, causal=True), run(eager, rows, causal=True), rtol=1e-4, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 4
 
 
 @pytest.fixture

@@ -1,7 +1,11 @@
 """Dropout by counting: rates, independence of places and seeds, and the same mask forward, backward and compiled."""
 
+import re
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch._inductor.utils import run_and_get_code
 
 from gptbert.dropout import Dropout, random_seeds
 from kernels.dropout import dropout, random_words
@@ -60,6 +64,20 @@ def test_compiled_drops_the_same_entries(seeds, dtype):
     torch.compiler.reset()
     compiled = torch.compile(dropout, fullgraph=True)(x, seeds[1], 0.2)
     assert torch.equal(compiled, dropout(x, seeds[1], 0.2))
+
+
+def test_compiled_behind_a_padding_all_numbers_have_32_bits(seeds):
+    """Triton takes no others; Inductor multiplies an index, the padding's offset too, by a number beforehand."""
+
+    def padded(x, seed):
+        return F.pad(dropout(x, seed, 0.25), (0, 0, 1, 0))
+
+    torch.compiler.reset()
+    x = torch.randn(64, 768)
+    compiled, codes = run_and_get_code(torch.compile(padded, fullgraph=True, dynamic=False), x, seeds[1])
+    assert torch.equal(compiled, padded(x, seeds[1]))
+    integers = [int(number) for code in codes for number in re.findall(r"(?<![\w.])\d+(?=L\b|\))", code)]
+    assert 2**16 < max(integers) < 2**32
 
 
 def test_eval_mode_no_seed_and_no_probability_leave_everything():

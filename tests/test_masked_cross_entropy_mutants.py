@@ -1,7 +1,9 @@
 """Planted bugs in masked cross-entropy's kernels, each of which the operation's check must find."""
 
 import pytest
+import torch
 
+from kernels.masked_cross_entropy import op
 from kernels.masked_cross_entropy.check import comparisons
 from tests.mutation import mutated
 
@@ -73,8 +75,87 @@ MUTANTS = {
     "grad_output not in the last class": ("tl.arange(0, BLOCK) < left", "tl.arange(0, BLOCK) < left - 1"),
 }  # fmt: skip
 
+MUTANTS_BESIDE_ROWS = {
+    "loss of the last rows only": ("loss += tl.load(loss_ptr", "loss = tl.load(loss_ptr"),
+    "z-loss of the last rows only": ("z_loss += tl.load(z_loss_ptr", "z_loss = tl.load(z_loss_ptr"),
+    "correct among the last rows only": ("correct += tl.load(correct_ptr", "correct = tl.load(correct_ptr"),
+    "labelled among the last rows only": ("labelled += is_labelled", "labelled = is_labelled"),
+    "every block is the first": ("rows = first + lanes", "rows = lanes"),
+    "rows that are none": ("inside & (labels != ignore_index)", "labels != ignore_index"),
+    "ignored rows are labelled": ("inside & (labels != ignore_index)", "inside"),
+    "the last row left out": ("inside = rows < num_rows", "inside = rows < num_rows - 1"),
+    "z-loss not in the total": ("(loss_sum + z_loss_weight * z_loss_sum)", "loss_sum"),
+    "total without its scale": ("tl.load(scale_ptr) * (loss_sum", "(loss_sum"),
+    "loss and z-loss exchanged": (
+        "tl.store(sums_ptr, loss_sum)\n    tl.store(sums_ptr + 1, z_loss_sum)",
+        "tl.store(sums_ptr, z_loss_sum)\n    tl.store(sums_ptr + 1, loss_sum)",
+    ),
+    "correct and labelled exchanged": (
+        "tl.store(counts_ptr, tl.sum(correct, axis=0).to(tl.int64))\n    tl.store(counts_ptr + 1, tl.sum(labelled",
+        "tl.store(counts_ptr + 1, tl.sum(correct, axis=0).to(tl.int64))\n    tl.store(counts_ptr, tl.sum(labelled",
+    ),
+    "grad_output forgotten": ("scale = tl.load(scale_ptr)", "scale = 1.0"),
+    "grad_output not in full blocks": (
+        "entries = tl.load(source_ptr + lanes).to(tl.float32) * scale",
+        "entries = tl.load(source_ptr + lanes).to(tl.float32)",
+    ),
+    "grad_output not in the last block": (
+        "mask=lanes < left).to(tl.float32) * scale",
+        "mask=lanes < left).to(tl.float32)",
+    ),
+    "every block of a gradient is the first": ("source_ptr += block * BLOCK", "source_ptr += 0 * BLOCK"),
+    "no block of a gradient but the first": ("target_ptr += block * BLOCK", "target_ptr += 0 * BLOCK"),
+    "a gradient's last entry": ("mask=lanes < left)\n", "mask=lanes < left - 1)\n"),
+    "a tensor's blocks counted from the first": (
+        "second_out_ptr, scale, block - first_blocks,",
+        "second_out_ptr, scale, block - first_blocks + 1,",
+    ),
+    "the third tensor's blocks counted from the second": (
+        "third_out_ptr, scale, block - first_blocks - second_blocks,",
+        "third_out_ptr, scale, block - first_blocks - second_blocks + 1,",
+    ),
+}  # fmt: skip
+
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_the_check_rejects_mutants(device, tmp_path, mutant):
     with mutated("kernels.masked_cross_entropy.kernel", *MUTANTS[mutant], tmp_path):
         assert any(not result.passed for result in comparisons(device, "triton"))
+
+
+@pytest.mark.parametrize("mutant", MUTANTS_BESIDE_ROWS)
+def test_the_check_rejects_mutants_beside_rows(device, tmp_path, mutant):
+    with mutated("kernels.masked_cross_entropy.sum_kernel", *MUTANTS_BESIDE_ROWS[mutant], tmp_path):
+        assert any(not result.passed for result in comparisons(device, "triton"))
+
+
+WRONG_LABELS_MISSED = {
+    "negative ones": ("(labels < 0) | (labels >= vocab_size)", "labels >= vocab_size"),
+    "too large ones": ("(labels < 0) | (labels >= vocab_size)", "labels < 0"),
+    "all but in the last block": ("wrong += (is_labelled", "wrong = (is_labelled"),
+    "all": ("tl.sum(wrong, axis=0) == 0", "tl.sum(wrong, axis=0) >= 0"),
+}
+
+
+def wrong_labels_are_found():
+    """Of 5,000 rows, in two blocks: one row in each, and one label too many or too few."""
+    found = []
+    for row, label in ((7, 11), (7, -1), (4999, 11), (4999, -99)):
+        labels = torch.full((5000,), -100)
+        labels[row] = label
+        rows = (torch.zeros(5000), torch.zeros(5000), torch.zeros(5000, dtype=torch.int32))
+        try:
+            op.sum_rows(*rows, labels, None, [], [], -100, 0.0, 11, False, "triton")
+        except RuntimeError as error:
+            found.append("0 … 10" in str(error))
+    return found == [True] * 4
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a device assert would end the tests")
+@pytest.mark.parametrize("mutant", [None, *WRONG_LABELS_MISSED])
+def test_wrong_labels_are_found_wherever_they_are(tmp_path, mutant):
+    if mutant is None:
+        assert wrong_labels_are_found()
+        return
+    with mutated("kernels.masked_cross_entropy.sum_kernel", *WRONG_LABELS_MISSED[mutant], tmp_path):
+        assert not wrong_labels_are_found()

@@ -4,10 +4,17 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from kernels import torch_private
 from kernels.lamb.reference import clip_factor
 from kernels.lamb.shards import whole_norms
 
 BLOCK = 2**18  # elements, 1 MB in fp32, of the six or seven arrays that a block needs at once
+
+
+def supports(params: list[Tensor], exp_avgs: list[Tensor]) -> bool:
+    """Whether `lamb_step` takes such tensors here; lists hold one type each."""
+    is_of_one_type = exp_avgs[0].dtype == params[0].dtype
+    return params[0].device.type == "cpu" and is_of_one_type and torch_private.fused_adamw() is not None
 
 
 def lamb_step(
@@ -79,10 +86,11 @@ def _update_moments(
     weight_decay: float,
 ) -> None:
     """One tensor's new moments, and its update with decay, which is written to `update` [elements]."""
+    fused_adamw = torch_private.fused_adamw()
     blocks = (_blocks(tensor) for tensor in (update, param, grad, exp_avg, exp_avg_sq))
     for update_block, param_block, grad_block, *moments in zip(*blocks, strict=True):
         # Adam's step of length −1 from zero is its update
-        torch._fused_adamw_(  # what torch.optim.AdamW(fused=True) calls
+        fused_adamw(
             [update_block.zero_()],
             [_prepared(grad_block, clip, scratch[: grad_block.numel()])],
             *([moment] for moment in moments),

@@ -46,10 +46,9 @@ def masked_cross_entropy(
     """
     _check_shapes(hidden, weight, labels, bias)
     backend = choose_backend(backend, hidden.device)
-    inputs = [tensor for tensor in (hidden, weight, bias) if tensor is not None]
     with_gradient = torch.is_grad_enabled()
     needs = [with_gradient and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)]
-    sums, counts, *gradients = op.masked_cross_entropy(
+    loss, z_loss, correct, *gradients = op.masked_cross_entropy(
         hidden.detach(),
         weight.detach(),
         labels,
@@ -60,12 +59,10 @@ def masked_cross_entropy(
         needs,
         backend,
     )
-    total = sums[0] + z_loss_weight * sums[1]
-    if any(needs):
-        inputs = [tensor for tensor, needed in zip((hidden, weight, bias), needs, strict=True) if needed]
-        gradients = [gradient for gradient, needed in zip(gradients, needs, strict=True) if needed]
-        total = op.attach_gradients(total, inputs, gradients, False, backend)
-    return MaskedCrossEntropy(total, sums[0], sums[1], counts[0], counts[1])
+    inputs = [tensor for tensor, needed in zip((hidden, weight, bias), needs, strict=True) if needed]
+    gradients = [tensor for tensor, needed in zip(gradients, needs, strict=True) if needed]
+    settings = (ignore_index, z_loss_weight, weight.shape[0])
+    return _summed(op.sum_rows(loss, z_loss, correct, labels, None, inputs, gradients, *settings, False, backend))
 
 
 def cross_entropy_from_logits(
@@ -103,16 +100,23 @@ def cross_entropy_from_logits(
         raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)}: expected [N, V] and [N]")
     backend = choose_backend(backend, logits.device)
     with_gradient = torch.is_grad_enabled() and logits.requires_grad
-    scale = torch.as_tensor(scale, dtype=torch.float32, device=logits.device)
+    if not isinstance(scale, Tensor):
+        scale = torch.full((), scale, dtype=torch.float32, device=logits.device)  # no copy from the host's memory
+    scale = scale.to(device=logits.device, dtype=torch.float32)
     settings = (ignore_index, z_loss_weight)
     if reuse_logits and with_gradient:
         gradient = logits.detach()
-        sums, counts = op.cross_entropy_(gradient, labels, scale, *settings, backend)
+        rows = op.cross_entropy_(gradient, labels, scale, *settings, backend)
     else:
-        sums, counts, gradient = op.cross_entropy(logits.detach(), labels, scale, *settings, with_gradient, backend)
-    total = scale * (sums[0] + z_loss_weight * sums[1])
-    if with_gradient:
-        total = op.attach_gradients(total, [logits], [gradient], True, backend)
+        *rows, gradient = op.cross_entropy(logits.detach(), labels, scale, *settings, with_gradient, backend)
+    inputs, gradients = ([logits], [gradient]) if with_gradient else ([], [])
+    settings = (*settings, logits.shape[1])
+    return _summed(op.sum_rows(*rows, labels, scale, inputs, gradients, *settings, True, backend))
+
+
+def _summed(results: tuple[Tensor, Tensor, Tensor]) -> MaskedCrossEntropy:
+    total, sums, counts = results
+    sums = sums.detach()
     return MaskedCrossEntropy(total, sums[0], sums[1], counts[0], counts[1])
 
 

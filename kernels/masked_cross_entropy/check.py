@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kernels.masked_cross_entropy import cross_entropy_from_logits, masked_cross_entropy, reference
+from kernels.masked_cross_entropy import cross_entropy_from_logits, masked_cross_entropy, op, reference
 from kernels.numerics import Comparison, compare, compare_exactly
 
 _IGNORED = -100
@@ -30,6 +30,9 @@ def comparisons(device: torch.device, backend: str) -> Iterator[Comparison]:
         yield from _from_logits(device, backend, torch.bfloat16, 131, row_size)
     for dtype in (torch.float32, torch.bfloat16):
         yield from _from_hidden(device, backend, dtype)
+    yield from _multiplied(device, backend)
+    for num_rows in (0, 4096, 9001):
+        yield from _sums(device, backend, num_rows)
 
 
 def random_logits(num_rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -103,6 +106,40 @@ def _from_hidden(device: torch.device, backend: str, dtype: torch.dtype) -> Iter
     yield from _compare_sums(name, results)
     for tensor in tensors:
         yield from compare(f"{name} gradient of {tensor}", **{kind: all_[tensor] for kind, all_ in gradients.items()})
+
+
+def _multiplied(device: torch.device, backend: str) -> Iterator[Comparison]:
+    """One tensor and two, which are neither of hidden, weight and bias together; blocks that are full and cut."""
+    generator = torch.Generator().manual_seed(2)
+    scale = torch.tensor(0.3, device=device)
+    for dtype in (torch.bfloat16, torch.float16):
+        narrow = torch.randn(70, 117, generator=generator).to(device, dtype)
+        wide = torch.randn(8192, generator=generator).to(device)
+        for tensors in ([narrow], [narrow, wide]):
+            for index, actual in enumerate(op.multiplied(tensors, scale, backend)):
+                exact, name = tensors[index].double() * scale, f"{str(dtype).removeprefix('torch.')} {len(tensors)}"
+                yield from compare(f"multiplied {name}: {index}", actual, exact, exact.to(actual.dtype))
+
+
+def _sums(device: torch.device, backend: str, num_rows: int) -> Iterator[Comparison]:
+    """Sums of more rows than the other comparisons have."""
+    generator = torch.Generator().manual_seed(num_rows)
+    loss, z_loss = (torch.rand(num_rows, generator=generator, dtype=torch.float64) for _ in range(2))
+    correct = torch.randint(2, (num_rows,), generator=generator, dtype=torch.int32).to(device)
+    labels = torch.randint(11, (num_rows,), generator=generator)
+    labels[::3] = _IGNORED
+    scale, labels = torch.tensor(0.7, device=device), labels.to(device)
+    results = []
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        rows = (loss.float().to(device, dtype), z_loss.float().to(device, dtype), correct)
+        chosen = "torch" if results else backend
+        total, sums, counts = op.sum_rows(
+            *rows, labels, scale.to(dtype), [], [], _IGNORED, _Z_LOSS_WEIGHT, 11, False, chosen
+        )
+        results.append((total, sums[0], sums[1], counts))
+    for index, field in enumerate(_SUMS):
+        yield from compare(f"{field} of {num_rows} rows", *(result[index] for result in results))
+    yield compare_exactly(f"counts of {num_rows} rows", results[0][3], results[1][3])
 
 
 def _compare_sums(name: str, results: dict[str, reference.MaskedCrossEntropy]) -> Iterator[Comparison]:

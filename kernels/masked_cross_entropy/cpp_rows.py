@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from kernels import cpp
-from kernels.masked_cross_entropy.rows import multiply
+from kernels.masked_cross_entropy.rows import multiplied, multiply, sums
 
-__all__ = ["multiply", "rows", "supports"]
+__all__ = ["accumulate_product", "multiplied", "multiply", "rows", "sums", "supports"]
 
 
 def supports(logits: Tensor) -> bool:
@@ -15,13 +15,25 @@ def supports(logits: Tensor) -> bool:
 
 
 def rows(
-    logits: Tensor, labels: Tensor, gradient: Tensor | None, scale: Tensor, ignore_index: int, z_loss_weight: float
+    logits: Tensor,
+    labels: Tensor,
+    gradient: Tensor | None,
+    scale: Tensor,
+    ignore_index: int,
+    z_loss_weight: float,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `kernels.masked_cross_entropy.rows.rows`; in bf16, columns contiguous."""
+    """See `kernels.masked_cross_entropy.rows.rows`; in bf16, columns contiguous. `bias` [V] is added to each row."""
     count, classes = logits.shape
     loss, z_loss = (logits.new_empty(count, dtype=torch.float32) for _ in range(2))
     correct = logits.new_empty(count, dtype=torch.int32)
+    bias = None if bias is None else bias.float().contiguous()
     strides = (logits.stride(0), 0 if gradient is None else gradient.stride(0))
-    tensors = (logits, labels.long().contiguous(), gradient, scale.float(), loss, z_loss, correct)
+    tensors = (logits, labels.long().contiguous(), bias, gradient, scale.float(), loss, z_loss, correct)
     cpp.call("cross_entropy_rows", (*tensors, ignore_index, float(z_loss_weight), count, classes, *strides))
     return loss, z_loss, correct
+
+
+def accumulate_product(total: Tensor, product: Tensor, *, is_first: bool) -> None:
+    """`total` in fp32 += `product` in bf16, or = where it is the first; both contiguous."""
+    cpp.call("accumulate_product", (total, product, total.numel(), int(is_first)))

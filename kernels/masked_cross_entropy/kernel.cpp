@@ -1,12 +1,18 @@
-// Loss, accuracy and gradient of rows of logits, one pass over memory; see rows.py.
+// Loss, accuracy and gradient of rows of logits, one pass over memory; see rows.py. And sums of products in fp32.
 
-extern "C" void cross_entropy_rows(const bf16* logits, const int64_t* labels, bf16* gradient, const float* scale,
-                                   float* losses, float* z_losses, int32_t* corrects, int64_t ignore_index,
-                                   float z_loss_weight, int64_t rows, int64_t classes, int64_t stride,
-                                   int64_t gradient_stride) {
+// A row goes through in blocks that stay in the first cache: each is e^(x − its own largest), as the row's largest is
+// known at the end only; what is between them is a factor of the whole block.
+extern "C" void cross_entropy_rows(const bf16* logits, const int64_t* labels, const float* bias, bf16* gradient,
+                                   const float* scale, float* losses, float* z_losses, int32_t* corrects,
+                                   int64_t ignore_index, float z_loss_weight, int64_t rows, int64_t classes,
+                                   int64_t stride, int64_t gradient_stride) {
+    constexpr int64_t BLOCK = 512;  // few additions in fp32 one after another
+    const int64_t blocks = (classes + BLOCK - 1) / BLOCK;
+    const std::vector<float> zeros(bias ? 0 : classes);
+    if (!bias) bias = zeros.data();
 #pragma omp parallel
     {
-        std::vector<float> memory(classes);
+        std::vector<float> memory(classes), largest(blocks), sums(blocks);
         float* row = memory.data();
 #pragma omp for
         for (int64_t index = 0; index < rows; index++) {
@@ -19,36 +25,67 @@ extern "C" void cross_entropy_rows(const bf16* logits, const int64_t* labels, bf
                 if (out) std::fill(out, out + classes, bf16{0});
                 continue;
             }
-            float most = -INFINITY;
+            float own = 0.0f;  // the label's, before the sums: a confident row's others would be lost beside it
+            for (int64_t block = 0; block < blocks; block++) {
+                const int64_t first = block * BLOCK, count = std::min(BLOCK, classes - first);
+                float* entries = row + first;
+                float most = -INFINITY, sum = 0.0f;
 #pragma omp simd reduction(max : most)
-            for (int64_t i = 0; i < classes; i++) {
-                float value = wide(x[i]);
-                most = most < value ? value : most;
-            }
-            const float target = wide(x[label]) - most;  // counted from the largest: a small loss stays exact
-            // the first of the largest is what the model says; they need not be the same bits, as zeros have a sign
-            corrects[index] = target == 0.0f && std::none_of(x, x + label, [&](bf16 y) { return wide(y) == most; });
-            double others = 0.0;  // without the label, beside which what a confident row has left would be lost
-            for (int64_t first = 0; first < classes; first += 256) {  // few additions in fp32 one after another
-                const int64_t last = std::min(classes, first + 256);
-                float part = 0.0f;
-#pragma omp simd reduction(+ : part)
-                for (int64_t i = first; i < last; i++) {
-                    row[i] = exponential(wide(x[i]) - most);
-                    part += i == label ? 0.0f : row[i];
+                for (int64_t i = 0; i < count; i++) {
+                    const float value = wide(x[first + i]) + bias[first + i];
+                    entries[i] = value;
+                    most = most < value ? value : most;
                 }
-                others += part;
+                largest[block] = most;
+                const float shift = most == -INFINITY ? 0.0f : most;
+#pragma omp simd
+                for (int64_t i = 0; i < count; i++) entries[i] = exponential(entries[i] - shift);
+                if (label / BLOCK == block) std::swap(own, row[label]);
+#pragma omp simd reduction(+ : sum)
+                for (int64_t i = 0; i < count; i++) sum += entries[i];
+                sums[block] = sum;
             }
-            const double own = row[label], sum = own + others;
+            const float most = *std::max_element(largest.begin(), largest.end());
+            const float target = wide(x[label]) + bias[label] - most;  // counted from the largest: a small loss is exact
+            double others = 0.0;
+            for (int64_t block = 0; block < blocks; block++) {
+                largest[block] = exponential(largest[block] - most);
+                others += static_cast<double>(sums[block]) * largest[block];
+            }
+            // the first of the largest is what the model says; they need not be the same bits, as zeros have a sign
+            bool is_first = target == 0.0f;
+            for (int64_t i = 0; i < label && is_first; i++) is_first = wide(x[i]) + bias[i] != most;
+            corrects[index] = is_first;
+            const double own_share = static_cast<double>(own) * largest[label / BLOCK], sum = own_share + others;
             const double log_sum = target == 0.0f ? std::log1p(others) : std::log(sum), lse = most + log_sum;
             losses[index] = static_cast<float>(log_sum - target);
             z_losses[index] = static_cast<float>(lse * lse);
             if (!out) continue;
             const double of_z_loss = 2.0 * z_loss_weight * lse;
             const float factor = static_cast<float>(*scale * (1.0 + of_z_loss) / sum);
+            for (int64_t block = 0; block < blocks; block++) {
+                const int64_t first = block * BLOCK, count = std::min(BLOCK, classes - first);
+                const float of_block = factor * largest[block];
 #pragma omp simd
-            for (int64_t i = 0; i < classes; i++) out[i] = narrow(row[i] * factor);
-            out[label] = narrow(static_cast<float>(*scale * (own * of_z_loss - others) / sum));
+                for (int64_t i = first; i < first + count; i++) out[i] = narrow(row[i] * of_block);
+            }
+            out[label] = narrow(static_cast<float>(*scale * (own_share * of_z_loss - others) / sum));
+        }
+    }
+}
+
+// A product in bf16 to the sum of those before it, in fp32, or in the place of what was there.
+extern "C" void accumulate_product(float* total, const bf16* product, int64_t size, int64_t is_first) {
+    constexpr int64_t BLOCK = 4096;
+#pragma omp parallel for
+    for (int64_t first = 0; first < size; first += BLOCK) {
+        const int64_t last = std::min(size, first + BLOCK);
+        if (is_first) {
+#pragma omp simd
+            for (int64_t i = first; i < last; i++) total[i] = wide(product[i]);
+        } else {
+#pragma omp simd
+            for (int64_t i = first; i < last; i++) total[i] += wide(product[i]);
         }
     }
 }

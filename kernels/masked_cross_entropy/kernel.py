@@ -9,7 +9,11 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.configuration import Configuration, launch_warps
+from kernels.masked_cross_entropy import sum_kernel
+from kernels.masked_cross_entropy.sum_kernel import multiplied, sums
 from kernels.padding import PADDING
+
+__all__ = ["configurations", "layout", "multiplied", "multiply", "rows", "sums", "supports"]
 
 MAX_VOCAB_SIZE = 65_536
 WORD = 8  # entries that a thread loads together: 128 bits of two-byte ones, twice 128 of fp32
@@ -95,7 +99,8 @@ def rows_kernel(
         return
 
     column = label.to(tl.int32) - head_size
-    target = tl.load(logits_ptr + column).to(tl.float32)
+    is_class = (label >= 0) & (label < vocab_size)  # `sum_kernel` reports a label that is none
+    target = tl.load(logits_ptr + column, mask=is_class, other=float("nan")).to(tl.float32)
     head = tl.load(logits_ptr + head_lanes, mask=in_head, other=float("-inf")).to(tl.float32)
     logits = ()
     largest = tl.full([BLOCK], float("-inf"), tl.float32)
@@ -242,8 +247,8 @@ def multiply(gradient: Tensor, scale: Tensor) -> None:
 
 
 def configurations() -> list[Configuration]:
-    """Every way in which `rows` and `multiply` can start their kernels."""
-    found = []
+    """Every way in which this file's launchers and those of sum_kernel.py can start their kernels."""
+    found = sum_kernel.configurations()
     widths = [1024, 2048, 4096, 6144, 8192, 12288, 16384, 24576, 32768, 49152, 65536]
     for dtype in _TYPES.values():
         for width, write_gradient in itertools.product(widths, (True, False)):

@@ -1,18 +1,24 @@
 """The registered operations: rows of logits, and hidden states with the output matrix, chunk by chunk."""
 
+import functools
 import importlib
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from kernels import torch_private
 from kernels.column_sums import column_sums
 from kernels.masked_cross_entropy import cpp_rows
 from kernels.masked_cross_entropy import rows as torch_rows
 from kernels.padding import PADDING, padded_length, rounded_rows, rows_apart
 
-CHUNK_ELEMENTS = 2**24  # logits that exist at once: 32 MB in bf16
+# Logits that exist at once, in bytes. On a GPU 2²⁸ in bf16, a tenth of what plain PyTorch holds for as many, because
+# each chunk costs launches; it does not depend on the memory that happens to be free, as the results' bits would.
+CHUNK_BYTES = {"cpu": 2**26, "gpu": 2**29}
 _BLOCK_ROWS = 256  # of the output matrix
+
+Rows = tuple[Tensor, Tensor, Tensor]  # loss, z-loss and correct [N]
 
 
 @torch.library.custom_op("kernels::cross_entropy", mutates_args=())
@@ -24,24 +30,24 @@ def cross_entropy(
     z_loss_weight: float,
     with_gradient: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums [loss, z_loss], counts [correct, labelled], and scale · the gradient of logits [N, V] (else empty)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows of loss, z-loss and correct [N], and scale · the gradient of logits [N, V] (else empty)."""
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
     gradient = _empty_gradient(logits) if with_gradient else None
-    sums, counts = _cross_entropy(logits, labels, gradient, scale, ignore_index, z_loss_weight, backend)
-    return sums, counts, logits.new_empty(0) if gradient is None else gradient
+    rows = _cross_entropy(logits, labels, gradient, scale, ignore_index, z_loss_weight, backend)
+    return *rows, logits.new_empty(0) if gradient is None else gradient
 
 
 @cross_entropy.register_fake
 def _(logits, labels, scale, ignore_index, z_loss_weight, with_gradient, backend):
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
-    return *_fake_sums(logits), _empty_gradient(logits) if with_gradient else logits.new_empty(0)
+    return *_fake_rows(logits, logits.shape[0]), _empty_gradient(logits) if with_gradient else logits.new_empty(0)
 
 
 @torch.library.custom_op("kernels::cross_entropy_", mutates_args={"logits"})
 def cross_entropy_(
     logits: Tensor, labels: Tensor, scale: Tensor, ignore_index: int, z_loss_weight: float, backend: str
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """As `cross_entropy`; the gradient takes the place of the logits."""
     if logits.stride(-1) != 1:
         gradient = logits.contiguous()
@@ -53,7 +59,7 @@ def cross_entropy_(
 
 @cross_entropy_.register_fake
 def _(logits, labels, scale, ignore_index, z_loss_weight, backend):
-    return _fake_sums(logits)
+    return _fake_rows(logits, logits.shape[0])
 
 
 @torch.library.custom_op("kernels::masked_cross_entropy", mutates_args=())
@@ -67,7 +73,7 @@ def masked_cross_entropy(
     compute_dtype: torch.dtype,
     needs: list[bool],
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Cross-entropy of hidden · weightᵀ + bias, without the [N, V] logits.
 
     Args:
@@ -82,52 +88,49 @@ def masked_cross_entropy(
         backend: of the rows.
 
     Returns:
-        Sums [loss, z_loss] in fp32 or wider, counts [correct, labelled]; the gradients of loss + z_loss_weight · z_loss
-        with respect to hidden (its type), weight and bias (fp32 or wider), empty where they are not needed.
+        Rows of loss and z-loss in fp32 or wider and correct in int32 [N]; the gradients of Σ loss + z_loss_weight ·
+        z_loss with respect to hidden (its type), weight and bias (fp32 or wider), empty where they are not needed.
     """
-    check_labels(labels, ignore_index, len(weight))
-    kept = None
+    labels = _checked(labels, ignore_index, len(weight), backend)
+    num_rows, kept = len(labels), None
     if labels.device.type == "cpu":  # a GPU would have to be waited for; there, callers bound the number of rows
-        labelled = labels != ignore_index
-        count = int(labelled.sum())
-        most = rounded_rows(count) if backend == "torch" else count  # kernels that are interpreted are counted
-        if most < len(labels):
-            kept = labelled.logical_not().argsort(stable=True)[:most]  # the labelled rows, then a few others
-    all_rows = hidden.shape
-    if kept is not None:
-        hidden, labels = hidden[kept], labels[kept]
-    matrix, offset = weight.to(compute_dtype), None if bias is None else bias.to(compute_dtype)
-    wide = torch.promote_types(compute_dtype, torch.float32)
+        kept = _labelled_rows(labels, ignore_index, backend)
+    states, labels = (hidden, labels) if kept is None else (hidden[kept], labels[kept])
+    states, matrix = states.to(compute_dtype), weight.to(compute_dtype)
+    offset = None if bias is None else bias.to(compute_dtype)
     needs_hidden, needs_weight, needs_bias = needs
-    grad_hidden = torch.zeros(all_rows if needs_hidden else 0, dtype=hidden.dtype, device=hidden.device)
-    grad_weight = torch.zeros(weight.shape if needs_weight else 0, dtype=wide, device=hidden.device)
-    grad_bias = torch.zeros(len(weight) if needs_bias else 0, dtype=wide, device=hidden.device)
-    sums, counts = torch.zeros(2, dtype=wide, device=hidden.device), labels.new_zeros(2, dtype=torch.int64)
+    grad_hidden = torch.empty_like(states) if needs_hidden else states.new_empty(0)
+    grad_weight = grad_bias = None
 
-    one = torch.ones((), device=hidden.device)
-    chunk = max(1, CHUNK_ELEMENTS // len(weight))
-    buffer = _aligned_rows(min(chunk, len(labels)), len(weight), compute_dtype, hidden.device)
-    product = None if not needs_weight or _multiplies_into_fp32(hidden.device) else torch.empty_like(matrix)
-    for first in range(0, len(labels), chunk):
-        part = slice(first, first + chunk)
-        states, chunk_labels = hidden[part].to(compute_dtype), labels[part]
-        logits = buffer[: len(states)]
-        if offset is None:
-            torch.mm(states, matrix.T, out=logits)
+    chunk = _chunk_rows(len(states), len(weight), compute_dtype, hidden.device)
+    buffer = _aligned_rows(min(chunk, len(states)), len(weight), compute_dtype, hidden.device)
+    by_cpp = backend == "torch" and cpp_rows.supports(buffer)
+    rows = functools.partial(cpp_rows.rows, bias=offset) if by_cpp else _implementation(buffer, backend).rows
+    parts, one = [], _one(hidden.device)
+    for first in range(0, max(1, len(states)), chunk):
+        part, part_labels = states[first : first + chunk], labels[first : first + chunk]
+        logits = buffer[: len(part)]
+        if offset is None or by_cpp:  # which adds it on the way; a library copies it to all rows first
+            torch.mm(part, matrix.T, out=logits)
         else:
-            torch.addmm(offset, states, matrix.T, out=logits)
+            torch.addmm(offset, part, matrix.T, out=logits)
         gradient = logits if any(needs) else None
-        chunk_sums, chunk_counts = _sums(logits, chunk_labels, gradient, one, ignore_index, z_loss_weight, backend)
-        sums += chunk_sums
-        counts += chunk_counts
+        parts.append(rows(logits, part_labels, gradient, one, ignore_index, z_loss_weight))
         if needs_hidden:
-            grad_hidden[part if kept is None else kept[part]] = (gradient @ matrix).to(hidden.dtype)
+            torch.mm(gradient, matrix, out=grad_hidden[first : first + chunk])
+        if first + chunk >= len(states):
+            del matrix  # before there is the gradient of the weight: with one chunk, memory is fullest then
         if needs_weight:
-            _accumulate_product(grad_weight, gradient.T, states, product, is_first=first == 0)
+            grad_weight = _plus_product(grad_weight, gradient.T, part)
         if needs_bias:
-            by_cpp = cpp_rows.supports(gradient)
-            grad_bias += column_sums(gradient) if by_cpp else gradient.sum(dim=0, dtype=wide)
-    return sums, counts, grad_hidden, grad_weight, grad_bias
+            grad_bias = _plus_column_sums(grad_bias, gradient)
+    rows = parts[0] if len(parts) == 1 else tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    grad_hidden = grad_hidden.to(hidden.dtype)
+    if kept is not None:
+        rows = tuple(_spread(tensor, kept, num_rows) for tensor in rows)
+        grad_hidden = _spread(grad_hidden, kept, num_rows) if needs_hidden else grad_hidden
+    rest = [rows[0].new_empty(0) if gradient is None else gradient for gradient in (grad_weight, grad_bias)]
+    return *rows, grad_hidden, *rest
 
 
 @masked_cross_entropy.register_fake
@@ -137,7 +140,8 @@ def _(hidden, weight, labels, bias, ignore_index, z_loss_weight, compute_dtype, 
         shape if needed else (0,) for shape, needed in zip((weight.shape, (len(weight),)), needs[1:], strict=True)
     ]
     grad_hidden = hidden.new_empty(hidden.shape if needs[0] else (0,))
-    return *_fake_sums(hidden, wide), grad_hidden, *(weight.new_empty(shape, dtype=wide) for shape in shapes)
+    gradients = [weight.new_empty(shape, dtype=wide) for shape in shapes]
+    return *_fake_rows(hidden, hidden.shape[0], wide), grad_hidden, *gradients
 
 
 @torch.library.custom_op("kernels::multiply_", mutates_args={"gradient"})
@@ -151,54 +155,102 @@ def _(gradient, scale, backend) -> None:
     return None
 
 
-@torch.library.custom_op("kernels::attach_gradients", mutates_args=())
-def attach_gradients(
-    total: Tensor, inputs: list[Tensor], gradients: list[Tensor], in_place: bool, backend: str
-) -> Tensor:
-    """`total`, with `gradients` as its gradients with respect to `inputs`.
+@torch.library.custom_op("kernels::multiplied", mutates_args=())
+def multiplied(gradients: list[Tensor], scale: Tensor, backend: str) -> list[Tensor]:
+    """Each times a scalar on the device, in new memory."""
+    return _implementation(gradients[0], backend, takes_rows=False).multiplied(gradients, scale)
 
-    With `in_place` a backward multiplies by `grad_output` in the gradients' own memory, so there can be only one:
-    autograd refuses a second, because what was saved has changed.
+
+@multiplied.register_fake
+def _(gradients, scale, backend):
+    return [torch.empty_like(gradient) for gradient in gradients]
+
+
+@torch.library.custom_op("kernels::sum_rows", mutates_args=())
+def sum_rows(
+    loss: Tensor,
+    z_loss: Tensor,
+    correct: Tensor,
+    labels: Tensor,
+    scale: Tensor | None,
+    inputs: list[Tensor],
+    gradients: list[Tensor],
+    ignore_index: int,
+    z_loss_weight: float,
+    vocab_size: int,
+    in_place: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Total, sums [loss, z_loss] and counts [correct, labelled] of rows.
+
+    `gradients` are those of the total with respect to `inputs`. With `in_place` a backward multiplies by `grad_output`
+    in their own memory, so there can be only one: autograd refuses a second, because what was saved has changed.
     """
-    del inputs, gradients, in_place, backend
-    return total.clone()
+    del inputs, gradients, in_place
+    scale = _one(loss.device) if scale is None else scale
+    sums = _implementation(loss, backend, takes_rows=False).sums
+    return sums((loss, z_loss, correct), labels.contiguous(), scale, ignore_index, z_loss_weight, vocab_size)
 
 
-@attach_gradients.register_fake
-def _(total, inputs, gradients, in_place, backend):
-    return torch.empty_like(total)
+@sum_rows.register_fake
+def _(
+    loss, z_loss, correct, labels, scale, inputs, gradients, ignore_index, z_loss_weight, vocab_size, in_place, backend
+):
+    return loss.new_empty(()), loss.new_empty(2), loss.new_empty(2, dtype=torch.int64)
 
 
 def _keep_gradients(ctx, inputs, output) -> None:
-    _, tensors, gradients, ctx.in_place, ctx.backend = inputs
+    del output
+    _, _, _, _, _, tensors, gradients, _, _, _, ctx.in_place, ctx.backend = inputs
     ctx.dtypes = [tensor.dtype for tensor in tensors]
     ctx.save_for_backward(*gradients)
+    ctx.set_materialize_grads(False)  # the sums have no gradient, so none need be made of zeros
 
 
-def _scaled_gradients(ctx, grad_total):
+def _scaled_gradients(ctx, grad_total, grad_sums, grad_counts):
+    del grad_sums, grad_counts
     gradients = ctx.saved_tensors
-    if ctx.in_place and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # whose code makes these products on the way
+        gradients = [gradient * grad_total.to(gradient.dtype) for gradient in gradients]
+    elif ctx.in_place:
         for gradient in gradients:
             multiply_(gradient, grad_total, ctx.backend)
-    else:
-        gradients = [gradient * grad_total.to(gradient.dtype) for gradient in gradients]
+    elif gradients:
+        gradients = multiplied(list(gradients), grad_total, ctx.backend)
     gradients = [gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)]
-    return None, gradients, [None] * len(gradients), None, None
+    return *[None] * 5, gradients, [None] * len(gradients), *[None] * 5
 
 
-attach_gradients.register_autograd(_scaled_gradients, setup_context=_keep_gradients)
+sum_rows.register_autograd(_scaled_gradients, setup_context=_keep_gradients)
 
 
-def check_labels(labels: Tensor, ignore_index: int, vocab_size: int) -> None:
-    """Refuse labels outside the vocabulary, without waiting for a GPU.
+def _checked(labels: Tensor, ignore_index: int, vocab_size: int, backend: str) -> Tensor:
+    """Labels side by side, none outside the vocabulary; Triton's kernels see to that themselves.
 
     Raises:
         RuntimeError: on the CPU at once; on a GPU as a device assert, when the next synchronisation finds it.
     """
-    valid = (labels == ignore_index) | ((labels >= 0) & (labels < vocab_size))
-    torch._assert_async(  # noqa: SLF001 - torch's only assertion that does not synchronise
-        valid.all(), f"labels: one is neither ignore_index {ignore_index} nor in 0 … {vocab_size - 1}"
-    )
+    if backend != "triton":
+        valid = (labels == ignore_index) | ((labels >= 0) & (labels < vocab_size))
+        torch_private.assert_async(
+            valid.all(), f"labels: one is neither ignore_index {ignore_index} nor in 0 … {vocab_size - 1}"
+        )
+    return labels.contiguous()
+
+
+def _labelled_rows(labels: Tensor, ignore_index: int, backend: str) -> Tensor | None:
+    """Which rows to compute on the CPU: the labelled ones, then a few others; None where that is all of them."""
+    labelled = labels != ignore_index
+    count = int(labelled.sum())
+    most = rounded_rows(count) if backend == "torch" else count  # kernels that are interpreted are counted
+    return labelled.logical_not().argsort(stable=True)[:most] if most < len(labels) else None
+
+
+def _chunk_rows(num_rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> int:
+    """How many rows of logits exist at once: as few chunks as can be, of about the same size."""
+    most = max(1, CHUNK_BYTES["cpu" if device.type == "cpu" else "gpu"] // (vocab_size * dtype.itemsize))
+    chunks = max(1, -(-num_rows // most))
+    return max(1, min(most, rounded_rows(-(-num_rows // chunks))))
 
 
 def _cross_entropy(
@@ -209,34 +261,27 @@ def _cross_entropy(
     ignore_index: int,
     z_loss_weight: float,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    check_labels(labels, ignore_index, logits.shape[1])
-    return _sums(logits, labels, gradient, scale, ignore_index, z_loss_weight, backend)
+) -> Rows:
+    labels = _checked(labels, ignore_index, logits.shape[1], backend)
+    return _implementation(logits, backend).rows(logits, labels, gradient, scale, ignore_index, z_loss_weight)
 
 
-def _sums(
-    logits: Tensor,
-    labels: Tensor,
-    gradient: Tensor | None,
-    scale: Tensor,
-    ignore_index: int,
-    z_loss_weight: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Rows to sums [loss, z_loss] and counts [correct, labelled]."""
-    loss, z_loss, correct = _implementation(logits, backend).rows(
-        logits, labels, gradient, scale, ignore_index, z_loss_weight
-    )
-    return torch.stack([loss.sum(), z_loss.sum()]), torch.stack([correct.sum(), (labels != ignore_index).sum()])
+def _implementation(tensor: Tensor, backend: str, *, takes_rows: bool = True) -> ModuleType:
+    """The module that computes rows of logits, or what comes after them, of this tensor's type.
 
-
-def _implementation(logits: Tensor, backend: str) -> ModuleType:
-    """The module that computes rows; the kernel's is imported where it is needed, since Triton may be missing."""
+    The kernel's is imported where it is needed, since Triton may be missing.
+    """
     if backend == "triton":
         kernel = importlib.import_module("kernels.masked_cross_entropy.kernel")
-        if kernel.supports(logits):
+        if kernel.supports(tensor) if takes_rows else tensor.dtype != torch.float64:
             return kernel
-    return cpp_rows if cpp_rows.supports(logits) else torch_rows
+    return cpp_rows if cpp_rows.supports(tensor) else torch_rows
+
+
+@functools.cache
+def _one(device: torch.device) -> Tensor:
+    """A scale that changes nothing; kept, since a launch for it would be one of a dozen."""
+    return torch.ones((), device=device)
 
 
 def _aligned_rows(num_rows: int, row_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -251,21 +296,33 @@ def _empty_gradient(logits: Tensor) -> Tensor:
     return rows_apart(logits, num_rows, vocab_size, stride)
 
 
-def _accumulate_product(total: Tensor, left: Tensor, right: Tensor, product: Tensor | None, *, is_first: bool) -> None:
-    """`total` += left · right with sums in fp32; `product` is memory for devices that multiply bf16 into bf16 only."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-        return
-    if product is None:
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-        return
-    torch.mm(left, right, out=product)
-    if is_first:
+def _plus_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """`total`, or nothing, plus left · right, with sums in fp32 or wider."""
+    wide, is_first = torch.promote_types(left.dtype, torch.float32), total is None
+    if total is None:
+        total = torch.empty(left.shape[0], right.shape[1], dtype=wide, device=left.device)
+    if left.dtype == wide:
+        return torch.mm(left, right, out=total) if is_first else total.addmm_(left, right)
+    if _multiplies_into_fp32(left.device):
+        if is_first:
+            return torch.mm(left, right, out_dtype=wide, out=total)
+        return torch.addmm(total, left, right, out_dtype=wide, out=total)
+    product = torch.mm(left, right)
+    if cpp_rows.supports(product):
+        cpp_rows.accumulate_product(total, product, is_first=is_first)
+    elif is_first:
         total.copy_(product)
-        return
-    # in blocks, since PyTorch widens the whole addend in new memory, which takes longer than the addition
-    for part, addend in zip(total.split(_BLOCK_ROWS), product.split(_BLOCK_ROWS), strict=True):
-        part.add_(addend)
+    else:  # in blocks, since PyTorch widens the whole addend in new memory, which takes longer than the addition
+        for part, addend in zip(total.split(_BLOCK_ROWS), product.split(_BLOCK_ROWS), strict=True):
+            part.add_(addend)
+    return total
+
+
+def _plus_column_sums(total: Tensor | None, gradient: Tensor) -> Tensor:
+    """`total`, or nothing, plus the sums of columns in fp32 or wider."""
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    sums = column_sums(gradient) if cpp_rows.supports(gradient) else gradient.sum(dim=0, dtype=wide)
+    return sums if total is None else total.add_(sums)
 
 
 def _multiplies_into_fp32(device: torch.device) -> bool:
@@ -273,6 +330,15 @@ def _multiplies_into_fp32(device: torch.device) -> bool:
     return device.type == "meta" or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0))
 
 
-def _fake_sums(like: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+def _spread(rows: Tensor, kept: Tensor, num_rows: int) -> Tensor:
+    """Rows where they came from, among others of zeros."""
+    return rows.new_zeros(num_rows, *rows.shape[1:]).index_copy_(0, kept, rows)
+
+
+def _fake_rows(like: Tensor, num_rows: int, dtype: torch.dtype | None = None) -> Rows:
     wide = dtype or torch.promote_types(like.dtype, torch.float32)
-    return like.new_empty(2, dtype=wide), like.new_empty(2, dtype=torch.int64)
+    return (
+        like.new_empty(num_rows, dtype=wide),
+        like.new_empty(num_rows, dtype=wide),
+        like.new_empty(num_rows, dtype=torch.int32),
+    )

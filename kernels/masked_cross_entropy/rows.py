@@ -55,6 +55,38 @@ def _block(
     return loss, z_loss, correct.int()
 
 
+def sums(
+    rows: tuple[Tensor, Tensor, Tensor],
+    labels: Tensor,
+    scale: Tensor,
+    ignore_index: int,
+    z_loss_weight: float,
+    vocab_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over rows.
+
+    Args:
+        rows: what the function `rows` returns.
+        labels: [N], as they were given to it.
+        scale: factor of the total.
+        ignore_index: label of rows that count for nothing.
+        z_loss_weight: weight of the z-loss in the total.
+        vocab_size: V; labels were compared with it before.
+
+    Returns:
+        The total; [loss, z_loss]; [correct, labelled] in int64.
+    """
+    del vocab_size
+    loss, z_loss, correct = (tensor.sum() for tensor in rows)
+    total = scale * (loss + z_loss_weight * z_loss)
+    return total, torch.stack([loss, z_loss]), torch.stack([correct, (labels != ignore_index).sum()])
+
+
 def multiply(gradient: Tensor, scale: Tensor) -> None:
     """`gradient` times a scalar, in place."""
     gradient.mul_(scale.to(gradient.dtype))
+
+
+def multiplied(gradients: list[Tensor], scale: Tensor) -> list[Tensor]:
+    """Each times a scalar, in new memory."""
+    return [gradient * scale.to(gradient.dtype) for gradient in gradients]

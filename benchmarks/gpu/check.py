@@ -1,0 +1,78 @@
+"""Every kernel against its reference, and how long a run waits for the check before its first step."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks import machine
+from benchmarks.bench_train_step import Case, training
+from benchmarks.gpu.cases import README_COMMAND
+from benchmarks.gpu.hardware import ROOT
+from benchmarks.gpu.settings import Settings
+from gptbert.distributed import connect
+from gptbert.preparation import prepare_kernels
+from kernels.check import first_failure, run_checks
+
+TIMEOUT = 100.0
+
+
+def measure(settings: Settings) -> Iterator[dict[str, Any]]:
+    """What `python -m kernels.check` compares: numbers, seconds by operation, and what was wrong."""
+    del settings
+    here = machine.device()
+    start = time.perf_counter()
+    rows = run_checks(here, "triton" if here.type == "cuda" else "torch")
+    seconds = time.perf_counter() - start
+    by_operation: dict[str, float] = defaultdict(float)
+    for row in rows:
+        by_operation[row.op] += row.seconds
+    failures = [str(row) for row in rows if not row.passed]
+    yield {
+        "comparisons": len(rows), "failed": len(failures), "failures": failures, "seconds": seconds,
+        "seconds_by_operation": dict(by_operation), "first_failure": first_failure(rows),
+        "summary": f"{len(rows)} comparisons, {len(failures)} out of their bounds",
+    }  # fmt: skip
+
+
+def before_a_run(settings: Settings) -> Iterator[dict[str, Any]]:
+    """Seconds that README's command waits for its check: with no compiled kernel on the disk, and once more."""
+    found: dict[str, Any] = {}
+    said: list[str] = []
+    with tempfile.TemporaryDirectory(dir=settings.work) as cache:
+        for state in ("cold", "warm"):
+            found[f"{state}_seconds"] = _seconds_in_a_process(cache)
+            said.append(f"{state} {found[f'{state}_seconds']:.1f} s")
+            found["summary"] = ", ".join(said)
+            yield found
+
+
+def _seconds_in_a_process(cache: str) -> float:
+    """Of a process that begins now, with this folder of compiled kernels."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu.check"],
+        cwd=ROOT, env={**os.environ, "TRITON_CACHE_DIR": str(Path(cache) / "triton")},
+        stdout=subprocess.PIPE, text=True, check=True, timeout=TIMEOUT,
+    )  # fmt: skip
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def seconds_before_a_run() -> float:
+    """Of the check itself, in this process."""
+    case = Case(README_COMMAND.objective, README_COMMAND.seq_length, README_COMMAND.rows)
+    config = training(case, steps=1)
+    with connect(config) as world:
+        machine.synchronize()  # the device is awake
+        start = time.perf_counter()
+        prepare_kernels(config, world)
+        return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    print(json.dumps(seconds_before_a_run()))

@@ -1,0 +1,34 @@
+"""The process of one part: writes what the part knows to a file, each time that it knows more."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.settings import Part, Settings
+
+
+def command(part: Part, settings: Settings, result: Path) -> list[str]:
+    """Starts the process; `result` is the file."""
+    order = {"target": part.target, "options": part.options, "settings": settings.to_dict(), "result": str(result)}
+    return [sys.executable, "-m", "benchmarks.gpu.child", json.dumps(order)]
+
+
+def write(path: Path, values: dict[str, Any]) -> None:
+    """Replace a JSON file at once, so that whoever reads it finds the old or the new one."""
+    temporary = path.with_suffix(".new")
+    temporary.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def main(order: dict[str, Any]) -> None:
+    """Call the part's function."""
+    module, _, function = order["target"].partition(":")
+    measure = getattr(importlib.import_module(module), function)
+    for result in measure(Settings.from_dict(order["settings"]), **order["options"]):
+        write(Path(order["result"]), result)
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

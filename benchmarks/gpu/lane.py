@@ -1,0 +1,52 @@
+"""The GPU's own tests, `make test-gpu`, counted as they end."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.gpu.hardware import ROOT
+from benchmarks.gpu.settings import Settings
+
+FOLDER = "tests/gpu"
+WORKERS = 6
+LANE = {"GPTBERT_TEST_DEVICE": "cuda"}  # see tests/README.md
+OUTCOME = re.compile(r"\b(PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS)\b")
+NAME = re.compile(rf"{FOLDER}/\S+")
+
+
+def measure(settings: Settings) -> Iterator[dict[str, Any]]:
+    """Numbers of tests by outcome, and the names of those that failed."""
+    if not any((ROOT / FOLDER).glob("test_*.py")):
+        yield {"summary": f"{FOLDER} has no tests, so none ran"}
+        return
+    command = [sys.executable, "-m", "pytest", FOLDER, "-v", "-rs", "-p", "no:cacheprovider", "-o", "addopts="]
+    if not settings.rehearse and importlib.util.find_spec("xdist"):
+        command += ["-n", str(WORKERS), "--dist", "loadfile"]
+    outcomes: Counter[str] = Counter()
+    failed: list[str] = []
+    last = ""
+    with subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | LANE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            last = line.strip() or last
+            if (outcome := OUTCOME.search(line)) and (name := NAME.search(line)) and "%]" in line:
+                outcomes[outcome[1].lower()] += 1
+                if outcome[1] in {"FAILED", "ERROR"}:
+                    failed.append(name[0])
+                yield _found(outcomes, failed)
+    yield _found(outcomes, failed) | {"said": last}
+
+
+def _found(outcomes: Counter[str], failed: list[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {"outcomes": dict(outcomes), "failures": failed}
+    found["summary"] = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items()) or "no test ran"
+    if outcomes["passed"] or failed:  # where all were skipped, nothing is known
+        found["failed"] = len(failed)
+    return found

@@ -1,0 +1,71 @@
+"""The parts, in the order of their worth: a run cut short has the first of them."""
+
+from typing import Any
+
+from benchmarks.gpu.cases import CASES
+from benchmarks.gpu.settings import Part
+
+TRAINER = ("tyro", "safetensors", "tokenizers", "tqdm")  # what gptbert.trainer imports beside PyTorch
+GROUPS = ("machine", "check", "steps", "operations", "resume", "soak", "tests")
+COMPILING_OPERATIONS = "compiling operations"
+
+Stage = list[Part]
+
+
+def stages() -> list[Stage]:
+    """All parts. Those of a stage run side by side, and a stage begins when the one before has ended.
+
+    What compiles comes first, on all cores and into shared caches; then what is timed, alone on the GPU; last, side by
+    side again, what is right or wrong at any speed.
+    """
+    return [
+        [Part("machine", "machine", "benchmarks.gpu.hardware:measure", 40)],
+        compilations(),
+        *([_steps(name)] for name in CASES),
+        [_operations("operations", "measure", 90, compiled_by=COMPILING_OPERATIONS)],
+        [Part("check before a run", "check", "benchmarks.gpu.check:before_a_run", 120, needs=TRAINER)],
+        [
+            _resume("resume, compiled", is_compiled=True),
+            _resume("resume, not compiled", is_compiled=False),
+            Part("soak", "soak", "benchmarks.gpu.soak:measure", 150, needs=TRAINER),
+            Part("tests", "tests", "benchmarks.gpu.lane:measure", 180, needs=("pytest", "hypothesis")),
+        ],
+    ]
+
+
+def compilations() -> Stage:
+    """What fills the caches, and every kernel against its reference. Cases that share their code are one part."""
+    sharing: dict[tuple[str, int], list[str]] = {}
+    for case in CASES.values():
+        sharing.setdefault((case.model, case.seq_length), []).append(case.name)
+    return [
+        Part("check", "check", "benchmarks.gpu.check:measure", 150, needs=("tyro",)),
+        *(
+            Part(
+                f"compiling {model} T={seq_length}", "steps", "benchmarks.gpu.steps:compile_first", 150,
+                options={"names": names}, needs=TRAINER,
+            )
+            for (model, seq_length), names in sharing.items()
+        ),
+        _operations(COMPILING_OPERATIONS, "compile_first", 80),
+    ]  # fmt: skip
+
+
+def chosen(only: list[str]) -> list[Stage]:
+    """The stages with parts of these groups alone; no names: all of them."""
+    kept = [[part for part in stage if not only or part.group in only] for stage in stages()]
+    return [stage for stage in kept if stage]
+
+
+def _steps(name: str) -> Part:
+    return Part(f"steps {name}", "steps", "benchmarks.gpu.steps:measure", 75, options={"name": name}, needs=TRAINER)
+
+
+def _operations(name: str, function: str, seconds: float, **options: Any) -> Part:
+    needs = (*TRAINER, "pytest", "pytest_benchmark")
+    return Part(name, "operations", f"benchmarks.gpu.operations:{function}", seconds, options, needs)
+
+
+def _resume(name: str, *, is_compiled: bool) -> Part:
+    options = {"is_compiled": is_compiled}
+    return Part(name, "resume", "benchmarks.gpu.resume:measure", 170, options=options, needs=TRAINER)

@@ -1,0 +1,38 @@
+"""What was measured, on the disk at any time: a JSON file and its page."""
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu import child
+from benchmarks.gpu.bars import verdicts
+from benchmarks.gpu.page import page
+
+
+class Report:
+    """Results of all parts, written whenever one of them changes.
+
+    Args:
+        folder: of both files; made if it is not there.
+        name: of both files, without their endings.
+        labels: what the results are of: see `benchmarks.gpu.hardware.labels`.
+    """
+
+    def __init__(self, folder: Path, name: str, labels: dict[str, Any]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.json = folder / f"{name}.json"
+        self.page = folder / f"{name}.md"
+        self.content: dict[str, Any] = {**labels, "parts": {}}
+        self.write()
+
+    def put(self, name: str, entry: dict[str, Any]) -> None:
+        """Set what is known of a part; its running time alone is no reason to write."""
+        before = self.content["parts"].get(name, {})
+        self.content["parts"][name] = entry
+        if any(before.get(key) != entry[key] for key in ("status", "result")):
+            self.write()
+
+    def write(self) -> None:
+        """Write both files."""
+        self.content["bars"] = verdicts(self.content["parts"])
+        child.write(self.json, self.content)
+        self.page.write_text(page(self.content), encoding="utf-8")

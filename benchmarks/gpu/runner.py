@@ -1,0 +1,148 @@
+"""Runs parts, each as a process of its own with a time limit, and keeps the report up to date while they run."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from benchmarks.gpu import child
+from benchmarks.gpu.report import Report
+from benchmarks.gpu.settings import WHOLE_MINUTES, Part, Settings
+
+ROOT = Path(__file__).parents[2]
+POLL_SECONDS = 0.1
+LEAST_SECONDS = 5.0  # with less than this left, no part is begun
+TAIL_LINES = 12  # of what a part said before it failed
+
+DONE, RUNNING, FAILED, KILLED, LEFT_OUT = "done", "running", "failed", "killed", "left out"
+
+
+class Process:
+    """A part that runs; killed with all that it started when its time is over, or the block that it is in ends."""
+
+    def __init__(self, part: Part, settings: Settings, seconds: float) -> None:
+        self.part = part
+        self.seconds = seconds
+        for folder in ("parts", "logs", "inductor", "triton"):
+            (settings.work / folder).mkdir(parents=True, exist_ok=True)
+        self._result = settings.result(part.name)
+        self._result.unlink(missing_ok=True)
+        self._log = settings.work / "logs" / f"{part.file_name}.log"
+        self._read: dict = {}
+        self._read_at = 0
+        self._start = time.monotonic()
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                child.command(part, settings, self._result), cwd=ROOT, env=environment(settings),
+                stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+
+    @property
+    def spent(self) -> float:
+        """Seconds since it began."""
+        return time.monotonic() - self._start
+
+    def kill(self) -> None:
+        """Kill the process with all that it started, if anything is left of them."""
+        with suppress(ProcessLookupError, PermissionError):  # macOS says the latter of a group that has ended
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def entry(self) -> dict:
+        """What the report says of it; a part that has ended or is over its time leaves nothing running."""
+        status, message = RUNNING, ""
+        if self._process.poll() is not None:
+            status = DONE if self._process.returncode == 0 else FAILED
+            message = "" if status == DONE else f"exit status {self._process.returncode}"
+        elif self.spent > self.seconds:
+            status, message = KILLED, f"over its time of {self.seconds:.0f} s"
+        if status != RUNNING:
+            self.kill()
+        found = {"status": status, "seconds": round(self.spent, 1), "message": message, "result": self._latest()}
+        if status in {FAILED, KILLED}:
+            found["log"] = self._log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]
+        return found
+
+    def _latest(self) -> dict:
+        """What it has written so far."""
+        with suppress(FileNotFoundError):
+            written = self._result.stat().st_mtime_ns
+            if written != self._read_at:
+                self._read, self._read_at = json.loads(self._result.read_text(encoding="utf-8")), written
+        return self._read
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    """Of all parts: shared caches of what was compiled, and no GPU in a rehearsal, but kernels for one elsewhere."""
+    caches = {"TORCHINDUCTOR_CACHE_DIR": settings.work / "inductor", "TRITON_CACHE_DIR": settings.work / "triton"}
+    found = {**os.environ, **{name: str(path) for name, path in caches.items()}, "PYTHONUNBUFFERED": "1"}
+    if settings.rehearse:
+        return found | {"CUDA_VISIBLE_DEVICES": "-1", "HIP_VISIBLE_DEVICES": "-1", "OMP_NUM_THREADS": "1"}
+    found.pop("TRITON_INTERPRET", None)
+    return found
+
+
+def missing(part: Part) -> list[str]:
+    """The packages that a part needs and that are not installed."""
+    return [package for package in part.needs if importlib.util.find_spec(package) is None]
+
+
+def limit(part: Part, settings: Settings, deadline: float) -> float:
+    """Seconds that a part may take: less never makes code compile faster, so shorter runs leave parts out instead."""
+    longer = max(1.0, settings.minutes / WHOLE_MINUTES)
+    return min(part.seconds * longer, deadline - time.monotonic())
+
+
+def run(stages: Iterable[list[Part]], settings: Settings, report: Report) -> None:
+    """Run the stages one after another until the time is over; a line on the screen for each part that has ended."""
+    deadline = time.monotonic() + 60 * settings.minutes
+    for stage in stages:
+        run_stage(stage, settings, report, deadline)
+
+
+def run_stage(stage: list[Part], settings: Settings, report: Report, deadline: float) -> None:
+    """Run parts side by side, with the report written each time that one knows more, or ends."""
+    running: list[Process] = []
+    try:
+        for part in stage:
+            seconds = limit(part, settings, deadline)
+            if packages := missing(part):
+                names = " and ".join(packages)
+                _left_out(report, part, f"{names} {'is' if len(packages) == 1 else 'are'} not installed")
+            elif seconds < LEAST_SECONDS:
+                _left_out(report, part, f"the {settings.minutes:g} minutes were over")
+            else:
+                running.append(Process(part, settings, seconds))
+        while running:
+            time.sleep(POLL_SECONDS)
+            for process in list(running):
+                entry = process.entry()
+                report.put(process.part.name, entry)
+                if entry["status"] != RUNNING:
+                    running.remove(process)
+                    say(process.part.name, entry)
+    finally:
+        for process in running:  # Ctrl-C, SIGTERM
+            process.kill()
+            entry = process.entry()
+            report.put(process.part.name, entry | {"status": KILLED, "message": "the measurement was stopped"})
+
+
+def _left_out(report: Report, part: Part, reason: str) -> None:
+    entry = {"status": LEFT_OUT, "seconds": 0.0, "message": reason, "result": {}}
+    report.put(part.name, entry)
+    say(part.name, entry)
+
+
+def say(name: str, entry: dict) -> None:
+    """One line on the screen about a part that has ended."""
+    reason = f": {entry['message']}" if entry["message"] else ""
+    summary = f"; {entry['result']['summary']}" if entry["result"].get("summary") else ""
+    print(f"{name}: {entry['status']} after {entry['seconds']:.1f} s{reason}{summary}", flush=True)
+    for line in entry.get("log", [])[-3:]:
+        print(f"    {line}", flush=True)

@@ -1,0 +1,182 @@
+"""Training steps as the trainer takes them, on random documents, and beside them the plain way in the same process."""
+
+import dataclasses
+import functools
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, Self
+from unittest.mock import patch
+
+import torch
+
+from benchmarks import machine
+from benchmarks.bench_train_step import Case, labelled_share, random_trainer, training
+from benchmarks.gpu.cases import CASES, StepCase
+from benchmarks.gpu.hardware import ROOT, data_sheet_flops
+from benchmarks.gpu.profile import profile
+from benchmarks.gpu.settings import Settings
+from gptbert.config import ModelConfig
+from gptbert.data import Prefetcher
+from gptbert.distributed import connect
+from gptbert.flops import product_rate, training_flops
+from gptbert.memory import peak_memory
+from gptbert.trainer import Trainer
+from kernels.backend import set_default_backend
+
+WARM_UPS = 3  # after the first step
+ROUNDS, ROUND_STEPS = 3, 8
+HOST_STEPS, PROFILED_STEPS = 4, 3
+WAYS = {  # what is asked for, the kernels' backend (None: as the device has it), and how many of the rounds' steps
+    "ours": {"compile": True, "backend": None, "share": 1.0},
+    "plain": {"compile": False, "backend": "torch", "share": 0.5},
+}
+TOY_CHANGES = {
+    "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 256,
+    "position_bucket_size": 8,
+}  # fmt: skip
+TOY_ROWS = 4
+
+
+def measure(settings: Settings, name: str) -> Iterator[dict[str, Any]]:
+    """Figures of a case: `ours`, compiled and with the kernels that the device gets, then `plain`, with neither."""
+    case = CASES[name]
+    found: dict[str, Any] = {"case": dataclasses.asdict(case)}
+    for way in WAYS:
+        found[way] = figures(case, settings, way)
+        if way == "ours":
+            found["summary"] = f"{found[way]['ms']:.1f} ms, {found[way]['tokens_per_second']:,.0f} tokens/s"
+        yield found
+    times = found["plain"]["ms"] / found["ours"]["ms"]
+    found["summary"] += f", {times:.2f} times the plain way"
+    yield found
+
+
+def compile_first(settings: Settings, names: list[str]) -> Iterator[dict[str, Any]]:
+    """Two steps of each case, after which all code that a process of its own will want is in the caches."""
+    seconds = {}
+    for name in names:
+        start = time.perf_counter()
+        with TrainingSteps(CASES[name], settings, "ours", steps=2) as steps:
+            steps.take(2)
+            machine.synchronize()
+        seconds[name] = time.perf_counter() - start
+        yield {"seconds": dict(seconds), "summary": ", ".join(f"{each:.0f} s" for each in seconds.values())}
+
+
+class TrainingSteps:
+    """A trainer on random documents, whose steps are taken; a context that gives its memory back.
+
+    Args:
+        case: what is trained.
+        settings: of the measurement.
+        way: one of `WAYS`.
+        steps: that will be taken at most; schedules depend on it.
+    """
+
+    def __init__(self, case: StepCase, settings: Settings, way: str, steps: int) -> None:
+        self.model_config, self.case = shape(case, settings)
+        options = WAYS[way]
+        set_default_backend(options["backend"])
+        self.config = training(
+            self.case, steps=steps, compile=options["compile"], kernels=options["backend"] or "auto",
+            cpu_threads=1 if settings.rehearse else 0,
+        )  # fmt: skip
+        self.number_of_steps = steps
+        self._rehearse = settings.rehearse
+        self.trainer: Trainer | None = None
+
+    def __enter__(self) -> Self:
+        self._world = connect(self.config)
+        with without_code() if self._rehearse else nullcontext():
+            self.trainer = random_trainer(self.config, self.model_config, self._world.__enter__())
+        self._rows = Prefetcher(self.trainer.rows.load, 0, self.number_of_steps)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._rows.__exit__(*error)
+        self.trainer = self._rows = None
+        self._world.__exit__(None, None, None)
+        set_default_backend(None)
+        gc.collect()
+        if machine.device().type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def take(self, count: int) -> torch.Tensor:
+        """Take steps without waiting for the device; the last one's gradient norm, which lies there."""
+        for _ in range(count):
+            norm = self.trainer.train_step(self._rows.get(self.trainer.step))
+            self.trainer.step += 1
+        return norm
+
+
+def figures(case: StepCase, settings: Settings, way: str) -> dict[str, Any]:
+    """Of a case in one of the two ways.
+
+    Returns:
+        `ms`: of a step, in the median round of several back to back, nothing waiting within; `rounds_ms`: of each;
+        `host_ms`: until a step that begins on an idle device has launched all it has (if the device's queue is full,
+        the host waits for the device); `busy_ms`, `launches`, `kernels`: see `benchmarks.gpu.profile`; `mfu`: over the
+        best rate of torch.mm right after; `mfu_data_sheet`; `peak_gb`: of tensors; `first_step_seconds`: from the
+        model's making until the first step is done, without the check of the kernels.
+    """
+    round_steps = settings.times(round(ROUND_STEPS * WAYS[way]["share"]), 1)
+    count = 1 + WARM_UPS + ROUNDS * round_steps + HOST_STEPS + PROFILED_STEPS
+    start = time.perf_counter()
+    with TrainingSteps(case, settings, way, count) as steps:
+        steps.take(1)
+        machine.synchronize()
+        first = time.perf_counter() - start
+        steps.take(WARM_UPS)
+        rounds = [machine.seconds(lambda: steps.take(round_steps)) / round_steps for _ in range(ROUNDS)]
+        host = [launch_seconds(lambda: steps.take(1)) for _ in range(HOST_STEPS)]
+        peak = peak_memory(machine.device())
+        kernels = profile(lambda: steps.take(1), PROFILED_STEPS)
+        share = statistics.mean(labelled_share(steps.trainer, step) for step in range(0, count, max(1, count // 4)))
+        tokens = steps.case.rows * steps.case.seq_length
+        flops = tokens * training_flops(steps.model_config, steps.case.seq_length, share)
+    rate = product_rate(machine.device(), torch.bfloat16, quick=settings.rehearse)
+    seconds = statistics.median(rounds)
+    data_sheet = data_sheet_flops(machine.hardware())
+    return {
+        "ms": 1e3 * seconds,
+        "rounds_ms": [1e3 * each for each in rounds],
+        "tokens_per_second": tokens / seconds,
+        "mfu": flops / seconds / rate,
+        "mfu_data_sheet": flops / seconds / data_sheet if data_sheet else None,
+        "product_tflops": rate / 1e12,
+        "labelled_share": share,
+        "host_ms": 1e3 * statistics.median(host),
+        "peak_gb": peak / 1e9,
+        "first_step_seconds": first,
+        **kernels,
+    }
+
+
+@contextmanager
+def without_code() -> Iterator[None]:
+    """Inside, what is compiled is traced as ever, but no code is made of it, which takes longer than a rehearsal."""
+    compiled = torch.nn.Module.compile
+    with patch.object(torch.nn.Module, "compile", functools.partialmethod(compiled, backend="eager")):
+        yield
+
+
+def launch_seconds(action: Callable[[], object]) -> float:
+    """How long the host takes over an action that begins on an idle device; then waits until it is idle again."""
+    machine.synchronize()
+    start = time.perf_counter()
+    action()
+    seconds = time.perf_counter() - start
+    machine.synchronize()
+    return seconds
+
+
+def shape(case: StepCase, settings: Settings) -> tuple[ModelConfig, Case]:
+    """The model and the step; a toy's in a rehearsal."""
+    model = ModelConfig.from_json(ROOT / "configs" / f"{case.model}.json")
+    if not settings.rehearse:
+        return model, Case(case.objective, case.seq_length, case.rows)
+    return dataclasses.replace(model, **TOY_CHANGES), Case(case.objective, case.seq_length // 4, TOY_ROWS)

@@ -1,0 +1,195 @@
+"""What is left beside rows of logits, one launch each: sums over rows, and the gradients times a scalar."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.configuration import Configuration, launch_warps
+
+_SUM_BLOCK, _SUM_WARPS = 4096, 16  # rows at a time, by the one program: few waits for memory one after another
+_MULTIPLY_BLOCK, _MULTIPLY_WARPS = 4096, 8
+_MOST_GRADIENTS = 3  # of hidden, weight and bias
+_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@triton.jit(do_not_specialize=["num_rows", "vocab_size"])
+def sum_kernel(
+    loss_ptr,
+    z_loss_ptr,
+    correct_ptr,
+    labels_ptr,
+    scale_ptr,
+    total_ptr,
+    sums_ptr,
+    counts_ptr,
+    is_valid_ptr,
+    num_rows,
+    vocab_size,
+    ignore_index: tl.int64,
+    z_loss_weight: tl.float32,
+    BLOCK: tl.constexpr,
+):
+    """One program for all rows, so that the order of additions is always the same."""
+    lanes = tl.arange(0, BLOCK)
+    loss = tl.zeros([BLOCK], tl.float32)
+    z_loss = tl.zeros([BLOCK], tl.float32)
+    correct = tl.zeros([BLOCK], tl.int32)
+    labelled = tl.zeros([BLOCK], tl.int32)
+    wrong = tl.zeros([BLOCK], tl.int32)  # labels that are neither a class nor to be ignored
+    for first in range(0, num_rows, BLOCK):
+        rows = first + lanes
+        inside = rows < num_rows
+        loss += tl.load(loss_ptr + rows, mask=inside, other=0.0)
+        z_loss += tl.load(z_loss_ptr + rows, mask=inside, other=0.0)
+        correct += tl.load(correct_ptr + rows, mask=inside, other=0)
+        labels = tl.load(labels_ptr + rows, mask=inside, other=0).to(tl.int64)
+        is_labelled = inside & (labels != ignore_index)
+        labelled += is_labelled.to(tl.int32)
+        wrong += (is_labelled & ((labels < 0) | (labels >= vocab_size))).to(tl.int32)
+    loss_sum, z_loss_sum = tl.sum(loss, axis=0), tl.sum(z_loss, axis=0)
+    tl.store(total_ptr, tl.load(scale_ptr) * (loss_sum + z_loss_weight * z_loss_sum))
+    tl.store(sums_ptr, loss_sum)
+    tl.store(sums_ptr + 1, z_loss_sum)
+    tl.store(counts_ptr, tl.sum(correct, axis=0).to(tl.int64))
+    tl.store(counts_ptr + 1, tl.sum(labelled, axis=0).to(tl.int64))
+    tl.store(is_valid_ptr, (tl.sum(wrong, axis=0) == 0).to(tl.int32))
+
+
+@triton.jit(do_not_specialize=["first_size", "second_size", "third_size"])
+def multiply_kernel(
+    first_ptr,
+    second_ptr,
+    third_ptr,
+    first_out_ptr,
+    second_out_ptr,
+    third_out_ptr,
+    scale_ptr,
+    first_size: tl.int64,
+    second_size: tl.int64,
+    third_size: tl.int64,
+    BLOCK: tl.constexpr,
+):
+    """Up to three tensors times a number on the device, a block of one of them a program."""
+    scale = tl.load(scale_ptr)
+    block = tl.program_id(0).to(tl.int64)
+    first_blocks, second_blocks = tl.cdiv(first_size, BLOCK), tl.cdiv(second_size, BLOCK)
+    if block < first_blocks:
+        _multiply_block(first_ptr, first_out_ptr, scale, block, first_size, BLOCK)
+    elif block < first_blocks + second_blocks:
+        _multiply_block(second_ptr, second_out_ptr, scale, block - first_blocks, second_size, BLOCK)
+    else:
+        _multiply_block(third_ptr, third_out_ptr, scale, block - first_blocks - second_blocks, third_size, BLOCK)
+
+
+@triton.jit
+def _multiply_block(source_ptr, target_ptr, scale, block, size, BLOCK: tl.constexpr):
+    source_ptr += block * BLOCK
+    target_ptr += block * BLOCK
+    lanes = tl.arange(0, BLOCK)
+    left = size - block * BLOCK
+    if left >= BLOCK:  # without a mask, which would make the words narrow
+        entries = tl.load(source_ptr + lanes).to(tl.float32) * scale
+        tl.store(target_ptr + lanes, entries.to(target_ptr.dtype.element_ty))
+    else:
+        entries = tl.load(source_ptr + lanes, mask=lanes < left).to(tl.float32) * scale
+        tl.store(target_ptr + lanes, entries.to(target_ptr.dtype.element_ty), mask=lanes < left)
+
+
+def sums(
+    rows: tuple[Tensor, Tensor, Tensor],
+    labels: Tensor,
+    scale: Tensor,
+    ignore_index: int,
+    z_loss_weight: float,
+    vocab_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch `sum_kernel`; the same function as `kernels.masked_cross_entropy.rows.sums`, which also sees to labels.
+
+    Raises:
+        RuntimeError: a label is neither `ignore_index` nor in 0 … V − 1; on a GPU it is a device assert.
+    """
+    total = torch.empty((), dtype=torch.float32, device=labels.device)
+    loss_sums = torch.empty(2, dtype=torch.float32, device=labels.device)
+    counts = torch.empty(2, dtype=torch.int64, device=labels.device)
+    is_valid = torch.empty((), dtype=torch.int32, device=labels.device)
+    sum_kernel[(1,)](
+        *rows,
+        labels,
+        scale,
+        total,
+        loss_sums,
+        counts,
+        is_valid,
+        len(labels),
+        vocab_size,
+        ignore_index,
+        z_loss_weight,
+        BLOCK=_SUM_BLOCK,
+        num_warps=launch_warps(_SUM_WARPS),
+    )
+    torch._assert_async(  # noqa: SLF001 - torch's only assertion that does not synchronise
+        is_valid, f"labels: one is neither ignore_index {ignore_index} nor in 0 … {vocab_size - 1}"
+    )
+    return total, loss_sums, counts
+
+
+def multiplied(gradients: list[Tensor], scale: Tensor) -> list[Tensor]:
+    """Launch `multiply_kernel`: each of up to three gradients times a scalar on the device, in new memory."""
+    gradients = [gradient.contiguous() for gradient in gradients]
+    results = [torch.empty_like(gradient) for gradient in gradients]
+    sizes = [gradient.numel() for gradient in gradients]
+    missing = _MOST_GRADIENTS - len(gradients)
+    blocks = sum(triton.cdiv(size, _MULTIPLY_BLOCK) for size in sizes)
+    if blocks:
+        multiply_kernel[(blocks,)](
+            *gradients,
+            *[gradients[-1]] * missing,
+            *results,
+            *[results[-1]] * missing,
+            scale,
+            *sizes,
+            *[0] * missing,
+            BLOCK=_MULTIPLY_BLOCK,
+            num_warps=launch_warps(_MULTIPLY_WARPS),
+        )
+    return results
+
+
+def configurations() -> list[Configuration]:
+    """Every way in which `sums` and `multiplied` can start their kernels."""
+    pointers = {"loss_ptr": "*fp32", "z_loss_ptr": "*fp32", "correct_ptr": "*i32", "labels_ptr": "*i64"}
+    pointers |= dict.fromkeys(("scale_ptr", "total_ptr", "sums_ptr"), "*fp32")
+    pointers |= {"counts_ptr": "*i64", "is_valid_ptr": "*i32"}
+    numbers = {"num_rows": "i32", "vocab_size": "i32", "ignore_index": "i64", "z_loss_weight": "fp32"}
+    found = [
+        Configuration(
+            "masked_cross_entropy/sum fp32",
+            sum_kernel,
+            {**pointers, **numbers},
+            {"BLOCK": _SUM_BLOCK},
+            num_warps=_SUM_WARPS,
+            aligned=frozenset(pointers),
+            streams=False,  # 20 bytes a row
+        )
+    ]
+    # hidden's gradient in its own type before those of weight and bias; or that of hidden alone
+    kinds = [("fp32", "fp32"), *((kind, others) for kind in ("bf16", "fp16") for others in ("fp32", kind))]
+    return found + [_multiply_configuration(*kind) for kind in kinds]
+
+
+def _multiply_configuration(kind: str, others: str) -> Configuration:
+    types = [f"*{kind}", f"*{others}", f"*{others}"]
+    names = ("first_ptr", "second_ptr", "third_ptr", "first_out_ptr", "second_out_ptr", "third_out_ptr")
+    return Configuration(
+        f"masked_cross_entropy/multiply {kind} and {others}",
+        multiply_kernel,
+        {
+            **dict(zip(names, types * 2, strict=True)),
+            "scale_ptr": "*fp32",
+            **dict.fromkeys(("first_size", "second_size", "third_size"), "i64"),
+        },
+        {"BLOCK": _MULTIPLY_BLOCK},
+        num_warps=_MULTIPLY_WARPS,
+        aligned=frozenset(names),
+    )

@@ -1,0 +1,155 @@
+"""What masked cross-entropy asks of a GPU, counted without one: launches of a call and the most memory that it holds.
+
+Tensors are on the meta device, which takes the GPU's path and has sizes only; Triton's kernels are counted, not run.
+"""
+
+import functools
+import importlib
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kernels import masked_cross_entropy
+from kernels.masked_cross_entropy import op, reference, sum_kernel
+
+SHAPES = {"N=4096 V=32768": (4096, 768, 32768), "N=32768 V=8192": (32768, 384, 8192)}
+Z_WEIGHT = 1e-4
+MOST_LAUNCHES = 12
+
+
+class Launches(TorchDispatchMode):
+    """Names of the operations that compute or move something: all but those that only make a view or memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        returned = function._schema.returns
+        made = [r for r in returned if "Tensor" in str(r.type) and (r.alias_info is None or r.alias_info.is_write)]
+        if made and "empty" not in function.__name__:
+            self.names.append(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+class PeakMemory(TorchDispatchMode):
+    """Follows the bytes of storages that operations create beside the inputs; `peak` is the most that lived at once."""
+
+    def __init__(self, inputs):
+        super().__init__()
+        self.sizes, self.current, self.peak = {tensor.untyped_storage()._cdata: 0 for tensor in inputs}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.follow(tensor.untyped_storage())
+        return result
+
+    def follow(self, storage):
+        key = storage._cdata
+        if key not in self.sizes:
+            self.sizes[key] = storage.nbytes()
+            self.current += storage.nbytes()
+            self.peak = max(self.peak, self.current)
+            weakref.finalize(storage, self.forget, key)
+
+    def forget(self, key):
+        self.current -= self.sizes.pop(key)
+
+
+class Kernel:
+    """Stands for a Triton kernel: notes each launch."""
+
+    def __init__(self, name, launches):
+        self.name, self.launches = name, launches
+
+    def __getitem__(self, grid):
+        return lambda *_, **__: self.launches.append(self.name)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Names of all launches, with the operations' own code in place of what stands for it on the meta device."""
+    counted = Launches()
+    kernel = importlib.import_module("kernels.masked_cross_entropy.kernel")
+    for module, name in ((kernel, "rows_kernel"), (sum_kernel, "sum_kernel"), (sum_kernel, "multiply_kernel")):
+        monkeypatch.setattr(module, name, Kernel(name, counted.names))
+    monkeypatch.setattr(torch, "_assert_async", lambda *_: counted.names.append("_assert_async"))
+    for name in ("masked_cross_entropy", "sum_rows", "multiplied"):
+        monkeypatch.setattr(op, name, getattr(op, name)._init_fn)
+    return counted
+
+
+def meta(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta").requires_grad_(dtype.is_floating_point)
+
+
+def inputs_of(shape):
+    """As the trainer has them: hidden states in bf16, weight and bias in fp32."""
+    rows, hidden_size, vocab = SHAPES[shape]
+    wide = functools.partial(meta, dtype=torch.float32)
+    return meta(rows, hidden_size), wide(vocab, hidden_size), meta(rows, dtype=torch.long), wide(vocab)
+
+
+def forward_and_backward(inputs, monkeypatch):
+    """A call as the trainer makes it, under autocast to bf16; the backward is called as autograd would."""
+    hidden, weight, labels, bias = inputs
+    package = importlib.import_module("kernels.masked_cross_entropy")
+    monkeypatch.setattr(package, "_compute_dtype", lambda _: torch.bfloat16)
+    kept = {}
+    sum_rows = op.sum_rows
+
+    def keeping(*arguments):
+        kept["inputs"], kept["gradients"] = arguments[5:7]
+        return sum_rows(*arguments)
+
+    monkeypatch.setattr(op, "sum_rows", keeping)
+    result = masked_cross_entropy(hidden, weight, labels, bias, z_loss_weight=Z_WEIGHT, backend="triton")
+    context = SimpleNamespace(
+        saved_tensors=kept.pop("gradients"),
+        dtypes=[tensor.dtype for tensor in kept["inputs"]],
+        in_place=False,
+        backend="triton",
+    )
+    return op._scaled_gradients(context, torch.ones_like(result.total), None, None)[5]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_call_takes_a_dozen_launches(launches, monkeypatch, shape):
+    inputs = inputs_of(shape)
+    op._one(inputs[0].device)  # which stays
+    with launches:
+        gradients = forward_and_backward(inputs, monkeypatch)
+    assert [tensor.dtype for tensor in gradients] == [torch.bfloat16, torch.float32, torch.float32]
+    assert [tensor.shape for tensor in gradients] == [tensor.shape for tensor in (inputs[0], inputs[1], inputs[3])]
+    assert {"rows_kernel", "sum_kernel", "multiply_kernel", "_assert_async"} <= set(launches.names)
+    assert len(launches.names) <= MOST_LAUNCHES, launches.names
+
+
+def test_more_logits_than_a_chunk_holds_go_through_in_chunks_of_one_size(launches, monkeypatch):
+    inputs = inputs_of("N=32768 V=8192")
+    monkeypatch.setitem(op.CHUNK_BYTES, "gpu", 2**29 // 3)
+    with launches:
+        forward_and_backward(inputs, monkeypatch)
+    assert launches.names.count("rows_kernel") == 4
+    assert op._chunk_rows(32768, 8192, torch.bfloat16, inputs[0].device) == 8192
+
+
+@pytest.mark.parametrize(("shape", "share"), [("N=4096 V=32768", 0.14), ("N=32768 V=8192", 0.11)])
+def test_memory_is_about_a_tenth_of_plain_pytorchs(launches, monkeypatch, shape, share):
+    """Nearly all of it logits in bf16, of which PyTorch holds several copies in fp32; and the weight's gradient."""
+    inputs = inputs_of(shape)
+    with PeakMemory(inputs) as memory:
+        forward_and_backward(inputs, monkeypatch)
+    hidden, weight, labels, bias = inputs
+    with PeakMemory(inputs) as plain:
+        narrow = (hidden, weight.bfloat16(), labels, bias.bfloat16())  # as autocast does
+        reference.masked_cross_entropy(*narrow, z_loss_weight=Z_WEIGHT).total.backward()
+    assert hidden.shape[0] * weight.shape[0] * 2 < memory.peak
+    assert memory.peak <= share * plain.peak, f"{memory.peak / 1e6:.0f} of {plain.peak / 1e6:.0f} MB"
