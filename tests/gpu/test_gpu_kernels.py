@@ -173,10 +173,17 @@ def opcheck_multiply(device):
     return cross_entropy.multiply_, [(random(9, 131, device=device), torch.tensor(0.5, device=device), "triton")]
 
 
-def opcheck_attach(device):
-    total = torch.tensor(1.0, device=device, requires_grad=True)
+def opcheck_multiplied(device):
+    gradients = [random(9, 8, device=device), random(131, device=device)]
+    return cross_entropy.multiplied, [(gradients, torch.tensor(0.5, device=device), "triton")]
+
+
+def opcheck_sum_rows(device):
+    loss, z_loss = (random(9, device=device, seed=seed).abs() for seed in range(2))
     inputs = [random(9, 8, device=device).requires_grad_(), random(131, 8, device=device).requires_grad_()]
-    return cross_entropy.attach_gradients, [(total, inputs, [torch.ones_like(x) for x in inputs], False, "triton")]
+    gradients = [torch.ones_like(tensor) for tensor in inputs]
+    rows = (loss, z_loss, torch.ones(9, dtype=torch.int32, device=device), random_ids(131, 9, device=device))
+    return cross_entropy.sum_rows, [(*rows, None, inputs, gradients, IGNORED, 0.1, 131, False, "triton")]
 
 
 def opcheck_bucket_sums(device):
@@ -191,7 +198,8 @@ OPERATIONS_REGISTERED = {
     "cross_entropy_": opcheck_rows("cross_entropy_"),
     "masked_cross_entropy": opcheck_masked_cross_entropy,
     "multiply_": opcheck_multiply,
-    "attach_gradients": opcheck_attach,
+    "multiplied": opcheck_multiplied,
+    "sum_rows": opcheck_sum_rows,
     "bucket_sums": opcheck_bucket_sums,
 }
 
