@@ -17,12 +17,15 @@ from tests.runs import MODEL, ROOT, assert_same_checkpoint, flags, losses, train
 
 @pytest.fixture(scope="module")
 def settings(inputs, device, sized):
-    """Flags of a run with a checkpoint half-way; a model whose products a GPU's tensor cores take."""
-    sizes = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4}
-    (inputs / "wider.json").write_text(json.dumps(MODEL | sizes))
+    """Flags of a run with a checkpoint half-way; on a GPU of a model that is wide enough for its tensor cores."""
+    shape = sized(
+        {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_hidden_layers": 3},
+        {"num_hidden_layers": 1},
+    )
+    (inputs / "lane.json").write_text(json.dumps(MODEL | shape))
     return {
         "device": device.type,
-        "config_file": inputs / sized("wider.json", "model.json"),
+        "config_file": inputs / "lane.json",
         "seq_length": sized(64, 16),
         "local_batch_size": sized(16, 4),
         "global_batch_size": sized(48, 8),
