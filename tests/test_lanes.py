@@ -27,19 +27,22 @@ def test_no_gpu_is_seen_here_and_in_processes_that_tests_start():
 
 
 def test_gpus_are_hidden_before_anything_looks_for_them():
-    """The first that conftest does with torch.cuda, or with Triton, comes later."""
+    """And Triton is told to interpret before anything looks for it."""
     code = (
         "import os, sys, torch\n"
-        "torch.cuda.device_count = torch.cuda.is_available = lambda: sys.exit('looked for a GPU')\n"
+        "def hidden(*_):\n"
+        "    if os.environ['CUDA_VISIBLE_DEVICES'] != '-1': sys.exit('looked for a GPU')\n"
+        "    return 0\n"
+        "torch.cuda.device_count = torch.cuda.is_available = torch._C._cuda_init = hidden\n"
         "class Watch:\n"
         "    def find_spec(self, name, *_):\n"
-        "        if name == 'triton': sys.exit('imported triton')\n"
+        "        if name == 'triton' and os.environ['TRITON_INTERPRET'] != '1': sys.exit('looked for Triton')\n"
         "sys.meta_path.insert(0, Watch())\n"
         "import tests.conftest\n"
-        "print(os.environ['CUDA_VISIBLE_DEVICES'])\n"
+        "print(os.environ['CUDA_VISIBLE_DEVICES'], os.environ['TRITON_INTERPRET'])\n"
     )
-    ran = python("-c", code, CUDA_VISIBLE_DEVICES="0")
-    assert (ran.returncode, ran.stdout.strip()) == (0, "-1"), ran.stderr
+    ran = python("-c", code, CUDA_VISIBLE_DEVICES="0", TRITON_INTERPRET="0")
+    assert (ran.returncode, ran.stdout.split()) == (0, ["-1", "1"]), ran.stderr
 
 
 def test_the_gpus_lane_is_its_folder_alone_and_skips_without_one():
