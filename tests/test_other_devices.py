@@ -1,6 +1,9 @@
-"""Checkpoints that were written on a GPU, as machines without one meet them; tests/gpu has them from a real one."""
+"""What can be seen without a GPU of its ways: checkpoints that were written on one, and kernels' launches."""
 
 import dataclasses
+import importlib
+import itertools
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from gptbert.inputs import Inputs
 from gptbert.objectives import HybridPlan
 from gptbert.torch_file import load_torch_file
 from gptbert.trainer import Trainer, fit
+from kernels.configuration import OPERATIONS
 from tests.runs import assert_same, flags, write_inputs
 
 CUDA_STATE = torch.arange(16, dtype=torch.uint8)  # as long as that of a GPU's generator
@@ -62,3 +66,30 @@ def test_another_kind_of_device_goes_on_with_new_random_numbers(config):
     assert not torch.equal(restored, torch.get_rng_state())
     torch.manual_seed((config.seed << 20) + (2 << 10))
     assert torch.equal(restored, torch.get_rng_state()), "a function of the seed and the step"
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_kernels_are_launched_on_the_device_of_their_tensors(operation, monkeypatch):
+    """Triton launches on the current device, which need not be theirs; seen in the interpreter, where there is one."""
+    inside, launches = [], []
+
+    @contextmanager
+    def device_of(tensor):
+        inside.append(tensor)
+        yield
+        inside.pop()
+
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    launch = interpreter.GridExecutor.__call__
+
+    def watched(*arguments, **options):
+        launches.append(bool(inside))
+        return launch(*arguments, **options)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", watched)
+    comparisons = importlib.import_module(f"kernels.{operation}.check").comparisons(torch.device("cpu"), "triton")
+    for _ in itertools.islice(comparisons, 12):
+        pass
+    assert launches
+    assert all(launches)

@@ -199,27 +199,28 @@ def rows(
     is_aligned = all(tensor.stride(0) % PADDING == 0 for tensor in (logits, target))
     block, pieces, full_pieces, num_warps, max_registers = layout(vocab_size, is_aligned)
     if num_rows:
-        rows_kernel[(num_rows,)](
-            logits,
-            labels,
-            target,
-            scale,
-            loss,
-            z_loss,
-            correct,
-            logits.stride(0),
-            target.stride(0),
-            vocab_size,
-            ignore_index,
-            z_loss_weight,
-            ALIGNED=is_aligned,
-            BLOCK=block,
-            PIECES=pieces,
-            FULL_PIECES=full_pieces,
-            WRITE_GRADIENT=gradient is not None,
-            num_warps=launch_warps(num_warps),
-            **({} if torch.version.hip else {"maxnreg": max_registers}),
-        )
+        with torch.cuda.device_of(logits):
+            rows_kernel[(num_rows,)](
+                logits,
+                labels,
+                target,
+                scale,
+                loss,
+                z_loss,
+                correct,
+                logits.stride(0),
+                target.stride(0),
+                vocab_size,
+                ignore_index,
+                z_loss_weight,
+                ALIGNED=is_aligned,
+                BLOCK=block,
+                PIECES=pieces,
+                FULL_PIECES=full_pieces,
+                WRITE_GRADIENT=gradient is not None,
+                num_warps=launch_warps(num_warps),
+                **({} if torch.version.hip else {"maxnreg": max_registers}),
+            )
     return loss, z_loss, correct
 
 
@@ -235,15 +236,16 @@ def multiply(gradient: Tensor, scale: Tensor) -> None:
     num_rows, width = rows.shape
     blocks_per_row = triton.cdiv(width, _SCALE_BLOCK)
     if gradient.numel():
-        scale_kernel[(num_rows * blocks_per_row,)](
-            rows,
-            scale,
-            0 if num_rows == 1 else rows.stride(0),
-            width,
-            blocks_per_row,
-            BLOCK=_SCALE_BLOCK,
-            num_warps=launch_warps(_SCALE_WARPS),
-        )
+        with torch.cuda.device_of(gradient):
+            scale_kernel[(num_rows * blocks_per_row,)](
+                rows,
+                scale,
+                0 if num_rows == 1 else rows.stride(0),
+                width,
+                blocks_per_row,
+                BLOCK=_SCALE_BLOCK,
+                num_warps=launch_warps(_SCALE_WARPS),
+            )
 
 
 def configurations() -> list[Configuration]:

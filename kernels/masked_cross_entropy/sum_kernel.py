@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import torch_private
 from kernels.configuration import Configuration, launch_warps
 
 _SUM_BLOCK, _SUM_WARPS = 4096, 16  # rows at a time, by the one program: few waits for memory one after another
@@ -113,22 +114,23 @@ def sums(
     loss_sums = torch.empty(2, dtype=torch.float32, device=labels.device)
     counts = torch.empty(2, dtype=torch.int64, device=labels.device)
     is_valid = torch.empty((), dtype=torch.int32, device=labels.device)
-    sum_kernel[(1,)](
-        *rows,
-        labels,
-        scale,
-        total,
-        loss_sums,
-        counts,
-        is_valid,
-        len(labels),
-        vocab_size,
-        ignore_index,
-        z_loss_weight,
-        BLOCK=_SUM_BLOCK,
-        num_warps=launch_warps(_SUM_WARPS),
-    )
-    torch._assert_async(  # noqa: SLF001 - torch's only assertion that does not synchronise
+    with torch.cuda.device_of(labels):
+        sum_kernel[(1,)](
+            *rows,
+            labels,
+            scale,
+            total,
+            loss_sums,
+            counts,
+            is_valid,
+            len(labels),
+            vocab_size,
+            ignore_index,
+            z_loss_weight,
+            BLOCK=_SUM_BLOCK,
+            num_warps=launch_warps(_SUM_WARPS),
+        )
+    torch_private.assert_async(
         is_valid, f"labels: one is neither ignore_index {ignore_index} nor in 0 … {vocab_size - 1}"
     )
     return total, loss_sums, counts
@@ -142,17 +144,18 @@ def multiplied(gradients: list[Tensor], scale: Tensor) -> list[Tensor]:
     missing = _MOST_GRADIENTS - len(gradients)
     blocks = sum(triton.cdiv(size, _MULTIPLY_BLOCK) for size in sizes)
     if blocks:
-        multiply_kernel[(blocks,)](
-            *gradients,
-            *[gradients[-1]] * missing,
-            *results,
-            *[results[-1]] * missing,
-            scale,
-            *sizes,
-            *[0] * missing,
-            BLOCK=_MULTIPLY_BLOCK,
-            num_warps=launch_warps(_MULTIPLY_WARPS),
-        )
+        with torch.cuda.device_of(scale):
+            multiply_kernel[(blocks,)](
+                *gradients,
+                *[gradients[-1]] * missing,
+                *results,
+                *[results[-1]] * missing,
+                scale,
+                *sizes,
+                *[0] * missing,
+                BLOCK=_MULTIPLY_BLOCK,
+                num_warps=launch_warps(_MULTIPLY_WARPS),
+            )
     return results
 
 
