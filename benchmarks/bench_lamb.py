@@ -2,14 +2,16 @@
 
 The fewest bytes of that are 52 a parameter (`benchmarks.traffic` has the sum). `pytorch_lamb` (pytorch_optimizer's) and
 `fused_adamw` (PyTorch's, the floor: no trust ratio, so no second pass) get the same clipping and average around them.
+On a GPU the host takes longer for a small model's step than the kernels; it has a benchmark of its own.
 """
 
 import functools
 from collections.abc import Callable, Iterator
-from itertools import chain
+from itertools import chain, cycle
 
 import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -19,7 +21,7 @@ from benchmarks.measurement import BASELINE, Measurement
 from benchmarks.traffic import LAMB_BYTES
 from gptbert.config import ModelConfig
 from gptbert.model import GPTBert
-from gptbert.optim import parameter_groups
+from gptbert.optim import Lamb, WeightAverage, parameter_groups, update_weights
 from kernels import lamb_step
 from kernels.lamb import check, reference
 from kernels.numerics import Comparison, compare
@@ -124,6 +126,42 @@ def test_lamb(measurement: Measurement, impl: str, shape: str) -> None:
     baseline = None if impl == BASELINE else _reference(State(sizes))
     numel = sum(shape.numel() for shape, _ in sizes)
     measurement.time(run, baseline, None if impl == "fused_adamw" else LAMB_BYTES * numel)
+
+
+class _Nothing:
+    """A kernel whose launch takes no time."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *_, **__: None
+
+
+@pytest.mark.parametrize("shape", ["small", "base"])
+def test_lamb_host(benchmark: BenchmarkFixture, shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Python takes for a step of the optimizer with its clipping and average: all of it but the launches."""
+    kernel = pytest.importorskip("kernels.lamb.kernel", reason="Triton is not installed")
+    for name in ("norm_kernel", "clip_kernel", "moments_kernel", "update_kernel"):
+        monkeypatch.setattr(kernel, name, _Nothing())
+    monkeypatch.setattr("kernels.backend.interpreted", lambda: True)  # tensors on a CPU do as well
+    monkeypatch.setenv("KERNELS_BACKEND", "triton")
+    model = GPTBert(ModelConfig.from_json(f"configs/{shape if benchmark.enabled else 'tiny'}.json")).to(
+        machine.device()
+    )
+    optimizer, average = Lamb(parameter_groups(model, WEIGHT_DECAY), lr=1e-3), WeightAverage(model, 0.999)
+    gradients = [[torch.zeros_like(param) for param in model.parameters()] for _ in range(2)]
+    turns = cycle(gradients)  # they are made anew at each step, and lie in one of a few places
+
+    def new_gradients() -> None:
+        for param, gradient in zip(model.parameters(), next(turns), strict=True):
+            param.grad = gradient
+
+    benchmark.group = f"lamb_host {shape}"
+    benchmark.pedantic(
+        lambda: update_weights(optimizer, model, average, SETTINGS["max_grad_norm"]),
+        setup=new_gradients,
+        rounds=200 if benchmark.enabled else 1,
+        warmup_rounds=2,
+    )
+    benchmark.extra_info["tensors"] = len(gradients[0])
 
 
 def model_sizes(name: str) -> Sizes:

@@ -4,11 +4,15 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim import AdamW, Optimizer
@@ -17,6 +21,8 @@ from gptbert.config import TrainConfig
 from gptbert.muon import MuonWithAdamW, hidden_matrices
 from gptbert.sharding import let_go, local, whole
 from kernels import lamb_step
+from kernels.backend import choose_backend, chosen_by_name
+from kernels.lamb import PreparedStep
 
 
 class Lamb(Optimizer):
@@ -46,6 +52,7 @@ class Lamb(Optimizer):
             if not 0 <= beta < 1:
                 raise ValueError(f"{name}: {beta} is not in [0, 1)")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self._forget_calls()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Also part of `load_state_dict`, which leaves `step` where it was saved: the CPU, in older checkpoints."""
@@ -53,6 +60,12 @@ class Lamb(Optimizer):
         for param, values in self.state.items():
             if values:
                 values["step"] = torch.as_tensor(values["step"]).to(param.device, torch.float32)
+        self._forget_calls()
+
+    def _forget_calls(self) -> None:
+        self._calls: list[_Call] = []
+        self._idle: list[int] = []
+        self._prepared_for: tuple | None = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -88,44 +101,86 @@ class Lamb(Optimizer):
         average_decay: float = 0.0,
     ) -> Tensor | None:
         """One call of the operation for all parameters that share everything but the weight decay."""
-        group_of_shards = _shard_group(param for group in self.param_groups for param in group["params"])
-        calls, idle = defaultdict(list), []
-        for group in self.param_groups:
-            lr = group["lr"]
-            shared = (id(lr) if isinstance(lr, Tensor) else lr, *group["betas"], group["eps"])
-            for param in group["params"]:
-                if param.grad is None:
-                    idle.append(param)
-                else:
-                    calls[shared, param.device, param.dtype].append((param, group))
+        params = [param for group in self.param_groups for param in group["params"]]
+        grads = [param.grad for param in params]
+        calls, idle = self._find_calls(params, grads, averages or {})
         gradient_norm = None
         if len(calls) != 1 and max_grad_norm is not None:  # the norm is of all, so it comes first
-            grads = [param.grad for members in calls.values() for param, _ in members]
-            gradient_norm = whole(get_total_norm(grads))
-        for members in calls.values():
-            params, (_, group) = [param for param, _ in members], members[0]
-            states = [self._state_of(param) for param in params]
-            norm = lamb_step(  # that of all gradients, whether it is given or computed
-                [local(param) for param in params],
-                [local(param.grad).contiguous() for param in params],
-                [local(state["exp_avg"]) for state in states],
-                [local(state["exp_avg_sq"]) for state in states],
-                [state["step"] for state in states],
-                lr=group["lr"],
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                eps=group["eps"],
-                weight_decay=[group["weight_decay"] for _, group in members],
+            gradient_norm = whole(get_total_norm([grads[place] for call in calls for place in call.places]))
+        for call in calls:
+            norm = call.step(  # that of all gradients, whether it is given or computed
+                [grads[place] for place in call.places],
+                lr=call.group["lr"],
+                beta1=call.group["betas"][0],
+                beta2=call.group["betas"][1],
+                eps=call.group["eps"],
                 max_grad_norm=max_grad_norm,
                 gradient_norm=gradient_norm,
-                averages=[local(averages[param]) for param in params] if averages else None,
                 average_decay=average_decay,
-                group=group_of_shards,
             )
             gradient_norm = norm if gradient_norm is None else gradient_norm
         if averages:
-            _move_averages({param: averages[param] for param in idle}, average_decay, gradient_norm)
+            _move_averages({params[place]: averages[params[place]] for place in idle}, average_decay, gradient_norm)
         return gradient_norm
+
+    def _find_calls(
+        self, params: list[Tensor], grads: list[Tensor | None], averages: Mapping[Tensor, Tensor]
+    ) -> tuple[list["_Call"], list[int]]:
+        """The calls, and the places of parameters without a gradient: those of the step before, where they still hold.
+
+        A hundred parameters have some 600 tensors, and to look through them takes longer than a GPU takes for the step.
+        """
+        shared = [
+            (id(lr) if isinstance(lr := group["lr"], Tensor) else lr, *group["betas"], group["eps"])
+            for group in self.param_groups
+        ]
+        kinds = [shared.index(settings) for settings in shared]  # groups of one kind share a call
+        if self._prepared_for != self._all_that_matters(kinds, params, grads, averages):
+            self._calls = self._make_calls(kinds, params, grads, averages)
+            self._idle = [place for place, grad in enumerate(grads) if grad is None]
+            self._prepared_for = self._all_that_matters(kinds, params, grads, averages)  # with new states
+        return self._calls, self._idle
+
+    def _all_that_matters(
+        self,
+        kinds: list[int],
+        params: list[Tensor],
+        grads: list[Tensor | None],
+        averages: Mapping[Tensor, Tensor],
+    ) -> tuple:
+        """What calls depend on, in numbers that are compared fast; calls keep their tensors, so ids stay unique."""
+        states = self.state.values()
+        tensors = chain(params, averages, averages.values(), self.state, chain.from_iterable(map(dict.values, states)))
+        groups = [(len(group["params"]), group["weight_decay"]) for group in self.param_groups]
+        return kinds, groups, chosen_by_name(), [grad is None for grad in grads], list(map(id, tensors))
+
+    def _make_calls(
+        self,
+        kinds: list[int],
+        params: list[Tensor],
+        grads: list[Tensor | None],
+        averages: Mapping[Tensor, Tensor],
+    ) -> list["_Call"]:
+        group_of_shards = _shard_group(params)
+        owners = [index for index, group in enumerate(self.param_groups) for _ in group["params"]]
+        members = defaultdict(list)
+        for place, (param, owner) in enumerate(zip(params, owners, strict=True)):
+            if grads[place] is not None:
+                members[kinds[owner], param.device, param.dtype].append(place)
+        calls = []
+        for places in members.values():
+            own = [params[place] for place in places]
+            states = [self._state_of(param) for param in own]
+            lists = (own, *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")))
+            means = [averages[param] for param in own] if averages else []
+            decays = [self.param_groups[owners[place]]["weight_decay"] for place in places]
+            is_whole = group_of_shards is None and own[0].dtype == torch.float32
+            if is_whole and choose_backend(None, own[0].device) == "triton":
+                step = PreparedStep(*lists, means, decays)
+            else:
+                step = partial(_plain_step, lists, means, decays, group_of_shards)
+            calls.append(_Call(self.param_groups[owners[places[0]]], places, step))
+        return calls
 
     def _state_of(self, param: Tensor) -> dict[str, Tensor]:
         state = self.state[param]
@@ -134,6 +189,41 @@ class Lamb(Optimizer):
             state["exp_avg"] = torch.zeros_like(param)
             state["exp_avg_sq"] = torch.zeros_like(param)
         return state
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Parameters that one call of the operation updates.
+
+    Attributes:
+        group: the parameter group that has their learning rate, betas and eps.
+        places: theirs among the parameters of all groups.
+        step: takes their gradients and numbers.
+    """
+
+    group: dict[str, Any]
+    places: list[int]
+    step: Callable[..., Tensor | None]
+
+
+def _plain_step(
+    lists: tuple[list[Tensor], ...],
+    averages: list[Tensor],
+    weight_decays: list[float],
+    group: ProcessGroup | None,
+    grads: list[Tensor],
+    **settings: Any,
+) -> Tensor | None:
+    params, *state = ([local(tensor) for tensor in tensors] for tensors in lists)
+    return lamb_step(
+        params,
+        [local(grad).contiguous() for grad in grads],
+        *state,
+        weight_decay=weight_decays,
+        averages=[local(average) for average in averages],
+        group=group,
+        **settings,
+    )
 
 
 class WeightAverage:
@@ -151,6 +241,8 @@ class WeightAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model = deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
+        self._pairs_of: nn.Module | None = None
+        self._pairs: dict[Tensor, Tensor] = {}
 
     @torch.no_grad()
     def update(self, model: nn.Module, gradient_norm: Tensor | None = None) -> None:
@@ -158,12 +250,20 @@ class WeightAverage:
         _move_averages(self.of(model), self.decay, gradient_norm)
 
     def of(self, model: nn.Module) -> dict[Tensor, Tensor]:
-        """The average of each parameter of the model, sharded as it is."""
-        let_go(self.model)
-        return dict(zip(model.parameters(), self.model.parameters(), strict=True))
+        """The average of each parameter of the model, sharded as it is.
+
+        Both models keep their parameters unless they are sharded, so to look for them once is enough.
+        """
+        if self._pairs_of is not model or isinstance(model, FSDPModule):
+            let_go(self.model)
+            self._pairs = dict(zip(model.parameters(), self.model.parameters(), strict=True))
+            self._pairs_of = model
+        return self._pairs
 
 
 def _move_averages(averages: Mapping[Tensor, Tensor], decay: float, gradient_norm: Tensor | None) -> None:
+    if not averages:
+        return
     weight = 1 - decay if gradient_norm is None else torch.where(gradient_norm.isfinite(), 1 - decay, 0.0)
     for param, average in averages.items():
         values = local(average)

@@ -7,7 +7,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from kernels.backend import choose_backend
-from kernels.lamb import op, reference
+from kernels.lamb import op
+from kernels.lamb.prepared import PreparedStep
+
+__all__ = ["PreparedStep", "lamb_step"]
 
 
 def lamb_step(
@@ -72,29 +75,14 @@ def lamb_step(
             of range.
     """
     averages = averages or []
-    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps}
-    lists |= {"averages": averages} if averages else {}
-    for name, tensors in lists.items():
-        if len(tensors) != len(params):
-            raise ValueError(f"{name}: {len(tensors)} tensors for {len(params)} parameters")
+    op.check_lengths(params, grads, exp_avgs, exp_avg_sqs, steps, averages)
     decays = [float(weight_decay)] * len(params) if isinstance(weight_decay, int | float) else list(weight_decay)
     if len(decays) != len(params):
         raise ValueError(f"weight_decay: {len(decays)} numbers for {len(params)} parameters")
-    for name, beta in (("beta1", beta1), ("beta2", beta2)):
-        if not 0 <= beta < 1:
-            raise ValueError(f"{name}: {beta} is not in [0, 1)")
-    if max_grad_norm is not None and not max_grad_norm >= 0:
-        raise ValueError(f"max_grad_norm: {max_grad_norm} is not a number from 0")
-    if gradient_norm is not None and max_grad_norm is None:
-        raise ValueError("gradient_norm: clips nothing without max_grad_norm")
+    op.check_numbers(beta1, beta2, max_grad_norm, gradient_norm)
     if not params:
         return gradient_norm if gradient_norm is not None or max_grad_norm is None else torch.zeros(())
-    first, clip = params[0], None
-    if gradient_norm is not None:
-        gradient_norm = gradient_norm.to(first)
-        clip, max_grad_norm = reference.clip_factor(gradient_norm, max_grad_norm), None
-    elif max_grad_norm is not None:
-        gradient_norm = torch.empty((), dtype=first.dtype, device=first.device)
+    gradient_norm, clip, max_grad_norm = op.clipping(gradient_norm, max_grad_norm, params[0])
     is_tensor = isinstance(lr, Tensor)
     with torch.no_grad():
         op.lamb_step(
@@ -115,7 +103,7 @@ def lamb_step(
             max_grad_norm=max_grad_norm,
             average_decay=average_decay,
             seed=stochastic_rounding_seed,
-            backend=choose_backend(backend, first.device),
+            backend=choose_backend(backend, params[0].device),
             group_name=None if group is None else group.group_name,
         )
     return gradient_norm

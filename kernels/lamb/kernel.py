@@ -294,16 +294,16 @@ def launch(
     seed: int | None,
     clip: Tensor | None = None,
     group: ProcessGroup | None = None,
+    addresses: plan.Addresses | None = None,
 ) -> None:
-    """`kernels.lamb.op.lamb_step` for what it has checked: fp32 parameters, at least one."""
+    """`kernels.lamb.op.lamb_step` for what it has checked: fp32 parameters, at least one.
+
+    Whoever has asked for the tensors' addresses already may say them.
+    """
     device = params[0].device
-    columns = (params, grads, exp_avgs, exp_avg_sqs, steps, averages)
-    tables = plan.find_plan(
-        tuple(tuple(tensor.data_ptr() for tensor in column) for column in columns if column),
-        tuple(param.numel() for param in params),
-        tuple(weight_decays),
-        device,
-    )
+    if addresses is None:
+        addresses = plan.addresses(params, grads, exp_avgs, exp_avg_sqs, steps, averages)
+    tables = plan.find_plan(addresses, tuple(map(Tensor.numel, params)), tuple(weight_decays), device)
     num_chunks = len(tables.owners)
     chunks = (tables.table, tables.owners)
     sums = torch.empty(2 * num_chunks, dtype=torch.float32, device=device)

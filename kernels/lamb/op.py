@@ -39,13 +39,10 @@ def lamb_step(
     multiplied by, a scalar of the parameters' type; negative, it says that the step must be skipped. The group of
     shards has a name here, which is what a schema can take.
     """
-    _check(params, grads, exp_avgs, exp_avg_sqs, steps, averages)
+    check_tensors(params, grads, exp_avgs, exp_avg_sqs, steps, averages)
+    check_lr(lr_tensor, params[0].device)
     if seed is not None and exp_avgs[0].dtype != torch.bfloat16:
         raise ValueError(f"stochastic_rounding_seed: moments are {exp_avgs[0].dtype}; only bf16 ones are rounded")
-    if lr_tensor is not None and (lr_tensor.numel(), lr_tensor.dtype) != (1, torch.float32):
-        raise ValueError(f"lr: {lr_tensor.dtype} of {lr_tensor.numel()} elements; a tensor must be an fp32 scalar")
-    if lr_tensor is not None and lr_tensor.device != params[0].device:
-        raise ValueError(f"lr: on {lr_tensor.device}, the parameters are on {params[0].device}")
     if backend == "triton" and params[0].dtype == torch.float32:
         implementation = importlib.import_module("kernels.lamb.kernel").launch  # Triton may be missing elsewhere
     elif cpp_step.supports(params, grads, exp_avgs, group_name):
@@ -80,7 +77,40 @@ def _(*args) -> None:  # noqa: ANN002
     del args  # everything is written in place
 
 
-def _check(
+def check_numbers(beta1: float, beta2: float, max_grad_norm: float | None, gradient_norm: Tensor | None) -> None:
+    """Raise ValueError where a number is out of range."""
+    for name, beta in (("beta1", beta1), ("beta2", beta2)):
+        if not 0 <= beta < 1:
+            raise ValueError(f"{name}: {beta} is not in [0, 1)")
+    if max_grad_norm is not None and not max_grad_norm >= 0:
+        raise ValueError(f"max_grad_norm: {max_grad_norm} is not a number from 0")
+    if gradient_norm is not None and max_grad_norm is None:
+        raise ValueError("gradient_norm: clips nothing without max_grad_norm")
+
+
+def check_lr(lr: float | Tensor | None, device: torch.device) -> None:
+    """Raise ValueError where a learning rate is a tensor that the kernels cannot read."""
+    if not isinstance(lr, Tensor):
+        return
+    if (lr.numel(), lr.dtype) != (1, torch.float32):
+        raise ValueError(f"lr: {lr.dtype} of {lr.numel()} elements; a tensor must be an fp32 scalar")
+    if lr.device != device:
+        raise ValueError(f"lr: on {lr.device}, the parameters are on {device}")
+
+
+def clipping(
+    gradient_norm: Tensor | None, max_grad_norm: float | None, like: Tensor
+) -> tuple[Tensor | None, Tensor | None, float | None]:
+    """The norm to return, the factor where the norm was given, and `max_grad_norm` where it must be computed yet."""
+    if gradient_norm is not None:
+        gradient_norm = gradient_norm.to(like)
+        return gradient_norm, reference.clip_factor(gradient_norm, max_grad_norm), None
+    if max_grad_norm is not None:
+        gradient_norm = torch.empty((), dtype=like.dtype, device=like.device)
+    return gradient_norm, None, max_grad_norm
+
+
+def check_lengths(
     params: list[Tensor],
     grads: list[Tensor],
     exp_avgs: list[Tensor],
@@ -88,6 +118,23 @@ def _check(
     steps: list[Tensor],
     averages: list[Tensor],
 ) -> None:
+    """Raise ValueError where a list has not one tensor for each parameter; averages may be left out."""
+    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps}
+    lists |= {"averages": averages} if averages else {}
+    for name, tensors in lists.items():
+        if len(tensors) != len(params):
+            raise ValueError(f"{name}: {len(tensors)} tensors for {len(params)} parameters")
+
+
+def check_tensors(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    averages: list[Tensor],
+) -> None:
+    """Raise ValueError where tensors are not what an implementation may take them for."""
     dtype, device = params[0].dtype, params[0].device
     if dtype not in {torch.float32, torch.float64}:
         raise ValueError(f"params: {dtype}; small updates need fp32 (or fp64)")

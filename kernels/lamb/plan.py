@@ -12,6 +12,8 @@ MAX_CHUNKS = 512  # of one tensor: every program of the update kernel adds up th
 # Columns of the table of tensors. The first six are addresses.
 PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, STEP, AVERAGE, SIZE, CHUNK_SIZE, FIRST_CHUNK, COLUMNS = range(10)
 
+Addresses = tuple[tuple[int, ...], ...]  # of all parameters, of all gradients, and so on in the order of the columns
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -37,14 +39,16 @@ class Plan:
 _captured: list[Plan] = []  # CUDA graphs read these tables at each replay, whatever the cache has forgotten by then
 
 
-def find_plan(
-    addresses: tuple[tuple[int, ...], ...], sizes: tuple[int, ...], decays: tuple[float, ...], device: torch.device
-) -> Plan:
+def addresses(*columns: list[Tensor]) -> Addresses:
+    """Where tensors lie, of each list that is not empty; a list of averages may be."""
+    return tuple(tuple(map(Tensor.data_ptr, column)) for column in columns if column)
+
+
+def find_plan(addresses: Addresses, sizes: tuple[int, ...], decays: tuple[float, ...], device: torch.device) -> Plan:
     """The plan for these tensors; nothing waits for the device.
 
     Args:
-        addresses: of all parameters, of all gradients, and so on in the order of the columns; without averages the last
-            is missing.
+        addresses: see `addresses`.
         sizes: elements of each tensor.
         decays: weight decay of each tensor.
         device: where the tables are wanted.
@@ -64,9 +68,7 @@ def is_capturing(device: torch.device) -> bool:
 
 
 @functools.lru_cache(maxsize=8)  # gradients come to lie elsewhere when they are made anew, but return to a few places
-def make_plan(
-    addresses: tuple[tuple[int, ...], ...], sizes: tuple[int, ...], decays: tuple[float, ...], device: torch.device
-) -> Plan:
+def make_plan(addresses: Addresses, sizes: tuple[int, ...], decays: tuple[float, ...], device: torch.device) -> Plan:
     """As `find_plan`, for tensors that it has not seen lately."""
     if is_capturing(device):
         raise RuntimeError(

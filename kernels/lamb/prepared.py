@@ -1,0 +1,97 @@
+"""LAMB's kernels for the same tensors at every step: what does not change between steps is looked at once."""
+
+import importlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kernels.lamb import op, plan
+
+
+class PreparedStep:
+    """`kernels.lamb_step` of backend "triton" with the tensors of a step before, in a tenth of its host time.
+
+    The kernels are launched with the same arguments, so the bits are the same. What is saved is the registered
+    operation around them, which converts and checks some 800 tensors at each call. Tensors are checked at the first
+    step, and again where one of them lies elsewhere than before. For code that torch.compile traces, and for tensors
+    without memory, there is `lamb_step`.
+
+    Args:
+        params: fp32, of any shapes; the other lists are as for `lamb_step`. None of them must change afterwards.
+        exp_avgs: see `lamb_step`.
+        exp_avg_sqs: see `lamb_step`.
+        steps: see `lamb_step`.
+        weight_decays: one each.
+        averages: see `lamb_step`; may be empty.
+
+    Raises:
+        ValueError: at the first step; see `lamb_step`.
+    """
+
+    def __init__(
+        self,
+        params: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        steps: list[Tensor],
+        averages: list[Tensor],
+        weight_decays: Sequence[float],
+    ) -> None:
+        self._params, self._state, self._averages = params, (exp_avgs, exp_avg_sqs, steps), averages
+        self._decays = list(weight_decays)
+        self._sizes = [param.numel() for param in params]
+        self._checked: tuple | None = None  # where the state lay, and of what kind gradients were
+        self._launch = importlib.import_module("kernels.lamb.kernel").launch  # Triton may be missing elsewhere
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        grads: list[Tensor],
+        *,
+        lr: float | Tensor,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        max_grad_norm: float | None = None,
+        gradient_norm: Tensor | None = None,
+        average_decay: float = 0.999,
+    ) -> Tensor | None:
+        """One step, as `lamb_step` takes it with these gradients and numbers; returns what it returns.
+
+        Gradients need not be contiguous.
+        """
+        grads = list(map(Tensor.contiguous, grads))
+        op.check_numbers(beta1, beta2, max_grad_norm, gradient_norm)
+        op.check_lr(lr, self._params[0].device)
+        addresses = plan.addresses(self._params, grads, *self._state, self._averages)
+        self._check(grads, addresses)
+        norm, clip, max_grad_norm = op.clipping(gradient_norm, max_grad_norm, self._params[0])
+        torch.autograd.graph.increment_version(self._params)  # a graph may have kept these, and is now out of date
+        self._launch(
+            self._params,
+            grads,
+            *self._state,
+            self._averages,
+            norm,
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            weight_decays=self._decays,
+            max_grad_norm=max_grad_norm,
+            average_decay=average_decay,
+            seed=None,
+            clip=clip,
+            addresses=addresses,
+        )
+        return norm
+
+    def _check(self, grads: list[Tensor], addresses: plan.Addresses) -> None:
+        """Gradients are new ones at each step, so of them all is looked at that is cheap; else what lies elsewhere."""
+        state = [column for index, column in enumerate(addresses) if index != plan.GRAD]
+        kinds = {grad.dtype for grad in grads}, set(map(Tensor.get_device, grads))
+        if list(map(Tensor.numel, grads)) != self._sizes or self._checked != (state, kinds):
+            op.check_lengths(self._params, grads, *self._state, self._averages)
+            op.check_tensors(self._params, grads, *self._state, self._averages)
+            self._checked = state, kinds
