@@ -40,7 +40,7 @@ def measure(settings: Settings) -> Iterator[dict[str, Any]]:
     yield {
         "comparisons": len(rows), "failed": len(failures), "failures": failures, "seconds": seconds,
         "seconds_by_operation": dict(by_operation), "first_failure": first_failure(rows),
-        "summary": f"{len(rows)} comparisons, {len(failures)} out of their bounds",
+        "summary": f"{len(rows)} comparisons, {len(failures)} out of their bounds, in {seconds:.0f} s",
     }  # fmt: skip
 
 
