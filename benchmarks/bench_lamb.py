@@ -2,8 +2,7 @@
 
 The fewest bytes of that are 52 a parameter (`benchmarks.traffic` has the sum). `pytorch_lamb` (pytorch_optimizer's) and
 `fused_adamw` (PyTorch's, the floor: no trust ratio, so no second pass) get the same clipping and average around them.
-On
-a GPU the host takes longer for a small model's step than the kernels; it has a benchmark of its own.
+On a GPU the host takes longer for a small model's step than the kernels; it has a benchmark of its own.
 """
 
 import functools

@@ -19,6 +19,7 @@ from gptbert.errors import InputError, StoppedError
 from gptbert.flops import product_rate, training_flops
 from gptbert.initial_weights import read_initial_weights
 from gptbert.inputs import Inputs
+from gptbert.kernel_check import kernel_check, run_of
 from gptbert.mask_history import check_counts
 from gptbert.memory import peak_memory
 from gptbert.metrics import LossSums, Throughput, training_losses
@@ -58,24 +59,30 @@ def _fit(config: TrainConfig, world: World) -> None:
     with world.agreed():
         backend = prepare_kernels(config, world)
         inputs = Inputs.open(config)
-        inputs.check_ids(world.rank, world.world_size)
         plan = HybridPlan(config, world.world_size)
-        shard_size(config, world)  # or an InputError
-        words = WordCheckpoints(config, training_streams(config, inputs, plan), plan)
-    with world.agreed():
-        if len(set(world.all_gather(config))) > 1:
-            raise InputError("the processes were given different flags; every host must start the same command")
-    path, resumed = checkpoint.agree(config, inputs.model_config, world)
-    first_step = resumed.step if resumed else 0
-    with world.agreed():
-        check_counts(resumed.mask_counts if resumed and config.mask_history else None, inputs.num_train_tokens)
-        initial_weights = None if resumed else read_initial_weights(config, inputs.model_config)
-        if first_step >= config.max_steps and config.resume != "auto":
-            raise InputError(f"--resume {path}: its step {first_step} is the end of --max_steps {config.max_steps}")
-    if first_step >= config.max_steps:
-        if world.is_main:
-            say(f"{config.name}: finished already, {path} is step {first_step} of {config.max_steps}")
-        return
+    is_checked = backend == "triton" and config.kernel_check == "on"
+    run = run_of(config, inputs.model_config, plan, world) if is_checked else None
+    with kernel_check(run, world.device) as finish_check:
+        with world.agreed():
+            inputs.check_ids(world.rank, world.world_size)
+            shard_size(config, world)  # or an InputError
+            words = WordCheckpoints(config, training_streams(config, inputs, plan), plan)
+        with world.agreed():
+            if len(set(world.all_gather(config))) > 1:
+                raise InputError("the processes were given different flags; every host must start the same command")
+        path, resumed = checkpoint.agree(config, inputs.model_config, world)
+        first_step = resumed.step if resumed else 0
+        with world.agreed():
+            check_counts(resumed.mask_counts if resumed and config.mask_history else None, inputs.num_train_tokens)
+            initial_weights = None if resumed else read_initial_weights(config, inputs.model_config)
+            if first_step >= config.max_steps and config.resume != "auto":
+                raise InputError(f"--resume {path}: its step {first_step} is the end of --max_steps {config.max_steps}")
+        if first_step >= config.max_steps:
+            if world.is_main:
+                say(f"{config.name}: finished already, {path} is step {first_step} of {config.max_steps}")
+            return
+        with world.agreed():
+            finish_check()
     with world.agreed():
         if world.is_main:
             prepare_run_dir(config, inputs.model_config, world, backend)

@@ -8,7 +8,9 @@ import importlib.util
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -19,6 +21,7 @@ import tyro
 from kernels.backend import interpreted
 from kernels.configuration import OPERATIONS
 from kernels.numerics import Comparison
+from kernels.run import Run
 
 WAY_ON = "--kernels torch, or KERNELS_BACKEND=torch in the environment, trains without these kernels"
 
@@ -52,21 +55,40 @@ class Row:
         return f"{self.op}, {self.name}: " + (self.message or f"error {self.error:.2e}, allowed {self.bound:.2e}")
 
 
-def run_checks(device: torch.device, backend: str = "triton") -> list[Row]:
-    """Compare every operation with its reference.
+def run_checks(device: torch.device, backend: str = "triton", run: Run | None = None) -> list[Row]:
+    """Compare every operation with its reference, several at a time: most of the time goes into compilation.
 
     Args:
         device: where the kernels run.
         backend: the implementation to check; see `kernels.backend`, or "cpp" for the kernels in C++.
+        run: what to check alone, in types and sizes; None checks everything.
 
     Returns:
         A row a comparison. Whatever a check raises becomes a row that failed, so that this never raises.
     """
     devices = [device] if device.type == "cuda" else []
+    if backend == "triton":
+        with suppress(Exception):  # on one thread, before several do; what is wrong with it, the checks will say
+            importlib.import_module("triton")
     with torch.random.fork_rng(devices):  # a run must not depend on whether it was checked
         if backend == "cpp":
             return list(_check("cpp", lambda: importlib.import_module("kernels.cpp_check").comparisons()))
-        return [row for op in OPERATIONS for row in _check(op, partial(_comparisons, op, device, backend))]
+        operations = OPERATIONS if run is None else [op for op in OPERATIONS if op in run.operations]
+        return [
+            row for rows in _on_threads(partial(_check_operation, device, backend, run), operations) for row in rows
+        ]
+
+
+def _on_threads(check: Callable[[str], list[Row]], operations: Sequence[str]) -> Iterable[list[Row]]:
+    if interpreted() or not operations:  # Triton's interpreter is one for all threads
+        return map(check, operations)
+    with ThreadPoolExecutor(len(operations)) as pool:
+        return list(pool.map(check, operations))
+
+
+def _check_operation(device: torch.device, backend: str, run: Run | None, op: str) -> list[Row]:
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        return list(_check(op, partial(_comparisons, op, device, backend, run)))
 
 
 def first_failure(rows: Sequence[Row]) -> str | None:
@@ -75,8 +97,8 @@ def first_failure(rows: Sequence[Row]) -> str | None:
     return None if failed is None else f"kernel check failed: {failed}; {WAY_ON}"
 
 
-def _comparisons(op: str, device: torch.device, backend: str) -> Iterator[Comparison]:
-    yield from importlib.import_module(f"kernels.{op}.check").comparisons(device, backend)
+def _comparisons(op: str, device: torch.device, backend: str, run: Run | None) -> Iterator[Comparison]:
+    yield from importlib.import_module(f"kernels.{op}.check").comparisons(device, backend, run)
 
 
 def _check(op: str, comparisons: Callable[[], Iterator[Comparison]]) -> Iterator[Row]:
@@ -103,6 +125,8 @@ class CheckConfig:
     """Where; by default the GPU, if there is one. On the CPU, Triton's kernels run in its interpreter."""
     backend: Literal["triton", "torch", "cpp"] = "triton"
     """Which implementation. cpp: the kernels in C++ that compiled runs on CPUs use."""
+    run: str | None = None
+    """Check only what one training run launches, given as `kernels.run.Run` in JSON; the trainer does so."""
 
 
 def main() -> None:
@@ -117,7 +141,11 @@ def main() -> None:
         sys.exit(f"kernels.check: Triton is not installed; {WAY_ON}")
     if config.backend == "triton" and device.type == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
-    rows = run_checks(device, config.backend)
+    try:
+        run = None if config.run is None else Run.from_json(config.run)
+    except ValueError as error:
+        sys.exit(f"kernels.check: --run: {error}")
+    rows = run_checks(device, config.backend, run)
     print(_heading(device, config.backend))
     print_table(rows)
     if failure := first_failure(rows):

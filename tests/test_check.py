@@ -1,9 +1,11 @@
 """The check before training: right kernels pass, planted bugs and exceptions are rows that fail."""
 
+import dataclasses
 import importlib
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 
 from kernels import check
 from kernels.numerics import Comparison
+from kernels.run import Run
 from tests.mutation import mutated
 
 
@@ -44,7 +47,7 @@ def test_the_operations_are_those_of_the_package():
 
 
 def test_checks_leave_the_random_numbers_alone(device, one_row):
-    def draws(device, backend):
+    def draws(device, backend, run):
         torch.manual_seed(7)
         yield Comparison("random", torch.rand(()).item(), 1.0)
 
@@ -52,6 +55,80 @@ def test_checks_leave_the_random_numbers_alone(device, one_row):
     before = torch.get_rng_state()
     check.run_checks(device)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+RUN = Run(
+    dtype="bfloat16",
+    vocab_size=320,
+    row_lengths=(33, 65),
+    validation_length=33,
+    mask_history=False,
+    lamb=True,
+    buckets=False,
+)
+
+
+def checked(device, **changes):
+    """The names of all comparisons for a run."""
+    rows = check.run_checks(device, "torch", dataclasses.replace(RUN, **changes))
+    assert failed(rows) == []
+    return {op: "\n".join(row.name for row in rows if row.op == op) for op in check.OPERATIONS}
+
+
+def test_a_run_has_checked_what_it_launches_and_nothing_else(device):
+    names = checked(device)
+    assert {line.split()[1] for line in names["masked_cross_entropy"].splitlines()} == {"bfloat16"}
+    assert {line.split()[2] for line in names["masked_cross_entropy"].splitlines()} == {"V=320"}
+    assert "without gradient" in names["masked_cross_entropy"], "as in validation"
+    lines = names["span_mask"].splitlines()
+    assert {line.split()[1] for line in lines} == {"T=33", "T=65"}
+    assert {line.split()[1] for line in lines if "not padded" in line} == {"T=33"}
+    assert "history" not in names["span_mask"]
+    assert {line.split(":")[0] for line in names["lamb"].splitlines()} == {"fp32", "a NaN in fp32"}
+
+
+@pytest.mark.parametrize(
+    ("change", "op", "shows"),
+    [
+        ({"dtype": "float32"}, "masked_cross_entropy", "float32"),
+        ({"vocab_size": 1009}, "masked_cross_entropy", "V=1009"),
+        ({"mask_history": True}, "span_mask", "with history"),
+        ({"row_lengths": (129,)}, "span_mask", "T=129"),
+        ({"buckets": True}, "lamb", "unaligned gradients"),
+    ],
+)
+def test_each_setting_of_a_run_reaches_its_check(device, change, op, shows):
+    assert shows not in checked(device)[op]
+    assert shows in checked(device, **change)[op]
+
+
+def test_a_run_with_another_optimizer_does_not_check_lamb(device):
+    assert checked(device, lamb=False)["lamb"] == ""
+
+
+def test_a_run_is_the_same_after_a_command_line():
+    assert Run.from_json(RUN.to_json()) == RUN
+    for text in ("nonsense", "[]", "{}", '{"row_lengths": 3}'):
+        with pytest.raises(ValueError, match=r"."):
+            Run.from_json(text)
+
+
+def test_operations_are_checked_at_the_same_time(device, one_row, monkeypatch):
+    """Each waits for all the others; one after another they would wait for ever."""
+    monkeypatch.setattr(check, "interpreted", lambda: False)
+    barrier = threading.Barrier(len(check.OPERATIONS), timeout=60)
+
+    def meets(op):
+        def comparisons(*_):
+            barrier.wait()
+            yield Comparison(op, 0.0, 1.0)
+
+        return comparisons
+
+    for op in check.OPERATIONS:
+        one_row(op, meets(op))
+    rows = check.run_checks(device)
+    assert [(row.op, row.name, row.passed) for row in rows] == [(op, op, True) for op in check.OPERATIONS]
 
 
 MUTANTS = {
@@ -75,7 +152,7 @@ def test_a_planted_bug_fails_and_names_the_way_on(op, tmp_path, monkeypatch, cap
     assert "KERNELS_BACKEND=torch" in captured.err
 
 
-def raises(device, backend):
+def raises(device, backend, run=None):
     yield Comparison("before", 0.0, 1.0)
     raise RuntimeError("out of shared memory\nand a long explanation")
 
@@ -124,7 +201,7 @@ def test_the_command_interprets_kernels_where_there_is_no_gpu():
 
 def test_the_command_checks_the_backend_that_it_is_told(monkeypatch, capsys, one_row):
     asked = []
-    one_row("lamb", lambda device, backend: asked.append((device.type, backend)) or raises(device, backend))
+    one_row("lamb", lambda device, backend, run: asked.append((device.type, backend)) or raises(device, backend))
     for arguments, seen in (([], "triton"), (["--backend", "torch"], "torch")):
         monkeypatch.setattr(sys, "argv", ["check", "--device", "cpu", *arguments])
         with pytest.raises(SystemExit):
@@ -133,6 +210,13 @@ def test_the_command_checks_the_backend_that_it_is_told(monkeypatch, capsys, one
         heading = capsys.readouterr().out.splitlines()[0]
         assert heading.startswith(f"backend {seen} on cpu")
         assert ("interpreter" in heading) == (seen == "triton")
+
+
+def test_a_run_that_cannot_be_read_is_one_line():
+    done = command("--device", "cpu", "--run", "{}")
+    assert done.returncode == 1
+    assert done.stderr.startswith("kernels.check: --run: no description of a run")
+    assert "Traceback" not in done.stderr
 
 
 def test_a_device_that_is_not_there_is_one_line():

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.gpu import child, plan, runner
 from benchmarks.gpu.__main__ import main, parse
@@ -200,7 +201,8 @@ def test_bad_flags_are_one_line(arguments, capsys):
     assert arguments[0] in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_without_a_gpu_one_line_names_the_rehearsal(capsys):
+def test_without_a_gpu_one_line_names_the_rehearsal(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="torch sees no GPU; --rehearse"):
         main([])
 

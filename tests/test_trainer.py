@@ -8,7 +8,6 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gptbert import preparation
 from gptbert import trainer as trainer_module
 from gptbert.checkpoint import list_checkpoints, load_model
 from gptbert.command_line import parse
@@ -22,7 +21,6 @@ from gptbert.schedules import learning_rate
 from gptbert.token_store import TokenStore
 from gptbert.tokenizer import BOS_ID
 from gptbert.trainer import Trainer, fit
-from kernels.check import Row
 from tests.runs import flags, losses, write_inputs
 
 CPU = torch.device("cpu")
@@ -281,22 +279,6 @@ def test_both_backends_train_the_same(inputs):
             (key, value.dtype, value.shape) for key, value in theirs.items()
         ]
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("kernels", "check", "stops"), [("triton", "on", True), ("triton", "off", False), ("torch", "on", False)]
-)
-def test_kernels_that_fail_their_check_stop_the_run_before_it_starts(inputs, monkeypatch, kernels, check, stops):
-    wrong = Row("lamb", "exp_avg", error=1.0, bound=1e-6, seconds=0.0)
-    monkeypatch.setattr(preparation, "run_checks", lambda device: [wrong])
-    name = f"check_{kernels}_{check}"
-    arguments = flags(inputs, name=name, kernels=kernels, kernel_check=check, max_steps=1, seq_length=16)
-    if not stops:
-        fit(parse(TrainConfig, arguments))
-        return
-    with pytest.raises(InputError, match=r"lamb, exp_avg: error 1.00e\+00.*--kernels torch"):
-        fit(parse(TrainConfig, arguments))
-    assert not (inputs / "runs" / name).exists()
 
 
 def test_triton_without_a_gpu_is_one_line(inputs, monkeypatch):

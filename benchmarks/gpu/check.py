@@ -16,7 +16,10 @@ from benchmarks.bench_train_step import Case, training
 from benchmarks.gpu.cases import README_COMMAND
 from benchmarks.gpu.hardware import ROOT
 from benchmarks.gpu.settings import Settings
+from gptbert.config import ModelConfig
 from gptbert.distributed import connect
+from gptbert.kernel_check import kernel_check, run_of
+from gptbert.objectives import HybridPlan
 from gptbert.preparation import prepare_kernels
 from kernels.check import first_failure, run_checks
 
@@ -37,7 +40,7 @@ def measure(settings: Settings) -> Iterator[dict[str, Any]]:
     yield {
         "comparisons": len(rows), "failed": len(failures), "failures": failures, "seconds": seconds,
         "seconds_by_operation": dict(by_operation), "first_failure": first_failure(rows),
-        "summary": f"{len(rows)} comparisons, {len(failures)} out of their bounds",
+        "summary": f"{len(rows)} comparisons, {len(failures)} out of their bounds, in {seconds:.0f} s",
     }  # fmt: skip
 
 
@@ -64,13 +67,16 @@ def _seconds_in_a_process(cache: str) -> float:
 
 
 def seconds_before_a_run() -> float:
-    """Of the check itself, in this process."""
+    """Of the check that this process starts, beside which a run reads its inputs."""
     case = Case(README_COMMAND.objective, README_COMMAND.seq_length, README_COMMAND.rows)
     config = training(case, steps=1)
+    model_config = ModelConfig.from_json(ROOT / "configs" / f"{README_COMMAND.model}.json")
     with connect(config) as world:
         machine.synchronize()  # the device is awake
+        run = run_of(config, model_config, HybridPlan(config, world.world_size), world)
         start = time.perf_counter()
-        prepare_kernels(config, world)
+        with kernel_check(run if prepare_kernels(config, world) == "triton" else None, world.device) as finish:
+            finish()
         return time.perf_counter() - start
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels.lamb import lamb_step, reference
 from kernels.numerics import Comparison, compare, compare_exactly
+from kernels.run import Run
 
 # Several chunks with and without decay, both sides of a block's end, parameters of zeros, next to nothing, nothing.
 _SHAPES = ((40_001,), (2048,), (0,), (4097,), (127, 1), (3,), (1,), (150, 137))
@@ -48,8 +49,13 @@ _SKIPPED = (
 )
 
 
-def comparisons(device: torch.device, backend: str) -> Iterator[Comparison]:
-    """One step in each case, steps that are skipped, and the bits of rounded moments."""
+def comparisons(device: torch.device, backend: str, run: Run | None = None) -> Iterator[Comparison]:
+    """One step in each case, steps that are skipped, and the bits of rounded moments; for a run, what it launches."""
+    if run is not None:
+        for case in (_Case("fp32"), *((_Case("unaligned gradients", grad_offset=1),) if run.buckets else ())):
+            yield from _compare_step(case, device, backend)
+        yield from _compare_skipped(*_SKIPPED[0], device, backend)
+        return
     for case in _CASES:
         yield from _compare_step(case, device, backend)
     for case, bad in _SKIPPED:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kernels.masked_cross_entropy import cross_entropy_from_logits, masked_cross_entropy, op, reference
 from kernels.numerics import Comparison, compare, compare_exactly
+from kernels.run import Run
 
 _IGNORED = -100
 _Z_LOSS_WEIGHT = 0.1  # large, so that a z-loss that is missing somewhere shows even in bf16
@@ -15,13 +16,17 @@ _SUMS = ("total", "loss", "z_loss")
 _COUNTS = ("correct", "count")
 
 
-def comparisons(device: torch.device, backend: str) -> Iterator[Comparison]:
+def comparisons(device: torch.device, backend: str, run: Run | None = None) -> Iterator[Comparison]:
     """Both public functions, forward and backward, over types and vocabularies.
 
     Args:
         device: where to run.
         backend: what to compare with the reference; see `kernels.backend`.
+        run: whose vocabulary and type alone go through the function that a model calls; None for all of them.
     """
+    if run is not None:
+        yield from _from_hidden(device, backend, run.logits_type, run.vocab_size)
+        return
     for dtype in (torch.float32, torch.bfloat16):
         for vocab_size in _VOCAB_SIZES:
             yield from _from_logits(device, backend, dtype, vocab_size)
@@ -80,8 +85,10 @@ def _from_logits(
     yield from compare(f"{name} in place", **{**gradients, "actual": inputs.grad}, off_target=off_target)
 
 
-def _from_hidden(device: torch.device, backend: str, dtype: torch.dtype) -> Iterator[Comparison]:
-    vocab_size, hidden_size = 1009, 32
+def _from_hidden(
+    device: torch.device, backend: str, dtype: torch.dtype, vocab_size: int = 1009
+) -> Iterator[Comparison]:
+    hidden_size = 32
     generator = torch.Generator().manual_seed(1)
     tensors = {
         "hidden": torch.randn(64, hidden_size, generator=generator),
@@ -102,10 +109,14 @@ def _from_hidden(device: torch.device, backend: str, dtype: torch.dtype) -> Iter
         results[kind] = function(**inputs, labels=labels, z_loss_weight=_Z_LOSS_WEIGHT, **options)
         (results[kind].total * 3).backward()
         gradients[kind] = {name: tensor.grad for name, tensor in inputs.items()}
-    name = f"masked {str(dtype).removeprefix('torch.')}"
+    name = f"masked {str(dtype).removeprefix('torch.')} V={vocab_size}"
     yield from _compare_sums(name, results)
     for tensor in tensors:
         yield from compare(f"{name} gradient of {tensor}", **{kind: all_[tensor] for kind, all_ in gradients.items()})
+    with torch.no_grad():  # another variant of the kernels, which validation launches
+        inputs = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
+        results["actual"] = masked_cross_entropy(**inputs, labels=labels, z_loss_weight=_Z_LOSS_WEIGHT, backend=backend)
+    yield from _compare_sums(f"{name} without gradient", results)
 
 
 def _multiplied(device: torch.device, backend: str) -> Iterator[Comparison]:

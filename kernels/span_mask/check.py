@@ -7,6 +7,7 @@ import torch
 
 from kernels.numerics import Comparison, compare_exactly
 from kernels.padding import padded_length
+from kernels.run import Run
 from kernels.span_mask import reference, span_mask
 
 _VOCAB, _MASK = 120, 4
@@ -49,15 +50,23 @@ _CASES = (
 )
 
 
-def comparisons(device: torch.device, backend: str) -> Iterator[Comparison]:
+def comparisons(device: torch.device, backend: str, run: Run | None = None) -> Iterator[Comparison]:
     """Inputs and labels over lengths, types, spans, shares and history.
 
     Args:
         device: where to run.
         backend: what to compare with the reference; see `kernels.backend`.
+        run: whose rows alone are masked; None for all that the kernel can do.
     """
-    for case in _CASES:
+    for case in _CASES if run is None else _cases_of(run):
         yield from _compare(case, device, backend)
+
+
+def _cases_of(run: Run) -> list[_Case]:
+    """Rows as the trainer pads them, and those of validation, which lie as they come and have no history."""
+    counts_type = torch.uint8 if run.mask_history else None
+    cases = [_Case(3, length, counts_type=counts_type) for length in run.row_lengths]
+    return [*cases, _Case(3, run.validation_length, padded=False)]
 
 
 def _compare(case: _Case, device: torch.device, backend: str) -> Iterator[Comparison]:

@@ -1,0 +1,124 @@
+"""The check before a run, in its own process: whatever befalls it is one line, and the run does not begin."""
+
+import time
+
+import pytest
+import torch
+
+from gptbert import kernel_check as module
+from gptbert.command_line import parse
+from gptbert.config import ModelConfig, TrainConfig
+from gptbert.distributed import World
+from gptbert.errors import InputError
+from gptbert.kernel_check import kernel_check, run_of
+from gptbert.objectives import HybridPlan
+from gptbert.trainer import fit
+from kernels.run import Run
+from tests.runs import MODEL, flags, write_inputs
+
+SMALL = Run("float32", 40, (9,), 9, mask_history=False, lamb=True, buckets=False)
+PLANTS = {  # run by Python before the check's own module
+    "wrong": "import kernels.lamb.kernel as kernel\nkernel._log = lambda beta: -1.0\n",
+    "crash": "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n",
+    "abort": "import os\nos.abort()\n",
+    "hang": "import time\ntime.sleep(600)\n",
+    "exception": "import tyro\ntyro.cli = lambda *_, **__: 1 / 0\n",
+    "silence": "import os\nos._exit(3)\n",
+}
+
+
+@pytest.fixture
+def plant(monkeypatch, tmp_path):
+    """Has the check's process run some lines first; no other process of Python's does."""
+
+    def plant(name):
+        lines = "".join(f"    {line}\n" for line in PLANTS[name].splitlines())
+        (tmp_path / "sitecustomize.py").write_text(f"import sys\nif 'kernels.check' in sys.orig_argv:\n{lines}")
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return plant
+
+
+def finish(run=SMALL):
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    with kernel_check(run, device) as finish_check:
+        finish_check()
+
+
+def test_right_kernels_pass(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    finish()
+
+
+def test_without_kernels_of_tritons_there_is_no_process(monkeypatch):
+    monkeypatch.setattr(module.subprocess, "Popen", None)
+    finish(None)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("wrong", r"^kernel check failed: lamb, fp32: params: error .*; --kernels torch, or KERNELS_BACKEND=torch"),
+        ("crash", r"^kernel check failed: a kernel ended the process of the check \(SIGSEGV\); --kernels torch"),
+        ("abort", r"^kernel check failed: a kernel ended the process of the check \(SIGABRT\); --kernels torch"),
+        ("exception", "^kernel check failed: ZeroDivisionError: division by zero; --kernels torch"),
+        ("silence", "^kernel check failed: exit status 3; --kernels torch"),
+    ],
+)
+def test_what_goes_wrong_in_the_process_is_one_line(plant, name, message):
+    plant(name)
+    with pytest.raises(InputError, match=message):
+        finish()
+
+
+def test_a_check_that_hangs_ends_with_its_time(plant, monkeypatch):
+    plant("hang")
+    monkeypatch.setattr(module, "SECONDS", 0.2)
+    started = []
+    own = module.subprocess.Popen
+    monkeypatch.setattr(module.subprocess, "Popen", lambda *a, **k: started.append(own(*a, **k)) or started[-1])
+    with pytest.raises(InputError, match=r"^kernel check failed: it had no result after 0.2 seconds; --kernels torch"):
+        finish()
+    assert started[0].returncode == -9, "nothing is left behind"
+
+
+def test_a_run_that_ends_before_takes_its_check_along(plant, monkeypatch):
+    plant("hang")
+    start = time.monotonic()
+    with pytest.raises(KeyError), kernel_check(SMALL, torch.device("cpu")):
+        raise KeyError
+    assert time.monotonic() - start < 300, "it did not wait for it"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.mark.parametrize(
+    ("kernels", "check", "stops"), [("triton", "on", True), ("triton", "off", False), ("torch", "on", False)]
+)
+def test_kernels_that_fail_their_check_stop_the_run_before_it_starts(inputs, plant, kernels, check, stops):
+    plant("crash")
+    name = f"check_{kernels}_{check}"
+    config = parse(
+        TrainConfig,
+        flags(inputs, name=name, kernels=kernels, kernel_check=check, max_steps=1, seq_length=16, validation_steps=1),
+    )
+    if not stops:
+        fit(config)
+        return
+    with pytest.raises(InputError, match=r"kernel check failed: .*SIGSEGV.*--kernels torch"):
+        fit(config)
+    assert not (inputs / "runs" / name).exists()
+
+
+def test_what_is_checked_is_what_the_run_does(make_config):
+    config = make_config(mixed_precision=True, seq_length=64, seq_length_growth=True, mask_history=True, max_steps=100)
+    model, device = ModelConfig(**MODEL), torch.device("cpu")
+    run = run_of(config, model, HybridPlan(config, 1), World(0, 1, device))
+    assert run == Run("bfloat16", 320, (65, 129, 257), 65, mask_history=True, lamb=True, buckets=False)
+    config = make_config(mixed_precision=False, seq_length=64, optimizer="adamw", max_steps=100)
+    run = run_of(config, model, HybridPlan(config, 2), World(1, 2, device))
+    assert run == Run("float32", 320, (65,), 65, mask_history=False, lamb=False, buckets=True)
