@@ -30,13 +30,14 @@ from gptbert.config import ModelConfig, TrainConfig
 from gptbert.data import Prefetcher
 from gptbert.distributed import World, connect
 from gptbert.errors import InputError
-from gptbert.flops import product_rate, training_flops
+from gptbert.flops import forward_flops, product_rate, training_flops
 from gptbert.inputs import Inputs
 from gptbert.memory import peak_memory
 from gptbert.model import IGNORE_INDEX
 from gptbert.objectives import HybridPlan
 from gptbert.token_store import TokenStore
 from gptbert.trainer import Trainer
+from kernels.padding import padded_length
 
 WARM_UPS = 2
 RATES = 3  # tries at the best rate of torch.mm: the machine may be busy at one of them
@@ -46,18 +47,35 @@ TOKENS_OF_A_STEP = 4096  # in most cases; smaller steps are measured more often
 
 @dataclass(frozen=True)
 class Case:
-    """What a step trains, and on how many processes; hybrid is a quarter MLM, as `TrainConfig` has it."""
+    """What a step trains, and on how many processes; hybrid is a quarter MLM, as `TrainConfig` has it.
+
+    Sizes that are None are those of the model of `--config_file`.
+    """
 
     objective: Literal["MLM", "CLM", "hybrid"]
     seq_length: int
     rows: int
     ranks: int = 1
+    vocab_size: int | None = None
+    hidden_size: int | None = None
+    num_hidden_layers: int | None = None
 
     @property
     def name(self) -> str:
-        """Objective, T, B of all processes together, and their number if there are several."""
+        """Objective, T, B of all processes together, their number if there are several, and what else is the case's."""
         ranks = f" {self.ranks} ranks" if self.ranks > 1 else ""
-        return f"{self.objective} T={self.seq_length} B={self.rows}{ranks}"
+        sizes = {"D": self.hidden_size, "L": self.num_hidden_layers, "V": self.vocab_size}
+        own = "".join(f" {letter}={size}" for letter, size in sizes.items() if size is not None)
+        return f"{self.objective} T={self.seq_length} B={self.rows}{ranks}{own}"
+
+    def model(self, config: ModelConfig) -> ModelConfig:
+        """`config` with this case's own sizes; the width of the heads, and of the inner layers over D, stay."""
+        own = {"vocab_size": self.vocab_size, "num_hidden_layers": self.num_hidden_layers}
+        if self.hidden_size is not None:
+            inner = config.intermediate_size * self.hidden_size // config.hidden_size
+            own["hidden_size"], own["intermediate_size"] = self.hidden_size, padded_length(inner)
+            own["num_attention_heads"] = config.num_attention_heads * self.hidden_size // config.hidden_size
+        return dataclasses.replace(config, **{name: size for name, size in own.items() if size is not None})
 
 
 CASES = (
@@ -65,6 +83,9 @@ CASES = (
     *(Case("MLM", 128, 32, ranks=2), Case("CLM", 128, 32, ranks=2), Case("hybrid", 128, 32)),
     # where a schedule of the batch begins: a quarter of its rows
     *(Case("MLM", 128, 8), Case("CLM", 128, 8), Case("hybrid", 128, 8), Case("MLM", 512, 2)),
+    # a vocabulary of today's size, in the same model and in one for a laptop
+    *(Case("MLM", 128, 32, vocab_size=32768), Case("CLM", 128, 32, vocab_size=32768)),
+    *(Case(objective, 128, 32, 1, 32768, 256, 6) for objective in ("MLM", "CLM")),
 )
 _MASKED_QUARTERS = {"MLM": 4, "CLM": 0, "hybrid": 1}
 
@@ -105,6 +126,7 @@ class Result:
         peak_gb: most memory of the first process until the end, in 10^9 bytes (on a GPU: of its memory).
         parts: milliseconds of each of PARTS in the median step, which add up to it.
         labelled_share: of the positions; how many FLOPs are needed depends on it.
+        cross_entropy_share: of the needed FLOPs, those of the products with the output matrix.
         rows_ms: milliseconds that the rows of a step take, on the thread beside; the mean.
     """
 
@@ -117,6 +139,7 @@ class Result:
     peak_gb: float
     parts: dict[str, float]
     labelled_share: float
+    cross_entropy_share: float
     rows_ms: float
 
 
@@ -134,7 +157,7 @@ def _run(case: Case, config: StepBenchConfig, rank: int, port: int) -> Result:
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": case.ranks, "LOCAL_WORLD_SIZE": case.ranks}
     os.environ.update({name: str(value) for name, value in ranks.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    model_config = ModelConfig.from_json(config.config_file)
+    model_config = case.model(ModelConfig.from_json(config.config_file))
     start = time.perf_counter()
     tokens = case.rows * case.seq_length
     train_config = training(
@@ -171,6 +194,7 @@ def _run(case: Case, config: StepBenchConfig, rank: int, port: int) -> Result:
         peak_gb=peak / 1e9,
         parts={part: 1e3 * spent for part, spent in parts.items()},
         labelled_share=labelled,
+        cross_entropy_share=cross_entropy_share(model_config, case.seq_length, labelled),
         rows_ms=1e3 * statistics.mean(watch.rows),
     )
 
@@ -203,6 +227,11 @@ def random_trainer(config: TrainConfig, model_config: ModelConfig, world: World)
 def always_compiled() -> AbstractContextManager:
     """Inside, no run that asks for compilation is too short for it."""
     return patch.dict(trainer_module.COMPILE_FROM_FLOPS, cpu=0, cuda=0)
+
+
+def cross_entropy_share(config: ModelConfig, length: int, labelled: float) -> float:
+    """Of the needed FLOPs, those of the products with the output matrix, 2DV for a token with a label."""
+    return labelled * 2 * config.hidden_size * config.vocab_size / forward_flops(config, length, labelled)
 
 
 def labelled_share(trainer: Trainer, step: int) -> float:
@@ -254,15 +283,16 @@ def run(config: StepBenchConfig) -> None:
 
 def show(result: Result, *, with_header: bool) -> None:
     """A line of the table."""
-    columns = ["ms/step", "tokens/s", "MFU", "mm GFLOPS", "start s", "peak GB", *PARTS, "(rows)"]
+    columns = ["ms/step", "tokens/s", "MFU", "mm GFLOPS", "start s", "peak GB", *PARTS, "(rows)", "CE FLOPs"]
     if with_header:
-        print(f"{'case':22} " + " ".join(f"{column:>9}" for column in columns))
+        print(f"{'case':32} " + " ".join(f"{column:>9}" for column in columns))
     values = [
         f"{result.milliseconds:.0f}", f"{result.tokens_per_second:.0f}", f"{result.mfu:.3f}",
         f"{result.product_gflops:.0f}", f"{result.start_seconds:.1f}", f"{result.peak_gb:.2f}",
         *(f"{result.parts[part]:.0f}" for part in PARTS), f"{result.rows_ms:.1f}",
+        f"{result.cross_entropy_share:.3f}",
     ]  # fmt: skip
-    print(f"{result.case.name:22} " + " ".join(f"{value:>9}" for value in values), flush=True)
+    print(f"{result.case.name:32} " + " ".join(f"{value:>9}" for value in values), flush=True)
 
 
 if __name__ == "__main__":

@@ -50,8 +50,10 @@ class Steps:
 
     def job(self, result: dict[str, Any]) -> Job:
         """What a case's step asked for, on all its processes together."""
-        case, model = Case(**result["case"]), ModelConfig(**self.report["model"])
-        return Job(model, case.rows, case.seq_length, result["labelled_share"])
+        case = Case(**result["case"])
+        return Job(
+            case.model(ModelConfig(**self.report["model"])), case.rows, case.seq_length, result["labelled_share"]
+        )
 
     def limits(self) -> Limits:
         """The best rates of matrix products and of copies."""
@@ -71,7 +73,9 @@ class Steps:
                 continue
             job, parts = self.job(result), result["parts"]
             work = sum((part.ours for part in job.model_parts()), Work())
-            found.append((name, work, 1e-3 * (parts["forward"] + parts["backward"])))
+            found.append(
+                (name, work, 1e-3 * sum(parts.get(part, 0.0) for part in ("forward", "cross-entropy", "backward")))
+            )
             found.append((f"optimizer, {name}", job.optimizer(), 1e-3 * parts["optimizer"]))
         return found
 
@@ -146,7 +150,8 @@ def step_lines(steps: Steps, name: str) -> list[str]:
                 f"{steps.optimizer_bandwidth_share(result):.2f}",
             )
         )  # fmt: skip
-        parts.append((case, *(f"{result['parts'][part]:.1f}" for part in PARTS), f"{result['rows_ms']:.1f}"))
+        took = {part: f"{milliseconds:.1f}" for part, milliseconds in result["parts"].items()}
+        parts.append((case, *(took.get(part, "–") for part in PARTS), f"{result['rows_ms']:.1f}"))
     versions = ", ".join(f"{library} {version}" for library, version in report["versions"].items() if version)
     return [
         f"{report['hardware']}, {report['cores']} CPU cores; {versions}; load before {report['load_before']:.1f}.",

@@ -1,4 +1,4 @@
-"""Seconds that the parts of a trainer's step take, in their order; none of them is inside another."""
+"""Seconds that the parts of a trainer's step take; what one takes inside another counts for the inner one alone."""
 
 import functools
 import time
@@ -15,13 +15,15 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import machine
+from gptbert import model as model_module
 from gptbert import trainer as trainer_module
 from gptbert.data import Prefetcher
 from gptbert.distributed import World
 from gptbert.step_rows import StepRows
 from gptbert.trainer import Trainer
+from kernels.masked_cross_entropy import op as cross_entropy_op
 
-PARTS = ("waiting", "masking", "forward", "backward", "reduction", "optimizer", "rest")
+PARTS = ("waiting", "masking", "forward", "cross-entropy", "backward", "reduction", "optimizer", "rest")
 
 
 class Stopwatch:
@@ -43,6 +45,8 @@ class Stopwatch:
             ("waiting", Prefetcher, "get"),
             ("masking", StepRows, "batches"),
             ("forward", Trainer, "_forward"),
+            ("cross-entropy", model_module, "masked_cross_entropy"),
+            ("cross-entropy", cross_entropy_op, "multiplied"),  # its backward
             ("reduction", World, "all_reduce_sum"),
             ("optimizer", trainer_module, "update_weights"),
         ]
@@ -66,10 +70,11 @@ class Stopwatch:
         @functools.wraps(function)
         def timed(*args: Any, **kwargs: Any) -> Any:
             machine.synchronize()
-            start = time.perf_counter()
+            inner, start = sum(self._seconds.values()), time.perf_counter()
             result = function(*args, **kwargs)
             machine.synchronize()
-            self._seconds[part] += time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            self._seconds[part] += seconds - (sum(self._seconds.values()) - inner)
             return result
 
         return timed
@@ -91,12 +96,12 @@ class Stopwatch:
         def timed(*args: Any, **kwargs: Any) -> None:
             machine.synchronize()
             self._gradients_done = None
-            start = time.perf_counter()
+            inner, start = sum(self._seconds.values()), time.perf_counter()
             backward(*args, **kwargs)
             machine.synchronize()
             end = time.perf_counter()
             done = self._gradients_done or end
-            self._seconds["backward"] += done - start
+            self._seconds["backward"] += done - start - (sum(self._seconds.values()) - inner)
             self._seconds["reduction"] += end - done
 
         return timed

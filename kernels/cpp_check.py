@@ -34,6 +34,7 @@ def comparisons() -> Iterator[Comparison]:
         yield from _depth_mix(size)
     for classes in (131, 4500):
         yield from _cross_entropy(classes)
+    yield from _accumulated_product()
     x = _random(45, 300)
     yield from compare("column_sums", column_sums(x), x.double().sum(0), x.sum(0, dtype=torch.float32))
     with cpp.serving():
@@ -140,17 +141,31 @@ def _depth_mix(size: int) -> Iterator[Comparison]:
 
 
 def _cross_entropy(classes: int) -> Iterator[Comparison]:
-    """Seven rows, one without a label, one where two classes are the largest."""
+    """Seven rows, one without a label, one where two classes are the largest; without and with a bias."""
     logits, labels = 3 * _random(7, classes), torch.arange(7) % classes
     labels[2], logits[4, 4], logits[4, 9] = -100, 30.0, 30.0
-    results = []
-    for function, x in ((cpp_rows.rows, logits), (rows.rows, logits.double()), (rows.rows, logits)):
-        gradient = torch.full_like(x, torch.nan)
-        loss, z_loss, correct = function(x, labels, gradient, torch.tensor(0.7), -100, 0.1)
-        results.append((loss, z_loss, gradient, correct))
-    name = f"cross-entropy V={classes}"
+    bias = _random(classes).float()
+    bias[4] = bias[9] = 0.5
     is_label = torch.arange(classes) == labels[:, None]
-    for index, part in enumerate(("loss", "z_loss", "gradient")):
-        off_target = ~is_label if part == "gradient" else None
-        yield from compare(f"{name}: {part}", *(result[index] for result in results), off_target)
-    yield compare_exactly(f"{name}: correct", results[0][3], results[1][3])
+    for name, addend in (("", None), (" with bias", bias)):
+        results = []
+        for function, dtype in ((cpp_rows.rows, None), (rows.rows, torch.float64), (rows.rows, torch.float32)):
+            x = logits if dtype is None else logits.to(dtype) + (0 if addend is None else addend)
+            gradient = torch.full_like(x, torch.nan)
+            options = {"bias": addend} if dtype is None else {}
+            loss, z_loss, correct = function(x, labels, gradient, torch.tensor(0.7), -100, 0.1, **options)
+            results.append((loss, z_loss, gradient.to(torch.bfloat16 if dtype == torch.float32 else x.dtype), correct))
+        for index, part in enumerate(("loss", "z_loss", "gradient")):
+            off_target = ~is_label if part == "gradient" else None
+            tensors = (result[index] for result in results)
+            yield from compare(f"cross-entropy V={classes}{name}: {part}", *tensors, off_target)
+        yield compare_exactly(f"cross-entropy V={classes}{name}: correct", results[0][3], results[1][3])
+
+
+def _accumulated_product() -> Iterator[Comparison]:
+    """Of two products in bf16, the first of which finds memory that holds no numbers."""
+    products, total = (_random(3, 2999), _random(3, 2999).flip(0)), torch.full((3, 2999), torch.nan)
+    for index, product in enumerate(products):
+        cpp_rows.accumulate_product(total, product, is_first=index == 0)
+    exact = products[0].double() + products[1].double()
+    yield from compare("accumulated product", total, exact, exact.float())
