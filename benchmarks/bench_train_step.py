@@ -23,7 +23,7 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 
 from benchmarks import machine
 from benchmarks.stopwatch import PARTS, Stopwatch
-from gptbert import trainer as trainer_module
+from gptbert import compile_choice
 from gptbert.command_line import run_command
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.data import Prefetcher
@@ -156,7 +156,7 @@ def _run(case: Case, config: StepBenchConfig, rank: int, port: int) -> Result:
     with connect(train_config) as world:
         inputs = Inputs(model_config, model_config.vocab_size, (store,), store)
         with watch.installed():
-            with patch.dict(trainer_module.COMPILE_FROM_FLOPS, cpu=0, cuda=0):
+            with patch.dict(compile_choice.COMPILE_SECONDS, cpu=0, cuda=0):
                 trainer = Trainer(train_config, inputs, HybridPlan(train_config, case.ranks), world)
             with Prefetcher(trainer.rows.load, 0, train_config.max_steps) as rows:
                 for step in range(train_config.max_steps):
