@@ -22,6 +22,7 @@ ANCIENT_GREEK = ModelConfig(  # the shape of a real run, which was not compiled 
     | {"vocab_size": 32768, "position_bucket_size": 32, "max_position_embeddings": 512}
 )
 RUN = {"seq_length": 128, "local_batch_size": 32, "global_batch_size": 64, "batch_reduction": 1}
+DEMO = {"max_steps": 500, "global_batch_size": 32, "hybrid_numerator": 1, "hybrid_denominator": 2}  # of `make demo`
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,7 @@ def chosen(make_config):
         (SMALL, GPU, 1, {"max_steps": 2000, "seq_length_growth": True}, True),
         (SMALL, GPU, 1, {"max_steps": 1000, "seq_length_growth": True}, False),
         (ModelConfig(**MODEL), GPU, 1, {"max_steps": 20}, False),
+        (ModelConfig.from_json("configs/tiny.json"), CPU, 2, DEMO, False),
     ],
 )
 def test_a_run_is_compiled_where_it_gains_by_it(chosen, model, device, world_size, settings, compiled):
