@@ -58,6 +58,7 @@ class Checkpoint:
         rank_states: by rank, the random state ("random") and the sums since the last record ("sums").
         skipped_steps: `SkippedSteps.counts`.
         mask_counts: `MaskHistory.counts`, or None where it is off.
+        is_compiled: whether its steps were; None in checkpoints of versions that did not say.
         shards: where a sharded checkpoint that was loaded has the tensors of model, average and optimizer, which then
             are empty; see `filled`.
     """
@@ -69,6 +70,7 @@ class Checkpoint:
     rank_states: list[dict[str, Any]]
     skipped_steps: Tensor
     mask_counts: Tensor | None
+    is_compiled: bool | None = None
     shards: Path | None = None
 
     @property
@@ -208,6 +210,11 @@ def _newest_undamaged(existing: list[Path]) -> Path | None:
     if damage:  # to begin anew is for the user to say
         raise InputError(f"--resume auto: no checkpoint is undamaged, the newest is {damage}; give another --name")
     return None
+
+
+def saved_setting(path: Path, name: str) -> Any:
+    """A setting of the run that wrote a checkpoint; None where it had no such setting."""
+    return _saved_settings(path).get(name)
 
 
 def changed_settings(path: Path, config: TrainConfig) -> list[str]:

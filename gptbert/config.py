@@ -206,8 +206,8 @@ class TrainConfig:
     mixed_precision: bool = False
     """Compute in bf16 (autocast); weights, gradients and optimizer state stay fp32."""
     compile: bool = True
-    """Compile the model's blocks with torch.compile, unless the whole run is too small to gain by it: up to a minute at
-    the first start, seconds at later ones; then faster steps."""
+    """Compile the model's blocks with torch.compile, where that saves more of the whole run than it takes: half a
+    minute at the first start, seconds at later ones. A resumed run goes on as it began."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """ddp: every process has all weights. fsdp: processes share the weights, their average and the optimizer's state,
     and gather the weights of a block when it needs them; the results are the same."""

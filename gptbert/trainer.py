@@ -9,7 +9,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
-from gptbert import checkpoint, schedules
+from gptbert import checkpoint, compile_choice, schedules
 from gptbert.checkpoint import Checkpoint
 from gptbert.compilation import compile_blocks, compiling
 from gptbert.config import TrainConfig
@@ -38,9 +38,6 @@ from gptbert.trackers import Trackers
 from gptbert.validation import Validation, ValidationSettings
 from gptbert.word_checkpoints import WordCheckpoints
 from kernels import MaskedCrossEntropy
-
-# needed by one process in the whole run: an hour or so of a laptop's core, and minutes of a GPU
-COMPILE_FROM_FLOPS = {"cpu": 1e15, "cuda": 1e17}
 
 
 def fit(config: TrainConfig) -> None:
@@ -86,14 +83,17 @@ def _fit(config: TrainConfig, world: World) -> None:
     with world.agreed():
         if world.is_main:
             prepare_run_dir(config, inputs.model_config, world, backend)
+    was_asked = resumed is None or checkpoint.saved_setting(path, "compile") is not False
+    choice = compile_choice.choose(config, inputs.model_config, plan, world, resumed, was_asked)
     if world.is_main:
         introduce(config, inputs, plan, world, backend, words)
+        say(str(choice))
         if resumed:
             changes = checkpoint.changed_settings(path, config)
             say(f"going on from {path}" + (f"; changed since: {', '.join(changes)}" if changes else ""))
         elif initial_weights:
             say(f"starting from the weights of {config.initial_weights}")
-    trainer = Trainer(config, inputs, plan, world, initial_weights)
+    trainer = Trainer(config, inputs, plan, world, initial_weights, is_compiled=choice.is_compiled)
     if world.is_main and len(inputs.train_stores) > 1:
         say(trainer.rows.describe_corpora())
     if resumed:
@@ -112,6 +112,8 @@ class Trainer:
         plan: HybridPlan,
         world: World,
         initial_weights: dict[str, Tensor] | None = None,
+        *,
+        is_compiled: bool | None = None,
     ) -> None:
         self.config = config
         self.inputs = inputs
@@ -127,7 +129,9 @@ class Trainer:
         for block in self.model.blocks:
             block.is_checkpointed = config.activation_checkpointing
         self.ema = WeightAverage(self.model, config.ema_decay)
-        self.is_compiled = config.compile and self._is_long_enough_to_compile()
+        if is_compiled is None:
+            is_compiled = compile_choice.choose(config, inputs.model_config, plan, world).is_compiled
+        self.is_compiled = is_compiled
         if self.is_compiled:
             with compiling():
                 for model in (self.model, self.ema.model):
@@ -300,6 +304,7 @@ class Trainer:
             rank_states=rank_states,
             skipped_steps=self.skipped_steps.counts,
             mask_counts=self.rows.mask_history.counts if self.rows.mask_history else None,
+            is_compiled=self.is_compiled,
         )
         checkpoint.save(state, self.config, self.inputs.model_config, self.world)
 
@@ -404,12 +409,6 @@ class Trainer:
 
     def _precision(self) -> AbstractContextManager:
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.config.mixed_precision)
-
-    def _is_long_enough_to_compile(self) -> bool:
-        """Whether the run's arithmetic takes so long that faster steps make up for compilation."""
-        tokens = self.plan.tokens_before(self.config.max_steps) / self.world.world_size
-        flops = training_flops(self.inputs.model_config, self.config.seq_length, labelled_share=1.0)
-        return tokens * flops >= COMPILE_FROM_FLOPS[self.world.device.type]
 
     def _warm_up(self) -> None:
         """Compile the model for all that the run will need, and let DDP arrange its buckets, before the first step.

@@ -12,7 +12,8 @@ from gptbert.errors import InputError
 from gptbert.objectives import Objective
 from gptbert.torch_file import load_torch_file
 
-STATE_KEYS = ("step", "optimizer", "rank_states", "skipped_steps", "mask_counts")
+STATE_KEYS = ("step", "optimizer", "rank_states", "skipped_steps", "mask_counts", "is_compiled")
+_LATER_KEYS = {"is_compiled"}  # which earlier versions did not write
 _LARGEST_STEP = 10**9
 _MUONS = "momentum_buffer"
 
@@ -37,7 +38,7 @@ def read_training_state(path: Path, weights: Mapping[str, Tensor], optimizer: st
 
 
 def _check(state: Any, weights: Mapping[str, Tensor], optimizer: str) -> None:
-    if type(state) is not dict or set(state) != set(STATE_KEYS):
+    if type(state) is not dict or set(state) | _LATER_KEYS != set(STATE_KEYS):
         raise InputError(f"expected the keys {', '.join(STATE_KEYS)}")
     if type(state["step"]) is not int or not 0 <= state["step"] <= _LARGEST_STEP:
         raise InputError("its step is no number of steps")
@@ -47,6 +48,8 @@ def _check(state: Any, weights: Mapping[str, Tensor], optimizer: str) -> None:
     skipped = state["skipped_steps"]
     if not isinstance(skipped, Tensor) or skipped.dtype != torch.int64 or skipped.shape != (3,):
         raise InputError("its number of skipped steps is of another form")
+    if type(state.get("is_compiled")) not in {bool, type(None)}:
+        raise InputError("whether it was compiled is of another form")
     counts = state["mask_counts"]
     if counts is not None and not _is_bytes(counts):
         raise InputError("its masking history is of another form")

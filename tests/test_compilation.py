@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from gptbert import trainer as trainer_module
+from gptbert import compile_choice
 from gptbert.command_line import parse
 from gptbert.compilation import compile_blocks
 from gptbert.config import TrainConfig
@@ -103,7 +103,7 @@ def test_without_unbacked_sizes_one_row_has_code_of_its_own(monkeypatch):
 
 @pytest.fixture
 def even_short_runs(monkeypatch):
-    monkeypatch.setitem(trainer_module.COMPILE_FROM_FLOPS, "cpu", 0)
+    monkeypatch.setitem(compile_choice.COMPILE_SECONDS, "cpu", 0)
 
 
 def test_a_whole_run_compiles_its_shapes_once(tmp_path, even_short_runs):

@@ -12,8 +12,7 @@ from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
-from gptbert import manifest
-from gptbert import trainer as trainer_module
+from gptbert import compile_choice, manifest
 from gptbert.checkpoint import list_checkpoints, load, load_model
 from gptbert.command_line import parse, run_command
 from gptbert.config import ModelConfig, TrainConfig
@@ -223,7 +222,7 @@ def groups_wait_as_long_as_the_run_does(world, arguments):
 
 def everything_at_once_is_ddp(world, arguments):
     """In bf16 too: autocast makes of whole weights what is gathered. Inductor is left out, which takes minutes."""
-    trainer_module.COMPILE_FROM_FLOPS["cpu"] = 0
+    compile_choice.COMPILE_SECONDS["cpu"] = 0
     nn.Module.compile = partialmethod(nn.Module.compile, backend="aot_eager")
     Trainer._warm_up_evaluation = lambda self: None
     ddp = make_trainer(world, arguments)
