@@ -24,8 +24,9 @@ def rows_apart(like: Tensor, num_rows: int, length: int, stride: int) -> Tensor:
     where the row's length is odd (docs/library-faults.md), and zero times what is not a number is not a number.
     """
     memory = like.new_empty(num_rows, stride)
-    if stride > length:
-        memory[:, length:].zero_()
+    if stride == length:
+        return memory
+    memory[:, length:].zero_()
     return memory[:, :length]
 
 
