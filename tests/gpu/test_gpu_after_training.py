@@ -36,6 +36,7 @@ def settings(device):
         "save_every": 3,
         "validate_every": 3,
         "ema_decay": 0.5,
+        "no_compile": True,
         "kernel_check": "off",
         "mask_history": True,
     }

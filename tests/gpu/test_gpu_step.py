@@ -54,8 +54,9 @@ def recorded(function, device):
 
 
 def make_trainer(inputs, device, **changes):
-    settings = {"device": device.type, "mixed_precision": True, "seq_length": 16, "global_batch_size": 8}
-    config = parse(TrainConfig, flags(inputs, **settings | {"local_batch_size": 4} | changes))
+    settings = {"device": device.type, "mixed_precision": True, "no_compile": True, "kernel_check": "off"}
+    sizes = {"seq_length": 16, "global_batch_size": 8, "local_batch_size": 4}
+    config = parse(TrainConfig, flags(inputs, **settings | sizes | changes))
     trainer = Trainer(config, Inputs.open(config), HybridPlan(config, 1), World(0, 1, torch.device(device.type, 0)))
     trainer.micro_batches.has_fixed_shapes = True  # as on a GPU in the rehearsal too
     return trainer
@@ -123,7 +124,7 @@ def test_a_step_in_a_cuda_graph_is_the_step(inputs, device, compiled, fresh_comp
         always_compile(monkeypatch)
     ends = []
     for replayed in (False, True):
-        trainer = make_trainer(inputs, device, config_file=inputs / "no_dropout.json", compile=compiled)
+        trainer = make_trainer(inputs, device, config_file=inputs / "no_dropout.json", no_compile=not compiled)
         assert trainer.is_compiled is compiled
         step, loss = fixed_step(trainer, device)
         repeat = recorded(step, device) if replayed else step

@@ -33,6 +33,7 @@ def settings(inputs, device, sized):
         "save_every": sized(4, 2),
         "validate_every": sized(4, 2),
         "validation_steps": 1,
+        "no_compile": True,
         "kernel_check": "off",  # see tests/gpu/test_gpu_kernels.py
     }
 
@@ -102,8 +103,9 @@ def run_compiled(inputs, name, settings):
 
 def test_a_compiled_run_goes_on_to_the_bit_in_another_process(inputs, settings):
     settings = settings | {"mixed_precision": True}
-    whole = run_compiled(inputs, "compiled", settings)
-    again = run_compiled(inputs, "compiled-again", settings | {"resume": list_checkpoints(whole[1])[0]})
+    compiled = settings | {"no_compile": False}
+    whole = run_compiled(inputs, "compiled", compiled)
+    again = run_compiled(inputs, "compiled-again", compiled | {"resume": list_checkpoints(whole[1])[0]})
     assert_went_on_to_the_bit(whole, again)
     eager, _ = run(inputs, "eager", settings)
     assert losses(whole[0]) == pytest.approx(losses(eager), rel=2e-2)
