@@ -120,8 +120,9 @@ def test_repetitions_follow_the_minutes():
     assert Settings(16, rehearse=True, work=ROOT).times(8, 2) == 2
 
 
-def test_results_are_on_the_disk_while_a_part_still_runs_and_a_signal_ends_all(tmp_path):
-    """As a machine does that takes itself back."""
+@pytest.fixture
+def hanging_measurement(tmp_path):
+    """A measurement whose second part has begun and hangs; with the file that has the number of a process of it."""
     pid_file, out = tmp_path / "pid", tmp_path / "out"
     stages = [[part("right")], [part("hanging", seconds=500.0, pid_file=str(pid_file))]]
     code = (
@@ -133,23 +134,38 @@ def test_results_are_on_the_disk_while_a_part_still_runs_and_a_signal_ends_all(t
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
-        wait_until(pid_file.exists)
-        file = out / "rehearsal.json"
-        wait_until(lambda: json.loads(file.read_text())["parts"].get("hanging", {}).get("result"))
-        parts = json.loads(file.read_text())["parts"]
-        assert parts["right"]["status"] == DONE
-        assert parts["hanging"]["status"] == "running"
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 130
+        wait_until(lambda: pid_file.exists() and pid_file.read_text())
+        yield process, out, int(pid_file.read_text())
     finally:
         process.kill()
+        process.communicate()
+
+
+def test_results_are_on_the_disk_while_a_part_still_runs_and_a_signal_ends_all(hanging_measurement):
+    """As a machine does that takes itself back."""
+    process, out, beside = hanging_measurement
+    file = out / "rehearsal.json"
+    wait_until(lambda: json.loads(file.read_text())["parts"].get("hanging", {}).get("result"))
+    parts = json.loads(file.read_text())["parts"]
+    assert parts["right"]["status"] == DONE
+    assert parts["hanging"]["status"] == "running"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 130
     parts = json.loads(file.read_text())["parts"]
     assert parts["hanging"] | {"seconds": 0, "log": []} == {
         "status": KILLED, "seconds": 0, "message": "the measurement was stopped", "log": [],
         "result": {"value": 1, "summary": "half"},
     }  # fmt: skip
-    assert not is_alive(int(pid_file.read_text()))
+    assert not is_alive(beside)
     assert "half" in (out / "rehearsal.md").read_text()
+
+
+def test_nothing_is_left_when_the_measurement_itself_is_killed(hanging_measurement):
+    process, out, beside = hanging_measurement
+    assert is_alive(beside)
+    process.kill()
+    wait_until(lambda: not is_alive(beside))
+    assert json.loads((out / "rehearsal.json").read_text())["parts"]["right"]["status"] == DONE
 
 
 def test_a_reader_never_finds_half_a_file(tmp_path, monkeypatch):

@@ -2,11 +2,17 @@
 
 import importlib
 import json
+import os
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.settings import Part, Settings
+
+WATCH_SECONDS = 1.0
 
 
 def command(part: Part, settings: Settings, result: Path) -> list[str]:
@@ -22,8 +28,16 @@ def write(path: Path, values: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
+def end_with_parent(parent: int) -> None:
+    """Kill this process and all that it started when its parent is gone, which then cannot."""
+    while os.getppid() == parent:
+        time.sleep(WATCH_SECONDS)
+    os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
 def main(order: dict[str, Any]) -> None:
     """Call the part's function."""
+    threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
     module, _, function = order["target"].partition(":")
     measure = getattr(importlib.import_module(module), function)
     for result in measure(Settings.from_dict(order["settings"]), **order["options"]):
