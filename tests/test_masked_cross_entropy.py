@@ -10,7 +10,7 @@ from torch import Tensor
 from kernels import cross_entropy_from_logits, masked_cross_entropy
 from kernels.masked_cross_entropy import op
 from kernels.masked_cross_entropy.check import comparisons, random_logits
-from tests.numerics import assert_accurate
+from tests.numerics import assert_accurate, scattered
 
 IGNORED = -100
 Z_WEIGHT = 0.1  # large, so that a z-loss that is missing somewhere shows even in bf16
@@ -419,6 +419,8 @@ def test_labels_may_be_int32_and_inputs_are_left_alone(backend):
     long = masked_cross_entropy(case.hidden, case.weight, case.labels, case.bias, backend=backend)
     short = masked_cross_entropy(case.hidden, case.weight, case.labels.int(), case.bias, backend=backend)
     assert all(torch.equal(one, other) for one, other in zip(long, short, strict=True))
+    apart = masked_cross_entropy(case.hidden, case.weight, scattered(case.labels), case.bias, backend=backend)
+    assert all(torch.equal(one, other) for one, other in zip(long, apart, strict=True))
     assert all(torch.equal(*pair) for pair in zip(before, (*case.inputs.values(), case.labels), strict=True))
 
 

@@ -82,7 +82,7 @@ MUTANTS_BESIDE_ROWS = {
     "labelled among the last rows only": ("labelled += is_labelled", "labelled = is_labelled"),
     "every block is the first": ("rows = first + lanes", "rows = lanes"),
     "rows that are none": ("inside & (labels != ignore_index)", "labels != ignore_index"),
-    "ignored rows are labelled": ("inside & (labels != ignore_index)", "inside"),
+    "ignored rows are labelled": ("labelled += is_labelled.to", "labelled += inside.to"),
     "the last row left out": ("inside = rows < num_rows", "inside = rows < num_rows - 1"),
     "z-loss not in the total": ("(loss_sum + z_loss_weight * z_loss_sum)", "loss_sum"),
     "total without its scale": ("tl.load(scale_ptr) * (loss_sum", "(loss_sum"),

@@ -107,7 +107,7 @@ def test_what_stands_behind_rows_that_a_product_reads_is_finite(inputs, nothing_
             wrong.extend(name for entries in behind if not entries.isfinite().all())
 
     trainer = train(inputs, look, steps=3, config_file=inputs / "odd.json")
-    assert {"aten::addmm.out", "aten::mm.out"} == set(apart), "or the logits and their gradient are not seen"
+    assert {"aten::addmm.out", "aten::mm.out"} <= set(apart), "or the logits and their gradient are not seen"
     assert not wrong
     assert all(param.isfinite().all() for param in trainer.model.parameters())
     assert trainer.skipped_steps.total() == 0
