@@ -1,6 +1,7 @@
 """The processes of a run: torchrun's environment, the process group, reductions, and errors that all ranks share."""
 
 import gc
+import inspect
 import os
 import re
 from collections.abc import Iterator
@@ -56,9 +57,9 @@ class World:
         if self.world_size == 1 or isinstance(model, FSDPModule):
             return model
         devices = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(
-            model, device_ids=devices, forward_sync_buffers=False, gradient_as_bucket_view=True
-        )
+        known = inspect.signature(DistributedDataParallel).parameters
+        sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before 2.13
+        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **{sync_buffers: False})
 
     @contextmanager
     def agreed(self) -> Iterator[None]:

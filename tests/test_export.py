@@ -23,7 +23,7 @@ from tests.exported import SHAPE, write_checkpoint
 from tests.runs import train
 
 LENGTH = 40  # beyond max_position_embeddings
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+CLOSE = {"rtol": 1e-5, "atol": 3e-5}  # some hundred roundings of fp32 at logits of this size, in another order
 
 
 @pytest.fixture(scope="module")
