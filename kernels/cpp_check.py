@@ -141,11 +141,12 @@ def _depth_mix(size: int) -> Iterator[Comparison]:
 
 
 def _cross_entropy(classes: int) -> Iterator[Comparison]:
-    """Seven rows, one without a label, one where two classes are the largest; without and with a bias."""
+    """Seven rows, one without a label, two where two classes are the largest, first and last of which is the label."""
     logits, labels = 3 * _random(7, classes), torch.arange(7) % classes
-    labels[2], logits[4, 4], logits[4, 9] = -100, 30.0, 30.0
+    labels[2] = -100
+    logits[4, [4, 9]] = logits[5, [2, 5]] = 30.0
     bias = _random(classes).float()
-    bias[4] = bias[9] = 0.5
+    bias[[2, 4, 5, 9]] = 0.5
     is_label = torch.arange(classes) == labels[:, None]
     for name, addend in (("", None), (" with bias", bias)):
         results = []
