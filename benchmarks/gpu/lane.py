@@ -26,7 +26,7 @@ def measure(settings: Settings) -> Iterator[dict[str, Any]]:
         return
     command = [sys.executable, "-m", "pytest", FOLDER, "-v", "-rs", "-p", "no:cacheprovider", "-o", "addopts="]
     if not settings.rehearse and importlib.util.find_spec("xdist"):
-        command += ["-n", str(WORKERS), "--dist", "loadfile"]
+        command += ["-n", str(WORKERS), "--dist", "worksteal"]
     outcomes: Counter[str] = Counter()
     failed: list[str] = []
     last = ""
