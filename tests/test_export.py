@@ -23,7 +23,8 @@ from tests.exported import SHAPE, write_checkpoint
 from tests.runs import train
 
 LENGTH = 40  # beyond max_position_embeddings
-CLOSE = {"rtol": 1e-5, "atol": 3e-5}  # some hundred roundings of fp32 at logits of this size, in another order
+# other releases add up in another order
+CLOSE = {"rtol": 1e-5, "atol": 1e-5 if torch.__version__ >= "2.13" else 3e-5}
 
 
 @pytest.fixture(scope="module")
