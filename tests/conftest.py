@@ -24,7 +24,7 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="gptbert-hf-")
 
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.token_store import TokenStore
-from kernels.backend import BACKENDS
+from kernels.backend import BACKENDS, set_default_backend
 from tests.scans import scan_by_doubling
 
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
@@ -43,6 +43,13 @@ TINY = ModelConfig(
     hidden_dropout_prob=0.0,
     layer_norm_eps=1e-5,
 )
+
+
+@pytest.fixture(autouse=True)
+def no_backend_stays():
+    """A run chooses its process's backend, which the next test must not be left with."""
+    yield
+    set_default_backend(None)
 
 
 @pytest.fixture(autouse=True, scope="session")
