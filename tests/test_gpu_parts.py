@@ -30,7 +30,8 @@ REHEARSED = (
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
-    return Settings(minutes=4.0, rehearse=True, work=tmp_path_factory.mktemp("work"))
+    """With time enough on any machine."""
+    return Settings(minutes=60.0, rehearse=True, work=tmp_path_factory.mktemp("work"))
 
 
 @pytest.fixture(scope="module")
