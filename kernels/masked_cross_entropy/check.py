@@ -27,6 +27,9 @@ def comparisons(device: torch.device, backend: str, run: Run | None = None) -> I
     if run is not None:
         yield from _from_hidden(device, backend, run.logits_type, run.vocab_size)
         return
+    for num_rows in (0, 4096, 9001):
+        yield from _sums(device, backend, num_rows)
+    yield from _multiplied(device, backend)
     for dtype in (torch.float32, torch.bfloat16):
         for vocab_size in _VOCAB_SIZES:
             yield from _from_logits(device, backend, dtype, vocab_size)
@@ -35,9 +38,6 @@ def comparisons(device: torch.device, backend: str, run: Run | None = None) -> I
         yield from _from_logits(device, backend, torch.bfloat16, 131, row_size)
     for dtype in (torch.float32, torch.bfloat16):
         yield from _from_hidden(device, backend, dtype)
-    yield from _multiplied(device, backend)
-    for num_rows in (0, 4096, 9001):
-        yield from _sums(device, backend, num_rows)
 
 
 def random_logits(num_rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
