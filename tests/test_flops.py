@@ -6,7 +6,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gptbert.flops import forward_flops, product_rate, training_flops
 from gptbert.model import GPTBert
-from kernels.padding import padded_length
 from tests.conftest import TINY
 
 ROWS, LENGTH = 3, 24
@@ -18,11 +17,8 @@ def test_the_formula_is_what_the_encoder_does():
     with FlopCounterMode(display=False) as counter:  # which knows no matrix–vector products, those of the mixes
         model.encode(ids, ids, causal=True)
     positions = 2 * TINY.position_bucket_size - 1
-    rows = padded_length(positions)  # rows of zeros included, which nothing needs
-    zeros = 4 * (rows - positions) * TINY.hidden_size
-    token = forward_flops(TINY, LENGTH, 0) + TINY.num_hidden_layers * zeros
-    vectors = 2 * TINY.num_hidden_layers * rows * TINY.hidden_size * 2 * TINY.hidden_size  # once for all tokens
-    assert counter.get_total_flops() == ROWS * LENGTH * token + vectors
+    vectors = 2 * TINY.num_hidden_layers * positions * TINY.hidden_size * 2 * TINY.hidden_size  # once for all tokens
+    assert counter.get_total_flops() == ROWS * LENGTH * forward_flops(TINY, LENGTH, 0) + vectors
 
 
 def test_the_head_counts_for_labelled_tokens_only():
