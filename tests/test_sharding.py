@@ -73,8 +73,8 @@ def test_a_run_does_not_depend_on_sharding(inputs, one, ranks, settings):
     ours, theirs = (whole(list_checkpoints(inputs / "runs" / run)[-1], config) for run in (name, "one"))
     for weights in ("model", "ema"):
         for key, tensor in getattr(theirs, weights).items():
-            # an α's gradient is one long sum that nearly cancels; of the 0.2 that 20 steps move it by, a five-hundredth
-            atol = 4e-4 if key.endswith("alpha") else 1e-4
+            # before 2.13 sums are in another order, and an α's gradient is one that nearly cancels: 1.42e-4 was seen
+            atol = 4e-4 if key.endswith("alpha") and torch.__version__ < "2.13" else 1e-4
             torch.testing.assert_close(getattr(ours, weights)[key], tensor, rtol=1e-3, atol=atol, msg=key)
     for index, state in theirs.optimizer["state"].items():
         torch.testing.assert_close(ours.optimizer["state"][index], state, rtol=1e-2, atol=1e-4, msg=str(index))
