@@ -24,6 +24,7 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="gptbert-hf-")
 
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.token_store import TokenStore
+from kernels import cpp
 from kernels.backend import BACKENDS, set_default_backend
 from tests.scans import scan_by_doubling
 
@@ -46,8 +47,10 @@ TINY = ModelConfig(
 
 
 @pytest.fixture(autouse=True)
-def no_backend_stays():
-    """A run chooses its process's backend, which the next test must not be left with."""
+def no_choice_stays(monkeypatch):
+    """A run chooses its process's backend and loads C++ kernels; the next test must not be left with either."""
+    monkeypatch.setattr(cpp, "_is_loaded", False)
+    set_default_backend(None)
     yield
     set_default_backend(None)
 

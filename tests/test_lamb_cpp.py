@@ -40,8 +40,7 @@ def steps_taken(monkeypatch):
     return taken
 
 
-def test_it_serves_where_kernels_in_cpp_do(tensors, steps_taken, monkeypatch):
-    monkeypatch.setattr(cpp, "_is_loaded", False)
+def test_it_serves_where_kernels_in_cpp_do(tensors, steps_taken):
     without = step(tensors)
     with cpp.serving():
         by_cpp = step(tensors)

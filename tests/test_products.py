@@ -14,7 +14,7 @@ from gptbert.distributed import World
 from gptbert.inputs import Inputs
 from gptbert.objectives import HybridPlan
 from gptbert.trainer import Trainer
-from kernels import cpp, cross_entropy_from_logits
+from kernels import cross_entropy_from_logits
 from kernels.padding import rows_apart
 from tests.operations import Operations, is_product
 from tests.runs import MODEL, flags, write_inputs
@@ -33,7 +33,6 @@ def inputs(tmp_path_factory):
 def nothing_is_written(monkeypatch):
     """Memory that PyTorch hands out holds no numbers, as memory may."""
     monkeypatch.setattr(deterministic, "fill_uninitialized_memory", True)
-    monkeypatch.setattr(cpp, "_is_loaded", False)  # whatever another test's run has loaded
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

@@ -104,7 +104,6 @@ def test_cpp_is_compiled_for_the_vectors_that_pytorch_uses():
 
 @pytest.mark.parametrize("name", ["CppCodeCache", "CppCodeCache.load_async"])
 def test_without_the_code_cache_there_are_no_kernels_in_cpp(monkeypatch, name):
-    monkeypatch.setattr(cpp, "_is_loaded", False)
     assert cpp.load()
     monkeypatch.delattr(f"torch._inductor.codecache.{name}")
     assert not cpp.load()
@@ -125,7 +124,6 @@ def test_without_the_assertion_labels_on_a_cpu_are_checked(monkeypatch):
 
 
 def test_without_fused_adamw_lamb_is_its_reference(monkeypatch):
-    monkeypatch.setattr(cpp, "_is_loaded", False)
     taken = []
     for module in (blocked, reference):
         own = module.lamb_step

@@ -6,7 +6,6 @@ import importlib.util
 import pytest
 import torch
 
-from kernels.backend import set_default_backend
 from tests.gpu.tracing import trace_only
 
 NEED_TYRO = ["test_gpu_after_training.py", "test_gpu_step.py", "test_gpu_training.py"]
@@ -33,7 +32,6 @@ def no_interpreter_unless_asked_for(device):
         if device.type == "cpu":
             patch.setenv("KERNELS_BACKEND", "torch")
         yield
-        set_default_backend(None)  # a run of another backend may have been the last
 
 
 @pytest.fixture(scope="session")
