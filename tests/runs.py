@@ -264,7 +264,7 @@ def _with_rank(target: Callable[..., None], *arguments: object) -> None:
 def forked_ranks(world_size: int, target: Callable[..., None], *arguments: object) -> list[BaseProcess]:
     """Start processes that run `target(*arguments)`, with torchrun's environment if they are several.
 
-    They are forked from a process that has imported everything, which saves each some seconds over `start`, a user's way.
+    They are forked from a process that has imported everything, which saves each some seconds of `start`, a user's way.
     """
     variables = dict(os.environ) | {"OMP_NUM_THREADS": "1"}
     if world_size > 1:

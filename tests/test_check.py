@@ -140,7 +140,7 @@ MUTANTS = {
 
 @pytest.mark.parametrize("op", MUTANTS)
 def test_a_planted_bug_fails_and_names_the_way_on(op, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["check"])
+    monkeypatch.setattr(sys, "argv", ["check", "--run", RUN.to_json()])
     monkeypatch.setattr(check, "OPERATIONS", (op,))
     with mutated(f"kernels.{op}.kernel", *MUTANTS[op], tmp_path), pytest.raises(SystemExit) as error:
         check.main()
