@@ -105,7 +105,7 @@ class StepBenchConfig:
     cpu_threads: int = 0
     """Threads on a CPU; 0: all cores."""
     match: str = ""
-    """Only cases whose name contains this, such as "MLM T=128"."""
+    """The case of this name, such as "MLM T=128 B=32"; where there is none, all whose name contains it."""
     json: bool = False
     """Print one JSON object instead of a table."""
     save: bool = False
@@ -256,7 +256,7 @@ def run(config: StepBenchConfig) -> None:
         InputError: there is no model, or no such case.
     """
     model_config = ModelConfig.from_json(config.config_file)
-    cases = [case for case in CASES if config.match in case.name and case.ranks <= machine.processes()]
+    cases = matching(config.match, [case for case in CASES if case.ranks <= machine.processes()])
     if not cases:
         names = ", ".join(case.name for case in CASES)
         raise InputError(f'--match "{config.match}": none of the cases that this machine can run ({names})')
@@ -279,6 +279,11 @@ def run(config: StepBenchConfig) -> None:
         machine.results_file(machine.STEPS).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if config.json:
         print(json.dumps(report))
+
+
+def matching(text: str, cases: list[Case]) -> list[Case]:
+    """The case of that name alone, or all whose name contains it."""
+    return [case for case in cases if case.name == text] or [case for case in cases if text in case.name]
 
 
 def show(result: Result, *, with_header: bool) -> None:

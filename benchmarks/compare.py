@@ -37,7 +37,7 @@ class CompareConfig:
     rounds: int = 3
     """Turns of each."""
     match: str = "MLM T=128 B=32"
-    """Only cases whose name contains this; "": all."""
+    """The case of this name, or all whose name contains it; "": all. Old commits know the latter only."""
     steps: int = 6
     """Steps measured in each turn."""
 

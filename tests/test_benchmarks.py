@@ -191,6 +191,14 @@ def test_masks_are_compared_to_the_bit():
     assert not passes(bench_span_mask.proof(lambda tokens, row_ids: (tokens, tokens), tokens, row_ids))
 
 
+def test_a_case_of_the_name_goes_before_those_whose_name_contains_it():
+    names = lambda text: [case.name for case in bench_train_step.matching(text, bench_train_step.CASES)]  # noqa: E731
+    assert names("MLM T=128 B=32") == ["MLM T=128 B=32"]
+    assert names("CLM T=128 B=3") == [case.name for case in bench_train_step.CASES if "CLM T=128 B=32" in case.name]
+    assert names("") == [case.name for case in bench_train_step.CASES]
+    assert names("XLM") == []
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_training_step_is_measured_in_parts_that_add_up(tmp_path, ranks):
     case = bench_train_step.Case("MLM", 32, 4, ranks)
