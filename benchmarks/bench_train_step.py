@@ -33,10 +33,10 @@ from gptbert.errors import InputError
 from gptbert.flops import forward_flops, product_rate, training_flops
 from gptbert.inputs import Inputs
 from gptbert.memory import peak_memory
-from gptbert.model import IGNORE_INDEX
 from gptbert.objectives import HybridPlan
 from gptbert.token_store import TokenStore
 from gptbert.trainer import Trainer
+from kernels import IGNORE_INDEX
 from kernels.padding import padded_length
 
 WARM_UPS = 2

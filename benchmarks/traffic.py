@@ -26,10 +26,9 @@ from torch import Tensor
 
 from gptbert.config import ModelConfig
 from gptbert.model import GPTBert
-from kernels import cross_entropy_from_logits, lamb_step, masked_cross_entropy, span_mask
+from kernels import IGNORE_INDEX, cross_entropy_from_logits, lamb_step, masked_cross_entropy, span_mask
 from kernels.padding import padded_rows
 
-IGNORE_INDEX = -100
 VOCAB_SIZES = (8192, 16384, 32768, 50257, 65536)
 LENGTHS = (128, 129, 513, 4096)  # the trainer's rows are one token longer than T
 ROWS = 5  # 40 % of them is a whole number

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from gptbert.distributed import World
 from gptbert.errors import InputError
-from gptbert.model import IGNORE_INDEX
+from kernels import IGNORE_INDEX
 
 _MOST = torch.iinfo(torch.uint8).max
 

@@ -20,11 +20,10 @@ from gptbert.config import ModelConfig
 from gptbert.dropout import Dropout, random_seeds
 from gptbert.layer_weighting import LayerWeighting, Representations
 from gptbert.norm import InputNorm, layer_norm
-from kernels import MaskedCrossEntropy, masked_cross_entropy
+from kernels import IGNORE_INDEX, MaskedCrossEntropy, masked_cross_entropy
 from kernels.gated_norm import gated_product
 from kernels.padding import padded_length, rounded_rows
 
-IGNORE_INDEX = -100
 BLOCK_SEEDS = ATTENTION_SEEDS + 1
 
 

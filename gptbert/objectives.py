@@ -11,10 +11,9 @@ from torch import Tensor
 
 from gptbert.config import TrainConfig
 from gptbert.errors import InputError
-from gptbert.model import IGNORE_INDEX
 from gptbert.schedules import batch_sizes, length_factor, length_factors
 from gptbert.tokenizer import BOS_ID, MASK_ID, PAD_ID
-from kernels import span_mask
+from kernels import IGNORE_INDEX, span_mask
 
 
 class Objective(Enum):

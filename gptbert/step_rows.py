@@ -14,9 +14,9 @@ from gptbert.inputs import Inputs, corpus_names, naming
 from gptbert.mask_history import MaskHistory
 from gptbert.micro_batch import MicroBatches
 from gptbert.mixture import Mixture
-from gptbert.model import IGNORE_INDEX
 from gptbert.objectives import Batch, HybridPlan, Masking, Objective, Share, causal_batch, masked_batch
 from gptbert.tokenizer import PAD_ID
+from kernels import IGNORE_INDEX
 from kernels.padding import padded_length
 
 LoadedShare = tuple[Share, dict[str, Tensor]]  # the fields of `Rows`, on the host

@@ -11,11 +11,12 @@ from gptbert.config import TrainConfig
 from gptbert.distributed import World
 from gptbert.errors import InputError
 from gptbert.inputs import Inputs
-from gptbert.model import IGNORE_INDEX, GPTBert
+from gptbert.model import GPTBert
 from gptbert.objectives import HybridPlan
 from gptbert.samples import Samples
 from gptbert.schedules import batch_size, length_factor
 from gptbert.trainer import Trainer
+from kernels import IGNORE_INDEX
 from tests.conftest import TINY
 from tests.numerics import assert_accurate
 from tests.runs import flags, write_inputs

@@ -4,7 +4,7 @@ import torch
 
 from gptbert.distributed import World
 from gptbert.mask_history import MaskHistory
-from gptbert.model import IGNORE_INDEX
+from kernels import IGNORE_INDEX
 
 WORLD = World(0, 1, torch.device("cpu"))
 

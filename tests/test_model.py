@@ -10,8 +10,9 @@ from safetensors import safe_open
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptbert.config import ModelConfig
-from gptbert.model import IGNORE_INDEX, GPTBert, position_bucket, select_labelled
+from gptbert.model import GPTBert, position_bucket, select_labelled
 from gptbert.upstream import from_upstream, to_upstream
+from kernels import IGNORE_INDEX
 from tests.conftest import TINY
 from tests.numerics import relative_error
 

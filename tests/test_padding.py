@@ -6,8 +6,8 @@ import platform
 import pytest
 import torch
 
-from gptbert.model import IGNORE_INDEX, select_labelled
-from kernels import masked_cross_entropy
+from gptbert.model import select_labelled
+from kernels import IGNORE_INDEX, masked_cross_entropy
 from kernels.padding import ROWS, rounded_rows
 
 

@@ -5,6 +5,9 @@ from torch import Tensor
 
 from kernels.backend import choose_backend
 from kernels.span_mask import op
+from kernels.span_mask.reference import IGNORE_INDEX
+
+__all__ = ["DEFAULT_MAX_SPAN_LENGTH", "IGNORE_INDEX", "most_selected", "span_mask"]
 
 DEFAULT_MAX_SPAN_LENGTH = 3
 _MAX_VOCAB_SIZE = 2**31  # times a 32-bit random number fits a signed 64-bit one

@@ -8,7 +8,8 @@ import torch
 from gptbert.compilation import compile_blocks
 from gptbert.config import ModelConfig
 from gptbert.dropout import random_seeds
-from gptbert.model import BLOCK_SEEDS, IGNORE_INDEX, DropoutSeeds, GPTBert
+from gptbert.model import BLOCK_SEEDS, DropoutSeeds, GPTBert
+from kernels import IGNORE_INDEX
 from tests.numerics import assert_near, relative_error
 
 CPU = torch.device("cpu")
