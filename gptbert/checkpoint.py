@@ -32,7 +32,7 @@ from gptbert.errors import InputError, first_line
 from gptbert.files import delete, move_away, publish
 from gptbert.json_file import read_json
 from gptbert.model import GPTBert
-from gptbert.progress import say
+from gptbert.screen import say
 from gptbert.settings_files import write_settings
 from gptbert.shards import load_shards, save_shards
 from gptbert.tokenizer import tokenizer_hash

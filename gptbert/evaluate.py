@@ -25,7 +25,7 @@ from gptbert.errors import InputError
 from gptbert.metrics import LossSums
 from gptbert.objectives import Objective
 from gptbert.outputs import check_outputs, staged_outputs
-from gptbert.text_table import table
+from gptbert.screen import table
 from gptbert.token_store import TokenStore, token_dtype
 from gptbert.tokenizer import tokenizer_hash
 from gptbert.trained_model import ModelChoice, TrainedModel

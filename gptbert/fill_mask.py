@@ -11,7 +11,7 @@ from gptbert.command_line import run_command
 from gptbert.encoding import encode_with_masks
 from gptbert.errors import InputError
 from gptbert.model import GPTBert
-from gptbert.text_table import table
+from gptbert.screen import table
 from gptbert.tokenizer import MASK_ID, ordinary_ids
 from gptbert.trained_model import ModelChoice, TrainedModel
 

@@ -10,12 +10,8 @@ from gptbert.config import TrainConfig
 from gptbert.distributed import World
 from gptbert.inputs import Inputs
 from gptbert.objectives import HybridPlan, Objective
+from gptbert.screen import say
 from gptbert.word_checkpoints import WordCheckpoints
-
-
-def say(line: str) -> None:
-    """Print a line above the progress bar."""
-    tqdm.write(line, file=sys.stderr)
 
 
 def introduce(

@@ -25,7 +25,7 @@ from gptbert.likelihood import log_likelihoods, num_predictions
 from gptbert.minimal_pairs import BLIMP_GROUP, Accuracy, MinimalPair, members, read_pairs
 from gptbert.objectives import Objective
 from gptbert.outputs import check_outputs, staged_outputs
-from gptbert.text_table import table
+from gptbert.screen import table
 from gptbert.trained_model import ModelChoice, TrainedModel
 
 OBJECTIVES = {"causal": Objective.CLM, "mntp": Objective.MLM}

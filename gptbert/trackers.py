@@ -10,8 +10,8 @@ from typing import Any, Protocol, Self
 from gptbert.config import TrainConfig
 from gptbert.distributed import World
 from gptbert.errors import InputError, first_line
-from gptbert.progress import say
 from gptbert.records import JsonLines
+from gptbert.screen import say
 
 
 class Tracker(Protocol):

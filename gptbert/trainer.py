@@ -28,8 +28,9 @@ from gptbert.model import GPTBert
 from gptbert.objectives import Batch, HybridPlan, Objective
 from gptbert.optim import WeightAverage, build_optimizer, update_weights
 from gptbert.preparation import check_cpp_kernels, prepare_kernels, prepare_run_dir
-from gptbert.progress import brief, introduce, progress_bar, say
+from gptbert.progress import brief, introduce, progress_bar
 from gptbert.samples import Samples
+from gptbert.screen import say
 from gptbert.sharding import let_go, load_moments, load_weights, new_moments, shard, shard_size, whole
 from gptbert.skipped_steps import SkippedSteps
 from gptbert.step_rows import LoadedShare, StepRows, training_streams

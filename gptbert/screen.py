@@ -1,6 +1,14 @@
-"""Tables on the screen."""
+"""What commands print: lines above the progress bar, tables."""
 
+import sys
 from collections.abc import Sequence
+
+from tqdm import tqdm
+
+
+def say(line: str) -> None:
+    """Print a line above the progress bar."""
+    tqdm.write(line, file=sys.stderr)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
