@@ -100,7 +100,7 @@ class TokenStore:
         path = Path(path)
         files = [str(file) for file in shard_files(path)]  # a Path takes ten times the memory
         if not is_safetensors(Path(files[0])):
-            from gptbert.upstream import read_token_file  # noqa: PLC0415  upstream's pickles need torch, ours do not
+            from gptbert.upstream_tokens import read_token_file  # noqa: PLC0415  upstream's pickles need torch, ours do not
 
             tokens, offsets = read_token_file(files[0])
             store = cls([tokens], [offsets], int(tokens.max(initial=0)) + 1, None, files)

@@ -17,7 +17,8 @@ from gptbert.config import ModelConfig
 from gptbert.errors import InputError
 from gptbert.model import GPTBert
 from gptbert.token_store import TokenStore
-from gptbert.upstream import from_upstream, read_token_file, to_upstream
+from gptbert.upstream import from_upstream, to_upstream
+from gptbert.upstream_tokens import read_token_file
 
 GOLDEN = Path(__file__).parent / "golden"
 TIED = "classifier.nonlinearity.5.weight"
