@@ -31,9 +31,9 @@ from gptbert.data import Prefetcher
 from gptbert.distributed import World, connect
 from gptbert.errors import InputError
 from gptbert.flops import forward_flops, product_rate, training_flops
+from gptbert.hybrid_plan import HybridPlan
 from gptbert.inputs import Inputs
 from gptbert.memory import peak_memory
-from gptbert.objectives import HybridPlan
 from gptbert.token_store import TokenStore
 from gptbert.trainer import Trainer
 from kernels import IGNORE_INDEX

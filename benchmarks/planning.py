@@ -22,7 +22,8 @@ from benchmarks import machine
 from gptbert.command_line import run_command
 from gptbert.config import TrainConfig
 from gptbert.data import RowStream
-from gptbert.objectives import HybridPlan, Objective
+from gptbert.hybrid_plan import HybridPlan
+from gptbert.objectives import Objective
 from gptbert.token_store import SHARD_TOKENS, TokenStore, TokenStoreWriter
 
 T = TypeVar("T")

@@ -10,8 +10,8 @@ from gptbert.checkpoint import Checkpoint
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.distributed import World
 from gptbert.flops import training_flops
+from gptbert.hybrid_plan import HybridPlan
 from gptbert.micro_batch import micro_batch_rows
-from gptbert.objectives import HybridPlan
 
 # For each row length of a run, which has code of its own; ten seconds where Inductor has it on the disk.
 COMPILE_SECONDS = {"cpu": 30.0, "cuda": 30.0}

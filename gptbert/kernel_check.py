@@ -21,7 +21,7 @@ import kernels
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.distributed import World
 from gptbert.errors import InputError
-from gptbert.objectives import HybridPlan
+from gptbert.hybrid_plan import HybridPlan
 from kernels.check import WAY_ON
 from kernels.run import Run
 

@@ -7,7 +7,8 @@ import torch
 from gptbert import schedules
 from gptbert.config import TrainConfig
 from gptbert.distributed import World
-from gptbert.objectives import Batch, HybridPlan, Objective, micro_batches
+from gptbert.hybrid_plan import HybridPlan
+from gptbert.objectives import Batch, Objective, micro_batches
 from kernels.padding import rounded_rows
 from kernels.span_mask import most_selected
 

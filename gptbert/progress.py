@@ -8,8 +8,9 @@ from tqdm import tqdm
 from gptbert import recipes
 from gptbert.config import TrainConfig
 from gptbert.distributed import World
+from gptbert.hybrid_plan import HybridPlan
 from gptbert.inputs import Inputs
-from gptbert.objectives import HybridPlan, Objective
+from gptbert.objectives import Objective
 from gptbert.screen import say
 from gptbert.word_checkpoints import WordCheckpoints
 

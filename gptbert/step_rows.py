@@ -10,11 +10,12 @@ from gptbert.config import TrainConfig
 from gptbert.data import Rows, RowStream
 from gptbert.distributed import World
 from gptbert.errors import InputError
+from gptbert.hybrid_plan import HybridPlan, Share
 from gptbert.inputs import Inputs, corpus_names, naming
 from gptbert.mask_history import MaskHistory
 from gptbert.micro_batch import MicroBatches
 from gptbert.mixture import Mixture
-from gptbert.objectives import Batch, HybridPlan, Masking, Objective, Share, causal_batch, masked_batch
+from gptbert.objectives import Batch, Masking, Objective, causal_batch, masked_batch
 from gptbert.tokenizer import PAD_ID
 from kernels import IGNORE_INDEX
 from kernels.padding import padded_length

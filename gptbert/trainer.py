@@ -17,6 +17,7 @@ from gptbert.data import Prefetcher
 from gptbert.distributed import World, connect
 from gptbert.errors import InputError, StoppedError
 from gptbert.flops import product_rate, training_flops
+from gptbert.hybrid_plan import HybridPlan
 from gptbert.initial_weights import read_initial_weights
 from gptbert.inputs import Inputs
 from gptbert.kernel_check import kernel_check, run_of
@@ -25,7 +26,7 @@ from gptbert.memory import peak_memory
 from gptbert.metrics import LossSums, Throughput, training_losses
 from gptbert.micro_batch import MicroBatches
 from gptbert.model import GPTBert
-from gptbert.objectives import Batch, HybridPlan, Objective
+from gptbert.objectives import Batch, Objective
 from gptbert.optim import WeightAverage, build_optimizer, update_weights
 from gptbert.preparation import check_cpp_kernels, prepare_kernels, prepare_run_dir
 from gptbert.progress import brief, introduce, progress_bar

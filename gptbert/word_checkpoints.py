@@ -17,10 +17,11 @@ from gptbert.data import RowStream
 from gptbert.distributed import World
 from gptbert.errors import InputError
 from gptbert.files import new_folder
+from gptbert.hybrid_plan import HybridPlan
 from gptbert.json_file import write_json
 from gptbert.mixture import Mixture
 from gptbert.model import GPTBert
-from gptbert.objectives import HybridPlan, Objective
+from gptbert.objectives import Objective
 from gptbert.settings_files import write_settings
 from gptbert.sharding import whole_weights
 from gptbert.weights import write_weights

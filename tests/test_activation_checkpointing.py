@@ -8,9 +8,9 @@ from gptbert.command_line import parse
 from gptbert.compilation import compile_blocks
 from gptbert.config import TrainConfig
 from gptbert.distributed import World
+from gptbert.hybrid_plan import HybridPlan
 from gptbert.inputs import Inputs
 from gptbert.model import GPTBert
-from gptbert.objectives import HybridPlan
 from gptbert.trainer import Trainer
 from tests.conftest import TINY
 from tests.runs import flags, write_inputs

@@ -10,9 +10,9 @@ from gptbert.compilation import compile_blocks
 from gptbert.config import TrainConfig
 from gptbert.distributed import World
 from gptbert.errors import InputError
+from gptbert.hybrid_plan import HybridPlan
 from gptbert.inputs import Inputs
 from gptbert.model import GPTBert
-from gptbert.objectives import HybridPlan
 from gptbert.samples import Samples
 from gptbert.schedules import batch_size, length_factor
 from gptbert.trainer import Trainer

@@ -11,7 +11,7 @@ from gptbert.command_line import parse
 from gptbert.compile_choice import choose, seconds_saved
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.distributed import World
-from gptbert.objectives import HybridPlan
+from gptbert.hybrid_plan import HybridPlan
 from gptbert.trainer import fit
 from tests.runs import MODEL, flags, write_inputs
 

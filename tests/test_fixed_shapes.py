@@ -9,8 +9,8 @@ from gptbert import trainer as trainer_module
 from gptbert.command_line import parse
 from gptbert.config import TrainConfig
 from gptbert.distributed import World
+from gptbert.hybrid_plan import HybridPlan
 from gptbert.inputs import Inputs
-from gptbert.objectives import HybridPlan
 from gptbert.trainer import Trainer
 from tests.operations import Operations
 from tests.runs import flags, write_inputs

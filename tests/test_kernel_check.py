@@ -10,8 +10,8 @@ from gptbert.command_line import parse
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.distributed import World
 from gptbert.errors import InputError
+from gptbert.hybrid_plan import HybridPlan
 from gptbert.kernel_check import kernel_check, run_of
-from gptbert.objectives import HybridPlan
 from gptbert.trainer import fit
 from kernels.run import Run
 from tests.runs import MODEL, flags, write_inputs

@@ -7,8 +7,9 @@ import torch
 
 from gptbert.config import TrainConfig
 from gptbert.distributed import World
+from gptbert.hybrid_plan import HybridPlan
 from gptbert.micro_batch import MicroBatches, micro_batch_rows
-from gptbert.objectives import Batch, HybridPlan, Objective
+from gptbert.objectives import Batch, Objective
 from kernels.padding import ROWS
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

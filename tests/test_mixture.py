@@ -13,10 +13,11 @@ from gptbert import inputs as run_inputs
 from gptbert.data import RowStream
 from gptbert.distributed import World
 from gptbert.errors import InputError
+from gptbert.hybrid_plan import HybridPlan
 from gptbert.inputs import Inputs, corpus_names
 from gptbert.micro_batch import MicroBatches
 from gptbert.mixture import Mixture
-from gptbert.objectives import HybridPlan, Objective
+from gptbert.objectives import Objective
 from gptbert.step_rows import StepRows
 from gptbert.tokenizer import BOS_ID
 from tests.test_data import FIELDS, assert_equal, lengths, seq_lengths

@@ -12,10 +12,10 @@ from gptbert.command_line import parse
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.distributed import connect
 from gptbert.errors import InputError
+from gptbert.hybrid_plan import HybridPlan
 from gptbert.inputs import Inputs
 from gptbert.model import GPTBert
 from gptbert.muon import hidden_matrices
-from gptbert.objectives import HybridPlan
 from gptbert.optim import build_optimizer
 from gptbert.trainer import Trainer, fit
 from tests.runs import assert_same_checkpoint, flags, on_ranks, write_inputs

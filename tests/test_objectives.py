@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from gptbert.data import RowStream
 from gptbert.errors import InputError
-from gptbert.objectives import Batch, HybridPlan, Masking, Objective, causal_batch, masked_batch, micro_batches
+from gptbert.hybrid_plan import HybridPlan
+from gptbert.objectives import Batch, Masking, Objective, causal_batch, masked_batch, micro_batches
 from gptbert.schedules import batch_size, length_factor
 from gptbert.tokenizer import BOS_ID, MASK_ID, PAD_ID
 
@@ -150,7 +151,7 @@ def test_every_step_is_what_a_loop_over_steps_gives(make_config, data):
         seq_length=2,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gptbert.objectives._BLOCK", data.draw(st.integers(1, 40), label="block"))
+        patch.setattr("gptbert.hybrid_plan._BLOCK", data.draw(st.integers(1, 40), label="block"))
         plan = HybridPlan(config, 1)
     slots = [0, 0]
     steps = [(step, *rows_of_a_step(config, step)) for step in range(config.max_steps)]
@@ -184,7 +185,7 @@ def test_a_plan_does_not_grow_with_its_run(make_config):
     assert held(10**6)[0] < 66_000
     assert held(10**6)[1] < 2 * 4100 * 40
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gptbert.objectives._BLOCK", 2**6)
+        patch.setattr("gptbert.hybrid_plan._BLOCK", 2**6)
         slots, blocks = held(2**12)
         assert held(2**16) == (slots, pytest.approx(16 * blocks, rel=0.01)), "longer blocks, not more of them"
 

@@ -12,8 +12,8 @@ from gptbert import checkpoint
 from gptbert.command_line import parse
 from gptbert.config import TrainConfig
 from gptbert.distributed import World
+from gptbert.hybrid_plan import HybridPlan
 from gptbert.inputs import Inputs
-from gptbert.objectives import HybridPlan
 from gptbert.torch_file import load_torch_file
 from gptbert.trainer import Trainer, fit
 from kernels.configuration import OPERATIONS

@@ -11,8 +11,8 @@ from gptbert import model
 from gptbert.command_line import parse
 from gptbert.config import TrainConfig
 from gptbert.distributed import World
+from gptbert.hybrid_plan import HybridPlan
 from gptbert.inputs import Inputs
-from gptbert.objectives import HybridPlan
 from gptbert.trainer import Trainer
 from kernels import cross_entropy_from_logits
 from kernels.padding import rows_apart

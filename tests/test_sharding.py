@@ -18,9 +18,9 @@ from gptbert.command_line import parse, run_command
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.distributed import World
 from gptbert.errors import InputError
+from gptbert.hybrid_plan import HybridPlan
 from gptbert.inputs import Inputs
 from gptbert.model import GPTBert
-from gptbert.objectives import HybridPlan
 from gptbert.optim import Lamb, parameter_groups
 from gptbert.records import read_records
 from gptbert.sharding import new_moments, shard_size

@@ -10,7 +10,7 @@ from gptbert.command_line import parse, run_command
 from gptbert.config import TrainConfig
 from gptbert.data import RowStream
 from gptbert.errors import InputError
-from gptbert.objectives import HybridPlan
+from gptbert.hybrid_plan import HybridPlan
 from gptbert.token_store import TokenStore, TokenStoreWriter
 from gptbert.tokenizer import tokenizer_hash
 from gptbert.trainer import fit

@@ -14,8 +14,9 @@ from gptbert.command_line import parse
 from gptbert.config import TrainConfig
 from gptbert.distributed import World
 from gptbert.errors import InputError
+from gptbert.hybrid_plan import HybridPlan
 from gptbert.inputs import Inputs
-from gptbert.objectives import HybridPlan, Objective
+from gptbert.objectives import Objective
 from gptbert.records import read_records
 from gptbert.schedules import learning_rate
 from gptbert.token_store import TokenStore

@@ -15,7 +15,8 @@ from gptbert.command_line import parse
 from gptbert.config import TrainConfig
 from gptbert.data import RowStream
 from gptbert.errors import InputError
-from gptbert.objectives import HybridPlan, Objective
+from gptbert.hybrid_plan import HybridPlan
+from gptbert.objectives import Objective
 from gptbert.records import read_records
 from gptbert.token_store import TokenStore, TokenStoreWriter
 from gptbert.tokenizer import tokenizer_hash

@@ -18,8 +18,8 @@ from benchmarks.gpu.hardware import ROOT
 from benchmarks.gpu.settings import Settings
 from gptbert.config import ModelConfig
 from gptbert.distributed import connect
+from gptbert.hybrid_plan import HybridPlan
 from gptbert.kernel_check import kernel_check, run_of
-from gptbert.objectives import HybridPlan
 from gptbert.preparation import prepare_kernels
 from kernels.check import first_failure, run_checks
 

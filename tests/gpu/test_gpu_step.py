@@ -12,8 +12,8 @@ from gptbert import schedules
 from gptbert.command_line import parse
 from gptbert.config import TrainConfig
 from gptbert.distributed import World
+from gptbert.hybrid_plan import HybridPlan
 from gptbert.inputs import Inputs
-from gptbert.objectives import HybridPlan
 from gptbert.optim import update_weights
 from gptbert.trainer import Trainer
 from tests.gpu.compiled_run import always_compile
