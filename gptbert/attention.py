@@ -1,4 +1,4 @@
-"""Self-attention with disentangled relative positions (spec.md §1).
+"""Self-attention with disentangled relative positions (docs/model.md#attention).
 
 Letters of shapes: B rows, T positions, D hidden, H heads, d = D/H, S bucket size, P = 2S−1 distinct position vectors.
 """

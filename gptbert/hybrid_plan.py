@@ -35,7 +35,7 @@ class _Steps:
 
 
 class HybridPlan:
-    """Which rows a step has, and which of them belong to which rank; functions of the step alone (spec.md §3, §5).
+    """Which rows a step has, and which rank trains them: functions of the step alone (docs/model.md#hybrid).
 
     Held are the slots before each block of steps, 66 KB at most, and two blocks with all of their steps: 40 bytes for
     each of 4,096 steps, or of a 4,096th of the run where that is more.

@@ -6,7 +6,7 @@ Of a sentence `<s>` x_1 … x_n and a temperature τ, with log p = log-softmax(l
 - masked: Σ_i log p(x_i | the sentence with `<mask>` for x_i), attention looking both ways: the pseudo-log-likelihood of
   Salazar et al. (2020, arXiv 1910.14659).
 
-Both objectives predict the *next* token (spec.md §2), so both read x_i from the position before it.
+Both objectives predict the *next* token (docs/model.md#rows), so both read x_i from the position before it.
 
 Letters of shapes: B rows, T positions, N predictions, V vocabulary, K temperatures.
 """
@@ -59,7 +59,7 @@ def log_likelihoods(
 
     Args:
         model: in eval mode.
-        sentences: token ids, `<s>` first; of any length, since distances are clamped (spec.md §1).
+        sentences: token ids, `<s>` first; of any length, since distances are clamped (docs/model.md#position-buckets).
         objective: CLM for the causal score, MLM for the masked one.
         temperatures: K positive numbers that divide the logits.
         batch_tokens: about how many tokens go through the model at once, padding included; one row at least.

@@ -1,4 +1,4 @@
-"""GPT-BERT, to be read beside spec.md §1 (Charpentier & Samuel 2024, arXiv 2410.24159).
+"""GPT-BERT (Charpentier & Samuel 2024, arXiv 2410.24159); docs/model.md has the formulas.
 
 Letters of shapes: B rows, T positions, D hidden, H heads, d = D/H, I intermediate, V vocabulary, S bucket size,
 P = 2S−1 distinct position vectors, N labelled positions.

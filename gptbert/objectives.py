@@ -96,7 +96,12 @@ class Masking:
 
 
 def causal_batch(tokens: Tensor, document_ids: Tensor) -> Batch:
-    """CLM: every token that is not `<s>` or padding is a label. Both arguments are [B, T + 1]."""
+    """CLM: every token but `<s>` and padding is a label (docs/model.md#causal-objective).
+
+    Args:
+        tokens: [B, T + 1].
+        document_ids: [B, T + 1], −1 for padding.
+    """
     labels = torch.where((tokens == BOS_ID) | (document_ids < 0), IGNORE_INDEX, tokens)
     return Batch(Objective.CLM, tokens[:, :-1], document_ids[:, :-1], labels[:, 1:])
 

@@ -313,7 +313,7 @@ def update_weights(optimizer: Optimizer, model: nn.Module, average: WeightAverag
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: all parameters but biases and LayerNorm's decay (spec.md §4)."""
+    """Two groups: all parameters but biases and LayerNorm's decay (docs/model.md#lamb)."""
     named = list(model.named_parameters())
     decays = [not ("bias" in name or "layer_norm" in name) for name, _ in named]
     return [

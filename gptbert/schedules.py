@@ -1,4 +1,4 @@
-"""Everything that changes during a run, as functions of the global step alone, so that ranks can never disagree."""
+"""What changes during a run (docs/model.md#schedules): functions of the global step alone, so that ranks agree."""
 
 import math
 

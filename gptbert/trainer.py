@@ -360,7 +360,7 @@ class Trainer:
                 self.sums.sums.copy_(sum(state["sums"] for state in resumed.rank_states))
 
     def _loss_scales(self, batches: list[Batch]) -> dict[Objective, Tensor]:
-        """Factors that turn a rank's sums into its part of the step's loss.
+        """Factors that turn a rank's sums into its part of the step's loss (docs/model.md#loss).
 
         Means are over the labels of all ranks, so their numbers are added up first: two integers, and a third one for
         `StopSignal`, so that ranks agree on it for free. The data-parallel backward averages over ranks, which the

@@ -1,4 +1,4 @@
-"""Attention's own functions against autograd's derivative of the formulas in spec.md §1."""
+"""Attention's own functions against autograd's derivative of the formulas of docs/model.md#attention."""
 
 import pytest
 import torch

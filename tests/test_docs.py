@@ -45,6 +45,20 @@ def test_links_lead_somewhere_and_training_commands_are_known(page):
                 parse(TrainConfig, shlex.split(line.split("train_distributed.py", 1)[1], comments=True))
 
 
+def test_headings_of_the_model_that_are_cited_exist():
+    """Docstrings and pages cite them as links do: docs/model.md#position-buckets."""
+    headings = re.findall(r"^## (.*)$", (DOCS / "model.md").read_text(encoding="utf-8"), re.MULTILINE)
+    anchors = {heading.lower().replace(" ", "-") for heading in headings}
+    cited = set()
+    for folder in ("gptbert", "kernels", "tests", "docs", "benchmarks", "tokenize_scripts"):
+        for file in (file for kind in ("py", "md", "cpp", "h") for file in (ROOT / folder).rglob(f"*.{kind}")):
+            text = file.read_text(encoding="utf-8")
+            found = set(re.findall(r"model\.md#([\w-]+)", text))
+            assert found <= anchors, f"{file}: {found - anchors}"
+            cited |= found
+    assert len(cited) > 8
+
+
 def test_flags_that_stayed_the_same_exist():
     """And every flag that the page names for something else."""
     table = (DOCS / "upstream.md").read_text(encoding="utf-8").split("\n## Flags\n")[1].split("\n## ")[0]

@@ -44,7 +44,7 @@ def philox_of_one(seed, position, stream, row_id):
 
 
 def sequential(tokens, seed, row_id, *, mask_p, random_p, keep_p, max_span_length=3, counts=None, vocab_size=VOCAB):
-    """One row, from the left: spec.md §3 as a loop."""
+    """One row, from the left: docs/model.md#masked-objective as a loop."""
     draws = [philox_of_one(seed, position, 0, row_id) for position in range(len(tokens))]
     scores, kinds = [], []
     while len(scores) < len(tokens):

@@ -22,9 +22,9 @@ def attention_context(
 ) -> Tensor:
     """Mean of the values under a softmax of content and position scores, with dropout of the probabilities.
 
-    Query i and key j have the score q_i·k_j + q_i·pk_β(i,j) + pq_β(i,j)·k_j (spec.md §1). A query that sees no key
-    gives zeros. Position scores are computed once per position vector, for all rows in one product a head, and
-    gathered; their gradients are sums over the positions of a bucket. Of all that has [H, B, T, T] entries only the
+    Query i and key j have the score q_i·k_j + q_i·pk_β(i,j) + pq_β(i,j)·k_j (docs/model.md#attention). A query that
+    sees no key gives zeros. Position scores are computed once per position vector, for all rows in one product a head,
+    and gathered; their gradients are sums over the positions of a bucket. Of all that has [H, B, T, T] entries only the
     probabilities are kept for the backward, which draws the dropout's mask again.
 
     Args:

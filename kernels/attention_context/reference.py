@@ -1,4 +1,4 @@
-"""Softmax of content and position scores with dropout, and its backward, in plain PyTorch (spec.md §1).
+"""Softmax of content and position scores with dropout, and its backward, in plain PyTorch (docs/model.md#attention).
 
 Letters of shapes: H heads, B rows, T positions, P distinct position vectors.
 """

@@ -33,7 +33,7 @@ def lamb_step(
     group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor | None:
-    """One step of LAMB for all tensors of a model, with gradient clipping and moving averages (spec.md §4).
+    """One step of LAMB for all tensors of a model, with gradient clipping and moving averages (docs/model.md#lamb).
 
     Updates `params`, `exp_avgs`, `exp_avg_sqs`, `steps` and `averages` in place; `grads` is only read. Never waits for
     the device. A CUDA graph may record it once it has seen the same tensors before, and `lr` is a tensor.

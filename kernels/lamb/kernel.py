@@ -81,7 +81,7 @@ def _store(pointer, lanes, values, length, MASKED: tl.constexpr):
 
 @triton.jit
 def _adam_update(exp_avg, exp_avg_sq, exp_avg_scale, denominator_scale, eps):
-    """Adam's update, u of spec.md §4 without decay; the scales are 1/(1 − β1ᵗ) and 1/√(1 − β2ᵗ)."""
+    """Adam's update, u of docs/model.md#lamb without decay; the scales are 1/(1 − β1ᵗ) and 1/√(1 − β2ᵗ)."""
     return exp_avg * exp_avg_scale / (tl.sqrt(exp_avg_sq) * denominator_scale + eps)
 
 

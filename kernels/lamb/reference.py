@@ -1,4 +1,4 @@
-"""LAMB in plain PyTorch, one tensor after another: spec.md §4 read aloud, and the rounding of bf16 moments."""
+"""LAMB in plain PyTorch, one tensor after another: docs/model.md#lamb, and the rounding of bf16 moments."""
 
 import torch
 from torch import Tensor

@@ -33,7 +33,7 @@ def span_mask(
     mask_counts: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mask spans of a batch of rows (spec.md §3), as a pure function of (seed, row id, position).
+    """Mask spans of a batch of rows (docs/model.md#masked-objective), as a pure function of (seed, row id, position).
 
     Both backends compute with integers alone and agree to the bit. Never waits for the device, and no value of the
     numbers makes Triton compile again. `torch.compile` does for each new share (floats are constants to it), so where
