@@ -29,6 +29,7 @@ SETTINGS = {
     "validation_steps": 1,
     "log_every": 1,
 }
+RANDOM = random.Random(20)  # the same moments and places whenever this file runs
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +64,8 @@ def launch(inputs):
 def test_a_rank_that_is_killed_is_started_again_by_torchrun(inputs, undisturbed, launch):
     run = inputs / "runs" / "rank-killed"
     process = launch("rank-killed", 2, "--max_restarts=1", resume="auto")
-    wait_for_record(process, run, random.randint(11, STEPS // 2))
-    os.kill(workers("rank-killed")[random.randint(0, 1)], signal.SIGKILL)
+    wait_for_record(process, run, RANDOM.randint(11, STEPS // 2))
+    os.kill(workers("rank-killed")[RANDOM.randint(0, 1)], signal.SIGKILL)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     assert "going on from" in output
@@ -77,7 +78,7 @@ def test_a_signal_saves_at_the_next_step_and_the_run_goes_on(inputs, undisturbed
     run, steps = inputs / "runs" / "signals", []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         process = launch("signals", resume="auto")
-        wait_for_record(process, run, len(read_records(run / "metrics.jsonl")) + random.randint(3, 6))
+        wait_for_record(process, run, len(read_records(run / "metrics.jsonl")) + RANDOM.randint(3, 6))
         process.send_signal(number)
         output, _ = process.communicate(timeout=60)
         assert process.returncode == STOPPED == 75, output
@@ -99,7 +100,7 @@ def test_all_ranks_stop_at_the_same_step(inputs, undisturbed, launch, target):
     name = f"signal to {target}"
     run = inputs / "runs" / name
     process = launch(name, 2, resume="auto")
-    wait_for_record(process, run, random.randint(11, 20))
+    wait_for_record(process, run, RANDOM.randint(11, 20))
     if target == "torchrun":
         process.terminate()
     else:
@@ -117,15 +118,15 @@ def test_all_ranks_stop_at_the_same_step(inputs, undisturbed, launch, target):
 
 def flip_a_bit(path):
     with path.open("r+b") as file:
-        position = random.randrange(path.stat().st_size)
+        position = RANDOM.randrange(path.stat().st_size)
         file.seek(position)
-        byte = file.read(1)[0] ^ 1 << random.randrange(8)
+        byte = file.read(1)[0] ^ 1 << RANDOM.randrange(8)
         file.seek(position)
         file.write(bytes([byte]))
 
 
 def cut_short(path):
-    os.truncate(path, random.randrange(path.stat().st_size))
+    os.truncate(path, RANDOM.randrange(path.stat().st_size))
 
 
 def test_damaged_checkpoints_are_named_and_the_one_before_is_used(inputs, undisturbed, launch):
@@ -182,7 +183,7 @@ def test_a_rank_that_hangs_ends_the_others_with_a_line_each(inputs, launch):
     process = launch("hangs", 3, timeout=timeout)
     wait_for_record(process, run, 3)
     ranks = workers("hangs")
-    hung = ranks.pop(random.randint(0, 2))
+    hung = ranks.pop(RANDOM.randint(0, 2))
     os.kill(hung, signal.SIGSTOP)
     stopped_at = time.monotonic()
     while any(rank in ranks for rank in workers("hangs")):
