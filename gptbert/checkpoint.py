@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from gptbert import manifest
+from gptbert.checkpoint_folder import MODEL_CONFIG, TOKENIZER, TRAIN_CONFIG, write_settings
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.distributed import World
 from gptbert.errors import InputError, first_line
@@ -33,7 +34,6 @@ from gptbert.files import delete, move_away, publish
 from gptbert.json_file import read_json
 from gptbert.model import GPTBert
 from gptbert.screen import say
-from gptbert.settings_files import write_settings
 from gptbert.shards import load_shards, save_shards
 from gptbert.tokenizer import tokenizer_hash
 from gptbert.training_state import STATE_KEYS, read_training_state
@@ -243,7 +243,7 @@ def check_settings(path: Path, config: TrainConfig) -> None:
     optimizer = _saved_settings(path).get("optimizer")
     if optimizer != config.optimizer:
         raise InputError(f"--optimizer {config.optimizer}, but {path} was trained with {optimizer}")
-    if tokenizer_hash(path / "tokenizer.json") != tokenizer_hash(config.tokenizer_path):
+    if tokenizer_hash(path / TOKENIZER) != tokenizer_hash(config.tokenizer_path):
         raise InputError(f"--tokenizer_path {config.tokenizer_path} is not the tokenizer that {path} was trained with")
 
 
@@ -253,7 +253,7 @@ def load(path: Path, model_config: ModelConfig) -> Checkpoint:
     Raises:
         InputError: something is missing or damaged, or the model has another shape than `model_config`.
     """
-    saved_config = ModelConfig.from_json(path / "model_config.json")
+    saved_config = ModelConfig.from_json(path / MODEL_CONFIG)
     shards, weights = path / _SHARDS if is_sharded(path) else None, {"model": {}, "ema": {}}
     try:
         if shards is None:
@@ -278,7 +278,7 @@ def load_model(path: Path, weights: str = "ema") -> GPTBert:
         InputError: nothing there, or damaged.
     """
     path = newest_in(Path(path))
-    config = ModelConfig.from_json(path / "model_config.json")
+    config = ModelConfig.from_json(path / MODEL_CONFIG)
     try:  # before the model takes the memory of its shape
         state = whole_weights(path, weights, config)
     except InputError as error:
@@ -300,7 +300,7 @@ def newest_in(path: Path) -> Path:
     Raises:
         InputError: it is neither.
     """
-    if (path / "model_config.json").is_file():
+    if (path / MODEL_CONFIG).is_file():
         return path
     inside = list_checkpoints(path)
     if not inside:
@@ -325,7 +325,7 @@ def whole_weights(path: Path, weights: str, config: ModelConfig) -> dict[str, Te
         InputError: a file's name, and what is wrong with it.
     """
     if not is_sharded(path):
-        manifest.check(path, ["model_config.json", f"{weights}.safetensors"])
+        manifest.check(path, [MODEL_CONFIG, f"{weights}.safetensors"])
         return read_weights(path / f"{weights}.safetensors", config)
     manifest.check(path)
     state = {name: torch.empty(shape) for name, shape in shapes(config).items()}
@@ -396,7 +396,7 @@ def _folder(run_dir: Path) -> Path:
 
 def _saved_settings(path: Path) -> dict[str, Any]:
     try:
-        settings = read_json(path / "train_config.json", _SETTINGS_BYTES)
+        settings = read_json(path / TRAIN_CONFIG, _SETTINGS_BYTES)
     except (OSError, ValueError) as error:
         raise InputError(f"--resume {path}: its train_config.json is missing or damaged") from error
     if not isinstance(settings, dict):

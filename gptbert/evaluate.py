@@ -17,6 +17,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from gptbert.checkpoint_folder import TOKENIZER
 from gptbert.command_line import run_command
 from gptbert.corpus import Corpus, CorpusConfig
 from gptbert.distributed import World
@@ -163,7 +164,7 @@ def _open_data(trained: TrainedModel, settings: EvaluateSettings) -> dict[str, T
     if settings.domain_field:
         raise InputError(f"--domain_field {settings.domain_field}: the token file {file} has no fields; give JSONL")
     store = TokenStore.open(file)
-    if store.tokenizer_hash not in {None, tokenizer_hash(trained.path / "tokenizer.json")}:
+    if store.tokenizer_hash not in {None, tokenizer_hash(trained.path / TOKENIZER)}:
         raise InputError(f"{file} was written with another tokenizer than that of {trained.path}; tokenize the text")
     if store.vocab_size > trained.model.config.vocab_size:
         raise InputError(

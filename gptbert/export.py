@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gptbert import huggingface
 from gptbert.checkpoint import newest_in, whole_weights
+from gptbert.checkpoint_folder import MODEL_CONFIG, TOKENIZER, TRAIN_CONFIG
 from gptbert.command_line import run_command
 from gptbert.config import ModelConfig
 from gptbert.errors import InputError
@@ -89,7 +90,7 @@ class Origin:
             records = [record for record in read_records(run_dir / "metrics.jsonl") if record["step"] <= (step or 0)]
         return cls(
             checkpoint,
-            read_object(checkpoint / "train_config.json"),
+            read_object(checkpoint / TRAIN_CONFIG),
             read_object(run_dir / "config.json") if (run_dir / "config.json").is_file() else {},
             records,
             step,
@@ -133,11 +134,11 @@ def write_export(checkpoint: Path, folder: Path, weights: str = "ema", shift_mas
         InputError: the checkpoint is damaged.
         OSError: the disk refuses.
     """
-    config = ModelConfig.from_json(checkpoint / "model_config.json")
+    config = ModelConfig.from_json(checkpoint / MODEL_CONFIG)
     save_file(published_weights(checkpoint, weights, config), folder / "model.safetensors", metadata={"format": "pt"})
     origin = Origin.of(checkpoint)
-    tokenizer = load_tokenizer(checkpoint / "tokenizer.json")
-    shutil.copyfile(checkpoint / "tokenizer.json", folder / "tokenizer.json")
+    tokenizer = load_tokenizer(checkpoint / TOKENIZER)
+    shutil.copyfile(checkpoint / TOKENIZER, folder / "tokenizer.json")
     for name in _CODE_FILES:
         shutil.copyfile(_CODE / name, folder / name)
     never = sorted(set(range(config.vocab_size)).difference(ordinary_ids(tokenizer)))

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gptbert import manifest
+from gptbert.checkpoint_folder import MODEL_CONFIG, TOKENIZER, TRAIN_CONFIG
 from gptbert.command_line import run_command
 from gptbert.config import ModelConfig
 from gptbert.errors import InputError, first_line
@@ -66,11 +67,11 @@ def import_hf(config: ImportConfig) -> None:
         for name, weights in (("model", model), ("ema", ema)):
             write_weights(written / f"{name}.safetensors", weights, model_config)
         for name, content in (
-            ("model_config.json", asdict(model_config)),
-            ("train_config.json", {"name": config.source.absolute().name}),
+            (MODEL_CONFIG, asdict(model_config)),
+            (TRAIN_CONFIG, {"name": config.source.absolute().name}),
         ):
             write_json(written / name, content)
-        shutil.copyfile(tokenizer_path, written / "tokenizer.json")
+        shutil.copyfile(tokenizer_path, written / TOKENIZER)
         manifest.write(written)
     note = f", without {', '.join(left_out[:3])}{' and others' if len(left_out) > 3 else ''}" if left_out else ""
     print(f"wrote {weights_file} to {config.output}{note}; train_distributed.py --initial_weights {config.output}")
@@ -86,7 +87,7 @@ def find_weights(source: Path) -> tuple[Path, Path]:
         return source, source.parent
     if not source.is_dir():
         raise InputError(f"{source}: no such file or folder")
-    if (source / "model_config.json").is_file() or (source / "checkpoints").is_dir():
+    if (source / MODEL_CONFIG).is_file() or (source / "checkpoints").is_dir():
         raise InputError(f"{source}: is a run or checkpoint of this trainer: --initial_weights takes it as it is")
     for name in _WEIGHT_FILES:
         if (source / name).is_file():

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from gptbert.checkpoint import differences, newest_in, whole_weights
+from gptbert.checkpoint_folder import MODEL_CONFIG, TOKENIZER
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.errors import InputError
 from gptbert.inputs import naming
@@ -19,9 +20,9 @@ def read_initial_weights(config: TrainConfig, model_config: ModelConfig) -> dict
         return None
     with naming("--initial_weights"):
         path = newest_in(config.initial_weights)
-        saved_config = ModelConfig.from_json(path / "model_config.json")
+        saved_config = ModelConfig.from_json(path / MODEL_CONFIG)
         if changes := differences(saved_config, model_config):
             raise InputError(f"{path}: its model differs from --config_file: {changes}")
-        if tokenizer_hash(path / "tokenizer.json") != tokenizer_hash(config.tokenizer_path):
+        if tokenizer_hash(path / TOKENIZER) != tokenizer_hash(config.tokenizer_path):
             raise InputError(f"{path}: its tokenizer.json is not --tokenizer_path {config.tokenizer_path}")
         return whole_weights(path, "model", model_config)

@@ -6,6 +6,7 @@ from contextlib import suppress
 
 import torch
 
+from gptbert.checkpoint_folder import TOKENIZER
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.distributed import World
 from gptbert.errors import InputError
@@ -63,6 +64,6 @@ def prepare_run_dir(config: TrainConfig, model_config: ModelConfig, world: World
         config.run_dir.mkdir(parents=True, exist_ok=True)
         write_json(config.run_dir / "config.json", settings)
         with suppress(shutil.SameFileError):
-            shutil.copyfile(config.tokenizer_path, config.run_dir / "tokenizer.json")
+            shutil.copyfile(config.tokenizer_path, config.run_dir / TOKENIZER)
     except OSError as error:
         raise InputError(f"--output_dir {config.output_dir}: cannot be written ({error.strerror})") from error

@@ -9,6 +9,7 @@ import tyro
 from tokenizers import Tokenizer
 
 from gptbert.checkpoint import load_model, newest_in
+from gptbert.checkpoint_folder import TOKENIZER
 from gptbert.distributed import choose_device
 from gptbert.errors import InputError
 from gptbert.model import GPTBert
@@ -55,7 +56,7 @@ class TrainedModel:
         """
         device = choose_device(choice.device)
         path = newest_in(choice.run)
-        tokenizer = load_tokenizer(path / "tokenizer.json")
+        tokenizer = load_tokenizer(path / TOKENIZER)
         model = load_model(path, choice.weights).to(device)
         if tokenizer.get_vocab_size() > model.config.vocab_size:
             raise InputError(

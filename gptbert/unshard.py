@@ -9,6 +9,7 @@ import tyro
 
 from gptbert import manifest
 from gptbert.checkpoint import is_sharded, newest_in, whole_weights
+from gptbert.checkpoint_folder import MODEL_CONFIG, TOKENIZER, TRAIN_CONFIG
 from gptbert.command_line import run_command
 from gptbert.config import ModelConfig
 from gptbert.errors import InputError
@@ -46,11 +47,11 @@ def write_whole_weights(path: Path, output: Path) -> Path:
     path = newest_in(path)
     if not is_sharded(path):
         raise InputError(f"{path}: has no shards, so that its weights are ordinary files already")
-    config = ModelConfig.from_json(path / "model_config.json")
+    config = ModelConfig.from_json(path / MODEL_CONFIG)
     with new_folder(output, "--output") as folder:
         for weights in ("model", "ema"):
             write_weights(folder / f"{weights}.safetensors", whole_weights(path, weights, config), config)
-        for name in ("model_config.json", "train_config.json", "tokenizer.json"):
+        for name in (MODEL_CONFIG, TRAIN_CONFIG, TOKENIZER):
             shutil.copyfile(path / name, folder / name)
         manifest.write(folder)
     return path

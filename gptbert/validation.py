@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gptbert import manifest
+from gptbert.checkpoint_folder import TRAIN_CONFIG
 from gptbert.config import TrainConfig
 from gptbert.data import RowStream
 from gptbert.distributed import World
@@ -54,7 +55,7 @@ class ValidationSettings:
         Raises:
             InputError: the file is missing or damaged.
         """
-        file = path / "train_config.json"
+        file = path / TRAIN_CONFIG
         try:
             manifest.check(path, [file.name])
             content = read_json(file, _SETTINGS_BYTES)

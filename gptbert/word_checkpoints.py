@@ -12,6 +12,7 @@ from decimal import Decimal
 from pathlib import Path
 
 from gptbert import manifest
+from gptbert.checkpoint_folder import write_settings
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.data import RowStream
 from gptbert.distributed import World
@@ -22,7 +23,6 @@ from gptbert.json_file import write_json
 from gptbert.mixture import Mixture
 from gptbert.model import GPTBert
 from gptbert.objectives import Objective
-from gptbert.settings_files import write_settings
 from gptbert.sharding import whole_weights
 from gptbert.weights import write_weights
 

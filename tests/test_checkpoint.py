@@ -129,7 +129,7 @@ def failures():
         ("gptbert.weights.save_file", disk_full),
         ("torch.save", RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0\nmore")),
         ("torch.save", disk_full),
-        ("gptbert.settings_files.write_json", disk_full),
+        ("gptbert.checkpoint_folder.write_json", disk_full),
         ("shutil.copyfile", disk_full),
         ("os.fsync", disk_full),
         ("pathlib.Path.rename", disk_full),
