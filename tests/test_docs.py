@@ -16,7 +16,8 @@ from gptbert.config import TrainConfig
 from tests.runs import ROOT
 
 DOCS = ROOT / "docs"
-PAGES = sorted([*DOCS.glob("*.md"), ROOT / "README.md"])
+FOLDERS = (".", "docs", "kernels", "kernels/*", "tests", "benchmarks/results")
+PAGES = sorted(page for folder in FOLDERS for page in ROOT.glob(f"{folder}/*.md"))
 
 
 def blocks(page, section=""):
@@ -35,10 +36,24 @@ def test_every_page_is_in_the_index():
     assert "docs/README.md" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def anchors(page):
+    """What links to the headings of a page end in, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_readme_is_read_to_its_end():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere_and_training_commands_are_known(page):
-    for link in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
-        assert link.startswith("https://") or (page.parent / link).exists(), link
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+        if not link.startswith("https://"):
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
     for block in blocks(page):
         for line in block.replace("\\\n", " ").splitlines():
             if "train_distributed.py --train_path" in re.sub(" +", " ", line) and "…" not in line:  # the whole of it
@@ -47,14 +62,12 @@ def test_links_lead_somewhere_and_training_commands_are_known(page):
 
 def test_headings_of_the_model_that_are_cited_exist():
     """Docstrings and pages cite them as links do: docs/model.md#position-buckets."""
-    headings = re.findall(r"^## (.*)$", (DOCS / "model.md").read_text(encoding="utf-8"), re.MULTILINE)
-    anchors = {heading.lower().replace(" ", "-") for heading in headings}
-    cited = set()
+    known, cited = anchors(DOCS / "model.md"), set()
     for folder in ("gptbert", "kernels", "tests", "docs", "benchmarks", "tokenize_scripts"):
         for file in (file for kind in ("py", "md", "cpp", "h") for file in (ROOT / folder).rglob(f"*.{kind}")):
             text = file.read_text(encoding="utf-8")
             found = set(re.findall(r"model\.md#([\w-]+)", text))
-            assert found <= anchors, f"{file}: {found - anchors}"
+            assert found <= known, f"{file}: {found - known}"
             cited |= found
     assert len(cited) > 8
 

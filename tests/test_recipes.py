@@ -194,9 +194,10 @@ def test_a_recipe_trains_with_what_it_is_known_for(commands, documents, name):
     ]  # fmt: skip
 
 
-def test_the_four_gpus_are_the_users(commands, documents, make_config):
+@pytest.mark.parametrize("page", ["README.md", "docs/training.md"])
+def test_the_four_gpus_are_the_users(commands, documents, make_config, page):
     _, config = full_size(commands, documents, "four_gpus")
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / page).read_text(encoding="utf-8")
     command = text.split("train_distributed.py \\", 1)[1].split("```", 1)[0]
     shown = parse(TrainConfig, shlex.split(command.replace("\\\n", " ")))
     ours = {
