@@ -46,13 +46,17 @@ TINY = ModelConfig(
 )
 
 
+def forget_choices():
+    set_default_backend(None)
+    cpp._is_loaded = False
+
+
 @pytest.fixture(autouse=True)
-def no_choice_stays(monkeypatch):
-    """A run chooses its process's backend and loads C++ kernels; the next test must not be left with either."""
-    monkeypatch.setattr(cpp, "_is_loaded", False)
-    set_default_backend(None)
+def no_choice_stays():
+    """A run chooses its process's backend and loads C++ kernels; nothing after a test must be left with either."""
+    forget_choices()  # those of a fixture of the module
     yield
-    set_default_backend(None)
+    forget_choices()
 
 
 @pytest.fixture(autouse=True, scope="session")
