@@ -49,7 +49,7 @@ $(OLDEST): .venv/.installed
 TORCH_TESTS := torch_private compilation activation_checkpointing model trainer resume checkpoint export import_hf \
 	generate evaluate sharding lamb lamb_cpp lamb_optimizer lamb_shards cpp_mutants check span_mask masked_cross_entropy \
 	cross_entropy_rows attention attention_kernel bucket_sums column_sums depth_mix gated_norm dropout norm muon optim \
-	layer_weighting samples likelihood inspect distributed fresh_store upstream
+	layer_weighting samples likelihood inspect distributed fresh_store upstream upstream_tokens
 
 # Beside the PyTorch of constraints.txt: any other, which brings its own Triton (a build for CUDA, some GB, on CPUs too).
 # TORCH=2.11.0 is the oldest.

@@ -1,18 +1,15 @@
-"""The hybrid plan: every rank's part of every step, without gaps or overlaps; and what each objective predicts."""
+"""The hybrid plan: every rank's part of every step, without gaps or overlaps."""
 
 from fractions import Fraction
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptbert.data import RowStream
 from gptbert.errors import InputError
 from gptbert.hybrid_plan import HybridPlan
-from gptbert.objectives import Batch, Masking, Objective, causal_batch, masked_batch, micro_batches
+from gptbert.objectives import Objective
 from gptbert.schedules import batch_size, length_factor
-from gptbert.tokenizer import BOS_ID, MASK_ID, PAD_ID
 
 MLM, CLM = Objective.MLM, Objective.CLM
 
@@ -209,68 +206,3 @@ def test_the_smallest_hybrid_step_has_a_row_of_each(make_config, numerator, mask
     )
     plan = HybridPlan(config, 1)
     assert [plan.num_rows(objective, 0) for objective in (MLM, CLM)] == [masked, 2 - masked]
-
-
-@pytest.fixture(scope="module")
-def some_rows(make_store):
-    rows = RowStream(make_store([9, 3, 21, 0, 6]), 12, (1,)).rows(0, 4)
-    return rows, *(torch.from_numpy(array) for array in (rows.tokens, rows.document_ids, rows.row_ids))
-
-
-def test_causal_labels_are_the_next_tokens_of_the_same_piece(some_rows):
-    _, tokens, document_ids, _ = some_rows
-    batch = causal_batch(tokens, document_ids)
-    assert batch.objective.causal
-    rows, width = tokens.shape
-    assert batch.input_ids.shape == batch.document_ids.shape == batch.labels.shape == (rows, width - 1)
-    seen = 0
-    for row in range(rows):
-        for position in range(width - 1):
-            following = tokens[row, position + 1].item()
-            assert batch.input_ids[row, position] == tokens[row, position]
-            assert batch.document_ids[row, position] == document_ids[row, position]
-            if following in {BOS_ID, PAD_ID}:
-                assert batch.labels[row, position] == -100
-            else:
-                seen += 1
-                assert batch.labels[row, position] == following
-                assert document_ids[row, position] == document_ids[row, position + 1]  # predicted from its own piece
-    assert seen == batch.label_count == 39
-
-
-def test_masked_labels_are_masked_one_position_later(some_rows):
-    _, tokens, document_ids, row_ids = some_rows
-    masking = Masking(mask_p=0.4, random_p=0.0, keep_p=0.0, vocab_size=300, num_special_tokens=16, seed=5)
-    batch = masked_batch(tokens, document_ids, row_ids, masking)
-    assert not batch.objective.causal
-    hidden = tokens[:, :-1] != batch.input_ids
-    assert hidden.any()
-    assert (batch.input_ids[hidden] == MASK_ID).all()
-    assert torch.equal(batch.document_ids, document_ids[:, :-1])
-    # all inputs but the first are predicted where they are masked, and the last label masks no input
-    assert torch.equal(hidden[:, 1:], batch.labels[:, :-1] != -100)
-    labelled = batch.labels != -100
-    assert torch.equal(batch.labels[labelled], tokens[:, 1:][labelled])
-    again = masked_batch(tokens, document_ids, row_ids, masking)
-    assert torch.equal(again.labels, batch.labels)
-
-
-@settings(max_examples=80, deadline=None)
-@given(st.integers(0, 40), st.integers(0, 40), st.integers(1, 50))
-def test_micro_batches_keep_every_row_of_both_objectives_in_even_pieces(masked, causal, limit):
-    ids = torch.arange((masked + causal) * 3).view(-1, 3)
-    batches = [
-        Batch(objective, *(rows + number for number in (0, 1000, 2000)))
-        for objective, rows in zip(Objective, ids.split([masked, causal]), strict=True)
-    ]
-    pieces = micro_batches(batches, limit)
-    sizes = [sum(len(part.labels) for part in parts) for parts in pieces]
-    assert len(pieces) == -(-(masked + causal) // limit)
-    assert all(0 < size <= limit for size in sizes)
-    assert not sizes or max(sizes) - min(sizes) <= 1
-    assert all(len(part.labels) for parts in pieces for part in parts)
-    for batch in batches:
-        found = [part for parts in pieces for part in parts if part.objective is batch.objective]
-        for name in ("input_ids", "document_ids", "labels"):
-            joined = [getattr(part, name) for part in found]
-            assert torch.equal(torch.cat([ids[:0], *joined]), getattr(batch, name))
