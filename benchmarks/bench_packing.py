@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from gptbert.data import RowStream
-from gptbert.mixture import Mixture
-from gptbert.token_store import TokenStore
+from gptbert.data.mixture import Mixture
+from gptbert.data.packing import RowStream
+from gptbert.data.token_store import TokenStore
 
 
 def stream(mean_length: int, num_tokens: int = 20_000_000) -> RowStream:

@@ -19,8 +19,8 @@ from pathlib import Path
 import tokenizers
 import tyro
 
-from gptbert.corpus import Corpus, CorpusConfig
-from gptbert.tokenizer import load_tokenizer
+from gptbert.text.corpus import Corpus, CorpusConfig
+from gptbert.text.tokenizer import load_tokenizer
 from tokenize_scripts.demo_corpus import DemoConfig, demo_corpus
 from tokenize_scripts.tokenize_corpus import TokenizeConfig, tokenize_corpus
 from tokenize_scripts.train_tokenizer import TrainTokenizerConfig, train_tokenizer

@@ -2,7 +2,7 @@
 
 Everything that a step of the trainer does is in it: waiting for rows, masking, forward, backward, reduction over ranks,
 clipping, LAMB and the moving average. Model FLOP utilisation (MFU) is the FLOPs of the needed matrix products
-(`gptbert.flops`) over the time, over the best rate of torch.mm measured in the same run.
+(`gptbert.monitoring.flops`) over the time, over the best rate of torch.mm measured in the same run.
 """
 
 import dataclasses
@@ -27,14 +27,14 @@ from benchmarks.stopwatch import PARTS, Stopwatch
 from gptbert import compile_choice
 from gptbert.command_line import run_command
 from gptbert.config import ModelConfig, TrainConfig
-from gptbert.data import Prefetcher
-from gptbert.distributed import World, connect
+from gptbert.data.hybrid_plan import HybridPlan
+from gptbert.data.inputs import Inputs
+from gptbert.data.packing import Prefetcher
+from gptbert.data.token_store import TokenStore
+from gptbert.distributed.memory import peak_memory
+from gptbert.distributed.world import World, connect
 from gptbert.errors import InputError
-from gptbert.flops import forward_flops, product_rate, training_flops
-from gptbert.hybrid_plan import HybridPlan
-from gptbert.inputs import Inputs
-from gptbert.memory import peak_memory
-from gptbert.token_store import TokenStore
+from gptbert.monitoring.flops import forward_flops, product_rate, training_flops
 from gptbert.trainer import Trainer
 from kernels import IGNORE_INDEX
 from kernels.padding import padded_length

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from gptbert.hardware import hardware_name
+from gptbert.distributed.hardware import hardware_name
 
 RESULTS = Path(__file__).parent / "results"
 OPERATIONS, STEPS = ".csv", "-train-step.json"  # how files there end: of `pytest benchmarks`, and of training steps

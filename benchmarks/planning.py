@@ -21,10 +21,10 @@ import numpy as np
 from benchmarks import machine
 from gptbert.command_line import run_command
 from gptbert.config import TrainConfig
-from gptbert.data import RowStream
-from gptbert.hybrid_plan import HybridPlan
-from gptbert.objectives import Objective
-from gptbert.token_store import SHARD_TOKENS, TokenStore, TokenStoreWriter
+from gptbert.data.hybrid_plan import HybridPlan
+from gptbert.data.objectives import Objective
+from gptbert.data.packing import RowStream
+from gptbert.data.token_store import SHARD_TOKENS, TokenStore, TokenStoreWriter
 
 T = TypeVar("T")
 

@@ -21,8 +21,8 @@ from benchmarks.roofline import H100, Job, Limits, parameter_count
 from benchmarks.traffic import LAMB_BYTES
 from gptbert.command_line import run_command
 from gptbert.config import ModelConfig
-from gptbert.flops import training_flops
-from gptbert.model import Block
+from gptbert.model.gptbert import Block
+from gptbert.monitoring.flops import training_flops
 
 STATE_BYTES = 4 + 4 + 8 + 4  # a parameter: weight, gradient, two moments, moving average
 GATHERED, REDUCED = 2, 4  # bytes a parameter

@@ -15,11 +15,11 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import machine
-from gptbert import model as model_module
 from gptbert import trainer as trainer_module
-from gptbert.data import Prefetcher
-from gptbert.distributed import World
-from gptbert.step_rows import StepRows
+from gptbert.data.loader import StepRows
+from gptbert.data.packing import Prefetcher
+from gptbert.distributed.world import World
+from gptbert.model import gptbert as model_module
 from gptbert.trainer import Trainer
 from kernels.masked_cross_entropy import op as cross_entropy_op
 

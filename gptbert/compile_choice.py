@@ -6,12 +6,12 @@ decide as before, since compiled steps round elsewhere.
 
 from dataclasses import dataclass
 
-from gptbert.checkpoint import Checkpoint
+from gptbert.checkpoint.checkpoint import Checkpoint
 from gptbert.config import ModelConfig, TrainConfig
-from gptbert.distributed import World
-from gptbert.flops import training_flops
-from gptbert.hybrid_plan import HybridPlan
-from gptbert.micro_batch import micro_batch_rows
+from gptbert.data.hybrid_plan import HybridPlan
+from gptbert.data.micro_batch import micro_batch_rows
+from gptbert.distributed.world import World
+from gptbert.monitoring.flops import training_flops
 
 # For each row length of a run, which has code of its own; ten seconds where Inductor has it on the disk.
 COMPILE_SECONDS = {"cpu": 30.0, "cuda": 30.0}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gptbert.errors import InputError
-from gptbert.json_file import read_json
+from gptbert.io.json_file import read_json
 
 _LARGEST_SIZE = 10_000_000
 _LARGEST = {"num_hidden_layers": 1000, "max_position_embeddings": 2**20}  # these take time and memory without weights

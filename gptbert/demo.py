@@ -9,17 +9,17 @@ import numpy as np
 import torch
 import tyro
 
-from gptbert.checkpoint import list_checkpoints
+from gptbert.checkpoint.checkpoint import list_checkpoints
 from gptbert.command_line import run_command
+from gptbert.data.objectives import Objective
+from gptbert.data.token_store import TokenStore
 from gptbert.errors import InputError
 from gptbert.fill_mask import fill_masks
 from gptbert.generate import continue_text
-from gptbert.objectives import Objective
-from gptbert.records import read_records
+from gptbert.monitoring.records import read_records
+from gptbert.monitoring.validation import unigram_entropy
 from gptbert.report import write_report
-from gptbert.token_store import TokenStore
-from gptbert.trained_model import ModelChoice, TrainedModel
-from gptbert.validation import unigram_entropy
+from gptbert.scoring.trained_model import ModelChoice, TrainedModel
 
 NAMES = {Objective.MLM: "masked (MLM)", Objective.CLM: "causal (CLM)"}
 MASKED_TEXTS = (

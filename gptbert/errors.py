@@ -1,5 +1,8 @@
 """The errors that end a command with one line, and no traceback: none of them means "our bug"."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class OneLineError(Exception):
     """An error whose message is one line; line breaks and control characters in it are shown as escapes."""
@@ -27,6 +30,15 @@ class LostProcessError(OneLineError):
 
 class StoppedError(OneLineError):
     """The run ended early, at a checkpoint, because a signal asked it to."""
+
+
+@contextmanager
+def prefix_errors(flag: str) -> Iterator[None]:
+    """A block whose InputErrors name the flag that the user gave."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{flag}: {error}") from None
 
 
 def first_line(error: BaseException) -> str:

@@ -1,6 +1,6 @@
 """`python -m gptbert.evaluate RUN DATA`: loss, perplexity and accuracy of both objectives on token files or texts.
 
-The rows, their masks and the means are those of a run's own validation (`gptbert.validation`): evaluated on its
+The rows, their masks and the means are those of a run's own validation (`monitoring.validation`): evaluated on its
 `--valid_path`, a checkpoint gives the numbers that the run logged for it. Texts are encoded as tokenize_corpus.py does.
 With `--domain_field`, every domain has rows of its own, and what is said of all are the means over the labels of all.
 """
@@ -17,20 +17,20 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from gptbert.checkpoint_folder import TOKENIZER
+from gptbert.checkpoint.folder import TOKENIZER
 from gptbert.command_line import run_command
-from gptbert.corpus import Corpus, CorpusConfig
-from gptbert.distributed import World
-from gptbert.encoding import encode_documents
+from gptbert.data.objectives import Objective
+from gptbert.data.token_store import TokenStore, token_dtype
+from gptbert.distributed.world import World
 from gptbert.errors import InputError
-from gptbert.metrics import LossSums
-from gptbert.objectives import Objective
-from gptbert.outputs import check_outputs, staged_outputs
-from gptbert.screen import table
-from gptbert.token_store import TokenStore, token_dtype
-from gptbert.tokenizer import tokenizer_hash
-from gptbert.trained_model import ModelChoice, TrainedModel
-from gptbert.validation import Validation, ValidationSettings
+from gptbert.io.outputs import check_outputs, staged_outputs
+from gptbert.io.screen import table
+from gptbert.monitoring.metrics import LossSums
+from gptbert.monitoring.validation import Validation, ValidationSettings
+from gptbert.scoring.trained_model import ModelChoice, TrainedModel
+from gptbert.text.corpus import Corpus, CorpusConfig
+from gptbert.text.encoding import encode_documents
+from gptbert.text.tokenizer import tokenizer_hash
 
 _TOKEN_FILES = {".safetensors", ".bin"}
 

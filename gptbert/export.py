@@ -12,17 +12,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gptbert import huggingface
-from gptbert.checkpoint import newest_in, whole_weights
-from gptbert.checkpoint_folder import MODEL_CONFIG, TOKENIZER, TRAIN_CONFIG
+from gptbert.checkpoint.checkpoint import newest_in, whole_weights
+from gptbert.checkpoint.folder import MODEL_CONFIG, TOKENIZER, TRAIN_CONFIG
+from gptbert.checkpoint.word_checkpoints import list_word_checkpoints
 from gptbert.command_line import run_command
 from gptbert.config import ModelConfig
 from gptbert.errors import InputError
-from gptbert.files import new_folder
-from gptbert.json_file import read_object, write_json
-from gptbert.records import read_records
-from gptbert.tokenizer import BOS_ID, EOS_ID, MASK_ID, PAD_ID, SPECIAL_TOKENS, UNK_ID, load_tokenizer, ordinary_ids
+from gptbert.io.files import new_folder
+from gptbert.io.json_file import read_object, write_json
+from gptbert.monitoring.records import read_records
+from gptbert.text.tokenizer import BOS_ID, EOS_ID, MASK_ID, PAD_ID, SPECIAL_TOKENS, UNK_ID, load_tokenizer, ordinary_ids
 from gptbert.upstream import TIED_WEIGHT, to_upstream
-from gptbert.word_checkpoints import list_word_checkpoints
 
 CLASSES = {
     "AutoModel": "GPTBertModel",

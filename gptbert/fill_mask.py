@@ -8,12 +8,12 @@ import tyro
 from tokenizers import Tokenizer
 
 from gptbert.command_line import run_command
-from gptbert.encoding import encode_with_masks
 from gptbert.errors import InputError
+from gptbert.io.screen import table
 from gptbert.model import GPTBert
-from gptbert.screen import table
-from gptbert.tokenizer import MASK_ID, ordinary_ids
-from gptbert.trained_model import ModelChoice, TrainedModel
+from gptbert.scoring.trained_model import ModelChoice, TrainedModel
+from gptbert.text.encoding import encode_with_masks
+from gptbert.text.tokenizer import MASK_ID, ordinary_ids
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,11 +10,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from gptbert.command_line import run_command
-from gptbert.encoding import encode_sentences
 from gptbert.errors import InputError
 from gptbert.model import GPTBert
-from gptbert.tokenizer import ordinary_ids
-from gptbert.trained_model import ModelChoice, TrainedModel
+from gptbert.scoring.trained_model import ModelChoice, TrainedModel
+from gptbert.text.encoding import encode_sentences
+from gptbert.text.tokenizer import ordinary_ids
 
 
 @dataclass(frozen=True, kw_only=True)

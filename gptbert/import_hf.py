@@ -11,16 +11,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gptbert import manifest
-from gptbert.checkpoint_folder import MODEL_CONFIG, TOKENIZER, TRAIN_CONFIG
+from gptbert.checkpoint import manifest
+from gptbert.checkpoint.folder import MODEL_CONFIG, TOKENIZER, TRAIN_CONFIG
+from gptbert.checkpoint.weights import fitting, write_weights
 from gptbert.command_line import run_command
 from gptbert.config import ModelConfig
 from gptbert.errors import InputError, first_line
-from gptbert.files import new_folder
-from gptbert.json_file import read_object, write_json
-from gptbert.tokenizer import load_tokenizer
-from gptbert.torch_file import load_torch_file
-from gptbert.weights import fitting, write_weights
+from gptbert.io.files import new_folder
+from gptbert.io.json_file import read_object, write_json
+from gptbert.io.torch_file import load_torch_file
+from gptbert.text.tokenizer import load_tokenizer
 
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 

@@ -19,9 +19,9 @@ import torch
 
 import kernels
 from gptbert.config import ModelConfig, TrainConfig
-from gptbert.distributed import World
+from gptbert.data.hybrid_plan import HybridPlan
+from gptbert.distributed.world import World
 from gptbert.errors import InputError
-from gptbert.hybrid_plan import HybridPlan
 from kernels.check import WAY_ON
 from kernels.run import Run
 

@@ -18,8 +18,8 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim import AdamW, Optimizer
 
 from gptbert.config import TrainConfig
+from gptbert.distributed.fsdp import let_go, local, whole
 from gptbert.muon import MuonWithAdamW, hidden_matrices
-from gptbert.sharding import let_go, local, whole
 from kernels import lamb_step
 from kernels.backend import choose_backend, chosen_by_name
 from kernels.lamb import PreparedStep

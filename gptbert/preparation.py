@@ -6,12 +6,12 @@ from contextlib import suppress
 
 import torch
 
-from gptbert.checkpoint_folder import TOKENIZER
+from gptbert.checkpoint.folder import TOKENIZER
 from gptbert.config import ModelConfig, TrainConfig
-from gptbert.distributed import World
+from gptbert.distributed.hardware import hardware_name
+from gptbert.distributed.world import World
 from gptbert.errors import InputError
-from gptbert.hardware import hardware_name
-from gptbert.json_file import write_json
+from gptbert.io.json_file import write_json
 from kernels import cpp
 from kernels.backend import choose_backend, set_default_backend
 from kernels.check import first_failure, run_checks

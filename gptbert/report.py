@@ -13,14 +13,14 @@ from typing import Annotated, Any
 import tyro
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from gptbert import chart
-from gptbert.chart import Chart, Line, draw
 from gptbert.command_line import run_command
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.errors import InputError, first_line
-from gptbert.json_file import read_json
-from gptbert.outputs import staged_outputs
-from gptbert.records import read_records
+from gptbert.io.json_file import read_json
+from gptbert.io.outputs import staged_outputs
+from gptbert.monitoring import chart
+from gptbert.monitoring.chart import Chart, Line, draw
+from gptbert.monitoring.records import read_records
 
 OBJECTIVES = {"mlm": "masked", "clm": "causal"}
 WEIGHTS = {"train": "training", "validation": "validation", "validation_ema": "averaged weights"}

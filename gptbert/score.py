@@ -1,7 +1,7 @@
 """`python -m gptbert.score RUN pairs.jsonl`: how often a model prefers the good sentence of a minimal pair.
 
 A sentence's score is its log-likelihood under the causal objective or its pseudo-log-likelihood under the masked one,
-both defined in `gptbert.likelihood`. A pair counts as correct if its good sentence has the higher score; equal scores
+both defined in `scoring.likelihood`. A pair counts as correct if its good sentence has the higher score; equal scores
 are wrong. Accuracy is reported over all pairs (micro) and as the mean over the groups of a field (macro); the mean over
 `UID` is BLiMP's number.
 """
@@ -19,14 +19,14 @@ import tyro
 from tqdm import tqdm
 
 from gptbert.command_line import run_command
-from gptbert.encoding import encode_sentences
+from gptbert.data.objectives import Objective
 from gptbert.errors import InputError
-from gptbert.likelihood import log_likelihoods, num_predictions
-from gptbert.minimal_pairs import BLIMP_GROUP, Accuracy, MinimalPair, members, read_pairs
-from gptbert.objectives import Objective
-from gptbert.outputs import check_outputs, staged_outputs
-from gptbert.screen import table
-from gptbert.trained_model import ModelChoice, TrainedModel
+from gptbert.io.outputs import check_outputs, staged_outputs
+from gptbert.io.screen import table
+from gptbert.scoring.likelihood import log_likelihoods, num_predictions
+from gptbert.scoring.minimal_pairs import BLIMP_GROUP, Accuracy, MinimalPair, members, read_pairs
+from gptbert.scoring.trained_model import ModelChoice, TrainedModel
+from gptbert.text.encoding import encode_sentences
 
 OBJECTIVES = {"causal": Objective.CLM, "mntp": Objective.MLM}
 SWEEP = tuple(round(0.05 * step, 2) for step in range(10, 61))  # 0.5 … 3

@@ -9,36 +9,37 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
-from gptbert import checkpoint, compile_choice, schedules
-from gptbert.checkpoint import Checkpoint
-from gptbert.compilation import compile_blocks, compiling
+from gptbert import compile_choice, schedules
+from gptbert.checkpoint import checkpoint
+from gptbert.checkpoint.checkpoint import Checkpoint
+from gptbert.checkpoint.initial_weights import read_initial_weights
+from gptbert.checkpoint.word_checkpoints import WordCheckpoints
 from gptbert.config import TrainConfig
-from gptbert.data import Prefetcher
-from gptbert.distributed import World, connect
+from gptbert.data.hybrid_plan import HybridPlan
+from gptbert.data.inputs import Inputs
+from gptbert.data.loader import LoadedShare, StepRows, training_streams
+from gptbert.data.mask_history import check_counts
+from gptbert.data.micro_batch import MicroBatches
+from gptbert.data.objectives import Batch, Objective
+from gptbert.data.packing import Prefetcher
+from gptbert.distributed.fsdp import let_go, load_moments, load_weights, new_moments, shard, shard_size, whole
+from gptbert.distributed.memory import peak_memory
+from gptbert.distributed.stop_signal import StopSignal
+from gptbert.distributed.world import World, connect
 from gptbert.errors import InputError, StoppedError
-from gptbert.flops import product_rate, training_flops
-from gptbert.hybrid_plan import HybridPlan
-from gptbert.initial_weights import read_initial_weights
-from gptbert.inputs import Inputs
+from gptbert.io.screen import say
 from gptbert.kernel_check import kernel_check, run_of
-from gptbert.mask_history import check_counts
-from gptbert.memory import peak_memory
-from gptbert.metrics import LossSums, Throughput, training_losses
-from gptbert.micro_batch import MicroBatches
 from gptbert.model import GPTBert
-from gptbert.objectives import Batch, Objective
+from gptbert.model.compilation import compile_blocks, compiling
+from gptbert.monitoring.flops import product_rate, training_flops
+from gptbert.monitoring.metrics import LossSums, Throughput, training_losses
+from gptbert.monitoring.progress import brief, introduce, progress_bar
+from gptbert.monitoring.samples import Samples
+from gptbert.monitoring.skipped_steps import SkippedSteps
+from gptbert.monitoring.trackers import Trackers
+from gptbert.monitoring.validation import Validation, ValidationSettings
 from gptbert.optim import WeightAverage, build_optimizer, update_weights
 from gptbert.preparation import check_cpp_kernels, prepare_kernels, prepare_run_dir
-from gptbert.progress import brief, introduce, progress_bar
-from gptbert.samples import Samples
-from gptbert.screen import say
-from gptbert.sharding import let_go, load_moments, load_weights, new_moments, shard, shard_size, whole
-from gptbert.skipped_steps import SkippedSteps
-from gptbert.step_rows import LoadedShare, StepRows, training_streams
-from gptbert.stop_signal import StopSignal
-from gptbert.trackers import Trackers
-from gptbert.validation import Validation, ValidationSettings
-from gptbert.word_checkpoints import WordCheckpoints
 from kernels import MaskedCrossEntropy
 
 

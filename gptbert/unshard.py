@@ -7,14 +7,14 @@ from typing import Annotated
 
 import tyro
 
-from gptbert import manifest
-from gptbert.checkpoint import is_sharded, newest_in, whole_weights
-from gptbert.checkpoint_folder import MODEL_CONFIG, TOKENIZER, TRAIN_CONFIG
+from gptbert.checkpoint import manifest
+from gptbert.checkpoint.checkpoint import is_sharded, newest_in, whole_weights
+from gptbert.checkpoint.folder import MODEL_CONFIG, TOKENIZER, TRAIN_CONFIG
+from gptbert.checkpoint.weights import write_weights
 from gptbert.command_line import run_command
 from gptbert.config import ModelConfig
 from gptbert.errors import InputError
-from gptbert.files import new_folder
-from gptbert.weights import write_weights
+from gptbert.io.files import new_folder
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gptbert.config import ModelConfig
 from gptbert.errors import InputError
-from gptbert.model import position_bucket
+from gptbert.model.gptbert import position_bucket
 
 # our name → published name; {} stands for the layer
 _NAMES = {

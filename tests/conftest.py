@@ -23,7 +23,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="gptbert-hf-")
 
 from gptbert.config import ModelConfig, TrainConfig
-from gptbert.token_store import TokenStore
+from gptbert.data.token_store import TokenStore
 from kernels import cpp
 from kernels.backend import BACKENDS, set_default_backend
 from tests.scans import scan_by_doubling

@@ -11,7 +11,7 @@ import torch
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from gptbert.token_shards import FORMAT
+from gptbert.data.token_shards import FORMAT
 
 HUGE = [0, 1, 2, 127, 255, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**62, 2**63 - 1, 2**63, 2**64 - 1, 10**30]
 NUMBERS = st.one_of(st.sampled_from([*HUGE, *[-number for number in HUGE]]), st.integers(-5, 400))

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from gptbert import manifest
+from gptbert.checkpoint import manifest
+from gptbert.checkpoint.weights import write_weights
 from gptbert.config import ModelConfig
 from gptbert.model import GPTBert
-from gptbert.tokenizer import load_tokenizer
-from gptbert.weights import write_weights
+from gptbert.text.tokenizer import load_tokenizer
 from tests.runs import write_inputs
 
 SHAPE = ModelConfig(

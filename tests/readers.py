@@ -5,19 +5,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gptbert import checkpoint, manifest
+from gptbert.checkpoint import checkpoint, manifest
 from gptbert.config import ModelConfig, TrainConfig
-from gptbert.corpus import Corpus, CorpusConfig
-from gptbert.data import RowStream
-from gptbert.encoding import encode_documents
-from gptbert.minimal_pairs import Accuracy, read_pairs
+from gptbert.data.packing import RowStream
+from gptbert.data.token_store import TokenStore
+from gptbert.io.torch_file import load_torch_file
 from gptbert.model import GPTBert
+from gptbert.monitoring.records import read_records
+from gptbert.monitoring.validation import ValidationSettings
 from gptbert.optim import Lamb
-from gptbert.records import read_records
-from gptbert.token_store import TokenStore
-from gptbert.tokenizer import load_tokenizer, tokenizer_hash
-from gptbert.torch_file import load_torch_file
-from gptbert.validation import ValidationSettings
+from gptbert.scoring.minimal_pairs import Accuracy, read_pairs
+from gptbert.text.corpus import Corpus, CorpusConfig
+from gptbert.text.encoding import encode_documents
+from gptbert.text.tokenizer import load_tokenizer, tokenizer_hash
 from tests.conftest import TINY
 
 DOCUMENTS = 1 << 16

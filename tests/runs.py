@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from gptbert.checkpoint import list_checkpoints
-from gptbert.records import read_records
+from gptbert.checkpoint.checkpoint import list_checkpoints
+from gptbert.monitoring.records import read_records
 from tests.lanes import DEVICE
 from tokenize_scripts.tokenize_corpus import TokenizeConfig, tokenize_corpus
 from tokenize_scripts.train_tokenizer import TrainTokenizerConfig, train_tokenizer

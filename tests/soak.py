@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gptbert.records import read_records
+from gptbert.monitoring.records import read_records
 from tests.runs import MODEL, flags, process_ids, start, workers, write_inputs
 
 RANKS, STEPS, WARM_UP_STEPS, SAVE_EVERY = 8, 2000, 400, 100

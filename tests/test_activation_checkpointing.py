@@ -5,12 +5,12 @@ import torch
 from torch._dynamo.utils import counters
 
 from gptbert.command_line import parse
-from gptbert.compilation import compile_blocks
 from gptbert.config import TrainConfig
-from gptbert.distributed import World
-from gptbert.hybrid_plan import HybridPlan
-from gptbert.inputs import Inputs
+from gptbert.data.hybrid_plan import HybridPlan
+from gptbert.data.inputs import Inputs
+from gptbert.distributed.world import World
 from gptbert.model import GPTBert
+from gptbert.model.compilation import compile_blocks
 from gptbert.trainer import Trainer
 from tests.conftest import TINY
 from tests.runs import flags, write_inputs

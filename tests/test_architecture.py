@@ -44,12 +44,12 @@ def test_the_scan_sees_every_kind_of_import(tmp_path, monkeypatch):
     [
         ("kernels/**/*.py", ["gptbert", "train_distributed", "tokenize_scripts", "benchmarks", "tests"]),
         ("gptbert/**/*.py", ["train_distributed", "benchmarks", "tests"]),
-        ("gptbert/checkpoint.py", ["gptbert.trainer"]),
-        ("gptbert/metrics.py", ["gptbert.trainer"]),
-        ("gptbert/records.py", ["gptbert"]),
-        ("gptbert/trackers.py", ["gptbert.trainer"]),
+        ("gptbert/checkpoint/checkpoint.py", ["gptbert.trainer"]),
+        ("gptbert/monitoring/metrics.py", ["gptbert.trainer"]),
+        ("gptbert/monitoring/records.py", ["gptbert"]),
+        ("gptbert/monitoring/trackers.py", ["gptbert.trainer"]),
         ("gptbert/report.py", ["gptbert.trainer", "gptbert.model", "torch"]),
-        ("gptbert/data.py", ["gptbert.trainer"]),
+        ("gptbert/data/packing.py", ["gptbert.trainer"]),
     ],
 )
 def test_arrows_go_one_way(pattern, forbidden):

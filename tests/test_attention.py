@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from gptbert.model import GPTBert, attention_mask
+from gptbert.model import GPTBert
+from gptbert.model.gptbert import attention_mask
 from kernels.attention_context import attention_context
 from kernels.dropout import dropout
 from tests.conftest import TINY

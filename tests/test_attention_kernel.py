@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from gptbert.model import GPTBert, attention_mask
+from gptbert.model import GPTBert
+from gptbert.model.gptbert import attention_mask
 from kernels.attention_context import reference
 from kernels.attention_context.op import attention_weights, attention_weights_backward
 from kernels.dropout import dropout

@@ -9,10 +9,10 @@ from safetensors import safe_open
 
 from gptbert.command_line import run_command
 from gptbert.config import TrainConfig
-from gptbert.distributed import connect
+from gptbert.data.token_store import TokenStoreWriter
+from gptbert.distributed.world import connect
 from gptbert.errors import InputError
-from gptbert.token_store import TokenStoreWriter
-from gptbert.tokenizer import tokenizer_hash
+from gptbert.text.tokenizer import tokenizer_hash
 from gptbert.trainer import fit
 from tests.runs import MODEL, flags, on_ranks, write_inputs
 

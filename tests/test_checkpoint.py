@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
-from gptbert import checkpoint
-from gptbert.checkpoint import Checkpoint
-from gptbert.distributed import World
+from gptbert.checkpoint import checkpoint
+from gptbert.checkpoint.checkpoint import Checkpoint
+from gptbert.distributed.world import World
 from gptbert.errors import InputError
 from gptbert.model import GPTBert
 from gptbert.optim import Lamb
@@ -125,11 +125,11 @@ def test_saving_a_step_again_replaces_it(run, save, tiny):
 def failures():
     disk_full = OSError(28, "No space left on device")
     return [
-        ("gptbert.weights.save_file", SafetensorError("I/O error: No space left on device")),
-        ("gptbert.weights.save_file", disk_full),
+        ("gptbert.checkpoint.weights.save_file", SafetensorError("I/O error: No space left on device")),
+        ("gptbert.checkpoint.weights.save_file", disk_full),
         ("torch.save", RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0\nmore")),
         ("torch.save", disk_full),
-        ("gptbert.checkpoint_folder.write_json", disk_full),
+        ("gptbert.checkpoint.folder.write_json", disk_full),
         ("shutil.copyfile", disk_full),
         ("os.fsync", disk_full),
         ("pathlib.Path.rename", disk_full),
@@ -155,7 +155,9 @@ def test_a_save_that_fails_leaves_the_old_ones_and_nothing_else(run, save, tiny,
     assert names(run) == ["step_00000002", "step_00000003"]
 
 
-@pytest.mark.parametrize("function", ["gptbert.weights.save_file", "torch.save", "os.fsync", "pathlib.Path.rename"])
+@pytest.mark.parametrize(
+    "function", ["gptbert.checkpoint.weights.save_file", "torch.save", "os.fsync", "pathlib.Path.rename"]
+)
 def test_a_save_killed_half_way_is_no_checkpoint_and_is_cleaned_up(run, save, monkeypatch, function):
     class Killed(BaseException):
         pass

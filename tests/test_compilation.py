@@ -6,14 +6,14 @@ from torch._dynamo.utils import counters
 
 from gptbert import compile_choice
 from gptbert.command_line import parse
-from gptbert.compilation import compile_blocks
 from gptbert.config import TrainConfig
-from gptbert.distributed import World
+from gptbert.data.hybrid_plan import HybridPlan
+from gptbert.data.inputs import Inputs
+from gptbert.distributed.world import World
 from gptbert.errors import InputError
-from gptbert.hybrid_plan import HybridPlan
-from gptbert.inputs import Inputs
 from gptbert.model import GPTBert
-from gptbert.samples import Samples
+from gptbert.model.compilation import compile_blocks
+from gptbert.monitoring.samples import Samples
 from gptbert.schedules import batch_size, length_factor
 from gptbert.trainer import Trainer
 from kernels import IGNORE_INDEX

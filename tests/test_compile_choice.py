@@ -5,13 +5,14 @@ import dataclasses
 import pytest
 import torch
 
-from gptbert import compile_choice, manifest, trainer
-from gptbert.checkpoint import list_checkpoints, load
+from gptbert import compile_choice, trainer
+from gptbert.checkpoint import manifest
+from gptbert.checkpoint.checkpoint import list_checkpoints, load
 from gptbert.command_line import parse
 from gptbert.compile_choice import choose, seconds_saved
 from gptbert.config import ModelConfig, TrainConfig
-from gptbert.distributed import World
-from gptbert.hybrid_plan import HybridPlan
+from gptbert.data.hybrid_plan import HybridPlan
+from gptbert.distributed.world import World
 from gptbert.trainer import fit
 from tests.runs import MODEL, flags, write_inputs
 

@@ -5,8 +5,8 @@ import tracemalloc
 
 import pytest
 
-from gptbert.corpus import MAX_TEXT_DOCUMENT, Corpus, CorpusConfig
 from gptbert.errors import InputError
+from gptbert.text.corpus import MAX_TEXT_DOCUMENT, Corpus, CorpusConfig
 from tests.texts import jsonl
 
 

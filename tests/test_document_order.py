@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptbert.data import RowStream
-from gptbert.document_order import SIZES, DocumentOrder, ShuffleSizes
+from gptbert.data.document_order import SIZES, DocumentOrder, ShuffleSizes
+from gptbert.data.packing import RowStream
 
 lengths = st.lists(st.integers(0, 9), min_size=1, max_size=60).filter(any)
 sizes = st.builds(ShuffleSizes, st.integers(1, 6), st.integers(1, 20), st.integers(1, 12))
@@ -181,7 +181,7 @@ def test_streams_of_a_store_share_the_table_of_chunks(make_store):
 def test_chunk_sizes_by_hand(make_store, lengths, chunk, data):
     cuts = sorted(data.draw(st.lists(st.integers(0, len(lengths)), max_size=3)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gptbert.token_store.SLICE", data.draw(st.integers(1, 20)))
+        patch.setattr("gptbert.data.token_store.SLICE", data.draw(st.integers(1, 20)))
         sizes = make_store(lengths, cuts=cuts).chunk_sizes(chunk)
     chunks = [lengths[first : first + chunk] for first in range(0, len(lengths), chunk)]
     assert sizes.tolist() == [[sum(part), np.count_nonzero(part)] for part in chunks]

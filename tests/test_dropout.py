@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch._inductor.utils import run_and_get_code
 
-from gptbert.dropout import Dropout, random_seeds
+from gptbert.model.dropout import Dropout, random_seeds
 from kernels.dropout import dropout, random_words
 
 

@@ -7,15 +7,15 @@ import shutil
 import pytest
 import torch
 
-from gptbert import manifest
+from gptbert.checkpoint import manifest
 from gptbert.command_line import parse, run_command
 from gptbert.config import TrainConfig
-from gptbert.corpus import CorpusConfig
+from gptbert.data.objectives import Objective
 from gptbert.evaluate import EvaluateSettings, encode_domains, evaluate
-from gptbert.objectives import Objective
-from gptbert.records import read_records
-from gptbert.tokenizer import BOS_ID
-from gptbert.trained_model import ModelChoice, TrainedModel
+from gptbert.monitoring.records import read_records
+from gptbert.scoring.trained_model import ModelChoice, TrainedModel
+from gptbert.text.corpus import CorpusConfig
+from gptbert.text.tokenizer import BOS_ID
 from gptbert.trainer import fit
 from tests.runs import flags, write_inputs
 

@@ -18,7 +18,7 @@ from transformers import (
 
 from gptbert.errors import InputError
 from gptbert.export import ExportConfig, Origin, export, model_card
-from gptbert.tokenizer import MASK_ID, load_tokenizer
+from gptbert.text.tokenizer import MASK_ID, load_tokenizer
 from tests.exported import SHAPE, write_checkpoint
 from tests.runs import train
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from gptbert import manifest
-from gptbert.checkpoint import list_checkpoints
+from gptbert.checkpoint import manifest
+from gptbert.checkpoint.checkpoint import list_checkpoints
 from gptbert.command_line import STOPPED
-from gptbert.records import read_records
+from gptbert.monitoring.records import read_records
 from tests.disk import small_disk
 from tests.runs import assert_same_end, flags, kill, start, train, wait_for_record, workers, write_inputs
 

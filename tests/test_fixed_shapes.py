@@ -8,9 +8,9 @@ import torch
 from gptbert import trainer as trainer_module
 from gptbert.command_line import parse
 from gptbert.config import TrainConfig
-from gptbert.distributed import World
-from gptbert.hybrid_plan import HybridPlan
-from gptbert.inputs import Inputs
+from gptbert.data.hybrid_plan import HybridPlan
+from gptbert.data.inputs import Inputs
+from gptbert.distributed.world import World
 from gptbert.trainer import Trainer
 from tests.operations import Operations
 from tests.runs import flags, write_inputs

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from gptbert.flops import forward_flops, product_rate, training_flops
 from gptbert.model import GPTBert
+from gptbert.monitoring.flops import forward_flops, product_rate, training_flops
 from tests.conftest import TINY
 
 ROWS, LENGTH = 3, 24

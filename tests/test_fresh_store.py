@@ -6,7 +6,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from gptbert.fresh_store import fresh_store, shares_its_store
+from gptbert.distributed.fresh_store import fresh_store, shares_its_store
 
 TIMEOUT = timedelta(seconds=20)
 

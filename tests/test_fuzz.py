@@ -16,12 +16,12 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from torch.distributed.fsdp import fully_shard
 
-from gptbert import checkpoint, manifest
-from gptbert.checkpoint import Checkpoint
-from gptbert.distributed import World
+from gptbert.checkpoint import checkpoint, manifest
+from gptbert.checkpoint.checkpoint import Checkpoint
+from gptbert.data.token_store import TokenStoreWriter
+from gptbert.distributed.world import World
 from gptbert.model import GPTBert
 from gptbert.optim import Lamb
-from gptbert.token_store import TokenStoreWriter
 from tests import damage
 from tests.sandbox import Sandbox
 from tokenize_scripts.train_tokenizer import learn

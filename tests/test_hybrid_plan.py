@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gptbert.data.hybrid_plan import HybridPlan
+from gptbert.data.objectives import Objective
 from gptbert.errors import InputError
-from gptbert.hybrid_plan import HybridPlan
-from gptbert.objectives import Objective
 from gptbert.schedules import batch_size, length_factor
 
 MLM, CLM = Objective.MLM, Objective.CLM
@@ -148,7 +148,7 @@ def test_every_step_is_what_a_loop_over_steps_gives(make_config, data):
         seq_length=2,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gptbert.hybrid_plan._BLOCK", data.draw(st.integers(1, 40), label="block"))
+        patch.setattr("gptbert.data.hybrid_plan._BLOCK", data.draw(st.integers(1, 40), label="block"))
         plan = HybridPlan(config, 1)
     slots = [0, 0]
     steps = [(step, *rows_of_a_step(config, step)) for step in range(config.max_steps)]
@@ -182,7 +182,7 @@ def test_a_plan_does_not_grow_with_its_run(make_config):
     assert held(10**6)[0] < 66_000
     assert held(10**6)[1] < 2 * 4100 * 40
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gptbert.hybrid_plan._BLOCK", 2**6)
+        patch.setattr("gptbert.data.hybrid_plan._BLOCK", 2**6)
         slots, blocks = held(2**12)
         assert held(2**16) == (slots, pytest.approx(16 * blocks, rel=0.01)), "longer blocks, not more of them"
 

@@ -8,9 +8,9 @@ import torch
 from gptbert import kernel_check as module
 from gptbert.command_line import parse
 from gptbert.config import ModelConfig, TrainConfig
-from gptbert.distributed import World
+from gptbert.data.hybrid_plan import HybridPlan
+from gptbert.distributed.world import World
 from gptbert.errors import InputError
-from gptbert.hybrid_plan import HybridPlan
 from gptbert.kernel_check import kernel_check, run_of
 from gptbert.trainer import fit
 from kernels.run import Run

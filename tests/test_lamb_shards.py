@@ -16,8 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from gptbert.distributed.fsdp import whole
 from gptbert.optim import Lamb, WeightAverage, parameter_groups, update_weights
-from gptbert.sharding import whole
 from kernels import lamb_step
 from kernels.backend import BACKENDS
 from tests.numerics import relative_error, same

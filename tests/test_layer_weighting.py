@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 
-from gptbert.layer_weighting import LayerWeighting, Representations
+from gptbert.model.layer_weighting import LayerWeighting, Representations
 from tests.numerics import close
 
 DEPTH = 5

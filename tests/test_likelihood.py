@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from gptbert import likelihood
-from gptbert.likelihood import log_likelihoods, num_predictions
+from gptbert.data.objectives import Objective
 from gptbert.model import GPTBert
-from gptbert.objectives import Objective
-from gptbert.tokenizer import BOS_ID, MASK_ID
+from gptbert.scoring import likelihood
+from gptbert.scoring.likelihood import log_likelihoods, num_predictions
+from gptbert.text.tokenizer import BOS_ID, MASK_ID
 
 TEMPERATURES = (0.5, 1.0, 2.65)
 

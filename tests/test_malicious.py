@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from gptbert.token_shards import FORMAT
+from gptbert.data.token_shards import FORMAT
 from tests.damage import archive
 from tests.sandbox import Sandbox
 from tokenize_scripts.train_tokenizer import learn

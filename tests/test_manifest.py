@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gptbert import manifest
+from gptbert.checkpoint import manifest
 from gptbert.errors import InputError
 
 CONTENTS = {"a.bin": bytes(range(256)) * 40, "empty": b"", "inside/b.txt": b"text\n"}

@@ -2,8 +2,8 @@
 
 import torch
 
-from gptbert.distributed import World
-from gptbert.mask_history import MaskHistory
+from gptbert.data.mask_history import MaskHistory
+from gptbert.distributed.world import World
 from kernels import IGNORE_INDEX
 
 WORLD = World(0, 1, torch.device("cpu"))

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from gptbert import memory
+from gptbert.distributed import memory
 
 SCRIPT = """
 import resource
 import sys
 import torch
-from gptbert.memory import keep_freed_memory
+from gptbert.distributed.memory import keep_freed_memory
 
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
@@ -29,7 +29,7 @@ print(min(after - before for before, after in zip(faults, faults[1:])))
 HEAP = """
 import resource
 import sys
-from gptbert.memory import keep_freed_memory
+from gptbert.distributed.memory import keep_freed_memory
 
 if sys.argv[1] == "limited":
     resource.setrlimit(resource.RLIMIT_AS, (2**40, 2**40))

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from gptbert.distributed import World
-from gptbert.metrics import LossSums, Throughput, perplexity, training_losses
-from gptbert.objectives import Objective
+from gptbert.data.objectives import Objective
+from gptbert.distributed.world import World
+from gptbert.monitoring.metrics import LossSums, Throughput, perplexity, training_losses
 from kernels import MaskedCrossEntropy
 
 ALONE = World(0, 1, torch.device("cpu"))

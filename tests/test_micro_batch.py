@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from gptbert.config import TrainConfig
-from gptbert.distributed import World
-from gptbert.hybrid_plan import HybridPlan
-from gptbert.micro_batch import MicroBatches, micro_batch_rows
-from gptbert.objectives import Batch, Objective
+from gptbert.data.hybrid_plan import HybridPlan
+from gptbert.data.micro_batch import MicroBatches, micro_batch_rows
+from gptbert.data.objectives import Batch, Objective
+from gptbert.distributed.world import World
 from kernels.padding import ROWS
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

@@ -9,18 +9,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptbert import inputs as run_inputs
-from gptbert.data import RowStream
-from gptbert.distributed import World
+from gptbert.data import inputs as run_inputs
+from gptbert.data.hybrid_plan import HybridPlan
+from gptbert.data.inputs import Inputs, corpus_names
+from gptbert.data.loader import StepRows
+from gptbert.data.micro_batch import MicroBatches
+from gptbert.data.mixture import Mixture
+from gptbert.data.objectives import Objective
+from gptbert.data.packing import RowStream
+from gptbert.distributed.world import World
 from gptbert.errors import InputError
-from gptbert.hybrid_plan import HybridPlan
-from gptbert.inputs import Inputs, corpus_names
-from gptbert.micro_batch import MicroBatches
-from gptbert.mixture import Mixture
-from gptbert.objectives import Objective
-from gptbert.step_rows import StepRows
-from gptbert.tokenizer import BOS_ID
-from tests.test_data import FIELDS, assert_equal, lengths, seq_lengths
+from gptbert.text.tokenizer import BOS_ID
+from tests.test_packing import FIELDS, assert_equal, lengths, seq_lengths
 
 CPU = torch.device("cpu")
 weights = st.floats(1e-3, 1e3)

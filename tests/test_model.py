@@ -10,7 +10,8 @@ from safetensors import safe_open
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptbert.config import ModelConfig
-from gptbert.model import GPTBert, position_bucket, select_labelled
+from gptbert.model import GPTBert
+from gptbert.model.gptbert import position_bucket, select_labelled
 from gptbert.upstream import from_upstream, to_upstream
 from kernels import IGNORE_INDEX
 from tests.conftest import TINY

@@ -7,13 +7,13 @@ from queue import SimpleQueue
 import pytest
 import torch
 
-from gptbert.checkpoint import list_checkpoints, load
+from gptbert.checkpoint.checkpoint import list_checkpoints, load
 from gptbert.command_line import parse
 from gptbert.config import ModelConfig, TrainConfig
-from gptbert.distributed import connect
+from gptbert.data.hybrid_plan import HybridPlan
+from gptbert.data.inputs import Inputs
+from gptbert.distributed.world import connect
 from gptbert.errors import InputError
-from gptbert.hybrid_plan import HybridPlan
-from gptbert.inputs import Inputs
 from gptbert.model import GPTBert
 from gptbert.muon import hidden_matrices
 from gptbert.optim import build_optimizer

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gptbert.norm import InputNorm
+from gptbert.model.norm import InputNorm
 from tests.conftest import TINY
 from tests.numerics import assert_accurate
 

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptbert.data import RowStream
-from gptbert.objectives import Batch, Masking, Objective, causal_batch, masked_batch, micro_batches
-from gptbert.tokenizer import BOS_ID, MASK_ID, PAD_ID
+from gptbert.data.objectives import Batch, Masking, Objective, causal_batch, masked_batch, micro_batches
+from gptbert.data.packing import RowStream
+from gptbert.text.tokenizer import BOS_ID, MASK_ID, PAD_ID
 
 
 @pytest.fixture(scope="module")

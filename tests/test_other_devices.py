@@ -8,13 +8,13 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from gptbert import checkpoint
+from gptbert.checkpoint import checkpoint
 from gptbert.command_line import parse
 from gptbert.config import TrainConfig
-from gptbert.distributed import World
-from gptbert.hybrid_plan import HybridPlan
-from gptbert.inputs import Inputs
-from gptbert.torch_file import load_torch_file
+from gptbert.data.hybrid_plan import HybridPlan
+from gptbert.data.inputs import Inputs
+from gptbert.distributed.world import World
+from gptbert.io.torch_file import load_torch_file
 from gptbert.trainer import Trainer, fit
 from kernels.configuration import OPERATIONS
 from tests.runs import assert_same, flags, write_inputs

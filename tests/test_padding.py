@@ -6,7 +6,7 @@ import platform
 import pytest
 import torch
 
-from gptbert.model import select_labelled
+from gptbert.model.gptbert import select_labelled
 from kernels import IGNORE_INDEX, masked_cross_entropy
 from kernels.padding import ROWS, rounded_rows
 

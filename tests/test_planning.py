@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import planning
 from benchmarks.planning import PlanningConfig, Rank, simulate, tables, write_store
-from gptbert.token_store import TokenStore
+from gptbert.data.token_store import TokenStore
 
 CONFIG = PlanningConfig(tokens=60_000, world_size=8, ranks=(7,), max_steps=400, global_batch_size=32, steps=6, pause=0)
 

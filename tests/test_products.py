@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch.utils import deterministic
 
-from gptbert import model
 from gptbert.command_line import parse
 from gptbert.config import TrainConfig
-from gptbert.distributed import World
-from gptbert.hybrid_plan import HybridPlan
-from gptbert.inputs import Inputs
+from gptbert.data.hybrid_plan import HybridPlan
+from gptbert.data.inputs import Inputs
+from gptbert.distributed.world import World
+from gptbert.model import gptbert as model
 from gptbert.trainer import Trainer
 from kernels import cross_entropy_from_logits
 from kernels.padding import rows_apart

@@ -20,11 +20,11 @@ from pydoc_data.topics import topics
 import pytest
 from torch.distributed.run import get_args_parser
 
-from gptbert import recipes
-from gptbert.checkpoint import list_checkpoints
+from gptbert.checkpoint.checkpoint import list_checkpoints
 from gptbert.command_line import parse
 from gptbert.config import TrainConfig
-from gptbert.records import read_records
+from gptbert.monitoring import recipes
+from gptbert.monitoring.records import read_records
 from gptbert.trainer import fit
 from tests.runs import MODEL, ROOT, assert_same_end, flags, process_ids, train, wait_for_record, write_inputs
 

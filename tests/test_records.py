@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from gptbert.records import JsonLines, read_records
+from gptbert.monitoring.records import JsonLines, read_records
 
 
 def log(path, first_step, steps):

@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from gptbert.checkpoint import list_checkpoints
-from gptbert.records import read_records
+from gptbert.checkpoint.checkpoint import list_checkpoints
+from gptbert.monitoring.records import read_records
 from tests.runs import assert_same_end, flags, kill, losses, start, train, wait_for_record, write_inputs
 
 STEPS, SAVE_EVERY = 46, 5

@@ -7,8 +7,8 @@ import pytest
 
 from benchmarks.roofline import H100, Job, Limits, RooflineConfig, Work, parameter_count, run, table
 from gptbert.config import ModelConfig
-from gptbert.flops import training_flops
 from gptbert.model import GPTBert
+from gptbert.monitoring.flops import training_flops
 from tests.conftest import TINY
 
 SMALL = ModelConfig.from_json("configs/small.json")

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from gptbert import chart
-from gptbert.chart import MOST_POINTS, Line, draw, log_ticks, number, thin, ticks
 from gptbert.command_line import run_command
 from gptbert.errors import InputError
+from gptbert.monitoring import chart
+from gptbert.monitoring.chart import MOST_POINTS, Line, draw, log_ticks, number, thin, ticks
 from gptbert.report import ReportConfig, render, write_report
 from tests.browser import measure, screenshot
 

@@ -7,13 +7,13 @@ import torch
 
 from gptbert.command_line import parse
 from gptbert.config import TrainConfig
-from gptbert.distributed import World
-from gptbert.inputs import Inputs
+from gptbert.data.inputs import Inputs
+from gptbert.data.token_store import TokenStore
+from gptbert.distributed.world import World
 from gptbert.model import GPTBert
-from gptbert.records import read_records
-from gptbert.samples import NUM_TEXTS, TOP, Samples
-from gptbert.token_store import TokenStore
-from gptbert.tokenizer import BOS_ID, MASK_ID, load_tokenizer
+from gptbert.monitoring.records import read_records
+from gptbert.monitoring.samples import NUM_TEXTS, TOP, Samples
+from gptbert.text.tokenizer import BOS_ID, MASK_ID, load_tokenizer
 from gptbert.trainer import fit
 from tests.runs import flags, write_inputs
 

@@ -8,14 +8,14 @@ import pytest
 
 from gptbert.command_line import parse, run_command
 from gptbert.config import TrainConfig
-from gptbert.encoding import encode_sentences
+from gptbert.data.objectives import Objective
 from gptbert.errors import InputError
-from gptbert.likelihood import log_likelihoods
-from gptbert.minimal_pairs import Accuracy, MinimalPair, read_pairs
-from gptbert.objectives import Objective
 from gptbert.score import SWEEP, BackendScores, ScoreSettings, score
-from gptbert.tokenizer import BOS_ID, MASK_ID
-from gptbert.trained_model import ModelChoice, TrainedModel
+from gptbert.scoring.likelihood import log_likelihoods
+from gptbert.scoring.minimal_pairs import Accuracy, MinimalPair, read_pairs
+from gptbert.scoring.trained_model import ModelChoice, TrainedModel
+from gptbert.text.encoding import encode_sentences
+from gptbert.text.tokenizer import BOS_ID, MASK_ID
 from gptbert.trainer import fit
 from tests.runs import flags, write_inputs
 

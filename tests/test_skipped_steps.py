@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptbert.skipped_steps import SkippedSteps
+from gptbert.monitoring.skipped_steps import SkippedSteps
 
 NORMS = st.sampled_from([1.0, 0.0, math.inf, math.nan])
 

@@ -5,13 +5,13 @@ import math
 
 import pytest
 
-from gptbert.checkpoint import list_checkpoints, load_model
+from gptbert.checkpoint.checkpoint import list_checkpoints, load_model
 from gptbert.command_line import parse, run_command
 from gptbert.config import TrainConfig
-from gptbert.distributed import connect
-from gptbert.hybrid_plan import HybridPlan
-from gptbert.inputs import Inputs
-from gptbert.records import read_records
+from gptbert.data.hybrid_plan import HybridPlan
+from gptbert.data.inputs import Inputs
+from gptbert.distributed.world import connect
+from gptbert.monitoring.records import read_records
 from gptbert.trainer import Trainer, fit
 from tests.runs import assert_same, assert_same_checkpoint, flags, on_ranks, write_inputs
 

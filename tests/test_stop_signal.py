@@ -7,8 +7,8 @@ import threading
 import pytest
 import torch
 
-from gptbert.distributed import World
-from gptbert.stop_signal import SIGNALS, StopSignal
+from gptbert.distributed.stop_signal import SIGNALS, StopSignal
+from gptbert.distributed.world import World
 
 CPU = torch.device("cpu")
 

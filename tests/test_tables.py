@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 
-from gptbert import tables
-from gptbert.corpus import Corpus, CorpusConfig
 from gptbert.errors import InputError
-from gptbert.tables import table_rows
+from gptbert.text import tables
+from gptbert.text.corpus import Corpus, CorpusConfig
+from gptbert.text.tables import table_rows
 from tests.runs import write_inputs
 from tests.texts import DOCUMENTS, jsonl
 from tokenize_scripts.split_corpus import SplitConfig, split_corpus

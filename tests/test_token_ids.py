@@ -5,14 +5,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptbert import inputs as run_inputs
 from gptbert.command_line import parse, run_command
 from gptbert.config import TrainConfig
-from gptbert.data import RowStream
+from gptbert.data import inputs as run_inputs
+from gptbert.data.hybrid_plan import HybridPlan
+from gptbert.data.packing import RowStream
+from gptbert.data.token_store import TokenStore, TokenStoreWriter
 from gptbert.errors import InputError
-from gptbert.hybrid_plan import HybridPlan
-from gptbert.token_store import TokenStore, TokenStoreWriter
-from gptbert.tokenizer import tokenizer_hash
+from gptbert.text.tokenizer import tokenizer_hash
 from gptbert.trainer import fit
 from tests.runs import flags, on_ranks, write_inputs
 

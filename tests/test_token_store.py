@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from gptbert import token_shards, token_store
+from gptbert.data import token_shards, token_store
+from gptbert.data.token_shards import FORMAT
+from gptbert.data.token_store import TokenStore, TokenStoreWriter, token_dtype
 from gptbert.errors import InputError
-from gptbert.token_shards import FORMAT
-from gptbert.token_store import TokenStore, TokenStoreWriter, token_dtype
 
 DOCUMENTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [], [14, 15]]
 

@@ -16,13 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from gptbert import corpus as corpus_module
-from gptbert import encoding as encoding_module
-from gptbert.corpus import Corpus, CorpusConfig
-from gptbert.encoding import encode_documents
+from gptbert.data.token_store import TokenStore
 from gptbert.errors import InputError
-from gptbert.token_store import TokenStore
-from gptbert.tokenizer import BOS_ID, SPECIAL_TOKENS, load_tokenizer, tokenizer_hash
+from gptbert.text import corpus as corpus_module
+from gptbert.text import encoding as encoding_module
+from gptbert.text.corpus import Corpus, CorpusConfig
+from gptbert.text.encoding import encode_documents
+from gptbert.text.tokenizer import BOS_ID, SPECIAL_TOKENS, load_tokenizer, tokenizer_hash
 from tests.texts import DOCUMENTS, jsonl
 from tokenize_scripts.demo_corpus import DemoConfig, demo_corpus
 from tokenize_scripts.split_corpus import SplitConfig, side_of, split_corpus

@@ -7,10 +7,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gptbert.distributed import World
+from gptbert.distributed.world import World
 from gptbert.errors import InputError
-from gptbert.records import read_records
-from gptbert.trackers import TensorBoard, Trackers, _wandb_mode
+from gptbert.monitoring.records import read_records
+from gptbert.monitoring.trackers import TensorBoard, Trackers, _wandb_mode
 from tests.disk import small_disk
 from tests.runs import flags, kill, start, wait_for_record, write_inputs
 

@@ -9,18 +9,18 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptbert import trainer as trainer_module
-from gptbert.checkpoint import list_checkpoints, load_model
+from gptbert.checkpoint.checkpoint import list_checkpoints, load_model
 from gptbert.command_line import parse
 from gptbert.config import TrainConfig
-from gptbert.distributed import World
+from gptbert.data.hybrid_plan import HybridPlan
+from gptbert.data.inputs import Inputs
+from gptbert.data.objectives import Objective
+from gptbert.data.token_store import TokenStore
+from gptbert.distributed.world import World
 from gptbert.errors import InputError
-from gptbert.hybrid_plan import HybridPlan
-from gptbert.inputs import Inputs
-from gptbert.objectives import Objective
-from gptbert.records import read_records
+from gptbert.monitoring.records import read_records
 from gptbert.schedules import learning_rate
-from gptbert.token_store import TokenStore
-from gptbert.tokenizer import BOS_ID
+from gptbert.text.tokenizer import BOS_ID
 from gptbert.trainer import Trainer, fit
 from tests.runs import flags, losses, write_inputs
 

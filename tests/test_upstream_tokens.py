@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gptbert.data.token_store import TokenStore
+from gptbert.data.upstream_tokens import read_token_file
 from gptbert.errors import InputError
-from gptbert.token_store import TokenStore
-from gptbert.upstream_tokens import read_token_file
 
 
 def write(path, documents):

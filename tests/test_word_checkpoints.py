@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from gptbert import manifest
-from gptbert.checkpoint import find, list_checkpoints, load_model
+from gptbert.checkpoint import manifest
+from gptbert.checkpoint.checkpoint import find, list_checkpoints, load_model
+from gptbert.checkpoint.word_checkpoints import BABYLM, WordCheckpoints, checkpoint_name, list_word_checkpoints
 from gptbert.command_line import parse
 from gptbert.config import TrainConfig
-from gptbert.data import RowStream
+from gptbert.data.hybrid_plan import HybridPlan
+from gptbert.data.objectives import Objective
+from gptbert.data.packing import RowStream
+from gptbert.data.token_store import TokenStore, TokenStoreWriter
 from gptbert.errors import InputError
-from gptbert.hybrid_plan import HybridPlan
-from gptbert.objectives import Objective
-from gptbert.records import read_records
-from gptbert.token_store import TokenStore, TokenStoreWriter
-from gptbert.tokenizer import tokenizer_hash
+from gptbert.monitoring.records import read_records
+from gptbert.text.tokenizer import tokenizer_hash
 from gptbert.trainer import Trainer, fit
-from gptbert.word_checkpoints import BABYLM, WordCheckpoints, checkpoint_name, list_word_checkpoints
 from tests.runs import assert_same_end, flags, kill, start, train, wait_for_record, write_inputs
 
 FILES = {
@@ -180,7 +180,7 @@ def test_a_run_that_was_killed_has_each_of_them_once_and_the_same(inputs, plain,
     save, train_step = Trainer.save, Trainer.train_step
     with monkeypatch.context() as patch:
         if moment == "in the folder":
-            patch.setattr("gptbert.files.finish_folder", lambda path: "chck_500" in path.name and die())
+            patch.setattr("gptbert.io.files.finish_folder", lambda path: "chck_500" in path.name and die())
         elif moment == "of a later step":
             patch.setattr(
                 Trainer, "train_step", lambda self, rows: die() if self.step == 11 else train_step(self, rows)

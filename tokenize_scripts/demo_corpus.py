@@ -13,7 +13,7 @@ from pathlib import Path
 
 from gptbert.command_line import run_command
 from gptbert.errors import InputError
-from gptbert.outputs import check_outputs, staged_outputs
+from gptbert.io.outputs import check_outputs, staged_outputs
 
 SKIPPED_FOLDERS = {"idlelib", "site-packages", "test", "tests", "turtledemo"}
 SHORTEST_DOCUMENT = 200  # characters; below are one-line remarks such as those of the generated codecs

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TextIO
 
 from gptbert.command_line import run_command
-from gptbert.corpus import Corpus, CorpusConfig
 from gptbert.errors import InputError
-from gptbert.outputs import check_outputs, staged_outputs
+from gptbert.io.outputs import check_outputs, staged_outputs
+from gptbert.text.corpus import Corpus, CorpusConfig
 
 SIDES = ("train", "validation", "test")
 

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptbert.command_line import run_command
-from gptbert.corpus import Corpus, CorpusConfig
-from gptbert.encoding import encode_documents
+from gptbert.data.token_store import SHARD_TOKENS, TokenStoreWriter
 from gptbert.errors import InputError
-from gptbert.outputs import check_outputs
-from gptbert.token_store import SHARD_TOKENS, TokenStoreWriter
-from gptbert.tokenizer import load_tokenizer, tokenizer_hash
+from gptbert.io.outputs import check_outputs
+from gptbert.text.corpus import Corpus, CorpusConfig
+from gptbert.text.encoding import encode_documents
+from gptbert.text.tokenizer import load_tokenizer, tokenizer_hash
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from tqdm import tqdm
 
 from gptbert.command_line import run_command
-from gptbert.corpus import Corpus, CorpusConfig
 from gptbert.errors import InputError
-from gptbert.outputs import check_outputs, staged_outputs
-from gptbert.tokenizer import BOS_ID, SPECIAL_TOKENS, UNK_ID
+from gptbert.io.outputs import check_outputs, staged_outputs
+from gptbert.text.corpus import Corpus, CorpusConfig
+from gptbert.text.tokenizer import BOS_ID, SPECIAL_TOKENS, UNK_ID
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())  # 256 characters, each of which stands for a byte
 SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + len(ALPHABET)

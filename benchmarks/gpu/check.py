@@ -17,8 +17,8 @@ from benchmarks.gpu.cases import README_COMMAND
 from benchmarks.gpu.hardware import ROOT
 from benchmarks.gpu.settings import Settings
 from gptbert.config import ModelConfig
-from gptbert.distributed import connect
-from gptbert.hybrid_plan import HybridPlan
+from gptbert.data.hybrid_plan import HybridPlan
+from gptbert.distributed.world import connect
 from gptbert.kernel_check import kernel_check, run_of
 from gptbert.preparation import prepare_kernels
 from kernels.check import first_failure, run_checks

@@ -15,8 +15,8 @@ import torch
 
 from benchmarks import machine
 from benchmarks.gpu.settings import Settings
-from gptbert.flops import product_rate
-from gptbert.hardware import hardware_name
+from gptbert.distributed.hardware import hardware_name
+from gptbert.monitoring.flops import product_rate
 
 ROOT = Path(__file__).parents[2]
 # dense bf16 of NVIDIA's data sheets, FLOPs a second; the first whose name is in the GPU's

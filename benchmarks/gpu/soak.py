@@ -13,7 +13,7 @@ from benchmarks import machine
 from benchmarks.gpu.cases import StepCase
 from benchmarks.gpu.settings import Settings
 from benchmarks.gpu.steps import TrainingSteps
-from gptbert.metrics import Throughput
+from gptbert.monitoring.metrics import Throughput
 
 CASE = StepCase("small", "hybrid", 32, 128)
 STEPS, RECORD_EVERY = 300, 10

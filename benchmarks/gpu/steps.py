@@ -19,10 +19,10 @@ from benchmarks.gpu.hardware import ROOT, data_sheet_flops
 from benchmarks.gpu.profile import profile
 from benchmarks.gpu.settings import Settings
 from gptbert.config import ModelConfig
-from gptbert.data import Prefetcher
-from gptbert.distributed import connect
-from gptbert.flops import product_rate, training_flops
-from gptbert.memory import peak_memory
+from gptbert.data.packing import Prefetcher
+from gptbert.distributed.memory import peak_memory
+from gptbert.distributed.world import connect
+from gptbert.monitoring.flops import product_rate, training_flops
 from gptbert.trainer import Trainer
 from kernels.backend import set_default_backend
 

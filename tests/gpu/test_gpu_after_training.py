@@ -6,19 +6,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gptbert.checkpoint import list_checkpoints, load, load_model
+from gptbert.checkpoint.checkpoint import list_checkpoints, load, load_model
 from gptbert.command_line import parse
 from gptbert.config import ModelConfig, TrainConfig
-from gptbert.encoding import encode_sentences
+from gptbert.data.objectives import Objective
 from gptbert.evaluate import EvaluateSettings, evaluate
 from gptbert.export import ExportConfig, export
 from gptbert.fill_mask import fill_masks
 from gptbert.generate import continue_text
-from gptbert.likelihood import log_likelihoods
-from gptbert.objectives import Objective
-from gptbert.records import read_records
+from gptbert.monitoring.records import read_records
 from gptbert.score import ScoreSettings, score
-from gptbert.trained_model import ModelChoice, TrainedModel
+from gptbert.scoring.likelihood import log_likelihoods
+from gptbert.scoring.trained_model import ModelChoice, TrainedModel
+from gptbert.text.encoding import encode_sentences
 from gptbert.trainer import fit
 from gptbert.upstream import from_upstream
 from tests.runs import flags, losses

@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from gptbert.compilation import compile_blocks
 from gptbert.config import ModelConfig
-from gptbert.dropout import random_seeds
-from gptbert.model import BLOCK_SEEDS, DropoutSeeds, GPTBert
+from gptbert.model import GPTBert
+from gptbert.model.compilation import compile_blocks
+from gptbert.model.dropout import random_seeds
+from gptbert.model.gptbert import BLOCK_SEEDS, DropoutSeeds
 from kernels import IGNORE_INDEX
 from tests.numerics import assert_near, relative_error
 

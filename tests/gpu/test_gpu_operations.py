@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gptbert.layer_weighting import LayerWeighting, Representations
-from gptbert.model import GPTBert, attention_mask
+from gptbert.model import GPTBert
+from gptbert.model.gptbert import attention_mask
+from gptbert.model.layer_weighting import LayerWeighting, Representations
 from kernels.attention_context import attention_context
 from kernels.attention_context import bucket_sums as sums
 from kernels.column_sums import add_bias

@@ -11,9 +11,9 @@ import torch
 from gptbert import schedules
 from gptbert.command_line import parse
 from gptbert.config import TrainConfig
-from gptbert.distributed import World
-from gptbert.hybrid_plan import HybridPlan
-from gptbert.inputs import Inputs
+from gptbert.data.hybrid_plan import HybridPlan
+from gptbert.data.inputs import Inputs
+from gptbert.distributed.world import World
 from gptbert.optim import update_weights
 from gptbert.trainer import Trainer
 from tests.gpu.compiled_run import always_compile

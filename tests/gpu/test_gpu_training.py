@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from gptbert.checkpoint import list_checkpoints
+from gptbert.checkpoint.checkpoint import list_checkpoints
 from gptbert.command_line import parse
 from gptbert.config import TrainConfig
-from gptbert.records import read_records
+from gptbert.monitoring.records import read_records
 from gptbert.trainer import fit
 from tests.lanes import DEVICE
 from tests.runs import MODEL, ROOT, assert_same_checkpoint, flags, losses, train

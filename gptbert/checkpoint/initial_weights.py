@@ -1,0 +1,27 @@
+"""Weights that a run starts from instead of random ones (`--initial_weights`)."""
+
+from torch import Tensor
+
+from gptbert.checkpoint.checkpoint import differences, newest_in, whole_weights
+from gptbert.checkpoint.folder import MODEL_CONFIG, TOKENIZER
+from gptbert.config import ModelConfig, TrainConfig
+from gptbert.errors import InputError, prefix_errors
+from gptbert.text.tokenizer import tokenizer_hash
+
+
+def read_initial_weights(config: TrainConfig, model_config: ModelConfig) -> dict[str, Tensor] | None:
+    """The weights that `--initial_weights` names, on the CPU, or None without the flag.
+
+    Raises:
+        InputError: nothing there, or damaged, or of a model of another shape or tokenizer.
+    """
+    if config.initial_weights is None:
+        return None
+    with prefix_errors("--initial_weights"):
+        path = newest_in(config.initial_weights)
+        saved_config = ModelConfig.from_json(path / MODEL_CONFIG)
+        if changes := differences(saved_config, model_config):
+            raise InputError(f"{path}: its model differs from --config_file: {changes}")
+        if tokenizer_hash(path / TOKENIZER) != tokenizer_hash(config.tokenizer_path):
+            raise InputError(f"{path}: its tokenizer.json is not --tokenizer_path {config.tokenizer_path}")
+        return whole_weights(path, "model", model_config)

@@ -1,0 +1,83 @@
+"""`manifest.json` of a folder: size and SHA-256 of each of its files, so that damage shows before anything is used."""
+
+import errno
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from gptbert.errors import InputError, first_line
+from gptbert.io.json_file import read_json, write_json
+
+Entry = dict[str, int | str]
+
+NAME = "manifest.json"
+_MOST_BYTES = 1 << 22  # of some ten thousand entries
+
+
+def entry(path: Path) -> Entry:
+    """What a manifest says of a file."""
+    return {"bytes": path.stat().st_size, "sha256": _digest(path)}
+
+
+def write(folder: Path, known: dict[str, Entry] | None = None) -> None:
+    """List every file in the folder and in those inside it, as it is now: {name: {"bytes": …, "sha256": …}}.
+
+    Args:
+        folder: whose files are complete.
+        known: entries of files that others have read already.
+
+    Raises:
+        FileNotFoundError: a known file is not to be seen from here.
+    """
+    entries = dict(known or {})
+    if hidden := [name for name in entries if not (folder / name).is_file()]:
+        reason = f"{hidden[0]} of another host is not to be seen here; --output_dir must be one folder for all hosts"
+        raise FileNotFoundError(errno.ENOENT, reason)
+    files = (path for path in folder.rglob("*") if path.is_file() and path != folder / NAME)
+    names = sorted(path.relative_to(folder).as_posix() for path in files)
+    entries |= {name: entry(folder / name) for name in names if name not in entries}
+    write_json(folder / NAME, entries)
+
+
+def check(folder: Path, names: Iterable[str] | None = None) -> None:
+    """Read files and see that they are what was written.
+
+    Args:
+        folder: that holds a manifest.
+        names: of the files to read; None reads all.
+
+    Raises:
+        InputError: a file's name, and whether it is missing, cut short or otherwise changed; without the folder's.
+    """
+    try:
+        entries = read_json(folder / NAME, _MOST_BYTES)
+    except FileNotFoundError:
+        raise InputError(f"{NAME}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{NAME}: cannot be read ({error})") from error
+    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+        raise InputError(f"{NAME}: expected an object of objects")
+    for name in entries if names is None else names:
+        if name not in entries:
+            raise InputError(f"{name}: not in {NAME}")
+        try:
+            _check_file(folder, name, entries[name])
+        except (OSError, ValueError) as error:  # a name that is too long, say, or holds a zero
+            raise InputError(f"{name[:100]}: cannot be read ({first_line(error)[:100]})") from error
+
+
+def _check_file(folder: Path, name: str, expected: Entry) -> None:
+    path, size = folder / name, expected.get("bytes")
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise InputError(f"{name[:100]}: is not in the folder")
+    if not path.is_file():  # a pipe or device may never end
+        raise InputError(f"{name}: no such file")
+    if path.stat().st_size != size:
+        raise InputError(f"{name}: {path.stat().st_size} bytes instead of {str(size)[:20]}")
+    if _digest(path) != expected.get("sha256"):
+        raise InputError(f"{name}: its content has changed since it was written")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,132 @@
+"""Checkpoints by words seen: `RUN/words/chck_1M` and so on, under BabyLM's names, kept for good.
+
+Words are those that the tokenizing step counted (`TokenStore.num_words`), spread evenly over an epoch's slots, and a
+repeated text counts again. So the words of a step are a function of its number, and so is the step whose weights a
+threshold gets: the first that has seen so many words. A folder is written before the checkpoint of its step: a run that
+goes on from an earlier checkpoint comes by there again, and writes the same again.
+"""
+
+import re
+from collections.abc import Mapping
+from decimal import Decimal
+from pathlib import Path
+
+from gptbert.checkpoint import manifest
+from gptbert.checkpoint.folder import write_settings
+from gptbert.checkpoint.weights import write_weights
+from gptbert.config import ModelConfig, TrainConfig
+from gptbert.data.hybrid_plan import HybridPlan
+from gptbert.data.mixture import Mixture
+from gptbert.data.objectives import Objective
+from gptbert.data.packing import RowStream
+from gptbert.distributed.fsdp import whole_weights
+from gptbert.distributed.world import World
+from gptbert.errors import InputError
+from gptbert.io.files import new_folder
+from gptbert.io.json_file import write_json
+from gptbert.model import GPTBert
+
+BABYLM = tuple(10**6 * millions for millions in (*range(1, 10), *range(10, 100, 10), *range(100, 1001, 100)))
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
+
+
+class WordCheckpoints:
+    """The words that a run has seen at a step, and the weights that it saves by them.
+
+    Attributes:
+        thresholds: numbers of words, ascending, that get a folder.
+
+    Raises:
+        InputError: `--checkpoint_words` names what is no number of words, or more than the run will see, or the token
+            file does not say how many it holds.
+    """
+
+    def __init__(self, config: TrainConfig, streams: Mapping[Objective, RowStream | Mixture], plan: HybridPlan) -> None:
+        self._config = config
+        self._streams = streams
+        self._plan = plan
+        self.thresholds: list[int] = []
+        if not config.checkpoint_words:
+            return
+        seen = self.words_before(config.max_steps)
+        if seen is None:
+            raise InputError(
+                "--checkpoint_words: a token file of --train_path does not say how many words it holds; tokenize the "
+                "corpus again"
+            )
+        chosen = {words: value for value in config.checkpoint_words for words in _parse(value)}
+        for words, value in chosen.items():
+            if words > seen and value.lower() != "babylm":
+                raise InputError(
+                    f"--checkpoint_words {value}: the run sees {seen:,} words in --max_steps {config.max_steps}"
+                )
+        self.thresholds = sorted(words for words in chosen if words <= seen)
+
+    def words_before(self, step: int) -> int | None:
+        """Words in all steps before `step`, of both objectives; None where a token file does not say."""
+        words = [
+            stream.words_before(self._plan.slots_before(objective, step)) for objective, stream in self._streams.items()
+        ]
+        return None if None in words else sum(words)
+
+    def forecast(self) -> str:
+        """A line on what the whole run will save."""
+        names = " ".join(map(checkpoint_name, self.thresholds)) or "no folder"
+        return f"of the {self.words_before(self._config.max_steps):,} words that the run sees: {names} in words/"
+
+    def due(self, step: int) -> list[int]:
+        """The thresholds that are reached when `step` steps are done, and were not a step before."""
+        if not self.thresholds:
+            return []
+        before, seen = self.words_before(step - 1), self.words_before(step)
+        return [words for words in self.thresholds if before < words <= seen]
+
+    def save(self, step: int, model: GPTBert, ema: GPTBert, model_config: ModelConfig, world: World) -> None:
+        """Write a folder for each threshold that is due after `step` steps; every rank must call it.
+
+        `gptbert.checkpoint.load_model` reads such a folder, whatever the run shards.
+
+        Raises:
+            InputError: the disk refuses; folders that were there are untouched.
+        """
+        weights = {"model": whole_weights(model, world), "ema": whole_weights(ema, world)}
+        for words in self.due(step):
+            final = _folder(self._config.run_dir) / checkpoint_name(words)
+            with world.agreed():
+                if world.is_main:
+                    with new_folder(final, "checkpoint", replace=True) as folder:
+                        for name, tensors in weights.items():
+                            write_weights(folder / f"{name}.safetensors", tensors, model_config)
+                        write_settings(folder, self._config, model_config)
+                        write_json(folder / "words.json", {"step": step, "words": self.words_before(step)})
+                        manifest.write(folder)
+
+
+def list_word_checkpoints(run_dir: Path) -> list[Path]:
+    """Folders of a run that were saved by words seen, in order of their names."""
+    return sorted(_folder(run_dir).glob("chck_*"))
+
+
+def checkpoint_name(words: int) -> str:
+    """BabyLM's name: chck_1M, chck_1000M; in thousands (chck_500K) or plainly where millions do not fit."""
+    for unit in ("M", "K"):
+        if words % _UNITS[unit] == 0:
+            return f"chck_{words // _UNITS[unit]}{unit}"
+    return f"chck_{words}"
+
+
+def _parse(value: str) -> tuple[int, ...]:
+    """The numbers of words that one value of the flag stands for."""
+    if value.lower() == "babylm":
+        return BABYLM
+    match = re.fullmatch(r"([0-9][0-9_]{0,19}(?:\.[0-9]{1,9})?)([KMB]?)", value.upper(), flags=re.ASCII)
+    words = Decimal(match[1].replace("_", "")) * _UNITS[match[2]] if match else Decimal(0)
+    if words < 1 or words != int(words):
+        raise InputError(
+            f"--checkpoint_words {value}: expected babylm, or numbers of words such as 500_000, 1M, 1.5B or 20K"
+        )
+    return (int(words),)
+
+
+def _folder(run_dir: Path) -> Path:
+    return run_dir / "words"

@@ -1,0 +1,168 @@
+"""The plan of a run: which rank trains which rows of which objective at a step."""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from gptbert.config import TrainConfig
+from gptbert.data.objectives import Objective
+from gptbert.errors import InputError
+from gptbert.schedules import batch_sizes, length_factor, length_factors
+
+_BLOCK = 2**12  # steps that are planned at once, unless that makes more blocks than this
+_COLUMNS = {objective: column for column, objective in enumerate(Objective)}
+
+
+@dataclass(frozen=True)
+class Share:
+    """Consecutive rows of one objective: the slots first_slot … first_slot + num_rows · length_factor − 1."""
+
+    objective: Objective
+    first_slot: int
+    num_rows: int
+    length_factor: int
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """Consecutive steps of a plan; columns are the objectives."""
+
+    rows: np.ndarray  # [steps, 2]
+    factors: np.ndarray  # [steps]
+    first_slots: np.ndarray  # [steps + 1, 2]
+
+
+class HybridPlan:
+    """Which rows a step has, and which rank trains them: functions of the step alone (docs/model.md#hybrid).
+
+    Held are the slots before each block of steps, 66 KB at most, and two blocks with all of their steps: 40 bytes for
+    each of 4,096 steps, or of a 4,096th of the run where that is more.
+
+    Attributes:
+        mode: "rank" or "batch".
+        length_factors: all that occur in the run, each with its first step.
+
+    Raises:
+        InputError: rank mode with a world size that the denominator does not divide, or a step too small for both
+            objectives.
+    """
+
+    def __init__(self, config: TrainConfig, world_size: int) -> None:
+        self.config = config
+        self.world_size = world_size
+        self.mode = self._choose_mode()
+        self.length_factors: dict[int, int] = {}
+        self._block_steps = max(_BLOCK, -(-config.max_steps // _BLOCK))
+        blocks = -(-config.max_steps // self._block_steps)
+        self._block_slots = np.zeros((blocks + 1, 2), np.int64)  # before each block, and behind the last
+        for block in range(blocks):
+            steps = self._draw_block(block)
+            self._block_slots[block + 1] = steps.first_slots[-1]
+            for factor, index in zip(*np.unique(steps.factors, return_index=True), strict=True):
+                self.length_factors.setdefault(int(factor), block * self._block_steps + int(index))
+        self._block = lru_cache(maxsize=2)(self._draw_block)  # the trainer asks for its step, and a few steps ahead
+
+    def weight(self, objective: Objective) -> float:
+        """The objective's weight in the loss: its share of the training."""
+        masked = self.config.hybrid_numerator / self.config.hybrid_denominator
+        return masked if objective is Objective.MLM else 1 - masked
+
+    def num_rows(self, objective: Objective, step: int) -> int:
+        """Rows of the objective at `step`, all ranks together."""
+        block, index = divmod(step, self._block_steps)
+        return int(self._block(block).rows[index, _COLUMNS[objective]])
+
+    def tokens_before(self, step: int) -> int:
+        """Tokens (positions of the model's input) in all steps before `step`."""
+        return sum(self.slots_before(objective, step) for objective in Objective) * self.config.seq_length
+
+    def slots_before(self, objective: Objective, step: int) -> int:
+        """Slots of the objective's stream in all steps before `step`: the step's first slot."""
+        block, index = divmod(step, self._block_steps)
+        return int(self._block(block).first_slots[index, _COLUMNS[objective]])
+
+    def ranks(self, objective: Objective) -> range:
+        """The ranks that train the objective."""
+        if self.mode == "batch":
+            return range(self.world_size)
+        masked = self.world_size * self.config.hybrid_numerator // self.config.hybrid_denominator
+        return range(masked) if objective is Objective.MLM else range(masked, self.world_size)
+
+    def objectives(self, rank: int) -> tuple[Objective, ...]:
+        """What `rank` trains: in mode "rank" one of them."""
+        return tuple(objective for objective in Objective if rank in self.ranks(objective))
+
+    def rows_of_a_rank(self, objective: Objective, step: int) -> int:
+        """Rows of the objective that the rank has at `step` that has most of them."""
+        return -(-self.num_rows(objective, step) // max(1, len(self.ranks(objective))))
+
+    def most_rows(self, objective: Objective, factor: int) -> int:
+        """Most rows of the objective that a rank has at any step whose rows are `factor` times as long as the first.
+
+        Batches grow in each such range of steps, or stay as they are, so that it is the last step's number.
+        """
+        later = [step for step in self.length_factors.values() if step > self.length_factors[factor]]
+        return self.rows_of_a_rank(objective, min(later, default=self.config.max_steps) - 1)
+
+    def shares(self, step: int, rank: int) -> list[Share]:
+        """The rows of `step` that `rank` trains; empty shares are left out."""
+        factor = length_factor(self.config, step)
+        shares = []
+        for objective in Objective:
+            ranks = self.ranks(objective)
+            if rank not in ranks:
+                continue
+            rows, index = self.num_rows(objective, step), rank - ranks.start
+            first, end = rows * index // len(ranks), rows * (index + 1) // len(ranks)
+            if end > first:
+                first_slot = self.slots_before(objective, step) + first * factor
+                shares.append(Share(objective, first_slot, end - first, factor))
+        return shares
+
+    def most_micro_batches(self, step: int, rows: int) -> int:
+        """A number of micro-batches, of at most `rows` rows, that no rank has more of at `step`; at least 1."""
+        shares = [self.rows_of_a_rank(objective, step) for objective in Objective]
+        share = sum(shares) if self.mode == "batch" else max(shares)
+        return max(1, -(-share // rows))
+
+    def _draw_block(self, block: int) -> _Steps:
+        """A block's steps; there are none behind the last one, only where they would begin."""
+        first = block * self._block_steps
+        steps = np.arange(first, max(first, min(first + self._block_steps, self.config.max_steps)))
+        rows, factors = self._rows(steps), length_factors(self.config, steps)
+        slots = np.concatenate([self._block_slots[block : block + 1], rows * factors[:, None]])
+        return _Steps(rows, factors, np.cumsum(slots, axis=0))
+
+    def _rows(self, steps: np.ndarray) -> np.ndarray:
+        """Rows of (MLM, CLM) [steps, 2]: near the ratio, and at least one of each where both are trained."""
+        total = batch_sizes(self.config, steps)
+        numerator, denominator = self.config.hybrid_numerator, self.config.hybrid_denominator
+        if numerator in {0, denominator}:
+            masked = total if numerator else np.zeros_like(total)
+        else:
+            if len(small := steps[total < 2]):
+                raise InputError(
+                    f"--global_batch_size {self.config.global_batch_size} gives step {small[0]} only one row (see "
+                    "--batch_reduction, --seq_length_growth); a hybrid of both objectives needs at least two"
+                )
+            # integers of any size, where their product might not fit into 64 bits or the quotient's 53
+            exact = total.astype(object) if denominator >= 2**29 else total
+            masked = np.clip((exact * numerator / denominator + 0.5).astype(np.int64), 1, total - 1)
+        return np.stack([masked, total - masked], axis=1)
+
+    def _choose_mode(self) -> str:
+        denominator = self.config.hybrid_denominator // math.gcd(
+            self.config.hybrid_numerator, self.config.hybrid_denominator
+        )
+        fits = self.world_size % denominator == 0
+        if self.config.hybrid_mode == "auto":
+            return "rank" if fits else "batch"
+        if self.config.hybrid_mode == "rank" and not fits:
+            sizes = ", ".join(str(denominator * multiple) for multiple in (1, 2, 3))
+            raise InputError(
+                f"--hybrid_mode rank with --hybrid_denominator {self.config.hybrid_denominator} needs {sizes}, … "
+                f"processes, not {self.world_size}; --hybrid_mode batch works with any number"
+            )
+        return self.config.hybrid_mode

@@ -1,0 +1,166 @@
+"""The rows of each step, as one rank trains them: loaded ahead, moved to the device, and masked there."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gptbert import schedules
+from gptbert.config import TrainConfig
+from gptbert.data.hybrid_plan import HybridPlan, Share
+from gptbert.data.inputs import Inputs, corpus_names
+from gptbert.data.mask_history import MaskHistory
+from gptbert.data.micro_batch import MicroBatches
+from gptbert.data.mixture import Mixture
+from gptbert.data.objectives import Batch, Masking, Objective, causal_batch, masked_batch
+from gptbert.data.packing import Rows, RowStream
+from gptbert.distributed.world import World
+from gptbert.errors import InputError, prefix_errors
+from gptbert.text.tokenizer import PAD_ID
+from kernels import IGNORE_INDEX
+from kernels.padding import padded_length
+
+LoadedShare = tuple[Share, dict[str, Tensor]]  # the fields of `Rows`, on the host
+
+
+def training_streams(config: TrainConfig, inputs: Inputs, plan: HybridPlan) -> dict[Objective, RowStream | Mixture]:
+    """By objective, the rows of the training documents, mixed where there are several corpora."""
+    if len(inputs.train_stores) == 1:
+        return {
+            objective: RowStream(*inputs.train_stores, config.seq_length, (config.seed, index))
+            for index, objective in enumerate(Objective)
+        }
+    streams = {}
+    for index, objective in enumerate(Objective):
+        own = [
+            RowStream(store, config.seq_length, (config.seed, index, corpus))
+            for corpus, store in enumerate(inputs.train_stores)
+        ]
+        growth = [(plan.slots_before(objective, step), factor) for factor, step in plan.length_factors.items()]
+        streams[objective] = Mixture(own, config.train_weights, growth)
+    return streams
+
+
+class StepRows:
+    """Rows and batches of every step of a run.
+
+    Attributes:
+        streams: by objective, the rows of the training documents, mixed where there are several corpora.
+        mask_history: how often each token was masked, or None.
+    """
+
+    def __init__(
+        self, config: TrainConfig, inputs: Inputs, plan: HybridPlan, world: World, micro_batches: MicroBatches
+    ) -> None:
+        self._config = config
+        self._vocab_size = inputs.vocab_size
+        self._plan = plan
+        self._world = world
+        self._micro_batches = micro_batches
+        self._refusal: str | None = None  # why a row of this rank cannot be trained
+        self.mask_history = MaskHistory(inputs.num_train_tokens, world) if config.mask_history else None
+        self.streams = training_streams(config, inputs, plan)
+        self._corpora = dict(zip(corpus_names(config.train_path), inputs.train_stores, strict=True))
+
+    def load(self, step: int) -> list[LoadedShare]:
+        """This rank's rows of a step, on the host, padded for `span_mask`; called ahead of time on another thread.
+
+        Where micro-batches have fixed shapes, rows of padding fill them up, of each objective.
+
+        Rows that cannot be trained are left out. The other ranks are in the middle of a step then, so the reason waits
+        for the next record or checkpoint, where all of them meet: see `agree`.
+        """
+        padded_rows = self._micro_batches.padded_rows(step)
+        shares = {share.objective: share for share in self._plan.shares(step, self._world.rank)}
+        factor = schedules.length_factor(self._config, step)
+        loaded = []
+        for objective in padded_rows or shares:
+            share = shares.get(objective, Share(objective, 0, 0, factor))
+            rows = self._read(share)
+            num_rows = padded_rows.get(objective, len(rows.row_ids))
+            if num_rows:
+                loaded.append((share, self._on_host(rows, num_rows)))
+        return loaded
+
+    def _read(self, share: Share) -> Rows:
+        """The rows of a share; none where they cannot be trained."""
+        try:
+            with prefix_errors("--train_path"):
+                if share.num_rows:
+                    return self.streams[share.objective].rows(share.first_slot, share.num_rows, share.length_factor)
+        except InputError as error:
+            self._refusal = str(error)
+        nothing = np.empty((0, share.length_factor * self._config.seq_length + 1), dtype=np.int64)
+        return Rows(nothing, nothing, nothing[:, 0], nothing)
+
+    def _on_host(self, rows: Rows, num_rows: int) -> dict[str, Tensor]:
+        """The fields of rows, with padding behind the last one and behind each."""
+        names = ["tokens", "document_ids", "row_ids", *(["positions"] if self.mask_history else [])]
+        columns = padded_length(rows.tokens.shape[1]) - rows.tokens.shape[1]
+        tensors = {}
+        for name in names:
+            tensor = torch.from_numpy(getattr(rows, name))
+            padding = [0, columns] * (tensor.ndim - 1) + [0, num_rows - len(tensor)]
+            tensor = F.pad(tensor, padding, value=PAD_ID if name == "tokens" else -1)
+            tensors[name] = tensor.pin_memory() if self._world.device.type == "cuda" else tensor
+        return tensors
+
+    def agree(self) -> None:
+        """End the run if any rank has left rows out; every rank must call it.
+
+        Raises:
+            InputError: a token id is outside the vocabulary.
+        """
+        with self._world.agreed():
+            if self._refusal:
+                raise InputError(self._refusal)
+
+    def epochs_before(self, step: int) -> dict[str, float]:
+        """How often each of several corpora was trained on in the steps before `step`, both objectives together."""
+        if len(self._corpora) == 1:
+            return {}
+        epochs = sum(stream.epochs_before(self._plan.slots_before(key, step)) for key, stream in self.streams.items())
+        return dict(zip(self._corpora, epochs.tolist(), strict=True))
+
+    def describe_corpora(self) -> str:
+        """A line for the screen: shares, sizes and repetitions of several corpora."""
+        epochs = self.epochs_before(self._config.max_steps)
+        shares = self.streams[Objective.CLM].shares
+        parts = [
+            f"{100 * share:.3g} % {name} ({store.num_tokens:,} tokens, {epochs[name]:.3g} epochs in all)"
+            for share, (name, store) in zip(shares, self._corpora.items(), strict=True)
+        ]
+        return f"training on {', '.join(parts)}"
+
+    def batches(self, loaded: list[LoadedShare], step: int) -> list[Batch]:
+        """Move rows to the device and make the objectives' inputs and labels of them there."""
+        device = self._world.device
+        batches, masked_positions = [], None
+        for share, tensors in loaded:
+            on_device = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+            width = share.length_factor * self._config.seq_length + 1
+            tokens, document_ids = (on_device[name][:, :width] for name in ("tokens", "document_ids"))
+            if share.objective is Objective.CLM:
+                batches.append(causal_batch(tokens, document_ids))
+                continue
+            counts = None
+            if self.mask_history:
+                masked_positions = on_device["positions"][:, 1:width]
+                counts = self.mask_history.lookup(on_device["positions"])[:, :width]
+            batches.append(masked_batch(tokens, document_ids, on_device["row_ids"], self._masking(step), counts))
+        if self.mask_history:
+            self._count_masks(batches, masked_positions, step)
+        return batches
+
+    def _masking(self, step: int) -> Masking:
+        mask_p = schedules.mask_probability(self._config, step)
+        return Masking.of(self._config, self._vocab_size, mask_p=mask_p, seed=self._config.seed)
+
+    def _count_masks(self, batches: list[Batch], positions: Tensor | None, step: int) -> None:
+        """Tell the masking history what this step masks, on all ranks."""
+        length = schedules.sequence_length(self._config, step)
+        capacity = self._micro_batches.most_rows(Objective.MLM, step)
+        labels = next((batch.labels for batch in batches if batch.objective is Objective.MLM), None)
+        if labels is None:
+            labels = positions = torch.full((0, length), IGNORE_INDEX, device=self._world.device)
+        self.mask_history.update(positions, labels, capacity)

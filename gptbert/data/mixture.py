@@ -1,0 +1,134 @@
+"""Several corpora as one stream of rows, each corpus with its share of the tokens.
+
+Rows are dealt to the corpora one by one, and each corpus hands out its own rows in order, epoch after epoch
+(`packing`). Of the first n rows the corpus with the largest share has had its part of n, rounded; of the rows that
+this leaves, the next has had its part, rounded; and so on.
+
+    shares 1/2, 1/4, 1/4     row      0  1  2  3  4  5  6  7  8
+                             corpus   A  B  A  C  A  B  A  C  A
+
+Counts, and nothing drawn, say whose a row is. So every step has the shares to within a row or so, with less noise than
+draws would make; no corpus leaves a slot of its epochs out or has one twice; and whose any row is, and how many its
+corpus has had before, is arithmetic without memory. What should be in disorder is: each corpus shuffles its documents.
+
+A row is of one corpus, also where rows have grown and cover two or four slots. Slots of several corpora side by side
+would need an `<s>` between them, for which rows have no place: they begin in the middle of documents.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gptbert.data.packing import Rows, RowStream
+
+_ROUND = 2**30  # rows after which all repeats, about: shares are right to a row in so many
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """Rows of one length."""
+
+    first_slot: int
+    length_factor: int
+    first_row: int
+    origin: np.ndarray  # [corpora], the slots that each had before it, without those of rows as long as here
+
+    def row(self, slot: int) -> int:
+        """The row that begins at a slot."""
+        return self.first_row + (slot - self.first_slot) // self.length_factor
+
+    def slots(self, counts: np.ndarray) -> np.ndarray:
+        """Each corpus's slots, where that many of its rows are done, both [corpora]."""
+        return self.origin + self.length_factor * counts
+
+
+class Mixture:
+    """All rows of one objective, from several corpora; like `RowStream`, with slots counted over all corpora.
+
+    Args:
+        streams: one of each corpus, of the same seq_length.
+        weights: shares of the tokens, positive, of any sum; none for the corpora's sizes, with which all epochs end
+            together.
+        growth: where rows grow: (first slot, slots per row from there on), in order, beginning at slot 0. How many
+            slots a corpus has had follows from that and from how many rows.
+
+    Attributes:
+        shares: [corpora] of all tokens; their sum is 1.
+    """
+
+    def __init__(
+        self,
+        streams: Sequence[RowStream],
+        weights: Sequence[float] = (),
+        growth: Sequence[tuple[int, int]] = ((0, 1),),
+    ) -> None:
+        self.streams = streams
+        self._epoch_slots = np.array([stream.slots_per_epoch for stream in streams])
+        scaled = np.array(weights, dtype=float) if weights else self._epoch_slots / 1
+        scaled /= scaled.max()  # a sum of large numbers may be infinite
+        self.shares = scaled / scaled.sum()
+        parts = np.maximum(1, np.rint(_ROUND * self.shares).astype(np.int64))  # rows of a round
+        self._parts = {int(corpus): int(parts[corpus]) for corpus in np.argsort(-parts, kind="stable")}
+        self._first_positions = np.cumsum([0, *(stream.store.num_tokens for stream in streams)])
+        self._stretches = [_Stretch(0, growth[0][1], 0, np.zeros(len(streams), np.int64))]
+        for slot, length_factor in growth[1:]:
+            row, counts, slots = self._before(slot)
+            self._stretches.append(_Stretch(slot, length_factor, row, slots - length_factor * counts))
+
+    def rows(self, first_slot: int, num_rows: int, length_factor: int = 1) -> Rows:
+        """See `RowStream.rows`; `positions` count through the stores of all corpora, in their order.
+
+        Raises:
+            InputError: a token id is outside its store's vocabulary.
+            ValueError: rows have another length there, or do not begin there.
+        """
+        stretch = self._stretch(first_slot)
+        if stretch.length_factor != length_factor or (first_slot - stretch.first_slot) % length_factor:
+            raise ValueError(f"no row of {length_factor} slots begins at slot {first_slot}")
+        counts = self._dealt(stretch.row(first_slot) + np.arange(num_rows + 1))
+        starts = stretch.slots(counts[:, 0])
+        is_of = np.diff(counts, axis=1) > 0  # [corpora, B]
+        width = length_factor * self.streams[0].seq_length + 1
+        tokens, document_ids, positions = np.empty((3, num_rows, width), np.int64)
+        for corpus in np.flatnonzero(is_of.any(axis=1)).tolist():
+            here = is_of[corpus]
+            rows = self.streams[corpus].rows(int(starts[corpus]), np.count_nonzero(here), length_factor)
+            tokens[here], document_ids[here] = rows.tokens, rows.document_ids
+            positions[here] = np.where(rows.positions < 0, -1, rows.positions + self._first_positions[corpus])
+        return Rows(tokens, document_ids, first_slot + length_factor * np.arange(num_rows), positions)
+
+    def epochs_before(self, slot: int) -> np.ndarray:
+        """How often this objective has been through each corpus in the rows before `slot`; [corpora]."""
+        _, _, slots = self._before(slot)
+        return slots / self._epoch_slots
+
+    def words_before(self, slot: int) -> int | None:
+        """Words in the rows before `slot`, of all corpora; None where a store does not know. See `RowStream`."""
+        _, _, slots = self._before(slot)
+        words = [stream.words_before(count) for stream, count in zip(self.streams, slots.tolist(), strict=True)]
+        return None if None in words else sum(words)
+
+    def _stretch(self, slot: int) -> _Stretch:
+        return next(stretch for stretch in reversed(self._stretches) if stretch.first_slot <= slot)
+
+    def _before(self, slot: int) -> tuple[int, np.ndarray, np.ndarray]:
+        """What comes before a row that begins at a slot: rows, and of each corpus rows and slots [corpora]."""
+        stretch = self._stretch(slot)
+        counts = self._dealt(np.array([stretch.row(slot)]))[:, 0]
+        return stretch.row(slot), counts, stretch.slots(counts)
+
+    def _dealt(self, rows: np.ndarray) -> np.ndarray:
+        """How many of the first `rows` rows each corpus has had; [n] to [corpora, n].
+
+        One row more is one more of one corpus. That needs integers, since floats round differences of large counts: no
+        part is above the rest that it is of, so one row more is 0 or 1 more taken, and 1 or 0 more left.
+        """
+        counts = np.empty((len(self._parts), len(rows)), np.int64)
+        rest = sum(self._parts.values())
+        rounds, left = np.divmod(rows, rest)
+        for corpus, part in self._parts.items():
+            taken = (2 * left * part + rest) // (2 * rest)  # left · part / rest, rounded; the product is below 2^62
+            counts[corpus] = rounds * part + taken
+            left, rest = left - taken, rest - part
+        return counts

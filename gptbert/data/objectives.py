@@ -1,0 +1,133 @@
+"""The two objectives: what each makes of rows of tokens."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from gptbert.config import TrainConfig
+from gptbert.text.tokenizer import BOS_ID, MASK_ID, PAD_ID
+from kernels import IGNORE_INDEX, span_mask
+
+
+class Objective(Enum):
+    """Both predict the next token; they differ in what a position may see and which tokens are labels."""
+
+    MLM = "mlm"
+    CLM = "clm"
+
+    @property
+    def causal(self) -> bool:
+        """Whether attention looks only backwards."""
+        return self is Objective.CLM
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the model's forward takes: three [B, T] tensors, and the objective they are for."""
+
+    objective: Objective
+    input_ids: Tensor
+    document_ids: Tensor
+    labels: Tensor
+
+    @property
+    def label_count(self) -> Tensor:
+        """Scalar int64."""
+        return (self.labels != IGNORE_INDEX).sum()
+
+    @property
+    def is_causal(self) -> Tensor:
+        """[B] bool: the objective's attention, for each row."""
+        return torch.full_like(self.labels[:, 0], self.objective.causal, dtype=torch.bool)
+
+    @classmethod
+    def padding(cls, length: int, device: torch.device) -> "Batch":
+        """A row of padding: a rank without rows must still take part in what all ranks do together."""
+        return cls(
+            Objective.MLM,
+            input_ids=torch.full((1, length), PAD_ID, device=device),
+            document_ids=torch.full((1, length), -1, device=device),
+            labels=torch.full((1, length), IGNORE_INDEX, device=device),
+        )
+
+    def rows(self, first: int, last: int) -> "Batch":
+        """Rows from `first` to the one before `last`, of those that there are."""
+        tensors = (self.input_ids, self.document_ids, self.labels)
+        return Batch(self.objective, *(tensor[max(0, first) : max(0, last)] for tensor in tensors))
+
+
+def micro_batches(batches: list[Batch], most_rows: int) -> list[list[Batch]]:
+    """Cut consecutive rows into pieces of at most `most_rows`, as equal as possible.
+
+    Returns:
+        The parts of each piece: of a batch those rows that are in it, if there are any.
+    """
+    total = sum(len(batch.labels) for batch in batches)
+    pieces = -(-total // most_rows)
+    result = []
+    for piece in range(pieces):
+        first, last = total * piece // pieces, total * (piece + 1) // pieces
+        parts = []
+        for batch in batches:
+            part = batch.rows(first, last)
+            parts += [part] if len(part.labels) else []
+            first, last = first - len(batch.labels), last - len(batch.labels)
+        result.append(parts)
+    return result
+
+
+@dataclass(frozen=True)
+class Masking:
+    """Parameters of masked language modelling at one step; see `kernels.span_mask`."""
+
+    mask_p: float
+    random_p: float
+    keep_p: float
+    vocab_size: int
+    num_special_tokens: int
+    seed: int
+
+    @classmethod
+    def of(cls, config: TrainConfig, vocab_size: int, *, mask_p: float, seed: int) -> "Masking":
+        """The run's replacements, with the share of a step."""
+        return cls(mask_p, config.mask_random_p, config.mask_keep_p, vocab_size, config.n_special_tokens, seed)
+
+
+def causal_batch(tokens: Tensor, document_ids: Tensor) -> Batch:
+    """CLM: every token but `<s>` and padding is a label (docs/model.md#causal-objective).
+
+    Args:
+        tokens: [B, T + 1].
+        document_ids: [B, T + 1], −1 for padding.
+    """
+    labels = torch.where((tokens == BOS_ID) | (document_ids < 0), IGNORE_INDEX, tokens)
+    return Batch(Objective.CLM, tokens[:, :-1], document_ids[:, :-1], labels[:, 1:])
+
+
+def masked_batch(
+    tokens: Tensor, document_ids: Tensor, row_ids: Tensor, masking: Masking, mask_counts: Tensor | None = None
+) -> Batch:
+    """MLM with span masking: the selected tokens are labels, predicted from the position before them.
+
+    Args:
+        tokens: [B, T + 1].
+        document_ids: [B, T + 1].
+        row_ids: [B], keys of the masks' random numbers.
+        masking: what to mask.
+        mask_counts: [B, T + 1], how often each token was masked before, or None.
+    """
+    inputs, labels = span_mask(
+        tokens,
+        mask_p=masking.mask_p,
+        random_p=masking.random_p,
+        keep_p=masking.keep_p,
+        mask_token_id=MASK_ID,
+        vocab_size=masking.vocab_size,
+        num_special_tokens=masking.num_special_tokens,
+        seed=masking.seed,
+        row_ids=row_ids,
+        mask_counts=mask_counts,
+    )
+    return Batch(Objective.MLM, inputs[:, :-1], document_ids[:, :-1], labels[:, 1:])

@@ -1,0 +1,344 @@
+"""The token file: documents of token ids on disk, memory-mapped for training.
+
+A store is one safetensors file or a complete set of numbered shards (`train-00001-of-00003.safetensors`). Each holds
+
+- `tokens` [num_tokens]: the ids of all documents, end to end, in the smallest unsigned type that holds the vocabulary;
+- `document_offsets` [num_documents + 1] int64: document i is `tokens[document_offsets[i] : document_offsets[i + 1]]`;
+- metadata: format, vocabulary size, the hash of the tokenizer that wrote it, and the number of words in the documents'
+  text (`str.split()`: separated by white space), which files of before do not have.
+
+Documents are stored without `<s>`: the packer puts it in front of every piece (see `gptbert.data.packing`).
+
+A reader maps files, of many shards those that it read last, and keeps none open.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from safetensors import SafetensorError
+
+from gptbert.data.mapped_arrays import MappedArrays, lengths_of
+from gptbert.data.token_shards import (
+    SLICE,
+    Shard,
+    is_safetensors,
+    numbered_shards,
+    open_shard,
+    shard_files,
+    shard_name,
+    write_shard,
+)
+from gptbert.errors import InputError, first_line
+from gptbert.io.files import finish
+
+SHARD_TOKENS = 50_000_000  # the writer holds a shard twice for a moment: 400 MB where ids take 4 bytes
+MOST_MAPPED = 1024  # files; two blocks of gptbert.data.document_order reach into some hundred
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest unsigned type that holds the ids 0 … vocab_size − 1."""
+    return np.min_scalar_type(vocab_size - 1)
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """Read-only documents of token ids.
+
+    Attributes:
+        shards: memory-mapped token ids, one array a file; documents never cross a shard.
+        document_offsets: memory-mapped, [documents + 1] int64 of each shard, as the module says.
+        vocab_size: ids are below this number.
+        tokenizer_hash: `tokenizer_hash` of the writer; None where the format has none (upstream).
+        files: paths of the shards, for messages; none where they are arrays in memory.
+        num_words: in the documents' text, separated by white space; None where a shard does not say (files of before,
+            and upstream's).
+    """
+
+    shards: Sequence[np.ndarray]
+    document_offsets: Sequence[np.ndarray]
+    vocab_size: int
+    tokenizer_hash: str | None
+    files: Sequence[str] = ()
+    num_words: int | None = None
+    _chunk_sizes: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False)
+
+    @cached_property
+    def shard_starts(self) -> np.ndarray:
+        """[shards + 1] int64: position of each shard's first token, and behind the last shard."""
+        return np.concatenate([[0], np.cumsum(lengths_of(self.shards))])
+
+    @cached_property
+    def first_documents(self) -> np.ndarray:
+        """[shards + 1] int64: number of each shard's first document, and behind the last shard."""
+        return np.concatenate([[0], np.cumsum(lengths_of(self.document_offsets) - 1)])
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in all documents, `<s>` not counted."""
+        return int(self.shard_starts[-1])
+
+    @property
+    def num_documents(self) -> int:
+        """Number of documents."""
+        return int(self.first_documents[-1])
+
+    @classmethod
+    def open(cls, path: str | Path) -> "TokenStore":
+        """Memory-map a token file, a set of shards named after it, or read one of upstream's `.bin` files.
+
+        Raises:
+            InputError: nothing is there, a shard is missing, or a file is empty, cut short or of another kind.
+        """
+        path = Path(path)
+        files = [str(file) for file in shard_files(path)]  # a Path takes ten times the memory
+        if not is_safetensors(Path(files[0])):
+            from gptbert.data.upstream_tokens import read_token_file  # noqa: PLC0415  upstream's pickles need torch, ours do not
+
+            tokens, offsets = read_token_file(files[0])
+            store = cls([tokens], [offsets], int(tokens.max(initial=0)) + 1, None, files)
+        else:
+            opened = lru_cache(MOST_MAPPED)(lambda index: open_shard(Path(files[index])))
+            sizes, words, writers = [], [], set()
+            for shard in map(opened, range(len(files))):
+                sizes.append((len(shard.tokens), len(shard.document_offsets)))
+                words.append(shard.num_words)
+                writers.add((shard.vocab_size, shard.tokenizer_hash))
+            if len(writers) > 1:
+                raise InputError(f"token file {path}: its shards were written by different tokenizers; tokenize again")
+            tokens, offsets = zip(*sizes, strict=True)
+            store = cls(
+                MappedArrays(lambda index: opened(index).tokens, tokens),
+                MappedArrays(lambda index: opened(index).document_offsets, offsets),
+                *writers.pop(),
+                files,
+                num_words=None if None in words else sum(words),
+            )
+        if store.num_tokens == 0:
+            raise InputError(f"token file {path}: holds no tokens; tokenize a corpus that is not empty")
+        return store
+
+    def documents(self, first: int = 0, stop: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Where consecutive documents lie.
+
+        Args:
+            first: number of the first one, counted through all shards.
+            stop: number behind the last one; None for all that follow.
+
+        Returns:
+            Positions of their first tokens, counted through all shards, and their lengths; both [stop − first] int64.
+        """
+        stop = self.num_documents if stop is None else stop
+        starts, lengths = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        shard = int(np.searchsorted(self.first_documents, first, side="right")) - 1
+        while first < stop:
+            offsets, begin = self.document_offsets[shard], first - int(self.first_documents[shard])
+            end = min(begin + stop - first, len(offsets) - 1)
+            starts.append(offsets[begin:end] + self.shard_starts[shard])
+            lengths.append(np.diff(offsets[begin : end + 1]))
+            first, shard = first + end - begin, shard + 1
+        return np.concatenate(starts), np.concatenate(lengths)
+
+    def chunk_sizes(self, chunk_documents: int) -> np.ndarray:
+        """What chunks of consecutive documents hold. The first call reads all offsets, a slice at a time.
+
+        Args:
+            chunk_documents: documents of each chunk but the last, which has what is left.
+
+        Returns:
+            [chunks, 2] int64: tokens, and documents that are not empty.
+        """
+        if chunk_documents not in self._chunk_sizes:
+            sizes = np.empty((-(-self.num_documents // chunk_documents), 2), np.int64)
+            step = chunk_documents * max(1, SLICE // chunk_documents)
+            for first in range(0, self.num_documents, step):
+                _, lengths = self.documents(first, min(first + step, self.num_documents))
+                borders = np.arange(0, len(lengths), chunk_documents)
+                here = sizes[first // chunk_documents :][: len(borders)]
+                here[:, 0] = np.add.reduceat(lengths, borders)
+                here[:, 1] = np.add.reduceat(lengths > 0, borders, dtype=np.int64)
+            self._chunk_sizes[chunk_documents] = sizes
+        return self._chunk_sizes[chunk_documents]
+
+    def check_ids(self, part: int = 0, parts: int = 1, most: int | None = None) -> None:
+        """Read one of several equal parts of all tokens once.
+
+        Args:
+            part: which, from 0.
+            parts: how many.
+            most: tokens to read from the beginning of the part; None for all of it.
+
+        Raises:
+            InputError: an id is not below `vocab_size`.
+        """
+        start, end = self.num_tokens * part // parts, self.num_tokens * (part + 1) // parts
+        end = end if most is None else min(end, start + most)
+        shard = int(np.searchsorted(self.shard_starts, start, side="right")) - 1
+        while start < end:
+            shard_start, stop = self.shard_starts[shard : shard + 2].tolist()
+            self._check(self.shards[shard][start - shard_start : end - shard_start], range(start, stop))
+            start, shard = stop, shard + 1
+
+    def gather(self, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Read pieces of documents, end to end.
+
+        Args:
+            starts: [num_pieces] int64, positions counted through all shards.
+            lengths: [num_pieces] int64; a piece does not cross a document.
+
+        Returns:
+            The token ids [Σ lengths] and their positions in the store [Σ lengths] int64.
+
+        Raises:
+            InputError: an id is not below `vocab_size`: what `check_ids` did not read is refused here.
+        """
+        positions = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
+        if len(self.shards) == 1:
+            tokens = self.shards[0][positions]
+        else:
+            shard_of = np.minimum(np.searchsorted(self.shard_starts, starts, side="right"), len(self.shards)) - 1
+            begins = starts - self.shard_starts[shard_of]
+            arrays = {shard: self.shards[shard] for shard in np.unique(shard_of).tolist()}
+            pieces = zip(shard_of.tolist(), begins.tolist(), (begins + lengths).tolist(), strict=True)
+            parts = [arrays[shard][begin:end] for shard, begin, end in pieces]
+            tokens = np.concatenate(parts or [self.shards[0][:0]])
+        self._check(tokens, positions)
+        return tokens, positions
+
+    def _check(self, tokens: np.ndarray, positions: np.ndarray | range) -> None:
+        if len(tokens) and (largest := int(tokens.max())) >= self.vocab_size:
+            shard = np.searchsorted(self.shard_starts, positions[int(tokens.argmax())], side="right") - 1
+            file = f"token file {self.files[shard]}: " if self.files else ""
+            raise InputError(f"{file}token id {largest} in a store of {self.vocab_size} ids; tokenize the corpus again")
+
+
+class TokenStoreWriter:
+    """Writes a token store, shard by shard, with memory bounded by one shard.
+
+    Use it as a context manager: the output appears, complete and fsynced, when the block ends without an exception;
+    after an exception nothing is left and an older output under the same name is untouched.
+
+    Attributes:
+        num_tokens: tokens appended so far.
+        num_documents: documents appended so far.
+        num_words: words of them, or None if they were not always given.
+        files: the published files, in order; empty until the block has ended.
+    """
+
+    def __init__(
+        self, path: str | Path, vocab_size: int, tokenizer_hash: str, shard_tokens: int = SHARD_TOKENS
+    ) -> None:
+        self.path = Path(path)
+        self.vocab_size = vocab_size
+        self.tokenizer_hash = tokenizer_hash
+        self.shard_tokens = shard_tokens
+        self.num_tokens = 0
+        self.num_documents = 0
+        self.num_words: int | None = 0
+        self._batches: list[tuple[np.ndarray, np.ndarray, int | None]] = []
+        self._batched_tokens = 0
+        self._written: list[Path] = []
+        self.files: list[Path] = []
+
+    def __enter__(self) -> Self:
+        if self.path.is_dir():
+            raise InputError(f"output {self.path}: is a folder; name a file")
+        # A folder that does not exist yet is made at the end, so that a failure leaves none behind.
+        nearest = next(folder for folder in self.path.absolute().parents if folder.exists())
+        with _write_errors(self.path):
+            self._folder = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=nearest))
+        return self
+
+    def append(self, tokens: np.ndarray, lengths: np.ndarray, words: np.ndarray | None = None) -> None:
+        """Add documents.
+
+        A shard takes documents up to `shard_tokens`; one that is longer gets a shard of its own. How the documents are
+        spread over calls does not matter.
+
+        Args:
+            tokens: [Σ lengths] ids below `vocab_size`, of any integer type, document after document.
+            lengths: [num_documents] integers, tokens in each document.
+            words: [num_documents] integers, words in the text of each document; None if nobody has counted them.
+
+        Raises:
+            InputError: an id is outside the vocabulary, or the disk is full.
+        """
+        if len(tokens) and (tokens.min() < 0 or tokens.max() >= self.vocab_size):
+            raise InputError(
+                f"output {self.path}: the ids reach from {tokens.min()} to {tokens.max()}, outside the vocabulary of "
+                f"{self.vocab_size}; use a tokenizer whose ids have no gaps"
+            )
+        ends = np.cumsum(lengths, dtype=np.int64)
+        first = 0
+        while first < len(lengths):
+            start = ends[first] - lengths[first]
+            room = max(self.shard_tokens - self._batched_tokens, 0)
+            stop = int(np.searchsorted(ends, start + room, side="right"))
+            if stop == first and self._batched_tokens:
+                self._write_shard()
+                continue
+            stop = max(stop, first + 1)
+            batch = tokens[start : ends[stop - 1]].astype(token_dtype(self.vocab_size))
+            batch_words = None if words is None else int(words[first:stop].sum())
+            self._batches.append((batch, lengths[first:stop].astype(np.int64), batch_words))
+            self._batched_tokens += len(batch)
+            first = stop
+        self.num_tokens += len(tokens)
+        self.num_documents += len(lengths)
+        self.num_words = None if words is None or self.num_words is None else self.num_words + int(words.sum())
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                if self.num_tokens == 0:
+                    raise InputError(f"output {self.path}: the input holds no text, so nothing was written")
+                if self._batches:
+                    self._write_shard()
+                self._publish()
+        finally:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _write_shard(self) -> None:
+        batches, lengths, words = zip(*self._batches, strict=True)
+        tokens, offsets = np.concatenate(batches), np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
+        del batches
+        self._batches, self._batched_tokens = [], 0
+        file = self._folder / f"{len(self._written):05d}.safetensors"
+        num_words = None if None in words else sum(words)
+        with _write_errors(self.path):
+            write_shard(Shard(tokens, offsets, self.vocab_size, self.tokenizer_hash, num_words), file)
+            finish(file)
+        self._written.append(file)
+
+    def _publish(self) -> None:
+        """Put the finished shards in the place of whatever an earlier job left under this name."""
+        old = [file for file in [self.path, *numbered_shards(self.path)] if file.exists()]
+        count = len(self._written)
+        names = [self.path] if count == 1 else [shard_name(self.path, i + 1, count) for i in range(count)]
+        with _write_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            for file, name in zip(self._written, names, strict=True):
+                file.replace(name)
+            for file in old:
+                if file not in names:
+                    file.unlink()
+        self.files = names
+
+
+@contextmanager
+def _write_errors(path: Path) -> Iterator[None]:
+    """Turn what the disk says into the one error that means "your input"."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise InputError(f"output {path}: cannot be written ({reason})") from error

@@ -1,0 +1,160 @@
+"""The processes of a run: torchrun's environment, the process group, reductions, and errors that all ranks share."""
+
+import gc
+import inspect
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+
+from gptbert.config import TrainConfig
+from gptbert.distributed.fresh_store import fresh_store, shares_its_store
+from gptbert.distributed.memory import keep_freed_memory
+from gptbert.errors import InputError, LostProcessError, SharedError, first_line
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all processes of the run; without torchrun, the only one."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files, logs and the screen."""
+        return self.rank == 0
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """Sum over all ranks, in place; every rank must call it."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """Every rank's picklable value, by rank; every rank must call it."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model as data-parallel module: gradients are averaged over ranks during the synchronised backward.
+
+        A sharded model does so itself, see `gptbert.distributed.fsdp`.
+        """
+        if self.world_size == 1 or isinstance(model, FSDPModule):
+            return model
+        devices = [self.device.index] if self.device.type == "cuda" else None
+        known = inspect.signature(DistributedDataParallel).parameters
+        sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before 2.13
+        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **{sync_buffers: False})
+
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """A block that fails on every rank, with the same message, if it raises an InputError on any of them."""
+        message = None
+        try:
+            yield
+        except InputError as error:
+            message = str(error)
+        except OSError as error:
+            message = f"{error.filename}: {error.strerror}"
+        failed = [text for text in self.all_gather(message) if text]
+        if failed:
+            raise SharedError(failed[0])
+
+
+@contextmanager
+def connect(config: TrainConfig) -> Iterator[World]:
+    """Join the processes that torchrun started (nccl on GPUs, gloo on CPUs), and leave them at the end.
+
+    Raises:
+        InputError: `--device cuda` without a GPU for this process.
+        LostProcessError: another process cannot be reached, now or later; wherever torch.distributed notices.
+    """
+    rank, world_size = _environment("RANK", 0), _environment("WORLD_SIZE", 1)
+    device = choose_device(config.device, local_rank=_environment("LOCAL_RANK", 0))
+    if device.type == "cpu":
+        # torchrun asks for one thread a process, whatever the machine has
+        torch.set_num_threads(config.cpu_threads or max(1, _usable_cores() // _environment("LOCAL_WORLD_SIZE", 1)))
+        keep_freed_memory()
+    else:
+        torch.cuda.set_device(device)
+    if world_size == 1:
+        yield World(rank, world_size, device)
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    try:
+        _join(backend, timedelta(seconds=config.timeout))
+        yield World(rank, world_size, device)
+    except ValueError as error:  # a variable of torchrun's environment is missing
+        if dist.is_initialized():
+            raise
+        raise InputError(f"{error} (torchrun sets it)") from error
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise LostProcessError(
+            f"another process has ended, hangs, or is not reached (waited at most --timeout {config.timeout} s: "
+            f"{_reason(error)}); --resume auto goes on from the last checkpoint"
+        ) from error
+    finally:
+        if dist.is_initialized():
+            # DDP's reducer must not be the last to hold the group: it would wait for gloo's threads with Python's lock
+            # in its hands, which they may want
+            gc.collect()
+            dist.destroy_process_group()
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of this process.
+
+    Args:
+        name: "auto" (a GPU where there is one), "cuda" or "cpu".
+        local_rank: of the processes of this host; each has a GPU of its own.
+
+    Raises:
+        InputError: there is no GPU for this process.
+    """
+    available = torch.cuda.device_count() if name != "cpu" else 0
+    if available == 0:
+        if name == "cuda":
+            raise InputError("--device cuda: torch sees no GPU; --device cpu works everywhere")
+        return torch.device("cpu")
+    if local_rank >= available:
+        raise InputError(f"--device {name}: process {local_rank} of this host has no GPU ({available} there)")
+    return torch.device("cuda", local_rank)
+
+
+def _join(backend: str, timeout: timedelta) -> None:
+    if not shares_its_store():
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    store = fresh_store(store, rank, world_size, timeout)
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
+
+
+def _reason(error: RuntimeError) -> str:
+    """What gloo or nccl says, without its place in their source code and without advice."""
+    return re.sub(r"\[[^\]]*\.(cc|cpp|h|hpp):\d+\] *", "", first_line(error)).partition(". ")[0].strip()[:200]
+
+
+def _environment(name: str, default: int) -> int:
+    return int(os.environ.get(name, default))
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,74 @@
+"""Self-attention with disentangled relative positions (docs/model.md#attention).
+
+Letters of shapes: B rows, T positions, D hidden, H heads, d = D/H, S bucket size, P = 2S−1 distinct position vectors.
+"""
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gptbert.config import ModelConfig
+from gptbert.model.dropout import Dropout
+from gptbert.model.norm import InputNorm
+from kernels.attention_context import attention_context
+from kernels.column_sums import add_bias
+from kernels.gated_norm import gated_product
+
+SEEDS = 3  # of dropout, for each attention
+
+
+class Attention(nn.Module):
+    """Attention with a gated output, and the residual connection around it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden_size = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.scale = 1 / math.sqrt(3 * (hidden_size // self.num_heads))
+        self.eps = config.layer_norm_eps
+        self.query_key = nn.Linear(hidden_size, 2 * hidden_size)
+        self.value_gate = nn.Linear(hidden_size, 2 * hidden_size)
+        self.output = nn.Linear(hidden_size, hidden_size)
+        self.input_norm = InputNorm(config)
+        self.dropout = Dropout(config.hidden_dropout_prob)
+        self.attention_dropout_prob = config.attention_probs_dropout_prob
+
+    def forward(
+        self, hidden_states: Tensor, relative: Tensor, buckets: Tensor, mask: Tensor, seeds: Tensor | None
+    ) -> Tensor:
+        """X [B, T, D] to x + attention(x).
+
+        Args:
+            hidden_states: [B, T, D].
+            relative: [P, D] or more rows, normalised position vectors.
+            buckets: [T, T], β(i, j).
+            mask: [B, T, T] bool, True where query i may see key j.
+            seeds: [SEEDS, 2] of dropout, or None.
+        """
+        relative_seed, probability_seed, output_seed = (None,) * SEEDS if seeds is None else seeds.unbind()
+        normalised = self.input_norm(hidden_states)
+        # narrowed once for both of their uses, whose gradients then add up before they widen
+        weight, bias = (param.to(normalised.dtype) for param in (self.query_key.weight, self.query_key.bias))
+        query, key = add_bias(F.linear(normalised, weight), bias).chunk(2, dim=-1)
+        value_gate = F.linear(normalised, self.value_gate.weight)
+        value, gate = add_bias(value_gate, self.value_gate.bias).chunk(2, dim=-1)
+        relative = self.dropout(relative, relative_seed)
+        position_query, position_key = add_bias(F.linear(relative, weight), bias).chunk(2, dim=-1)
+        context = attention_context(
+            self.heads(query * self.scale),  # [H, B, T, d]
+            self.heads(key),
+            self.heads(position_query * self.scale),  # [H, P, d]
+            self.heads(position_key),
+            self.heads(value),
+            buckets,
+            mask,
+            probability_seed,
+            self.attention_dropout_prob if self.training else 0.0,
+        )  # [H, B, T, d]
+        output = gated_product(gate, context, self.output.weight, approximate="none", eps=self.eps)
+        return hidden_states + self.dropout(add_bias(output, self.output.bias), output_seed)
+
+    def heads(self, x: Tensor) -> Tensor:
+        """[..., D] to [H, ..., d], copied once, so that all products read it as it lies."""
+        return x.unflatten(-1, (self.num_heads, -1)).movedim(-2, 0).contiguous()

@@ -1,0 +1,296 @@
+"""GPT-BERT (Charpentier & Samuel 2024, arXiv 2410.24159); docs/model.md has the formulas.
+
+Letters of shapes: B rows, T positions, D hidden, H heads, d = D/H, I intermediate, V vocabulary, S bucket size,
+P = 2S−1 distinct position vectors, N labelled positions.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gptbert.config import ModelConfig
+from gptbert.model.attention import SEEDS as ATTENTION_SEEDS
+from gptbert.model.attention import Attention
+from gptbert.model.compilation import any_number_of_rows
+from gptbert.model.dropout import Dropout, random_seeds
+from gptbert.model.layer_weighting import LayerWeighting, Representations
+from gptbert.model.norm import InputNorm, layer_norm
+from kernels import IGNORE_INDEX, MaskedCrossEntropy, masked_cross_entropy
+from kernels.gated_norm import gated_product
+from kernels.padding import padded_length, rounded_rows
+
+BLOCK_SEEDS = ATTENTION_SEEDS + 1
+
+
+class DropoutSeeds(NamedTuple):
+    """Seeds of one forward's masks: [2] of the embedding, [BLOCK_SEEDS, 2] of each block, [2] of the head; or None."""
+
+    embedding: Tensor | None
+    blocks: list[Tensor | None]
+    head: Tensor | None
+
+
+class GPTBert(nn.Module):
+    """The whole model: embedding, blocks, and a head tied to the embedding."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = Embedding(config)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.head = Head(config)
+        distances = torch.arange(-config.max_position_embeddings + 1, config.max_position_embeddings)
+        buckets = config.position_bucket_size - 1 + position_bucket(distances, config)
+        self.register_buffer("bucket_of_distance", buckets, persistent=False)  # [2M − 1], values 0 … P − 1
+        self._initialise()
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        std = math.sqrt(2 / (5 * self.config.hidden_size))
+        for name, param in self.named_parameters():
+            if name.endswith("bias"):
+                param.zero_()
+            elif param.ndim == 2:
+                nn.init.trunc_normal_(param, std=std, a=-2 * std, b=2 * std)
+        for layer, block in enumerate(self.blocks):
+            for linear in (block.feed_forward.up, block.feed_forward.down):
+                linear.weight.mul_(math.sqrt(1 / (2 * (1 + layer))))
+
+    def encode(self, input_ids: Tensor, document_ids: Tensor, causal: bool | Tensor) -> Tensor:
+        """Contextual representations.
+
+        Args:
+            input_ids: [B, T] integers.
+            document_ids: [B, T] integers; positions attend only to their own document, and −1 (padding) to nothing.
+            causal: attend only to earlier positions and oneself; or [B] bool, whether each row does.
+
+        Returns:
+            [B, T, D].
+        """
+        return self._encode(input_ids, document_ids, causal, self._dropout_seeds(input_ids.device))
+
+    def _encode(self, input_ids: Tensor, document_ids: Tensor, causal: bool | Tensor, seeds: DropoutSeeds) -> Tensor:
+        mask = attention_mask(document_ids, causal)
+        buckets = self.position_buckets(input_ids.shape[1])
+        hidden_states, relative = self.embedding(input_ids, seeds.embedding)
+        representations = Representations(2 * len(self.blocks) + 1, compiled=self.blocks[0].is_compiled)
+        hidden_states = representations.start(hidden_states)
+        for block, block_seeds in zip(self.blocks, seeds.blocks, strict=True):
+            hidden_states = block(hidden_states, representations, relative, buckets, mask, block_seeds)
+        return hidden_states
+
+    def _dropout_seeds(self, device: torch.device) -> DropoutSeeds:
+        """New ones for each forward; none where there is no dropout."""
+        probabilities = (self.config.hidden_dropout_prob, self.config.attention_probs_dropout_prob)
+        if not self.training or not any(probabilities):
+            return DropoutSeeds(None, [None] * len(self.blocks), None)
+        seeds = random_seeds(BLOCK_SEEDS * len(self.blocks) + 2, device)
+        return DropoutSeeds(seeds[0], list(seeds[1:-1].split(BLOCK_SEEDS)), seeds[-1])
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        document_ids: Tensor,
+        labels: Tensor,
+        causal: bool | Tensor,
+        z_loss_weight: float = 0.0,
+        label_capacity: int | None = None,
+        parts: Sequence[tuple[int, int | None]] | None = None,
+    ) -> MaskedCrossEntropy | list[MaskedCrossEntropy]:
+        """Cross-entropy of the positions that carry a label.
+
+        Args:
+            input_ids: [B, T] integers.
+            document_ids: [B, T] integers, −1 for padding.
+            labels: [B, T] integers, −100 where there is no label; already shifted, so position t predicts labels[t].
+            causal: the objective's attention, or [B] bool that of each row's.
+            z_loss_weight: weight of logsumexp² in `total`.
+            label_capacity: an upper bound of the number of labels, which spares a GPU the wait for the exact number.
+            parts: numbers of consecutive rows whose sums are wanted apart, and the upper bound for each.
+
+        Returns:
+            Sums over the labelled positions, see `kernels.MaskedCrossEntropy`; with `parts` those of each.
+        """
+        seeds = self._dropout_seeds(input_ids.device)
+        hidden_states = self._encode(input_ids, document_ids, causal, seeds)
+        rows, capacities = zip(*(parts or [(len(labels), label_capacity)]), strict=True)
+        # [B·T, D] to [N, D]: the head sees labelled positions only
+        selected = [
+            select_labelled(states.flatten(0, 1), part.flatten(), capacity)
+            for states, part, capacity in zip(hidden_states.split(rows), labels.split(rows), capacities, strict=True)
+        ]
+        numbers = [len(labels) for _, labels in selected]
+        states = self.head(torch.cat([states for states, _ in selected]), seeds.head).split(numbers)
+        results = [
+            masked_cross_entropy(
+                states,
+                self.embedding.word_embedding.weight,
+                labels,
+                self.head.bias,
+                ignore_index=IGNORE_INDEX,
+                z_loss_weight=z_loss_weight,
+            )
+            for states, (_, labels) in zip(states, selected, strict=True)
+        ]
+        return results if parts else results[0]
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """Scores [..., V] of the next token for representations [..., D] from `encode`."""
+        return F.linear(self.head(hidden_states), self.embedding.word_embedding.weight, self.head.bias)
+
+    def position_buckets(self, length: int) -> Tensor:
+        """[T, T] int64: β(i, j) of query i and key j."""
+        position = torch.arange(length, device=self.bucket_of_distance.device)
+        farthest = self.config.max_position_embeddings - 1
+        distance = (position[:, None] - position[None, :]).clamp(-farthest, farthest)
+        return self.bucket_of_distance[distance + farthest]
+
+
+class Embedding(nn.Module):
+    """Token embeddings and the P vectors of relative positions."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.word_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.relative_embedding = nn.Parameter(torch.empty(2 * config.position_bucket_size - 1, config.hidden_size))
+        self.relative_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layer_norm = layer_norm(config.hidden_size, config)
+        self.dropout = Dropout(config.hidden_dropout_prob)
+
+    def forward(self, input_ids: Tensor, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+        """[B, T] ids to x0 [B, T, D] and r [P, D], which on a GPU ends in rows of zeros; see `position_rows`."""
+        hidden_states = self.dropout(self.layer_norm(self.word_embedding(input_ids)), seed)
+        relative = self.relative_layer_norm(self.relative_embedding)
+        zeros = position_rows(len(relative), relative.device) - len(relative)
+        return hidden_states, F.pad(relative, (0, 0, 0, zeros)) if zeros else relative
+
+
+class Block(nn.Module):
+    """Attention, a mix of all representations so far, feed-forward, and a mix again."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.attention_mix = LayerWeighting(2 * layer + 2)
+        self.feed_forward = FeedForward(config)
+        self.feed_forward_mix = LayerWeighting(2 * layer + 3)
+        self.is_compiled = False  # see gptbert.model.compilation
+        self.is_checkpointed = False  # whether the backward computes again what the forward would keep for it
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        representations: Representations,
+        relative: Tensor,
+        buckets: Tensor,
+        mask: Tensor,
+        seeds: Tensor | None,
+    ) -> Tensor:
+        """x_{2l} [B, T, D] to x_{2l+2}; appends y_{2l+1} and y_{2l+2} to `representations`."""
+        attention_seeds, feed_forward_seed = (None, None) if seeds is None else (seeds[:-1], seeds[-1])
+        if self.is_compiled:
+            hidden_states, mask = any_number_of_rows(hidden_states), any_number_of_rows(mask)
+        newest = self._run(self.attention, hidden_states, relative, buckets, mask, attention_seeds)
+        hidden_states = self.attention_mix(newest, representations)
+        if self.is_compiled:
+            hidden_states = any_number_of_rows(hidden_states)
+        newest = self._run(self.feed_forward, hidden_states, feed_forward_seed)
+        return self.feed_forward_mix(newest, representations)
+
+    def _run(self, sub_layer: nn.Module, *inputs: Tensor | None) -> Tensor:
+        """The sub-layer's output; of it alone, since `representations` takes each y_m once."""
+        if not (self.is_checkpointed and torch.is_grad_enabled()):
+            return sub_layer(*inputs)
+        # dropout draws by its seeds, so there is no generator to set back
+        return checkpoint(sub_layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+class FeedForward(nn.Module):
+    """Gated feed-forward, and the residual connection around it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_norm = InputNorm(config)
+        self.up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.eps = config.layer_norm_eps
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.dropout = Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: Tensor, seed: Tensor | None) -> Tensor:
+        """X [B, T, D] to x + feed_forward(x)."""
+        gate = self.up(self.input_norm(hidden_states))
+        output = gated_product(gate, None, self.down.weight, approximate="tanh", eps=self.eps)
+        return hidden_states + self.dropout(output, seed)
+
+
+class Head(nn.Module):
+    """What stands between the encoder and the tied output matrix."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_norm = InputNorm(config)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.output_norm = layer_norm(config.hidden_size, config)
+        self.dropout = Dropout(config.hidden_dropout_prob)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, hidden_states: Tensor, seed: Tensor | None = None) -> Tensor:
+        """[N, D] to [N, D]."""
+        return self.dropout(self.output_norm(F.gelu(self.dense(self.input_norm(hidden_states)))), seed)
+
+
+def position_rows(count: int, device: torch.device) -> int:
+    """How many rows products with `count` position vectors have; no distance has the bucket of one that is added.
+
+    The count, 2S − 1, is odd, and a GPU's libraries have nothing but old, slow kernels for products whose rows begin at
+    odd addresses. On a CPU rows of 64 entries drive each other out of the cache: uncompiled steps took 7 % longer.
+    """
+    return count if device.type == "cpu" else padded_length(count)
+
+
+def position_bucket(distance: Tensor, config: ModelConfig) -> Tensor:
+    """Bucket of distances i − j, in −(S−1) … S−1: exact up to S/2, logarithmic up to max_position_embeddings.
+
+    Args:
+        distance: integers of any shape.
+        config: gives S and M.
+    """
+    middle, farthest = config.position_bucket_size // 2, config.max_position_embeddings - 1
+    magnitude = torch.where(distance.abs() < middle, middle - 1, distance.abs().clamp(max=farthest))
+    logarithmic = torch.log(magnitude / middle) / math.log(farthest / middle) * (middle - 1)
+    far = distance.sign() * (middle + logarithmic.ceil().long())
+    return torch.where(magnitude <= middle, distance, far)
+
+
+def attention_mask(document_ids: Tensor, causal: bool | Tensor) -> Tensor:
+    """[B, T] document ids, and whether rows are causal (all, or [B] bool), to [B, T, T] bool: query i may see key j."""
+    mask = (document_ids[:, :, None] == document_ids[:, None, :]) & (document_ids >= 0)[:, None, :]
+    if isinstance(causal, Tensor):
+        return torch.where(causal[:, None, None], mask.tril(), mask)
+    return mask.tril() if causal else mask
+
+
+def select_labelled(hidden_states: Tensor, labels: Tensor, capacity: int | None) -> tuple[Tensor, Tensor]:
+    """The rows of `hidden_states` that carry a label.
+
+    Args:
+        hidden_states: [B·T, D].
+        labels: [B·T].
+        capacity: number of rows to return, at least the number of labels; the rest is filled with unlabelled rows.
+            None counts the labels, for which a GPU has to wait, and rounds up.
+
+    Returns:
+        [N, D] and [N].
+    """
+    labelled = labels != IGNORE_INDEX
+    if capacity is None:
+        capacity = rounded_rows(int(labelled.sum()))
+    if capacity >= len(labels):
+        return hidden_states, labels
+    rows = labelled.nonzero_static(size=capacity, fill_value=-1).squeeze(-1)
+    return hidden_states[rows], torch.where(rows >= 0, labels[rows], IGNORE_INDEX)

@@ -1,0 +1,113 @@
+"""Sums that stay on the device between log records, and what is made of them."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from gptbert.data.objectives import Objective
+from gptbert.distributed.world import World
+from kernels import MaskedCrossEntropy
+
+
+class LossSums:
+    """Per objective: summed loss, z-loss, correct predictions and labels, as one fp64 tensor on the device.
+
+    Attributes:
+        sums: [objectives, 4] fp64; nothing reads it back before `means`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(len(Objective), 4, dtype=torch.float64, device=device)
+
+    def add(self, objective: Objective, result: MaskedCrossEntropy) -> None:
+        """Add the sums of one forward pass."""
+        row = list(Objective).index(objective)
+        self.sums[row] += torch.stack(
+            [value.double() for value in (result.loss, result.z_loss, result.correct, result.count)]
+        )
+
+    def add_where(self, condition: Tensor, other: "LossSums") -> None:
+        """Add the sums of `other` if the condition, a bool scalar on the device, holds."""
+        self.sums += torch.where(condition, other.sums, 0.0)
+
+    def means(self, world: World) -> dict[Objective, dict[str, float]]:
+        """Means over the labels of all ranks, for each objective that had any; every rank must call it."""
+        sums = world.all_reduce_sum(self.sums.clone()).tolist()
+        return {
+            objective: {
+                "loss": loss / count,
+                "perplexity": perplexity(loss / count),
+                "accuracy": correct / count,
+                "z_loss": z_loss / count,
+                "count": count,
+            }
+            for objective, (loss, z_loss, correct, count) in zip(Objective, sums, strict=True)
+            if count
+        }
+
+
+def training_losses(means: dict[Objective, dict[str, float]], weights: dict[Objective, float]) -> dict[str, float]:
+    """The part of a training record that says how well the model predicts; empty where all steps were skipped.
+
+    Args:
+        means: from `LossSums.means`.
+        weights: of the objectives in the loss, up to a common factor.
+    """
+    record = {}
+    total = sum(weights.values())
+    if means:
+        for name in ("loss", "accuracy", "z_loss"):
+            record[f"train/{name}"] = sum(weights[key] * values[name] for key, values in means.items()) / total
+        record["train/perplexity"] = perplexity(record["train/loss"])
+    for objective, values in means.items():
+        for name in ("loss", "perplexity", "accuracy", "z_loss"):
+            record[f"train/{objective.value}/{name}"] = values[name]
+    return record
+
+
+class Throughput:
+    """Tokens per second of training alone, and how much of that time was waiting for rows.
+
+    Attributes:
+        tokens: seen at the last call of `since_last`, or at first.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+        self._since = time.perf_counter()
+        self._waited = 0.0
+
+    def since_last(self, tokens: int) -> tuple[float, float]:
+        """Tokens per second, and the share of the time spent in `waiting`, since the last call.
+
+        Args:
+            tokens: seen by now.
+        """
+        now = time.perf_counter()
+        seconds = now - self._since
+        rate, share = (tokens - self.tokens) / seconds, self._waited / seconds
+        self.tokens, self._since, self._waited = tokens, now, 0.0
+        return rate, share
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """A block that waits for rows."""
+        began = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - began
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """A block whose time does not count."""
+        began = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - began
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that is too large for a float."""
+    return math.inf if loss > 700 else math.exp(loss)

@@ -1,0 +1,57 @@
+"""What a run shows on the screen."""
+
+import shutil
+import sys
+
+from tqdm import tqdm
+
+from gptbert.checkpoint.word_checkpoints import WordCheckpoints
+from gptbert.config import TrainConfig
+from gptbert.data.hybrid_plan import HybridPlan
+from gptbert.data.inputs import Inputs
+from gptbert.data.objectives import Objective
+from gptbert.distributed.world import World
+from gptbert.io.screen import say
+from gptbert.monitoring import recipes
+
+
+def introduce(
+    config: TrainConfig, inputs: Inputs, plan: HybridPlan, world: World, backend: str, words: WordCheckpoints
+) -> None:
+    """Say what a run is about to do, and with what."""
+    model = inputs.model_config
+    say(
+        f"{config.name}: {world.world_size} x {world.device.type}, {backend} kernels, hybrid mode {plan.mode}, "
+        f"{inputs.num_train_tokens:,} training tokens, {model.num_hidden_layers} layers of {model.hidden_size}, "
+        f"run folder {config.run_dir}"
+    )
+    if config.checkpoint_words:
+        say(words.forecast())
+    if warning := recipes.warning(config):
+        say(warning)
+
+
+def progress_bar(config: TrainConfig, world: World, first_step: int) -> tqdm:
+    """A bar over the run's steps with the time left, on the main rank alone."""
+    interval = 0.5 if sys.stderr.isatty() else 10.0  # a log file wants fewer lines than a screen
+    return tqdm(
+        total=config.max_steps,
+        initial=first_step,
+        unit="step",
+        disable=not world.is_main,
+        mininterval=interval,
+        maxinterval=interval,
+        ncols=shutil.get_terminal_size(fallback=(100, 24)).columns,  # some terminals say 0, and tqdm believes it
+    )
+
+
+def brief(record: dict[str, float], prefix: str) -> str:
+    """The losses of a record, and its tokens per second where it has them; `prefix` is "train" or "validation"."""
+    parts = [
+        f"{objective.value} {record[f'{prefix}/{objective.value}/loss']:.3f}"
+        for objective in Objective
+        if f"{prefix}/{objective.value}/loss" in record
+    ]
+    if f"{prefix}/tokens_per_second" in record:
+        parts.append(f"{record[f'{prefix}/tokens_per_second']:,.0f} tokens/s")
+    return ", ".join(parts)

@@ -1,0 +1,102 @@
+"""What a run's model fills into a few fixed texts, at each validation: progress that can be read.
+
+The texts are cut out of the middle of documents of the validation file, with the same tokens masked in every run on
+that file. A record of `samples.jsonl` is one text at one step: the three likeliest tokens for each of its masks, with
+their probabilities by the weights of that step (not by their average):
+
+    {"step": 1000, "text": "The first<mask> is …", "answers": [" argument"], "guesses": [[[" argument", 0.62], …]]}
+"""
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import torch
+
+from gptbert.config import TrainConfig
+from gptbert.data.token_store import TokenStore
+from gptbert.distributed.fsdp import let_go
+from gptbert.distributed.world import World
+from gptbert.model import GPTBert
+from gptbert.text.tokenizer import BOS_ID, MASK_ID, PAD_ID, load_tokenizer
+
+NUM_TEXTS = 4
+MOST_TOKENS = 48  # of a text
+MASKED_SHARE = 0.1
+TOP = 3  # guesses for a mask
+_DOCUMENTS = 1000  # looked at, for texts that are not short
+_SEED = 20  # of the masks' places, whatever the run's seed: runs are compared on the same masks
+
+
+class Samples:
+    """A few texts with masks, and what a model fills in.
+
+    Args:
+        config: of the run.
+        store: validation documents.
+        world: gives the device.
+
+    Raises:
+        InputError: the tokenizer cannot be read.
+    """
+
+    def __init__(self, config: TrainConfig, store: TokenStore, world: World) -> None:
+        self._tokenizer = load_tokenizer(config.tokenizer_path)
+        texts = _excerpts(store, min(MOST_TOKENS, config.seq_length - 1))
+        masked = [(text, _places(text, number, config.n_special_tokens)) for number, text in enumerate(texts)]
+        masked = [(text, places) for text, places in masked if len(places)]
+        shape = (len(masked), config.seq_length)  # rows as long as validation's, which are compiled already
+        input_ids, document_ids = np.full(shape, PAD_ID), np.full(shape, -1)
+        self._texts, self._rows, self._columns = [], [], []
+        for row, (text, places) in enumerate(masked):
+            end = len(text) + 1
+            input_ids[row, :end] = [BOS_ID, *text]
+            input_ids[row, places + 1] = MASK_ID
+            document_ids[row, :end] = 0
+            self._rows += [row] * len(places)
+            self._columns += places.tolist()  # a mask is predicted from the position before it
+            answers = [self._decode(token) for token in text[places]]
+            self._texts.append({"text": self._decode(*input_ids[row, 1:end]), "answers": answers})
+        self._input_ids = torch.from_numpy(input_ids).to(world.device)  # [texts, T]
+        self._document_ids = torch.from_numpy(document_ids).to(world.device)
+
+    @torch.no_grad()
+    def __call__(self, model: GPTBert, precision: AbstractContextManager) -> list[dict[str, Any]]:
+        """Have `model` fill in the masks, leaving it in the mode it was in; every rank must call it.
+
+        Returns:
+            A record for each text, without the step; see the module.
+        """
+        if not self._texts:
+            return []
+        was_training = model.training
+        model.eval()
+        with precision:
+            hidden_states = model.encode(self._input_ids, self._document_ids, causal=False)
+            logits = model.logits(hidden_states[self._rows, self._columns])  # [masks, V]
+        let_go(model)
+        model.train(was_training)
+        best = logits.float().softmax(dim=-1).topk(TOP)  # [masks, TOP]
+        pairs = [zip(*mask, strict=True) for mask in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+        guesses = iter([[[self._decode(token), round(share, 4)] for token, share in mask] for mask in pairs])
+        return [{**text, "guesses": [next(guesses) for _ in text["answers"]]} for text in self._texts]
+
+    def _decode(self, *tokens: int) -> str:
+        return self._tokenizer.decode([int(token) for token in tokens], skip_special_tokens=False)
+
+
+def _excerpts(store: TokenStore, most_tokens: int) -> list[np.ndarray]:
+    """The middle, where headings are rare, of the first documents that have `most_tokens`, or else of the longest."""
+    starts, lengths = store.documents(0, min(_DOCUMENTS, store.num_documents))
+    sizes = np.minimum(lengths, most_tokens)
+    starts = starts + (lengths - sizes) // 2
+    longest = np.argsort(-sizes, kind="stable")[:NUM_TEXTS]
+    tokens, _ = store.gather(starts[longest], sizes[longest])
+    return np.split(tokens.astype(np.int64), np.cumsum(sizes[longest])[:-1])
+
+
+def _places(text: np.ndarray, number: int, num_special_tokens: int) -> np.ndarray:
+    """Where to mask the text of this number, in rising order; special tokens are left alone."""
+    ordinary = np.flatnonzero(text >= num_special_tokens)
+    count = min(len(ordinary), max(1, round(MASKED_SHARE * len(text))))
+    return np.sort(np.random.default_rng((_SEED, number)).choice(ordinary, count, replace=False))

@@ -1,0 +1,178 @@
+"""Where a run's records go: its own files, Weights & Biases, TensorBoard."""
+
+import netrc
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, Self
+
+from gptbert.config import TrainConfig
+from gptbert.distributed.world import World
+from gptbert.errors import InputError, first_line
+from gptbert.io.screen import say
+from gptbert.monitoring.records import JsonLines
+
+
+class Tracker(Protocol):
+    """A place that records go to."""
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Record values of a step under their stable names."""
+
+    def close(self) -> None:
+        """Finish the run's record."""
+
+
+class Wandb:
+    """Weights & Biases; a resumed run goes on under the same id.
+
+    Where its server is not reached, it records offline, and `wandb sync` uploads that later.
+
+    Raises:
+        InputError: `--wandb_mode online` without a login that works.
+    """
+
+    def __init__(self, config: TrainConfig, settings: dict[str, Any]) -> None:
+        import wandb  # noqa: PLC0415  slow to import, and only the main rank needs it
+
+        id_file = config.run_dir / "wandb_id"
+        if not id_file.exists():
+            id_file.write_text(secrets.token_hex(4), encoding="utf-8")
+        limits = {"init_timeout": float(os.environ.get("WANDB_INIT_TIMEOUT", "30")), "finish_timeout": 20}  # s
+
+        def start(mode: str) -> wandb.Run:
+            return wandb.init(
+                project=config.wandb_project,
+                entity=config.wandb_entity,
+                name=config.name,
+                id=id_file.read_text(encoding="utf-8").strip(),
+                resume="allow" if mode == "online" else None,
+                dir=config.run_dir,
+                mode=mode,
+                config=settings,
+                settings=wandb.Settings(silent=True, **limits),
+            )
+
+        mode = _wandb_mode() if config.wandb_mode == "auto" else config.wandb_mode
+        try:
+            self._run = start(mode)
+        except Exception as error:  # its own, of the network, of its service
+            is_refused = isinstance(error, wandb.errors.AuthenticationError | wandb.errors.UsageError)
+            if is_refused and config.wandb_mode == "online":
+                raise InputError(
+                    f"--wandb_mode online: {first_line(error)} (--wandb_mode offline needs no login)"
+                ) from error
+            if mode != "online":
+                raise
+            say(f"wandb is not reached ({first_line(error)}); recording offline, for wandb sync")
+            wandb.teardown()  # or the run's id is in use
+            self._run = start("offline")
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """See `Tracker`."""
+        self._run.log(values, step=step)
+
+    def close(self) -> None:
+        """See `Tracker`; gives up uploading after a while."""
+        self._run.finish()
+
+
+def _wandb_mode() -> str:
+    """Online where the user is logged in; WANDB_MODE, where set, decides."""
+    if mode := os.environ.get("WANDB_MODE"):
+        if mode not in {"online", "offline", "disabled"}:
+            raise InputError(f"WANDB_MODE is {mode!r}, expected online, offline or disabled")
+        return mode
+    if os.environ.get("WANDB_API_KEY"):
+        return "online"
+    try:
+        return "online" if netrc.netrc().authenticators("api.wandb.ai") else "offline"
+    except (OSError, netrc.NetrcParseError):
+        return "offline"
+
+
+class TensorBoard:
+    """Event files in the run's folder, for `tensorboard --logdir`.
+
+    Records of steps after `first_step`, which a run wrote that was killed, are hidden: this one writes them again.
+
+    Raises:
+        InputError: the library is not installed.
+    """
+
+    def __init__(self, config: TrainConfig, first_step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  an extra
+        except ImportError as error:
+            raise InputError(
+                f"--trackers tensorboard: {first_line(error)} (pip install tensorboard brings it)"
+            ) from error
+        self._writer = SummaryWriter(str(config.run_dir / "tensorboard"), purge_step=first_step + 1)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """See `Tracker`; what is not on the disk when a run is killed would not come again."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """See `Tracker`."""
+        self._writer.close()
+
+
+class Trackers:
+    """All that a run writes down, as a context; nothing on ranks other than the main one.
+
+    A tracker that fails costs its records, not the run: its first failure is said on the screen, and it is tried again
+    with the next record.
+    """
+
+    def __init__(self, config: TrainConfig, world: World, settings: dict[str, Any], first_step: int) -> None:
+        self._trackers: dict[str, Tracker] = {}
+        self._samples: JsonLines | None = None
+        self._failed: set[str] = set()
+        if not world.is_main:
+            return
+        self._trackers["metrics.jsonl"] = JsonLines(config.run_dir / "metrics.jsonl", first_step)
+        self._samples = JsonLines(config.run_dir / "samples.jsonl", first_step)
+        if "wandb" in config.trackers and config.wandb_mode != "disabled":
+            with self._surviving("wandb"):
+                self._trackers["wandb"] = Wandb(config, settings)
+        if "tensorboard" in config.trackers:
+            with self._surviving("tensorboard"):
+                self._trackers["tensorboard"] = TensorBoard(config, first_step)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Give a record to every tracker."""
+        for name, tracker in self._trackers.items():
+            with self._surviving(name):
+                tracker.log(step, values)
+
+    def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
+        """Write what the model makes of fixed texts, a line each; see `gptbert.monitoring.samples`."""
+        if self._samples:
+            with self._surviving("samples.jsonl"):
+                for sample in samples:
+                    self._samples.log(step, sample)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for name, tracker in self._trackers.items():
+            with self._surviving(name):
+                tracker.close()
+        if self._samples:
+            self._samples.close()
+
+    @contextmanager
+    def _surviving(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except InputError:
+            raise
+        except Exception as error:  # noqa: BLE001  libraries raise what they like
+            if name not in self._failed:
+                say(f"{name} fails ({first_line(error) or type(error).__name__}); training goes on")
+            self._failed.add(name)

@@ -1,0 +1,147 @@
+"""Validation, during a run and after it: loss, perplexity and accuracy of both objectives, with the same masks."""
+
+import reprlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gptbert.checkpoint import manifest
+from gptbert.checkpoint.folder import TRAIN_CONFIG
+from gptbert.config import TrainConfig
+from gptbert.data.objectives import Batch, Masking, Objective, causal_batch, masked_batch
+from gptbert.data.packing import RowStream
+from gptbert.data.token_store import TokenStore
+from gptbert.distributed.fsdp import let_go
+from gptbert.distributed.world import World
+from gptbert.errors import InputError, first_line
+from gptbert.io.json_file import read_json
+from gptbert.model import GPTBert
+from gptbert.monitoring.metrics import LossSums
+
+_SETTINGS_BYTES = 1 << 20
+_MASK_SEED = 0x5EED_0F_7A11D  # of validation only, whatever the run's seed: runs are compared on the same masks
+
+
+@dataclass(frozen=True)
+class ValidationSettings:
+    """What of a run's settings validation depends on, under the names of `TrainConfig`."""
+
+    seq_length: int
+    local_batch_size: int
+    global_batch_size: int
+    validation_steps: int
+    validation_mask_p: float
+    mask_random_p: float
+    mask_keep_p: float
+    n_special_tokens: int
+    mixed_precision: bool
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> "ValidationSettings":
+        """Those of a run that trains."""
+        return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
+
+    @classmethod
+    def from_json(cls, path: Path) -> "ValidationSettings":
+        """Those in a checkpoint's `train_config.json`; where one is not in it, `TrainConfig`'s default.
+
+        Args:
+            path: the checkpoint's folder.
+
+        Raises:
+            InputError: the file is missing or damaged.
+        """
+        file = path / TRAIN_CONFIG
+        try:
+            manifest.check(path, [file.name])
+            content = read_json(file, _SETTINGS_BYTES)
+            settings = cls(**{name: content.get(name, getattr(TrainConfig, name)) for name in cls.__annotations__})
+        except (InputError, OSError, ValueError, AttributeError) as error:
+            raise InputError(f"{file}: missing or damaged ({first_line(error)})") from error
+        for name, value in asdict(settings).items():
+            kind = type(getattr(TrainConfig, name))
+            if type(value) not in ({int, float} if kind is float else {kind}):
+                raise InputError(f"{file}: {name} is {reprlib.repr(value)}, expected one of type {kind.__name__}")
+        return settings
+
+
+class Validation:
+    """The validation rows of a store, and their evaluation.
+
+    Args:
+        settings: how rows are made, masked and batched, and how many there are.
+        store: validation documents.
+        world: rows are divided among its ranks; sums are over all of them.
+        vocab_size: of the tokenizer, for random tokens in masks.
+    """
+
+    def __init__(self, settings: ValidationSettings, store: TokenStore, world: World, vocab_size: int) -> None:
+        self._settings = settings
+        self._world = world
+        self._stream = RowStream(store, settings.seq_length, shuffle=False)
+        self._masking = Masking(
+            mask_p=settings.validation_mask_p,
+            random_p=settings.mask_random_p,
+            keep_p=settings.mask_keep_p,
+            vocab_size=vocab_size,
+            num_special_tokens=settings.n_special_tokens,
+            seed=_MASK_SEED,
+        )
+        self.num_rows = self._stream.slots_per_epoch
+        if settings.validation_steps:
+            self.num_rows = min(self.num_rows, settings.validation_steps * settings.global_batch_size)
+
+    def __call__(self, model: GPTBert, precision: AbstractContextManager) -> dict[Objective, dict[str, float]]:
+        """Evaluate `model`, leaving it in the mode it was in; every rank must call it.
+
+        Returns:
+            Per objective: loss, perplexity, accuracy, z_loss, count of labels.
+        """
+        return self.sums(model, precision).means(self._world)
+
+    @torch.no_grad()
+    def sums(
+        self, model: GPTBert, precision: AbstractContextManager, advance: Callable[[int], object] = lambda _: None
+    ) -> LossSums:
+        """What `__call__` takes the means of, of this rank's rows; every rank must call it.
+
+        Args:
+            model: left in the mode it was in.
+            precision: to compute in.
+            advance: called with numbers of rows as they are done, `num_rows` in all over the ranks.
+        """
+        was_training = model.training
+        model.eval()
+        sums = LossSums(self._world.device)
+        rank, world_size, step = self._world.rank, self._world.world_size, self._settings.local_batch_size
+        first, end = self.num_rows * rank // world_size, self.num_rows * (rank + 1) // world_size
+        most = -(-self.num_rows // world_size)  # rows of a rank: all ranks gather sharded weights equally often
+        for row in range(first, first + most, step):
+            for batch in self._batches(row, min(step, end - row)):
+                with precision:
+                    result = model(batch.input_ids, batch.document_ids, batch.labels, batch.objective.causal)
+                sums.add(batch.objective, result)
+            advance(max(0, min(step, end - row)))
+        let_go(model)
+        model.train(was_training)
+        return sums
+
+    def _batches(self, first: int, count: int) -> list[Batch]:
+        """Both objectives' batches of the same rows; of padding if there are none."""
+        if count <= 0:
+            return [Batch.padding(self._settings.seq_length, self._world.device)] * len(Objective)
+        rows = self._stream.rows(first, count)
+        tokens, document_ids, row_ids = (
+            torch.from_numpy(array).to(self._world.device) for array in (rows.tokens, rows.document_ids, rows.row_ids)
+        )
+        return [masked_batch(tokens, document_ids, row_ids, self._masking), causal_batch(tokens, document_ids)]
+
+
+def unigram_entropy(tokens: Tensor) -> float:
+    """Entropy in nats of the tokens' own frequencies: the loss of the best model that ignores all context."""
+    counts = torch.bincount(tokens)
+    return torch.special.entr(counts[counts > 0] / counts.sum()).sum().item()

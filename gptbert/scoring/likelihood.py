@@ -1,0 +1,153 @@
+"""Log-likelihoods of sentences under both objectives, batched, at any number of temperatures from the same forwards.
+
+Of a sentence `<s>` x_1 … x_n and a temperature τ, with log p = log-softmax(logits/τ):
+
+- causal: Σ_i log p(x_i | `<s>` x_1 … x_{i−1}), attention looking backwards;
+- masked: Σ_i log p(x_i | the sentence with `<mask>` for x_i), attention looking both ways: the pseudo-log-likelihood of
+  Salazar et al. (2020, arXiv 1910.14659).
+
+Both objectives predict the *next* token (docs/model.md#rows), so both read x_i from the position before it.
+
+Letters of shapes: B rows, T positions, N predictions, V vocabulary, K temperatures.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gptbert.data.objectives import Objective
+from gptbert.model import GPTBert
+from gptbert.text.tokenizer import MASK_ID, PAD_ID
+
+_LOGITS = 1 << 24  # numbers of logits at once: 64 MB in fp32
+
+
+@dataclass(frozen=True)
+class _Queries:
+    """Predictions that one forward answers.
+
+    Attributes:
+        input_ids: [B, T] int64.
+        document_ids: [B, T] int64, −1 for padding.
+        rows: [N], where each prediction is read.
+        positions: [N]; the token that is predicted stands behind it.
+        targets: [N], that token.
+        sentences: [N], number of the sentence that it belongs to.
+    """
+
+    input_ids: np.ndarray
+    document_ids: np.ndarray
+    rows: np.ndarray
+    positions: np.ndarray
+    targets: np.ndarray
+    sentences: np.ndarray
+
+
+@torch.no_grad()
+def log_likelihoods(
+    model: GPTBert,
+    sentences: Sequence[Sequence[int]],
+    objective: Objective,
+    temperatures: Sequence[float] = (1.0,),
+    batch_tokens: int = 8192,
+    advance: Callable[[int], object] = lambda _: None,
+) -> Tensor:
+    """Score sentences; equal ones get equal scores, to the bit.
+
+    Args:
+        model: in eval mode.
+        sentences: token ids, `<s>` first; of any length, since distances are clamped (docs/model.md#position-buckets).
+        objective: CLM for the causal score, MLM for the masked one.
+        temperatures: K positive numbers that divide the logits.
+        batch_tokens: about how many tokens go through the model at once, padding included; one row at least.
+        advance: called with the numbers of predictions as they are made, `num_predictions` in all.
+
+    Returns:
+        [sentences, K] fp64 on the CPU, in nats; 0 for a sentence of `<s>` alone.
+    """
+    distinct = list({tuple(sentence): None for sentence in sentences})
+    number = {sentence: index for index, sentence in enumerate(distinct)}
+    scores = torch.zeros(len(distinct), len(temperatures), dtype=torch.float64)
+    device = next(model.parameters()).device
+    make_queries = _causal_queries if objective.causal else _masked_queries
+    for queries in make_queries(distinct, batch_tokens):
+        input_ids, document_ids, rows, positions, targets = (
+            torch.from_numpy(array).to(device)
+            for array in (queries.input_ids, queries.document_ids, queries.rows, queries.positions, queries.targets)
+        )
+        hidden_states = model.encode(input_ids, document_ids, objective.causal)[rows, positions]  # [N, D]
+        chosen = _log_probabilities(model, hidden_states, targets, temperatures)  # [N, K]
+        scores.index_add_(0, torch.from_numpy(queries.sentences), chosen.double().cpu())
+        advance(len(targets))
+    return scores[[number[tuple(sentence)] for sentence in sentences]]
+
+
+def num_predictions(sentences: Sequence[Sequence[int]]) -> int:
+    """Tokens that `log_likelihoods` predicts: all but the `<s>` of each distinct sentence."""
+    return sum(len(sentence) - 1 for sentence in set(map(tuple, sentences)))
+
+
+def _log_probabilities(model: GPTBert, hidden_states: Tensor, targets: Tensor, temperatures: Sequence[float]) -> Tensor:
+    """Of the tokens `targets` [N] after the positions with these hidden states [N, D], at each temperature: [N, K]."""
+    pieces = []
+    at_once = max(1, _LOGITS // model.config.vocab_size)
+    for states, tokens in zip(hidden_states.split(at_once), targets.split(at_once), strict=True):
+        logits = model.logits(states).float()  # [N, V]
+        chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)  # [N]
+        columns = [chosen / temperature - (logits / temperature).logsumexp(dim=-1) for temperature in temperatures]
+        pieces.append(torch.stack(columns, dim=-1))
+    return torch.cat(pieces)
+
+
+def _causal_queries(sentences: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[_Queries]:
+    """Every sentence is a row, which predicts all of its tokens."""
+    lengths = np.array([len(sentence) for sentence in sentences], np.int64)
+    order = np.argsort(lengths, kind="stable")
+    order = order[lengths[order] > 1]  # `<s>` alone predicts nothing
+    for batch in _batches(order, lengths[order], batch_tokens):
+        input_ids, document_ids = _padded([sentences[index] for index in batch])
+        is_predicted = document_ids >= 0
+        is_predicted[:, 0] = False
+        rows, positions = is_predicted.nonzero()
+        yield _Queries(input_ids, document_ids, rows, positions - 1, input_ids[rows, positions], batch[rows])
+
+
+def _masked_queries(sentences: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[_Queries]:
+    """Every token of every sentence is a row: the sentence with that token masked, which predicts it."""
+    lengths = np.array([len(sentence) for sentence in sentences], np.int64)
+    order = np.argsort(lengths, kind="stable")
+    copies = np.repeat(order, lengths[order] - 1)
+    firsts = np.cumsum(lengths[order] - 1) - (lengths[order] - 1)
+    masked = np.arange(len(copies)) - np.repeat(firsts, lengths[order] - 1) + 1  # positions 1 … n of each sentence
+    for picked in _batches(np.arange(len(copies)), lengths[copies], batch_tokens):
+        batch, positions = copies[picked], masked[picked]
+        input_ids, document_ids = _padded([sentences[index] for index in batch])
+        rows = np.arange(len(batch))
+        targets = input_ids[rows, positions]
+        input_ids[rows, positions] = MASK_ID
+        yield _Queries(input_ids, document_ids, rows, positions - 1, targets, batch)
+
+
+def _batches(items: np.ndarray, lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
+    """Consecutive items, the shortest first, that padded to the longest of them take at most `batch_tokens`."""
+    first = 0
+    while first < len(items):
+        longest = lengths[first : first + max(1, batch_tokens // int(lengths[first]))]  # of 1, 2, … rows
+        fits = int((np.arange(1, len(longest) + 1) * longest <= batch_tokens).sum())
+        stop = first + max(1, fits)
+        yield items[first:stop]
+        first = stop
+
+
+def _padded(sentences: list[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids and document ids, [B, T] each, with padding on the right."""
+    longest = max(map(len, sentences))
+    input_ids = np.full((len(sentences), longest), PAD_ID, np.int64)
+    document_ids = np.full((len(sentences), longest), -1, np.int64)
+    for row, sentence in enumerate(sentences):
+        input_ids[row, : len(sentence)] = sentence
+        document_ids[row, : len(sentence)] = 0
+    return input_ids, document_ids

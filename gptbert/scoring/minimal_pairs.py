@@ -1,0 +1,122 @@
+"""Minimal pairs: JSONL files with the fields of BLiMP (Warstadt et al. 2020, arXiv 1912.00582), read and counted."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gptbert.errors import InputError
+from gptbert.text.corpus import label_field, numbered_lines, parse_json, string_field
+
+BLIMP_GROUP = "UID"  # BLiMP's field for the paradigm of a pair
+
+
+@dataclass(frozen=True)
+class MinimalPair:
+    """Two sentences that differ in what makes one of them unacceptable.
+
+    Attributes:
+        good: the acceptable one.
+        bad: the other one.
+        groups: value of each field that pairs are grouped by.
+        file: it comes from.
+        line: number of its line, from 1.
+    """
+
+    good: str
+    bad: str
+    groups: dict[str, str]
+    file: Path
+    line: int
+
+
+def read_pairs(paths: Sequence[Path], group_by: Sequence[str] | None = None) -> list[MinimalPair]:
+    """Read every line of files, and of the `.jsonl` and `.jsonl.gz` files of folders, in order of their names.
+
+    Args:
+        paths: files and folders.
+        group_by: fields that every line must have; None for `UID` where all have it, else for no groups.
+
+    Raises:
+        InputError: a path is not there, or a line is no pair; names file and line.
+    """
+    fields = [BLIMP_GROUP] if group_by is None else list(dict.fromkeys(group_by))
+    pairs = []
+    for file in {file: None for path in paths for file in _files(path)}:
+        for number, line in numbered_lines(file, lambda _: None):
+            if line.isspace():
+                continue
+            try:
+                pairs.append(_parse_pair(line, fields, file, number, optional=group_by is None))
+            except ValueError as error:
+                raise InputError(f"{file}:{number}: {error}") from None
+    if not pairs:
+        raise InputError(f"{' '.join(map(str, paths))}: holds no minimal pairs")
+    if group_by is None and not all(pair.groups for pair in pairs):
+        return [MinimalPair(pair.good, pair.bad, {}, pair.file, pair.line) for pair in pairs]
+    return pairs
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Shares of the pairs whose good sentence has the higher score; equal scores are wrong.
+
+    Attributes:
+        micro: over all pairs.
+        groups: by field and value.
+    """
+
+    micro: float
+    groups: dict[str, dict[str, float]]
+
+    @property
+    def macro(self) -> dict[str, float]:
+        """By field, the mean over its values. By UID this is BLiMP's number."""
+        return {field: sum(values.values()) / len(values) for field, values in self.groups.items()}
+
+    @property
+    def headline(self) -> float:
+        """What temperatures are compared by: the mean over the values of the first field, or over all pairs."""
+        return next(iter(self.macro.values()), self.micro)
+
+    @classmethod
+    def of(cls, pairs: Sequence[MinimalPair], good_scores: np.ndarray, bad_scores: np.ndarray) -> "Accuracy":
+        """Compare scores [pairs], higher ones for likelier sentences."""
+        correct = good_scores > bad_scores
+        groups = {
+            field: {value: float(correct[chosen].mean()) for value, chosen in members(pairs, field).items()}
+            for field in pairs[0].groups
+        }
+        return cls(float(correct.mean()), groups)
+
+
+def members(pairs: Sequence[MinimalPair], field: str) -> dict[str, list[int]]:
+    """The numbers of the pairs with each value of a field, in the order of first appearance."""
+    found: dict[str, list[int]] = {}
+    for index, pair in enumerate(pairs):
+        found.setdefault(pair.groups[field], []).append(index)
+    return found
+
+
+def _parse_pair(line: bytes, fields: Sequence[str], file: Path, number: int, *, optional: bool) -> MinimalPair:
+    values = parse_json(line)
+    if not isinstance(values, dict):
+        raise ValueError("is no object with `sentence_good` and `sentence_bad`")  # noqa: TRY004  a bad line, not a bug
+    sentences = [string_field(values, name) for name in ("sentence_good", "sentence_bad")]
+    for name, sentence in zip(("sentence_good", "sentence_bad"), sentences, strict=True):
+        if not sentence.strip():
+            raise ValueError(f"`{name}` is empty, which would be likelier than any sentence")
+    present = [field for field in fields if field in values or not optional]
+    return MinimalPair(*sentences, {field: label_field(values, field) for field in present}, file, number)
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    if not path.is_dir():
+        return [path]
+    files = sorted(file for suffix in ("*.jsonl", "*.jsonl.gz") for file in path.rglob(suffix) if file.is_file())
+    if not files:
+        raise InputError(f"{path}: the folder holds no .jsonl file")
+    return files

@@ -1,0 +1,109 @@
+"""Texts to token ids: documents with all cores busy and few of them in memory; sentences."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
+
+import numpy as np
+from tokenizers import Encoding, Tokenizer
+
+from gptbert.errors import InputError
+from gptbert.text.tokenizer import BOS_ID
+
+BATCH_CHARACTERS = 2_000_000  # what one call of the library encodes; it takes some 100 bytes for each resulting token
+DOCUMENT_OVERHEAD = 500  # a short document still costs an object of about as much memory as so many characters
+ENCODER_THREADS = 2  # the second keeps the cores busy while the first one's results become Python objects
+WAITING_BATCHES = ENCODER_THREADS + 1  # being encoded, or encoded and waiting for this thread
+
+
+def encode_documents(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator[tuple[np.ndarray, ...]]:
+    """Encode documents as plain text: without `<s>`, and a literal "<mask>" in them is seven characters, not a mask.
+
+    Two threads keep the library busy on all cores (it lets go of the interpreter lock); meanwhile this one reads the
+    next batch and turns the oldest one into arrays.
+
+    Args:
+        tokenizer: its settings for padding, truncation and special tokens are changed.
+        documents: texts, of any length.
+
+    Yields:
+        For each batch of documents the ids [Σ lengths] uint32, end to end, the lengths [num_documents] int64, and the
+        number of words [num_documents] int64 of each: what `str.split()` makes of its text, cut at white space.
+    """
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+
+    def encode(batch: list[str]) -> tuple[list[Encoding], list[int]]:
+        return tokenizer.encode_batch_fast(batch, add_special_tokens=False), [len(text.split()) for text in batch]
+
+    waiting: deque[Future[tuple[list[Encoding], list[int]]]] = deque()
+    encoder = ThreadPoolExecutor(ENCODER_THREADS)
+    try:
+        for batch in _batches(documents):
+            waiting.append(encoder.submit(encode, batch))
+            if len(waiting) > WAITING_BATCHES:
+                yield _to_arrays(*waiting.popleft().result())
+        while waiting:
+            yield _to_arrays(*waiting.popleft().result())
+    finally:
+        encoder.shutdown(cancel_futures=True)
+
+
+def encode_sentences(tokenizer: Tokenizer, sentences: Sequence[str]) -> list[list[int]]:
+    """Encode sentences as plain text, each led by `<s>`.
+
+    Args:
+        tokenizer: its setting for special tokens is changed.
+        sentences: texts; all of them are encoded at once.
+
+    Raises:
+        InputError: a text is not UTF-8.
+    """
+    for sentence in sentences:
+        _check_text(sentence)
+    tokenizer.encode_special_tokens = True
+    encodings = tokenizer.encode_batch_fast(list(sentences), add_special_tokens=False)
+    return [[BOS_ID, *encoding.ids] for encoding in encodings]
+
+
+def encode_with_masks(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Encode a text, led by `<s>`, in which "<mask>" is a mask, and the other special tokens are what they say too.
+
+    Args:
+        tokenizer: its setting for special tokens is changed.
+        text: any.
+
+    Raises:
+        InputError: the text is not UTF-8.
+    """
+    _check_text(text)
+    tokenizer.encode_special_tokens = False
+    return [BOS_ID, *tokenizer.encode(text, add_special_tokens=False).ids]
+
+
+def _check_text(text: str) -> None:
+    """Refuse bytes of the command line that are not UTF-8, which Python keeps as half surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"text {text!a}: is not UTF-8") from None
+
+
+def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
+    batch, size = [], 0
+    for document in documents:
+        batch.append(document)
+        size += len(document) + DOCUMENT_OVERHEAD
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _to_arrays(encodings: list[Encoding], words: list[int]) -> tuple[np.ndarray, ...]:
+    lengths = np.fromiter(map(len, encodings), np.int64, count=len(encodings))
+    ids = chain.from_iterable(encoding.ids for encoding in encodings)
+    return np.fromiter(ids, np.uint32, count=int(lengths.sum())), lengths, np.array(words, np.int64)

@@ -1,0 +1,242 @@
+"""Rows of tables: Parquet and Arrow files, folders of `Dataset.save_to_disk`, and datasets of Hugging Face by name.
+
+Values of text columns are given as UTF-8 bytes, since nothing checked them yet, and None for null. Numbers and booleans
+are those; a column of another type gives that type in the place of each value. pyarrow and datasets are imported where
+they are needed: they are an extra (`pip install datasets pyarrow`).
+"""
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from gptbert.errors import InputError, first_line
+from gptbert.io.json_file import read_json
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import IterableDataset
+
+SUFFIXES = (".parquet", ".arrow")
+BATCH_BYTES = 4_000_000  # of a Parquet file's rows, unpacked, that are in memory at once; one row at least
+BATCH_ROWS = 1000  # at most
+_STREAM_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
+_SAVED_JSON_BYTES = 1 << 24  # a name for each of many thousand files
+
+Row = dict[str, Any]  # by column: bytes, a number, a boolean, None, or the type of a column of anything else
+
+
+def is_table(file: Path) -> bool:
+    """Whether a file's name says Parquet or Arrow."""
+    return file.name.lower().endswith(SUFFIXES)
+
+
+def require_library(name: str, what: str) -> ModuleType:
+    """Import a library of the extra `datasets`.
+
+    Raises:
+        InputError: it is not installed; `what` wants it.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        library = name.partition(".")[0]
+        raise InputError(f"{what}: takes the library {library}; pip install datasets pyarrow") from error
+
+
+def table_rows(file: Path, columns: Sequence[str], advance: Callable[[int], object]) -> Iterator[Row]:
+    """Rows of a Parquet or Arrow file, some megabytes in memory at a time.
+
+    Args:
+        file: a name that `is_table` takes.
+        columns: those to read; the others stay on the disk.
+        advance: told how many more bytes of the file are done.
+
+    Raises:
+        InputError: a column is missing, or the file is damaged or cut short.
+    """
+    batches = _parquet_batches if file.name.lower().endswith(".parquet") else _arrow_batches
+    with _damage(str(file)):
+        for batch in batches(file, columns, advance):
+            yield from _rows(batch, columns)
+
+
+def dataset_rows(
+    name: str, config: str | None, split: str | None, columns: Sequence[str], advance: Callable[[int], object]
+) -> Iterator[Row]:
+    """Rows of a dataset that `datasets.load_dataset` knows by name, streamed.
+
+    Args:
+        name: on the Hub, or a folder of data files.
+        config: of its configurations the one to take; None for the default.
+        split: None where there is only one.
+        columns: those to read.
+        advance: told how many more bytes of text are read.
+
+    Raises:
+        InputError: there is no such dataset, configuration, split or column, or it cannot be read.
+    """
+    where = f"--dataset {name}"
+    loaded = _load_dataset(name, config, split)
+    if loaded.column_names:
+        _require_columns(where, columns, loaded.column_names)
+        loaded = loaded.select_columns(list(columns))
+    tables = iter(loaded.with_format("arrow").iter(BATCH_ROWS))
+    while True:
+        try:
+            table = next(tables, None)
+        except Exception as error:  # of the network, of a file format's library
+            raise InputError(f"{where}: cannot be read ({first_line(error) or type(error).__name__})") from error
+        if table is None:
+            return
+        _require_columns(where, columns, table.column_names)
+        with _damage(where):
+            yield from _rows(table, columns)
+        advance(table.nbytes)
+
+
+def saved_dataset_files(folder: Path, names: Sequence[str], split: str | None) -> list[Path] | None:
+    """The Arrow files of a dataset that `save_to_disk` wrote, in order; None where a folder is no such dataset.
+
+    Args:
+        folder: that may be one.
+        names: of the files in it.
+        split: of a DatasetDict, the part to read; None where there is only one.
+
+    Raises:
+        InputError: a DatasetDict without that split, or files of the dataset are missing.
+    """
+    if "dataset_dict.json" in names:
+        splits = _saved_list(folder / "dataset_dict.json", "splits")
+        if split is None and len(splits) == 1:
+            split = str(splits[0])
+        if split not in splits:
+            wanted = f"has no split {split}" if split else "has several splits"
+            raise InputError(f"--input {folder}: {wanted}; choose with --split: {', '.join(map(str, splits))}")
+        folder = folder / split
+    elif not {"state.json", "dataset_info.json"} <= set(names):
+        return None
+    entries = _saved_list(folder / "state.json", "_data_files")
+    files = [folder / Path(str(entry.get("filename") if isinstance(entry, dict) else entry)).name for entry in entries]
+    if missing := [file for file in files if not file.is_file()]:
+        raise InputError(f"{missing[0]}: is missing from the dataset; copy it again")
+    return files
+
+
+def _saved_list(file: Path, key: str) -> list:
+    try:
+        content = read_json(file, _SAVED_JSON_BYTES)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: cannot be read ({first_line(error)}); save the dataset again") from error
+    if not isinstance(content, dict) or not isinstance(content.get(key), list):
+        raise InputError(f"{file}: has no list {key}; save the dataset again")
+    return content[key]
+
+
+def _parquet_batches(
+    file: Path, columns: Sequence[str], advance: Callable[[int], object]
+) -> Iterator["pa.RecordBatch"]:
+    parquet = require_library("pyarrow.parquet", str(file))
+    # of a row group a buffer's worth at a time, where the library would read the whole column at once
+    settings = {"pre_buffer": False, "buffer_size": 1 << 20, "page_checksum_verification": True}
+    with parquet.ParquetFile(str(file), **settings) as opened:
+        _require_columns(str(file), columns, opened.schema_arrow.names)
+        metadata, size = opened.metadata, file.stat().st_size
+        rows = told = 0
+        for group in range(metadata.num_row_groups):
+            unpacked = max(1, metadata.row_group(group).total_byte_size)
+            batch_rows = BATCH_BYTES * metadata.row_group(group).num_rows // unpacked
+            batch_rows = min(max(1, batch_rows), BATCH_ROWS)
+            for batch in opened.iter_batches(batch_rows, [group], list(columns), use_threads=False):
+                yield batch
+                rows += batch.num_rows
+                done = size * rows // max(rows, metadata.num_rows)
+                advance(done - told)
+                told = done
+        advance(size - told)
+
+
+def _arrow_batches(file: Path, columns: Sequence[str], advance: Callable[[int], object]) -> Iterator["pa.RecordBatch"]:
+    pyarrow = require_library("pyarrow", str(file))
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        opened.seek(max(0, size - len(_STREAM_END)))
+        if opened.read() != _STREAM_END:  # cut between two batches, a stream would seem to end well
+            raise InputError(f"{file}: damaged or cut short (an Arrow stream has an end that is marked)")
+    with pyarrow.memory_map(str(file)) as source, pyarrow.ipc.open_stream(source) as reader:
+        _require_columns(str(file), columns, reader.schema.names)
+        told = 0
+        for batch in reader:
+            yield batch
+            advance(source.tell() - told)
+            told = source.tell()
+        advance(size - told)
+
+
+def _rows(batch: "pa.RecordBatch | pa.Table", columns: Sequence[str]) -> Iterator[Row]:
+    values = [_values(batch.column(name)) for name in columns]
+    for row in zip(*values, strict=True):
+        yield dict(zip(columns, row, strict=True))
+
+
+def _values(column: "pa.Array | pa.ChunkedArray") -> Iterator[Any]:
+    types = importlib.import_module("pyarrow.types")
+    if types.is_dictionary(column.type):
+        column.validate(full=True)  # its numbers of texts
+        column = column.cast(column.type.value_type)
+    if types.is_null(column.type):
+        return (None for _ in range(len(column)))
+    if types.is_boolean(column.type) or types.is_integer(column.type) or types.is_floating(column.type):
+        return (value.as_py() for value in column)
+    as_bytes = _bytes_type(column.type)
+    if as_bytes is None:
+        return (column.type for _ in range(len(column)))
+    column = column.cast(as_bytes)
+    column.validate(full=True)  # a damaged file's offsets may point anywhere
+    return (value.as_py() for value in column)
+
+
+def _bytes_type(text: "pa.DataType") -> "pa.DataType | None":
+    """The type of the same texts as bytes, which are not copied; None for a type that holds no text."""
+    pyarrow = importlib.import_module("pyarrow")
+    return {
+        pyarrow.string(): pyarrow.binary(),
+        pyarrow.large_string(): pyarrow.large_binary(),
+        pyarrow.string_view(): pyarrow.binary_view(),
+        pyarrow.binary(): pyarrow.binary(),
+        pyarrow.large_binary(): pyarrow.large_binary(),
+        pyarrow.binary_view(): pyarrow.binary_view(),
+    }.get(text)
+
+
+def _load_dataset(name: str, config: str | None, split: str | None) -> "IterableDataset":
+    where = f"--dataset {name}"
+    datasets = require_library("datasets", where)
+    try:
+        loaded = datasets.load_dataset(name, config, split=split, streaming=True)
+    except Exception as error:  # of the network, of a folder, of its configurations
+        raise InputError(f"{where}: cannot be opened ({first_line(error) or type(error).__name__})") from error
+    if isinstance(loaded, dict):
+        if len(loaded) > 1:
+            raise InputError(f"{where}: has several splits; choose with --split: {', '.join(map(str, loaded))}")
+        (loaded,) = loaded.values()
+    return loaded
+
+
+def _require_columns(where: str, columns: Sequence[str], there: Sequence[str]) -> None:
+    for name in columns:
+        if name not in there:
+            raise InputError(f"{where}: has no column {name}, only {', '.join(there)}; see --text_field")
+
+
+@contextmanager
+def _damage(where: str) -> Iterator[None]:
+    """A block whose errors of pyarrow say which table is damaged."""
+    pyarrow = require_library("pyarrow", where)
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
+        reason = first_line(error) or type(error).__name__
+        raise InputError(f"{where}: damaged, cut short or not to be read ({reason[:200]})") from error
