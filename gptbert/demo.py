@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import tyro
 
-from gptbert.checkpoint.checkpoint import list_checkpoints
+from gptbert.checkpoint.folder import list_checkpoints
 from gptbert.command_line import run_command
 from gptbert.data.objectives import Objective
 from gptbert.data.token_store import TokenStore

@@ -12,7 +12,9 @@ from torch.nn.utils import get_total_norm
 from gptbert import compile_choice, schedules
 from gptbert.checkpoint import checkpoint
 from gptbert.checkpoint.checkpoint import Checkpoint
+from gptbert.checkpoint.folder import saved_setting
 from gptbert.checkpoint.initial_weights import read_initial_weights
+from gptbert.checkpoint.resume import changed_settings, find_for_all_ranks
 from gptbert.checkpoint.word_checkpoints import WordCheckpoints
 from gptbert.config import TrainConfig
 from gptbert.data.hybrid_plan import HybridPlan
@@ -70,7 +72,7 @@ def _fit(config: TrainConfig, world: World) -> None:
         with world.agreed():
             if len(set(world.all_gather(config))) > 1:
                 raise InputError("the processes were given different flags; every host must start the same command")
-        path, resumed = checkpoint.agree(config, inputs.model_config, world)
+        path, resumed = find_for_all_ranks(config, inputs.model_config, world)
         first_step = resumed.step if resumed else 0
         with world.agreed():
             check_counts(resumed.mask_counts if resumed and config.mask_history else None, inputs.num_train_tokens)
@@ -86,13 +88,13 @@ def _fit(config: TrainConfig, world: World) -> None:
     with world.agreed():
         if world.is_main:
             prepare_run_dir(config, inputs.model_config, world, backend)
-    was_asked = resumed is None or checkpoint.saved_setting(path, "compile") is not False
+    was_asked = resumed is None or saved_setting(path, "compile") is not False
     choice = compile_choice.choose(config, inputs.model_config, plan, world, resumed, was_asked)
     if world.is_main:
         introduce(config, inputs, plan, world, backend, words)
         say(str(choice))
         if resumed:
-            changes = checkpoint.changed_settings(path, config)
+            changes = changed_settings(path, config)
             say(f"going on from {path}" + (f"; changed since: {', '.join(changes)}" if changes else ""))
         elif initial_weights:
             say(f"starting from the weights of {config.initial_weights}")
@@ -341,7 +343,7 @@ class Trainer:
         if resumed.shards:
             with self.world.agreed():
                 states = (self.model.state_dict(), self.ema.model.state_dict())
-                resumed = resumed.filled(*states, new_moments(self.optimizer))
+                resumed = resumed.with_shards_loaded(*states, new_moments(self.optimizer))
         load_weights(self.model, resumed.model)
         load_weights(self.ema.model, resumed.ema)
         load_moments(self.optimizer, resumed.optimizer["state"])

@@ -8,8 +8,8 @@ from typing import Annotated
 import tyro
 
 from gptbert.checkpoint import manifest
-from gptbert.checkpoint.checkpoint import is_sharded, newest_in, whole_weights
-from gptbert.checkpoint.folder import MODEL_CONFIG, TOKENIZER, TRAIN_CONFIG
+from gptbert.checkpoint.folder import MODEL_CONFIG, TOKENIZER, TRAIN_CONFIG, is_sharded, newest_in
+from gptbert.checkpoint.saved_model import read_whole_weights
 from gptbert.checkpoint.weights import write_weights
 from gptbert.command_line import run_command
 from gptbert.config import ModelConfig
@@ -50,7 +50,7 @@ def write_whole_weights(path: Path, output: Path) -> Path:
     config = ModelConfig.from_json(path / MODEL_CONFIG)
     with new_folder(output, "--output") as folder:
         for weights in ("model", "ema"):
-            write_weights(folder / f"{weights}.safetensors", whole_weights(path, weights, config), config)
+            write_weights(folder / f"{weights}.safetensors", read_whole_weights(path, weights, config), config)
         for name in (MODEL_CONFIG, TRAIN_CONFIG, TOKENIZER):
             shutil.copyfile(path / name, folder / name)
         manifest.write(folder)

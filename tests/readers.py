@@ -6,6 +6,8 @@ import numpy as np
 import torch
 
 from gptbert.checkpoint import checkpoint, manifest
+from gptbert.checkpoint.resume import changed_settings, check_settings
+from gptbert.checkpoint.saved_model import load_model
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.data.packing import RowStream
 from gptbert.data.token_store import TokenStore
@@ -79,14 +81,14 @@ def resumed_settings(path: Path) -> None:
     """The settings in a checkpoint."""
     tokenizer_path = path / "tokenizer.json"
     config = TrainConfig((tokenizer_path,), *[tokenizer_path] * 3)
-    checkpoint.check_settings(path, config)
-    checkpoint.changed_settings(path, config)
+    check_settings(path, config)
+    changed_settings(path, config)
     ValidationSettings.from_json(path)
 
 
 def model(path: Path) -> None:
     """A checkpoint's model: it computes."""
-    loaded = checkpoint.load_model(path)
+    loaded = load_model(path)
     ids = torch.zeros(1, 3, dtype=torch.long)
     assert loaded.encode(ids, ids, causal=True).shape == (1, 3, loaded.config.hidden_size)
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from gptbert.checkpoint.checkpoint import list_checkpoints
+from gptbert.checkpoint.folder import list_checkpoints
 from gptbert.monitoring.records import read_records
 from tests.lanes import DEVICE
 from tokenize_scripts.tokenize_corpus import TokenizeConfig, tokenize_corpus

@@ -14,6 +14,9 @@ from safetensors import SafetensorError
 
 from gptbert.checkpoint import checkpoint
 from gptbert.checkpoint.checkpoint import Checkpoint
+from gptbert.checkpoint.folder import list_checkpoints
+from gptbert.checkpoint.resume import changed_settings, find
+from gptbert.checkpoint.saved_model import load_model
 from gptbert.distributed.world import World
 from gptbert.errors import InputError
 from gptbert.model import GPTBert
@@ -90,7 +93,7 @@ def test_only_the_newest_are_kept(run, save):
     for step in (1, 2, 3, 4):
         save(step)
     assert names(run) == ["step_00000003", "step_00000004"]
-    assert checkpoint.list_checkpoints(run.run_dir) == [run.run_dir / "checkpoints" / name for name in names(run)]
+    assert list_checkpoints(run.run_dir) == [run.run_dir / "checkpoints" / name for name in names(run)]
 
 
 @pytest.mark.parametrize("kept", [1, 2, 3, 4, 6, 20])
@@ -104,7 +107,7 @@ def test_as_many_are_kept_as_asked_for(run, save, kept):
 def test_steps_are_ordered_as_numbers(run, save):
     for step in (99_999_999, 100_000_000, 100_000_001):
         save(step)
-    assert [path.name for path in checkpoint.list_checkpoints(run.run_dir)] == ["step_100000000", "step_100000001"]
+    assert [path.name for path in list_checkpoints(run.run_dir)] == ["step_100000000", "step_100000001"]
 
 
 def test_a_run_that_went_back_keeps_what_it_saves(run, save):
@@ -149,7 +152,7 @@ def test_a_save_that_fails_leaves_the_old_ones_and_nothing_else(run, save, tiny,
             save(3)
     assert "\n" not in str(caught.value)
     assert names(run) == ["step_00000001", "step_00000002"]
-    for path in checkpoint.list_checkpoints(run.run_dir):
+    for path in list_checkpoints(run.run_dir):
         assert checkpoint.load(path, tiny).step == int(path.name[5:])
     save(3)
     assert names(run) == ["step_00000002", "step_00000003"]
@@ -170,8 +173,8 @@ def test_a_save_killed_half_way_is_no_checkpoint_and_is_cleaned_up(run, save, mo
         patch.setattr(function, die)
         with pytest.raises(Killed):
             save(2)
-    assert checkpoint.list_checkpoints(run.run_dir) == [run.run_dir / "checkpoints" / "step_00000001"]
-    assert checkpoint.find(dataclasses.replace(run, resume="auto")).name == "step_00000001"
+    assert list_checkpoints(run.run_dir) == [run.run_dir / "checkpoints" / "step_00000001"]
+    assert find(dataclasses.replace(run, resume="auto")).name == "step_00000001"
     save(3)  # another step than the one that was cut short
     assert names(run) == ["step_00000001", "step_00000003"]
 
@@ -193,7 +196,7 @@ def test_a_deletion_killed_half_way_is_cleaned_up(run, save, monkeypatch):
         patch.setattr(shutil, "rmtree", die)
         with pytest.raises(Killed):
             save(3)
-    assert [path.name for path in checkpoint.list_checkpoints(run.run_dir)] == ["step_00000002", "step_00000003"]
+    assert [path.name for path in list_checkpoints(run.run_dir)] == ["step_00000002", "step_00000003"]
     # the same step is deleted once more: what the first deletion left must not stand in the way
     save(1, config=dataclasses.replace(run, keep_checkpoints=9))
     save(4)
@@ -219,7 +222,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(save, tiny, name, damage):
         assert "--resume auto takes the one before" in str(error.value)
     if name in {"ema.safetensors", "model_config.json"}:
         with pytest.raises(InputError) as error:
-            checkpoint.load_model(path)
+            load_model(path)
         assert "\n" not in str(error.value)
 
 
@@ -267,41 +270,41 @@ def test_another_models_checkpoint_is_named(save, tiny):
 
 
 def test_a_fresh_run_does_not_walk_over_an_old_one(run, save):
-    assert checkpoint.find(run) is None
+    assert find(run) is None
     save(1)
     with pytest.raises(InputError, match=r"run already holds checkpoints.*--resume auto"):
-        checkpoint.find(run)
-    assert checkpoint.find(dataclasses.replace(run, name="other")) is None
+        find(run)
+    assert find(dataclasses.replace(run, name="other")) is None
 
 
 def test_auto_takes_the_newest_or_starts(run, save):
     auto = dataclasses.replace(run, resume="auto")
-    assert checkpoint.find(auto) is None
+    assert find(auto) is None
     for step in (2, 10):
         save(step)
     (run.run_dir / "checkpoints" / ".step_00000011.incomplete").mkdir()
     (run.run_dir / "checkpoints" / "step_00000012").touch()
-    assert checkpoint.find(auto).name == "step_00000010"
+    assert find(auto).name == "step_00000010"
 
 
 def test_a_path_names_a_checkpoint_or_a_run(run, save, tmp_path):
     paths = [save(1), save(2)]
     elsewhere = dataclasses.replace(run, name="elsewhere")
-    assert checkpoint.find(dataclasses.replace(elsewhere, resume=str(paths[0]))) == paths[0]
-    assert checkpoint.find(dataclasses.replace(elsewhere, resume=str(run.run_dir))) == paths[1]
+    assert find(dataclasses.replace(elsewhere, resume=str(paths[0]))) == paths[0]
+    assert find(dataclasses.replace(elsewhere, resume=str(run.run_dir))) == paths[1]
     for wrong in (tmp_path, tmp_path / "none", run.run_dir / "tokenizer.json"):
         with pytest.raises(InputError, match=f"--resume {re.escape(str(wrong))}: not a checkpoint"):
-            checkpoint.find(dataclasses.replace(run, resume=str(wrong)))
+            find(dataclasses.replace(run, resume=str(wrong)))
 
 
 def test_settings_that_changed_are_listed(run, save, tmp_path):
     path = save(1)
-    assert checkpoint.changed_settings(path, run) == []
+    assert changed_settings(path, run) == []
     moved = dataclasses.replace(run, resume="auto", name="other", learning_rate=0.5, seed=1)
-    assert checkpoint.changed_settings(path, moved) == ["--learning_rate 0.001 -> 0.5", "--seed 42 -> 1"]
+    assert changed_settings(path, moved) == ["--learning_rate 0.001 -> 0.5", "--seed 42 -> 1"]
     mixed = dataclasses.replace(run, train_path=(Path("none"), Path("b")), train_weights=(0.7, 1.0))
     changes = ["--train_path none -> none b", "--train_weights None -> 0.7 1.0"]
-    assert checkpoint.changed_settings(path, mixed) == changes
+    assert changed_settings(path, mixed) == changes
 
 
 def test_checkpoints_from_before_there_were_several_corpora_have_not_changed(run, save):
@@ -310,7 +313,7 @@ def test_checkpoints_from_before_there_were_several_corpora_have_not_changed(run
     (settings["train_path"],) = settings["train_path"]
     del settings["train_weights"]
     (path / "train_config.json").write_text(json.dumps(settings))
-    assert checkpoint.changed_settings(path, run) == []
+    assert changed_settings(path, run) == []
 
 
 def test_load_model_gives_the_weights_that_were_asked_for(run, save, trained):
@@ -319,7 +322,7 @@ def test_load_model_gives_the_weights_that_were_asked_for(run, save, trained):
     ids = torch.zeros_like(tokens)
     for source in (path, run.run_dir, str(path)):
         for weights, expected in (("model", trained[0]), ("ema", trained[1])):
-            model = checkpoint.load_model(source, weights)
+            model = load_model(source, weights)
             assert not model.training
             assert torch.equal(model.encode(tokens, ids, causal=True), expected.encode(tokens, ids, causal=True))
 
@@ -327,4 +330,4 @@ def test_load_model_gives_the_weights_that_were_asked_for(run, save, trained):
 def test_load_model_of_nothing_is_an_input_error(tmp_path):
     for path in (tmp_path, tmp_path / "none"):
         with pytest.raises(InputError, match="neither a checkpoint nor a run"):
-            checkpoint.load_model(path)
+            load_model(path)

@@ -7,7 +7,8 @@ import torch
 
 from gptbert import compile_choice, trainer
 from gptbert.checkpoint import manifest
-from gptbert.checkpoint.checkpoint import list_checkpoints, load
+from gptbert.checkpoint.checkpoint import load
+from gptbert.checkpoint.folder import list_checkpoints
 from gptbert.command_line import parse
 from gptbert.compile_choice import choose, seconds_saved
 from gptbert.config import ModelConfig, TrainConfig

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gptbert.checkpoint.checkpoint import list_checkpoints
+from gptbert.checkpoint.folder import list_checkpoints
 from gptbert.command_line import parse
 from gptbert.config import TrainConfig
 from tests.runs import ROOT

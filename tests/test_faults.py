@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from gptbert.checkpoint import manifest
-from gptbert.checkpoint.checkpoint import list_checkpoints
+from gptbert.checkpoint.folder import list_checkpoints
 from gptbert.command_line import STOPPED
 from gptbert.monitoring.records import read_records
 from tests.disk import small_disk

@@ -14,7 +14,9 @@ from torch.utils._pytree import tree_map
 
 from gptbert import compile_choice
 from gptbert.checkpoint import manifest
-from gptbert.checkpoint.checkpoint import list_checkpoints, load, load_model
+from gptbert.checkpoint.checkpoint import load
+from gptbert.checkpoint.folder import list_checkpoints
+from gptbert.checkpoint.saved_model import load_model
 from gptbert.command_line import parse, run_command
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.data.hybrid_plan import HybridPlan
@@ -88,7 +90,7 @@ def whole(path, config):
         return loaded
     model, ema = GPTBert(config), GPTBert(config)
     moments = new_moments(Lamb(parameter_groups(model, 0.1)))
-    return loaded.filled(model.state_dict(), ema.state_dict(), moments)
+    return loaded.with_shards_loaded(model.state_dict(), ema.state_dict(), moments)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from gptbert.checkpoint.checkpoint import list_checkpoints
+from gptbert.checkpoint.folder import list_checkpoints
 from gptbert.monitoring.records import read_records
 from tests.hosts import two_hosts
 from tests.runs import assert_same_end, flags, train, wait_for_record, write_inputs

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gptbert.checkpoint.checkpoint import list_checkpoints, load_model
+from gptbert.checkpoint.folder import list_checkpoints
+from gptbert.checkpoint.saved_model import load_model
 from gptbert.command_line import run_command
 from gptbert.errors import InputError
 from gptbert.export import ExportConfig, export

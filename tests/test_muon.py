@@ -7,7 +7,8 @@ from queue import SimpleQueue
 import pytest
 import torch
 
-from gptbert.checkpoint.checkpoint import list_checkpoints, load
+from gptbert.checkpoint.checkpoint import load
+from gptbert.checkpoint.folder import list_checkpoints
 from gptbert.command_line import parse
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.data.hybrid_plan import HybridPlan

@@ -21,7 +21,7 @@ def make_inputs(dtype=torch.float32):
 def test_under_autocast_value_and_gradient_are_as_good_as_pytorchs(dtype):
     x, grad = make_inputs(dtype)
     with torch.autocast("cpu", torch.bfloat16):
-        ours = InputNorm(TINY)(x)
+        ours = InputNorm(TINY.layer_norm_eps)(x)
         plain = F.layer_norm(x, SHAPE[-1:], eps=TINY.layer_norm_eps).to(torch.bfloat16)
     assert ours.dtype == torch.bfloat16
     exact = x.detach().double().requires_grad_()
@@ -38,7 +38,7 @@ def test_under_autocast_value_and_gradient_are_as_good_as_pytorchs(dtype):
 
 def test_without_autocast_it_is_pytorchs():
     x, _ = make_inputs()
-    assert torch.equal(InputNorm(TINY)(x), F.layer_norm(x, SHAPE[-1:], eps=TINY.layer_norm_eps))
+    assert torch.equal(InputNorm(TINY.layer_norm_eps)(x), F.layer_norm(x, SHAPE[-1:], eps=TINY.layer_norm_eps))
 
 
 def test_the_input_is_not_kept():
@@ -46,5 +46,5 @@ def test_the_input_is_not_kept():
     kept = []
     hooks = torch.autograd.graph.saved_tensors_hooks(kept.append, lambda tensor: tensor)
     with hooks, torch.autocast("cpu", torch.bfloat16):
-        InputNorm(TINY)(x)
+        InputNorm(TINY.layer_norm_eps)(x)
     assert sum(tensor.nbytes for tensor in kept) == 2 * x.numel() + 4 * x.numel() // SHAPE[-1]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gptbert.checkpoint import checkpoint
+from gptbert.checkpoint.folder import list_checkpoints
 from gptbert.command_line import parse
 from gptbert.config import TrainConfig
 from gptbert.data.hybrid_plan import HybridPlan
@@ -44,7 +45,7 @@ def config(tmp_path_factory):
 def resumed_generators(config, change):
     """PyTorch's random state after going on from a checkpoint with another one, and what the checkpoint has."""
     inputs = Inputs.open(config)
-    loaded = checkpoint.load(checkpoint.list_checkpoints(config.run_dir)[-1], inputs.model_config)
+    loaded = checkpoint.load(list_checkpoints(config.run_dir)[-1], inputs.model_config)
     states = [{"random": change(state["random"]), "sums": torch.ones(2, 4)} for state in loaded.rank_states]
     trainer = Trainer(config, inputs, HybridPlan(config, 1), World(0, 1, torch.device("cpu")))
     torch.manual_seed(99)

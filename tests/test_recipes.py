@@ -20,7 +20,7 @@ from pydoc_data.topics import topics
 import pytest
 from torch.distributed.run import get_args_parser
 
-from gptbert.checkpoint.checkpoint import list_checkpoints
+from gptbert.checkpoint.folder import list_checkpoints
 from gptbert.command_line import parse
 from gptbert.config import TrainConfig
 from gptbert.monitoring import recipes

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from gptbert.checkpoint.checkpoint import list_checkpoints
+from gptbert.checkpoint.folder import list_checkpoints
 from gptbert.monitoring.records import read_records
 from tests.runs import assert_same_end, flags, kill, losses, start, train, wait_for_record, write_inputs
 

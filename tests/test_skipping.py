@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from gptbert.checkpoint.checkpoint import list_checkpoints, load_model
+from gptbert.checkpoint.folder import list_checkpoints
+from gptbert.checkpoint.saved_model import load_model
 from gptbert.command_line import parse, run_command
 from gptbert.config import TrainConfig
 from gptbert.data.hybrid_plan import HybridPlan

@@ -9,7 +9,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptbert import trainer as trainer_module
-from gptbert.checkpoint.checkpoint import list_checkpoints, load_model
+from gptbert.checkpoint.folder import list_checkpoints
+from gptbert.checkpoint.saved_model import load_model
 from gptbert.command_line import parse
 from gptbert.config import TrainConfig
 from gptbert.data.hybrid_plan import HybridPlan

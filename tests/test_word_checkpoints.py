@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from gptbert.checkpoint import manifest
-from gptbert.checkpoint.checkpoint import find, list_checkpoints, load_model
-from gptbert.checkpoint.word_checkpoints import BABYLM, WordCheckpoints, checkpoint_name, list_word_checkpoints
+from gptbert.checkpoint.folder import list_checkpoints, list_word_checkpoints
+from gptbert.checkpoint.resume import find
+from gptbert.checkpoint.saved_model import load_model
+from gptbert.checkpoint.word_checkpoints import BABYLM, WordCheckpoints, checkpoint_name
 from gptbert.command_line import parse
 from gptbert.config import TrainConfig
 from gptbert.data.hybrid_plan import HybridPlan

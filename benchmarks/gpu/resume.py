@@ -18,7 +18,7 @@ from benchmarks.bench_train_step import always_compiled
 from benchmarks.gpu.hardware import ROOT
 from benchmarks.gpu.settings import Settings
 from benchmarks.gpu.steps import without_code
-from gptbert.checkpoint.checkpoint import list_checkpoints
+from gptbert.checkpoint.folder import list_checkpoints
 from gptbert.command_line import run_command
 from gptbert.config import TrainConfig
 from gptbert.trainer import fit

@@ -1,7 +1,9 @@
 """Saved models and runs.
 
-- `checkpoint`: saves that are complete or absent, how many are kept, resuming.
-- `folder`: the names of a saved model's files, and those that describe it.
+- `checkpoint`: a run's state, saved and loaded; saves are complete or absent.
+- `resume`: the checkpoint that a run goes on from (`--resume`).
+- `saved_model`: the model of a checkpoint, for commands after training.
+- `folder`: the names of the files, and those that describe the model.
 - `weights`: weights under the published names.
 - `training_state`: `training_state.pt`, checked before a trainer takes it.
 - `shards`: sharded tensors on disk.

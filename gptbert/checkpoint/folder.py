@@ -1,15 +1,24 @@
-"""The files beside saved weights: the model's shape, the run's settings, the tokenizer."""
+"""A run's folder and the folders of its saved models: the names of their files, and those that describe the model."""
 
+import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from gptbert.config import ModelConfig, TrainConfig
-from gptbert.io.json_file import write_json
+from gptbert.errors import InputError
+from gptbert.io.json_file import read_json, write_json
 
 MODEL_CONFIG = "model_config.json"
 TRAIN_CONFIG = "train_config.json"
 TOKENIZER = "tokenizer.json"  # in a run's folder too
+TRAINING_STATE = "training_state.pt"
+SHARDS = "shards"  # the folder of a sharded checkpoint's tensors
+CHECKPOINTS = "checkpoints"  # the folder of a run's checkpoints
+WORD_CHECKPOINTS = "words"  # the folder of those saved by words seen
+
+_SETTINGS_BYTES = 1 << 20
 
 
 def write_settings(folder: Path, config: TrainConfig, model_config: ModelConfig) -> None:
@@ -17,3 +26,62 @@ def write_settings(folder: Path, config: TrainConfig, model_config: ModelConfig)
     write_json(folder / MODEL_CONFIG, asdict(model_config))
     write_json(folder / TRAIN_CONFIG, config.to_dict())
     shutil.copyfile(config.run_dir / TOKENIZER, folder / TOKENIZER)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings of the run that wrote a checkpoint.
+
+    Raises:
+        InputError: they are missing or damaged.
+    """
+    try:
+        settings = read_json(path / TRAIN_CONFIG, _SETTINGS_BYTES)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--resume {path}: its train_config.json is missing or damaged") from error
+    if not isinstance(settings, dict):
+        raise InputError(f"--resume {path}: its train_config.json is no JSON object")
+    return settings
+
+
+def saved_setting(path: Path, name: str) -> Any:
+    """A setting of the run that wrote a checkpoint; None where it had no such setting."""
+    return read_settings(path).get(name)
+
+
+def differences(saved: ModelConfig, config: ModelConfig) -> str:
+    """In words, how the shape of a saved model differs from another; nothing where it does not."""
+    here, there = asdict(config), asdict(saved)
+    return ", ".join(f"{key} {there[key]} there, {here[key]} here" for key in here if here[key] != there[key])
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    folder = run_dir / CHECKPOINTS
+    if not folder.is_dir():
+        return []
+    complete = (path for path in folder.iterdir() if re.fullmatch(r"step_\d{8,}", path.name) and path.is_dir())
+    return sorted(complete, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def list_word_checkpoints(run_dir: Path) -> list[Path]:
+    """Folders of a run that were saved by words seen, in order of their names."""
+    return sorted((run_dir / WORD_CHECKPOINTS).glob("chck_*"))
+
+
+def newest_in(path: Path) -> Path:
+    """A checkpoint's folder itself, or the newest of a run.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if (path / MODEL_CONFIG).is_file():
+        return path
+    inside = list_checkpoints(path)
+    if not inside:
+        raise InputError(f"{path}: neither a checkpoint nor a run with checkpoints")
+    return inside[-1]
+
+
+def is_sharded(path: Path) -> bool:
+    """Whether a checkpoint's tensors are in the parts that ranks had."""
+    return (path / SHARDS).is_dir()

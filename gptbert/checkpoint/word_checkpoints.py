@@ -9,10 +9,9 @@ goes on from an earlier checkpoint comes by there again, and writes the same aga
 import re
 from collections.abc import Mapping
 from decimal import Decimal
-from pathlib import Path
 
 from gptbert.checkpoint import manifest
-from gptbert.checkpoint.folder import write_settings
+from gptbert.checkpoint.folder import WORD_CHECKPOINTS, write_settings
 from gptbert.checkpoint.weights import write_weights
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.data.hybrid_plan import HybridPlan
@@ -84,14 +83,14 @@ class WordCheckpoints:
     def save(self, step: int, model: GPTBert, ema: GPTBert, model_config: ModelConfig, world: World) -> None:
         """Write a folder for each threshold that is due after `step` steps; every rank must call it.
 
-        `gptbert.checkpoint.load_model` reads such a folder, whatever the run shards.
+        `saved_model.load_model` reads such a folder, whatever the run shards.
 
         Raises:
             InputError: the disk refuses; folders that were there are untouched.
         """
         weights = {"model": whole_weights(model, world), "ema": whole_weights(ema, world)}
         for words in self.due(step):
-            final = _folder(self._config.run_dir) / checkpoint_name(words)
+            final = self._config.run_dir / WORD_CHECKPOINTS / checkpoint_name(words)
             with world.agreed():
                 if world.is_main:
                     with new_folder(final, "checkpoint", replace=True) as folder:
@@ -100,11 +99,6 @@ class WordCheckpoints:
                         write_settings(folder, self._config, model_config)
                         write_json(folder / "words.json", {"step": step, "words": self.words_before(step)})
                         manifest.write(folder)
-
-
-def list_word_checkpoints(run_dir: Path) -> list[Path]:
-    """Folders of a run that were saved by words seen, in order of their names."""
-    return sorted(_folder(run_dir).glob("chck_*"))
 
 
 def checkpoint_name(words: int) -> str:
@@ -126,7 +120,3 @@ def _parse(value: str) -> tuple[int, ...]:
             f"--checkpoint_words {value}: expected babylm, or numbers of words such as 500_000, 1M, 1.5B or 20K"
         )
     return (int(words),)
-
-
-def _folder(run_dir: Path) -> Path:
-    return run_dir / "words"

@@ -30,7 +30,7 @@ class Attention(nn.Module):
         self.query_key = nn.Linear(hidden_size, 2 * hidden_size)
         self.value_gate = nn.Linear(hidden_size, 2 * hidden_size)
         self.output = nn.Linear(hidden_size, hidden_size)
-        self.input_norm = InputNorm(config)
+        self.input_norm = InputNorm(config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
         self.attention_dropout_prob = config.attention_probs_dropout_prob
 

@@ -159,7 +159,7 @@ class Embedding(nn.Module):
         self.word_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.relative_embedding = nn.Parameter(torch.empty(2 * config.position_bucket_size - 1, config.hidden_size))
         self.relative_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.layer_norm = layer_norm(config.hidden_size, config)
+        self.layer_norm = layer_norm(config.hidden_size, config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, input_ids: Tensor, seed: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -215,7 +215,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.input_norm = InputNorm(config)
+        self.input_norm = InputNorm(config.layer_norm_eps)
         self.up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.eps = config.layer_norm_eps
         self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
@@ -233,9 +233,9 @@ class Head(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.input_norm = InputNorm(config)
+        self.input_norm = InputNorm(config.layer_norm_eps)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.output_norm = layer_norm(config.hidden_size, config)
+        self.output_norm = layer_norm(config.hidden_size, config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 

@@ -2,21 +2,20 @@
 
 from torch import Tensor, nn
 
-from gptbert.config import ModelConfig
 from kernels.normalise import normalise
 
 
-def layer_norm(size: int, config: ModelConfig) -> nn.LayerNorm:
+def layer_norm(size: int, eps: float) -> nn.LayerNorm:
     """LayerNorm over `size` entries, not affine; the relative embedding has an affine one of its own."""
-    return nn.LayerNorm(size, eps=config.layer_norm_eps, elementwise_affine=False)
+    return nn.LayerNorm(size, eps=eps, elementwise_affine=False)
 
 
 class InputNorm(nn.Module):
     """`layer_norm` before a matrix product: under autocast its result has the product's two bytes."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, eps: float) -> None:
         super().__init__()
-        self.eps = config.layer_norm_eps
+        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         """X [..., D] to the same shape, in autocast's dtype where that is on."""

@@ -8,8 +8,8 @@ import torch
 import tyro
 from tokenizers import Tokenizer
 
-from gptbert.checkpoint.checkpoint import load_model, newest_in
-from gptbert.checkpoint.folder import TOKENIZER
+from gptbert.checkpoint.folder import TOKENIZER, newest_in
+from gptbert.checkpoint.saved_model import load_model
 from gptbert.distributed.world import choose_device
 from gptbert.errors import InputError
 from gptbert.model import GPTBert

@@ -6,7 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gptbert.checkpoint.checkpoint import list_checkpoints, load, load_model
+from gptbert.checkpoint.checkpoint import load
+from gptbert.checkpoint.folder import list_checkpoints
+from gptbert.checkpoint.saved_model import load_model
 from gptbert.command_line import parse
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.data.objectives import Objective

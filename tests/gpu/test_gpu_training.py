@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from gptbert.checkpoint.checkpoint import list_checkpoints
+from gptbert.checkpoint.folder import list_checkpoints
 from gptbert.command_line import parse
 from gptbert.config import TrainConfig
 from gptbert.monitoring.records import read_records

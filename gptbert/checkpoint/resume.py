@@ -1,0 +1,123 @@
+"""`--resume`: the checkpoint that a run goes on from, and what it must have in common with the run."""
+
+from pathlib import Path
+
+from gptbert.checkpoint import manifest
+from gptbert.checkpoint.checkpoint import WAY_OUT, Checkpoint, load
+from gptbert.checkpoint.folder import TOKENIZER, TRAINING_STATE, list_checkpoints, list_word_checkpoints, read_settings
+from gptbert.config import ModelConfig, TrainConfig
+from gptbert.distributed.world import World
+from gptbert.errors import InputError
+from gptbert.io.files import move_away
+from gptbert.io.screen import say
+from gptbert.text.tokenizer import tokenizer_hash
+
+
+def find_for_all_ranks(
+    config: TrainConfig, model_config: ModelConfig, world: World
+) -> tuple[Path | None, Checkpoint | None]:
+    """The checkpoint that a run goes on from, and where it lies; every rank must call it.
+
+    Raises:
+        InputError: on every rank; see `find`, `load` and `check_settings`.
+    """
+    with world.agreed():
+        path = find(config) if world.is_main else None
+    path = world.all_gather(path)[0]
+    with world.agreed():
+        if path and not path.is_dir():
+            raise InputError(f"{path}: not to be seen on every host; --output_dir must be one folder for all of them")
+        checkpoint = load(path, model_config) if path else None
+        if checkpoint:
+            check_settings(path, config)
+    return path, checkpoint
+
+
+def find(config: TrainConfig) -> Path | None:
+    """The checkpoint that `--resume` names, every byte of it checked, or None where the run starts afresh.
+
+    With `--resume auto`, damaged checkpoints are set aside as `step_….damaged` until a good one is found, and so one
+    process must do this for all.
+
+    Raises:
+        InputError: the named folder is no checkpoint, or the run's folder holds checkpoints of another history, or what
+            was found is damaged.
+    """
+    existing = list_checkpoints(config.run_dir)
+    left_over = existing or list_word_checkpoints(config.run_dir)
+    if config.resume is None:
+        if left_over:
+            raise InputError(
+                f"--output_dir and --name: {config.run_dir} already holds checkpoints; go on with --resume auto (given "
+                "from the first start on where something restarts the run, as torchrun --max_restarts does), or give "
+                "another --name"
+            )
+        return None
+    if config.resume == "auto":
+        return _newest_undamaged(existing)
+    path = Path(config.resume)
+    if not any((path / name).is_file() for name in (TRAINING_STATE, manifest.NAME)):
+        inside = list_checkpoints(path)
+        if not inside:
+            raise InputError(f"--resume {path}: not a checkpoint (a folder that holds {TRAINING_STATE})")
+        path = inside[-1]
+    if left_over and (not existing or path.resolve() != existing[-1].resolve()):
+        raise InputError(
+            f"--resume {path} while the run {config.name!r} already has {left_over[-1].name}: give another --name to "
+            "branch off there, or go on with --resume auto"
+        )
+    try:
+        manifest.check(path)
+    except InputError as error:
+        raise InputError(f"--resume {path}: the checkpoint is damaged ({error}); {WAY_OUT}") from None
+    if not (path / TRAINING_STATE).is_file():
+        raise InputError(
+            f"--resume {path}: holds weights and no run to go on with; --initial_weights starts one from them"
+        )
+    return path
+
+
+def _newest_undamaged(existing: list[Path]) -> Path | None:
+    damage = ""
+    for path in reversed(existing):
+        try:
+            manifest.check(path)
+        except InputError as error:
+            damage = damage or f"{path} ({error})"
+            say(f"--resume auto: {path} is damaged ({error}), set aside as {path.name}.damaged")
+            move_away(path, f"{path.name}.damaged")
+        else:
+            return path
+    if damage:  # to begin anew is for the user to say
+        raise InputError(f"--resume auto: no checkpoint is undamaged, the newest is {damage}; give another --name")
+    return None
+
+
+def check_settings(path: Path, config: TrainConfig) -> None:
+    """Refuse to go on from a checkpoint with what its weights and moments do not fit.
+
+    Raises:
+        InputError: the tokenizer or the optimizer is another one.
+    """
+    optimizer = read_settings(path).get("optimizer")
+    if optimizer != config.optimizer:
+        raise InputError(f"--optimizer {config.optimizer}, but {path} was trained with {optimizer}")
+    if tokenizer_hash(path / TOKENIZER) != tokenizer_hash(config.tokenizer_path):
+        raise InputError(f"--tokenizer_path {config.tokenizer_path} is not the tokenizer that {path} was trained with")
+
+
+def changed_settings(path: Path, config: TrainConfig) -> list[str]:
+    """Settings that differ from those of the run that wrote a checkpoint, where they bear on the result."""
+    saved = read_settings(path)
+    here = {name: _as_typed(value) for name, value in config.to_dict().items()}
+    there = {name: _as_typed(saved.get(name)) for name in here}
+    return [
+        f"--{name} {there[name]} -> {here[name]}"
+        for name in here
+        if name not in {"resume", "output_dir", "name"} and here[name] != there[name]
+    ]
+
+
+def _as_typed(value: object) -> str:
+    """A setting as on the command line; a list of one file is that file, as older checkpoints have it."""
+    return " ".join(map(str, value)) or "None" if isinstance(value, list) else str(value)

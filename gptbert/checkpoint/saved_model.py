@@ -1,0 +1,55 @@
+"""The model of a checkpoint of either kind, as commands after training load it."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gptbert.checkpoint import manifest
+from gptbert.checkpoint.folder import MODEL_CONFIG, SHARDS, is_sharded, newest_in
+from gptbert.checkpoint.shards import load_shards
+from gptbert.checkpoint.weights import read_weights, shapes
+from gptbert.config import ModelConfig
+from gptbert.errors import InputError
+from gptbert.model import GPTBert
+
+
+def load_model(path: Path, weights: str = "ema") -> GPTBert:
+    """A model in eval mode with the weights of a checkpoint, on the CPU.
+
+    Args:
+        path: a checkpoint's folder, or a run's for its newest checkpoint.
+        weights: "ema" or "model".
+
+    Raises:
+        InputError: nothing there, or damaged.
+    """
+    path = newest_in(Path(path))
+    config = ModelConfig.from_json(path / MODEL_CONFIG)
+    try:  # before the model takes the memory of its shape
+        state = read_whole_weights(path, weights, config)
+    except InputError as error:
+        raise InputError(f"{path}: the checkpoint is damaged ({error})") from error
+    model = GPTBert(config)
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def read_whole_weights(path: Path, weights: str, config: ModelConfig) -> dict[str, Tensor]:
+    """Whole weights of a checkpoint of either kind, checked against its manifest.
+
+    Args:
+        path: the checkpoint's folder.
+        weights: "ema" or "model".
+        config: its model's shape.
+
+    Raises:
+        InputError: a file's name, and what is wrong with it.
+    """
+    if not is_sharded(path):
+        manifest.check(path, [MODEL_CONFIG, f"{weights}.safetensors"])
+        return read_weights(path / f"{weights}.safetensors", config)
+    manifest.check(path)
+    state = {name: torch.empty(shape) for name, shape in shapes(config).items()}
+    load_shards({f"{weights}.{name}": tensor for name, tensor in state.items()}, path / SHARDS)
+    return state
