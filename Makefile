@@ -47,9 +47,9 @@ $(OLDEST): .venv/.installed
 
 # What another PyTorch, or the Triton that it brings, may do otherwise.
 TORCH_TESTS := torch_private compilation activation_checkpointing model trainer resume checkpoint export import_hf \
-	generate evaluate sharding lamb lamb_cpp lamb_optimizer lamb_shards cpp_mutants check span_mask masked_cross_entropy \
+	generate evaluate fsdp lamb lamb_cpp lamb_optimizer lamb_shards cpp_mutants check span_mask masked_cross_entropy \
 	cross_entropy_rows attention attention_kernel bucket_sums column_sums depth_mix gated_norm dropout norm muon optim \
-	layer_weighting samples likelihood inspect distributed fresh_store upstream upstream_tokens
+	layer_weighting samples likelihood inspect world fresh_store upstream upstream_tokens
 
 # Beside the PyTorch of constraints.txt: any other, which brings its own Triton (a build for CUDA, some GB, on CPUs too).
 # TORCH=2.11.0 is the oldest.
@@ -68,7 +68,7 @@ test-gpu: install
 	GPTBERT_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/gpu -n 8 --dist worksteal
 
 # What docs/faults.md promises.
-FAULTS := faults hosts recipes resume sharding skipping checkpoint manifest trackers records stop_signal skipped_steps fresh_store \
+FAULTS := faults hosts recipes resume fsdp skipping checkpoint manifest trackers records stop_signal skipped_steps fresh_store \
 	word_checkpoints token_ids malicious fuzz
 
 test-faults: install

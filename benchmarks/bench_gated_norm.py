@@ -41,15 +41,15 @@ def _by_autograd(gate: Tensor, grad: Tensor, forward: Forward = _forward) -> tup
     """[B, T, 2I] and the gradient [B, T, I] of the result to that result and the gradient of what came in."""
     leaf = gate.detach().requires_grad_()
     with torch.autocast(gate.device.type, torch.bfloat16, enabled=gate.dtype == torch.bfloat16):
-        normalised = forward(leaf)
-    normalised.backward(grad)
-    return normalised.detach(), leaf.grad
+        normalized = forward(leaf)
+    normalized.backward(grad)
+    return normalized.detach(), leaf.grad
 
 
 def _cpp(gate: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    normalised, mean, inverse_std = op.gated_norm(gate, None, True, EPS)
+    normalized, mean, inverse_std = op.gated_norm(gate, None, True, EPS)
     of_gate, _, _ = op.gated_norm_backward(grad, gate, None, mean, inverse_std, True)
-    return normalised, of_gate
+    return normalized, of_gate
 
 
 IMPLEMENTATIONS = {BASELINE: _by_autograd, "reference_compiled": _by_autograd, "cpp": _cpp}
@@ -80,5 +80,5 @@ def make_inputs(shape: Shape) -> tuple[Tensor, Tensor]:
 def proof(results: tuple[Tensor, Tensor], gate: Tensor, grad: Tensor) -> Iterator[Comparison]:
     """By the rule."""
     exact = _by_autograd(gate.double(), grad.double())
-    for name, *tensors in zip(("normalised", "∂gate"), results, exact, _by_autograd(gate, grad), strict=True):
+    for name, *tensors in zip(("normalized", "∂gate"), results, exact, _by_autograd(gate, grad), strict=True):
         yield from compare(name, *tensors)

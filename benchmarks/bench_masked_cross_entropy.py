@@ -1,6 +1,6 @@
 """Cross-entropy, forward and backward: from the hidden states as the trainer calls it, and from logits that exist.
 
-A step of 4,096 tokens labels all of them (CLM) or 30 or 15 % (MLM); the model hands over the labelled rows only, so N
+A step of 4,096 tokens labels all of them (CLM) or 30 or 15 % (MLM); the model hands over the labeled rows only, so N
 counts those, and every implementation gets the same. Like the trainer with mixed precision, on a GPU and on a CPU:
 hidden states in bf16, weight and bias in fp32, matrix products under autocast to bf16, gradients in each input's type.
 """
@@ -28,7 +28,7 @@ Loss = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Shape:
-    """N labelled rows of D entries, V classes."""
+    """N labeled rows of D entries, V classes."""
 
     N: int
     D: int

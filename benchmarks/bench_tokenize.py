@@ -48,7 +48,7 @@ def measure(config: BenchConfig) -> dict[str, object]:
     """Time both, alternating.
 
     Returns:
-        Medians in 10^6 bytes of text per second, the median of the ratios of neighbours, and the machine.
+        Medians in 10^6 bytes of text per second, the median of the ratios of neighbors, and the machine.
     """
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         source, tokenizer_path, output = (

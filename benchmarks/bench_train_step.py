@@ -1,7 +1,7 @@
 """A training step, part by part, beside what the machine can do: `python -m benchmarks.bench_train_step [--json]`.
 
 Everything that a step of the trainer does is in it: waiting for rows, masking, forward, backward, reduction over ranks,
-clipping, LAMB and the moving average. Model FLOP utilisation (MFU) is the FLOPs of the needed matrix products
+clipping, LAMB and the moving average. Model FLOP utilization (MFU) is the FLOPs of the needed matrix products
 (`gptbert.monitoring.flops`) over the time, over the best rate of torch.mm measured in the same run.
 """
 
@@ -34,7 +34,7 @@ from gptbert.data.token_store import TokenStore
 from gptbert.distributed.memory import peak_memory
 from gptbert.distributed.world import World, connect
 from gptbert.errors import InputError
-from gptbert.monitoring.flops import forward_flops, product_rate, training_flops
+from gptbert.monitoring.flops import forward_flops, measure_matmul_flops, training_flops
 from gptbert.trainer import Trainer
 from kernels import IGNORE_INDEX
 from kernels.padding import padded_length
@@ -120,12 +120,12 @@ class Result:
         case: what was trained.
         milliseconds: median of a step.
         tokens_per_second: at that.
-        mfu: needed FLOPs over time over `product_rate`.
+        mfu: needed FLOPs over time over `measure_matmul_flops`.
         product_gflops: the best rate of torch.mm right after the steps, of all processes together.
         start_seconds: until the first step is done: model, compilation, warm-up.
         peak_gb: most memory of the first process until the end, in 10^9 bytes (on a GPU: of its memory).
         parts: milliseconds of each of PARTS in the median step, which add up to it.
-        labelled_share: of the positions; how many FLOPs are needed depends on it.
+        labeled_fraction: of the positions; how many FLOPs are needed depends on it.
         cross_entropy_share: of the needed FLOPs, those of the products with the output matrix.
         rows_ms: milliseconds that the rows of a step take, on the thread beside; the mean.
     """
@@ -138,7 +138,7 @@ class Result:
     start_seconds: float
     peak_gb: float
     parts: dict[str, float]
-    labelled_share: float
+    labeled_fraction: float
     cross_entropy_share: float
     rows_ms: float
 
@@ -177,10 +177,10 @@ def _run(case: Case, config: StepBenchConfig, rank: int, port: int) -> Result:
                     trainer.step += 1
                     if step == 0:
                         start_seconds = time.perf_counter() - start
-        labelled = statistics.mean(labelled_share(trainer, step) for step in range(train_config.max_steps))
+        labeled = statistics.mean(labeled_fraction(trainer, step) for step in range(train_config.max_steps))
         peak = peak_memory(world.device)
         world.all_gather(None)  # all ranks measure at once, as they computed
-        rate = max(product_rate(world.device, torch.bfloat16) for _ in range(RATES))
+        rate = max(measure_matmul_flops(world.device, torch.bfloat16) for _ in range(RATES))
         rate = sum(world.all_gather(rate))
     measured = sorted(steps[WARM_UPS:], key=lambda timed: timed[0])
     seconds, parts = measured[len(measured) // 2]
@@ -188,13 +188,13 @@ def _run(case: Case, config: StepBenchConfig, rank: int, port: int) -> Result:
         case=case,
         milliseconds=1e3 * seconds,
         tokens_per_second=tokens / seconds,
-        mfu=tokens * training_flops(model_config, case.seq_length, labelled) / seconds / rate,
+        mfu=tokens * training_flops(model_config, case.seq_length, labeled) / seconds / rate,
         product_gflops=rate / 1e9,
         start_seconds=start_seconds,
         peak_gb=peak / 1e9,
         parts={part: 1e3 * spent for part, spent in parts.items()},
-        labelled_share=labelled,
-        cross_entropy_share=cross_entropy_share(model_config, case.seq_length, labelled),
+        labeled_fraction=labeled,
+        cross_entropy_share=cross_entropy_share(model_config, case.seq_length, labeled),
         rows_ms=1e3 * statistics.mean(watch.rows),
     )
 
@@ -229,12 +229,12 @@ def always_compiled() -> AbstractContextManager:
     return patch.dict(compile_choice.COMPILE_SECONDS, cpu=0, cuda=0)
 
 
-def cross_entropy_share(config: ModelConfig, length: int, labelled: float) -> float:
+def cross_entropy_share(config: ModelConfig, length: int, labeled: float) -> float:
     """Of the needed FLOPs, those of the products with the output matrix, 2DV for a token with a label."""
-    return labelled * 2 * config.hidden_size * config.vocab_size / forward_flops(config, length, labelled)
+    return labeled * 2 * config.hidden_size * config.vocab_size / forward_flops(config, length, labeled)
 
 
-def labelled_share(trainer: Trainer, step: int) -> float:
+def labeled_fraction(trainer: Trainer, step: int) -> float:
     """Share of the positions that carry a label."""
     batches = trainer.rows.batches(trainer.rows.load(step), step)
     labels = torch.cat([batch.labels.flatten() for batch in batches])

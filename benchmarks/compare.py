@@ -1,7 +1,7 @@
 """Training steps of this tree beside those of another commit: `python -m benchmarks.compare REF`.
 
 Both run `benchmarks.bench_train_step` in turns, the other one in a worktree of its own, with this environment's Python
-and libraries. Machines are shared and drift, so each round gives a ratio of neighbours; the median over rounds counts.
+and libraries. Machines are shared and drift, so each round gives a ratio of neighbors; the median over rounds counts.
 """
 
 import json
@@ -96,7 +96,7 @@ def figures(report: dict[str, Any]) -> Figures:
 
 
 def compare(turn_of_this: Callable[[], Figures], turn_of_other: Callable[[], Figures], rounds: int) -> list[str]:
-    """Lines of a table: this over the other, the median of neighbours and its range over the rounds."""
+    """Lines of a table: this over the other, the median of neighbors and its range over the rounds."""
     pairs = []
     for number in range(rounds):  # whoever comes first alternates too
         first, second = (turn_of_this, turn_of_other) if number % 2 == 0 else (turn_of_other, turn_of_this)

@@ -52,7 +52,7 @@ class Steps:
         """What a case's step asked for, on all its processes together."""
         case = Case(**result["case"])
         return Job(
-            case.model(ModelConfig(**self.report["model"])), case.rows, case.seq_length, result["labelled_share"]
+            case.model(ModelConfig(**self.report["model"])), case.rows, case.seq_length, result["labeled_fraction"]
         )
 
     def limits(self) -> Limits:

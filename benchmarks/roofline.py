@@ -82,13 +82,13 @@ class Job:
         config: the model's shape.
         rows: B.
         seq_length: T.
-        labelled_share: share of the positions that carry a label: about mask_p, or 1 for CLM.
+        labeled_fraction: share of the positions that carry a label: about mask_p, or 1 for CLM.
     """
 
     config: ModelConfig
     rows: int
     seq_length: int
-    labelled_share: float
+    labeled_fraction: float
 
     @property
     def tokens(self) -> int:
@@ -151,11 +151,11 @@ class Job:
         return Part("embedding", fewest, fewest + Work(0, (2 + 3) * 4 * entries))
 
     def _head(self) -> Part:
-        config, labelled = self.config, self.labelled_share * self.tokens
-        dense = _product(labelled, config.hidden_size, config.hidden_size)
-        logits = _product(labelled, config.hidden_size, config.vocab_size)
-        kernel = Work(0, 2 * 2 * labelled * config.vocab_size)  # logits to their gradients, in place
-        hidden, table = labelled * config.hidden_size, config.vocab_size * config.hidden_size
+        config, labeled = self.config, self.labeled_fraction * self.tokens
+        dense = _product(labeled, config.hidden_size, config.hidden_size)
+        logits = _product(labeled, config.hidden_size, config.vocab_size)
+        kernel = Work(0, 2 * 2 * labeled * config.vocab_size)  # logits to their gradients, in place
+        hidden, table = labeled * config.hidden_size, config.vocab_size * config.hidden_size
         without = Work(logits.flops, (2 + 2 + 2) * hidden + (2 + 2 + 4) * table)  # logits never leave the chip
         return Part("head and cross-entropy", dense + without, dense + logits + kernel)
 
@@ -190,7 +190,7 @@ class RooflineConfig:
     """B, of one process."""
     seq_length: int = 128
     """T."""
-    labelled_share: float = 0.15
+    labeled_fraction: float = 0.15
     """Share of the positions with a label: about mask_p, or 1 for CLM."""
     tera_flops: float = H100.flops / 1e12
     """10^12 FLOPs a second of bf16 matrix products; the default is an H100's data sheet."""
@@ -222,7 +222,7 @@ def table(job: Job, limits: Limits) -> str:
 def run(config: RooflineConfig) -> None:
     """Print the table."""
     model_config = ModelConfig.from_json(config.config_file)
-    job = Job(model_config, config.rows, config.seq_length, config.labelled_share)
+    job = Job(model_config, config.rows, config.seq_length, config.labeled_fraction)
     print(table(job, Limits("", 1e12 * config.tera_flops, 1e12 * config.bandwidth)))
 
 

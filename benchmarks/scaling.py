@@ -135,7 +135,7 @@ class Setup:
         gpus: n; whole nodes where there are more than one node has.
         rows: of each GPU in a step.
         seq_length: T.
-        labelled_share: share of the positions with a label; 1 for CLM, whose ranks take longest.
+        labeled_fraction: share of the positions with a label; 1 for CLM, whose ranks take longest.
         cluster: the GPUs.
         bucket_bytes: of gradients that DDP reduces at once.
     """
@@ -145,7 +145,7 @@ class Setup:
     gpus: int
     rows: int = 16
     seq_length: int = 512
-    labelled_share: float = 1.0
+    labeled_fraction: float = 1.0
     cluster: Cluster = Cluster()
     bucket_bytes: float = BUCKET_BYTES
 
@@ -224,7 +224,7 @@ class Setup:
         kept = layers * (representations + attention + feed_forward)
         if recompute:
             kept = layers * (representations + inputs) + max(attention, feed_forward)
-        head = self.labelled_share * (12 * hidden + 2 * config.vocab_size)
+        head = self.labeled_fraction * (12 * hidden + 2 * config.vocab_size)
         return self.rows * self.seq_length * (kept + 4 * hidden + head)
 
     def memory_bytes(self, *, recompute: bool = False) -> float:
@@ -234,13 +234,13 @@ class Setup:
     @cached_property
     def compute_seconds(self) -> float:
         """Forward and backward, by the counts of docs/performance.md at the attainable share of the GPU's limits."""
-        job = Job(self.config, self.rows, self.seq_length, self.labelled_share)
+        job = Job(self.config, self.rows, self.seq_length, self.labeled_fraction)
         return sum(part.ours.seconds(self.cluster.limits) for part in job.model_parts()) / self.cluster.attainable
 
     def mfu(self) -> float:
         """Needed FLOPs over what the GPU could do in `compute_seconds`."""
         tokens = self.rows * self.seq_length
-        needed = tokens * training_flops(self.config, self.seq_length, self.labelled_share)
+        needed = tokens * training_flops(self.config, self.seq_length, self.labeled_fraction)
         return needed / (self.compute_seconds * self.cluster.limits.flops)
 
     def optimizer_seconds(self) -> float:

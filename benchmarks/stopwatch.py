@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import machine
 from gptbert import trainer as trainer_module
-from gptbert.data.loader import StepRows
+from gptbert.data.loader import BatchLoader
 from gptbert.data.packing import Prefetcher
 from gptbert.distributed.world import World
 from gptbert.model import gptbert as model_module
@@ -43,7 +43,7 @@ class Stopwatch:
         """Inside, the functions that are a part of the step are timed."""
         parts = [
             ("waiting", Prefetcher, "get"),
-            ("masking", StepRows, "batches"),
+            ("masking", BatchLoader, "batches"),
             ("forward", Trainer, "_forward"),
             ("cross-entropy", model_module, "masked_cross_entropy"),
             ("cross-entropy", cross_entropy_op, "multiplied"),  # its backward
@@ -53,7 +53,7 @@ class Stopwatch:
         with ExitStack() as stack:
             for part, owner, name in parts:
                 stack.enter_context(patch.object(owner, name, self._timed(part, getattr(owner, name))))
-            stack.enter_context(patch.object(StepRows, "load", self._timed_rows(StepRows.load)))
+            stack.enter_context(patch.object(BatchLoader, "load", self._timed_rows(BatchLoader.load)))
             stack.enter_context(patch.object(Tensor, "backward", self._timed_backward(Tensor.backward)))
             stack.enter_context(patch.object(World, "wrap", self._watched_reduction(World.wrap)))
             yield

@@ -171,7 +171,7 @@ class Job:
 def cross_entropy_jobs(vocab_size: int, dtype: torch.dtype, rows: int = ROWS) -> Iterator[Job]:
     """Loss and gradient of logits that exist, for the plain mean and for the mean times an objective's weight.
 
-    Fewest bytes, with N rows of which n are labelled and s bytes a logit: n·V·s (the labelled logits are read)
+    Fewest bytes, with N rows of which n are labeled and s bytes a logit: n·V·s (the labeled logits are read)
     + N·V·s (the gradient is written, zeros too) + 8·N (labels) + 12 (three sums). The factor of the loss is known
     before, so it can be in the gradient when it is first written.
     """
@@ -218,7 +218,7 @@ def liger_cross_entropy(logits: Tensor, labels: Tensor, weight: float) -> Tensor
 def masked_cross_entropy_job(rows: int = 20, hidden_size: int = 32, vocab_size: int = 8192) -> Job:
     """The kernels' part of masked cross-entropy: chunks of logits, between matrix products that are PyTorch's.
 
-    Fewest bytes: n·V·s twice (logits read, gradient written, of the n labelled rows) + 8·n (labels) + 12 (three sums);
+    Fewest bytes: n·V·s twice (logits read, gradient written, of the n labeled rows) + 8·n (labels) + 12 (three sums);
     and the gradients of hidden and weight, read and written when the backward multiplies them: 2·s·D·(N + V).
     """
     ignored = 2 * rows // 5
@@ -231,8 +231,8 @@ def masked_cross_entropy_job(rows: int = 20, hidden_size: int = 32, vocab_size: 
             hidden, weight, _labels(rows, ignored, vocab_size), z_loss_weight=Z_LOSS_WEIGHT, backend="triton"
         )
         result.total.backward()
-    labelled = rows - ignored
-    fewest = labelled * (2 * vocab_size * hidden.itemsize + 8) + 12
+    labeled = rows - ignored
+    fewest = labeled * (2 * vocab_size * hidden.itemsize + 8) + 12
     fewest += 2 * hidden.itemsize * hidden_size * (rows + vocab_size)
     job = _job(f"masked_cross_entropy N={rows} V={vocab_size} float32", counted, fewest, CROSS_ENTROPY_BAR)
     job.launch_bar = MASKED_LAUNCHES

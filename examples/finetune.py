@@ -140,8 +140,8 @@ def read_jsonl(path: Path) -> list[dict]:
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """Share of texts or words whose likeliest label is the right one."""
-    labelled = prediction.label_ids != IGNORE_INDEX
-    right = prediction.predictions.argmax(-1)[labelled] == prediction.label_ids[labelled]
+    labeled = prediction.label_ids != IGNORE_INDEX
+    right = prediction.predictions.argmax(-1)[labeled] == prediction.label_ids[labeled]
     return {"accuracy": float(np.mean(right))}
 
 

@@ -96,7 +96,7 @@ def seconds_saved(config: TrainConfig, model_config: ModelConfig, plan: HybridPl
 def _flops(model_config: ModelConfig, config: TrainConfig, plan: HybridPlan, world_size: int) -> float:
     """Of one process in the whole run, if every token carried a label."""
     tokens = plan.tokens_before(config.max_steps) / world_size
-    return tokens * training_flops(model_config, config.seq_length, labelled_share=1.0)
+    return tokens * training_flops(model_config, config.seq_length, labeled_fraction=1.0)
 
 
 def _in_words(seconds: float) -> str:

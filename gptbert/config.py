@@ -115,7 +115,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a hybrid GPT-BERT: masked and causal language modelling in one transformer.
+    """Train a hybrid GPT-BERT: masked and causal language modeling in one transformer.
 
     Runs as one process, or as many as torchrun starts, on GPUs (nccl) or CPUs (gloo).
     """
@@ -230,7 +230,7 @@ class TrainConfig:
     timeout: int = 600
     """Seconds after which a collective operation that hangs ends the run."""
     seed: int = 42
-    """Seed of initialisation, shuffling, masking and dropout."""
+    """Seed of initialization, shuffling, masking and dropout."""
 
     validate_every: int = 1000
     """Steps between validations; 0: only at the end."""

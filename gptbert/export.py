@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gptbert import huggingface
 from gptbert.checkpoint.folder import MODEL_CONFIG, TOKENIZER, TRAIN_CONFIG, list_word_checkpoints, newest_in
-from gptbert.checkpoint.saved_model import read_whole_weights
+from gptbert.checkpoint.saved_model import read_full_weights
 from gptbert.command_line import run_command
 from gptbert.config import ModelConfig
 from gptbert.errors import InputError
@@ -174,7 +174,7 @@ def write_export(checkpoint: Path, folder: Path, weights: str = "ema", shift_mas
 
 def published_weights(checkpoint: Path, weights: str, config: ModelConfig) -> dict[str, Tensor]:
     """A checkpoint's weights under the published names, the tied one once, as transformers writes them."""
-    published = to_upstream(read_whole_weights(checkpoint, weights, config))
+    published = to_upstream(read_full_weights(checkpoint, weights, config))
     del published[TIED_WEIGHT]
     return {name: tensor.contiguous() for name, tensor in published.items()}
 

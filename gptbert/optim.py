@@ -18,7 +18,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim import AdamW, Optimizer
 
 from gptbert.config import TrainConfig
-from gptbert.distributed.fsdp import let_go, local, whole
+from gptbert.distributed.fsdp import full_tensor, local, reshard
 from gptbert.muon import MuonWithAdamW, hidden_matrices
 from kernels import lamb_step
 from kernels.backend import choose_backend, chosen_by_name
@@ -106,7 +106,7 @@ class Lamb(Optimizer):
         calls, idle = self._find_calls(params, grads, averages or {})
         gradient_norm = None
         if len(calls) != 1 and max_grad_norm is not None:  # the norm is of all, so it comes first
-            gradient_norm = whole(get_total_norm([grads[place] for call in calls for place in call.places]))
+            gradient_norm = full_tensor(get_total_norm([grads[place] for call in calls for place in call.places]))
         for call in calls:
             norm = call.step(  # that of all gradients, whether it is given or computed
                 [grads[place] for place in call.places],
@@ -255,7 +255,7 @@ class WeightAverage:
         Both models keep their parameters unless they are sharded, so to look for them once is enough.
         """
         if self._pairs_of is not model or isinstance(model, FSDPModule):
-            let_go(self.model)
+            reshard(self.model)
             self._pairs = dict(zip(model.parameters(), self.model.parameters(), strict=True))
             self._pairs_of = model
         return self._pairs
@@ -304,7 +304,7 @@ def update_weights(optimizer: Optimizer, model: nn.Module, average: WeightAverag
     """
     if isinstance(optimizer, Lamb):
         return optimizer.clip_step_average(max_grad_norm, average.of(model), average.decay)
-    gradient_norm = whole(clip_grad_norm_(model.parameters(), max_grad_norm))
+    gradient_norm = full_tensor(clip_grad_norm_(model.parameters(), max_grad_norm))
     optimizer.found_inf = (~gradient_norm.isfinite()).float()  # as GradScaler tells fused optimizers to skip
     optimizer.step()
     del optimizer.found_inf

@@ -228,7 +228,7 @@ def _charts(records: list[dict], train: dict[str, Any]) -> Iterator[Chart | None
     yield draw("Gradient norm", lines, log=True) if norms else None
     yield plain("Skipped steps, in all", "skipped_steps")
     yield plain("Tokens per second", "tokens_per_second")
-    shares = (("mfu", "plain", "model FLOP utilisation"), ("waiting_share", "limit", "time waiting for rows"))
+    shares = (("mfu", "plain", "model FLOP utilization"), ("waiting_share", "limit", "time waiting for rows"))
     lines = [Line(name, style, _points(records, f"train/{key}", 100)) for key, style, name in shares]
     yield draw("Use of the machines (%)", lines, from_zero=True)
     yield plain("Peak memory of a process (GB)", "peak_memory_gb")

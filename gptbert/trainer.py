@@ -19,23 +19,23 @@ from gptbert.checkpoint.word_checkpoints import WordCheckpoints
 from gptbert.config import TrainConfig
 from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.data.inputs import Inputs
-from gptbert.data.loader import LoadedShare, StepRows, training_streams
+from gptbert.data.loader import BatchLoader, LoadedShare, training_streams
 from gptbert.data.mask_history import check_counts
 from gptbert.data.micro_batch import MicroBatches
 from gptbert.data.objectives import Batch, Objective
 from gptbert.data.packing import Prefetcher
-from gptbert.distributed.fsdp import let_go, load_moments, load_weights, new_moments, shard, shard_size, whole
+from gptbert.distributed.fsdp import full_tensor, load_moments, load_weights, new_moments, reshard, shard, shard_size
 from gptbert.distributed.memory import peak_memory
 from gptbert.distributed.stop_signal import StopSignal
 from gptbert.distributed.world import World, connect
 from gptbert.errors import InputError, StoppedError
-from gptbert.io.screen import say
+from gptbert.io.screen import log
 from gptbert.kernel_check import kernel_check, run_of
 from gptbert.model import GPTBert
 from gptbert.model.compilation import compile_blocks, compiling
-from gptbert.monitoring.flops import product_rate, training_flops
+from gptbert.monitoring.flops import measure_matmul_flops, training_flops
 from gptbert.monitoring.metrics import LossSums, Throughput, training_losses
-from gptbert.monitoring.progress import brief, introduce, progress_bar
+from gptbert.monitoring.progress import print_header, progress_bar, summary
 from gptbert.monitoring.samples import Samples
 from gptbert.monitoring.skipped_steps import SkippedSteps
 from gptbert.monitoring.trackers import Trackers
@@ -58,49 +58,49 @@ def fit(config: TrainConfig) -> None:
 
 
 def _fit(config: TrainConfig, world: World) -> None:
-    with world.agreed():
+    with world.errors_on_all_ranks():
         backend = prepare_kernels(config, world)
         inputs = Inputs.open(config)
         plan = HybridPlan(config, world.world_size)
     is_checked = backend == "triton" and config.kernel_check == "on"
     run = run_of(config, inputs.model_config, plan, world) if is_checked else None
     with kernel_check(run, world.device) as finish_check:
-        with world.agreed():
+        with world.errors_on_all_ranks():
             inputs.check_ids(world.rank, world.world_size)
             shard_size(config, world)  # or an InputError
             words = WordCheckpoints(config, training_streams(config, inputs, plan), plan)
-        with world.agreed():
+        with world.errors_on_all_ranks():
             if len(set(world.all_gather(config))) > 1:
                 raise InputError("the processes were given different flags; every host must start the same command")
         path, resumed = find_for_all_ranks(config, inputs.model_config, world)
         first_step = resumed.step if resumed else 0
-        with world.agreed():
+        with world.errors_on_all_ranks():
             check_counts(resumed.mask_counts if resumed and config.mask_history else None, inputs.num_train_tokens)
             initial_weights = None if resumed else read_initial_weights(config, inputs.model_config)
             if first_step >= config.max_steps and config.resume != "auto":
                 raise InputError(f"--resume {path}: its step {first_step} is the end of --max_steps {config.max_steps}")
         if first_step >= config.max_steps:
             if world.is_main:
-                say(f"{config.name}: finished already, {path} is step {first_step} of {config.max_steps}")
+                log(f"{config.name}: finished already, {path} is step {first_step} of {config.max_steps}")
             return
-        with world.agreed():
+        with world.errors_on_all_ranks():
             finish_check()
-    with world.agreed():
+    with world.errors_on_all_ranks():
         if world.is_main:
             prepare_run_dir(config, inputs.model_config, world, backend)
     was_asked = resumed is None or saved_setting(path, "compile") is not False
     choice = compile_choice.choose(config, inputs.model_config, plan, world, resumed, was_asked)
     if world.is_main:
-        introduce(config, inputs, plan, world, backend, words)
-        say(str(choice))
+        print_header(config, inputs, plan, world, backend, words)
+        log(str(choice))
         if resumed:
             changes = changed_settings(path, config)
-            say(f"going on from {path}" + (f"; changed since: {', '.join(changes)}" if changes else ""))
+            log(f"going on from {path}" + (f"; changed since: {', '.join(changes)}" if changes else ""))
         elif initial_weights:
-            say(f"starting from the weights of {config.initial_weights}")
+            log(f"starting from the weights of {config.initial_weights}")
     trainer = Trainer(config, inputs, plan, world, initial_weights, is_compiled=choice.is_compiled)
     if world.is_main and len(inputs.train_stores) > 1:
-        say(trainer.rows.describe_corpora())
+        log(trainer.rows.describe_corpora())
     if resumed:
         trainer.restore(resumed)
         del resumed  # as large as the run's own state
@@ -150,12 +150,12 @@ class Trainer:
         self.skipped_steps = SkippedSteps(world.device)
         self.stop_signal = StopSignal(world)
         self.micro_batches = MicroBatches(config, plan, world)
-        self.rows = StepRows(config, inputs, plan, world, self.micro_batches)
+        self.rows = BatchLoader(config, inputs, plan, world, self.micro_batches)
         self.words = WordCheckpoints(config, self.rows.streams, plan)
         self.validation = Validation(ValidationSettings.of(config), inputs.valid_store, world, inputs.vocab_size)
         self.step = 0
         dtype = torch.bfloat16 if config.mixed_precision else torch.float32
-        self.product_rate = product_rate(world.device, dtype, quick=True)
+        self.measure_matmul_flops = measure_matmul_flops(world.device, dtype, quick=True)
         self._warm_up()
         torch.manual_seed((config.seed << 20) + world.rank)  # different dropout on every rank
 
@@ -169,7 +169,7 @@ class Trainer:
         with ExitStack() as stack:
             stop_signal = stack.enter_context(self.stop_signal)
             settings = {**config.to_dict(), **dataclasses.asdict(self.inputs.model_config)}
-            with self.world.agreed():
+            with self.world.errors_on_all_ranks():
                 trackers = stack.enter_context(Trackers(config, self.world, settings, self.step))
                 samples = Samples(config, self.inputs.valid_store, self.world)
             rows = stack.enter_context(Prefetcher(self.rows.load, self.step, config.max_steps))
@@ -181,11 +181,11 @@ class Trainer:
                 gradient_norm = self.train_step(step_rows)
                 self.step += 1
                 last = self.step == config.max_steps
-                stops = stop_signal.is_agreed(self.stop_requests) and not last
+                stops = stop_signal.should_stop(self.stop_requests) and not last
                 if last or self.step % config.log_every == 0:
                     record = self.training_record(gradient_norm, throughput)
                     trackers.log(self.step, record)
-                    bar.set_postfix_str(brief(record, "train"), refresh=False)
+                    bar.set_postfix_str(summary(record, "train"), refresh=False)
                 bar.update()
                 with throughput.paused():
                     if last or (config.validate_every and self.step % config.validate_every == 0):
@@ -193,7 +193,7 @@ class Trainer:
                         trackers.log(self.step, record)
                         trackers.log_samples(self.step, samples(self.model, self._precision()))
                         if self.world.is_main:
-                            say(f"step {self.step}: validation {brief(record, 'validation')}")
+                            log(f"step {self.step}: validation {summary(record, 'validation')}")
                     if self.words.due(self.step):
                         self.save_words()
                     if last or stops or (config.save_every and self.step % config.save_every == 0):
@@ -211,7 +211,7 @@ class Trainer:
         losses stay as they are on every rank.
 
         Args:
-            rows: from `StepRows.load` of this step.
+            rows: from `BatchLoader.load` of this step.
 
         Returns:
             The gradient's global norm before clipping, a scalar on the device.
@@ -221,7 +221,7 @@ class Trainer:
         pieces = self.micro_batches.cut(batches, self.step)
         sums = LossSums(self.world.device)
         for index, parts in enumerate(pieces):
-            with self._synchronised(is_last=index == len(pieces) - 1):
+            with self._synchronized(is_last=index == len(pieces) - 1):
                 results = self._forward(parts)
                 totals = [result.total * scales[part.objective] for part, result in zip(parts, results, strict=True)]
                 sum(totals[1:], totals[0]).backward()
@@ -240,8 +240,8 @@ class Trainer:
         Raises:
             InputError: too many steps one after another were skipped, or rows were left out.
         """
-        self.rows.agree()
-        self.skipped_steps.require_fewer(self.config.max_skipped_steps, self.step)
+        self.rows.raise_load_errors()
+        self.skipped_steps.raise_if_too_many(self.config.max_skipped_steps, self.step)
         step = self.step - 1
         means = self.sums.means(self.world)
         self.sums = LossSums(self.world.device)
@@ -276,7 +276,7 @@ class Trainer:
         flops = training_flops(self.inputs.model_config, length, labels / max(1, tokens - before))
         return {
             "train/tokens_per_second": rate,
-            "train/mfu": rate * flops / (self.world.world_size * self.product_rate),
+            "train/mfu": rate * flops / (self.world.world_size * self.measure_matmul_flops),
             "train/waiting_share": waiting_share,
             "train/peak_memory_gb": peak_memory(self.world.device) / 1e9,
         }
@@ -324,9 +324,9 @@ class Trainer:
 
     def _agree_to_save(self) -> None:
         """Raise InputError on all ranks where weights are not finite, or rows were left out."""
-        self.rows.agree()
-        norm = whole(get_total_norm(self.model.parameters()))
-        with self.world.agreed():
+        self.rows.raise_load_errors()
+        norm = full_tensor(get_total_norm(self.model.parameters()))
+        with self.world.errors_on_all_ranks():
             if not norm.isfinite():
                 raise InputError(
                     f"training diverged: weights are not finite after step {self.step}; go on from a checkpoint before "
@@ -341,7 +341,7 @@ class Trainer:
         """
         self.step = resumed.step
         if resumed.shards:
-            with self.world.agreed():
+            with self.world.errors_on_all_ranks():
                 states = (self.model.state_dict(), self.ema.model.state_dict())
                 resumed = resumed.with_shards_loaded(*states, new_moments(self.optimizer))
         load_weights(self.model, resumed.model)
@@ -389,7 +389,7 @@ class Trainer:
         for model in (self.model.eval(), self.ema.model):
             with self._precision():
                 model.encode(batch.input_ids, batch.document_ids, batch.objective.causal)
-            let_go(model)
+            reshard(model)
         self.model.train()
 
     def _forward(self, parts: list[Batch]) -> list[MaskedCrossEntropy]:
@@ -404,7 +404,7 @@ class Trainer:
                 parts=[(len(part.labels), self.micro_batches.label_capacity(part)) for part in parts],
             )
 
-    def _synchronised(self, is_last: bool) -> AbstractContextManager:
+    def _synchronized(self, is_last: bool) -> AbstractContextManager:
         """Gradients are reduced over ranks once a step, in the backward of the last micro-batch."""
         if isinstance(self.parallel_model, FSDPModule):
             self.parallel_model.set_requires_gradient_sync(is_last)

@@ -9,7 +9,7 @@ import tyro
 
 from gptbert.checkpoint import manifest
 from gptbert.checkpoint.folder import MODEL_CONFIG, TOKENIZER, TRAIN_CONFIG, is_sharded, newest_in
-from gptbert.checkpoint.saved_model import read_whole_weights
+from gptbert.checkpoint.saved_model import read_full_weights
 from gptbert.checkpoint.weights import write_weights
 from gptbert.command_line import run_command
 from gptbert.config import ModelConfig
@@ -31,7 +31,7 @@ class UnshardConfig:
     """Folder to write, which must not be there yet."""
 
 
-def write_whole_weights(path: Path, output: Path) -> Path:
+def write_full_weights(path: Path, output: Path) -> Path:
     """The weights and their average of a sharded checkpoint as ordinary files, with the settings and the tokenizer.
 
     Args:
@@ -50,7 +50,7 @@ def write_whole_weights(path: Path, output: Path) -> Path:
     config = ModelConfig.from_json(path / MODEL_CONFIG)
     with new_folder(output, "--output") as folder:
         for weights in ("model", "ema"):
-            write_weights(folder / f"{weights}.safetensors", read_whole_weights(path, weights, config), config)
+            write_weights(folder / f"{weights}.safetensors", read_full_weights(path, weights, config), config)
         for name in (MODEL_CONFIG, TRAIN_CONFIG, TOKENIZER):
             shutil.copyfile(path / name, folder / name)
         manifest.write(folder)
@@ -58,8 +58,8 @@ def write_whole_weights(path: Path, output: Path) -> Path:
 
 
 def unshard(config: UnshardConfig) -> None:
-    """Write the folder; see `write_whole_weights`."""
-    path = write_whole_weights(config.checkpoint, config.output)
+    """Write the folder; see `write_full_weights`."""
+    path = write_full_weights(config.checkpoint, config.output)
     print(f"wrote the weights of {path} to {config.output}")
 
 

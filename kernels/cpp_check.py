@@ -102,17 +102,17 @@ def _gated_norm(size: int, *, with_linear: bool) -> Iterator[Comparison]:
     results = []
     for convert in (Tensor.double, Tensor.float):
         leaves = [convert(tensor).requires_grad_() for tensor in inputs]
-        normalised = formula(*leaves)
-        gradients = torch.autograd.grad(normalised, leaves, convert(grad))
-        results.append([normalised.detach(), *gradients])
+        normalized = formula(*leaves)
+        gradients = torch.autograd.grad(normalized, leaves, convert(grad))
+        results.append([normalized.detach(), *gradients])
     exact, plain = results[0], [tensor.bfloat16() for tensor in results[1]]
-    normalised, mean, inverse_std = gated_norm.op.gated_norm(gate, linear, not with_linear, _EPS)
+    normalized, mean, inverse_std = gated_norm.op.gated_norm(gate, linear, not with_linear, _EPS)
     of_gate, of_linear, again = gated_norm.op.gated_norm_backward(
         grad, gate, linear, mean, inverse_std, not with_linear
     )
-    actual = [normalised, of_gate, of_linear][: 1 + len(inputs)]
-    yield from compare(f"{name}: normalised again", again, exact[0], plain[0])
-    names = ", ".join(f"{name}: {part}" for part in ("normalised", "∂gate", "∂linear")[: 1 + len(inputs)])
+    actual = [normalized, of_gate, of_linear][: 1 + len(inputs)]
+    yield from compare(f"{name}: normalized again", again, exact[0], plain[0])
+    names = ", ".join(f"{name}: {part}" for part in ("normalized", "∂gate", "∂linear")[: 1 + len(inputs)])
     yield from _compare_all(names, actual, exact, plain)
 
 

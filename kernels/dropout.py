@@ -21,10 +21,10 @@ def dropout(x: Tensor, seed: Tensor | None, probability: float) -> Tensor:
     """
     if seed is None or probability == 0:
         return x
-    return torch.where(random_words(x.shape, seed) >= limit(probability), x * (1 / (1 - probability)), 0.0)
+    return torch.where(random_words(x.shape, seed) >= keep_threshold(probability), x * (1 / (1 - probability)), 0.0)
 
 
-def limit(probability: float) -> int:
+def keep_threshold(probability: float) -> int:
     """The least of an entry's random words, as signed numbers, with which it stays."""
     return round(probability * 2**32) - 2**31
 

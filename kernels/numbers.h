@@ -1,4 +1,4 @@
-// What the C++ kernels have in common: bf16 as the upper half of a float, and functions that compilers vectorise.
+// What the C++ kernels have in common: bf16 as the upper half of a float, and functions that compilers vectorize.
 // Plain loops, in which a compiler finds AVX-512, AVX2 or NEON by itself; no intrinsics.
 
 #include <algorithm>

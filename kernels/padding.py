@@ -34,6 +34,6 @@ def rounded_rows(count: int) -> int:
     """A number of rows that recurs, at least `count`, for matrix products.
 
     A CPU's library keeps code for each shape that it meets, and never gives up the memory: some megabytes for every new
-    number of labelled rows, of which there is one in nearly every step. A GPU's wants multiples of 16 bytes.
+    number of labeled rows, of which there is one in nearly every step. A GPU's wants multiples of 16 bytes.
     """
     return -(-count // ROWS) * ROWS

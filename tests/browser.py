@@ -30,7 +30,7 @@ const results = [...document.querySelectorAll('iframe')].map(frame => {
             title: chart.getAttribute('aria-label'),
             box: box(chart),
             lines: [...chart.querySelectorAll('.line > path')].filter(path => path.getTotalLength() > 0).map(path => ({
-                box: box(path), colour: page.defaultView.getComputedStyle(path).stroke,
+                box: box(path), color: page.defaultView.getComputedStyle(path).stroke,
             })),
         })),
     };

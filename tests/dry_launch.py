@@ -1,6 +1,6 @@
 """Start every kernel as a GPU would have it, without a GPU: `python -m tests.dry_launch`.
 
-Triton's own launch path runs (argument binding, specialisation, options, compilation for sm_90) up to the point where
+Triton's own launch path runs (argument binding, specialization, options, compilation for sm_90) up to the point where
 the driver would start the kernel; that driver is a stand-in. So launchers are seen to work where TRITON_INTERPRET would
 hide their mistakes, and what they ask the compiler for can be held against `configurations()`.
 

@@ -54,7 +54,7 @@ def close(actual: Iterable[Tensor], expected: Iterable[Tensor], tolerance: float
 
 
 def scattered(tensor: Tensor) -> Tensor:
-    """The same tensor in memory where no two entries are neighbours; what stands between them is not a number."""
+    """The same tensor in memory where no two entries are neighbors; what stands between them is not a number."""
     between = torch.full_like(tensor, torch.nan if tensor.is_floating_point() else 1)
     return torch.stack([tensor, between], dim=-1)[..., 0]
 

@@ -250,7 +250,7 @@ def fail_on_one_rank(rank, path, results):
     config = TrainConfig((path,), path, path, path, device="cpu", timeout=60)
     with connect(config) as world:
         try:
-            with world.agreed():
+            with world.errors_on_all_ranks():
                 complain(only_if=world.rank == 1)
         except InputError as error:
             results.put((rank, str(error)))

@@ -64,7 +64,7 @@ def test_no_comparison_is_no_proof(measurement):
         benchmark.time(print, None)
 
 
-def test_ratio_is_the_median_of_neighbours(measurement, results, monkeypatch):
+def test_ratio_is_the_median_of_neighbors(measurement, results, monkeypatch):
     # the machine slows down fivefold after the first of three rounds: ratios 2, 4, 4, but medians' ratio 20 / 5 differs
     reference_times = iter([2.0, 20.0, 20.0])
     warm_up = iter([1.0, 1.0])

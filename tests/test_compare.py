@@ -1,4 +1,4 @@
-"""Two trees in turns: ratios of neighbours, and one line where a commit cannot be measured."""
+"""Two trees in turns: ratios of neighbors, and one line where a commit cannot be measured."""
 
 import subprocess
 from itertools import count
@@ -13,7 +13,7 @@ def figures(speed):
     return {"MLM": {"tokens/s": speed, "MFU": speed / 2000, "peak GB": 2.0}}
 
 
-def test_ratios_are_of_neighbours_and_turns_alternate():
+def test_ratios_are_of_neighbors_and_turns_alternate():
     order, slowdown = [], {0: 1, 1: 5, 2: 2}  # the machine's, in each round
 
     def turn(name, speed):

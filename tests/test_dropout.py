@@ -43,7 +43,7 @@ def test_every_bit_is_fair_and_words_do_not_repeat(seeds):
     assert len(words.unique()) == len(words)  # a permutation of the indices
 
 
-def test_neighbouring_seeds_share_nothing():
+def test_neighboring_seeds_share_nothing():
     seeds = torch.tensor([[5, 7], [6, 7], [5, 8]], dtype=torch.int32)
     masks = torch.stack([dropout(torch.ones(2**18), seed, 0.5) == 0 for seed in seeds])
     for other in (1, 2):

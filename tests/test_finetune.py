@@ -72,9 +72,9 @@ def test_labels_stand_on_the_first_token_of_each_word(exported):
     words, tags = ["Zürich", "is", "x", "unbelievably", "far"], ["a", "b", "a", "unseen", "b"]
     encoding = encode_words(tokenizer, {"words": words, "tags": tags}, ["a", "b"], max_length=100)
     tokens = [tokenizer.decode([token]) for token in encoding["input_ids"]]
-    labelled = [(tokens[place], label) for place, label in enumerate(encoding["labels"]) if label != IGNORE_INDEX]
-    assert [label for _, label in labelled] == [0, 1, 0, 1]
-    for (token, _), word in zip(labelled, ["Zürich", "is", "x", "far"], strict=True):
+    labeled = [(tokens[place], label) for place, label in enumerate(encoding["labels"]) if label != IGNORE_INDEX]
+    assert [label for _, label in labeled] == [0, 1, 0, 1]
+    for (token, _), word in zip(labeled, ["Zürich", "is", "x", "far"], strict=True):
         assert token.strip() in {"", word} or word.startswith(token.strip())
     assert len(tokens) > len(words) + 1
     cut = encode_words(tokenizer, {"words": words, "tags": tags}, ["a", "b"], max_length=3)

@@ -32,7 +32,7 @@ def inputs(tmp_path_factory):
 @pytest.fixture
 def make_trainer(inputs, monkeypatch):
     """A trainer whose device has shapes and no values, so that whatever reads some is an error."""
-    monkeypatch.setattr(trainer_module, "product_rate", lambda *args, **options: 1.0)
+    monkeypatch.setattr(trainer_module, "measure_matmul_flops", lambda *args, **options: 1.0)
     # PyTorch has no mixed precision for the device
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *args: False)
     monkeypatch.setattr(torch, "autocast", lambda *args, **options: nullcontext())

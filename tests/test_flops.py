@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from gptbert.model import GPTBert
-from gptbert.monitoring.flops import forward_flops, product_rate, training_flops
+from gptbert.monitoring.flops import forward_flops, measure_matmul_flops, training_flops
 from tests.conftest import TINY
 
 ROWS, LENGTH = 3, 24
@@ -21,7 +21,7 @@ def test_the_formula_is_what_the_encoder_does():
     assert counter.get_total_flops() == ROWS * LENGTH * forward_flops(TINY, LENGTH, 0) + vectors
 
 
-def test_the_head_counts_for_labelled_tokens_only():
+def test_the_head_counts_for_labeled_tokens_only():
     difference = forward_flops(TINY, LENGTH, 0.25) - forward_flops(TINY, LENGTH, 0)
     assert difference == 0.25 * (2 * TINY.hidden_size**2 + 2 * TINY.hidden_size * TINY.vocab_size)
     assert training_flops(TINY, LENGTH, 0.25) == 3 * forward_flops(TINY, LENGTH, 0.25)
@@ -29,4 +29,4 @@ def test_the_head_counts_for_labelled_tokens_only():
 
 @pytest.mark.parametrize("quick", [False, True])
 def test_the_rate_of_products_is_one(quick):
-    assert 1e8 < product_rate(torch.device("cpu"), torch.float32, quick=quick) < 1e14
+    assert 1e8 < measure_matmul_flops(torch.device("cpu"), torch.float32, quick=quick) < 1e14

@@ -180,10 +180,10 @@ def a_rank_holds_its_part(world, arguments):
     trainer = make_trainer(world, arguments)
     batch = trainer.rows.batches(trainer.rows.load(0), 0)[0]
     params = list(trainer.model.parameters())
-    with trainer._synchronised(is_last=False):
+    with trainer._synchronized(is_last=False):
         trainer._forward([batch])[0].total.backward()
     assert all(param.grad is None for param in params), "gradients wait for the last micro-batch"
-    with trainer._synchronised(is_last=True):
+    with trainer._synchronized(is_last=True):
         trainer._forward([batch])[0].total.backward()
     trainer.optimizer.zero_grad()
     for step in range(2):

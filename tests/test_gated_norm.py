@@ -24,7 +24,7 @@ def make_case(batch, length, heads, width, *, separate, size=1.0):
 
 
 def formula(gate, linear, is_tanh):
-    """Normalised product, mean and inverse standard deviation."""
+    """Normalized product, mean and inverse standard deviation."""
     if linear is None:
         linear, gate = gate.chunk(2, dim=-1)
     else:
@@ -48,12 +48,12 @@ def check(case, is_tanh):
     (exact, exact_gradients), (plain, plain_gradients) = (
         expected(case, is_tanh, dtype) for dtype in (torch.float64, torch.float32)
     )
-    assert_accurate(results[0], exact[0], plain[0].bfloat16(), name="normalised")
+    assert_accurate(results[0], exact[0], plain[0].bfloat16(), name="normalized")
     for actual, *pair, name in zip(results[1:], exact[1:], plain[1:], ("mean", "inverse_std"), strict=True):
         assert actual.dtype == torch.float32
         torch.testing.assert_close(actual.double() * exact[2], pair[0] * exact[2], atol=3e-6, rtol=3e-6, msg=name)
     *gradients, again = gated_norm_backward(grad, gate, linear, *results[1:], is_tanh)
-    assert_accurate(again, exact[0], plain[0].bfloat16(), name="normalised again")
+    assert_accurate(again, exact[0], plain[0].bfloat16(), name="normalized again")
     if linear is None:
         assert gradients.pop().shape == (0,)
     for actual, *pair in zip(gradients, exact_gradients, plain_gradients, strict=True):

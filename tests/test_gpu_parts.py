@@ -82,7 +82,7 @@ def test_a_step_has_all_its_figures_in_both_ways(report):
         assert figures["ms"] == sorted(figures["rounds_ms"])[1]
         for name in ("mfu", "product_tflops", "host_ms", "busy_ms", "peak_gb", "first_step_seconds"):
             assert figures[name] > 0, name
-        assert 0.5 < figures["labelled_share"] < 1, "a quarter of the rows is masked"
+        assert 0.5 < figures["labeled_fraction"] < 1, "a quarter of the rows is masked"
         assert figures["mfu_data_sheet"] is None
         assert len(figures["kernels"]) == SLOWEST
         assert figures["launches"] > 100

@@ -66,7 +66,7 @@ def test_a_crash_is_on_the_page_and_the_next_part_goes_on(measure, capfd):
     assert said[-1].endswith("; found 8")
 
 
-def test_a_part_over_its_time_is_killed_with_all_it_started_and_its_neighbours_stay(measure, tmp_path):
+def test_a_part_over_its_time_is_killed_with_all_it_started_and_its_neighbors_stay(measure, tmp_path):
     pid_file = tmp_path / "pid"
     content, page = measure(
         [part("right")],

@@ -38,7 +38,7 @@ MUTANTS = {
     "ratio of a zero parameter": ("& (param_norm > 0) &", "&"),
     "ratio clamped": ("tl.load(lr_ptr) * ratio", "tl.load(lr_ptr) * tl.minimum(ratio, 1.0)"),
     "learning rate never read": ("lr_scale * tl.load(lr_ptr) * ratio", "lr_scale * ratio"),
-    "sums of the neighbour": ("_FIRST_CHUNK)\n    own", "_FIRST_CHUNK) + 1\n    own"),
+    "sums of the neighbor": ("_FIRST_CHUNK)\n    own", "_FIRST_CHUNK) + 1\n    own"),
     "sum of one chunk": ("is_own = own < ", "is_own = own < 0 * own + 1 + 0 * "),
     "a sum too many": ("is_own = own < ", "is_own = own <= "),
     "sums exchanged": ("tl.sum(param_sums)", "tl.sum(update_sums)"),

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from gptbert.distributed.fsdp import whole
+from gptbert.distributed.fsdp import full_tensor
 from gptbert.optim import Lamb, WeightAverage, parameter_groups, update_weights
 from kernels import lamb_step
 from kernels.backend import BACKENDS
@@ -131,9 +131,11 @@ def optimizer(mesh, name):
     for step in range(STEPS):
         for bad in (math.nan, math.inf):  # before the first step too
             set_gradients(models[1], step, bad)
-            before = [whole(param).clone() for model in (models[1], averages[1].model) for param in model.parameters()]
+            before = [
+                full_tensor(param).clone() for model in (models[1], averages[1].model) for param in model.parameters()
+            ]
             norm = update_weights(optimizers[1], models[1], averages[1], 2.0)
-            after = [whole(param) for model in (models[1], averages[1].model) for param in model.parameters()]
+            after = [full_tensor(param) for model in (models[1], averages[1].model) for param in model.parameters()]
             stayed = stayed and not norm.isfinite() and all(map(torch.equal, before, after))
         norms = []
         with torch.no_grad():
@@ -145,7 +147,7 @@ def optimizer(mesh, name):
         errors.append(relative_error(norms[1], norms[0]))
         for one, other in (models, [average.model for average in averages]):
             errors += [
-                relative_error(whole(actual.detach()), expected.detach())
+                relative_error(full_tensor(actual.detach()), expected.detach())
                 for expected, actual in zip(one.parameters(), other.parameters(), strict=True)
             ]
     stayed = stayed and all(

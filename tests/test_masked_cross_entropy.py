@@ -158,7 +158,7 @@ def test_chunks_add_up(backend, monkeypatch, chunk_rows):
         assert_accurate(gradient, reference_gradients[name], plain_gradients[name], name=name)
 
 
-def test_uninitialised_memory_is_overwritten(backend, monkeypatch):
+def test_uninitialized_memory_is_overwritten(backend, monkeypatch):
     """Everything that torch.empty returns is NaN or the largest integer here."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     monkeypatch.setattr(op, "CHUNK_BYTES", dict.fromkeys(op.CHUNK_BYTES, 50 * 1009 * 2))

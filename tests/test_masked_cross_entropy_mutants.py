@@ -59,7 +59,7 @@ MUTANTS = {
     "logsumexp rounded": ("lse = largest + shifted_lse", "lse = (largest + shifted_lse).to(tl.float16).to(tl.float32)"),
     "z-loss has no gradient": ("(1 + 2 * z_loss_weight * lse)", "1"),
     "derivative of a square without its 2": ("(1 + 2 * z_loss_weight * lse)", "(1 + z_loss_weight * lse)"),
-    "softmax not normalised": ("* lse) / total", "* lse)"),
+    "softmax not normalized": ("* lse) / total", "* lse)"),
     "scale left out of the softmax": ("factor = scale * (", "factor = ("),
     "scale left out at the label": ("entries - scale, entries)", "entries - 1, entries)"),
     "label's entry forgotten": ("entries - scale, entries)", "entries, entries)"),
@@ -79,10 +79,10 @@ MUTANTS_BESIDE_ROWS = {
     "loss of the last rows only": ("loss += tl.load(loss_ptr", "loss = tl.load(loss_ptr"),
     "z-loss of the last rows only": ("z_loss += tl.load(z_loss_ptr", "z_loss = tl.load(z_loss_ptr"),
     "correct among the last rows only": ("correct += tl.load(correct_ptr", "correct = tl.load(correct_ptr"),
-    "labelled among the last rows only": ("labelled += is_labelled", "labelled = is_labelled"),
+    "labeled among the last rows only": ("labeled += is_labeled", "labeled = is_labeled"),
     "every block is the first": ("rows = first + lanes", "rows = lanes"),
     "rows that are none": ("inside & (labels != ignore_index)", "labels != ignore_index"),
-    "ignored rows are labelled": ("labelled += is_labelled.to", "labelled += inside.to"),
+    "ignored rows are labeled": ("labeled += is_labeled.to", "labeled += inside.to"),
     "the last row left out": ("inside = rows < num_rows", "inside = rows < num_rows - 1"),
     "z-loss not in the total": ("(loss_sum + z_loss_weight * z_loss_sum)", "loss_sum"),
     "total without its scale": ("tl.load(scale_ptr) * (loss_sum", "(loss_sum"),
@@ -90,9 +90,9 @@ MUTANTS_BESIDE_ROWS = {
         "tl.store(sums_ptr, loss_sum)\n    tl.store(sums_ptr + 1, z_loss_sum)",
         "tl.store(sums_ptr, z_loss_sum)\n    tl.store(sums_ptr + 1, loss_sum)",
     ),
-    "correct and labelled exchanged": (
-        "tl.store(counts_ptr, tl.sum(correct, axis=0).to(tl.int64))\n    tl.store(counts_ptr + 1, tl.sum(labelled",
-        "tl.store(counts_ptr + 1, tl.sum(correct, axis=0).to(tl.int64))\n    tl.store(counts_ptr, tl.sum(labelled",
+    "correct and labeled exchanged": (
+        "tl.store(counts_ptr, tl.sum(correct, axis=0).to(tl.int64))\n    tl.store(counts_ptr + 1, tl.sum(labeled",
+        "tl.store(counts_ptr + 1, tl.sum(correct, axis=0).to(tl.int64))\n    tl.store(counts_ptr, tl.sum(labeled",
     ),
     "grad_output forgotten": ("scale = tl.load(scale_ptr)", "scale = 1.0"),
     "grad_output not in full blocks": (
@@ -132,7 +132,7 @@ def test_the_check_rejects_mutants_beside_rows(device, tmp_path, mutant):
 WRONG_LABELS_MISSED = {
     "negative ones": ("(labels < 0) | (labels >= vocab_size)", "labels >= vocab_size"),
     "too large ones": ("(labels < 0) | (labels >= vocab_size)", "labels < 0"),
-    "all but in the last block": ("wrong += (is_labelled", "wrong = (is_labelled"),
+    "all but in the last block": ("wrong += (is_labeled", "wrong = (is_labeled"),
     "all": ("tl.sum(wrong, axis=0) == 0", "tl.sum(wrong, axis=0) >= 0"),
 }
 

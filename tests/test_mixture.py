@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from gptbert.data import inputs as run_inputs
 from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.data.inputs import Inputs, corpus_names
-from gptbert.data.loader import StepRows
+from gptbert.data.loader import BatchLoader
 from gptbert.data.micro_batch import MicroBatches
 from gptbert.data.mixture import Mixture
 from gptbert.data.objectives import Objective
@@ -183,7 +183,7 @@ def test_ranks_together_train_what_a_run_mixes(make_store, make_config, tiny):
     inputs, plan = Inputs(tiny, 64, stores, stores[0]), HybridPlan(config, 3)
     assert plan.length_factors == {1: 0, 2: 24, 4: 30}
     worlds = [World(rank, 3, CPU) for rank in range(3)]
-    ranks = [StepRows(config, inputs, plan, world, MicroBatches(config, plan, world)) for world in worlds]
+    ranks = [BatchLoader(config, inputs, plan, world, MicroBatches(config, plan, world)) for world in worlds]
     trained = {objective: [] for objective in Objective}
     for step in range(config.max_steps):
         for share, tensors in (loaded for rank in ranks for loaded in rank.load(step)):
@@ -209,7 +209,7 @@ def test_one_file_is_no_mixture(make_store, make_config, tiny):
     store = make_store([30] * 9, tokens=np.arange(270) % 40 + 16)
     config = make_config(train_path=(Path("a"),), train_weights=(3.0,))
     plan, world = HybridPlan(config, 1), World(0, 1, CPU)
-    rows = StepRows(config, Inputs(tiny, 64, (store,), store), plan, world, MicroBatches(config, plan, world))
+    rows = BatchLoader(config, Inputs(tiny, 64, (store,), store), plan, world, MicroBatches(config, plan, world))
     assert {type(stream) for stream in rows.streams.values()} == {RowStream}
     assert rows.epochs_before(7) == {}
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptbert.config import ModelConfig
 from gptbert.model import GPTBert
-from gptbert.model.gptbert import position_bucket, select_labelled
+from gptbert.model.gptbert import position_bucket, select_labeled
 from gptbert.upstream import from_upstream, to_upstream
 from kernels import IGNORE_INDEX
 from tests.conftest import TINY
@@ -77,7 +77,7 @@ def test_rows_longer_than_the_table_use_the_farthest_bucket():
     assert buckets[0, 99] == 0
 
 
-def test_initialisation():
+def test_initialization():
     config = dataclasses.replace(TINY, hidden_size=96, intermediate_size=200, num_hidden_layers=3)
     model = GPTBert(config)
     std = (2 / (5 * 96)) ** 0.5
@@ -102,7 +102,7 @@ def batch():
     return ids, torch.tensor([[0] * 5 + [1] * 7, [0] * 8 + [-1] * 4])
 
 
-def randomise(model):
+def randomize(model):
     """Weights far from their start, so that every path shows in the output."""
     with torch.no_grad():
         for param in model.parameters():
@@ -113,7 +113,7 @@ def randomise(model):
 @pytest.mark.parametrize("causal", [True, False])
 def test_attention_stays_in_its_document(batch, causal):
     ids, documents = batch
-    model = randomise(GPTBert(TINY))
+    model = randomize(GPTBert(TINY))
     before = model.encode(ids, documents, causal)
     changed = ids.clone()
     changed[0, 7] = 16 + (changed[0, 7] - 15) % (TINY.vocab_size - 16)
@@ -127,7 +127,7 @@ def test_attention_stays_in_its_document(batch, causal):
 @pytest.mark.parametrize("causal", [True, False])
 def test_padding_gives_finite_numbers_and_changes_nothing(batch, causal):
     ids, documents = batch
-    model = randomise(GPTBert(TINY))
+    model = randomize(GPTBert(TINY))
     hidden = model.encode(ids, documents, causal)
     assert hidden.isfinite().all()
     alone = model.encode(ids[1:, :8], documents[1:, :8], causal)
@@ -147,7 +147,7 @@ def test_no_labels_gives_zero_loss_that_touches_every_parameter(batch):
 @pytest.mark.parametrize("capacity", [5, 9, 24])
 def test_capacity_above_the_number_of_labels_changes_nothing(batch, capacity):
     ids, documents = batch
-    model = randomise(GPTBert(TINY))
+    model = randomize(GPTBert(TINY))
     labels = torch.full_like(ids, IGNORE_INDEX)
     labels[0, [1, 4, 6]], labels[1, [0, 7]] = 20, 33
     exact = model(ids, documents, labels, causal=False, z_loss_weight=1e-2)
@@ -159,7 +159,7 @@ def test_capacity_above_the_number_of_labels_changes_nothing(batch, capacity):
 def test_rows_of_both_objectives_together_are_as_each_alone(batch):
     ids, documents = batch
     labels = torch.where(documents >= 0, ids.roll(-1, dims=1), IGNORE_INDEX)
-    model = randomise(GPTBert(TINY))
+    model = randomize(GPTBert(TINY))
     causal = torch.tensor([False, True])
     together = model(ids, documents, labels, causal, z_loss_weight=0.1, parts=[(1, None), (1, 10)])
     sum(result.total for result in together).backward()
@@ -174,10 +174,10 @@ def test_rows_of_both_objectives_together_are_as_each_alone(batch):
         assert relative_error(gradients[name], param.grad) < 1e-5, name
 
 
-def test_select_labelled_keeps_order_and_fills_with_unlabelled_rows():
+def test_select_labeled_keeps_order_and_fills_with_unlabeled_rows():
     hidden = torch.arange(12.0).view(6, 2)
     labels = torch.tensor([IGNORE_INDEX, 3, IGNORE_INDEX, 5, IGNORE_INDEX, IGNORE_INDEX])
-    rows, chosen = select_labelled(hidden, labels, 4)
+    rows, chosen = select_labeled(hidden, labels, 4)
     assert chosen.tolist() == [3, 5, IGNORE_INDEX, IGNORE_INDEX]
     assert rows[:2].tolist() == hidden[[1, 3]].tolist()
 

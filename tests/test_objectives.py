@@ -48,8 +48,8 @@ def test_masked_labels_are_masked_one_position_later(some_rows):
     assert torch.equal(batch.document_ids, document_ids[:, :-1])
     # all inputs but the first are predicted where they are masked, and the last label masks no input
     assert torch.equal(hidden[:, 1:], batch.labels[:, :-1] != -100)
-    labelled = batch.labels != -100
-    assert torch.equal(batch.labels[labelled], tokens[:, 1:][labelled])
+    labeled = batch.labels != -100
+    assert torch.equal(batch.labels[labeled], tokens[:, 1:][labeled])
     again = masked_batch(tokens, document_ids, row_ids, masking)
     assert torch.equal(again.labels, batch.labels)
 

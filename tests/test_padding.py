@@ -6,7 +6,7 @@ import platform
 import pytest
 import torch
 
-from gptbert.model.gptbert import select_labelled
+from gptbert.model.gptbert import select_labeled
 from kernels import IGNORE_INDEX, masked_cross_entropy
 from kernels.padding import ROWS, rounded_rows
 
@@ -35,7 +35,7 @@ def test_rows_that_are_selected_recur():
     for count in (1, 64, 65, 290):
         labels = torch.full((300,), IGNORE_INDEX)
         labels[torch.randperm(300)[:count]] = 5
-        rows, chosen = select_labelled(hidden_states, labels, None)
+        rows, chosen = select_labeled(hidden_states, labels, None)
         assert len(rows) == len(chosen) == min(300, rounded_rows(count))
         assert torch.equal(rows[chosen == 5], hidden_states[labels == 5])
 

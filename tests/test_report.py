@@ -20,7 +20,7 @@ def result(ranks=1):
     return {
         "case": {"objective": "MLM", "seq_length": 16, "rows": 4, "ranks": ranks},
         "milliseconds": 777.0, "tokens_per_second": 1234.0, "mfu": 0.512, "product_gflops": 400.0,
-        "start_seconds": 21.0, "peak_gb": 1.75, "labelled_share": 0.2, "rows_ms": 0.7,
+        "start_seconds": 21.0, "peak_gb": 1.75, "labeled_fraction": 0.2, "rows_ms": 0.7,
         "parts": dict(zip(PARTS, (0.1, 1.0, 150.0, 50.0, 400.0, 100.0, 50.0, 25.9), strict=True)),
     }  # fmt: skip
 

@@ -19,15 +19,15 @@ def part(job, name):
     return found
 
 
-@pytest.mark.parametrize("labelled_share", [0.15, 1.0])
-def test_products_are_the_needed_flops(labelled_share):
-    job = Job(SMALL, rows=32, seq_length=128, labelled_share=labelled_share)
+@pytest.mark.parametrize("labeled_fraction", [0.15, 1.0])
+def test_products_are_the_needed_flops(labeled_fraction):
+    job = Job(SMALL, rows=32, seq_length=128, labeled_fraction=labeled_fraction)
     counted = sum(each.fewest.flops for each in job.parts() if each.name != "optimizer and casts")
-    assert counted == pytest.approx(job.tokens * training_flops(SMALL, 128, labelled_share))
+    assert counted == pytest.approx(job.tokens * training_flops(SMALL, 128, labeled_fraction))
 
 
 def test_nothing_takes_less_than_the_fewest():
-    for each in Job(SMALL, rows=32, seq_length=512, labelled_share=0.15).parts():
+    for each in Job(SMALL, rows=32, seq_length=512, labeled_fraction=0.15).parts():
         assert each.ours.flops >= each.fewest.flops
         assert each.ours.bytes >= each.fewest.bytes
 
@@ -35,7 +35,7 @@ def test_nothing_takes_less_than_the_fewest():
 def test_layer_weighting_by_hand():
     # one layer, two mixes: x_1 of 2 representations, x_2 of 3; then the gradients of α read 2 and 3 and a gradient,
     # those of y_1 and y_2 read 2 and 1 gradients
-    job = Job(dataclasses.replace(TINY, num_hidden_layers=1), rows=2, seq_length=8, labelled_share=1.0)
+    job = Job(dataclasses.replace(TINY, num_hidden_layers=1), rows=2, seq_length=8, labeled_fraction=1.0)
     entries = 4 * 16 * TINY.hidden_size
     forward = (2 + 1) + (3 + 1)
     backward = (2 + 1) + (3 + 1) + (2 + 1) + (1 + 1)

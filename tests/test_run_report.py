@@ -119,8 +119,8 @@ def test_the_page_in_a_browser(write_run, tmp_path_factory):
         for line in drawn["lines"]:
             left, top, width, height = line["box"]
             inside = pixels[int(top) - 2 : int(top + height) + 3, int(left) - 2 : int(left + width) + 3]
-            colour = np.array([int(part) for part in re.findall(r"\d+", line["colour"])[:3]]) / 255
-            near = (np.abs(inside - colour).max(axis=-1) < 0.1).sum()
+            color = np.array([int(part) for part in re.findall(r"\d+", line["color"])[:3]]) / 255
+            near = (np.abs(inside - color).max(axis=-1) < 0.1).sum()
             assert near > 50, (drawn["title"], line)
 
 

@@ -94,7 +94,7 @@ def test_bytes_by_hand(gpus):
 
 
 def test_activations_by_hand():
-    setup = Setup(TINY, Method.DDP, 1, rows=3, seq_length=8, labelled_share=0.5)
+    setup = Setup(TINY, Method.DDP, 1, rows=3, seq_length=8, labeled_fraction=0.5)
     hidden, inner, heads, vocab, layers = 16, 24, 2, 64, 2
     block = 16 * hidden + 6 * inner + 2 * heads * 8
     head = 0.5 * (12 * hidden + 2 * vocab)

@@ -325,7 +325,7 @@ def test_what_the_kernel_cannot_hold_is_computed_by_pytorch(length, spans):
     assert (results[0][1] != -100).any()
 
 
-def test_uninitialised_memory_is_overwritten(backend, monkeypatch):
+def test_uninitialized_memory_is_overwritten(backend, monkeypatch):
     """Everything that torch.empty returns is the type's largest integer here."""
     expected = [mask(some_tokens(3, length), vocab_size=500) for length in (1, 129, 600)]
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
@@ -421,7 +421,7 @@ class Recorder:
 
 
 def test_one_launch_whose_kernel_is_compiled_once_for_all_numbers(monkeypatch):
-    """Triton compiles per specialisation of the arguments' values; here is the one of each launch, as on a GPU."""
+    """Triton compiles per specialization of the arguments' values; here is the one of each launch, as on a GPU."""
     jit = importlib.import_module("triton.runtime.jit")
     target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
     backend = importlib.import_module("triton.compiler").make_backend(target)
@@ -433,33 +433,33 @@ def test_one_launch_whose_kernel_is_compiled_once_for_all_numbers(monkeypatch):
     recorder = Recorder()
     monkeypatch.setattr(kernel, "span_mask_kernel", recorder)
 
-    def specialisation(rows=2, length=128, **changes):
+    def specialization(rows=2, length=128, **changes):
         recorder.launches.clear()
         settings = {"seed": 1, "row_ids": torch.arange(rows), "max_span_length": 3, "backend": "triton"}
         mask(some_tokens(rows, length), **{**settings, **changes})
         ((grid, args, kwargs),) = recorder.launches  # one launch, a program a row
         assert grid == (rows,)
-        _, specialised, options = bind(*args, **kwargs)
-        return specialised, options
+        _, specialized, options = bind(*args, **kwargs)
+        return specialized, options
 
-    usual = specialisation()
+    usual = specialization()
     assert len(usual[0]) == len(function.params)
     for mask_p in (0.0, 2**-32, 2**-28, 0.15, 0.3, 1.0):
-        assert specialisation(mask_p=mask_p) == usual
+        assert specialization(mask_p=mask_p) == usual
     for random_p, keep_p in ((0.0, 0.0), (2**-32, 0.0), (1.0, 0.0), (0.0, 1.0), (0.123, 0.456)):
-        assert specialisation(random_p=random_p, keep_p=keep_p) == usual
+        assert specialization(random_p=random_p, keep_p=keep_p) == usual
     for seed in (0, 1, 16, 2**31, 2**32, 2**63 - 1, 2**63, 2**64 - 1):
-        assert specialisation(seed=seed) == usual
+        assert specialization(seed=seed) == usual
     for row_ids in (torch.tensor([0, 1]), torch.tensor([16, 2**62])):
-        assert specialisation(row_ids=row_ids) == usual
+        assert specialization(row_ids=row_ids) == usual
     for number in (1, 16, 17):
-        assert specialisation(mask_token_id=number, num_special_tokens=number, vocab_size=2000 + number) == usual
+        assert specialization(mask_token_id=number, num_special_tokens=number, vocab_size=2000 + number) == usual
     for spans in (1, 2, 4):
-        assert specialisation(max_span_length=spans) == usual
-    assert specialisation(rows=16) == specialisation(rows=1) == usual
-    assert specialisation(length=64) == usual
-    assert specialisation(length=129) != usual, "not padded"
-    assert specialisation(max_span_length=5) != usual
+        assert specialization(max_span_length=spans) == usual
+    assert specialization(rows=16) == specialization(rows=1) == usual
+    assert specialization(length=64) == usual
+    assert specialization(length=129) != usual, "not padded"
+    assert specialization(max_span_length=5) != usual
 
 
 def test_the_check_passes(backend, device):

@@ -18,12 +18,12 @@ def test_the_first_signal_is_remembered_and_the_old_handlers_come_back(number, c
     before = [signal.getsignal(number) for number in SIGNALS]
     with StopSignal(World(0, 1, CPU)) as stop:
         assert stop.received is None
-        assert not stop.is_agreed(stop.requests())
+        assert not stop.should_stop(stop.requests())
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.received is number
         assert stop.received_name == number.name
-        assert stop.is_agreed(stop.requests())
+        assert stop.should_stop(stop.requests())
     assert [signal.getsignal(number) for number in SIGNALS] == before
     assert capfd.readouterr().err.count("saving a checkpoint") == 1
 
@@ -37,11 +37,11 @@ def test_a_second_ctrl_c_interrupts_at_once():
 
 def test_one_rank_among_several_is_enough(capfd):
     ranks = [StopSignal(World(rank, 3, CPU)) for rank in range(3)]
-    assert not any(rank.is_agreed(sum(rank.requests() for rank in ranks)) for rank in ranks)
+    assert not any(rank.should_stop(sum(rank.requests() for rank in ranks)) for rank in ranks)
     with ranks[1]:
         os.kill(os.getpid(), signal.SIGUSR1)
     total = sum(rank.requests() for rank in ranks)
-    assert all(rank.is_agreed(total) for rank in ranks)
+    assert all(rank.should_stop(total) for rank in ranks)
     other = "a signal to another process"
     assert [rank.received_name for rank in ranks] == [other, "SIGUSR1", other]
     assert capfd.readouterr().err == "", "only the first rank speaks"

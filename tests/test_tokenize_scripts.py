@@ -81,7 +81,7 @@ def decoded(store_path, tokenizer_path):
     ],
 )
 def test_every_kind_of_input_round_trips(tmp_path, tokenizer_path, name, content, packed):
-    file = tmp_path / name  # gzip keeps the name: it is recognised by content
+    file = tmp_path / name  # gzip keeps the name: it is recognized by content
     file.write_bytes(gzip.compress(content) if packed else content)
     assert list(Corpus(CorpusConfig(input=(file,)))) == DOCUMENTS
     output = tmp_path / "new" / "t.safetensors"

@@ -157,7 +157,7 @@ def test_liger_computes_the_same_and_moves_what_its_source_says(weight):
     assert counted.total == pytest.approx(passes * 8192 * 4, rel=2e-3)
 
 
-def test_masked_cross_entropy_moves_labelled_rows_only():
+def test_masked_cross_entropy_moves_labeled_rows_only():
     job = traffic.masked_cross_entropy_job()
     assert job.broken_bars() == []
     assert job.fewest == 12 * (2 * 8192 * 4 + 8) + 12 + 2 * 4 * 32 * (20 + 8192)

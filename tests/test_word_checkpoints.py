@@ -182,7 +182,7 @@ def test_a_run_that_was_killed_has_each_of_them_once_and_the_same(inputs, plain,
     save, train_step = Trainer.save, Trainer.train_step
     with monkeypatch.context() as patch:
         if moment == "in the folder":
-            patch.setattr("gptbert.io.files.finish_folder", lambda path: "chck_500" in path.name and die())
+            patch.setattr("gptbert.io.files.fsync_folder", lambda path: "chck_500" in path.name and die())
         elif moment == "of a later step":
             patch.setattr(
                 Trainer, "train_step", lambda self, rows: die() if self.step == 11 else train_step(self, rows)

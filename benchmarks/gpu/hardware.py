@@ -16,7 +16,7 @@ import torch
 from benchmarks import machine
 from benchmarks.gpu.settings import Settings
 from gptbert.distributed.hardware import hardware_name
-from gptbert.monitoring.flops import product_rate
+from gptbert.monitoring.flops import measure_matmul_flops
 
 ROOT = Path(__file__).parents[2]
 # dense bf16 of NVIDIA's data sheets, FLOPs a second; the first whose name is in the GPU's
@@ -77,7 +77,9 @@ def measure(settings: Settings) -> Iterator[dict[str, Any]]:
     yield found
     found["launch_us"] = launch_microseconds()
     found["copy_tb_per_s"] = machine.copy_rate() / 1e12
-    rates = [product_rate(here, torch.bfloat16, quick=settings.rehearse) for _ in range(settings.times(RATES, 1))]
+    rates = [
+        measure_matmul_flops(here, torch.bfloat16, quick=settings.rehearse) for _ in range(settings.times(RATES, 1))
+    ]
     found["product_tflops"] = max(rates) / 1e12
     if here.type == "cuda":
         found["while warm"] = smi()

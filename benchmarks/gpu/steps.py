@@ -13,7 +13,7 @@ from unittest.mock import patch
 import torch
 
 from benchmarks import machine
-from benchmarks.bench_train_step import Case, labelled_share, random_trainer, training
+from benchmarks.bench_train_step import Case, labeled_fraction, random_trainer, training
 from benchmarks.gpu.cases import CASES, StepCase
 from benchmarks.gpu.hardware import ROOT, data_sheet_flops
 from benchmarks.gpu.profile import profile
@@ -22,7 +22,7 @@ from gptbert.config import ModelConfig
 from gptbert.data.packing import Prefetcher
 from gptbert.distributed.memory import peak_memory
 from gptbert.distributed.world import connect
-from gptbert.monitoring.flops import product_rate, training_flops
+from gptbert.monitoring.flops import measure_matmul_flops, training_flops
 from gptbert.trainer import Trainer
 from kernels.backend import set_default_backend
 
@@ -135,10 +135,10 @@ def figures(case: StepCase, settings: Settings, way: str) -> dict[str, Any]:
         host = [launch_seconds(lambda: steps.take(1)) for _ in range(HOST_STEPS)]
         peak = peak_memory(machine.device())
         kernels = profile(lambda: steps.take(1), PROFILED_STEPS)
-        share = statistics.mean(labelled_share(steps.trainer, step) for step in range(0, count, max(1, count // 4)))
+        share = statistics.mean(labeled_fraction(steps.trainer, step) for step in range(0, count, max(1, count // 4)))
         tokens = steps.case.rows * steps.case.seq_length
         flops = tokens * training_flops(steps.model_config, steps.case.seq_length, share)
-    rate = product_rate(machine.device(), torch.bfloat16, quick=settings.rehearse)
+    rate = measure_matmul_flops(machine.device(), torch.bfloat16, quick=settings.rehearse)
     seconds = statistics.median(rounds)
     data_sheet = data_sheet_flops(machine.hardware())
     return {
@@ -148,7 +148,7 @@ def figures(case: StepCase, settings: Settings, way: str) -> dict[str, Any]:
         "mfu": flops / seconds / rate,
         "mfu_data_sheet": flops / seconds / data_sheet if data_sheet else None,
         "product_tflops": rate / 1e12,
-        "labelled_share": share,
+        "labeled_fraction": share,
         "host_ms": 1e3 * statistics.median(host),
         "peak_gb": peak / 1e9,
         "first_step_seconds": first,

@@ -107,14 +107,14 @@ def save(checkpoint: Checkpoint, config: TrainConfig, model_config: ModelConfig,
     temporary, shards = final.with_name(f".{final.name}.incomplete"), {}
     moments, rest = _moments_apart(checkpoint.optimizer)  # no moments, where they are whole
     try:
-        with world.agreed(), _refusals(final):
+        with world.errors_on_all_ranks(), _refusals(final):
             if world.is_main:
                 _write(replace(checkpoint, optimizer=rest), temporary, config, model_config)
         if checkpoint.is_sharded:
-            with world.agreed(), _refusals(final):
+            with world.errors_on_all_ranks(), _refusals(final):
                 tensors = _named(checkpoint.model, checkpoint.ema, moments)
                 shards = save_shards(tensors, temporary / SHARDS, world)
-        with world.agreed(), _refusals(final):
+        with world.errors_on_all_ranks(), _refusals(final):
             if world.is_main:
                 manifest.write(temporary, {f"{SHARDS}/{name}": entry for name, entry in shards.items()})
                 publish(temporary, final)

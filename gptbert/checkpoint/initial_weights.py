@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from gptbert.checkpoint.folder import MODEL_CONFIG, TOKENIZER, differences, newest_in
-from gptbert.checkpoint.saved_model import read_whole_weights
+from gptbert.checkpoint.saved_model import read_full_weights
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.errors import InputError, prefix_errors
 from gptbert.text.tokenizer import tokenizer_hash
@@ -24,4 +24,4 @@ def read_initial_weights(config: TrainConfig, model_config: ModelConfig) -> dict
             raise InputError(f"{path}: its model differs from --config_file: {changes}")
         if tokenizer_hash(path / TOKENIZER) != tokenizer_hash(config.tokenizer_path):
             raise InputError(f"{path}: its tokenizer.json is not --tokenizer_path {config.tokenizer_path}")
-        return read_whole_weights(path, "model", model_config)
+        return read_full_weights(path, "model", model_config)

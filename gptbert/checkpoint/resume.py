@@ -9,7 +9,7 @@ from gptbert.config import ModelConfig, TrainConfig
 from gptbert.distributed.world import World
 from gptbert.errors import InputError
 from gptbert.io.files import move_away
-from gptbert.io.screen import say
+from gptbert.io.screen import log
 from gptbert.text.tokenizer import tokenizer_hash
 
 
@@ -21,10 +21,10 @@ def find_for_all_ranks(
     Raises:
         InputError: on every rank; see `find`, `load` and `check_settings`.
     """
-    with world.agreed():
+    with world.errors_on_all_ranks():
         path = find(config) if world.is_main else None
     path = world.all_gather(path)[0]
-    with world.agreed():
+    with world.errors_on_all_ranks():
         if path and not path.is_dir():
             raise InputError(f"{path}: not to be seen on every host; --output_dir must be one folder for all of them")
         checkpoint = load(path, model_config) if path else None
@@ -84,7 +84,7 @@ def _newest_undamaged(existing: list[Path]) -> Path | None:
             manifest.check(path)
         except InputError as error:
             damage = damage or f"{path} ({error})"
-            say(f"--resume auto: {path} is damaged ({error}), set aside as {path.name}.damaged")
+            log(f"--resume auto: {path} is damaged ({error}), set aside as {path.name}.damaged")
             move_away(path, f"{path.name}.damaged")
         else:
             return path

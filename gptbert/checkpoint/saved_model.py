@@ -27,7 +27,7 @@ def load_model(path: Path, weights: str = "ema") -> GPTBert:
     path = newest_in(Path(path))
     config = ModelConfig.from_json(path / MODEL_CONFIG)
     try:  # before the model takes the memory of its shape
-        state = read_whole_weights(path, weights, config)
+        state = read_full_weights(path, weights, config)
     except InputError as error:
         raise InputError(f"{path}: the checkpoint is damaged ({error})") from error
     model = GPTBert(config)
@@ -35,7 +35,7 @@ def load_model(path: Path, weights: str = "ema") -> GPTBert:
     return model.eval()
 
 
-def read_whole_weights(path: Path, weights: str, config: ModelConfig) -> dict[str, Tensor]:
+def read_full_weights(path: Path, weights: str, config: ModelConfig) -> dict[str, Tensor]:
     """Whole weights of a checkpoint of either kind, checked against its manifest.
 
     Args:

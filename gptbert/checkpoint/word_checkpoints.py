@@ -18,7 +18,7 @@ from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.data.mixture import Mixture
 from gptbert.data.objectives import Objective
 from gptbert.data.packing import RowStream
-from gptbert.distributed.fsdp import whole_weights
+from gptbert.distributed.fsdp import full_weights
 from gptbert.distributed.world import World
 from gptbert.errors import InputError
 from gptbert.io.files import new_folder
@@ -88,10 +88,10 @@ class WordCheckpoints:
         Raises:
             InputError: the disk refuses; folders that were there are untouched.
         """
-        weights = {"model": whole_weights(model, world), "ema": whole_weights(ema, world)}
+        weights = {"model": full_weights(model, world), "ema": full_weights(ema, world)}
         for words in self.due(step):
             final = self._config.run_dir / WORD_CHECKPOINTS / checkpoint_name(words)
-            with world.agreed():
+            with world.errors_on_all_ranks():
                 if world.is_main:
                     with new_folder(final, "checkpoint", replace=True) as folder:
                         for name, tensors in weights.items():

@@ -41,7 +41,7 @@ def training_streams(config: TrainConfig, inputs: Inputs, plan: HybridPlan) -> d
     return streams
 
 
-class StepRows:
+class BatchLoader:
     """Rows and batches of every step of a run.
 
     Attributes:
@@ -105,13 +105,13 @@ class StepRows:
             tensors[name] = tensor.pin_memory() if self._world.device.type == "cuda" else tensor
         return tensors
 
-    def agree(self) -> None:
+    def raise_load_errors(self) -> None:
         """End the run if any rank has left rows out; every rank must call it.
 
         Raises:
             InputError: a token id is outside the vocabulary.
         """
-        with self._world.agreed():
+        with self._world.errors_on_all_ranks():
             if self._refusal:
                 raise InputError(self._refusal)
 

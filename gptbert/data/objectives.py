@@ -80,7 +80,7 @@ def micro_batches(batches: list[Batch], most_rows: int) -> list[list[Batch]]:
 
 @dataclass(frozen=True)
 class Masking:
-    """Parameters of masked language modelling at one step; see `kernels.span_mask`."""
+    """Parameters of masked language modeling at one step; see `kernels.span_mask`."""
 
     mask_p: float
     random_p: float

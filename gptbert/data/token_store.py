@@ -37,7 +37,7 @@ from gptbert.data.token_shards import (
     write_shard,
 )
 from gptbert.errors import InputError, first_line
-from gptbert.io.files import finish
+from gptbert.io.files import fsync_file
 
 SHARD_TOKENS = 50_000_000  # the writer holds a shard twice for a moment: 400 MB where ids take 4 bytes
 MOST_MAPPED = 1024  # files; two blocks of gptbert.data.document_order reach into some hundred
@@ -316,7 +316,7 @@ class TokenStoreWriter:
         num_words = None if None in words else sum(words)
         with _write_errors(self.path):
             write_shard(Shard(tokens, offsets, self.vocab_size, self.tokenizer_hash, num_words), file)
-            finish(file)
+            fsync_file(file)
         self._written.append(file)
 
     def _publish(self) -> None:

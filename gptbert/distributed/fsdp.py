@@ -79,7 +79,7 @@ def _shard(model: GPTBert, mesh: DeviceMesh, *, mixed_precision: bool) -> None:
                 module.set_force_sum_reduction_for_comms(True)  # gloo knows no mean
 
 
-def let_go(model: nn.Module) -> None:
+def reshard(model: nn.Module) -> None:
     """Drop the whole embedding, which a forward leaves behind for its backward, where none follows."""
     if isinstance(model, FSDPModule):
         model.reshard()
@@ -90,12 +90,12 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor; every rank must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_weights(model: GPTBert, world: World) -> dict[str, Tensor]:
+def full_weights(model: GPTBert, world: World) -> dict[str, Tensor]:
     """A model's weights on the main rank, by name, on the CPU if they were sharded; every rank must call it.
 
     Returns:
@@ -103,7 +103,7 @@ def whole_weights(model: GPTBert, world: World) -> dict[str, Tensor]:
     """
     gathered = {}
     for name, tensor in model.state_dict().items():
-        all_of_it = whole(tensor)
+        all_of_it = full_tensor(tensor)
         if world.is_main:
             gathered[name] = all_of_it.cpu() if isinstance(tensor, DTensor) else all_of_it
     return gathered

@@ -40,7 +40,7 @@ class StopSignal:
         """1 or 0, an int64 scalar on the device, to be added up over the ranks."""
         return torch.full((), int(self.received is not None), dtype=torch.int64, device=self._world.device)
 
-    def is_agreed(self, total: Tensor) -> bool:
+    def should_stop(self, total: Tensor) -> bool:
         """Whether to stop at this step's end: the same on every rank, which must call it once a step.
 
         Args:

@@ -50,7 +50,7 @@ class World:
         return values
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model as data-parallel module: gradients are averaged over ranks during the synchronised backward.
+        """The model as data-parallel module: gradients are averaged over ranks during the synchronized backward.
 
         A sharded model does so itself, see `gptbert.distributed.fsdp`.
         """
@@ -62,7 +62,7 @@ class World:
         return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **{sync_buffers: False})
 
     @contextmanager
-    def agreed(self) -> Iterator[None]:
+    def errors_on_all_ranks(self) -> Iterator[None]:
         """A block that fails on every rank, with the same message, if it raises an InputError on any of them."""
         message = None
         try:

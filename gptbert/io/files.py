@@ -1,4 +1,4 @@
-"""Files and folders that are complete or absent: the last touch before others see them, and their ends."""
+"""Atomic writes of files and folders: fsync, rename, delete."""
 
 import os
 import shutil
@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from gptbert.errors import InputError, first_line
 
 
-def finish(path: Path) -> None:
-    """Put a written file or folder on the disk for good, with the mode that any new file gets.
+def fsync_file(path: Path) -> None:
+    """Flush a written file or folder to the disk, and give the file the mode of any new file.
 
     The mode matters for safetensors files, which the library makes readable for their owner alone.
     """
@@ -27,19 +27,19 @@ def finish(path: Path) -> None:
         os.close(handle)
 
 
-def finish_folder(folder: Path) -> None:
-    """`finish` all that is in a folder, and then itself."""
+def fsync_folder(folder: Path) -> None:
+    """`fsync_file` for everything in a folder, and then for the folder itself."""
     for path in (*folder.rglob("*"), folder):
-        finish(path)
+        fsync_file(path)
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Put a complete folder, `finish`ed, in the place of whatever has its name."""
-    finish_folder(temporary)
+    """Fsync a complete folder and rename it to its final name, in place of what had that name."""
+    fsync_folder(temporary)
     if final.exists():
         delete(final)
     temporary.rename(final)
-    finish(final.parent)
+    fsync_file(final.parent)
 
 
 def delete(folder: Path) -> None:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gptbert.errors import InputError
-from gptbert.io.files import finish
+from gptbert.io.files import fsync_file
 
 
 def check_outputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
@@ -46,7 +46,7 @@ def staged_outputs(*outputs: Path, what: str = "output") -> Iterator[Sequence[Pa
             staged = [Path(folder, output.name) for output in outputs]
             yield staged
             for file in staged:
-                finish(file)
+                fsync_file(file)
             target.mkdir(parents=True, exist_ok=True)
             for file, output in zip(staged, outputs, strict=True):
                 file.replace(output)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     """Print a line above the progress bar."""
     tqdm.write(line, file=sys.stderr)
 

@@ -169,7 +169,7 @@ def load_torch_file(path: str | Path) -> Any:
 
 
 class _Mark:
-    """A function of torch that a pickle may name; it is recognised, never called."""
+    """A function of torch that a pickle may name; it is recognized, never called."""
 
 
 _TENSOR, _TENSOR_WITH_DTYPE, _DICTIONARY, _ANY_STORAGE, _FORGOTTEN = (_Mark() for _ in range(5))

@@ -41,17 +41,17 @@ class Attention(nn.Module):
 
         Args:
             hidden_states: [B, T, D].
-            relative: [P, D] or more rows, normalised position vectors.
+            relative: [P, D] or more rows, normalized position vectors.
             buckets: [T, T], β(i, j).
             mask: [B, T, T] bool, True where query i may see key j.
             seeds: [SEEDS, 2] of dropout, or None.
         """
         relative_seed, probability_seed, output_seed = (None,) * SEEDS if seeds is None else seeds.unbind()
-        normalised = self.input_norm(hidden_states)
+        normalized = self.input_norm(hidden_states)
         # narrowed once for both of their uses, whose gradients then add up before they widen
-        weight, bias = (param.to(normalised.dtype) for param in (self.query_key.weight, self.query_key.bias))
-        query, key = add_bias(F.linear(normalised, weight), bias).chunk(2, dim=-1)
-        value_gate = F.linear(normalised, self.value_gate.weight)
+        weight, bias = (param.to(normalized.dtype) for param in (self.query_key.weight, self.query_key.bias))
+        query, key = add_bias(F.linear(normalized, weight), bias).chunk(2, dim=-1)
+        value_gate = F.linear(normalized, self.value_gate.weight)
         value, gate = add_bias(value_gate, self.value_gate.bias).chunk(2, dim=-1)
         relative = self.dropout(relative, relative_seed)
         position_query, position_key = add_bias(F.linear(relative, weight), bias).chunk(2, dim=-1)

@@ -1,7 +1,7 @@
 """GPT-BERT (Charpentier & Samuel 2024, arXiv 2410.24159); docs/model.md has the formulas.
 
 Letters of shapes: B rows, T positions, D hidden, H heads, d = D/H, I intermediate, V vocabulary, S bucket size,
-P = 2S−1 distinct position vectors, N labelled positions.
+P = 2S−1 distinct position vectors, N labeled positions.
 """
 
 import math
@@ -47,10 +47,10 @@ class GPTBert(nn.Module):
         distances = torch.arange(-config.max_position_embeddings + 1, config.max_position_embeddings)
         buckets = config.position_bucket_size - 1 + position_bucket(distances, config)
         self.register_buffer("bucket_of_distance", buckets, persistent=False)  # [2M − 1], values 0 … P − 1
-        self._initialise()
+        self._initialize()
 
     @torch.no_grad()
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         std = math.sqrt(2 / (5 * self.config.hidden_size))
         for name, param in self.named_parameters():
             if name.endswith("bias"):
@@ -114,14 +114,14 @@ class GPTBert(nn.Module):
             parts: numbers of consecutive rows whose sums are wanted apart, and the upper bound for each.
 
         Returns:
-            Sums over the labelled positions, see `kernels.MaskedCrossEntropy`; with `parts` those of each.
+            Sums over the labeled positions, see `kernels.MaskedCrossEntropy`; with `parts` those of each.
         """
         seeds = self._dropout_seeds(input_ids.device)
         hidden_states = self._encode(input_ids, document_ids, causal, seeds)
         rows, capacities = zip(*(parts or [(len(labels), label_capacity)]), strict=True)
-        # [B·T, D] to [N, D]: the head sees labelled positions only
+        # [B·T, D] to [N, D]: the head sees labeled positions only
         selected = [
-            select_labelled(states.flatten(0, 1), part.flatten(), capacity)
+            select_labeled(states.flatten(0, 1), part.flatten(), capacity)
             for states, part, capacity in zip(hidden_states.split(rows), labels.split(rows), capacities, strict=True)
         ]
         numbers = [len(labels) for _, labels in selected]
@@ -275,22 +275,22 @@ def attention_mask(document_ids: Tensor, causal: bool | Tensor) -> Tensor:
     return mask.tril() if causal else mask
 
 
-def select_labelled(hidden_states: Tensor, labels: Tensor, capacity: int | None) -> tuple[Tensor, Tensor]:
+def select_labeled(hidden_states: Tensor, labels: Tensor, capacity: int | None) -> tuple[Tensor, Tensor]:
     """The rows of `hidden_states` that carry a label.
 
     Args:
         hidden_states: [B·T, D].
         labels: [B·T].
-        capacity: number of rows to return, at least the number of labels; the rest is filled with unlabelled rows.
+        capacity: number of rows to return, at least the number of labels; the rest is filled with unlabeled rows.
             None counts the labels, for which a GPU has to wait, and rounds up.
 
     Returns:
         [N, D] and [N].
     """
-    labelled = labels != IGNORE_INDEX
+    labeled = labels != IGNORE_INDEX
     if capacity is None:
-        capacity = rounded_rows(int(labelled.sum()))
+        capacity = rounded_rows(int(labeled.sum()))
     if capacity >= len(labels):
         return hidden_states, labels
-    rows = labelled.nonzero_static(size=capacity, fill_value=-1).squeeze(-1)
+    rows = labeled.nonzero_static(size=capacity, fill_value=-1).squeeze(-1)
     return hidden_states[rows], torch.where(rows >= 0, labels[rows], IGNORE_INDEX)

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from kernels.normalise import normalise
+from kernels.normalize import normalize
 
 
 def layer_norm(size: int, eps: float) -> nn.LayerNorm:
@@ -19,4 +19,4 @@ class InputNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """X [..., D] to the same shape, in autocast's dtype where that is on."""
-        return normalise(x, self.eps)
+        return normalize(x, self.eps)

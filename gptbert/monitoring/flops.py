@@ -1,4 +1,4 @@
-"""How much arithmetic a training step needs, and how much a device can do: model FLOP utilisation."""
+"""How much arithmetic a training step needs, and how much a device can do: model FLOP utilization."""
 
 import time
 
@@ -11,7 +11,7 @@ _QUICK_SIZES = {"cpu": (1024,), "cuda": (8192,)}  # milliseconds; on a GPU, laun
 _REPEATS = 4
 
 
-def forward_flops(config: ModelConfig, length: int, labelled_share: float) -> float:
+def forward_flops(config: ModelConfig, length: int, labeled_fraction: float) -> float:
     """FLOPs of the matrix products that one token needs, forward; a backward needs twice as many.
 
     Per layer 2·(5D² + 3DI) of projections, 4TD of attention over all T keys, 4(2S−1)D of position scores; and for a
@@ -20,21 +20,21 @@ def forward_flops(config: ModelConfig, length: int, labelled_share: float) -> fl
     Args:
         config: the model's shape.
         length: T.
-        labelled_share: share of the tokens that carry a label.
+        labeled_fraction: share of the tokens that carry a label.
     """
     hidden, inner = config.hidden_size, config.intermediate_size
     positions = 2 * config.position_bucket_size - 1
     layer = 2 * (5 * hidden**2 + 3 * hidden * inner) + 4 * length * hidden + 4 * positions * hidden
     head = 2 * hidden**2 + 2 * hidden * config.vocab_size
-    return config.num_hidden_layers * layer + labelled_share * head
+    return config.num_hidden_layers * layer + labeled_fraction * head
 
 
-def training_flops(config: ModelConfig, length: int, labelled_share: float) -> float:
+def training_flops(config: ModelConfig, length: int, labeled_fraction: float) -> float:
     """FLOPs that one token needs, forward and backward."""
-    return 3 * forward_flops(config, length, labelled_share)
+    return 3 * forward_flops(config, length, labeled_fraction)
 
 
-def product_rate(device: torch.device, dtype: torch.dtype, *, quick: bool = False) -> float:
+def measure_matmul_flops(device: torch.device, dtype: torch.dtype, *, quick: bool = False) -> float:
     """The best rate of torch.mm that the device shows, in FLOPs a second.
 
     Args:

@@ -11,24 +11,24 @@ from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.data.inputs import Inputs
 from gptbert.data.objectives import Objective
 from gptbert.distributed.world import World
-from gptbert.io.screen import say
+from gptbert.io.screen import log
 from gptbert.monitoring import recipes
 
 
-def introduce(
+def print_header(
     config: TrainConfig, inputs: Inputs, plan: HybridPlan, world: World, backend: str, words: WordCheckpoints
 ) -> None:
     """Say what a run is about to do, and with what."""
     model = inputs.model_config
-    say(
+    log(
         f"{config.name}: {world.world_size} x {world.device.type}, {backend} kernels, hybrid mode {plan.mode}, "
         f"{inputs.num_train_tokens:,} training tokens, {model.num_hidden_layers} layers of {model.hidden_size}, "
         f"run folder {config.run_dir}"
     )
     if config.checkpoint_words:
-        say(words.forecast())
+        log(words.forecast())
     if warning := recipes.warning(config):
-        say(warning)
+        log(warning)
 
 
 def progress_bar(config: TrainConfig, world: World, first_step: int) -> tqdm:
@@ -45,7 +45,7 @@ def progress_bar(config: TrainConfig, world: World, first_step: int) -> tqdm:
     )
 
 
-def brief(record: dict[str, float], prefix: str) -> str:
+def summary(record: dict[str, float], prefix: str) -> str:
     """The losses of a record, and its tokens per second where it has them; `prefix` is "train" or "validation"."""
     parts = [
         f"{objective.value} {record[f'{prefix}/{objective.value}/loss']:.3f}"

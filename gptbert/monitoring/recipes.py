@@ -68,7 +68,7 @@ def learning_rate_range(optimizer: str, tokens: int) -> tuple[float, float]:
     Returns:
         The lowest, and the one below which they must stay.
     """
-    rates = [recipe.rate_at(tokens) for recipe in _neighbours(optimizer, tokens)]
+    rates = [recipe.rate_at(tokens) for recipe in _neighbors(optimizer, tokens)]
     low, high = min(rates) / FACTOR, max(rates) * FACTOR
     if optimizer == DIVERGED.optimizer:
         high = min(high, DIVERGED.rate_at(max(tokens, DIVERGED.tokens)))
@@ -86,7 +86,7 @@ def warning(config: TrainConfig) -> str | None:
     if config.max_steps < TRIAL_STEPS or not (is_low or rate >= high):
         return None
     nearest = min(
-        _neighbours(config.optimizer, tokens),
+        _neighbors(config.optimizer, tokens),
         key=lambda recipe: (abs(math.log(tokens / recipe.tokens)), abs(recipe.learning_rate - rate)),
     )
     return (
@@ -97,7 +97,7 @@ def warning(config: TrainConfig) -> str | None:
     )
 
 
-def _neighbours(optimizer: str, tokens: int) -> list[Recipe]:
+def _neighbors(optimizer: str, tokens: int) -> list[Recipe]:
     """An optimizer's recipes of the next smaller batch and of the next larger one, or of the only one there is."""
     recipes = [recipe for recipe in RECIPES if recipe.optimizer == {"muon": "adamw"}.get(optimizer, optimizer)]
     sizes = sorted({recipe.tokens for recipe in recipes})

@@ -15,7 +15,7 @@ import torch
 
 from gptbert.config import TrainConfig
 from gptbert.data.token_store import TokenStore
-from gptbert.distributed.fsdp import let_go
+from gptbert.distributed.fsdp import reshard
 from gptbert.distributed.world import World
 from gptbert.model import GPTBert
 from gptbert.text.tokenizer import BOS_ID, MASK_ID, PAD_ID, load_tokenizer
@@ -74,7 +74,7 @@ class Samples:
         with precision:
             hidden_states = model.encode(self._input_ids, self._document_ids, causal=False)
             logits = model.logits(hidden_states[self._rows, self._columns])  # [masks, V]
-        let_go(model)
+        reshard(model)
         model.train(was_training)
         best = logits.float().softmax(dim=-1).topk(TOP)  # [masks, TOP]
         pairs = [zip(*mask, strict=True) for mask in zip(best.indices.tolist(), best.values.tolist(), strict=True)]

@@ -39,7 +39,7 @@ class SkippedSteps:
         self.counts[2] = row
         return longest
 
-    def require_fewer(self, most: int, step: int) -> None:
+    def raise_if_too_many(self, most: int, step: int) -> None:
         """End the run where it skips too much.
 
         Args:

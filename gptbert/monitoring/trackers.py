@@ -10,7 +10,7 @@ from typing import Any, Protocol, Self
 from gptbert.config import TrainConfig
 from gptbert.distributed.world import World
 from gptbert.errors import InputError, first_line
-from gptbert.io.screen import say
+from gptbert.io.screen import log
 from gptbert.monitoring.records import JsonLines
 
 
@@ -65,7 +65,7 @@ class Wandb:
                 ) from error
             if mode != "online":
                 raise
-            say(f"wandb is not reached ({first_line(error)}); recording offline, for wandb sync")
+            log(f"wandb is not reached ({first_line(error)}); recording offline, for wandb sync")
             wandb.teardown()  # or the run's id is in use
             self._run = start("offline")
 
@@ -174,5 +174,5 @@ class Trackers:
             raise
         except Exception as error:  # noqa: BLE001  libraries raise what they like
             if name not in self._failed:
-                say(f"{name} fails ({first_line(error) or type(error).__name__}); training goes on")
+                log(f"{name} fails ({first_line(error) or type(error).__name__}); training goes on")
             self._failed.add(name)

@@ -15,7 +15,7 @@ from gptbert.config import TrainConfig
 from gptbert.data.objectives import Batch, Masking, Objective, causal_batch, masked_batch
 from gptbert.data.packing import RowStream
 from gptbert.data.token_store import TokenStore
-from gptbert.distributed.fsdp import let_go
+from gptbert.distributed.fsdp import reshard
 from gptbert.distributed.world import World
 from gptbert.errors import InputError, first_line
 from gptbert.io.json_file import read_json
@@ -126,7 +126,7 @@ class Validation:
                     result = model(batch.input_ids, batch.document_ids, batch.labels, batch.objective.causal)
                 sums.add(batch.objective, result)
             advance(max(0, min(step, end - row)))
-        let_go(model)
+        reshard(model)
         model.train(was_training)
         return sums
 

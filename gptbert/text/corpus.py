@@ -34,7 +34,7 @@ class CorpusConfig:
     input: tuple[Path, ...] = ()
     """Files or folders of documents.
     Folders are read with their sub-folders, in order of the names, without hidden files.
-    Gzip is recognised by content, Parquet and Arrow by names that end in .parquet and .arrow.
+    Gzip is recognized by content, Parquet and Arrow by names that end in .parquet and .arrow.
     A folder that save_to_disk of Hugging Face's datasets wrote is read as that dataset."""
     dataset: str | None = None
     """Instead of --input: a Hugging Face dataset, by its name on the Hub or a folder of data files, streamed."""

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from kernels import cpp
-from kernels.dropout import limit
+from kernels.dropout import keep_threshold
 
 
 def _fake_attention_weights(scores, by_query, by_key, buckets, mask, seed, dropout_prob):
@@ -64,4 +64,4 @@ def _gradients(grad: Tensor, num_buckets: int, seed: Tensor | None) -> tuple[Ten
 
 
 def _dropout(seed: Tensor | None, dropout_prob: float) -> tuple[Tensor | None, int, float]:
-    return seed, limit(dropout_prob), 1 / (1 - dropout_prob)
+    return seed, keep_threshold(dropout_prob), 1 / (1 - dropout_prob)

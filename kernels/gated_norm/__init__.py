@@ -40,21 +40,21 @@ def gated_product(
 
 
 class _GatedProduct(torch.autograd.Function):
-    """Keeps what comes in, and computes the normalised product again: it is the largest of a block's tensors."""
+    """Keeps what comes in, and computes the normalized product again: it is the largest of a block's tensors."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, linear: Tensor | None, weight: Tensor, is_tanh: bool, eps: float) -> Tensor:
-        normalised, mean, inverse_std = op.gated_norm(gate, linear, is_tanh, eps)
+        normalized, mean, inverse_std = op.gated_norm(gate, linear, is_tanh, eps)
         narrow = weight.to(gate.dtype)
         ctx.save_for_backward(gate, linear, narrow, mean, inverse_std)
         ctx.is_tanh, ctx.dtype = is_tanh, weight.dtype
-        return F.linear(normalised, narrow)
+        return F.linear(normalized, narrow)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, linear, weight, mean, inverse_std = ctx.saved_tensors
-        of_gate, of_linear, normalised = op.gated_norm_backward(
+        of_gate, of_linear, normalized = op.gated_norm_backward(
             grad @ weight, gate, linear, mean, inverse_std, ctx.is_tanh
         )
-        of_weight = (grad.flatten(0, -2).T @ normalised.flatten(0, -2)).to(ctx.dtype)
+        of_weight = (grad.flatten(0, -2).T @ normalized.flatten(0, -2)).to(ctx.dtype)
         return of_gate, None if linear is None else of_linear, of_weight, None, None

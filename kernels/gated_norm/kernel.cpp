@@ -31,7 +31,7 @@ inline Gelu gelu_exact(float x) {
 }
 
 template <Gelu (*gelu)(float)>
-void forward(const bf16* linear, const bf16* gate, bf16* normalised, float* means, float* inverse_stds, int64_t rows,
+void forward(const bf16* linear, const bf16* gate, bf16* normalized, float* means, float* inverse_stds, int64_t rows,
              int64_t groups, int64_t width, int64_t linear_row, int64_t linear_group, int64_t gate_row, float eps) {
     const int64_t size = groups * width;
 #pragma omp parallel
@@ -54,7 +54,7 @@ void forward(const bf16* linear, const bf16* gate, bf16* normalised, float* mean
 #pragma omp simd reduction(+ : squares)
             for (int64_t i = 0; i < size; i++) squares += (v[i] - mean) * (v[i] - mean);
             float inverse_std = 1.0f / std::sqrt(squares / size + eps);
-            bf16* out = normalised + row * size;
+            bf16* out = normalized + row * size;
 #pragma omp simd
             for (int64_t i = 0; i < size; i++) out[i] = narrow((v[i] - mean) * inverse_std);
             means[row] = mean;
@@ -65,7 +65,7 @@ void forward(const bf16* linear, const bf16* gate, bf16* normalised, float* mean
 
 template <Gelu (*gelu)(float)>
 void backward(const bf16* grad, const bf16* linear, const bf16* gate, const float* means, const float* inverse_stds,
-              bf16* grad_linear, bf16* grad_gate, bf16* normalised, int64_t rows, int64_t groups, int64_t width,
+              bf16* grad_linear, bf16* grad_gate, bf16* normalized, int64_t rows, int64_t groups, int64_t width,
               int64_t linear_row, int64_t linear_group, int64_t gate_row, int64_t grad_linear_row,
               int64_t grad_linear_group, int64_t grad_gate_row) {
     const int64_t size = groups * width;
@@ -80,7 +80,7 @@ void backward(const bf16* grad, const bf16* linear, const bf16* gate, const floa
             for (int64_t group = 0; group < groups; group++) {
                 const bf16 *l = linear + row * linear_row + group * linear_group, *g = gate + row * gate_row + group * width;
                 const bf16* dy = grad + row * size + group * width;
-                bf16* out = normalised + row * size + group * width;
+                bf16* out = normalized + row * size + group * width;
                 float *share = shares + group * width, *slope = slopes + group * width, *value = values + group * width;
 #pragma omp simd reduction(+ : sum, along)
                 for (int64_t i = 0; i < width; i++) {
@@ -114,19 +114,19 @@ void backward(const bf16* grad, const bf16* linear, const bf16* gate, const floa
 
 }  // namespace
 
-extern "C" void gated_norm(const bf16* linear, const bf16* gate, bf16* normalised, float* means, float* inverse_stds,
+extern "C" void gated_norm(const bf16* linear, const bf16* gate, bf16* normalized, float* means, float* inverse_stds,
                            int64_t rows, int64_t groups, int64_t width, int64_t linear_row, int64_t linear_group,
                            int64_t gate_row, int64_t is_tanh, float eps) {
-    (is_tanh ? forward<gelu_tanh> : forward<gelu_exact>)(linear, gate, normalised, means, inverse_stds, rows, groups,
+    (is_tanh ? forward<gelu_tanh> : forward<gelu_exact>)(linear, gate, normalized, means, inverse_stds, rows, groups,
                                                          width, linear_row, linear_group, gate_row, eps);
 }
 
 extern "C" void gated_norm_backward(const bf16* grad, const bf16* linear, const bf16* gate, const float* means,
-                                    const float* inverse_stds, bf16* grad_linear, bf16* grad_gate, bf16* normalised,
+                                    const float* inverse_stds, bf16* grad_linear, bf16* grad_gate, bf16* normalized,
                                     int64_t rows, int64_t groups, int64_t width, int64_t linear_row,
                                     int64_t linear_group, int64_t gate_row, int64_t grad_linear_row,
                                     int64_t grad_linear_group, int64_t grad_gate_row, int64_t is_tanh) {
     (is_tanh ? backward<gelu_tanh> : backward<gelu_exact>)(
-        grad, linear, gate, means, inverse_stds, grad_linear, grad_gate, normalised, rows, groups, width, linear_row,
+        grad, linear, gate, means, inverse_stds, grad_linear, grad_gate, normalized, rows, groups, width, linear_row,
         linear_group, gate_row, grad_linear_row, grad_linear_group, grad_gate_row);
 }

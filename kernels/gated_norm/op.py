@@ -7,7 +7,7 @@ from kernels import cpp
 
 
 def _fake_gated_norm(gate, linear, is_tanh, eps):
-    return _normalised(gate, linear)
+    return _normalized(gate, linear)
 
 
 @cpp.operation(_fake_gated_norm)
@@ -23,7 +23,7 @@ def gated_norm(gate: Tensor, linear: Tensor | None, is_tanh: bool, eps: float) -
     Returns:
         [B, T, D]; mean and inverse standard deviation [B, T] in fp32.
     """
-    outputs = _normalised(gate, linear)
+    outputs = _normalized(gate, linear)
     inputs, sizes, strides = _memory(gate, linear)
     cpp.call("gated_norm", (*inputs, *outputs, *sizes, *strides, int(is_tanh), eps))
     return outputs
@@ -37,17 +37,17 @@ def _fake_gated_norm_backward(grad, gate, linear, mean, inverse_std, is_tanh):
 def gated_norm_backward(
     grad: Tensor, gate: Tensor, linear: Tensor | None, mean: Tensor, inverse_std: Tensor, is_tanh: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `gate` and of `linear` (empty without), and the normalised product once more."""
+    """Gradients of `gate` and of `linear` (empty without), and the normalized product once more."""
     grad = grad.contiguous()
-    grad_gate, grad_linear, normalised = outputs = _gradients(grad, gate, linear)
+    grad_gate, grad_linear, normalized = outputs = _gradients(grad, gate, linear)
     inputs, sizes, strides = _memory(gate, linear)
     grads, _, grad_strides = _memory(grad_gate, None if linear is None else grad_linear)
-    tensors = (grad, *inputs, mean, inverse_std, *grads, normalised)
+    tensors = (grad, *inputs, mean, inverse_std, *grads, normalized)
     cpp.call("gated_norm_backward", (*tensors, *sizes, *strides, *grad_strides, int(is_tanh)))
     return outputs
 
 
-def _normalised(gate: Tensor, linear: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _normalized(gate: Tensor, linear: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, size = gate.shape
     mean, inverse_std = (gate.new_empty(batch, length, dtype=torch.float32) for _ in range(2))
     return gate.new_empty(batch, length, size // 2 if linear is None else size), mean, inverse_std

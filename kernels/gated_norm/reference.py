@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.normalise import normalise
+from kernels.normalize import normalize
 
 
 def gated_norm(linear: Tensor, gate: Tensor, approximate: str, eps: float) -> Tensor:
     """See `kernels.gated_norm.gated_product`; linear and gate [..., D] to [..., D]."""
-    return normalise(linear * (gelu_tanh(gate) if approximate == "tanh" else F.gelu(gate)), eps)
+    return normalize(linear * (gelu_tanh(gate) if approximate == "tanh" else F.gelu(gate)), eps)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

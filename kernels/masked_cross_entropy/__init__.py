@@ -1,4 +1,4 @@
-"""Cross-entropy over the labelled rows, with z-loss and accuracy from the same logits."""
+"""Cross-entropy over the labeled rows, with z-loss and accuracy from the same logits."""
 
 import torch
 from torch import Tensor
@@ -25,8 +25,8 @@ def masked_cross_entropy(
     Rows go through in chunks: matrix product, then loss and gradient of the chunk in one pass. The gradients of all
     inputs are computed in the forward, those of weight and bias accumulated in fp32, and a backward only multiplies
     them by `grad_output`. There is no second derivative. On the CPU ignored rows are left out of the matrix products;
-    on a GPU that would mean to wait for their number, so there callers gather the labelled rows (see
-    `gptbert.model.select_labelled`). Under autocast, products are in its type, whatever the inputs'.
+    on a GPU that would mean to wait for their number, so there callers gather the labeled rows (see
+    `gptbert.model.select_labeled`). Under autocast, products are in its type, whatever the inputs'.
 
     Args:
         hidden: [N, D] floating point, the head's last representation.
@@ -38,7 +38,7 @@ def masked_cross_entropy(
         backend: see `kernels.backend.choose_backend`.
 
     Returns:
-        Sums over the labelled rows. Without any, zeros that still carry a (zero) gradient to every input.
+        Sums over the labeled rows. Without any, zeros that still carry a (zero) gradient to every input.
 
     Raises:
         ValueError: shapes do not fit together.

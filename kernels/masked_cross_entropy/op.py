@@ -94,7 +94,7 @@ def masked_cross_entropy(
     labels = _checked(labels, ignore_index, len(weight), backend)
     num_rows, kept = len(labels), None
     if labels.device.type == "cpu":  # a GPU would have to be waited for; there, callers bound the number of rows
-        kept = _labelled_rows(labels, ignore_index, backend)
+        kept = _labeled_rows(labels, ignore_index, backend)
     states, labels = (hidden, labels) if kept is None else (hidden[kept], labels[kept])
     states, matrix = states.to(compute_dtype), weight.to(compute_dtype)
     offset = None if bias is None else bias.to(compute_dtype)
@@ -181,7 +181,7 @@ def sum_rows(
     in_place: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Total, sums [loss, z_loss] and counts [correct, labelled] of rows.
+    """Total, sums [loss, z_loss] and counts [correct, labeled] of rows.
 
     `gradients` are those of the total with respect to `inputs`. With `in_place` a backward multiplies by `grad_output`
     in their own memory, so there can be only one: autograd refuses a second, because what was saved has changed.
@@ -228,7 +228,7 @@ def _checked(labels: Tensor, ignore_index: int, vocab_size: int, backend: str) -
     """Labels side by side, none outside the vocabulary; Triton's kernels see to that themselves.
 
     Raises:
-        RuntimeError: on the CPU at once; on a GPU as a device assert, when the next synchronisation finds it.
+        RuntimeError: on the CPU at once; on a GPU as a device assert, when the next synchronization finds it.
     """
     if backend != "triton":
         valid = (labels == ignore_index) | ((labels >= 0) & (labels < vocab_size))
@@ -238,12 +238,12 @@ def _checked(labels: Tensor, ignore_index: int, vocab_size: int, backend: str) -
     return labels.contiguous()
 
 
-def _labelled_rows(labels: Tensor, ignore_index: int, backend: str) -> Tensor | None:
-    """Which rows to compute on the CPU: the labelled ones, then a few others; None where that is all of them."""
-    labelled = labels != ignore_index
-    count = int(labelled.sum())
+def _labeled_rows(labels: Tensor, ignore_index: int, backend: str) -> Tensor | None:
+    """Which rows to compute on the CPU: the labeled ones, then a few others; None where that is all of them."""
+    labeled = labels != ignore_index
+    count = int(labeled.sum())
     most = rounded_rows(count) if backend == "torch" else count  # kernels that are interpreted are counted
-    return labelled.logical_not().argsort(stable=True)[:most] if most < len(labels) else None
+    return labeled.logical_not().argsort(stable=True)[:most] if most < len(labels) else None
 
 
 def _chunk_rows(num_rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> int:

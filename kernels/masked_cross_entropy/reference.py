@@ -8,14 +8,14 @@ from torch import Tensor
 
 
 class MaskedCrossEntropy(NamedTuple):
-    """Sums over the labelled rows, as scalar tensors on the input's device.
+    """Sums over the labeled rows, as scalar tensors on the input's device.
 
     Attributes:
         total: fp32, loss + z_loss_weight · z_loss; the one to call `backward` on.
         loss: fp32, Σ (logsumexp − logit of the label), detached.
         z_loss: fp32, Σ logsumexp², detached.
         correct: int64, rows whose largest logit is the label's.
-        count: int64, labelled rows.
+        count: int64, labeled rows.
     """
 
     total: Tensor
@@ -43,14 +43,14 @@ def cross_entropy_from_logits(
     logits: Tensor, labels: Tensor, *, ignore_index: int = -100, z_loss_weight: float = 0.0
 ) -> MaskedCrossEntropy:
     """See `kernels.cross_entropy_from_logits`."""
-    labelled = labels != ignore_index
-    classes = torch.where(labelled, labels, 0).long().unsqueeze(-1)  # [N, 1]
+    labeled = labels != ignore_index
+    classes = torch.where(labeled, labels, 0).long().unsqueeze(-1)  # [N, 1]
     logits = logits if logits.dtype == torch.float64 else logits.float()
     # counted from the largest logit, so that the small loss of a confident prediction is not lost in rounding
     largest, predicted = logits.detach().max(dim=-1, keepdim=True)  # [N, 1]
     shifted = logits - largest
     shifted_lse = torch.logsumexp(shifted, dim=-1)  # [N]
-    loss = torch.where(labelled, shifted_lse - shifted.gather(-1, classes).squeeze(-1), 0.0).sum()
-    z_loss = torch.where(labelled, (shifted_lse + largest.squeeze(-1)).square(), 0.0).sum()
-    correct = (labelled & (predicted == classes).squeeze(-1)).sum()
-    return MaskedCrossEntropy(loss + z_loss_weight * z_loss, loss.detach(), z_loss.detach(), correct, labelled.sum())
+    loss = torch.where(labeled, shifted_lse - shifted.gather(-1, classes).squeeze(-1), 0.0).sum()
+    z_loss = torch.where(labeled, (shifted_lse + largest.squeeze(-1)).square(), 0.0).sum()
+    correct = (labeled & (predicted == classes).squeeze(-1)).sum()
+    return MaskedCrossEntropy(loss + z_loss_weight * z_loss, loss.detach(), z_loss.detach(), correct, labeled.sum())

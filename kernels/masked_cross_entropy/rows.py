@@ -36,10 +36,10 @@ def rows(
 def _block(
     logits: Tensor, labels: Tensor, gradient: Tensor | None, scale: Tensor, ignore_index: int, z_loss_weight: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    labelled = labels != ignore_index
-    classes = torch.where(labelled, labels, 0).long().unsqueeze(-1)  # [N, 1]
+    labeled = labels != ignore_index
+    classes = torch.where(labeled, labels, 0).long().unsqueeze(-1)  # [N, 1]
     largest, predicted = logits.max(dim=-1, keepdim=True)
-    correct = labelled & (predicted == classes).squeeze(-1)
+    correct = labeled & (predicted == classes).squeeze(-1)
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     largest, entries = largest.to(wide), logits.to(wide, copy=True)  # [N, 1], [N, V]
     entries -= largest  # counted from the largest, so that a confident row's small loss stays exact
@@ -49,9 +49,9 @@ def _block(
     if gradient is not None:
         entries *= scale * (1 + 2 * z_loss_weight * lse) / total
         entries.scatter_add_(-1, classes, (-scale).to(wide).expand_as(classes))
-        gradient.copy_(entries.masked_fill_(~labelled.unsqueeze(-1), 0.0))
-    loss = torch.where(labelled, loss.squeeze(-1), 0.0)
-    z_loss = torch.where(labelled, lse.squeeze(-1).square(), 0.0)
+        gradient.copy_(entries.masked_fill_(~labeled.unsqueeze(-1), 0.0))
+    loss = torch.where(labeled, loss.squeeze(-1), 0.0)
+    z_loss = torch.where(labeled, lse.squeeze(-1).square(), 0.0)
     return loss, z_loss, correct.int()
 
 
@@ -74,7 +74,7 @@ def sums(
         vocab_size: V; labels were compared with it before.
 
     Returns:
-        The total; [loss, z_loss]; [correct, labelled] in int64.
+        The total; [loss, z_loss]; [correct, labeled] in int64.
     """
     del vocab_size
     loss, z_loss, correct = (tensor.sum() for tensor in rows)

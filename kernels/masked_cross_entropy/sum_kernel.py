@@ -36,7 +36,7 @@ def sum_kernel(
     loss = tl.zeros([BLOCK], tl.float32)
     z_loss = tl.zeros([BLOCK], tl.float32)
     correct = tl.zeros([BLOCK], tl.int32)
-    labelled = tl.zeros([BLOCK], tl.int32)
+    labeled = tl.zeros([BLOCK], tl.int32)
     wrong = tl.zeros([BLOCK], tl.int32)  # labels that are neither a class nor to be ignored
     for first in range(0, num_rows, BLOCK):
         rows = first + lanes
@@ -45,15 +45,15 @@ def sum_kernel(
         z_loss += tl.load(z_loss_ptr + rows, mask=inside, other=0.0)
         correct += tl.load(correct_ptr + rows, mask=inside, other=0)
         labels = tl.load(labels_ptr + rows, mask=inside, other=0).to(tl.int64)
-        is_labelled = inside & (labels != ignore_index)
-        labelled += is_labelled.to(tl.int32)
-        wrong += (is_labelled & ((labels < 0) | (labels >= vocab_size))).to(tl.int32)
+        is_labeled = inside & (labels != ignore_index)
+        labeled += is_labeled.to(tl.int32)
+        wrong += (is_labeled & ((labels < 0) | (labels >= vocab_size))).to(tl.int32)
     loss_sum, z_loss_sum = tl.sum(loss, axis=0), tl.sum(z_loss, axis=0)
     tl.store(total_ptr, tl.load(scale_ptr) * (loss_sum + z_loss_weight * z_loss_sum))
     tl.store(sums_ptr, loss_sum)
     tl.store(sums_ptr + 1, z_loss_sum)
     tl.store(counts_ptr, tl.sum(correct, axis=0).to(tl.int64))
-    tl.store(counts_ptr + 1, tl.sum(labelled, axis=0).to(tl.int64))
+    tl.store(counts_ptr + 1, tl.sum(labeled, axis=0).to(tl.int64))
     tl.store(is_valid_ptr, (tl.sum(wrong, axis=0) == 0).to(tl.int32))
 
 

@@ -70,7 +70,7 @@ def _compose(first, second):
 
 @triton.jit
 def _latest(first, first_but_last, second, second_but_last):  # noqa: ARG001 - a scan passes it
-    """Maxima of two stretches together: of all positions, and of all but the last, since lanes know no neighbours."""
+    """Maxima of two stretches together: of all positions, and of all but the last, since lanes know no neighbors."""
     return tl.maximum(first, second), tl.maximum(first, second_but_last)
 
 

@@ -12,7 +12,7 @@ from kernels.attention_context import bucket_sums as sums
 from kernels.column_sums import add_bias
 from kernels.dropout import dropout, random_words
 from kernels.gated_norm import gated_product
-from kernels.normalise import normalise
+from kernels.normalize import normalize
 from tests.conftest import TINY
 from tests.numerics import assert_near, relative_error, same
 
@@ -45,8 +45,8 @@ def biased(x, weight, bias):
     return add_bias(F.linear(x, weight.to(x.dtype)), bias)
 
 
-def normalised(x):
-    return normalise(x, EPS)
+def normalized(x):
+    return normalize(x, EPS)
 
 
 def dropped(x):
@@ -71,7 +71,7 @@ CASES = {
     "gated feed-forward": (gated_feed_forward, [(3, 17, 96), (32, 48)], True),
     "gated attention": (gated_attention, [(3, 17, 32), HEADS, (16, 32)], True),
     "bias": (biased, [(3, 17, 24), (40, 24), (40,)], True),
-    "normalise": (normalised, [(5, 17, 24)], True),
+    "normalize": (normalized, [(5, 17, 24)], True),
     "dropout": (dropped, [(5, 17, 24)], True),
     "mixes": (mixed, [(3, 17, 24)] * 4, False),
 }

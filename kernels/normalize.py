@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def normalise(x: Tensor, eps: float) -> Tensor:
+def normalize(x: Tensor, eps: float) -> Tensor:
     """LayerNorm over the last dimension; under autocast the result has the product's two bytes.
 
     There that result is all that both backwards need, and all that is kept. PyTorch's own keeps its input too, in four
@@ -23,24 +23,24 @@ def normalise(x: Tensor, eps: float) -> Tensor:
     device = x.device.type
     if not torch.is_autocast_enabled(device):
         return F.layer_norm(x, x.shape[-1:], eps=eps)
-    return _Normalise.apply(x, eps, torch.get_autocast_dtype(device))
+    return _Normalize.apply(x, eps, torch.get_autocast_dtype(device))
 
 
-class _Normalise(torch.autograd.Function):
+class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        centred = wide - wide.mean(dim=-1, keepdim=True)
-        inverse_std = (centred.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
-        normalised = (centred * inverse_std).to(dtype)
-        ctx.save_for_backward(normalised, inverse_std)
+        centered = wide - wide.mean(dim=-1, keepdim=True)
+        inverse_std = (centered.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+        normalized = (centered * inverse_std).to(dtype)
+        ctx.save_for_backward(normalized, inverse_std)
         ctx.dtype = x.dtype
-        return normalised
+        return normalized
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        normalised, inverse_std = ctx.saved_tensors
-        grad, normalised = grad.to(inverse_std.dtype), normalised.to(inverse_std.dtype)
-        along = (grad * normalised).mean(dim=-1, keepdim=True)
-        grad = inverse_std * (grad - grad.mean(dim=-1, keepdim=True) - normalised * along)
+        normalized, inverse_std = ctx.saved_tensors
+        grad, normalized = grad.to(inverse_std.dtype), normalized.to(inverse_std.dtype)
+        along = (grad * normalized).mean(dim=-1, keepdim=True)
+        grad = inverse_std * (grad - grad.mean(dim=-1, keepdim=True) - normalized * along)
         return grad.to(ctx.dtype), None, None
