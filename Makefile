@@ -48,7 +48,7 @@ $(OLDEST): .venv/.installed
 # What another PyTorch, or the Triton that it brings, may do otherwise.
 TORCH_TESTS := torch_private compilation activation_checkpointing model trainer resume checkpoint export import_hf \
 	generate evaluate fsdp lamb lamb_cpp lamb_optimizer lamb_shards cpp_mutants check span_mask masked_cross_entropy \
-	cross_entropy_rows attention attention_kernel bucket_sums column_sums depth_mix gated_norm dropout norm muon optim \
+	cross_entropy_rows attention attention_context bucket_sums add_bias depth_mix gated_norm dropout normalize muon optim \
 	layer_weighting samples likelihood inspect world fresh_store upstream upstream_tokens
 
 # Beside the PyTorch of constraints.txt: any other, which brings its own Triton (a build for CUDA, some GB, on CPUs too).

@@ -35,6 +35,7 @@ from gptbert.distributed.memory import peak_memory
 from gptbert.distributed.world import World, connect
 from gptbert.errors import InputError
 from gptbert.monitoring.flops import forward_flops, measure_matmul_flops, training_flops
+from gptbert.preparation import prepare_cpp_kernels, prepare_kernels
 from gptbert.trainer import Trainer
 from kernels import IGNORE_INDEX
 from kernels.padding import padded_length
@@ -220,8 +221,12 @@ def random_trainer(config: TrainConfig, model_config: ModelConfig, world: World)
     """A trainer on random documents; compiled, if it is to be, however short the run."""
     store = random_store(model_config.vocab_size)
     inputs = Inputs(model_config, model_config.vocab_size, (store,), store)
+    plan = HybridPlan(config, world.world_size)
     with always_compiled():
-        return Trainer(config, inputs, HybridPlan(config, world.world_size), world)
+        is_compiled = compile_choice.choose(config, model_config, plan, world).is_compiled
+    prepare_kernels(config, world)
+    prepare_cpp_kernels(config, world, is_compiled=is_compiled)
+    return Trainer(config, inputs, plan, world, is_compiled=is_compiled)
 
 
 def always_compiled() -> AbstractContextManager:

@@ -219,9 +219,9 @@ class TrainConfig:
     the activations' memory, for steps that take a third longer; the results are the same."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: a GPU where there is one."""
-    kernels: Literal["auto", "torch", "triton"] = "auto"
-    """Implementation of cross-entropy, masking and LAMB. auto: Triton on a GPU, PyTorch elsewhere, with C++ kernels for
-    compiled blocks on a CPU in mixed precision. torch: PyTorch alone."""
+    kernels: Literal["auto", "torch", "triton", "cpp"] = "auto"
+    """Implementation of the operations in kernels/. auto: triton on a GPU; on a CPU cpp in compiled runs, else torch.
+    cpp needs a C++ compiler; it has kernels for LAMB and, with --mixed_precision, for all else but masking."""
     kernel_check: Literal["on", "off"] = "on"
     """on: before the first step, compare the kernels with their references on this device (seconds)."""
     cpu_threads: int = 0

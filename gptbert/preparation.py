@@ -12,13 +12,14 @@ from gptbert.distributed.hardware import hardware_name
 from gptbert.distributed.world import World
 from gptbert.errors import InputError
 from gptbert.io.json_file import write_json
+from gptbert.io.screen import log
 from kernels import cpp
-from kernels.backend import choose_backend, set_default_backend
+from kernels.backend import choose_backend, chosen_by_name, set_default_backend
 from kernels.check import first_failure, run_checks
 
 
 def prepare_kernels(config: TrainConfig, world: World) -> str:
-    """Settle which implementation of the kernels this process uses; see `kernel_check` and `check_cpp_kernels`.
+    """Choose the backend of this process's kernels by `--kernels`, `KERNELS_BACKEND` or the device.
 
     Returns:
         The backend; see `kernels.backend`.
@@ -33,16 +34,38 @@ def prepare_kernels(config: TrainConfig, world: World) -> str:
         raise InputError(f"--kernels {config.kernels}: {error}") from None
 
 
-def check_cpp_kernels(config: TrainConfig) -> None:
-    """See that the C++ kernels, where compiled blocks use them, compute what they should.
+def prepare_cpp_kernels(config: TrainConfig, world: World, *, is_compiled: bool) -> str:
+    """Choose C++ kernels for a compiled run on CPUs if no backend was asked for, then load and check them.
+
+    They cost seconds at a run's start, since they need the compiler that a compiled run loads anyway. All ranks use the
+    same backend, so every rank must call this.
+
+    Args:
+        config: the run's settings; `prepare_kernels` has applied `--kernels`.
+        world: the run's processes.
+        is_compiled: whether the run is.
+
+    Returns:
+        The backend of the run.
 
     Raises:
-        InputError: one differs from its reference.
+        InputError: on this rank; C++ kernels were asked for and cannot be loaded, or one differs from its reference.
     """
-    if cpp.is_loaded() and config.kernel_check == "on":
-        failure = first_failure(run_checks(torch.device("cpu"), "cpp"))
-        if failure:
-            raise InputError(failure)
+    backend = choose_backend(None, world.device)
+    is_asked = backend == "cpp"
+    if not is_asked and (world.device.type != "cpu" or not is_compiled or chosen_by_name()):
+        return backend
+    reasons = [reason for reason in world.all_gather(cpp.unavailable()) if reason]
+    if reasons and is_asked:
+        raise InputError(f"--kernels cpp: the kernels cannot be compiled here ({reasons[0]}); --kernels torch works")
+    if reasons:
+        if world.is_main:
+            log(f"kernels in C++ cannot be compiled here ({reasons[0]}); this run does without")
+        return backend
+    set_default_backend("cpp")
+    if config.kernel_check == "on" and (failure := first_failure(run_checks(world.device, "cpp"))):
+        raise InputError(failure)
+    return "cpp"
 
 
 def prepare_run_dir(config: TrainConfig, model_config: ModelConfig, world: World, backend: str) -> None:

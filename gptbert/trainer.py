@@ -41,7 +41,7 @@ from gptbert.monitoring.skipped_steps import SkippedSteps
 from gptbert.monitoring.trackers import Trackers
 from gptbert.monitoring.validation import Validation, ValidationSettings
 from gptbert.optim import WeightAverage, build_optimizer, update_weights
-from gptbert.preparation import check_cpp_kernels, prepare_kernels, prepare_run_dir
+from gptbert.preparation import prepare_cpp_kernels, prepare_kernels, prepare_run_dir
 from kernels import MaskedCrossEntropy
 
 
@@ -85,11 +85,12 @@ def _fit(config: TrainConfig, world: World) -> None:
             return
         with world.errors_on_all_ranks():
             finish_check()
-    with world.errors_on_all_ranks():
-        if world.is_main:
-            prepare_run_dir(config, inputs.model_config, world, backend)
     was_asked = resumed is None or saved_setting(path, "compile") is not False
     choice = compile_choice.choose(config, inputs.model_config, plan, world, resumed, was_asked)
+    with world.errors_on_all_ranks():
+        backend = prepare_cpp_kernels(config, world, is_compiled=choice.is_compiled)
+        if world.is_main:
+            prepare_run_dir(config, inputs.model_config, world, backend)
     if world.is_main:
         print_header(config, inputs, plan, world, backend, words)
         log(str(choice))
@@ -141,7 +142,6 @@ class Trainer:
             with compiling():
                 for model in (self.model, self.ema.model):
                     compile_blocks(model.blocks, mixed_precision=config.mixed_precision)
-            check_cpp_kernels(config)
         if is_sharded:
             shard([self.model, self.ema.model], config, world)
         self.parallel_model = world.wrap(self.model)

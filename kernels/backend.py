@@ -1,11 +1,12 @@
-"""Which implementation of an operation runs: Triton on a GPU, PyTorch elsewhere, unless somebody says otherwise."""
+"""Which implementation of an operation runs: PyTorch, Triton on GPUs, or C++ on CPUs."""
 
 import importlib.util
 import os
 
 import torch
+from torch import Tensor
 
-BACKENDS = ("torch", "triton")
+BACKENDS = ("torch", "triton", "cpp")
 
 _TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None  # PyTorch 2.11 does not trace a look for it
 
@@ -16,14 +17,16 @@ def choose_backend(backend: str | None, device: torch.device) -> str:
     """Resolve an operation's `backend` argument.
 
     The first of these that is given decides: the argument, `set_default_backend`, the environment's `KERNELS_BACKEND`,
-    and last the device: "triton" on a GPU where Triton is installed, "torch" elsewhere.
+    and last the device: "triton" on a GPU where Triton is installed, "torch" elsewhere. "cpp" is never chosen by the
+    device, since its first use loads PyTorch's compiler, which takes seconds; a training run that is compiled anyway
+    sets it. An operation without a kernel for its input's dtype falls back to PyTorch.
 
     Args:
         backend: a name from `BACKENDS`, or None.
-        device: where the tensors lie.
+        device: of the operation's tensors.
 
     Raises:
-        ValueError: the name is not a backend, Triton is not installed, or it cannot run on `device`.
+        ValueError: the name is not a backend, Triton is not installed, or the backend cannot run on `device`.
     """
     named = {"backend": backend, **_process_wide()}
     source, chosen = next(((source, name) for source, name in named.items() if name), (None, None))
@@ -38,20 +41,34 @@ def choose_backend(backend: str | None, device: torch.device) -> str:
             f"{source}='triton': Triton kernels need a GPU, and these tensors are on the CPU; 'torch' works here, and "
             "TRITON_INTERPRET=1 in the environment runs the kernels in Triton's slow interpreter"
         )
+    if chosen == "cpp" and device.type not in {"cpu", "meta"}:
+        raise ValueError(f"{source}='cpp': C++ kernels are for CPUs, and these tensors are on {device}; 'torch' works")
     return chosen
 
 
+def uses_cpp(tensor: Tensor, backend: str | None = None) -> bool:
+    """Whether an operation's C++ kernel takes a tensor: bf16, on a CPU, with the backend "cpp".
+
+    Args:
+        tensor: the operation's input.
+        backend: as for `choose_backend`.
+    """
+    is_taken = tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu"
+    return is_taken and choose_backend(backend, tensor.device) == "cpp"
+
+
 def chosen_by_name() -> str | None:
-    """What `set_default_backend` or the environment's `KERNELS_BACKEND` ask for, or None."""
+    """The name given by `set_default_backend` or the environment's `KERNELS_BACKEND`, or None."""
     return next((name for name in _process_wide().values() if name), None)
 
 
 def _process_wide() -> dict[str, str | None]:
-    return {"set_default_backend": _default, "KERNELS_BACKEND": os.environ.get("KERNELS_BACKEND")}
+    # the environment is asked only without a default: compiled code would otherwise look at it at every call
+    return {"set_default_backend": _default} if _default else {"KERNELS_BACKEND": os.environ.get("KERNELS_BACKEND")}
 
 
 def set_default_backend(backend: str | None) -> None:
-    """What every operation of this process uses that is not told otherwise; None goes back to choosing by device.
+    """Set the backend of every operation in this process that is given none; None goes back to choosing by device.
 
     Raises:
         ValueError: the name is not a backend.

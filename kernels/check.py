@@ -18,8 +18,8 @@ from typing import Literal
 import torch
 import tyro
 
-from kernels.backend import interpreted
-from kernels.configuration import OPERATIONS
+from kernels.backend import BACKENDS, interpreted
+from kernels.configuration import operations
 from kernels.numerics import Comparison
 from kernels.run import Run
 
@@ -60,7 +60,7 @@ def run_checks(device: torch.device, backend: str = "triton", run: Run | None = 
 
     Args:
         device: where the kernels run.
-        backend: the implementation to check; see `kernels.backend`, or "cpp" for the kernels in C++.
+        backend: the implementation to check; see `kernels.backend`.
         run: what to check alone, in types and sizes; None checks everything.
 
     Returns:
@@ -71,18 +71,15 @@ def run_checks(device: torch.device, backend: str = "triton", run: Run | None = 
         with suppress(Exception):  # on one thread, before several do; what is wrong with it, the checks will say
             importlib.import_module("triton")
     with torch.random.fork_rng(devices):  # a run must not depend on whether it was checked
-        if backend == "cpp":
-            return list(_check("cpp", lambda: importlib.import_module("kernels.cpp_check").comparisons()))
-        operations = OPERATIONS if run is None else [op for op in OPERATIONS if op in run.operations]
-        return [
-            row for rows in _on_threads(partial(_check_operation, device, backend, run), operations) for row in rows
-        ]
+        chosen = [op for op in operations(backend) if run is None or op in run.operations]
+        check = partial(_check_operation, device, backend, run)
+        # only Triton compiles for long; its interpreter is one for all threads
+        checked = _on_threads(check, chosen) if backend == "triton" and not interpreted() else map(check, chosen)
+        return [row for rows in checked for row in rows]
 
 
 def _on_threads(check: Callable[[str], list[Row]], operations: Sequence[str]) -> Iterable[list[Row]]:
-    if interpreted() or not operations:  # Triton's interpreter is one for all threads
-        return map(check, operations)
-    with ThreadPoolExecutor(len(operations)) as pool:
+    with ThreadPoolExecutor(max(1, len(operations))) as pool:
         return list(pool.map(check, operations))
 
 
@@ -123,8 +120,8 @@ class CheckConfig:
 
     device: str | None = None
     """Where; by default the GPU, if there is one. On the CPU, Triton's kernels run in its interpreter."""
-    backend: Literal["triton", "torch", "cpp"] = "triton"
-    """Which implementation. cpp: the kernels in C++ that compiled runs on CPUs use."""
+    backend: Literal[BACKENDS] = "triton"
+    """Which implementation; see kernels.backend."""
     run: str | None = None
     """Check only what one training run launches, given as `kernels.run.Run` in JSON; the trainer does so."""
 

@@ -1,12 +1,34 @@
-"""What it takes to build a kernel without a GPU."""
+"""The list of operations, and what it takes to build a Triton kernel without a GPU."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
-OPERATIONS = ("masked_cross_entropy", "span_mask", "lamb")  # the folders of kernels/
+# the folders of kernels/
+OPERATIONS = (
+    "masked_cross_entropy",
+    "span_mask",
+    "lamb",
+    "attention_context",
+    "gated_norm",
+    "depth_mix",
+    "add_bias",
+    "normalize",
+    "dropout",
+)
+_SOURCES = {"triton": "kernel.py", "cpp": "kernel.cpp"}
+
+
+def operations(backend: str) -> tuple[str, ...]:
+    """Those with kernels of a backend, see `kernels.backend`; all of them for "torch"."""
+    folder, source = Path(__file__).parent, _SOURCES.get(backend, "")
+    return tuple(op for op in OPERATIONS if (folder / op / source).exists())
+
+
+TRITON_OPERATIONS = operations("triton")
 
 
 @dataclass(frozen=True)

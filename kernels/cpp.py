@@ -1,12 +1,11 @@
-"""C++ kernels, `kernels/*/kernel.cpp`: what Triton's are on a GPU, on a CPU beside torch.compile.
+"""C++ kernels for CPUs, `kernels/*/kernel.cpp`: compiled, loaded and called.
 
-All of them are one library. The compiler, its flags and the folder of what it made are torch.compile's own, which on a
-CPU needs a C++ compiler anyway. All but LAMB's take bf16, so they serve mixed precision; everything else is PyTorch's.
+All of them are one library. The compiler, its flags and its cache folder are those of torch.compile, which needs a C++
+compiler on a CPU anyway. All but LAMB's take bf16, so they serve mixed precision.
 """
 
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -14,50 +13,21 @@ import torch
 from torch import Tensor
 
 from kernels import torch_private
-from kernels.backend import chosen_by_name
 
 _FLAGS = ("-ftree-loop-vectorize", "-ffp-contract=fast", "-fno-math-errno")  # to make vectors of plain loops
 
 _TAGS = (torch.Tag.flexible_layout,)  # of operations: they take tensors however they lie, so that none is copied before
 
-_is_loaded = False
 
-
-def load() -> bool:
-    """Have C++ kernels serve compiled code from now on, and return whether they do.
-
-    They do not where a backend was chosen by name, or PyTorch has no compiler of C++ to offer.
-
-    Raises:
-        torch._inductor.exc.CppCompileError: the compiler has something against them.
-        torch._inductor.exc.InvalidCxxCompiler: there is none.
-    """
-    global _is_loaded  # noqa: PLW0603 - what a process has loaded
-    _is_loaded = chosen_by_name() is None and torch_private.loads_cpp()
-    if _is_loaded:
-        library()
-    return _is_loaded
-
-
-def serves(x: Tensor) -> bool:
-    """Whether C++ kernels take `x`, in code that torch.compile traces."""
-    return _is_loaded and torch.compiler.is_compiling() and x.device.type == "cpu" and x.dtype == torch.bfloat16
-
-
-def is_loaded() -> bool:
-    """Whether `load` was successful."""
-    return _is_loaded
-
-
-@contextmanager
-def serving() -> Iterator[None]:
-    """A block in which C++ kernels serve, whatever was loaded or chosen before."""
-    global _is_loaded  # noqa: PLW0603 - see `load`
-    before, _is_loaded = _is_loaded, True
+def unavailable() -> str | None:
+    """Why the kernels cannot be used here, in a few words, or None; compiles them where that has not happened yet."""
+    if not torch_private.loads_cpp():
+        return f"PyTorch {torch.__version__} loads no C++"
     try:
-        yield
-    finally:
-        _is_loaded = before
+        library()
+    except torch_private.compile_errors() as error:
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return None
 
 
 @cache

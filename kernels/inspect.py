@@ -30,7 +30,7 @@ from typing import Any, Literal, NamedTuple
 import tyro
 from tqdm import tqdm
 
-from kernels.configuration import OPERATIONS, Configuration, fitting_warps
+from kernels.configuration import TRITON_OPERATIONS, Configuration, fitting_warps
 
 WIDE = 128  # bits, the widest word that every GPU here loads in one instruction
 NVIDIA_REGISTERS = 65_536  # of a multiprocessor, in all generations here
@@ -265,7 +265,7 @@ def _amd_widths(kind: str, assembly: str) -> Iterable[int]:
 class InspectConfig:
     """Build every kernel in every configuration for every GPU, and report what it takes."""
 
-    op: tuple[Literal[OPERATIONS], ...] = OPERATIONS
+    op: tuple[Literal[TRITON_OPERATIONS], ...] = TRITON_OPERATIONS
     """Operations to build."""
     target: tuple[Literal[tuple(TARGETS)], ...] = tuple(TARGETS)
     """GPUs to build for."""

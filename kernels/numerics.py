@@ -10,6 +10,7 @@ PyTorch's own order depends on the machine, and on some it happens to be nearly 
 """
 
 import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -87,6 +88,34 @@ def compare_exactly(name: str, actual: Tensor, expected: Tensor) -> Comparison:
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
         raise AssertionError(f"{name}: {actual.dtype} {tuple(actual.shape)}, {expected.dtype} {tuple(expected.shape)}")
     return Comparison(name, float((actual != expected).sum()), 0.0)
+
+
+def compare_function(
+    name: str,
+    actual: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    inputs: Mapping[str, Tensor],
+    plain: Callable[..., Tensor] | None = None,
+) -> Iterator[Comparison]:
+    """Apply the rule to a function's result and to its gradients with respect to all inputs.
+
+    Args:
+        name: what to call the function.
+        actual: what is tested, a function of the tensors in `inputs` by name.
+        reference: the same in PyTorch, called with the inputs in fp64.
+        inputs: rounded to the types of `actual`.
+        plain: the same by plain PyTorch in the precision of `actual`; `reference` with the inputs as they are if None.
+    """
+    results = []
+    for function, dtype in ((actual, None), (reference, torch.float64), (plain or reference, None)):
+        leaves = {key: tensor.detach().to(dtype or tensor.dtype, copy=True) for key, tensor in inputs.items()}
+        leaves = {key: tensor.requires_grad_() for key, tensor in leaves.items()}
+        result = function(**leaves)
+        generator = torch.Generator().manual_seed(result.numel())
+        grad = torch.randn(result.shape, generator=generator).bfloat16().to(result.device, result.dtype)
+        results.append([result.detach(), *torch.autograd.grad(result, list(leaves.values()), grad)])
+    for part, *tensors in zip(("result", *(f"∂{key}" for key in inputs)), *results, strict=True):
+        yield from compare(f"{name}: {part}", *tensors)
 
 
 def sum_rounding(terms: Tensor) -> float:

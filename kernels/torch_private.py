@@ -95,12 +95,13 @@ def configure_autograd_compiler(**settings: Any) -> None:
     _configure("torch._functorch.config", settings)
 
 
-def configure_inductor(**settings: Any) -> None:
-    """Set how torch.compile makes code (`torch._inductor.config`), for the whole process.
+def inductor_options(settings: dict[str, Any]) -> dict[str, Any]:
+    """`options` of torch.compile: those of `torch._inductor.config` that this PyTorch has.
 
-    A setting that PyTorch does not have is left out: compiled code then takes more time.
+    A setting that it does not have is left out: compiled code then takes more time.
     """
-    _configure("torch._inductor.config", settings)
+    config = _module("torch._inductor.config")
+    return {name: value for name, value in settings.items() if hasattr(config, name)}
 
 
 def mark_any_size(tensor: Tensor, dim: int) -> None:

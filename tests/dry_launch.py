@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 import kernels.backend
-from kernels.configuration import OPERATIONS
+from kernels.configuration import TRITON_OPERATIONS
 
 launches = {}
 
@@ -60,7 +60,7 @@ def main() -> None:
     triton.runtime.driver.set_active(stand_in)
     kernels.backend.interpreted = lambda: True  # let CPU tensors pass for a GPU's
     torch._assert_async = lambda *_: None  # of what no kernel wrote
-    for op in sys.argv[1:] or OPERATIONS:
+    for op in sys.argv[1:] or TRITON_OPERATIONS:
         for _ in importlib.import_module(f"kernels.{op}.check").comparisons(torch.device("cpu"), "triton"):
             pass
     print(json.dumps(list(launches.values())))

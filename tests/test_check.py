@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from kernels import check
+from kernels.configuration import TRITON_OPERATIONS, operations
 from kernels.numerics import Comparison
 from kernels.run import Run
 from tests.mutation import mutated
@@ -24,7 +25,7 @@ def one_row(monkeypatch):
     def change(op, comparisons):
         monkeypatch.setattr(importlib.import_module(f"kernels.{op}.check"), "comparisons", comparisons)
 
-    for op in check.OPERATIONS:
+    for op in operations("torch"):
         change(op, lambda *_: iter([Comparison("tensor", 0.5, 1.0)]))
     return change
 
@@ -37,13 +38,14 @@ def test_every_operation_passes(device, backend):
     rows = check.run_checks(device, backend)
     assert [str(row) for row in failed(rows)] == []
     assert check.first_failure(rows) is None
-    assert {row.op for row in rows} == set(check.OPERATIONS)
+    assert {row.op for row in rows} == set(operations(backend))
     assert all(row.seconds >= 0 for row in rows)
 
 
-def test_the_operations_are_those_of_the_package():
-    folders = {file.parent.name for file in Path(check.__file__).parent.glob("*/kernel.py")}
-    assert set(check.OPERATIONS) == folders
+def test_each_backend_has_the_operations_that_bring_its_kernels():
+    package = Path(check.__file__).parent
+    for backend, source in (("torch", "op.py"), ("triton", "kernel.py"), ("cpp", "kernel.cpp")):
+        assert set(operations(backend)) == {file.parent.name for file in package.glob(f"*/{source}")}
 
 
 def test_checks_leave_the_random_numbers_alone(device, one_row):
@@ -72,7 +74,7 @@ def checked(device, **changes):
     """The names of all comparisons for a run."""
     rows = check.run_checks(device, "torch", dataclasses.replace(RUN, **changes))
     assert failed(rows) == []
-    return {op: "\n".join(row.name for row in rows if row.op == op) for op in check.OPERATIONS}
+    return {op: "\n".join(row.name for row in rows if row.op == op) for op in TRITON_OPERATIONS}
 
 
 def test_a_run_has_checked_what_it_launches_and_nothing_else(device):
@@ -116,7 +118,7 @@ def test_a_run_is_the_same_after_a_command_line():
 def test_operations_are_checked_at_the_same_time(device, one_row, monkeypatch):
     """Each waits for all the others; one after another they would wait for ever."""
     monkeypatch.setattr(check, "interpreted", lambda: False)
-    barrier = threading.Barrier(len(check.OPERATIONS), timeout=60)
+    barrier = threading.Barrier(len(TRITON_OPERATIONS), timeout=60)
 
     def meets(op):
         def comparisons(*_):
@@ -125,10 +127,10 @@ def test_operations_are_checked_at_the_same_time(device, one_row, monkeypatch):
 
         return comparisons
 
-    for op in check.OPERATIONS:
+    for op in TRITON_OPERATIONS:
         one_row(op, meets(op))
     rows = check.run_checks(device)
-    assert [(row.op, row.name, row.passed) for row in rows] == [(op, op, True) for op in check.OPERATIONS]
+    assert [(row.op, row.name, row.passed) for row in rows] == [(op, op, True) for op in TRITON_OPERATIONS]
 
 
 MUTANTS = {
@@ -141,7 +143,7 @@ MUTANTS = {
 @pytest.mark.parametrize("op", MUTANTS)
 def test_a_planted_bug_fails_and_names_the_way_on(op, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["check", "--run", RUN.to_json()])
-    monkeypatch.setattr(check, "OPERATIONS", (op,))
+    monkeypatch.setattr(check, "operations", lambda backend: (op,))
     with mutated(f"kernels.{op}.kernel", *MUTANTS[op], tmp_path), pytest.raises(SystemExit) as error:
         check.main()
     captured = capsys.readouterr()
@@ -176,7 +178,7 @@ def test_whatever_goes_wrong_in_a_check_is_a_row_that_failed(comparisons, messag
     assert len(failed(rows)) == 1
     assert str(failed(rows)[0]).startswith(message)
     assert check.first_failure(rows) == f"kernel check failed: {failed(rows)[0]}; {check.WAY_ON}"
-    assert {row.op for row in rows} == set(check.OPERATIONS)  # the others were checked all the same
+    assert {row.op for row in rows} == set(TRITON_OPERATIONS)  # the others were checked all the same
 
 
 def command(*arguments):
@@ -195,7 +197,7 @@ def test_the_command_interprets_kernels_where_there_is_no_gpu():
     done = command("--device", "cpu", "--run", RUN.to_json())  # everything is checked above
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("backend triton on cpu in its interpreter")
-    for op in check.OPERATIONS:
+    for op in TRITON_OPERATIONS:
         assert f"{op}, " in done.stdout
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import cpp, cross_entropy_from_logits
-from kernels.masked_cross_entropy import cpp_rows
-from kernels.masked_cross_entropy.cpp_rows import rows
+from kernels import cross_entropy_from_logits
+from kernels.masked_cross_entropy import cpp
+from kernels.masked_cross_entropy.cpp import rows
 from tests.numerics import assert_accurate, on_threads, same, scattered
 
 IGNORED = -100
@@ -168,16 +168,15 @@ def test_rows_with_padding_and_gradients_in_place_of_logits(in_place, count, cla
 
 
 @pytest.mark.parametrize("reuse_logits", [False, True])
-def test_the_operation_takes_the_kernel_where_it_is_loaded(monkeypatch, reuse_logits):
+def test_the_operation_takes_the_kernel_for_bf16(reuse_logits):
     logits, labels = make_case(9, 131)
     gradient = torch.empty_like(logits)
     loss, z_loss, correct = rows(logits, labels, gradient, SCALE, IGNORED, 0.1)
-    monkeypatch.setattr(cpp, "_is_loaded", True)
-    assert cpp_rows.supports(logits)
-    assert not cpp_rows.supports(logits.float())
+    assert cpp.supports(logits)
+    assert not cpp.supports(logits.float())
     strided = logits.T.contiguous().T.requires_grad_()
     result = cross_entropy_from_logits(
-        strided, labels, z_loss_weight=0.1, scale=SCALE, reuse_logits=reuse_logits, backend="torch"
+        strided, labels, z_loss_weight=0.1, scale=SCALE, reuse_logits=reuse_logits, backend="cpp"
     )
     result.total.backward()
     assert torch.equal(strided.grad, gradient)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from kernels import cpp
-from kernels.depth_mix import PIECE, buffer, depth_mix, depth_mix_backward
+from kernels.backend import set_default_backend
+from kernels.depth_mix import buffer, depth_mix, depth_mix_backward
+from kernels.depth_mix.cpp import PIECE
 from kernels.numerics import sum_rounding
 from tests.numerics import assert_accurate, on_threads, same, scattered
 
@@ -154,14 +155,29 @@ def test_shapes_and_memory_that_is_not_contiguous():
 
 
 @pytest.mark.parametrize("size", [1, PIECE, PIECE + 1])
-def test_the_buffer_is_narrow_where_kernels_serve_mixed_precision(monkeypatch, size):
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+def test_the_buffer_is_narrow_where_cpp_kernels_take_mixed_precision(size, backend):
     like = torch.empty(1, size)
-    for loaded in (False, True):
-        monkeypatch.setattr(cpp, "_is_loaded", loaded)
-        for compiled in (False, True):
-            assert buffer(3, like, compiled=compiled).shape == (3, size)
-            with torch.autocast("cpu", torch.bfloat16):
-                values = buffer(3, like, compiled=compiled)
-            narrow = loaded and compiled
-            assert values.shape == ((-(-size // PIECE), 3, PIECE) if narrow else (3, size))
-            assert values.dtype == (torch.bfloat16 if narrow else torch.float32)
+    for choose, given in ((None, backend), (backend, None)):
+        set_default_backend(choose)
+        assert buffer(3, like, backend=given).shape == (3, size)
+        with torch.autocast("cpu", torch.bfloat16):
+            values = buffer(3, like, backend=given)
+            assert buffer(3, like.double(), backend=given).shape == (3, size)
+        narrow = backend == "cpp"
+        assert values.shape == ((-(-size // PIECE), 3, PIECE) if narrow else (3, size))
+        assert values.dtype == (torch.bfloat16 if narrow else torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_kernels_refuse_what_they_would_read_as_fp32(dtype):
+    values, newest = torch.zeros(1, 3, PIECE, dtype=torch.bfloat16), torch.zeros(9, dtype=dtype)
+    with pytest.raises(TypeError, match=f"a buffer of torch.bfloat16 on cpu takes fp32 on a CPU, not {dtype}"):
+        depth_mix(values, newest, torch.ones(1))
+    with pytest.raises(TypeError, match="takes fp32 on a CPU"):
+        depth_mix_backward(values, newest, torch.ones(3, 3), 0, 1)
+
+
+def test_the_first_mix_has_a_weight_too():
+    newest = torch.arange(1.0, 6.0)
+    assert torch.equal(depth_mix(torch.empty(2, 5), newest, torch.tensor([0.5])), newest / 2)

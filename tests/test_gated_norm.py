@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.gated_norm.op import gated_norm, gated_norm_backward
+from kernels.gated_norm.cpp import gated_norm, gated_norm_backward
 from tests.numerics import assert_accurate, on_threads, same, scattered
 
 EPS = 1e-5

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.nn.utils import clip_grad_norm_
 
 from kernels import lamb_step
-from kernels.lamb import blocked, check, kernel, op, plan, reference
+from kernels.lamb import check, chunk_table, eager, kernel, op, reference
 from tests.numerics import close, same
 
 STEP = {"lr": 0.5, "beta1": 0.9, "beta2": 0.98, "eps": 1e-8}
@@ -171,7 +171,7 @@ def test_the_reference_waits_for_no_device():
         settings = {**STEP, "weight_decays": [0.1] * 4, "max_grad_norm": 1.0, "average_decay": 0.9, "seed": None}
         reference.lamb_step(*state, torch.empty(()), **settings)
         with pytest.raises(DataDependentOutputException):
-            blocked.lamb_step(*state, torch.empty(()), **settings)
+            eager.lamb_step(*state, torch.empty(()), **settings)
 
 
 def test_stochastic_rounding_is_right_on_average(backend, device):
@@ -243,12 +243,12 @@ def test_blocks_give_the_same_bits_on_any_number_of_threads():
 def test_tensors_that_moved_are_found_again(device):
     """Gradients are made anew at each step, and lie wherever there was room."""
     moving, still = Model(device), Model(device)
-    plan.make_plan.cache_clear()
+    chunk_table.make_chunk_table.cache_clear()
     places = [moving.grads] + [[grad.clone() for grad in moving.grads] for _ in range(2)]
     for step in range(4):
         moving.grads = places[max(0, step - 1)]
         moving.step("triton", max_grad_norm=1.0)
-        assert plan.make_plan.cache_info().misses == (1, 1, 2, 3)[step]
+        assert chunk_table.make_chunk_table.cache_info().misses == (1, 1, 2, 3)[step]
     for _ in range(4):
         still.step("triton", max_grad_norm=1.0)
     assert same(moving.state(), still.state())
@@ -256,12 +256,12 @@ def test_tensors_that_moved_are_found_again(device):
 
 def test_a_graph_is_captured_with_tables_that_stay(device, monkeypatch):
     """Capture is played: only what the host does for it can be seen without a GPU."""
-    monkeypatch.setattr(plan, "_captured", [])
+    monkeypatch.setattr(chunk_table, "_captured", [])
     model, other = Model(device), Model(device)
     model.step("triton", max_grad_norm=1.0)
-    monkeypatch.setattr(plan, "is_capturing", lambda device: True)
+    monkeypatch.setattr(chunk_table, "is_capturing", lambda device: True)
     model.step("triton", max_grad_norm=1.0)
-    assert [tables.owners.numel() for tables in plan._captured] == [4]
+    assert [tables.owners.numel() for tables in chunk_table._captured] == [4]
     with pytest.raises(RuntimeError, match="call it once with the same tensors"):
         other.step("triton", max_grad_norm=1.0)
 
@@ -346,12 +346,12 @@ def test_compiled_is_eager(backend, device, on_device):
 
 
 def test_larger_chunks_where_a_tensor_would_have_too_many(device, monkeypatch):
-    monkeypatch.setattr(plan, "MIN_CHUNK", 2048)
-    monkeypatch.setattr(plan, "MAX_CHUNKS", 4)
-    plan.make_plan.cache_clear()
+    monkeypatch.setattr(chunk_table, "MIN_CHUNK", 2048)
+    monkeypatch.setattr(chunk_table, "MAX_CHUNKS", 4)
+    chunk_table.make_chunk_table.cache_clear()
     models = [Model(device, [(20_001,), (2048,), (8192,), (5000,)]) for _ in "ab"]
     norms = [model.step(backend, max_grad_norm=1.0) for model, backend in zip(models, ("torch", "triton"), strict=True)]
-    plan.make_plan.cache_clear()
+    chunk_table.make_chunk_table.cache_clear()
     assert close(models[1].state(), models[0].state())
     torch.testing.assert_close(*norms)
 
@@ -359,21 +359,21 @@ def test_larger_chunks_where_a_tensor_would_have_too_many(device, monkeypatch):
 def test_chunks_of_tensors_of_any_size_are_few_and_short_enough_to_count_in_32_bits():
     for size in (0, 1, 2**14, 2**14 + 1, 2**23, 2**23 + 1, 12_582_912, 2**31, 2**33 + 5, 2**39):
         addresses = ((16,),) * 5
-        tables = plan.make_plan(addresses, (size,), (0.1,), torch.device("cpu"))
-        chunk_size = tables.table[0, plan.CHUNK_SIZE].item()
+        tables = chunk_table.make_chunk_table(addresses, (size,), (0.1,), torch.device("cpu"))
+        chunk_size = tables.table[0, chunk_table.CHUNK_SIZE].item()
         assert chunk_size < 2**31
         assert chunk_size & (chunk_size - 1) == 0
         assert (len(tables.owners) - 1) * chunk_size <= size <= len(tables.owners) * chunk_size
-        assert 1 <= len(tables.owners) <= plan.MAX_CHUNKS
+        assert 1 <= len(tables.owners) <= chunk_table.MAX_CHUNKS
 
 
 def test_elements_beyond_32_bits_are_found(device):
     """A chunk of which the table says that it begins 2³² elements behind an address, which is as far before it."""
     grad, beginning, chunk_size = torch.arange(5000.0, device=device), 2**32, 2**22
-    row = torch.zeros(1, plan.COLUMNS, dtype=torch.int64)
-    row[0, plan.GRAD] = grad.data_ptr() - beginning * grad.itemsize
-    row[0, plan.SIZE], row[0, plan.CHUNK_SIZE] = beginning + len(grad), chunk_size
-    row[0, plan.FIRST_CHUNK] = -beginning // chunk_size
+    row = torch.zeros(1, chunk_table.COLUMNS, dtype=torch.int64)
+    row[0, chunk_table.GRAD] = grad.data_ptr() - beginning * grad.itemsize
+    row[0, chunk_table.SIZE], row[0, chunk_table.CHUNK_SIZE] = beginning + len(grad), chunk_size
+    row[0, chunk_table.FIRST_CHUNK] = -beginning // chunk_size
     total, owner = torch.empty(1, device=device), torch.zeros(1, dtype=torch.int32, device=device)
     constants = kernel._norm_constants(torch.float32, aligned=True)
     kernel.norm_kernel[(1,)](row.to(device), owner, total, **constants)

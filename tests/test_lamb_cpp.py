@@ -1,12 +1,12 @@
-"""LAMB in C++: when it serves, and that threads change no bit; `kernels.cpp_check` has the rest."""
+"""LAMB in C++: which tensors it takes, and that threads change no bit; `kernels/lamb/check.py` has the rest."""
 
 import copy
 
 import pytest
 import torch
 
-from kernels import cpp, lamb_step
-from kernels.lamb import blocked, cpp_step
+from kernels import lamb_step
+from kernels.lamb import cpp, eager
 from tests.numerics import close, on_threads, same
 
 SIZES = ((300, 301), (8192,), (8193,), (0,), (5,))
@@ -32,7 +32,7 @@ def step(tensors, **changes):
 def steps_taken(monkeypatch):
     """Which implementation each step was taken by."""
     taken = []
-    for module in (blocked, cpp_step):
+    for module in (eager, cpp):
         own = module.lamb_step
         monkeypatch.setattr(
             module, "lamb_step", lambda *a, own=own, module=module, **k: taken.append(module) or own(*a, **k)
@@ -40,11 +40,10 @@ def steps_taken(monkeypatch):
     return taken
 
 
-def test_it_serves_where_kernels_in_cpp_do(tensors, steps_taken):
+def test_the_backend_decides_and_results_are_close(tensors, steps_taken):
     without = step(tensors)
-    with cpp.serving():
-        by_cpp = step(tensors)
-    assert steps_taken == [blocked, cpp_step]
+    by_cpp = step(tensors, backend="cpp")
+    assert steps_taken == [eager, cpp]
     assert close(by_cpp, without, tolerance=1e-5)
 
 
@@ -53,21 +52,18 @@ def test_other_types_are_left_to_pytorch(tensors, steps_taken, types):
     of_grads, of_others = types
     params, grads, *moments = tensors
     others = [[tensor.to(of_others) for tensor in each] for each in (params, *moments)]
-    with cpp.serving():
-        step([others[0], [grad.to(of_grads) for grad in grads], *others[1:]])
-    assert steps_taken == [blocked]
+    step([others[0], [grad.to(of_grads) for grad in grads], *others[1:]], backend="cpp")
+    assert steps_taken == [eager]
 
 
 def test_threads_change_no_bit(tensors):
-    with cpp.serving():
-        assert same(*(on_threads(count, step, tensors) for count in (1, 2)))
+    assert same(*(on_threads(count, lambda: step(tensors, backend="cpp")) for count in (1, 2)))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_norm_that_is_not_finite_skips_the_step(tensors, bad):
     tensors[1][1][7] = bad
-    with cpp.serving():
-        *after, norm = step(tensors)
+    *after, norm = step(tensors, backend="cpp")
     assert not norm.isfinite()
     params, _, *moments = tensors
     assert same(

@@ -7,7 +7,7 @@ import torch
 
 from gptbert.optim import Lamb, WeightAverage
 from kernels import lamb_step
-from kernels.lamb import PreparedStep, kernel, op, plan
+from kernels.lamb import PreparedStep, chunk_table, kernel, op
 from tests.numerics import same
 from tests.test_lamb import Model
 
@@ -176,13 +176,13 @@ def test_gradients_may_have_any_strides(device):
 
 
 def test_a_graph_is_captured_with_tables_that_stay(device, recorded, monkeypatch):
-    monkeypatch.setattr(plan, "_captured", [])
+    monkeypatch.setattr(chunk_table, "_captured", [])
     model = Model(device)
     prepared = prepare(model)
     prepared(model.grads, max_grad_norm=1.0, **SETTINGS)
-    monkeypatch.setattr(plan, "is_capturing", lambda device: True)
+    monkeypatch.setattr(chunk_table, "is_capturing", lambda device: True)
     prepared(model.grads, max_grad_norm=1.0, **SETTINGS)
-    assert len(plan._captured) == 1
+    assert len(chunk_table._captured) == 1
     with pytest.raises(RuntimeError, match="call it once with the same tensors"):
         prepared([grad.clone() for grad in model.grads], max_grad_norm=1.0, **SETTINGS)
 

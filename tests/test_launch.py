@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
-from kernels.configuration import OPERATIONS
+from kernels.configuration import TRITON_OPERATIONS
 from tests.runs import ROOT
 
 
-@pytest.fixture(scope="module", params=OPERATIONS)
+@pytest.fixture(scope="module", params=TRITON_OPERATIONS)
 def operation(request):
     return request.param
 

@@ -17,7 +17,7 @@ from gptbert.data.inputs import Inputs
 from gptbert.distributed.world import World
 from gptbert.io.torch_file import load_torch_file
 from gptbert.trainer import Trainer, fit
-from kernels.configuration import OPERATIONS
+from kernels.configuration import TRITON_OPERATIONS
 from tests.runs import assert_same, flags, write_inputs
 
 CUDA_STATE = torch.arange(16, dtype=torch.uint8)  # as long as that of a GPU's generator
@@ -69,7 +69,7 @@ def test_another_kind_of_device_goes_on_with_new_random_numbers(config):
     assert torch.equal(restored, torch.get_rng_state()), "a function of the seed and the step"
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", TRITON_OPERATIONS)
 def test_kernels_are_launched_on_the_device_of_their_tensors(operation, monkeypatch):
     """Triton launches on the current device, which need not be theirs; seen in the interpreter, where there is one."""
     inside, launches = [], []

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from gptbert.config import ModelConfig
 from gptbert.model.dropout import Dropout
 from gptbert.model.norm import InputNorm
+from kernels.add_bias import add_bias
 from kernels.attention_context import attention_context
-from kernels.column_sums import add_bias
-from kernels.gated_norm import gated_product
+from kernels.gated_norm import gated_norm
 
 SEEDS = 3  # of dropout, for each attention
 
@@ -66,7 +66,7 @@ class Attention(nn.Module):
             probability_seed,
             self.attention_dropout_prob if self.training else 0.0,
         )  # [H, B, T, d]
-        output = gated_product(gate, context, self.output.weight, approximate="none", eps=self.eps)
+        output = gated_norm(gate, context, self.output.weight, approximate="none", eps=self.eps)
         return hidden_states + self.dropout(add_bias(output, self.output.bias), output_seed)
 
     def heads(self, x: Tensor) -> Tensor:

@@ -9,35 +9,42 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from gptbert.errors import InputError
-from kernels import cpp, torch_private
+from kernels import torch_private
+from kernels.backend import choose_backend
 
-# of what a forward keeps for the backward, the share that may stay; the rest is what is cheap to compute again.
-# C++ kernels do so themselves, and are not cheap to run twice
+# activation_memory_budget: fraction of saved activations to keep; the partitioner recomputes the rest. C++ kernels
+# recompute what is cheap themselves, and must not run twice
 _ACTIVATION_MEMORY, _ACTIVATION_MEMORY_WITH_CPP = 0.8, 1.0
+
+# shapes and addresses of tensors are not checked again at each of a hundred calls in a step
+_INDUCTOR_OPTIONS = {"size_asserts": False, "alignment_asserts": False, "scalar_asserts": False}
 
 
 def compile_blocks(blocks: nn.ModuleList, *, mixed_precision: bool = True) -> None:
     """Compile the attention and the feed-forward of each block, in place; parameters keep their names.
 
-    All blocks share two graphs, since compiled code takes parameters as arguments. What stands between them, the layer
-    weighting, is one library call; the head and the loss see another number of labels at each step. Compilation happens
-    at the first forward and backward of each row length, and at the first forward in evaluation; never for another
-    number of rows (see `any_number_of_rows`) or the other objective. Code for any row length was a tenth slower.
-    On a CPU in mixed precision, C++ kernels serve what Inductor makes many passes of (`kernels.cpp`), unless a backend
-    was chosen by name. Inductor keeps what it made on the disk, so that the next run starts in seconds (the
-    environment's TORCHINDUCTOR_CACHE_DIR names the folder).
+    All blocks share two graphs, since compiled code takes parameters as arguments. Layer weighting between them is one
+    library call; the head and the loss see another number of labels at each step. Compilation happens at the first
+    forward and backward of each row length, and at the first forward in eval mode, which has separate graphs; never for
+    another number of rows (see `any_number_of_rows`) or the other objective. Code for any row length was a tenth
+    slower. Inductor caches its output on the disk, so that the next run starts in seconds (the environment's
+    TORCHINDUCTOR_CACHE_DIR names the folder).
+
+    Args:
+        blocks: of the model, on their device.
+        mixed_precision: whether they run under autocast to bf16.
     """
-    # the masks of dropout are drawn again in the backward: to write and read them takes ten times as long on a CPU
-    torch_private.configure_autograd_compiler(ban_recompute_long_fusible_chains=False)
-    by_cpp = mixed_precision and next(blocks.parameters()).device.type == "cpu" and cpp.load()
-    kept = _ACTIVATION_MEMORY_WITH_CPP if by_cpp else _ACTIVATION_MEMORY
-    torch_private.configure_autograd_compiler(activation_memory_budget=kept)
-    # shapes and places of tensors are not looked at again at each call, of which there are a hundred in a step
-    torch_private.configure_inductor(size_asserts=False, alignment_asserts=False, scalar_asserts=False)
+    uses_cpp = mixed_precision and choose_backend(None, next(blocks.parameters()).device) == "cpp"
+    torch_private.configure_autograd_compiler(
+        activation_memory_budget=_ACTIVATION_MEMORY_WITH_CPP if uses_cpp else _ACTIVATION_MEMORY,
+        # dropout's masks are drawn again in the backward: to write and read them takes ten times as long on a CPU
+        ban_recompute_long_fusible_chains=False,
+    )
+    options = torch_private.inductor_options(_INDUCTOR_OPTIONS)
     for block in blocks:
         block.is_compiled = True
         for sub_layer in (block.attention, block.feed_forward):
-            sub_layer.compile(fullgraph=True, dynamic=False)
+            sub_layer.compile(fullgraph=True, dynamic=False, options=options)
 
 
 @contextmanager
@@ -58,6 +65,6 @@ def compiling() -> Iterator[None]:
 
 
 def any_number_of_rows(tensor: Tensor) -> Tensor:
-    """Tell torch.compile that the first dimension is another one at the next call, and may be 1; returns the tensor."""
+    """Mark dimension 0 as dynamic, and as ≥ 1, for torch.compile; returns the tensor."""
     torch_private.mark_any_size(tensor, 0)
     return tensor

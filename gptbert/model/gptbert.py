@@ -21,7 +21,7 @@ from gptbert.model.dropout import Dropout, random_seeds
 from gptbert.model.layer_weighting import LayerWeighting, Representations
 from gptbert.model.norm import InputNorm, layer_norm
 from kernels import IGNORE_INDEX, MaskedCrossEntropy, masked_cross_entropy
-from kernels.gated_norm import gated_product
+from kernels.gated_norm import gated_norm
 from kernels.padding import padded_length, rounded_rows
 
 BLOCK_SEEDS = ATTENTION_SEEDS + 1
@@ -78,7 +78,7 @@ class GPTBert(nn.Module):
         mask = attention_mask(document_ids, causal)
         buckets = self.position_buckets(input_ids.shape[1])
         hidden_states, relative = self.embedding(input_ids, seeds.embedding)
-        representations = Representations(2 * len(self.blocks) + 1, compiled=self.blocks[0].is_compiled)
+        representations = Representations(2 * len(self.blocks) + 1)
         hidden_states = representations.start(hidden_states)
         for block, block_seeds in zip(self.blocks, seeds.blocks, strict=True):
             hidden_states = block(hidden_states, representations, relative, buckets, mask, block_seeds)
@@ -224,7 +224,7 @@ class FeedForward(nn.Module):
     def forward(self, hidden_states: Tensor, seed: Tensor | None) -> Tensor:
         """X [B, T, D] to x + feed_forward(x)."""
         gate = self.up(self.input_norm(hidden_states))
-        output = gated_product(gate, None, self.down.weight, approximate="tanh", eps=self.eps)
+        output = gated_norm(gate, None, self.down.weight, approximate="tanh", eps=self.eps)
         return hidden_states + self.dropout(output, seed)
 
 

@@ -32,19 +32,17 @@ class Representations:
 
     Args:
         capacity: number of representations that will be there at the end.
-        compiled: whether the model around is.
     """
 
-    def __init__(self, capacity: int, *, compiled: bool = False) -> None:
+    def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self.compiled = compiled
         self.count = 0
         self.collected = 0
 
     def start(self, first: Tensor) -> Tensor:
         """y_0 [B, T, D] to x_0, the same, whose gradient will be collected from all depths."""
         # [capacity, B·T·D]: y_m; in the backward ∂/∂x_n for the depths done
-        self._values = buffer(self.capacity, first, compiled=self.compiled)
+        self._values = buffer(self.capacity, first)
         self._alphas = first.new_zeros(self.capacity, self.capacity)
         return _Mix.apply(first, first.new_ones(1), self)
 

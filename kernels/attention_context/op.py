@@ -1,67 +1,71 @@
-"""The C++ kernels as registered operations."""
+"""The operation with its backward: the products are PyTorch's; what lies between them is PyTorch or C++."""
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from kernels import cpp
-from kernels.dropout import keep_threshold
+from kernels.attention_context import cpp, eager
+from kernels.backend import uses_cpp
 
 
-def _fake_attention_weights(scores, by_query, by_key, buckets, mask, seed, dropout_prob):
-    return _weights(scores, seed)
-
-
-@cpp.operation(_fake_attention_weights)
-def attention_weights(
-    scores: Tensor,
-    by_query: Tensor,
-    by_key: Tensor,
+def attention_context(
+    query: Tensor,
+    key: Tensor,
+    position_query: Tensor,
+    position_key: Tensor,
+    value: Tensor,
     buckets: Tensor,
     mask: Tensor,
     seed: Tensor | None,
     dropout_prob: float,
-) -> tuple[Tensor, Tensor]:
-    """See `reference.attention_weights`; in bf16; without a seed the second result is empty."""
-    heads, batch, length, _ = scores.shape
-    probabilities, dropped = _weights(scores, seed)
-    inputs = [tensor.contiguous() for tensor in (scores, by_query, by_key, buckets, mask)]
-    outputs = (probabilities, dropped)
-    sizes = (heads, batch, length, by_query.shape[-1])
-    cpp.call("attention_weights", (*inputs, *_dropout(seed, dropout_prob), *outputs, *sizes))
-    return outputs
+    backend: str | None,
+) -> Tensor:
+    """See `kernels.attention_context`."""
+    tensors = (query, key, position_query, position_key, value, buckets, mask, seed)
+    return _AttentionContext.apply(*tensors, dropout_prob, backend)
 
 
-def _fake_attention_weights_backward(grad, probabilities, buckets, num_buckets, seed, dropout_prob):
-    return _gradients(grad, num_buckets, seed)
+class _AttentionContext(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        position_query: Tensor,
+        position_key: Tensor,
+        value: Tensor,
+        buckets: Tensor,
+        mask: Tensor,
+        seed: Tensor | None,
+        dropout_prob: float,
+        backend: str | None,
+    ) -> Tensor:
+        rows = query.shape[1:3]
+        scores = query @ key.mT  # [H, B, T, T]
+        by_query = (query.flatten(1, 2) @ position_key.mT).unflatten(1, rows)  # [H, B, T, P]
+        by_key = (position_query @ key.flatten(1, 2).mT).unflatten(2, rows)  # [H, P, B, T]
+        implementation = cpp if uses_cpp(scores, backend) else eager
+        probabilities, dropped = implementation.attention_weights(
+            scores, by_query, by_key, buckets, mask, seed, dropout_prob
+        )
+        ctx.save_for_backward(query, key, position_query, position_key, value, probabilities, buckets, seed)
+        ctx.dropout_prob, ctx.backend = dropout_prob, backend
+        return (probabilities if seed is None else dropped) @ value
 
-
-@cpp.operation(_fake_attention_weights_backward)
-def attention_weights_backward(
-    grad: Tensor,
-    probabilities: Tensor,
-    buckets: Tensor,
-    num_buckets: int,
-    seed: Tensor | None,
-    dropout_prob: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `reference.attention_weights_backward`; in bf16; without a seed the last result is empty."""
-    heads, batch, length, _ = grad.shape
-    outputs = _gradients(grad, num_buckets, seed)
-    inputs = [tensor.contiguous() for tensor in (grad, probabilities, buckets)]
-    sizes = (heads, batch, length, num_buckets)
-    cpp.call("attention_weights_backward", (*inputs, *_dropout(seed, dropout_prob), *outputs, *sizes))
-    return outputs
-
-
-def _weights(scores: Tensor, seed: Tensor | None) -> tuple[Tensor, Tensor]:
-    return scores.new_empty(scores.shape), scores.new_empty(0 if seed is None else scores.shape)
-
-
-def _gradients(grad: Tensor, num_buckets: int, seed: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    heads, batch, length, _ = grad.shape
-    by_query = grad.new_empty(heads, batch, length, num_buckets)
-    by_key = grad.new_empty(heads, num_buckets, batch, length)
-    return grad.new_empty(grad.shape), by_query, by_key, grad.new_empty(0 if seed is None else grad.shape)
-
-
-def _dropout(seed: Tensor | None, dropout_prob: float) -> tuple[Tensor | None, int, float]:
-    return seed, keep_threshold(dropout_prob), 1 / (1 - dropout_prob)
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, position_query, position_key, value, probabilities, buckets, seed = ctx.saved_tensors
+        implementation = cpp if uses_cpp(grad, ctx.backend) else eager
+        of_scores, by_query, by_key, dropped = implementation.attention_weights_backward(
+            grad @ value.mT, probabilities, buckets, position_key.shape[1], seed, ctx.dropout_prob
+        )
+        of_value = (probabilities if seed is None else dropped).mT @ grad
+        # operands in the order that gives each gradient the layout of its input
+        rows = query.shape[1:3]
+        by_query, by_key = by_query.flatten(1, 2), by_key.flatten(2, 3)  # [H, B·T, P] and [H, P, B·T]
+        of_query = of_scores @ key + (by_query @ position_key).unflatten(1, rows)
+        of_key = of_scores.mT @ query + (by_key.mT @ position_query).unflatten(1, rows)
+        of_position_query = by_key @ key.flatten(1, 2)
+        of_position_key = by_query.mT @ query.flatten(1, 2)
+        return of_query, of_key, of_position_query, of_position_key, of_value, *[None] * 5

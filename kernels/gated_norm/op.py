@@ -1,71 +1,35 @@
-"""The C++ kernels as registered operations."""
+"""The operation with its backward, around C++ kernels."""
+
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import cpp
+from kernels.gated_norm import cpp
 
 
-def _fake_gated_norm(gate, linear, is_tanh, eps):
-    return _normalized(gate, linear)
+def gated_norm(gate: Tensor, linear: Tensor | None, weight: Tensor, approximate: str, eps: float) -> Tensor:
+    """See `kernels.gated_norm`; the gate is bf16."""
+    return _GatedNorm.apply(gate, linear, weight, approximate == "tanh", eps)
 
 
-@cpp.operation(_fake_gated_norm)
-def gated_norm(gate: Tensor, linear: Tensor | None, is_tanh: bool, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """LayerNorm(linear · GELU(gate)), in bf16.
+class _GatedNorm(torch.autograd.Function):
+    """Keeps what comes in, and computes the normalized product again: it is the largest of a block's tensors."""
 
-    Args:
-        gate: [B, T, D]; without `linear` [B, T, 2D], that and the gate side by side.
-        linear: [H, B, T, d], D = H·d, or None.
-        is_tanh: whether GELU is its approximation by tanh.
-        eps: of LayerNorm.
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, linear: Tensor | None, weight: Tensor, is_tanh: bool, eps: float) -> Tensor:
+        normalized, mean, inverse_std = cpp.gated_norm(gate, linear, is_tanh, eps)
+        narrow = weight.to(gate.dtype)
+        ctx.save_for_backward(gate, linear, narrow, mean, inverse_std)
+        ctx.is_tanh, ctx.dtype = is_tanh, weight.dtype
+        return F.linear(normalized, narrow)
 
-    Returns:
-        [B, T, D]; mean and inverse standard deviation [B, T] in fp32.
-    """
-    outputs = _normalized(gate, linear)
-    inputs, sizes, strides = _memory(gate, linear)
-    cpp.call("gated_norm", (*inputs, *outputs, *sizes, *strides, int(is_tanh), eps))
-    return outputs
-
-
-def _fake_gated_norm_backward(grad, gate, linear, mean, inverse_std, is_tanh):
-    return _gradients(grad, gate, linear)
-
-
-@cpp.operation(_fake_gated_norm_backward)
-def gated_norm_backward(
-    grad: Tensor, gate: Tensor, linear: Tensor | None, mean: Tensor, inverse_std: Tensor, is_tanh: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `gate` and of `linear` (empty without), and the normalized product once more."""
-    grad = grad.contiguous()
-    grad_gate, grad_linear, normalized = outputs = _gradients(grad, gate, linear)
-    inputs, sizes, strides = _memory(gate, linear)
-    grads, _, grad_strides = _memory(grad_gate, None if linear is None else grad_linear)
-    tensors = (grad, *inputs, mean, inverse_std, *grads, normalized)
-    cpp.call("gated_norm_backward", (*tensors, *sizes, *strides, *grad_strides, int(is_tanh)))
-    return outputs
-
-
-def _normalized(gate: Tensor, linear: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    batch, length, size = gate.shape
-    mean, inverse_std = (gate.new_empty(batch, length, dtype=torch.float32) for _ in range(2))
-    return gate.new_empty(batch, length, size // 2 if linear is None else size), mean, inverse_std
-
-
-def _gradients(grad: Tensor, gate: Tensor, linear: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    of_linear = grad.new_empty(0 if linear is None else linear.shape)
-    return grad.new_empty(gate.shape), of_linear, grad.new_empty(grad.shape)
-
-
-def _memory(gate: Tensor, linear: Tensor | None) -> tuple[tuple[Tensor, ...], tuple[int, ...], tuple[int, ...]]:
-    """Linear and gate; rows, groups and their width; strides of rows and groups of `linear`, of rows of the gate."""
-    batch, length, size = gate.shape
-    gate = gate.flatten(0, 1)  # whose rows then have one stride, also where batch or length is 1 and theirs is any
-    gate = gate if gate.stride(1) == 1 else gate.contiguous()
-    if linear is None:
-        linear, gate = gate.chunk(2, dim=-1)
-        return (linear, gate), (batch * length, 1, size // 2), (gate.stride(0), 0, gate.stride(0))
-    heads, _, _, width = linear.shape
-    linear = linear.contiguous()
-    return (linear, gate), (batch * length, heads, width), (width, batch * length * width, gate.stride(0))
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gate, linear, weight, mean, inverse_std = ctx.saved_tensors
+        of_gate, of_linear, normalized = cpp.gated_norm_backward(
+            grad @ weight, gate, linear, mean, inverse_std, ctx.is_tanh
+        )
+        of_weight = (grad.flatten(0, -2).T @ normalized.flatten(0, -2)).to(ctx.dtype)
+        return of_gate, None if linear is None else of_linear, of_weight, None, None

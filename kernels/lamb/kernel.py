@@ -1,7 +1,7 @@
 """LAMB over all tensors of a model in at most four launches: norm, clip factor, moments, update.
 
 Each program of the norm, moments and update kernels works on one chunk of one tensor, which it finds through the tables
-of `plan.py`.
+of `chunk_table.py`.
 """
 
 import math
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from kernels.configuration import Configuration, launch_warps
-from kernels.lamb import plan
+from kernels.lamb import chunk_table
 from kernels.lamb.reference import clip_factor
 from kernels.lamb.shards import add_up_chunks, whole_norms
 
@@ -26,16 +26,16 @@ SUMS_BLOCK = 1024
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
-_PARAM = tl.constexpr(plan.PARAM)
-_GRAD = tl.constexpr(plan.GRAD)
-_EXP_AVG = tl.constexpr(plan.EXP_AVG)
-_EXP_AVG_SQ = tl.constexpr(plan.EXP_AVG_SQ)
-_STEP = tl.constexpr(plan.STEP)
-_AVERAGE = tl.constexpr(plan.AVERAGE)
-_SIZE = tl.constexpr(plan.SIZE)
-_CHUNK_SIZE = tl.constexpr(plan.CHUNK_SIZE)
-_FIRST_CHUNK = tl.constexpr(plan.FIRST_CHUNK)
-_COLUMNS = tl.constexpr(plan.COLUMNS)
+_PARAM = tl.constexpr(chunk_table.PARAM)
+_GRAD = tl.constexpr(chunk_table.GRAD)
+_EXP_AVG = tl.constexpr(chunk_table.EXP_AVG)
+_EXP_AVG_SQ = tl.constexpr(chunk_table.EXP_AVG_SQ)
+_STEP = tl.constexpr(chunk_table.STEP)
+_AVERAGE = tl.constexpr(chunk_table.AVERAGE)
+_SIZE = tl.constexpr(chunk_table.SIZE)
+_CHUNK_SIZE = tl.constexpr(chunk_table.CHUNK_SIZE)
+_FIRST_CHUNK = tl.constexpr(chunk_table.FIRST_CHUNK)
+_COLUMNS = tl.constexpr(chunk_table.COLUMNS)
 # What the moments kernel leaves for the update kernel, per tensor.
 _AGE = tl.constexpr(0)
 _EXP_AVG_SCALE = tl.constexpr(1)
@@ -294,7 +294,7 @@ def launch(
     seed: int | None,
     clip: Tensor | None = None,
     group: ProcessGroup | None = None,
-    addresses: plan.Addresses | None = None,
+    addresses: chunk_table.Addresses | None = None,
 ) -> None:
     """`kernels.lamb.op.lamb_step` for what it has checked: fp32 parameters, at least one.
 
@@ -302,8 +302,8 @@ def launch(
     """
     device = params[0].device
     if addresses is None:
-        addresses = plan.addresses(params, grads, exp_avgs, exp_avg_sqs, steps, averages)
-    tables = plan.find_plan(addresses, tuple(map(Tensor.numel, params)), tuple(weight_decays), device)
+        addresses = chunk_table.addresses(params, grads, exp_avgs, exp_avg_sqs, steps, averages)
+    tables = chunk_table.find_chunk_table(addresses, tuple(map(Tensor.numel, params)), tuple(weight_decays), device)
     num_chunks = len(tables.owners)
     chunks = (tables.table, tables.owners)
     sums = torch.empty(2 * num_chunks, dtype=torch.float32, device=device)
@@ -339,7 +339,7 @@ def launch(
             num_warps=num_warps,
         )
         if group is not None:
-            add_up_chunks(sums.view(2, -1), tables.table[:, plan.FIRST_CHUNK], group)
+            add_up_chunks(sums.view(2, -1), tables.table[:, chunk_table.FIRST_CHUNK], group)
         update_kernel[(num_chunks,)](
             *chunks,
             tables.decays,
@@ -426,7 +426,7 @@ def _update_constants(moment_type: torch.dtype, average: bool, aligned: bool) ->
         "AVERAGE": average,
         "ALIGNED": aligned,
         "BLOCK": BLOCK,
-        "MAX_CHUNKS": plan.MAX_CHUNKS,
+        "MAX_CHUNKS": chunk_table.MAX_CHUNKS,
     }
 
 

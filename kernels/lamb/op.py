@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels import torch_private
-from kernels.lamb import blocked, cpp_step, reference
+from kernels.lamb import cpp, eager, reference
 
 _STATE = {"params", "exp_avgs", "exp_avg_sqs", "steps", "averages", "gradient_norm"}
 
@@ -45,10 +45,10 @@ def lamb_step(
         raise ValueError(f"stochastic_rounding_seed: moments are {exp_avgs[0].dtype}; only bf16 ones are rounded")
     if backend == "triton" and params[0].dtype == torch.float32:
         implementation = importlib.import_module("kernels.lamb.kernel").launch  # Triton may be missing elsewhere
-    elif cpp_step.supports(params, grads, exp_avgs, group_name):
-        implementation = cpp_step.lamb_step
-    elif blocked.supports(params, exp_avgs):
-        implementation = blocked.lamb_step
+    elif backend == "cpp" and group_name is None and cpp.supports(params, grads, exp_avgs):
+        implementation = cpp.lamb_step
+    elif eager.supports(params, exp_avgs):
+        implementation = eager.lamb_step
     else:
         implementation = reference.lamb_step
     implementation(

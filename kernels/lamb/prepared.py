@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.lamb import op, plan
+from kernels.lamb import chunk_table, op
 
 
 class PreparedStep:
@@ -64,7 +64,7 @@ class PreparedStep:
         grads = list(map(Tensor.contiguous, grads))
         op.check_numbers(beta1, beta2, max_grad_norm, gradient_norm)
         op.check_lr(lr, self._params[0].device)
-        addresses = plan.addresses(self._params, grads, *self._state, self._averages)
+        addresses = chunk_table.addresses(self._params, grads, *self._state, self._averages)
         self._check(grads, addresses)
         norm, clip, max_grad_norm = op.clipping(gradient_norm, max_grad_norm, self._params[0])
         torch.autograd.graph.increment_version(self._params)  # a graph may have kept these, and is now out of date
@@ -87,9 +87,9 @@ class PreparedStep:
         )
         return norm
 
-    def _check(self, grads: list[Tensor], addresses: plan.Addresses) -> None:
+    def _check(self, grads: list[Tensor], addresses: chunk_table.Addresses) -> None:
         """Gradients are new ones at each step, so of them all is looked at that is cheap; else what lies elsewhere."""
-        state = [column for index, column in enumerate(addresses) if index != plan.GRAD]
+        state = [column for index, column in enumerate(addresses) if index != chunk_table.GRAD]
         kinds = {grad.dtype for grad in grads}, set(map(Tensor.get_device, grads))
         if list(map(Tensor.numel, grads)) != self._sizes or self._checked != (state, kinds):
             op.check_lengths(self._params, grads, *self._state, self._averages)

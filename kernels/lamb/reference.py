@@ -5,8 +5,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from kernels.lamb.shards import whole_norms
-
-_WORD = 0xFFFFFFFF
+from kernels.philox import WORD, philox
 
 
 def lamb_step(
@@ -74,23 +73,12 @@ def clip_factor(gradient_norm: Tensor, max_grad_norm: float) -> Tensor:
 
 
 def rounding_noise(seed: int, tensor: int, step: Tensor, like: Tensor) -> Tensor:
-    """32 random bits, held in int64, for each element of a tensor of `like`'s shape.
+    """32 random bits, in int64, for each element of a tensor of `like`'s shape.
 
-    Philox4x32-10 (Salmon et al. 2011) with key = seed and counter = (element // 4 low, high, tensor, step) gives the
-    words of four elements.
+    Philox with key = seed and counter = (element // 4 low, high, tensor, step) gives the words of four elements.
     """
     fours = torch.arange(-(-like.numel() // 4), device=like.device)
-    words = [fours & _WORD, fours >> 32, torch.full_like(fours, tensor), step.to(torch.int64).expand_as(fours)]
-    key = [seed & _WORD, (seed >> 32) & _WORD]
-    for _ in range(10):
-        product0, product1 = words[0] * 0xD2511F53, words[2] * 0xCD9E8D57  # the low 64 bits are right, sign or not
-        words = [
-            (product1 >> 32) & _WORD ^ words[1] ^ key[0],
-            product1 & _WORD,
-            (product0 >> 32) & _WORD ^ words[3] ^ key[1],
-            product0 & _WORD,
-        ]
-        key = [(key[0] + 0x9E3779B9) & _WORD, (key[1] + 0xBB67AE85) & _WORD]
+    words = philox(seed, fours & WORD, fours >> 32, torch.full_like(fours, tensor), step.to(torch.int64))
     return torch.stack(words, dim=1).flatten()[: like.numel()].view_as(like)
 
 

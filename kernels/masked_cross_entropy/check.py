@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kernels.masked_cross_entropy import cross_entropy_from_logits, masked_cross_entropy, op, reference
+from kernels.masked_cross_entropy import cpp, cross_entropy_from_logits, eager, masked_cross_entropy, op, reference
 from kernels.numerics import Comparison, compare, compare_exactly
 from kernels.run import Run
 
@@ -26,6 +26,13 @@ def comparisons(device: torch.device, backend: str, run: Run | None = None) -> I
     """
     if run is not None:
         yield from _from_hidden(device, backend, run.logits_type, run.vocab_size)
+        return
+    if backend == "cpp":
+        for vocab_size in (131, 4500):
+            yield from _cpp_rows(vocab_size)
+        yield from _accumulated_product()
+        yield from _from_logits(device, backend, torch.bfloat16, 131)
+        yield from _from_hidden(device, backend, torch.bfloat16)
         return
     for num_rows in (0, 4096, 9001):
         yield from _sums(device, backend, num_rows)
@@ -159,3 +166,40 @@ def _compare_sums(name: str, results: dict[str, reference.MaskedCrossEntropy]) -
         yield from compare(f"{name} {field}", **tensors)
     for field in _COUNTS:
         yield compare_exactly(f"{name} {field}", getattr(results["actual"], field), getattr(results["plain"], field))
+
+
+def _random(*shape: int) -> Tensor:
+    """In bf16; the same for each shape."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).bfloat16()
+
+
+def _cpp_rows(classes: int) -> Iterator[Comparison]:
+    """The C++ kernel: seven rows, one without a label, two with a tie whose first or last class is the label."""
+    logits, labels = 3 * _random(7, classes), torch.arange(7) % classes
+    labels[2] = -100
+    logits[4, [4, 9]] = logits[5, [2, 5]] = 30.0
+    bias = _random(classes).float()
+    bias[[2, 4, 5, 9]] = 0.5
+    is_label = torch.arange(classes) == labels[:, None]
+    for name, addend in (("", None), (" with bias", bias)):
+        results = []
+        for function, dtype in ((cpp.rows, None), (eager.rows, torch.float64), (eager.rows, torch.float32)):
+            x = logits if dtype is None else logits.to(dtype) + (0 if addend is None else addend)
+            gradient = torch.full_like(x, torch.nan)
+            options = {"bias": addend} if dtype is None else {}
+            loss, z_loss, correct = function(x, labels, gradient, torch.tensor(0.7), -100, 0.1, **options)
+            results.append((loss, z_loss, gradient.to(torch.bfloat16 if dtype == torch.float32 else x.dtype), correct))
+        for index, part in enumerate(("loss", "z_loss", "gradient")):
+            off_target = ~is_label if part == "gradient" else None
+            tensors = (result[index] for result in results)
+            yield from compare(f"rows V={classes}{name}: {part}", *tensors, off_target)
+        yield compare_exactly(f"rows V={classes}{name}: correct", results[0][3], results[1][3])
+
+
+def _accumulated_product() -> Iterator[Comparison]:
+    """The C++ kernel: of two products in bf16, the first of which finds memory that holds no numbers."""
+    products, total = (_random(3, 2999), _random(3, 2999).flip(0)), torch.full((3, 2999), torch.nan)
+    for index, product in enumerate(products):
+        cpp.accumulate_product(total, product, is_first=index == 0)
+    exact = products[0].double() + products[1].double()
+    yield from compare("accumulated product", total, exact, exact.float())

@@ -185,7 +185,7 @@ def supports(logits: Tensor) -> bool:
 def rows(
     logits: Tensor, labels: Tensor, gradient: Tensor | None, scale: Tensor, ignore_index: int, z_loss_weight: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch `rows_kernel`; the same function as `kernels.masked_cross_entropy.rows.rows`."""
+    """Launch `rows_kernel`; the same function as `eager.rows`."""
     num_rows, vocab_size = logits.shape
     target = logits if gradient is None else gradient
     if not _in_same_words(logits, target):

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from kernels import torch_private
-from kernels.column_sums import column_sums
-from kernels.masked_cross_entropy import cpp_rows
-from kernels.masked_cross_entropy import rows as torch_rows
+from kernels.add_bias.cpp import column_sums
+from kernels.masked_cross_entropy import cpp, eager
 from kernels.padding import PADDING, padded_length, rounded_rows, rows_apart
 
 # Logits that exist at once, in bytes. On a GPU 2²⁸ in bf16, a tenth of what plain PyTorch holds for as many, because
@@ -104,8 +103,8 @@ def masked_cross_entropy(
 
     chunk = _chunk_rows(len(states), len(weight), compute_dtype, hidden.device)
     buffer = _aligned_rows(min(chunk, len(states)), len(weight), compute_dtype, hidden.device)
-    by_cpp = backend == "torch" and cpp_rows.supports(buffer)
-    rows = functools.partial(cpp_rows.rows, bias=offset) if by_cpp else _implementation(buffer, backend).rows
+    by_cpp = backend == "cpp" and cpp.supports(buffer)
+    rows = functools.partial(cpp.rows, bias=offset) if by_cpp else _implementation(buffer, backend).rows
     parts, one = [], _one(hidden.device)
     for first in range(0, max(1, len(states)), chunk):
         part, part_labels = states[first : first + chunk], labels[first : first + chunk]
@@ -121,9 +120,9 @@ def masked_cross_entropy(
         if first + chunk >= len(states):
             del matrix  # before there is the gradient of the weight: with one chunk, memory is fullest then
         if needs_weight:
-            grad_weight = _plus_product(grad_weight, gradient.T, part)
+            grad_weight = _plus_product(grad_weight, gradient.T, part, by_cpp=by_cpp)
         if needs_bias:
-            grad_bias = _plus_column_sums(grad_bias, gradient)
+            grad_bias = _plus_column_sums(grad_bias, gradient, by_cpp=by_cpp)
     rows = parts[0] if len(parts) == 1 else tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
     grad_hidden = grad_hidden.to(hidden.dtype)
     if kept is not None:
@@ -242,7 +241,7 @@ def _labeled_rows(labels: Tensor, ignore_index: int, backend: str) -> Tensor | N
     """Which rows to compute on the CPU: the labeled ones, then a few others; None where that is all of them."""
     labeled = labels != ignore_index
     count = int(labeled.sum())
-    most = rounded_rows(count) if backend == "torch" else count  # kernels that are interpreted are counted
+    most = count if backend == "triton" else rounded_rows(count)  # kernels that are interpreted are counted
     return labeled.logical_not().argsort(stable=True)[:most] if most < len(labels) else None
 
 
@@ -275,7 +274,7 @@ def _implementation(tensor: Tensor, backend: str, *, takes_rows: bool = True) ->
         kernel = importlib.import_module("kernels.masked_cross_entropy.kernel")
         if kernel.supports(tensor) if takes_rows else tensor.dtype != torch.float64:
             return kernel
-    return cpp_rows if cpp_rows.supports(tensor) else torch_rows
+    return cpp if backend == "cpp" and cpp.supports(tensor) else eager
 
 
 @functools.cache
@@ -296,7 +295,7 @@ def _empty_gradient(logits: Tensor) -> Tensor:
     return rows_apart(logits, num_rows, vocab_size, stride)
 
 
-def _plus_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+def _plus_product(total: Tensor | None, left: Tensor, right: Tensor, *, by_cpp: bool = False) -> Tensor:
     """`total`, or nothing, plus left · right, with sums in fp32 or wider."""
     wide, is_first = torch.promote_types(left.dtype, torch.float32), total is None
     if total is None:
@@ -308,8 +307,8 @@ def _plus_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
             return torch.mm(left, right, out_dtype=wide, out=total)
         return torch.addmm(total, left, right, out_dtype=wide, out=total)
     product = torch.mm(left, right)
-    if cpp_rows.supports(product):
-        cpp_rows.accumulate_product(total, product, is_first=is_first)
+    if by_cpp:
+        cpp.accumulate_product(total, product, is_first=is_first)
     elif is_first:
         total.copy_(product)
     else:  # in blocks, since PyTorch widens the whole addend in new memory, which takes longer than the addition
@@ -318,10 +317,10 @@ def _plus_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     return total
 
 
-def _plus_column_sums(total: Tensor | None, gradient: Tensor) -> Tensor:
+def _plus_column_sums(total: Tensor | None, gradient: Tensor, *, by_cpp: bool = False) -> Tensor:
     """`total`, or nothing, plus the sums of columns in fp32 or wider."""
     wide = torch.promote_types(gradient.dtype, torch.float32)
-    sums = column_sums(gradient) if cpp_rows.supports(gradient) else gradient.sum(dim=0, dtype=wide)
+    sums = column_sums(gradient) if by_cpp else gradient.sum(dim=0, dtype=wide)
     return sums if total is None else total.add_(sums)
 
 

@@ -105,7 +105,7 @@ def sums(
     z_loss_weight: float,
     vocab_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch `sum_kernel`; the same function as `kernels.masked_cross_entropy.rows.sums`, which also sees to labels.
+    """Launch `sum_kernel`; the same function as `eager.sums`, which also sees to labels.
 
     Raises:
         RuntimeError: a label is neither `ignore_index` nor in 0 … V − 1; on a GPU it is a device assert.

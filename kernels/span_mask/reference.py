@@ -12,9 +12,10 @@ import math
 import torch
 from torch import Tensor
 
+from kernels.philox import WORD, philox
+
 IGNORE_INDEX = -100  # label of what is not selected
 COUNT_WEIGHTS = tuple(round(128 * math.exp(count)) for count in range(17))  # times a 32-bit score fits an int64
-_WORD = 0xFFFFFFFF
 _NEVER = torch.iinfo(torch.int64).max
 
 
@@ -34,7 +35,7 @@ def span_mask(
 ) -> tuple[Tensor, Tensor]:
     """See `kernels.span_mask`."""
     position = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)  # [B, T]
-    length, score, kind, random_token = philox(seed, position, 0, row_ids[:, None])
+    length, score, kind, random_token = random_words(seed, position, 0, row_ids[:, None])
     starts = span_starts(_below(max_span_length, length) + 1, max_span_length)
     my_start = torch.where(starts, position, 0).cummax(dim=1).values
     score, kind = score.gather(1, my_start), kind.gather(1, my_start)
@@ -76,22 +77,14 @@ def span_starts(lengths: Tensor, max_span_length: int) -> Tensor:
     return torch.cat([torch.ones_like(left_after[:, :1]), left_after[:, :-1] == 0], dim=1).bool()
 
 
-def philox(seed: int, position: Tensor, stream: int, row_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10: four 32-bit numbers (held in int64) per counter (position, stream, row id low, row id high)."""
-    key0, key1 = seed & _WORD, (seed >> 32) & _WORD
-    word0, word1 = position, torch.full_like(position, stream)
-    word2, word3 = (row_ids & _WORD).expand_as(position), ((row_ids >> 32) & _WORD).expand_as(position)
-    for _ in range(10):
-        product0, product1 = word0 * 0xD2511F53, word2 * 0xCD9E8D57  # the low 64 bits are right, sign or not
-        word0, word2 = (product1 >> 32) & _WORD ^ word1 ^ key0, (product0 >> 32) & _WORD ^ word3 ^ key1
-        word1, word3 = product1 & _WORD, product0 & _WORD
-        key0, key1 = (key0 + 0x9E3779B9) & _WORD, (key1 + 0xBB67AE85) & _WORD
-    return word0, word1, word2, word3
+def random_words(seed: int, position: Tensor, stream: int, row_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four 32-bit words, in int64, for each counter (position, stream, row id low, row id high)."""
+    return philox(seed, position, torch.full_like(position, stream), row_ids & WORD, (row_ids >> 32) & WORD)
 
 
 def _kth_lowest(score: Tensor, selectable: Tensor, mask_p: float, seed: int, row_ids: Tensor) -> Tensor:
     """[B, 1]: the score of the k-th lowest selectable token, k = max(1, ⌊n·p + u⌋)."""
-    uniform = philox(seed, torch.zeros_like(row_ids), 1, row_ids)[0]
+    uniform = random_words(seed, torch.zeros_like(row_ids), 1, row_ids)[0]
     k = ((selectable.sum(dim=1) * fixed_point(mask_p) + uniform) >> 32).clamp(min=1)
     return score.sort(dim=1).values.gather(1, (k - 1).clamp(max=score.shape[1] - 1).unsqueeze(1))
 

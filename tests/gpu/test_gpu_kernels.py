@@ -11,7 +11,7 @@ import torch
 import kernels
 from kernels import cross_entropy_from_logits, masked_cross_entropy, span_mask
 from kernels.attention_context.bucket_sums import bucket_sums
-from kernels.configuration import OPERATIONS
+from kernels.configuration import TRITON_OPERATIONS
 from kernels.lamb import lamb_step
 from kernels.lamb import op as lamb
 from kernels.masked_cross_entropy import op as cross_entropy
@@ -37,7 +37,7 @@ def random_ids(vocab_size, *shape, device, seed=0):
     return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", TRITON_OPERATIONS)
 def test_everything_that_is_checked_before_a_run(operation, device, sized):
     comparisons = importlib.import_module(f"kernels.{operation}.check").comparisons(device, "triton")
     results = list(itertools.islice(comparisons, sized(None, REHEARSED)))

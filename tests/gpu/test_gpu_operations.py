@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from gptbert.model import GPTBert
 from gptbert.model.gptbert import attention_mask
 from gptbert.model.layer_weighting import LayerWeighting, Representations
+from kernels.add_bias import add_bias
 from kernels.attention_context import attention_context
 from kernels.attention_context import bucket_sums as sums
-from kernels.column_sums import add_bias
 from kernels.dropout import dropout, random_words
-from kernels.gated_norm import gated_product
+from kernels.gated_norm import gated_norm
 from kernels.normalize import normalize
 from tests.conftest import TINY
 from tests.numerics import assert_near, relative_error, same
@@ -34,11 +34,11 @@ def attention(query, key, position_query, position_key, value):
 
 
 def gated_feed_forward(gate, weight):
-    return gated_product(gate, None, weight, approximate="tanh", eps=EPS)
+    return gated_norm(gate, None, weight, approximate="tanh", eps=EPS)
 
 
 def gated_attention(gate, linear, weight):
-    return gated_product(gate, linear, weight, approximate="none", eps=EPS)
+    return gated_norm(gate, linear, weight, approximate="none", eps=EPS)
 
 
 def biased(x, weight, bias):

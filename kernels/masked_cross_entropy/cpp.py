@@ -1,17 +1,17 @@
-"""Rows of logits by the C++ kernel: what compiled training on a CPU uses in mixed precision."""
+"""Rows of logits by the C++ kernel, in bf16."""
 
 import torch
 from torch import Tensor
 
 from kernels import cpp
-from kernels.masked_cross_entropy.rows import multiplied, multiply, sums
+from kernels.masked_cross_entropy.eager import multiplied, multiply, sums
 
 __all__ = ["accumulate_product", "multiplied", "multiply", "rows", "sums", "supports"]
 
 
 def supports(logits: Tensor) -> bool:
-    """Whether `rows` takes such logits here."""
-    return cpp.is_loaded() and logits.device.type == "cpu" and logits.dtype == torch.bfloat16
+    """Whether `rows` takes such logits."""
+    return logits.device.type == "cpu" and logits.dtype == torch.bfloat16
 
 
 def rows(
@@ -23,7 +23,7 @@ def rows(
     z_loss_weight: float,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `kernels.masked_cross_entropy.rows.rows`; in bf16, columns contiguous. `bias` [V] is added to each row."""
+    """See `eager.rows`; in bf16, columns contiguous. `bias` [V] is added to each row."""
     count, classes = logits.shape
     loss, z_loss = (logits.new_empty(count, dtype=torch.float32) for _ in range(2))
     correct = logits.new_empty(count, dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""LAMB by C++ kernels, for whole tensors in fp32 on a CPU: what compiled training uses there."""
+"""LAMB by C++ kernels, for unsharded tensors in fp32."""
 
 import ctypes
 
@@ -10,10 +10,10 @@ from kernels import cpp
 from kernels.lamb.reference import clip_factor
 
 
-def supports(params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], group_name: str | None) -> bool:
-    """Whether `lamb_step` takes such tensors here; lists hold one type each, and a group that of shards."""
+def supports(params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor]) -> bool:
+    """Whether `lamb_step` takes such tensors; each list holds one dtype."""
     is_fp32 = {params[0].dtype, grads[0].dtype, exp_avgs[0].dtype} == {torch.float32}
-    return cpp.is_loaded() and group_name is None and params[0].device.type == "cpu" and is_fp32
+    return params[0].device.type == "cpu" and is_fp32
 
 
 def lamb_step(

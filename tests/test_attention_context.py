@@ -5,8 +5,8 @@ import torch
 
 from gptbert.model import GPTBert
 from gptbert.model.gptbert import attention_mask
-from kernels.attention_context import reference
-from kernels.attention_context.op import attention_weights, attention_weights_backward
+from kernels.attention_context import eager
+from kernels.attention_context.cpp import attention_weights, attention_weights_backward
 from kernels.dropout import dropout
 from tests.conftest import TINY
 from tests.numerics import assert_accurate, on_threads, same, scattered
@@ -43,14 +43,14 @@ def test_probabilities_and_gradients_are_as_accurate_as_pytorch(table, length, r
     scores, mask, grad = make_case(length, rows, heads, causal=causal)
     rest = table(length), mask, seed, probability
     results = attention_weights(*scores, *rest)
-    exact = reference.attention_weights(*wide(scores), *rest)
-    plain = reference.attention_weights(*scores, *rest)
+    exact = eager.attention_weights(*wide(scores), *rest)
+    plain = eager.attention_weights(*scores, *rest)
     for actual, *expected in zip(results[: 1 if seed is None else 2], exact, plain, strict=seed is not None):
         assert_accurate(actual, *expected)
     rest = table(length), BUCKETS, seed, probability
     results = attention_weights_backward(grad, plain[0], *rest)
-    exact = reference.attention_weights_backward(*wide([grad, plain[0]]), *rest)
-    plain = reference.attention_weights_backward(grad, plain[0], *rest)
+    exact = eager.attention_weights_backward(*wide([grad, plain[0]]), *rest)
+    plain = eager.attention_weights_backward(grad, plain[0], *rest)
     names = ["scores", "by_query", "by_key", "dropped"][: 3 if seed is None else 4]
     for name, actual, *expected in zip(names, results, exact, plain, strict=False):
         assert_accurate(actual, *expected, name=name)
@@ -61,11 +61,11 @@ def test_a_bucket_may_hold_distances_that_are_apart():
     buckets = (position[:, None] - position).abs() // 3 % BUCKETS
     scores, mask, grad = make_case(29)
     rest = buckets, mask, None, 0.0
-    exact = reference.attention_weights(*wide(scores), *rest)[0]
+    exact = eager.attention_weights(*wide(scores), *rest)[0]
     assert_accurate(attention_weights(*scores, *rest)[0], exact, exact.bfloat16())
     probabilities, rest = exact.bfloat16(), (buckets, BUCKETS, None, 0.0)
     by_query, by_key = attention_weights_backward(grad, probabilities, *rest)[1:3]
-    of_scores = reference.attention_weights_backward(*wide([grad, probabilities]), *rest)[0]
+    of_scores = eager.attention_weights_backward(*wide([grad, probabilities]), *rest)[0]
     for actual, index, of_each in ((by_query, buckets, of_scores), (by_key, buckets.mT, of_scores.mT)):
         exact = of_scores.new_zeros(2, 3, 29, BUCKETS).scatter_add(-1, index.expand_as(of_each), of_each)
         exact = exact if actual is by_query else exact.permute(0, 3, 1, 2)
@@ -75,7 +75,7 @@ def test_a_bucket_may_hold_distances_that_are_apart():
 def test_scores_so_large_that_one_key_takes_all(table):
     scores, mask, _ = make_case(45, size=300.0)
     rest = table(45), mask, None, 0.0
-    exact = reference.attention_weights(*wide(scores), *rest)[0]
+    exact = eager.attention_weights(*wide(scores), *rest)[0]
     assert_accurate(attention_weights(*scores, *rest)[0], exact, exact.bfloat16())
 
 

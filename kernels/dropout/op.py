@@ -1,4 +1,4 @@
-"""Dropout whose mask is a function of a seed and of an entry's place: nothing to store, and the same bits everywhere.
+"""Dropout whose mask is a function of a seed and of an element's place: no mask is stored, and it is the same anywhere.
 
 PyTorch's own dropout on a CPU draws its numbers one after another, which takes a tenth of a training step and more.
 Here a few integer operations on an entry's index give its 32 random bits; compiled code fuses them into whatever comes
@@ -25,7 +25,7 @@ def dropout(x: Tensor, seed: Tensor | None, probability: float) -> Tensor:
 
 
 def keep_threshold(probability: float) -> int:
-    """The least of an entry's random words, as signed numbers, with which it stays."""
+    """Threshold: an element is kept if its int32 random word is ≥ this."""
     return round(probability * 2**32) - 2**31
 
 

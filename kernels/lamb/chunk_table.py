@@ -16,7 +16,7 @@ Addresses = tuple[tuple[int, ...], ...]  # of all parameters, of all gradients, 
 
 
 @dataclass(frozen=True)
-class Plan:
+class ChunkTable:
     """A function of addresses, sizes and decays; the tensors are on the device.
 
     Attributes:
@@ -36,7 +36,7 @@ class Plan:
     grad_aligned: bool
 
 
-_captured: list[Plan] = []  # CUDA graphs read these tables at each replay, whatever the cache has forgotten by then
+_captured: list[ChunkTable] = []  # CUDA graphs read these at each replay, after the cache may have dropped them
 
 
 def addresses(*columns: list[Tensor]) -> Addresses:
@@ -44,8 +44,10 @@ def addresses(*columns: list[Tensor]) -> Addresses:
     return tuple(tuple(map(Tensor.data_ptr, column)) for column in columns if column)
 
 
-def find_plan(addresses: Addresses, sizes: tuple[int, ...], decays: tuple[float, ...], device: torch.device) -> Plan:
-    """The plan for these tensors; nothing waits for the device.
+def find_chunk_table(
+    addresses: Addresses, sizes: tuple[int, ...], decays: tuple[float, ...], device: torch.device
+) -> ChunkTable:
+    """The table of these tensors, without a device sync.
 
     Args:
         addresses: see `addresses`.
@@ -56,7 +58,7 @@ def find_plan(addresses: Addresses, sizes: tuple[int, ...], decays: tuple[float,
     Raises:
         RuntimeError: a CUDA graph is being captured, and the tables are not there yet.
     """
-    tables = make_plan(addresses, sizes, decays, device)
+    tables = make_chunk_table(addresses, sizes, decays, device)
     if is_capturing(device):
         _captured.append(tables)
     return tables
@@ -67,9 +69,11 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-@functools.lru_cache(maxsize=8)  # gradients come to lie elsewhere when they are made anew, but return to a few places
-def make_plan(addresses: Addresses, sizes: tuple[int, ...], decays: tuple[float, ...], device: torch.device) -> Plan:
-    """As `find_plan`, for tensors that it has not seen lately."""
+@functools.lru_cache(maxsize=8)  # gradient addresses alternate between a few allocations
+def make_chunk_table(
+    addresses: Addresses, sizes: tuple[int, ...], decays: tuple[float, ...], device: torch.device
+) -> ChunkTable:
+    """As `find_chunk_table`, for tensors that it has not seen lately."""
     if is_capturing(device):
         raise RuntimeError(
             "lamb_step: a CUDA graph cannot record how it learns where new tensors lie; call it once with the same "
@@ -87,7 +91,7 @@ def make_plan(addresses: Addresses, sizes: tuple[int, ...], decays: tuple[float,
     if device.type == "cuda":  # pinned, or the copy waits
         on_host = tuple(tensor.pin_memory() for tensor in on_host)
     state = [column for index, column in enumerate(addresses) if index not in {GRAD, STEP}]
-    return Plan(
+    return ChunkTable(
         *(tensor.to(device, non_blocking=True) for tensor in on_host),
         aligned=all(address % 16 == 0 for column in state for address in column),
         grad_aligned=all(address % 16 == 0 for address in addresses[GRAD]),

@@ -1,29 +1,14 @@
-"""LayerNorm without scale and bias before a matrix product, as nearly everywhere in GPT-BERT."""
+"""The operation under autocast, which keeps its result alone for the backward."""
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
-def normalize(x: Tensor, eps: float) -> Tensor:
-    """LayerNorm over the last dimension; under autocast the result has the product's two bytes.
-
-    There that result is all that both backwards need, and all that is kept. PyTorch's own keeps its input too, in four
-    bytes.
-
-    Args:
-        x: [..., D].
-        eps: added to the variance.
-
-    Returns:
-        [..., D], in autocast's dtype where that is on.
-    """
-    device = x.device.type
-    if not torch.is_autocast_enabled(device):
-        return F.layer_norm(x, x.shape[-1:], eps=eps)
-    return _Normalize.apply(x, eps, torch.get_autocast_dtype(device))
+def normalize(x: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """See `kernels.normalize`; the result is of `dtype`."""
+    return _Normalize.apply(x, eps, dtype)
 
 
 class _Normalize(torch.autograd.Function):

@@ -1,0 +1,26 @@
+"""A bias and its gradient against plain PyTorch."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kernels.add_bias import add_bias, reference
+from kernels.add_bias.cpp import column_sums
+from kernels.numerics import Comparison, compare, compare_function
+from kernels.run import Run
+
+
+def comparisons(device: torch.device, backend: str, run: Run | None = None) -> Iterator[Comparison]:
+    """Forward and backward in bf16, at sizes that do not fit vectors; always on the CPU."""
+    del device, run
+    x = _random(45, 300)
+    if backend == "cpp":
+        yield from compare("column_sums", column_sums(x), x.double().sum(0), x.sum(0, dtype=torch.float32))
+    inputs = {"product": _random(3, 15, 37), "bias": _random(37).float()}
+    yield from compare_function("bf16", lambda **each: add_bias(**each, backend=backend), reference.add_bias, inputs)
+
+
+def _random(*shape: int) -> Tensor:
+    """In bf16; the same for each shape."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).bfloat16()

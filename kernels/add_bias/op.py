@@ -1,0 +1,25 @@
+"""The operation with its backward, around the C++ kernel."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.add_bias.cpp import column_sums
+
+
+def add_bias(product: Tensor, bias: Tensor) -> Tensor:
+    """See `kernels.add_bias`; the product is bf16."""
+    return _AddBias.apply(product, bias)
+
+
+class _AddBias(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, product: Tensor, bias: Tensor) -> Tensor:
+        ctx.dtype = bias.dtype
+        return product + bias.to(product.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        # rounded as PyTorch's own is, so that weights that travel in two bytes, as FSDP's do, learn the same
+        return grad, column_sums(grad.flatten(0, -2)).to(grad.dtype).to(ctx.dtype)

@@ -1,0 +1,94 @@
+"""Attention against its reference: the operation with its gradients, and what lies between its products."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kernels.attention_context import attention_context, cpp, eager, reference
+from kernels.dropout import dropout
+from kernels.numerics import Comparison, compare, compare_exactly, compare_function
+from kernels.run import Run
+
+_SEED = torch.tensor([77, -5], dtype=torch.int32)
+_DROPOUT = 0.3
+
+
+def comparisons(device: torch.device, backend: str, run: Run | None = None) -> Iterator[Comparison]:
+    """Forward and backward in bf16, with and without dropout, at sizes that do not fit vectors; always on the CPU."""
+    del device, run
+    for length in (1, 19, 150) if backend == "cpp" else ():
+        yield from _kernels(length)
+    for seed in (None, _SEED):
+        yield from _operation(seed, backend)
+
+
+def _random(*shape: int) -> Tensor:
+    """In bf16; the same for each shape."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).bfloat16()
+
+
+def _compare_all(names: str, *results: tuple[Tensor, ...]) -> Iterator[Comparison]:
+    """Named results of the kernel, of the reference in fp64, and of plain PyTorch in the kernel's precision."""
+    for name, *tensors in zip(names.split(", "), *results, strict=True):
+        yield from compare(name, *tensors)
+
+
+def _buckets(length: int) -> Tensor:
+    """Seven of them."""
+    position = torch.arange(length)
+    return (position[:, None] - position[None, :]).clamp(-3, 3) + 3
+
+
+def _operation(seed: Tensor | None, backend: str) -> Iterator[Comparison]:
+    """Two heads, three rows, 21 positions of 8 entries; the last positions of a row see nothing."""
+    heads, batch, length, width = 2, 3, 21, 8
+    positions = torch.arange(length).expand(batch, length)
+    documents = torch.where(positions >= torch.tensor([[21], [20], [13]]), -1, positions // 8)
+    mask = (documents[:, :, None] == documents[:, None, :]) & (documents >= 0)[:, None, :]
+    shapes = {
+        "query": (heads, batch, length, width),
+        "key": (heads, batch, length, width),
+        "position_query": (heads, 7, width),
+        "position_key": (heads, 7, width),
+        "value": (heads, batch, length, width),
+    }
+    inputs = {name: _random(*shape, index)[..., 0] for index, (name, shape) in enumerate(shapes.items(), start=1)}
+    rest = {
+        "buckets": _buckets(length),
+        "mask": mask,
+        "seed": seed,
+        "dropout_prob": _DROPOUT if seed is not None else 0.0,
+    }
+    yield from compare_function(
+        f"bf16 {'with' if seed is not None else 'without'} dropout",
+        lambda **tensors: attention_context(**tensors, **rest, backend=backend),
+        lambda **tensors: reference.attention_context(**tensors, **rest),
+        inputs,
+    )
+
+
+def _kernels(length: int) -> Iterator[Comparison]:
+    """The C++ kernels: three heads, two rows of two documents and padding, seven buckets."""
+    heads, batch, buckets = 3, 2, 7
+    position, bucket_of = torch.arange(length), _buckets(length)
+    documents = torch.stack([position // 7, torch.where(position < 4, 0, -1)])
+    mask = (documents[:, :, None] == documents[:, None, :]) & (documents >= 0)[:, None, :]
+    scores, grad = _random(heads, batch, length, length), _random(heads, batch, length, length) / 8
+    inputs = (scores, _random(heads, batch, length, buckets), _random(heads, buckets, batch, length))
+    rest = (bucket_of, mask, _SEED, _DROPOUT)
+    actual = cpp.attention_weights(*inputs, *rest)
+    exact = eager.attention_weights(*(tensor.double() for tensor in inputs), *rest)
+    plain = eager.attention_weights(*inputs, *rest)
+    yield from _compare_all(f"T={length}: probabilities, dropped", actual, exact, plain)
+    yield compare_exactly(f"T={length}: mask", actual[1], dropout(actual[0], _SEED, _DROPOUT))
+    rest = (bucket_of, buckets, _SEED, _DROPOUT)
+    results = [
+        function(*tensors, *rest)
+        for function, tensors in (
+            (cpp.attention_weights_backward, (grad, actual[0])),
+            (eager.attention_weights_backward, (grad.double(), actual[0].double())),
+            (eager.attention_weights_backward, (grad, actual[0])),
+        )
+    ]
+    yield from _compare_all(f"T={length}: ∂scores, ∂by_query, ∂by_key, dropped again", *results)

@@ -1,0 +1,38 @@
+"""Mixes by C++ kernels, which keep representations in bf16 and the newest in fp32."""
+
+import torch
+from torch import Tensor
+
+from kernels import cpp
+
+PIECE = 2048  # contiguous elements of one representation; must equal PIECE in kernel.cpp
+
+
+def depth_mix(values: Tensor, newest: Tensor, alpha: Tensor) -> Tensor:
+    """See `kernels.depth_mix.depth_mix`."""
+    _check(values, newest)
+    mixed = newest.new_empty(newest.shape)
+    sizes = (len(alpha) - 1, values.shape[1], newest.numel())
+    cpp.call("depth_mix", (values, newest.contiguous(), alpha.contiguous(), mixed, *sizes))
+    return mixed
+
+
+def depth_mix_backward(values: Tensor, grad: Tensor, alphas: Tensor, depth: int, count: int) -> tuple[Tensor, Tensor]:
+    """See `kernels.depth_mix.depth_mix_backward`."""
+    _check(values, grad)
+    threads = torch.get_num_threads()
+    grad_newest, grad_alpha = grad.new_empty(grad.shape), grad.new_empty(depth + 1)
+    outputs = (grad_newest, grad_alpha, grad.new_empty(threads, depth + 1))  # the last: each thread's sums
+    sizes = (threads, depth, count, alphas.shape[1], grad.numel())
+    cpp.call("depth_mix_backward", (values, grad.contiguous(), alphas, *outputs, *sizes))
+    return grad_newest, grad_alpha
+
+
+def _check(values: Tensor, newest: Tensor) -> None:
+    """Raise TypeError where the kernels would read memory as something that it is not."""
+    kinds = {(tensor.device.type, tensor.dtype) for tensor in (values, newest)}
+    if kinds != {("cpu", torch.bfloat16), ("cpu", torch.float32)} or newest.dtype != torch.float32:
+        raise TypeError(
+            f"depth_mix: a buffer of {values.dtype} on {values.device} takes fp32 on a CPU, not {newest.dtype} on "
+            f"{newest.device}"
+        )
