@@ -314,7 +314,7 @@ class TrainConfig:
         if self.shard_size and self.parallel != "fsdp":
             raise InputError(f"--shard_size {self.shard_size} is for --parallel fsdp, not {self.parallel}")
         if self.optimizer == "muon" and self.parallel == "fsdp":
-            raise InputError("--optimizer muon needs whole matrices, which --parallel fsdp has on no process; use ddp")
+            raise InputError("--optimizer muon needs whole matrices, which no rank has with --parallel fsdp; use ddp")
         if self.max_gradient == 0:
             raise InputError("--max_gradient is 0, which would clip every gradient away; expected a positive number")
         size = len(os.fsencode(self.name)) if self.name.isprintable() else 0

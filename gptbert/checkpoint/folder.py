@@ -39,7 +39,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise InputError(f"--resume {path}: its train_config.json is missing or damaged") from error
     if not isinstance(settings, dict):
-        raise InputError(f"--resume {path}: its train_config.json is no JSON object")
+        raise InputError(f"--resume {path}: its train_config.json is not a JSON object")
     return settings
 
 

@@ -46,7 +46,7 @@ def load_shards(tensors: dict[str, Tensor], folder: Path) -> None:
         InputError: a tensor is missing or has a different shape, or a file is damaged; on every rank.
     """
     if not all(path.is_file() for path in folder.iterdir()):  # reading a pipe or device may never end
-        raise InputError(f"{folder.name}: holds something that is no file")
+        raise InputError(f"{folder.name}: contains something that is not a file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about running as a single process, as tools do

@@ -41,18 +41,18 @@ def _check(state: Any, weights: Mapping[str, Tensor], optimizer: str) -> None:
     if type(state) is not dict or set(state) | _LATER_KEYS != set(STATE_KEYS):
         raise InputError(f"expected the keys {', '.join(STATE_KEYS)}")
     if type(state["step"]) is not int or not 0 <= state["step"] <= _LARGEST_STEP:
-        raise InputError("its step is no number of steps")
+        raise InputError("its step is not a number of steps")
     _check_optimizer(state["optimizer"], weights, is_muon=optimizer == "muon")
     if type(state["rank_states"]) is not list or not all(map(_is_rank_state, state["rank_states"])):
-        raise InputError("its states of the ranks are of another form")
+        raise InputError("its rank states have an unexpected form")
     skipped = state["skipped_steps"]
     if not isinstance(skipped, Tensor) or skipped.dtype != torch.int64 or skipped.shape != (3,):
-        raise InputError("its number of skipped steps is of another form")
+        raise InputError("its skipped steps have an unexpected form")
     if type(state.get("is_compiled")) not in {bool, type(None)}:
-        raise InputError("whether it was compiled is of another form")
+        raise InputError("its is_compiled is not a boolean")
     counts = state["mask_counts"]
     if counts is not None and not _is_bytes(counts):
-        raise InputError("its masking history is of another form")
+        raise InputError("its masking history has an unexpected form")
 
 
 def _check_optimizer(optimizer: Any, weights: Mapping[str, Tensor], *, is_muon: bool) -> None:
@@ -70,7 +70,7 @@ def _check_optimizer(optimizer: Any, weights: Mapping[str, Tensor], *, is_muon: 
                 if value.ndim or name != "step":
                     shapes.setdefault(name, Counter())[value.shape] += 1
             elif name != "step" or type(value) not in {int, float}:
-                raise InputError(f"its optimizer state has a {str(name)[:20]!r} that is no tensor of numbers")
+                raise InputError(f"its optimizer state has a {str(name)[:20]!r} that is not a tensor of numbers")
     expected = Counter(tensor.shape for tensor in weights.values())
     matrices = shapes.pop(_MUONS, Counter())  # the remaining moments belong to the other parameters
     if any(found + matrices != expected for found in shapes.values()) or (matrices and not shapes):

@@ -45,7 +45,7 @@ def fitting(published: dict[str, Tensor], config: ModelConfig) -> dict[str, Tens
         if name not in weights:
             raise InputError(f"{name} is missing")
         if name not in expected:
-            raise InputError(f"{name} is no weight of a model of this shape")
+            raise InputError(f"{name} is not a weight of a model of this shape")
         if weights[name].shape != expected[name]:
             raise InputError(f"{name} does not fit the model: {list(weights[name].shape)} for {list(expected[name])}")
         if not weights[name].is_floating_point():

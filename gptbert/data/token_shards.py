@@ -94,7 +94,7 @@ def _check_header(file: Path) -> None:
 def _check_is_file(file: Path) -> None:
     """Refuse pipes and devices, which may never end, and paths that cannot be read."""
     if not file.is_file():
-        raise InputError(f"token file {file}: is no file; tokenize the corpus again")
+        raise InputError(f"token file {file}: is not a file; tokenize the corpus again")
 
 
 def _fits(offsets: np.ndarray, num_tokens: int) -> bool:
@@ -126,7 +126,7 @@ def shard_files(path: Path) -> list[Path]:
         if expected not in present:
             raise InputError(f"token file {path}: its shard {expected.name} is missing; tokenize the corpus again")
     if len(shards) != count:
-        raise InputError(f"token file {path}: shards of two different runs lie there; tokenize the corpus again")
+        raise InputError(f"token file {path}: shards of two different runs are there; tokenize the corpus again")
     return shards
 
 

@@ -107,7 +107,7 @@ def connect(config: TrainConfig) -> Iterator[World]:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         raise LostProcessError(
-            f"another process has ended, hangs, or is not reached (waited at most --timeout {config.timeout} s: "
+            f"another process has ended, hangs, or cannot be reached (waited at most --timeout {config.timeout} s: "
             f"{_reason(error)}); --resume auto goes on from the last checkpoint"
         ) from error
     finally:

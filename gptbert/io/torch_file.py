@@ -119,9 +119,9 @@ class TorchFile:
         try:
             ending = zipfile._EndRecData(self._stream)  # noqa: SLF001  the directory's size, before it is parsed into objects
             if ending is None:
-                raise InputError("refused, since it is no archive, which torch.save writes since version 1.6")
+                raise InputError("refused, since it is not an archive, as torch.save writes since version 1.6")
             if ending[5] > _FREE_BYTES and ending[5] // 46 * _ENTRY_BYTES > 4 * self.size:
-                raise InputError("its archive lists more entries than there is room for")
+                raise InputError("its archive lists more entries than its size allows")
             archive = zipfile.ZipFile(self._stream)
             entries = archive.infolist()
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
@@ -134,7 +134,7 @@ class TorchFile:
             self._name = names[0].removesuffix("/data.pkl")
             order = f"{self._name}/byteorder"
             if order in archive.namelist() and archive.read(order) != b"little":
-                raise InputError("saved on a machine with another order of bytes")
+                raise InputError("saved on a machine with a different byte order")
         except _BROKEN_ARCHIVE as error:
             raise InputError(f"its archive cannot be read: {first_line(error)[:100]}") from error
         return archive
@@ -283,7 +283,7 @@ class _Pickle:
         values = self._take_items(1 if name == "APPEND" else None)
         target = self._stack[-1]
         if type(target) is not list:
-            raise TypeError("appends to what is no list")
+            raise TypeError("appends to something that is not a list")
         self._charge(8 * len(values))
         target.extend(values)
 
@@ -291,11 +291,11 @@ class _Pickle:
         items = self._take_items(2 if name == "SETITEM" else None)
         target = self._stack[-1]
         if type(target) is not dict or len(items) % 2:
-            raise TypeError("sets an item of what is no dictionary")
+            raise TypeError("sets an item of something that is not a dictionary")
         self._charge(64 * len(items))
         for key, value in zip(items[::2], items[1::2], strict=True):
             if type(key) not in {str, int, float, bool}:
-                raise TypeError("a dictionary's key is no string or number")  # hashing a nested tuple may never finish
+                raise TypeError("a dictionary key is not a string or number")  # hashing a nested tuple may never finish
             target[key] = value
 
     def _take_items(self, count: int | None) -> list[Any]:
@@ -311,7 +311,7 @@ class _Pickle:
         dtype = torch.uint8 if dtype is _ANY_STORAGE else dtype
         known = kind == "storage" and isinstance(dtype, torch.dtype) and type(key) is str and type(numel) is int
         if not known or numel < 0:
-            raise TypeError("a storage is described in another way than torch.save does")
+            raise TypeError("a storage is not described as torch.save does")
         self._forget(described)
         self._stack.append(Storage(key, dtype, numel))
 
@@ -337,7 +337,7 @@ class _Pickle:
         """Drop a state_dict's attributes: the dictionary of its modules' versions."""
         attributes = self._take(len(self._stack) - 1)[0]
         if type(attributes) is not dict or type(self._stack[-1]) is not dict:
-            raise TypeError("sets attributes of what is no dictionary")
+            raise TypeError("sets attributes of something that is not a dictionary")
 
     def _forget(self, *parts: object) -> None:
         """Drop objects that only describe a tensor: most of a file's pickle if it has many small tensors."""

@@ -315,7 +315,7 @@ def _string(value: Any, what: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"half a surrogate pair, \\u{ord(value[error.start]):04x}, is no character") from None
+        raise ValueError(f"half a surrogate pair, \\u{ord(value[error.start]):04x}, is not a character") from None
     return value
 
 
