@@ -96,7 +96,7 @@ def _end(message: str, status: int) -> None:
         print(message, file=sys.stderr)
     if "RANK" in os.environ:
         if status and not message:
-            time.sleep(2)  # torchrun kills all once the first ends, also the one that has yet to print the reason
+            time.sleep(2)  # torchrun kills all once the first ends, including one yet to print the reason
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

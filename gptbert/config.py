@@ -154,7 +154,7 @@ class TrainConfig:
     """Double the row length at 70 % and again at 90 % of the run, with the rows per step divided by the same factor."""
     local_batch_size: int = 32
     """Maximum rows per process in one micro-batch; larger batches use gradient accumulation. On a CPU, micro-batches
-    have at most 1,024 tokens per thread (at least 2,048 in all): as fast, in less memory."""
+    have at most 1,024 tokens per thread (or 2,048 if that is more): as fast, in less memory."""
     global_batch_size: int = 128
     """Rows per step at the end of the run, over all processes and both objectives."""
     batch_reduction: float = 4.0

@@ -49,7 +49,7 @@ def _check(state: Any, weights: Mapping[str, Tensor], optimizer: str) -> None:
     if not isinstance(skipped, Tensor) or skipped.dtype != torch.int64 or skipped.shape != (3,):
         raise InputError("its skipped steps have an unexpected form")
     if type(state.get("is_compiled")) not in {bool, type(None)}:
-        raise InputError("its is_compiled is not a boolean")
+        raise InputError("its is_compiled is neither a boolean nor None")
     counts = state["mask_counts"]
     if counts is not None and not _is_bytes(counts):
         raise InputError("its masking history has an unexpected form")
