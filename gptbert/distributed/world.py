@@ -122,7 +122,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """The device of this process.
 
     Args:
-        name: "auto" (a GPU where there is one), "cuda" or "cpu".
+        name: "auto" (a GPU if there is one), "cuda" or "cpu".
         local_rank: rank among the processes of this host; each has its own GPU.
 
     Raises:
