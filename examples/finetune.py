@@ -1,10 +1,10 @@
-"""Fine-tune an exported model with transformers' own Trainer: to classify texts, or to tag words.
+"""Fine-tune an exported model with transformers' Trainer, to classify texts or to tag words.
 
     python -m gptbert.export checkpoints/RUN exported
     python examples/finetune.py --task classify --model exported --train train.jsonl --validation valid.jsonl \
         --output classifier
 
-A line of the data is `{"text": "…", "label": "…"}`, or for `--task tag` `{"words": ["…", …], "tags": ["…", …]}`. The
+A line of data is `{"text": "…", "label": "…"}`, or with `--task tag` `{"words": ["…", …], "tags": ["…", …]}`. The
 output loads with `AutoModelForSequenceClassification` or `AutoModelForTokenClassification`, and in `pipeline`.
 """
 
@@ -34,30 +34,30 @@ COLLATORS = {"classify": DataCollatorWithPadding, "tag": DataCollatorForTokenCla
 
 @dataclass(frozen=True)
 class Settings:
-    """Fine-tune a classifier of texts or a tagger of words."""
+    """Fine-tune a text classifier or a word tagger."""
 
     task: Literal["classify", "tag"]
-    """classify: one label a text. tag: one a word."""
+    """classify: one label per text. tag: one per word."""
     model: str
-    """An exported folder, or where it was published."""
+    """An exported folder, or the name it was published under."""
     train: Path
     """JSONL of texts and labels, or of words and tags."""
     validation: Path
-    """The same, to choose the best epoch by."""
+    """The same, to choose the best epoch."""
     output: Path
     """Folder for the new model."""
     epochs: int = 10
     """Passes over the training data."""
     batch_size: int = 32
-    """Lines in a step."""
+    """Lines per step."""
     learning_rate: float = 5e-5
-    """Peak, after a warm-up of 6 %; it falls linearly."""
+    """Peak, after a warmup of 6 %; it falls linearly."""
     max_length: int = 512
-    """Tokens, behind which texts are cut."""
+    """Texts are truncated to this many tokens."""
     causal: bool = False
-    """Attend only to earlier tokens, and classify a text by its last one: GPT-BERT the other way."""
+    """Attend only to earlier tokens, and classify a text by its last one: GPT-BERT's causal mode."""
     seed: int = 42
-    """Of the new head, dropout and the order of lines."""
+    """Seed of the new head, dropout and the order of lines."""
 
 
 def finetune(settings: Settings) -> dict[str, float]:
@@ -117,8 +117,8 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, line: dict, labels: list[str
 def encode_words(tokenizer: PreTrainedTokenizerBase, line: dict, tags: list[str], max_length: int) -> dict:
     """A sentence's tokens, and as labels the tag of each word on its first token, −100 elsewhere.
 
-    The words are joined by spaces, as the model has seen them in its training: its tokens begin with the space. A tag
-    that the training data does not have is no label.
+    The words are joined by spaces, as in the model's training: word tokens include the preceding space. A tag that the
+    training data lacks is not a label.
     """
     words = line["words"]
     encoding = tokenizer(" ".join(words), truncation=True, max_length=max_length, return_offsets_mapping=True)
@@ -134,12 +134,12 @@ def encode_words(tokenizer: PreTrainedTokenizerBase, line: dict, tags: list[str]
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """All lines."""
+    """All lines of a file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Share of texts or words whose likeliest label is the right one."""
+    """Fraction of texts or words whose likeliest label is correct."""
     labeled = prediction.label_ids != IGNORE_INDEX
     right = prediction.predictions.argmax(-1)[labeled] == prediction.label_ids[labeled]
     return {"accuracy": float(np.mean(right))}

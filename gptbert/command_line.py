@@ -1,4 +1,4 @@
-"""Commands: a frozen dataclass is the command line, and bad input is one line on the screen."""
+"""Commands: a frozen dataclass defines the command line; bad input is reported in one line."""
 
 import contextlib
 import io
@@ -16,7 +16,7 @@ from gptbert.errors import InputError, LostProcessError, SharedError, StoppedErr
 
 Settings = TypeVar("Settings")
 
-STOPPED = 75  # EX_TEMPFAIL of sysexits.h: start the same command again, and it goes on
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run the same command again to resume
 
 
 def run_command(
@@ -24,12 +24,12 @@ def run_command(
 ) -> None:
     """Parse the command line into `settings`, call `function` with it, and end the process.
 
-    The exit status is 0, 2 for a command line that cannot be parsed, 1 for other input that cannot be used and for a
-    run that lost one of its processes, `STOPPED` for a run that a signal stopped at a checkpoint, and 130 after Ctrl-C
-    or SIGTERM at other times, both of which clean up. What all processes of a run have to say, the first of each host
-    says; what one alone knows, that one does, with its rank.
+    The exit status is 0 on success, 2 for a command line that cannot be parsed, 1 for other unusable input and for a
+    run that lost a process, `STOPPED` for a run that a signal stopped at a checkpoint, and 130 after Ctrl-C or SIGTERM
+    at other times, both of which clean up. Errors common to all processes are printed by the first of each host;
+    errors of a single process by that process, with its rank.
     """
-    if "LOCAL_RANK" not in os.environ:  # under torchrun, SIGTERM ends at once a process that may be waiting for others
+    if "LOCAL_RANK" not in os.environ:  # under torchrun, SIGTERM must end a process even if it waits in a collective
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         parsed = parse(settings, arguments)
@@ -51,7 +51,7 @@ def run_command(
 
 
 def parse(settings: type[Settings], arguments: Sequence[str] | None = None) -> Settings:
-    """The command line as `settings`; prints one line and exits with 2 where tyro finds a mistake."""
+    """Parse the command line into `settings`; prints one line and exits with 2 if tyro finds a mistake."""
     output, errors = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
@@ -65,14 +65,14 @@ def parse(settings: type[Settings], arguments: Sequence[str] | None = None) -> S
 
 
 def _one_line(box: str) -> str:
-    """What the box says that tyro draws around mistakes: its parts, without borders, title and pointers to the help."""
+    """The text of tyro's error box, without borders, title and pointers to the help."""
     parts: list[list[str]] = [[]]
     for line in (line.strip("│ ") for line in box.splitlines()):
         if re.fullmatch("[─-]{10,}", line):
             parts.append([])
         elif line and line[0] not in "╭╰":
             parts[-1].append(line)
-    if "╭" not in box:  # where the screen knows no box characters, the title is a part of its own
+    if "╭" not in box:  # without box characters in the terminal's encoding, the title is a separate part
         parts = parts[1:]
     messages = []
     for part in parts:
@@ -88,15 +88,15 @@ def _fail(message: str, status: int, by_all: bool = False) -> None:
 
 
 def _end(message: str, status: int) -> None:
-    """End the process; one among several without Python's own last steps.
+    """End the process; one of several processes skips interpreter shutdown.
 
-    There, a thread of gloo that wants to free what the last collective used finds Python gone, and aborts the process.
+    In shutdown, a gloo thread that frees the last collective's tensors would find no interpreter and abort the process.
     """
     if message:
         print(message, file=sys.stderr)
     if "RANK" in os.environ:
         if status and not message:
-            time.sleep(2)  # torchrun ends all when the first has ended, also the one that has yet to say why
+            time.sleep(2)  # torchrun kills all once the first ends, including one yet to print the reason
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

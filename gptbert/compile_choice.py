@@ -1,7 +1,7 @@
-"""Whether a run is compiled: an estimate of what faster steps save, against what compiling takes.
+"""Decides whether to compile a run: the estimated time saved by faster steps against the cost of compiling.
 
-The estimate is a function of settings and of constants. Nothing is measured for it: a run that is started again must
-decide as before, since compiled steps round elsewhere.
+The estimate is a function of settings and constants, without measurements: a restarted run must decide as before,
+since compiled steps round differently.
 """
 
 from dataclasses import dataclass
@@ -13,17 +13,17 @@ from gptbert.data.micro_batch import micro_batch_rows
 from gptbert.distributed.world import World
 from gptbert.monitoring.flops import training_flops
 
-# For each row length of a run, which has code of its own; ten seconds where Inductor has it on the disk.
+# Per row length of a run, each compiled separately; ten seconds if Inductor has it in its disk cache.
 COMPILE_SECONDS = {"cpu": 30.0, "cuda": 30.0}
 
-# On a CPU. A process of 700 steps of D 256, V 32,768 did its 4·10¹⁴ FLOPs in 45 minutes without compiling, and side by
-# side its steps took 22.6 seconds so and 7.6 compiled, on one busy core. With several cores a process saves less.
+# On a CPU. A process of 700 steps of D 256, V 32,768 took 45 minutes for its 4·10¹⁴ FLOPs without compiling; measured
+# side by side on one busy core, a step took 22.6 seconds, and 7.6 compiled. With several cores a process saves less.
 _CPU_FLOPS_PER_SECOND = 1.5e11
 _CPU_SHARE_SAVED = 0.6
 
-# On a GPU, where the host or the device is what a step waits for. A compiled step of 12 layers has some 2,500 launches
-# for one micro-batch, of 10 to 46 µs each on the hosts that were measured. How many more there are without compiling
-# was not: that it is as many again is a guess, and so is half as much time of the device again.
+# On a GPU, where a step is bound by the host or the device. A compiled step of 12 layers has some 2,500 launches per
+# micro-batch, of 10 to 46 µs each on the hosts measured. Without compiling, twice as many launches and 1.5 times the
+# device time are assumed; neither was measured.
 _LAUNCHES_SAVED_PER_LAYER = 200
 _SECONDS_PER_LAUNCH = 15e-6
 _GPU_FLOPS_PER_SECOND = 1e14
@@ -32,12 +32,12 @@ _GPU_SHARE_SAVED = 0.5
 _FORMER_FLOPS = {
     "cpu": 1e15,
     "cuda": 1e17,
-}  # from which versions compiled whose checkpoints do not say whether they did
+}  # thresholds of earlier versions, whose checkpoints do not record the choice
 
 
 @dataclass(frozen=True)
 class CompileChoice:
-    """Whether a run is compiled, and why, as the end of a sentence."""
+    """Whether a run is compiled, and the reason, as the end of a sentence."""
 
     is_compiled: bool
     reason: str
@@ -59,10 +59,10 @@ def choose(
     Args:
         config: the run's settings; `--no_compile` decides.
         model_config: the model's shape.
-        plan: of the run.
+        plan: the run's plan.
         world: its processes.
-        resumed: what the run goes on from. Its decision stays, however long the run is now.
-        resumed_compile: the setting there; if the command line says something else now, that run does not decide.
+        resumed: the checkpoint that the run resumes from. Its choice is kept, even if the run's length has changed.
+        resumed_compile: the checkpoint's `compile`; if the command line's differs, its choice is not kept.
     """
     if not config.compile:
         return CompileChoice(False, "--no_compile")
@@ -82,7 +82,7 @@ def choose(
 
 
 def seconds_saved(config: TrainConfig, model_config: ModelConfig, plan: HybridPlan, world: World) -> float:
-    """What a whole run, from its first step on, takes less by the estimate if it is compiled."""
+    """Estimated seconds that compiling saves over a whole run, from its first step."""
     flops = _flops(model_config, config, plan, world.world_size)
     if world.device.type == "cpu":
         return _CPU_SHARE_SAVED * flops / _CPU_FLOPS_PER_SECOND
@@ -94,7 +94,7 @@ def seconds_saved(config: TrainConfig, model_config: ModelConfig, plan: HybridPl
 
 
 def _flops(model_config: ModelConfig, config: TrainConfig, plan: HybridPlan, world_size: int) -> float:
-    """Of one process in the whole run, if every token carried a label."""
+    """FLOPs of one process in the whole run, as if every token carried a label."""
     tokens = plan.tokens_before(config.max_steps) / world_size
     return tokens * training_flops(model_config, config.seq_length, labeled_fraction=1.0)
 

@@ -13,7 +13,7 @@ from gptbert.errors import InputError
 from gptbert.io.json_file import read_json
 
 _LARGEST_SIZE = 10_000_000
-_LARGEST = {"num_hidden_layers": 1000, "max_position_embeddings": 2**20}  # these take time and memory without weights
+_LARGEST = {"num_hidden_layers": 1000, "max_position_embeddings": 2**20}  # costly even without weights
 _MODEL_JSON_BYTES = 1 << 16
 
 
@@ -63,7 +63,7 @@ class ModelConfig:
 
     @property
     def num_parameters(self) -> int:
-        """Numbers that training changes, the tied embedding counted once."""
+        """Trainable parameters, the tied embedding counted once."""
         hidden, layers = self.hidden_size, self.num_hidden_layers
         positions = 2 * self.position_bucket_size - 1
         embedding = (self.vocab_size + positions + 2) * hidden
@@ -77,7 +77,7 @@ class ModelConfig:
         """Read a published or own JSON file.
 
         Raises:
-            InputError: the file cannot be read, a key is unknown or missing, or a value is of no use.
+            InputError: the file cannot be read, a key is unknown or missing, or a value is invalid.
         """
         path = Path(path)
         try:
@@ -92,10 +92,10 @@ class ModelConfig:
 
     @classmethod
     def from_values(cls, values: dict[str, Any], path: Path) -> "ModelConfig":
-        """What a JSON file holds as a shape that this machine has the memory for.
+        """Convert a JSON file's values to a shape that fits this machine's memory.
 
         Raises:
-            InputError: with the file's name; a key is unknown or missing, or a value is of no use.
+            InputError: a key is unknown or missing, or a value is invalid; names the file.
         """
         known = [field.name for field in dataclasses.fields(cls)]
         if unknown := sorted(set(values) - set(known)):
@@ -121,30 +121,30 @@ class TrainConfig:
     """
 
     train_path: tuple[Path, ...]
-    """Token file to train on (from tokenize_corpus.py, or upstream's .bin). Several: one of each corpus, mixed as
-    --train_weights says."""
+    """Token file to train on (from tokenize_corpus.py, or upstream's .bin). Several: one per corpus, mixed according to
+    --train_weights."""
     valid_path: Path
     """Token file to validate on."""
     config_file: Path
     """JSON file with the model's shape, for example configs/small.json."""
     tokenizer_path: Path
-    """Tokenizer JSON file that wrote the token files."""
+    """Tokenizer JSON file that the token files were written with."""
     output_dir: Path = Path("checkpoints")
     """Folder of all runs; this run writes to output_dir/name."""
     name: str = "gptbert"
-    """Name of the run: its folder, and its name in wandb."""
+    """Name of the run: its folder's name, and its name in wandb."""
 
     train_weights: tuple[float, ...] = ()
-    """Each corpus's share of the tokens trained, in the order of --train_path, of any sum: a corpus with more than its
-    size comes more often. Without it, each counts by its size, so that their epochs end together."""
+    """Relative weight of each corpus in the training tokens, in the order of --train_path: a corpus with more than its
+    size repeats more often. Default: the corpora's sizes, so that their epochs end together."""
 
     hybrid_numerator: int = 1
-    """Masked share of the training, numerator: the share is hybrid_numerator/hybrid_denominator."""
+    """Fraction of training on the masked objective, numerator: the fraction is hybrid_numerator/hybrid_denominator."""
     hybrid_denominator: int = 4
-    """Masked share of the training, denominator."""
+    """Fraction of training on the masked objective, denominator."""
     hybrid_mode: Literal["auto", "rank", "batch"] = "auto"
-    """rank: each process trains one objective (the number of processes is a multiple of the denominator).
-    batch: each process trains both. auto: rank where the number of processes allows it, else batch."""
+    """rank: each process trains one objective (the number of processes must be a multiple of the denominator).
+    batch: each process trains both. auto: rank if the number of processes allows it, else batch."""
     token_weighted_loss: bool = False
     """One mean over all labels of both objectives, instead of numerator/denominator times each objective's mean."""
 
@@ -153,16 +153,16 @@ class TrainConfig:
     seq_length_growth: bool = False
     """Double the row length at 70 % and again at 90 % of the run, with the rows per step divided by the same factor."""
     local_batch_size: int = 32
-    """Most rows that a process takes through the model at once; a larger share of the step is accumulated. On a CPU it
-    trains on no more than 1,024 tokens a thread at once (2,048 at least): as fast, in less memory."""
+    """Maximum rows per process in one micro-batch; larger batches use gradient accumulation. On a CPU, micro-batches
+    have at most 1,024 tokens per thread (or 2,048 if that is more): as fast, in less memory."""
     global_batch_size: int = 128
     """Rows per step at the end of the run, over all processes and both objectives."""
     batch_reduction: float = 4.0
-    """The first step has global_batch_size/batch_reduction rows; rows grow linearly. 1 switches growth off."""
+    """The first step has global_batch_size/batch_reduction rows; the number grows linearly. 1: no growth."""
 
     optimizer: Literal["lamb", "adamw", "muon"] = "lamb"
-    """lamb scales each tensor's step to its size, adamw does not. muon is Muon for the matrices of blocks and head, at
-    AdamW's learning rates, and AdamW for the rest; it takes --parallel ddp."""
+    """lamb scales each tensor's update to the tensor's norm, adamw does not. muon: Muon for the matrices of blocks and
+    head, at AdamW's learning rates, and AdamW for the rest; requires --parallel ddp."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 0.1
@@ -176,8 +176,7 @@ class TrainConfig:
     max_gradient: float = 2.0
     """Gradients are clipped to this global norm."""
     max_skipped_steps: int = 10
-    """Steps one after another whose gradients are not finite, and which are therefore skipped, that end the run; looked
-    at with each log record."""
+    """End the run after this many consecutive steps skipped for non-finite gradients; checked at each log record."""
     ema_decay: float = 0.999
     """Decay per step of the moving average of the weights."""
     z_loss_weight: float = 1e-4
@@ -186,18 +185,18 @@ class TrainConfig:
     max_steps: int = 40_000
     """Optimizer steps of the whole run."""
     warmup_proportion: float = 0.016
-    """Share of the steps in which the learning rate rises from 0."""
+    """Fraction of the steps over which the learning rate rises from 0."""
     cooldown_proportion: float = 0.016
-    """Share of the steps, at the end, in which the learning rate falls from a tenth to 0."""
+    """Fraction of the steps, at the end, over which the learning rate falls from a tenth to 0."""
 
     mask_p_start: float = 0.3
-    """Share of tokens masked at the first step; it moves linearly to mask_p_end."""
+    """Fraction of tokens masked at the first step; it changes linearly to mask_p_end."""
     mask_p_end: float = 0.15
-    """Share of tokens masked when max_steps is reached."""
+    """Fraction of tokens masked at max_steps."""
     mask_random_p: float = 0.1
-    """Share of masked tokens replaced by a random one."""
+    """Fraction of masked tokens replaced by a random one."""
     mask_keep_p: float = 0.1
-    """Share of masked tokens left as they are."""
+    """Fraction of masked tokens left unchanged."""
     mask_history: bool = False
     """Prefer tokens that were masked less often in earlier epochs (one byte per training token and process)."""
     n_special_tokens: int = 16
@@ -206,29 +205,28 @@ class TrainConfig:
     mixed_precision: bool = False
     """Compute in bf16 (autocast); weights, gradients and optimizer state stay fp32."""
     compile: bool = True
-    """Compile the model's blocks with torch.compile, where that saves more of the whole run than it takes: half a
-    minute at the first start, seconds at later ones. A resumed run goes on as it began."""
+    """Compile the model's blocks with torch.compile if that saves the whole run more time than it costs: half a minute
+    at the first start, seconds at later ones. A resumed run keeps its choice."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """ddp: every process has all weights. fsdp: processes share the weights, their average and the optimizer's state,
-    and gather the weights of a block when it needs them; the results are the same."""
+    """ddp: every process has all weights. fsdp: weights, their average and optimizer state are sharded over processes,
+    and a block's weights are gathered when needed; the results are the same."""
     shard_size: int = 0
-    """With fsdp, the number of processes that share one copy of the weights, such as those of one host; it divides the
-    number of all. 0: all of them."""
+    """With fsdp, the number of processes that one copy of the weights is sharded over, such as those of one host; the
+    number of all processes must be a multiple of it. 0: all of them."""
     activation_checkpointing: bool = False
-    """Keep only the inputs of attention and feed-forward for the backward, and compute the rest again there: a third of
-    the activations' memory, for steps that take a third longer; the results are the same."""
+    """Keep only the inputs of attention and feed-forward for the backward, and recompute the rest there: a third of the
+    activation memory, for steps a third longer; the results are the same."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto: a GPU where there is one."""
+    """auto: a GPU if there is one."""
     kernels: Literal["auto", "torch", "triton", "cpp"] = "auto"
     """Implementation of the operations in kernels/. auto: triton on a GPU; on a CPU cpp in compiled runs, else torch.
     cpp needs a C++ compiler; it has kernels for LAMB and, with --mixed_precision, for all else but masking."""
     kernel_check: Literal["on", "off"] = "on"
     """on: before the first step, compare the kernels with their references on this device (seconds)."""
     cpu_threads: int = 0
-    """Threads per process on the CPU, whatever OMP_NUM_THREADS says; 0 divides this machine's cores among its
-    processes."""
+    """Threads per process on a CPU, overriding OMP_NUM_THREADS; 0 divides this machine's cores among its processes."""
     timeout: int = 600
-    """Seconds after which a collective operation that hangs ends the run."""
+    """Seconds after which a hanging collective operation ends the run."""
     seed: int = 42
     """Seed of initialization, shuffling, masking and dropout."""
 
@@ -237,30 +235,30 @@ class TrainConfig:
     validation_steps: int = 0
     """Validate on this many batches of global_batch_size rows per objective; 0: on the whole file."""
     validation_mask_p: float = 0.15
-    """Share of tokens masked in validation; the masks are the same every time."""
+    """Fraction of tokens masked in validation; the masks are the same every time."""
     log_every: int = 10
     """Steps between log records; in between, nothing is read back from the device."""
     save_every: int = 1000
     """Steps between checkpoints; 0: only at the end."""
     keep_checkpoints: int = 3
-    """Number of checkpoints kept, the newest ones."""
+    """Number of checkpoints to keep, the newest ones."""
     checkpoint_words: tuple[str, ...] = ()
-    """Numbers of words seen at which weights are also saved, for good, in the run's words/chck_1M and so on: such as
+    """Also save weights after these numbers of words seen, permanently, in the run's words/chck_1M and so on: such as
     500_000 1M 1.5B, or babylm for 1M, 2M, … 10M, 20M, … 100M, 200M, … 1000M, as far as the run goes."""
     initial_weights: Path | None = None
-    """Start from these weights instead of random ones, with a fresh optimizer and the schedules from their beginning: a
-    checkpoint's folder, a run's for its newest, or one from gptbert.import_hf."""
+    """Start from these weights instead of random ones, with a fresh optimizer and schedules: a checkpoint's folder, a
+    run's folder for its newest checkpoint, or one from gptbert.import_hf."""
     resume: str | None = None
-    """auto: go on from the run's newest checkpoint, or start where there is none.
-    A path: go on from that checkpoint."""
+    """auto: resume from the run's newest checkpoint, or start from scratch if there is none.
+    A path: resume from that checkpoint."""
     trackers: tuple[Literal["wandb", "tensorboard"], ...] = ("wandb",)
-    """Where records go beside metrics.jsonl: any of these, or nothing after the flag for none."""
+    """Where records go besides metrics.jsonl: any of these, or nothing after the flag for none."""
     wandb_project: str = "gptbert"
     """Project in wandb."""
     wandb_entity: str | None = None
     """Team or user in wandb."""
     wandb_mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto: online where the user is logged in to wandb, else offline."""
+    """auto: online if the user is logged in to wandb, else offline."""
 
     def __post_init__(self) -> None:
         at_least = {
@@ -316,7 +314,7 @@ class TrainConfig:
         if self.shard_size and self.parallel != "fsdp":
             raise InputError(f"--shard_size {self.shard_size} is for --parallel fsdp, not {self.parallel}")
         if self.optimizer == "muon" and self.parallel == "fsdp":
-            raise InputError("--optimizer muon needs whole matrices, which --parallel fsdp has on no process; use ddp")
+            raise InputError("--optimizer muon needs whole matrices, which no rank has with --parallel fsdp; use ddp")
         if self.max_gradient == 0:
             raise InputError("--max_gradient is 0, which would clip every gradient away; expected a positive number")
         size = len(os.fsencode(self.name)) if self.name.isprintable() else 0
@@ -330,17 +328,17 @@ class TrainConfig:
 
     @property
     def run_dir(self) -> Path:
-        """Folder of this run."""
+        """This run's folder."""
         return self.output_dir / self.name
 
     @property
     def warmup_steps(self) -> int:
-        """Steps of the learning rate's rise."""
+        """Steps of the learning rate's warmup."""
         return round(self.max_steps * self.warmup_proportion)
 
     @property
     def cooldown_steps(self) -> int:
-        """Steps of the learning rate's last fall."""
+        """Steps of the learning rate's final cooldown."""
         return round(self.max_steps * self.cooldown_proportion)
 
     def to_dict(self) -> dict:

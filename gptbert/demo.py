@@ -1,4 +1,4 @@
-"""What `make demo` shows when training is over: `python -m gptbert.demo RUN_DIR`."""
+"""Shows the results of `make demo` after training: `python -m gptbert.demo RUN_DIR`."""
 
 import sys
 from dataclasses import dataclass
@@ -32,21 +32,21 @@ PROMPT = "The following example shows how to"
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Show what a finished demo run learnt."""
+    """Show what a finished demo run learned."""
 
     run_dir: Annotated[Path, tyro.conf.Positional]
-    """Folder of the run."""
+    """The run's folder."""
     valid_path: Path
     """Token file that the run validated on."""
     margin: float = 0.8
-    """Nats that each objective's validation loss must be below the unigram entropy; less is a failure."""
+    """Nats by which each objective's validation loss must be below the unigram entropy; less is a failure."""
 
 
 def show(settings: DemoSettings) -> None:
     """Print losses beside the unigram entropy, filled masks and a continuation; write the report.
 
     Raises:
-        InputError: there is no finished run, or it learnt less than the margin asks for.
+        InputError: there is no finished run, or it learned less than the margin requires.
     """
     records = read_records(settings.run_dir / "metrics.jsonl")
     validations = [record for record in records if "validation/mlm/loss" in record]

@@ -1,4 +1,4 @@
-"""The errors that end a command with one line, and no traceback: none of them means "our bug"."""
+"""Errors that end a command with one line and no traceback; none of them indicates a bug of ours."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,28 +13,28 @@ class OneLineError(Exception):
 
 
 class InputError(OneLineError):
-    """Something the user gave cannot be used.
+    """The user's input cannot be used.
 
-    The message names the flag, file or line at fault and what would work; commands print it and exit with a non-zero
+    The message names the flag, file or line at fault and what would work; commands print it and exit with a nonzero
     status.
     """
 
 
 class SharedError(InputError):
-    """An `InputError` that every process of the run raises with the same message, so that one a host says it."""
+    """An `InputError` that every process of the run raises with the same message, printed once per host."""
 
 
 class LostProcessError(OneLineError):
-    """Another process of the run has ended, hangs, or is not reached."""
+    """Another process of the run has ended, hangs, or cannot be reached."""
 
 
 class StoppedError(OneLineError):
-    """The run ended early, at a checkpoint, because a signal asked it to."""
+    """The run ended early, at a checkpoint, because of a signal."""
 
 
 @contextmanager
 def prefix_errors(flag: str) -> Iterator[None]:
-    """A block whose InputErrors name the flag that the user gave."""
+    """Context manager: prefix the block's InputErrors with the flag that the user gave."""
     try:
         yield
     except InputError as error:
@@ -42,5 +42,5 @@ def prefix_errors(flag: str) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """What a library says of its error, cut to the one line that a message has room for."""
+    """The first line of a library's error message."""
     return str(error).strip().partition("\n")[0]

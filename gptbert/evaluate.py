@@ -1,8 +1,8 @@
 """`python -m gptbert.evaluate RUN DATA`: loss, perplexity and accuracy of both objectives on token files or texts.
 
-The rows, their masks and the means are those of a run's own validation (`monitoring.validation`): evaluated on its
-`--valid_path`, a checkpoint gives the numbers that the run logged for it. Texts are encoded as tokenize_corpus.py does.
-With `--domain_field`, every domain has rows of its own, and what is said of all are the means over the labels of all.
+Rows, masks and means are those of a run's validation (`monitoring.validation`): evaluated on its `--valid_path`, a
+checkpoint gives the numbers that the run logged for it. Texts are encoded as in tokenize_corpus.py. With
+`--domain_field`, every domain has separate rows, and the totals are means over the labels of all domains.
 """
 
 import json
@@ -40,16 +40,16 @@ class EvaluateSettings(CorpusConfig, ModelChoice):
     """Evaluate a checkpoint on data: loss in nats, perplexity and accuracy of both objectives."""
 
     input: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
-    """A token file (.safetensors or .bin), or files or folders of documents, as tokenize_corpus.py takes them; nothing
+    """A token file (.safetensors or .bin), or files or folders of documents, as for tokenize_corpus.py; omit it
     with --dataset."""
     domain_field: str | None = None
-    """Field of JSONL objects or column of tables: results for each of its values, and for all together."""
+    """Field of JSONL objects or column of tables: gives results for each of its values, and for all together."""
     seq_length: int | None = None
-    """Tokens per row. Without it, those of the run."""
+    """Tokens per row. Default: the run's."""
     mask_p: float | None = None
-    """Share of tokens masked. Without it, the run's --validation_mask_p."""
+    """Fraction of tokens masked. Default: the run's --validation_mask_p."""
     validation_steps: int = 0
-    """Evaluate this many of the run's batches, of each domain, as --validation_steps of the run does; 0: all rows."""
+    """Evaluate this many of the run's batches per domain, like the run's --validation_steps; 0: all rows."""
     output: Path | None = None
     """JSON file for the results."""
 
@@ -66,12 +66,12 @@ class EvaluateSettings(CorpusConfig, ModelChoice):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Sums over the labels of some rows, and what the rows hold.
+    """Sums over the labels of some rows, and sizes of the data.
 
     Attributes:
         num_documents: in the data.
-        num_tokens: in the data, `<s>` not counted.
-        sums: over the rows that were evaluated.
+        num_tokens: in the data, without `<s>`.
+        sums: over the evaluated rows.
     """
 
     num_documents: int
@@ -84,7 +84,7 @@ class Evaluation:
         return Evaluation(self.num_documents + other.num_documents, self.num_tokens + other.num_tokens, sums)
 
     def means(self) -> dict[Objective, dict[str, float]]:
-        """By objective, of those that have labels: loss, perplexity, accuracy, z_loss, count of labels."""
+        """For each objective with labels: loss, perplexity, accuracy, z_loss, count of labels."""
         return self.sums.means(World(0, 1, self.sums.sums.device))
 
 
@@ -93,8 +93,8 @@ def evaluate_store(trained: TrainedModel, store: TokenStore, settings: Validatio
 
     Args:
         trained: the model.
-        store: documents; fewer tokens than a row has are padded.
-        settings: of the run, or changed ones.
+        store: documents; padded if they have fewer tokens than a row.
+        settings: the run's, possibly modified.
     """
     validation = Validation(settings, store, World(0, 1, trained.device), trained.tokenizer.get_vocab_size())
     precision = torch.autocast(trained.device.type, torch.bfloat16, enabled=settings.mixed_precision)
@@ -115,7 +115,7 @@ def evaluate(settings: EvaluateSettings) -> None:
     of_run = ValidationSettings.from_json(trained.path)
     used = _changed(of_run, settings)
     stores = _open_data(trained, settings)
-    with ExitStack() as stack:  # an output that cannot be written is refused before the work
+    with ExitStack() as stack:  # before the work, refuse an output that cannot be written
         staged = [stack.enter_context(staged_outputs(path))[0] for path in outputs]
         domains = {name: evaluate_store(trained, store, used) for name, store in stores.items()}
         first, *others = domains.values()
@@ -142,7 +142,7 @@ def evaluate(settings: EvaluateSettings) -> None:
 
 
 def _changed(of_run: ValidationSettings, settings: EvaluateSettings) -> ValidationSettings:
-    """The run's settings with those of the command line; longer rows are fewer at once."""
+    """The run's settings with the command line's applied; longer rows come in smaller batches."""
     seq_length = of_run.seq_length if settings.seq_length is None else settings.seq_length
     return replace(
         of_run,
@@ -174,18 +174,18 @@ def _open_data(trained: TrainedModel, settings: EvaluateSettings) -> dict[str, T
 
 
 def encode_domains(trained: TrainedModel, config: CorpusConfig, domain_field: str | None) -> dict[str, TokenStore]:
-    """Documents in memory, two bytes a token for most vocabularies, by the value of a field, in order of appearance.
+    """Documents in memory, two bytes per token for most vocabularies, by the value of a field in order of appearance.
 
     Args:
-        trained: gives the tokenizer.
+        trained: provides the tokenizer.
         config: what to read.
         domain_field: field of JSONL objects; None for one store, named "".
 
     Raises:
-        InputError: a file cannot be read, a line is bad or has no such field, or there is no text.
+        InputError: a file cannot be read, a line is bad or lacks the field, or there is no text.
     """
     dtype = token_dtype(trained.tokenizer.get_vocab_size())
-    batches, domains = [], []  # a domain for each document
+    batches, domains = [], []  # one domain per document
 
     def texts(corpus: Corpus) -> Iterator[str]:
         for domain, text in corpus.with_domains():
@@ -197,7 +197,7 @@ def encode_domains(trained: TrainedModel, config: CorpusConfig, domain_field: st
         for tokens, lengths, *_ in encode_documents(trained.tokenizer, texts(corpus)):
             batches.append((tokens.astype(dtype), lengths))
         corpus.require_documents()
-    except InputError as error:  # the data have no flag here
+    except InputError as error:  # the data are positional here, without a flag
         raise InputError(str(error).removeprefix("--input ")) from error
     tokens, lengths = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
     names = list(dict.fromkeys(domains))

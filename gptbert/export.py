@@ -42,15 +42,15 @@ class ExportConfig:
     """
 
     run: Annotated[Path, tyro.conf.Positional]
-    """A run's folder, for its newest checkpoint, or a checkpoint's."""
+    """A run's folder, for its newest checkpoint, or a checkpoint's folder."""
     output: Annotated[Path, tyro.conf.Positional]
-    """Folder to write, which must not be there yet."""
+    """Folder to write; must not exist yet."""
     weights: Literal["ema", "model"] = "ema"
     """ema: the weights' moving average. model: the weights themselves."""
     shift_masked_logits: bool = True
-    """Whether AutoModelForMaskedLM gives the scores of token t at position t, as users of masked language models
-    expect. Without, at the position before it, where the model computes them: for evaluations that shift by themselves
-    ("mntp" in the evaluation of BabyLM, whose "mlm" takes the default). Also a key of config.json."""
+    """Whether AutoModelForMaskedLM returns the scores of token t at position t, as users of masked language models
+    expect. False: at the position before, where the model computes them, for evaluations that shift by themselves
+    ("mntp" in BabyLM's evaluation, whose "mlm" needs the default). Also a key of config.json."""
     words: bool = False
     """Export the run's checkpoints by words as well (--checkpoint_words), into output/chck_1M, output/chck_2M and so
     on; published, each becomes the branch of that name."""
@@ -58,15 +58,15 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a checkpoint comes from.
+    """The provenance of a checkpoint.
 
     Attributes:
         checkpoint: its folder.
-        train: settings of the run.
-        run: what the run's own config.json says: hardware, world_size, versions; empty where it is not there.
-        records: of the run up to this checkpoint, oldest first; empty where they are not there.
-        step: of the checkpoint, or None where nothing says.
-        words: seen, or None where nobody counted.
+        train: the run's settings.
+        run: contents of the run's config.json: hardware, world_size, versions; empty if missing.
+        records: the run's records up to this checkpoint, oldest first; empty if missing.
+        step: the checkpoint's step, or None if unknown.
+        words: words seen, or None if not counted.
     """
 
     checkpoint: Path
@@ -78,7 +78,7 @@ class Origin:
 
     @classmethod
     def of(cls, checkpoint: Path) -> "Origin":
-        """Look around a checkpoint's folder, which stands in its run's `checkpoints/` or `words/`, or alone."""
+        """Collect it from a checkpoint's folder, which is in its run's `checkpoints/` or `words/`, or on its own."""
         run_dir = checkpoint.absolute().parents[1]
         here = read_object(checkpoint / "words.json") if (checkpoint / "words.json").is_file() else {}
         step = here.get("step")
@@ -101,7 +101,7 @@ def export(config: ExportConfig) -> None:
     """Write the folder.
 
     Raises:
-        InputError: there is no checkpoint, or it is damaged, or the output cannot be written.
+        InputError: the checkpoint is missing or damaged, or the output cannot be written.
     """
     checkpoint = newest_in(config.run)
     by_words = []
@@ -121,17 +121,17 @@ def export(config: ExportConfig) -> None:
 
 
 def write_export(checkpoint: Path, folder: Path, weights: str = "ema", shift_masked_logits: bool = True) -> None:
-    """Fill a folder with what transformers loads.
+    """Fill a folder with the files that transformers loads.
 
     Args:
         checkpoint: a checkpoint's folder.
-        folder: is there, and empty.
+        folder: exists, and is empty.
         weights: "ema" or "model".
         shift_masked_logits: see `ExportConfig`.
 
     Raises:
         InputError: the checkpoint is damaged.
-        OSError: the disk refuses.
+        OSError: writing fails.
     """
     config = ModelConfig.from_json(checkpoint / MODEL_CONFIG)
     save_file(published_weights(checkpoint, weights, config), folder / "model.safetensors", metadata={"format": "pt"})
@@ -180,13 +180,13 @@ def published_weights(checkpoint: Path, weights: str, config: ModelConfig) -> di
 
 
 def special_tokens() -> dict[str, str]:
-    """Their roles for transformers."""
+    """The special tokens by their roles in transformers."""
     roles = {"unk": UNK_ID, "bos": BOS_ID, "eos": EOS_ID, "pad": PAD_ID, "mask": MASK_ID, "cls": BOS_ID, "sep": EOS_ID}
     return {f"{role}_token": SPECIAL_TOKENS[token_id] for role, token_id in roles.items()}
 
 
 def model_card(origin: Origin, config: ModelConfig, weights: str, shift: bool, name: str) -> str:
-    """README.md of an exported folder, from what is known of the run."""
+    """README.md of an exported folder, from what is known about the run."""
     markdown = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)  # noqa: S701  no HTML
     template = markdown.from_string((_CODE / "card.md.jinja").read_text(encoding="utf-8"))
     prefix = "validation_ema" if weights == "ema" else "validation"
@@ -215,7 +215,7 @@ def model_card(origin: Origin, config: ModelConfig, weights: str, shift: bool, n
 
 
 def _facts(origin: Origin) -> dict[str, str]:
-    """Rows of the card's table, of what is known."""
+    """Rows of the card's table; unknown facts are omitted."""
     train, run = origin.train, origin.run
     tokens = next((record["train/tokens"] for record in reversed(origin.records) if "train/tokens" in record), None)
     facts = {
@@ -238,7 +238,7 @@ def _facts(origin: Origin) -> dict[str, str]:
 
 
 def _data(train: dict[str, Any]) -> str:
-    """Names of the token files, with their weights where those were given."""
+    """Names of the token files, with their weights if given."""
     names = [_name_of(path) for path in (train.get("train_path") or [])]
     weights = train.get("train_weights") or []
     if len(weights) == len(names) > 1:

@@ -18,13 +18,13 @@ from gptbert.text.tokenizer import MASK_ID, ordinary_ids
 
 @dataclass(frozen=True, kw_only=True)
 class FillMaskSettings(ModelChoice):
-    """Show the likeliest tokens for each `<mask>` of a text."""
+    """Show the likeliest tokens for each `<mask>` in a text."""
 
     text: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TEXT")]
-    """Text with at least one <mask>, which stands for one token. Tokens of words hold the space before them, so write
-    the mask without one: "one<mask> three"."""
+    """Text with at least one <mask>, which stands for one token. Word tokens include the preceding space, so write the
+    mask without one: "one<mask> three"."""
     top_k: int = 5
-    """Candidates for each mask."""
+    """Candidates per mask."""
 
     def __post_init__(self) -> None:
         if self.top_k < 1:
@@ -33,20 +33,20 @@ class FillMaskSettings(ModelChoice):
 
 @torch.no_grad()
 def fill_masks(model: GPTBert, tokenizer: Tokenizer, text: str, top_k: int = 3) -> list[list[tuple[str, float]]]:
-    """The likeliest tokens for each `<mask>` of a text, without special tokens.
+    """The likeliest tokens for each `<mask>` in a text, without special tokens.
 
     The objective is masked *next*-token prediction, so a mask is predicted from the position before it. Each mask is
-    filled as if the others stayed masks.
+    predicted with the others still masked.
 
     Args:
         model: in eval mode.
-        tokenizer: that it was trained with.
+        tokenizer: the one it was trained with.
         text: with at least one `<mask>`, which stands for one token.
         top_k: candidates per mask.
 
     Returns:
-        For each mask, `top_k` pairs of text and probability (among the tokens that are not special), the likeliest
-        first; fewer if there are no more tokens.
+        For each mask, `top_k` pairs of text and probability (among non-special tokens), the likeliest first; fewer if
+        the vocabulary is smaller.
 
     Raises:
         InputError: the text has no `<mask>`, or is not UTF-8.
@@ -67,7 +67,7 @@ def fill_masks(model: GPTBert, tokenizer: Tokenizer, text: str, top_k: int = 3) 
 
 
 def fill_mask(settings: FillMaskSettings) -> None:
-    """Print a table of candidates, two columns for each mask.
+    """Print a table of candidates, two columns per mask.
 
     Raises:
         InputError: the checkpoint or the text cannot be used.

@@ -22,19 +22,19 @@ class GenerateSettings(ModelChoice):
     """Continue a text, token by token."""
 
     prompt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")]
-    """Text to continue; "" begins anew."""
+    """Text to continue; "" starts from scratch."""
     num_tokens: int = 40
-    """Tokens to add."""
+    """Tokens to generate."""
     temperature: float = 0.8
     """Divides the logits; 0 takes the likeliest token each time."""
     top_k: int = 40
-    """Sample among this many of the likeliest tokens; 0: among all."""
+    """Sample from this many of the likeliest tokens; 0: from all."""
     top_p: float = 1.0
-    """Of these, sample among the fewest likeliest whose probabilities add up to this share."""
+    """Of these, sample from the smallest set of likeliest tokens whose probabilities sum to at least this."""
     seed: int = 0
     """Seed of the sampling."""
     num_samples: int = 1
-    """Continuations to print; each takes the next seed."""
+    """Continuations to print; each uses the next seed."""
 
     def __post_init__(self) -> None:
         for name in ("num_tokens", "num_samples"):
@@ -65,12 +65,12 @@ def continue_text(
 
     Args:
         model: in eval mode.
-        tokenizer: that it was trained with.
-        prompt: any text; special tokens in it are plain text.
-        num_tokens: tokens to add.
+        tokenizer: the one it was trained with.
+        prompt: any text; special tokens in it are treated as plain text.
+        num_tokens: tokens to generate.
         temperature: divides the logits; 0 takes the likeliest token.
-        top_k: sample among this many of the likeliest tokens; 0: among all.
-        top_p: of these, sample among the fewest likeliest whose probabilities add up to this share.
+        top_k: sample from this many of the likeliest tokens; 0: from all.
+        top_p: of these, sample from the smallest set of likeliest tokens whose probabilities sum to at least this.
         seed: of the sampling.
 
     Returns:
@@ -94,16 +94,16 @@ def continue_text(
 
 
 def distribution(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """The probabilities that tokens are drawn with; temperature first, then top-k, then top-p (Holtzman et al. 2020).
+    """The sampling distribution: temperature, then top-k, then top-p (Holtzman et al. 2020).
 
     Args:
         logits: [V].
         temperature: above 0.
-        top_k: tokens that are kept, the likeliest ones; 0: all.
-        top_p: of their probabilities, the share that the fewest likeliest must reach to be kept; one token at least is.
+        top_k: number of likeliest tokens to keep; 0: all.
+        top_p: of these, keep the smallest set of likeliest ones whose probabilities sum to this; at least one token.
 
     Returns:
-        [V] fp64, 0 for tokens that are not kept.
+        [V] fp64, 0 for tokens not kept.
     """
     logits = logits.double()
     best = ((logits - logits.max()) / temperature).topk(min(top_k or len(logits), len(logits)))
@@ -116,7 +116,7 @@ def distribution(logits: Tensor, temperature: float, top_k: int, top_p: float) -
 
 
 def generate(settings: GenerateSettings) -> None:
-    """Print the prompt and its continuation, once for each sample.
+    """Print the prompt and its continuation, once per sample.
 
     Raises:
         InputError: the checkpoint or the prompt cannot be used.

@@ -1,4 +1,4 @@
-"""`python -m gptbert.import_hf SOURCE OUT`: published weights as a folder that a run starts from."""
+"""`python -m gptbert.import_hf SOURCE OUT`: published weights as a folder to start a run from."""
 
 import dataclasses
 import shutil
@@ -27,27 +27,27 @@ _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 @dataclass(frozen=True)
 class ImportConfig:
-    """Make a folder of published weights that training starts from, with --initial_weights.
+    """Convert published weights to a folder for --initial_weights.
 
-    It has what `generate`, `fill_mask`, `score`, `evaluate` and `export` read, too.
+    `generate`, `fill_mask`, `score`, `evaluate` and `export` read it too.
     """
 
     source: Annotated[Path, tyro.conf.Positional]
     """A folder for Hugging Face's transformers, from `gptbert.export` or as published by upstream (config.json,
     tokenizer.json and weights), or a file of weights that upstream's script wrote (.bin)."""
     output: Annotated[Path, tyro.conf.Positional]
-    """Folder to write, which must not be there yet."""
+    """Folder to write; must not exist yet."""
     config_file: Path | None = None
-    """JSON file with the model's shape, where it is not config.json beside the weights."""
+    """JSON file with the model's shape, if it is not config.json next to the weights."""
     tokenizer_path: Path | None = None
-    """Tokenizer JSON file, where it is not tokenizer.json beside the weights."""
+    """Tokenizer JSON file, if it is not tokenizer.json next to the weights."""
 
 
 def import_hf(config: ImportConfig) -> None:
     """Write the folder.
 
     Raises:
-        InputError: something is missing, damaged, or of another kind of model; or the output cannot be written.
+        InputError: a file is missing, damaged, or of a different kind of model; or the output cannot be written.
     """
     weights_file, folder = find_weights(config.source)
     config_file = config.config_file or folder / "config.json"
@@ -78,10 +78,10 @@ def import_hf(config: ImportConfig) -> None:
 
 
 def find_weights(source: Path) -> tuple[Path, Path]:
-    """The file of weights that `source` names, and the folder it lies in.
+    """The file of weights that `source` names, and its folder.
 
     Raises:
-        InputError: there is none.
+        InputError: there are no weights.
     """
     if source.is_file():
         return source, source.parent
@@ -96,10 +96,10 @@ def find_weights(source: Path) -> tuple[Path, Path]:
 
 
 def read_shape(path: Path) -> ModelConfig:
-    """A model's shape from a config.json, whose further keys say nothing about it.
+    """A model's shape from a config.json; unrelated keys are ignored.
 
     Raises:
-        InputError: the file cannot be read, a key is missing, or a value is of no use.
+        InputError: the file cannot be read, a key is missing, or a value is invalid.
     """
     values = read_object(path)
     return ModelConfig.from_values(
@@ -108,12 +108,12 @@ def read_shape(path: Path) -> ModelConfig:
 
 
 def read_published(file: Path, config: ModelConfig) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
-    """Weights and their average under the model's own names, fp32, and the names of what does not belong to a GPT-BERT.
+    """Weights and their average under the model's own names, fp32, and the names of tensors foreign to a GPT-BERT.
 
-    The average is the weights themselves where the file has none. Heads for other tasks (`head.…`) are left out.
+    The average is the weights themselves if the file has none. Heads for other tasks (`head.…`) are omitted.
 
     Raises:
-        InputError: the file is damaged, or holds another model than `config` describes.
+        InputError: the file is damaged, or its model is not the one that `config` describes.
     """
     read, left_out = [], []
     try:
@@ -127,7 +127,7 @@ def read_published(file: Path, config: ModelConfig) -> tuple[dict[str, Tensor], 
 
 
 def _states(content: Any) -> list[dict[str, Tensor]]:
-    """The weights that a file holds: alone, or as one of upstream's training states, followed by their average."""
+    """The weights in a file: alone, or from an upstream training state, followed by their average."""
     if not isinstance(content, dict):
         raise InputError("expected a dictionary of weights")
     states = [content[key] for key in ("model", "ema_model") if isinstance(content.get(key), dict)] or [content]

@@ -1,7 +1,7 @@
-"""The check of Triton's kernels before a run: in a process of its own, while this one reads its inputs.
+"""Checks the Triton kernels before a run, in a subprocess, while this process reads its inputs.
 
-A kernel that faults takes the GPU's context of its process with it, and perhaps the process: then that one ends, and
-this one says what happened.
+A kernel fault corrupts the CUDA context and may kill the process: in a subprocess, this process survives and reports
+the error.
 """
 
 import os
@@ -25,11 +25,11 @@ from gptbert.errors import InputError
 from kernels.check import WAY_ON
 from kernels.run import Run
 
-SECONDS = 300  # that it may take; some five where nothing was compiled before
+SECONDS = 300  # timeout; it takes some five without a compile cache
 
 
 def run_of(config: TrainConfig, model_config: ModelConfig, plan: HybridPlan, world: World) -> Run:
-    """What the kernels of a run must do."""
+    """The settings that the kernels of a run must work with."""
     return Run(
         dtype="bfloat16" if config.mixed_precision else "float32",
         vocab_size=model_config.vocab_size,
@@ -43,23 +43,23 @@ def run_of(config: TrainConfig, model_config: ModelConfig, plan: HybridPlan, wor
 
 @contextmanager
 def kernel_check(run: Run | None, device: torch.device) -> Iterator[Callable[[], None]]:
-    """A block beside which the check goes on; at its end the process is gone.
+    """Context manager: the check runs in parallel to the block; its process is killed at the end.
 
-    Every rank checks its own GPU: one of several may be at fault.
+    Every rank checks its own GPU: any of them may be faulty.
 
     Args:
-        run: what is checked; None for a run that starts no kernel of Triton's.
-        device: of this process.
+        run: the settings to check; None for a run without Triton kernels.
+        device: this process's device.
 
     Yields:
-        A function that waits for the result, and raises InputError where a kernel differs from its reference, or the
-        check came to no end.
+        A function that waits for the result, and raises InputError if a kernel differs from its reference or the check
+        does not finish.
     """
     if run is None:
         yield lambda: None
         return
     paths = [str(Path(kernels.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    with tempfile.TemporaryFile("w+") as errors:  # no pipe, which somebody would have to empty
+    with tempfile.TemporaryFile("w+") as errors:  # not a pipe, which would have to be drained
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "kernels.check", "--device", str(device), "--run", run.to_json()],
             env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
@@ -85,5 +85,5 @@ def _finish(process: subprocess.Popen, errors: TextIO) -> None:
     if status:
         errors.seek(0)
         lines = [line.strip() for line in errors if line.strip()] or [f"exit status {status}"]
-        last = lines[-1].removeprefix("kernels.check: ")  # its own words, or what Python says of an exception
+        last = lines[-1].removeprefix("kernels.check: ")  # its own message, or the last line of a traceback
         raise InputError(last if last.startswith("kernel check failed") else f"kernel check failed: {last}; {WAY_ON}")

@@ -1,4 +1,4 @@
-"""Muon for the matrices between a model's layers, and AdamW for the rest, as one optimizer."""
+"""Muon for a model's hidden matrices and AdamW for the rest, as one optimizer."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,29 +9,29 @@ from torch.optim import AdamW, Muon, Optimizer
 
 
 def hidden_matrices(model: nn.Module) -> list[Tensor]:
-    """The parameters that are Muon's: matrices from hidden state to hidden state, so no embedding."""
+    """The parameters for Muon: matrices between hidden states, which excludes the embedding."""
     return [param for name, param in model.named_parameters() if param.ndim == 2 and not name.startswith("embedding.")]
 
 
 class MuonWithAdamW(Optimizer):
     """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) and AdamW, both PyTorch's own.
 
-    Muon takes the momentum's nearest semi-orthogonal matrix for an update, by Newton–Schulz in bf16, and makes it as
-    large as AdamW's usually are (Liu et al. 2025, arXiv 2502.16982, section 2.2), so that one learning rate and weight
-    decay do for both. Matrices that the model keeps together, as query and key, are one matrix to it.
+    Muon's update is the semi-orthogonal matrix nearest to the momentum, by Newton–Schulz in bf16, scaled to the usual
+    size of AdamW's (Liu et al. 2025, arXiv 2502.16982, section 2.2), so that both share one learning rate and weight
+    decay. Matrices that the model fuses, such as query and key, are treated as one.
 
-    Ranks that hold the same weights each take the whole step, and stay the same as long as their devices multiply
-    matrices alike. Newton–Schulz raises what is small in a gradient to the size of the rest, so the last bits of a sum,
-    and with them the number of ranks, show more than with AdamW: in the fourth digit of a loss, not in the seventh.
+    Every rank takes the full step; the ranks' weights stay equal as long as their devices compute matrix products
+    alike. Newton–Schulz amplifies the small components of a gradient, so the rounding of sums, and with it the number
+    of ranks, shows more than with AdamW: in the fourth digit of a loss, not the seventh.
 
     State per parameter: Muon's `momentum_buffer`; AdamW's `step`, `exp_avg` and `exp_avg_sq`. An attribute `found_inf`,
-    a scalar on the device, 1 where a step is to be skipped, does for both what it does for PyTorch's fused AdamW.
+    a scalar on the device that is 1 to skip a step, works for both as it does for PyTorch's fused AdamW.
 
     Args:
-        matrices: Muon's, whole and of two dimensions.
-        groups: AdamW's parameters, with the weight decay of each group.
-        lr: for all.
-        weight_decay: of the matrices.
+        matrices: Muon's parameters, 2-D and not sharded.
+        groups: AdamW's parameters, with each group's weight decay.
+        lr: for all parameters.
+        weight_decay: for the matrices.
         betas: AdamW's.
         eps: AdamW's.
     """
@@ -55,7 +55,7 @@ class MuonWithAdamW(Optimizer):
         if closure is not None:
             raise ValueError("MuonWithAdamW takes no closure")
         found_inf = getattr(self, "found_inf", None)
-        matrices, *groups = self.param_groups  # those of the moment: load_state_dict makes new ones
+        matrices, *groups = self.param_groups  # re-read: load_state_dict replaces the group dicts
         self._muon.state = self._adamw.state = self.state
         for matrix in matrices["params"]:
             if matrix.grad is not None:
@@ -65,7 +65,7 @@ class MuonWithAdamW(Optimizer):
         self._adamw.step()
 
     def _step_matrix(self, matrix: Tensor, group: dict[str, Any], found_inf: Tensor | None) -> None:
-        """One matrix at a time, since Muon cannot skip: what it did is undone, without asking the device whether."""
+        """One matrix at a time, since Muon cannot skip a step: it is undone where needed, without a device sync."""
         state = self.state[matrix]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(matrix)

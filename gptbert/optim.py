@@ -26,12 +26,12 @@ from kernels.lamb import PreparedStep
 
 
 class Lamb(Optimizer):
-    """LAMB (You et al. 2020), with the trust ratio only where there is weight decay, and never clamped.
+    """LAMB (You et al. 2020), with the trust ratio only for groups with weight decay, and never clamped.
 
-    State per parameter: `step` (fp32 scalar, updates so far), `exp_avg` and `exp_avg_sq` (like it), all on its device.
-    Parameters are fp32 or fp64, and all whole or all sharded over the same processes (DTensors, as fully_shard makes
-    them; then the moments are too), which must all take each step. Norms are those of whole tensors. For CUDA graphs,
-    `lr` may be an fp32 scalar tensor on the parameters' device.
+    State per parameter, on its device: `step` (fp32 scalar, updates so far), `exp_avg` and `exp_avg_sq` (like the
+    parameter). Parameters are fp32 or fp64, and either all unsharded or all sharded over the same processes (DTensors
+    of fully_shard, as are the moments then), which must all take every step. Norms are those of full tensors. For CUDA
+    graphs, `lr` may be an fp32 scalar tensor on the parameters' device.
 
     Raises:
         ValueError: a setting is out of range.
@@ -55,7 +55,7 @@ class Lamb(Optimizer):
         self._forget_calls()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Also part of `load_state_dict`, which leaves `step` where it was saved: the CPU, in older checkpoints."""
+        """Also called by `load_state_dict`, which leaves `step` where it was saved: the CPU in older checkpoints."""
         super().__setstate__(state)
         for param, values in self.state.items():
             if values:
@@ -69,7 +69,7 @@ class Lamb(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """Update every parameter that has a gradient; returns the closure's loss, if there is one."""
+        """Update every parameter that has a gradient; returns the closure's loss, if any."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -79,18 +79,17 @@ class Lamb(Optimizer):
 
     @torch.no_grad()
     def clip_step_average(self, max_grad_norm: float, averages: Mapping[Tensor, Tensor], decay: float) -> Tensor:
-        """Clip the gradients of all parameters together, `step`, and move averages of the parameters; in one pass.
+        """Clip the gradients to a global norm, `step`, and update the parameters' averages, in a single pass.
 
-        Where the gradients' norm is not finite, parameters, state and averages stay as they are. Gradients are only
-        read.
+        If the gradient norm is not finite, parameters, state and averages are unchanged. Gradients are not modified.
 
         Args:
-            max_grad_norm: as of torch.nn.utils.clip_grad_norm_.
-            averages: of every parameter, its exponential moving average.
+            max_grad_norm: as in torch.nn.utils.clip_grad_norm_.
+            averages: the exponential moving average of every parameter.
             decay: of the averages.
 
         Returns:
-            The gradients' norm before clipping, a scalar on the device.
+            The gradient norm before clipping, a scalar on the device.
         """
         return self._update(max_grad_norm, averages, decay)
 
@@ -100,15 +99,15 @@ class Lamb(Optimizer):
         averages: Mapping[Tensor, Tensor] | None = None,
         average_decay: float = 0.0,
     ) -> Tensor | None:
-        """One call of the operation for all parameters that share everything but the weight decay."""
+        """One call of the kernel for all parameters whose settings differ at most in weight decay."""
         params = [param for group in self.param_groups for param in group["params"]]
         grads = [param.grad for param in params]
         calls, idle = self._find_calls(params, grads, averages or {})
         gradient_norm = None
-        if len(calls) != 1 and max_grad_norm is not None:  # the norm is of all, so it comes first
+        if len(calls) != 1 and max_grad_norm is not None:  # the global norm spans the calls, so it is computed first
             gradient_norm = full_tensor(get_total_norm([grads[place] for call in calls for place in call.places]))
         for call in calls:
-            norm = call.step(  # that of all gradients, whether it is given or computed
+            norm = call.step(  # returns the global norm, given or computed
                 [grads[place] for place in call.places],
                 lr=call.group["lr"],
                 beta1=call.group["betas"][0],
@@ -126,9 +125,9 @@ class Lamb(Optimizer):
     def _find_calls(
         self, params: list[Tensor], grads: list[Tensor | None], averages: Mapping[Tensor, Tensor]
     ) -> tuple[list["_Call"], list[int]]:
-        """The calls, and the places of parameters without a gradient: those of the step before, where they still hold.
+        """The calls, and the indices of parameters without a gradient; cached from the last step while still valid.
 
-        A hundred parameters have some 600 tensors, and to look through them takes longer than a GPU takes for the step.
+        A hundred parameters have some 600 tensors: collecting them takes longer than the step itself on a GPU.
         """
         shared = [
             (id(lr) if isinstance(lr := group["lr"], Tensor) else lr, *group["betas"], group["eps"])
@@ -138,7 +137,7 @@ class Lamb(Optimizer):
         if self._prepared_for != self._all_that_matters(kinds, params, grads, averages):
             self._calls = self._make_calls(kinds, params, grads, averages)
             self._idle = [place for place, grad in enumerate(grads) if grad is None]
-            self._prepared_for = self._all_that_matters(kinds, params, grads, averages)  # with new states
+            self._prepared_for = self._all_that_matters(kinds, params, grads, averages)  # with states created just now
         return self._calls, self._idle
 
     def _all_that_matters(
@@ -148,7 +147,7 @@ class Lamb(Optimizer):
         grads: list[Tensor | None],
         averages: Mapping[Tensor, Tensor],
     ) -> tuple:
-        """What calls depend on, in numbers that are compared fast; calls keep their tensors, so ids stay unique."""
+        """Everything calls depend on, as values fast to compare; calls hold their tensors, so ids stay unique."""
         states = self.state.values()
         tensors = chain(params, averages, averages.values(), self.state, chain.from_iterable(map(dict.values, states)))
         groups = [(len(group["params"]), group["weight_decay"]) for group in self.param_groups]
@@ -193,12 +192,12 @@ class Lamb(Optimizer):
 
 @dataclass(frozen=True)
 class _Call:
-    """Parameters that one call of the operation updates.
+    """Parameters that one call of the kernel updates.
 
     Attributes:
-        group: the parameter group that has their learning rate, betas and eps.
-        places: theirs among the parameters of all groups.
-        step: takes their gradients and numbers.
+        group: the parameter group with their learning rate, betas and eps.
+        places: their indices among the parameters of all groups.
+        step: called with their gradients and settings.
     """
 
     group: dict[str, Any]
@@ -227,14 +226,14 @@ def _plain_step(
 
 
 class WeightAverage:
-    """Exponential moving average of a model's parameters in fp32, kept as a model of its own.
+    """Exponential moving average of a model's parameters in fp32, kept as a separate model.
 
     Attributes:
-        model: a copy of the model, in eval mode, that holds the average.
-        decay: what is left of the average after a step.
+        model: a copy of the model, in eval mode, whose parameters are the average.
+        decay: weight of the old average in each update.
 
     Args:
-        model: whose weights the average begins with; whole. To shard it, shard the average's model too.
+        model: provides the initial weights; not sharded yet. If you shard it, shard the average's model too.
         decay: see above.
     """
 
@@ -246,13 +245,13 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module, gradient_norm: Tensor | None = None) -> None:
-        """Set average ← decay · average + (1 − decay) · weights, unless the norm is given and not finite."""
+        """Set average ← decay · average + (1 − decay) · weights, unless a norm is given and is not finite."""
         _move_averages(self.of(model), self.decay, gradient_norm)
 
     def of(self, model: nn.Module) -> dict[Tensor, Tensor]:
-        """The average of each parameter of the model, sharded as it is.
+        """The average of each of the model's parameters, sharded alike.
 
-        Both models keep their parameters unless they are sharded, so to look for them once is enough.
+        Cached: only FSDP replaces the parameter objects of the two models.
         """
         if self._pairs_of is not model or isinstance(model, FSDPModule):
             reshard(self.model)
@@ -271,10 +270,10 @@ def _move_averages(averages: Mapping[Tensor, Tensor], decay: float, gradient_nor
 
 
 def _shard_group(params: Iterable[Tensor]) -> ProcessGroup | None:
-    """The processes over which parameters are spread; None if they are whole.
+    """The processes that parameters are sharded over; None if they are not sharded.
 
     Raises:
-        ValueError: it is not the same for all, or some are spread in ways that are not supported.
+        ValueError: the processes are not the same for all, or a placement is not supported.
     """
     groups = set()
     for param in params:
@@ -289,23 +288,23 @@ def _shard_group(params: Iterable[Tensor]) -> ProcessGroup | None:
 
 
 def update_weights(optimizer: Optimizer, model: nn.Module, average: WeightAverage, max_grad_norm: float) -> Tensor:
-    """What a step does with its gradients: clip them to a global norm, step, and move the average of the weights.
+    """Clip the gradients to a global norm, step, and update the average of the weights.
 
-    Where that norm is not finite, weights, average and the optimizer's state stay as they are; nothing waits to know.
+    If that norm is not finite, weights, average and optimizer state are unchanged; decided without a device sync.
 
     Args:
         optimizer: from `build_optimizer`, over all parameters of the model.
-        model: whose parameters have gradients.
-        average: of the model.
-        max_grad_norm: what longer gradients are scaled down to.
+        model: its parameters have gradients.
+        average: the model's.
+        max_grad_norm: larger gradients are scaled down to this norm.
 
     Returns:
-        The gradients' norm before clipping, finite or not, a scalar on the device.
+        The gradient norm before clipping, finite or not, a scalar on the device.
     """
     if isinstance(optimizer, Lamb):
         return optimizer.clip_step_average(max_grad_norm, average.of(model), average.decay)
     gradient_norm = full_tensor(clip_grad_norm_(model.parameters(), max_grad_norm))
-    optimizer.found_inf = (~gradient_norm.isfinite()).float()  # as GradScaler tells fused optimizers to skip
+    optimizer.found_inf = (~gradient_norm.isfinite()).float()  # how GradScaler makes fused optimizers skip a step
     optimizer.step()
     del optimizer.found_inf
     average.update(model, gradient_norm)
@@ -313,7 +312,7 @@ def update_weights(optimizer: Optimizer, model: nn.Module, average: WeightAverag
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: all parameters but biases and LayerNorm's decay (docs/model.md#lamb)."""
+    """Two groups: all parameters except biases and LayerNorm's have weight decay (docs/model.md#lamb)."""
     named = list(model.named_parameters())
     decays = [not ("bias" in name or "layer_norm" in name) for name, _ in named]
     return [

@@ -1,4 +1,4 @@
-"""`python -m gptbert.report RUN`: a run as one HTML page that needs nothing else, neither network nor scripts."""
+"""`python -m gptbert.report RUN`: a run as one self-contained HTML page, without network access or scripts."""
 
 import dataclasses
 import json
@@ -25,30 +25,30 @@ from gptbert.monitoring.records import read_records
 OBJECTIVES = {"mlm": "masked", "clm": "causal"}
 WEIGHTS = {"train": "training", "validation": "validation", "validation_ema": "averaged weights"}
 METRICS = ("loss", "perplexity", "accuracy")
-MOST_SAMPLES = 12  # steps of a text that are shown
+MOST_SAMPLES = 12  # steps shown per text
 _CONFIG_BYTES = 1 << 20
-_LATEST = 2**53  # a step beyond it is damage
+_LATEST = 2**53  # larger steps are damaged data
 
 
 @dataclass(frozen=True)
 class ReportConfig:
     """Write a run's losses, schedules, speed, samples and settings as one HTML page, for a browser.
 
-    The run may be over, on its way, or killed.
+    The run may be finished, in progress, or killed.
     """
 
     run: Annotated[Path, tyro.conf.Positional]
     """A run's folder."""
     output: Path | None = None
-    """File to write, or to replace; RUN/report.html if not given."""
+    """File to write or replace; default: RUN/report.html."""
 
 
 def write_report(run_dir: Path, output: Path | None = None) -> Path:
     """Write the page.
 
     Args:
-        run_dir: of a run, which may go on meanwhile.
-        output: appears when it is complete; None for report.html in the run's folder.
+        run_dir: a run's folder; the run may still be in progress.
+        output: written atomically; None for report.html in the run's folder.
 
     Returns:
         The page's path.
@@ -58,10 +58,10 @@ def write_report(run_dir: Path, output: Path | None = None) -> Path:
     """
     output = output or run_dir / "report.html"
     page = render(run_dir)
-    if not output.absolute().parent.is_dir():  # which may be a run's name with a mistake in it
+    if not output.absolute().parent.is_dir():  # perhaps a misspelled run name
         raise InputError(f"--output {output}: cannot be written (there is no such folder)")
     with staged_outputs(output, what="--output") as (staged,):
-        staged.write_text(page, encoding="utf-8", errors="replace")  # halves of characters come out of JSON
+        staged.write_text(page, encoding="utf-8", errors="replace")  # JSON may contain lone surrogates
     return output
 
 
@@ -103,20 +103,20 @@ def render(run_dir: Path) -> str:
 
 
 def measure(value: float, metric: str) -> str:
-    """A result with the digits that its metric deserves."""
+    """Format a result with the precision suited to its metric."""
     if not math.isfinite(value):
         return str(value)
     return {"loss": f"{value:.3f}", "perplexity": f"{value:,.1f}", "accuracy": f"{value:.1%}"}[metric]
 
 
 def visible(token: str) -> str:
-    """A token with its line breaks and other characters that a page would not show."""
+    """A token with line breaks and other invisible characters made visible."""
     shown = token.replace("\n", "↵").replace("\t", "⇥")
     return "".join(character if character.isprintable() else "�" for character in shown) or "∅"
 
 
 def as_text(value: object) -> str:
-    """A setting as one would give it on the command line."""
+    """A setting as on the command line."""
     if isinstance(value, list | tuple):
         return " ".join(map(str, value)) or "(none)"
     return value if isinstance(value, str) else json.dumps(value, default=str)
@@ -136,7 +136,7 @@ def _settings(run_dir: Path) -> dict[str, Any]:
 
 
 def _of_steps(records: list[dict]) -> list[dict]:
-    """Records in the order of their steps; those whose step is none are left out."""
+    """Records sorted by step; those without a valid step are omitted."""
     return sorted(
         (record for record in records if type(record["step"]) is int and 0 <= record["step"] < _LATEST),
         key=lambda record: record["step"],
@@ -169,11 +169,11 @@ def _status(run_dir: Path, step: int, max_steps: object, has_records: bool) -> s
 
 
 def _facts(run_dir: Path, settings: dict[str, Any], records: list[dict]) -> list[tuple[str, str]]:
-    """What the run is and where it runs, in a few words each; what is not known is left out."""
+    """Short facts about the run and its hardware; unknown ones are omitted."""
     hardware = settings.get("hardware", settings.get("device", "?"))
     facts = [("processes", f"{settings.get('world_size', '?')} × {hardware}")]
     facts += [(name, str(settings[name])) for name in ("kernels", "torch") if name in settings]
-    with suppress(TypeError, InputError):  # settings of another version
+    with suppress(TypeError, InputError):  # settings of a different version
         facts.append(("parameters", f"{ModelConfig(**settings['model']).num_parameters:,}"))
     tokens, skipped = _points(records, "train/tokens"), _points(records, "train/skipped_steps")
     facts += [("tokens seen", chart.number(value)) for _, value in tokens[-1:]]
@@ -183,7 +183,7 @@ def _facts(run_dir: Path, settings: dict[str, Any], records: list[dict]) -> list
 
 
 def _results(records: list[dict]) -> Iterator[tuple[str, int, dict[str, dict[str, float]]]]:
-    """Of training and both kinds of weights in validation: name, step, and metrics by objective, as they are last."""
+    """Latest results of training, and of validation for both kinds of weights: name, step, and metrics by objective."""
     for prefix, name in WEIGHTS.items():
         found: dict[str, dict[str, float]] = {}
         last = 0
@@ -212,7 +212,7 @@ def _progress(records: list[dict]) -> Iterator[Chart | None]:
 
 
 def _charts(records: list[dict], train: dict[str, Any]) -> Iterator[Chart | None]:
-    """Everything else that is measured."""
+    """Charts of all other measurements."""
 
     def plain(title: str, key: str, factor: float = 1.0) -> Chart | None:
         return draw(title, [Line(title, "plain", _points(records, f"train/{key}", factor))], from_zero=True)
@@ -235,13 +235,13 @@ def _charts(records: list[dict], train: dict[str, Any]) -> Iterator[Chart | None
 
 
 def _texts(run_dir: Path) -> list[dict[str, Any]]:
-    """The texts of samples.jsonl: parts between masks, the tokens masked, and guesses at some of the steps."""
+    """The texts of samples.jsonl: parts between masks, the masked tokens, and guesses at some of the steps."""
     texts: dict[str, dict[str, Any]] = {}
     for record in _of_steps(read_records(run_dir / "samples.jsonl")):
         if not _is_sample(record):
             continue
         parts = record["text"].split("<mask>")
-        if len(parts) != len(record["answers"]) + 1:  # the text itself says "<mask>"
+        if len(parts) != len(record["answers"]) + 1:  # the text contains a literal "<mask>"
             parts = [record["text"]]
         text = texts.setdefault(record["text"], {"parts": parts, "answers": record["answers"], "steps": {}})
         if record["answers"] == text["answers"]:
@@ -269,7 +269,7 @@ def _is_sample(record: dict[str, Any]) -> bool:
 
 
 def _beside_defaults(train: dict[str, Any]) -> list[tuple[str, str, str | None]]:
-    """Settings with their values, and with their defaults where these are others."""
+    """Settings with their values, and their defaults if different."""
     defaults = {
         field.name: json.loads(json.dumps(field.default, default=str))
         for field in dataclasses.fields(TrainConfig)
@@ -283,7 +283,7 @@ def _beside_defaults(train: dict[str, Any]) -> list[tuple[str, str, str | None]]
 
 
 def report(config: ReportConfig) -> None:
-    """Write the page and say where it is."""
+    """Write the page and print its path."""
     print(f"wrote {write_report(config.run, config.output)}")
 
 

@@ -1,4 +1,4 @@
-"""What changes during a run (docs/model.md#schedules): functions of the global step alone, so that ranks agree."""
+"""Schedules of a run (docs/model.md#schedules): functions of the global step alone, so that ranks agree."""
 
 import math
 
@@ -8,7 +8,7 @@ from gptbert.config import TrainConfig
 
 
 def learning_rate_factor(step: int, warmup_steps: int, cooldown_steps: int, max_steps: int) -> float:
-    """Factor of the peak learning rate at `step`, from 0: linear rise, cosine to a tenth, linear fall to 0."""
+    """Fraction of the peak learning rate at `step`: linear rise from 0, cosine to a tenth, linear fall to 0."""
     if step < warmup_steps:
         return step / warmup_steps
     if step >= max_steps - cooldown_steps:
@@ -24,7 +24,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def mask_probability(config: TrainConfig, step: int) -> float:
-    """Share of tokens masked at `step`, linear from mask_p_start to mask_p_end."""
+    """Fraction of tokens masked at `step`, linear from mask_p_start to mask_p_end."""
     return config.mask_p_start + (config.mask_p_end - config.mask_p_start) * step / config.max_steps
 
 
@@ -41,12 +41,12 @@ def length_factor(config: TrainConfig, step: int) -> int:
 
 
 def sequence_length(config: TrainConfig, step: int) -> int:
-    """Tokens of each row at `step`."""
+    """Tokens per row at `step`."""
     return config.seq_length * length_factor(config, step)
 
 
 def batch_sizes(config: TrainConfig, steps: np.ndarray) -> np.ndarray:
-    """Rows of `steps` over all ranks and objectives, int64: linear growth, and fewer rows where they are longer."""
+    """Rows per step at `steps`, over all ranks and objectives, int64: linear growth, and fewer when rows are longer."""
     first, last = config.global_batch_size / config.batch_reduction, config.global_batch_size
     rows = first + (last - first) * steps / config.max_steps
     return np.maximum(1, (rows / length_factors(config, steps) + 0.5).astype(np.int64))
@@ -58,7 +58,7 @@ def batch_size(config: TrainConfig, step: int) -> int:
 
 
 def values(config: TrainConfig, step: int) -> dict[str, float]:
-    """All of them at `step`, by the names of records."""
+    """All schedules at `step`, under their names in records."""
     return {
         "learning_rate": learning_rate(config, step),
         "batch_size": batch_size(config, step),

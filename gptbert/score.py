@@ -1,8 +1,8 @@
-"""`python -m gptbert.score RUN pairs.jsonl`: how often a model prefers the good sentence of a minimal pair.
+"""`python -m gptbert.score RUN pairs.jsonl`: how often a model prefers the good sentence of minimal pairs.
 
 A sentence's score is its log-likelihood under the causal objective or its pseudo-log-likelihood under the masked one,
-both defined in `scoring.likelihood`. A pair counts as correct if its good sentence has the higher score; equal scores
-are wrong. Accuracy is reported over all pairs (micro) and as the mean over the groups of a field (macro); the mean over
+both defined in `scoring.likelihood`. A pair counts as correct if its good sentence has the higher score; ties count
+as wrong. Accuracy is reported over all pairs (micro) and as the mean over the groups of a field (macro); the mean over
 `UID` is BLiMP's number.
 """
 
@@ -37,15 +37,15 @@ class ScoreSettings(ModelChoice):
     """Score minimal pairs by causal log-likelihood and by masked next-token pseudo-log-likelihood."""
 
     pairs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PAIRS")]
-    """JSONL files, or folders of them, with `sentence_good` and `sentence_bad` on each line, as BLiMP has them."""
+    """JSONL files, or folders of them, with `sentence_good` and `sentence_bad` on each line, as in BLiMP."""
     group_by: tuple[str, ...] | None = None
-    """Fields to group by, each on its own. Without it, by UID if all lines have that."""
+    """Fields to group by, each separately. Default: UID, if all lines have it."""
     backend: tuple[Literal["causal", "mntp"], ...] = ("causal", "mntp")
-    """causal: log-likelihood. mntp: masked next-token pseudo-log-likelihood, for which every token takes a row."""
+    """causal: log-likelihood. mntp: masked next-token pseudo-log-likelihood, which needs one row per token."""
     temperature: tuple[float, ...] = (1.0,)
-    """Numbers that divide the logits; of several, the best one is reported for each backend."""
+    """Numbers that divide the logits; if several, the best one is reported for each backend."""
     sweep: bool = False
-    """Try the temperatures 0.5, 0.55, … 3 too, from the same forward passes."""
+    """Also try the temperatures 0.5, 0.55, … 3, from the same forward passes."""
     batch_tokens: int = 8192
     """Tokens that go through the model at once."""
     output: Path | None = None
@@ -84,7 +84,7 @@ class BackendScores:
 
     @property
     def best(self) -> int:
-        """Number of the best temperature, of equals the nearest to 1."""
+        """Index of the best temperature; among ties, the one nearest to 1."""
 
         def quality(index: int) -> tuple[float, float]:
             return self.accuracies[index].headline, -abs(math.log(self.temperatures[index]))
@@ -125,7 +125,7 @@ def score(settings: ScoreSettings) -> None:
     outputs = [path for path in (settings.output, settings.pairs_output) if path]
     check_outputs(outputs, files)
     trained = TrainedModel.load(settings)
-    with ExitStack() as stack:  # outputs that cannot be written are refused before the work
+    with ExitStack() as stack:  # before the work, refuse outputs that cannot be written
         staged = {path: stack.enter_context(staged_outputs(path))[0] for path in outputs}
         backends = list(dict.fromkeys(settings.backend))
         results = score_pairs(trained, pairs, backends, temperatures, settings.batch_tokens)
@@ -177,7 +177,7 @@ def _pair_as_json(pair: MinimalPair, index: int, results: dict[str, BackendScore
 
 
 def _temperature_table(results: dict[str, BackendScores], temperatures: Sequence[float]) -> str:
-    """What temperatures are compared by, a column for each backend; the best one has a star."""
+    """The criterion for each temperature, one column per backend; the best has a star."""
     rows = [["temperature", *results]]
     for index, temperature in enumerate(temperatures):
         cells = [

@@ -1,4 +1,4 @@
-"""`python -m gptbert.unshard RUN --output FOLDER`: ordinary weights out of a sharded checkpoint."""
+"""`python -m gptbert.unshard RUN --output FOLDER`: full weights from a sharded checkpoint."""
 
 import shutil
 from dataclasses import dataclass
@@ -19,30 +19,30 @@ from gptbert.io.files import new_folder
 
 @dataclass(frozen=True)
 class UnshardConfig:
-    """Write the weights and their average of a checkpoint of --parallel fsdp as ordinary files.
+    """Write the weights and their average from a checkpoint of --parallel fsdp as ordinary files.
 
-    The output has what `generate`, `fill_mask` and upstream's tools read. To train on, no conversion is needed:
-    --resume takes sharded checkpoints with any number of processes.
+    `generate`, `fill_mask` and upstream's tools read the output. To continue training, no conversion is needed:
+    --resume reads sharded checkpoints with any number of processes.
     """
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
     """A checkpoint's folder, or a run's for its newest checkpoint."""
     output: Path
-    """Folder to write, which must not be there yet."""
+    """Folder to write; must not exist yet."""
 
 
 def write_full_weights(path: Path, output: Path) -> Path:
-    """The weights and their average of a sharded checkpoint as ordinary files, with the settings and the tokenizer.
+    """Write a sharded checkpoint's weights and their average as ordinary files, with the settings and the tokenizer.
 
     Args:
         path: a checkpoint's folder, or a run's for its newest checkpoint.
-        output: a folder that is not there yet; it appears when it is complete.
+        output: a folder that does not exist yet; written atomically.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        InputError: no sharded checkpoint there, or damaged, or the output cannot be written.
+        InputError: the checkpoint is missing, damaged or not sharded, or the output cannot be written.
     """
     path = newest_in(path)
     if not is_sharded(path):

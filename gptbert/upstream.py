@@ -1,4 +1,4 @@
-"""The parameter names of upstream GPT-BERT's checkpoints, both ways."""
+"""Conversion to and from the parameter names of upstream GPT-BERT's checkpoints."""
 
 import re
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from gptbert.config import ModelConfig
 from gptbert.errors import InputError
 from gptbert.model.gptbert import position_bucket
 
-# our name → published name; {} stands for the layer
+# our name → published name; {} is the layer
 _NAMES = {
     "embedding.word_embedding.weight": "embedding.word_embedding.weight",
     "embedding.relative_embedding": "embedding.relative_embedding",
@@ -35,10 +35,10 @@ _BUFFER = "transformer.attention_layers.{}.position_indices"
 
 
 def from_upstream(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Published parameter names to this model's; buffers and the copy of the tied weight are dropped.
+    """Convert published parameter names to this model's; buffers and the tied weight's copy are dropped.
 
     Raises:
-        InputError: a name belongs to no part of a GPT-BERT.
+        InputError: a name is not one of a GPT-BERT's.
     """
     converted = {}
     for name, tensor in state_dict.items():
@@ -55,14 +55,14 @@ def from_upstream(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_upstream(state_dict: Mapping[str, Tensor], config: ModelConfig | None = None) -> dict[str, Tensor]:
-    """This model's parameter names to the published ones, with the tied weight under both of its names.
+    """Convert this model's parameter names to the published ones, with the tied weight under both of its names.
 
     Args:
-        state_dict: of a `GPTBert`.
+        state_dict: a `GPTBert`'s.
         config: adds each layer's buffer of position buckets [M, M] int32, which upstream's strict loading expects.
 
     Raises:
-        InputError: a name belongs to no part of a GPT-BERT.
+        InputError: a name is not one of a GPT-BERT's.
     """
     converted = {}
     for name, tensor in state_dict.items():

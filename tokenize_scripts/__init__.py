@@ -1,1 +1,1 @@
-"""Commands that turn text into a tokenizer and into token files; none of them needs torch."""
+"""Commands that turn text into a tokenizer and token files, without torch."""

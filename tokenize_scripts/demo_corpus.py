@@ -1,4 +1,4 @@
-"""Make a small English corpus out of Python's own documentation: `demo_corpus.py --output demo.jsonl`."""
+"""Make a small English corpus from Python's own documentation: `demo_corpus.py --output demo.jsonl`."""
 
 import ast
 import importlib
@@ -16,8 +16,8 @@ from gptbert.errors import InputError
 from gptbert.io.outputs import check_outputs, staged_outputs
 
 SKIPPED_FOLDERS = {"idlelib", "site-packages", "test", "tests", "turtledemo"}
-SHORTEST_DOCUMENT = 200  # characters; below are one-line remarks such as those of the generated codecs
-# Modules written in C have no source to read here; importing these has no side effect.
+SHORTEST_DOCUMENT = 200  # characters; shorter ones are one-liners, such as those of the generated codecs
+# Modules written in C have no Python source to read; importing these has no side effects.
 C_MODULES = (
     "_collections", "_datetime", "_functools", "_io", "_operator", "_socket", "_struct", "_thread", "array", "binascii",
     "builtins", "cmath", "errno", "gc", "itertools", "marshal", "math", "mmap", "posix", "select", "signal", "sys",
@@ -27,14 +27,14 @@ C_MODULES = (
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """Collect the documentation that comes with Python (about 2 MB of English), one module or topic a document."""
+    """Collect the documentation that comes with Python (about 2 MB of English), one document per module or topic."""
 
     output: Path
     """The corpus, a JSONL file; split it with split_corpus.py."""
 
 
 def demo_corpus(config: DemoConfig) -> None:
-    """Write the documents; the same Python always gives the same file.
+    """Write the documents; deterministic for a given Python version.
 
     Raises:
         InputError: this Python has no documentation, or the output cannot be written.
@@ -53,7 +53,7 @@ def demo_corpus(config: DemoConfig) -> None:
 
 
 def documents() -> Iterator[str]:
-    """Yield one document for each topic of `help()`, each library module and each C module, without repetitions."""
+    """Yield one document per `help()` topic, library module and C module, without duplicates."""
     seen: set[str] = set()
     for text in _topics():
         seen.add(text)
@@ -61,7 +61,7 @@ def documents() -> Iterator[str]:
     for sections in (*_source_modules(), *_c_modules()):
         pieces = []
         for heading, text in sections:
-            if text and text not in seen:  # C versions and subclasses repeat what was said elsewhere
+            if text and text not in seen:  # C versions and subclasses repeat docstrings
                 seen.add(text)
                 pieces.append(f"{heading}\n\n{text}")
         document = "\n\n".join(pieces)
@@ -72,14 +72,14 @@ def documents() -> Iterator[str]:
 def _topics() -> Iterator[str]:
     """The chapters of the language reference that `help("topic")` shows."""
     try:
-        from pydoc_data.topics import topics  # noqa: PLC0415  some Linux distributions leave it out
+        from pydoc_data.topics import topics  # noqa: PLC0415  some Linux distributions omit it
     except ImportError:
         return
-    yield from dict.fromkeys(text.strip() for _, text in sorted(topics.items()))  # some have several names
+    yield from dict.fromkeys(text.strip() for _, text in sorted(topics.items()))  # some topics have several names
 
 
 def _source_modules() -> Iterator[list[tuple[str, str]]]:
-    """Headings and docstrings of each library module, read from the source: importing some has side effects."""
+    """Headings and docstrings of each library module, parsed from source: importing some has side effects."""
     library = Path(sysconfig.get_path("stdlib"))
     for name in sorted(sys.stdlib_module_names - SKIPPED_FOLDERS):
         for file in (library / f"{name}.py", *sorted((library / name).rglob("*.py"))):
@@ -109,11 +109,11 @@ def _c_modules() -> Iterator[list[tuple[str, str]]]:
     for name in C_MODULES:
         try:
             module = importlib.import_module(name)
-        except ImportError:  # posix on Windows, say
+        except ImportError:  # for example, posix on Windows
             continue
         sections = [(name, inspect.getdoc(module) or "")]
         for member, current in sorted(vars(module).items()):
-            value = getattr(module, f"__{member}__", current)  # sys.excepthook and its like may have been replaced
+            value = getattr(module, f"__{member}__", current)  # sys.excepthook and the like may have been replaced
             sections += _c_sections(member, value)
             if isinstance(value, type):
                 for method, attribute in sorted(vars(value).items()):
@@ -122,9 +122,9 @@ def _c_modules() -> Iterator[list[tuple[str, str]]]:
 
 
 def _c_sections(name: str, value: object) -> list[tuple[str, str]]:
-    """Heading and docstring of a class, function or method; nothing for data, whose `__doc__` is that of its type."""
+    """Heading and docstring of a class, function or method; empty for data, whose `__doc__` is its type's."""
     documented = isinstance(value, type) or inspect.isroutine(value) or inspect.isdatadescriptor(value)
-    # None of the slots that all types share (__eq__: "Return self==value").
+    # Not the slots that all types share (__eq__: "Return self==value").
     text = value.__doc__ if documented else None
     if not isinstance(text, str) or name.rpartition(".")[2].startswith("__"):
         return []

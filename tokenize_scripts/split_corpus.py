@@ -19,20 +19,20 @@ SIDES = ("train", "validation", "test")
 
 @dataclass(frozen=True, kw_only=True)
 class SplitConfig(CorpusConfig):
-    """Split documents into train, validation and test by a hash of their text: equal texts share a side."""
+    """Split documents into train, validation and test by a hash of their text: equal texts go to the same split."""
 
     output_dir: Path
-    """Folder for train.jsonl, validation.jsonl and test.jsonl; made if need be."""
+    """Folder for train.jsonl, validation.jsonl and test.jsonl; created if needed."""
     valid_fraction: float = 0.05
     """Fraction of the documents (0 to 1) that goes to validation."""
     test_fraction: float = 0.05
-    """Fraction of the documents (0 to 1) that goes to the test set; it does not affect what goes to validation."""
+    """Fraction of the documents (0 to 1) that goes to the test set; it does not affect the validation set."""
     gzip: bool = False
-    """Compress the three files, as train.jsonl.gz and so on."""
+    """Compress the three files (train.jsonl.gz and so on)."""
 
 
 def split_corpus(config: SplitConfig) -> None:
-    """Write every document to the file of its side, as a JSON object with a `text`.
+    """Write every document to its split's file, as a JSON object with a `text`.
 
     Raises:
         InputError: a flag, the input or the output cannot be used.
@@ -60,19 +60,19 @@ def split_corpus(config: SplitConfig) -> None:
 
 
 def side_of(text: str, valid_fraction: float, test_fraction: float) -> str:
-    """The side of a document: train, validation or test, a function of its text and the two fractions alone."""
-    # Uniform in [0, 1), and exact in a float.
+    """A document's split: train, validation or test; a function of its text and the two fractions alone."""
+    # Uniform in [0, 1), and exact as a float.
     place = int.from_bytes(blake2b(text.encode(), digest_size=6).digest()) / 2**48
     if place < valid_fraction:
         return "validation"
-    # From the other end, so that the size of one side does not shift the other.
+    # From the other end, so that the size of one split does not shift the other.
     return "test" if place >= 1 - test_fraction else "train"
 
 
 def _open_output(file: Path, stack: ExitStack) -> TextIO:
     stream = stack.enter_context(file.open("wb"))
     if file.suffix == ".gz":
-        # No name and no time inside: the same documents give the same file.
+        # No name and no timestamp inside: the same documents give the same file.
         stream = stack.enter_context(gzip.GzipFile(filename="", mode="wb", fileobj=stream, compresslevel=6, mtime=0))
     return stack.enter_context(io.TextIOWrapper(stream, encoding="utf-8", newline="\n"))
 

@@ -20,10 +20,10 @@ class TokenizeConfig(CorpusConfig):
     """The tokenizer, a JSON file from train_tokenizer.py."""
     output: Path
     """The token file.
-    If it needs shards they are named after it (train-00001-of-00003.safetensors).
+    If it is split into shards, they are named after it (train-00001-of-00003.safetensors).
     Training takes the name given here either way."""
     shard_tokens: int = SHARD_TOKENS
-    """The most tokens in a file, which is held in memory; a document that is longer gets a file of its own."""
+    """Maximum tokens per file, which is held in memory; a longer document gets its own file."""
 
 
 def tokenize_corpus(config: TokenizeConfig) -> None:

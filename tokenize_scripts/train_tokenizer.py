@@ -14,18 +14,18 @@ from gptbert.io.outputs import check_outputs, staged_outputs
 from gptbert.text.corpus import Corpus, CorpusConfig
 from gptbert.text.tokenizer import BOS_ID, SPECIAL_TOKENS, UNK_ID
 
-ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())  # 256 characters, each of which stands for a byte
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())  # 256 characters, one per byte
 SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + len(ALPHABET)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTokenizerConfig(CorpusConfig):
-    """Train a byte-level BPE tokenizer: any text can be encoded, and decoding gives back every byte of it."""
+    """Train a byte-level BPE tokenizer: any text can be encoded, and decoding restores every byte."""
 
     output: Path
     """The tokenizer, a JSON file of the `tokenizers` library."""
     vocab_size: int = 16384
-    """Tokens in the vocabulary, the 16 special ones and the 256 bytes included; a small corpus may give fewer."""
+    """Tokens in the vocabulary, including the 16 special ones and the 256 bytes; a small corpus may give fewer."""
     min_frequency: int = 2
     """How often a pair must occur in the corpus to become a token."""
 
@@ -57,7 +57,7 @@ def train_tokenizer(config: TrainTokenizerConfig) -> None:
             f"note: the vocabulary has {size} tokens, not {config.vocab_size}: the corpus is too small, it has no more "
             f"pairs that occur {config.min_frequency} times; set the model's vocab_size to {size} or use more text"
         )
-    print(f"wrote {config.output}: {size} tokens, learnt from {corpus.counts()}")
+    print(f"wrote {config.output}: {size} tokens, learned from {corpus.counts()}")
 
 
 def learn(texts: Iterator[str], vocab_size: int, min_frequency: int) -> Tokenizer:
@@ -65,12 +65,12 @@ def learn(texts: Iterator[str], vocab_size: int, min_frequency: int) -> Tokenize
 
     Args:
         texts: documents.
-        vocab_size: the most tokens it may have; fewer if no pair is left that is frequent enough.
+        vocab_size: maximum number of tokens; fewer if no remaining pair is frequent enough.
         min_frequency: occurrences that a pair needs to become a token.
     """
     tokenizer = Tokenizer(models.BPE(unk_token=SPECIAL_TOKENS[UNK_ID]))
-    # No normalizer: it would change the text for good. The byte-level splitter never puts letters and `<` or `>` into
-    # one word, so no sequence of merges can spell a special token.
+    # No normalizer, since it would change the text irreversibly. The byte-level splitter never puts letters and `<` or
+    # `>` into one word, so no sequence of merges can spell a special token.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -78,7 +78,7 @@ def learn(texts: Iterator[str], vocab_size: int, min_frequency: int) -> Tokenize
         min_frequency=min_frequency,
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=ALPHABET,
-        show_progress=False,  # the corpus has a bar of its own
+        show_progress=False,  # the corpus has its own
     )
     tokenizer.train_from_iterator(texts, trainer)
     start = SPECIAL_TOKENS[BOS_ID]
@@ -89,7 +89,7 @@ def learn(texts: Iterator[str], vocab_size: int, min_frequency: int) -> Tokenize
 
 
 def _announce_merges(corpus: Corpus) -> Iterator[str]:
-    """The documents; then a word to explain the pause in which the library learns and shows nothing."""
+    """The documents; then print a line, since the library learns without showing progress."""
     yield from corpus
     tqdm.write(f"read {corpus.num_documents:,} documents; learning the merges", file=sys.stderr)
 

@@ -1,11 +1,11 @@
 """Saved models and runs.
 
-- `checkpoint`: a run's state, saved and loaded; saves are complete or absent.
-- `resume`: the checkpoint that a run goes on from (`--resume`).
-- `saved_model`: the model of a checkpoint, for commands after training.
-- `folder`: the names of the files, and those that describe the model.
+- `checkpoint`: a run's state, saved atomically and loaded.
+- `resume`: the checkpoint that a run resumes from (`--resume`).
+- `saved_model`: a checkpoint's model, for commands after training.
+- `folder`: file names, and the files that describe the model.
 - `weights`: weights under the published names.
-- `training_state`: `training_state.pt`, checked before a trainer takes it.
+- `training_state`: `training_state.pt`, validated before a trainer loads it.
 - `shards`: sharded tensors on disk.
 - `manifest`: size and digest of each file of a folder.
 - `word_checkpoints`: weights saved by words seen (`--checkpoint_words`).

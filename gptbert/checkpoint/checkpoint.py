@@ -1,4 +1,4 @@
-"""Checkpoints: complete or absent, the newest few kept, and enough in each to go on to the bit.
+"""Checkpoints: written atomically, the newest few kept, each sufficient to resume bit for bit.
 
 run folder/checkpoints/step_00001000/
     model.safetensors        weights, under the published names (upstream's tools load them)
@@ -7,9 +7,9 @@ run folder/checkpoints/step_00001000/
     model_config.json        the model's shape, as --config_file reads it
     train_config.json        the run's settings
     tokenizer.json
-    manifest.json            size and digest of each of them; without it, or against it, a checkpoint is damaged
+    manifest.json            size and digest of each file; a checkpoint that lacks or contradicts it is damaged
 
-With `--parallel fsdp`, `shards/` holds weights, average and moments instead, a file of each rank (see shards.py).
+With `--parallel fsdp`, `shards/` holds weights, average and moments instead, one file per rank (see shards.py).
 """
 
 import shutil
@@ -49,19 +49,19 @@ WAY_OUT = "delete its folder, and --resume auto takes the one before"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a save holds beside configuration and tokenizer.
+    """The contents of a checkpoint, except configuration and tokenizer.
 
     Attributes:
-        step: steps done, and so the next step's number; every schedule is a function of it.
-        model: weights, names of `GPTBert`.
+        step: steps completed, hence the next step's number; every schedule is a function of it.
+        model: weights, named as in `GPTBert`.
         ema: their moving average.
         optimizer: its state_dict.
-        rank_states: by rank, the random state ("random") and the sums since the last record ("sums").
+        rank_states: per rank, the random state ("random") and the sums since the last record ("sums").
         skipped_steps: `SkippedSteps.counts`.
-        mask_counts: `MaskHistory.counts`, or None where it is off.
-        is_compiled: whether its steps were; None in checkpoints of versions that did not say.
-        shards: where a sharded checkpoint that was loaded has the tensors of model, average and optimizer, which then
-            are empty; see `with_shards_loaded`.
+        mask_counts: `MaskHistory.counts`, or None if it is off.
+        is_compiled: whether the run was compiled; None in checkpoints of versions that did not record it.
+        shards: folder of a loaded sharded checkpoint's tensors (model, average, moments), which are still empty here;
+            see `with_shards_loaded`.
     """
 
     step: int
@@ -76,16 +76,16 @@ class Checkpoint:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether ranks hold parts of the tensors."""
+        """Whether the tensors are sharded."""
         return any(isinstance(tensor, DTensor) for tensor in self.model.values())
 
     def with_shards_loaded(
         self, model: dict[str, Tensor], ema: dict[str, Tensor], moments: dict[int, dict[str, Tensor]]
     ) -> "Checkpoint":
-        """With tensors read from `shards` into these, whole or sharded in any way; every rank must call it.
+        """Read `shards` into these tensors, full or sharded in any way; every rank must call it.
 
         Raises:
-            InputError: files are damaged, or tensors have other shapes.
+            InputError: files are damaged, or shapes differ.
         """
         load_shards(_named(model, ema, moments), self.shards)
         state = {index: values | moments[index] for index, values in self.optimizer["state"].items()}
@@ -95,17 +95,17 @@ class Checkpoint:
 def save(checkpoint: Checkpoint, config: TrainConfig, model_config: ModelConfig, world: World) -> Path:
     """Write a checkpoint under a temporary name, fsync, rename; then delete all but the newest `keep_checkpoints`.
 
-    Every rank must call it. The main one writes whole tensors, and each its part of sharded ones.
+    Every rank must call it. The main rank writes full tensors; each rank writes its part of sharded ones.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        InputError: the disk refuses; earlier checkpoints are untouched.
+        InputError: writing fails; earlier checkpoints are untouched.
     """
     final = config.run_dir / CHECKPOINTS / f"step_{checkpoint.step:08d}"
     temporary, shards = final.with_name(f".{final.name}.incomplete"), {}
-    moments, rest = _moments_apart(checkpoint.optimizer)  # no moments, where they are whole
+    moments, rest = _moments_apart(checkpoint.optimizer)  # empty if the moments are not sharded
     try:
         with world.errors_on_all_ranks(), _refusals(final):
             if world.is_main:
@@ -127,10 +127,10 @@ def save(checkpoint: Checkpoint, config: TrainConfig, model_config: ModelConfig,
 
 
 def load(path: Path, model_config: ModelConfig) -> Checkpoint:
-    """Read a checkpoint onto the CPU, but for the tensors of a sharded one.
+    """Read a checkpoint onto the CPU, except a sharded one's tensors.
 
     Raises:
-        InputError: something is missing or damaged, or the model has another shape than `model_config`.
+        InputError: something is missing or damaged, or the model's shape differs from `model_config`.
     """
     saved_config = ModelConfig.from_json(path / MODEL_CONFIG)
     shards, weights = path / SHARDS if is_sharded(path) else None, {"model": {}, "ema": {}}
@@ -148,7 +148,7 @@ def load(path: Path, model_config: ModelConfig) -> Checkpoint:
 
 @contextmanager
 def _refusals(final: Path) -> Iterator[None]:
-    """A block whose errors of the disk say which checkpoint could not be written; libraries have their own words."""
+    """Turn write errors of the OS and of libraries into one that names the checkpoint."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError, InputError) as error:
@@ -158,8 +158,8 @@ def _refusals(final: Path) -> Iterator[None]:
 
 
 def _write(checkpoint: Checkpoint, temporary: Path, config: TrainConfig, model_config: ModelConfig) -> None:
-    """All files but the shards and the manifest."""
-    for leftover in temporary.parent.glob(".step_*"):  # of a save or a deletion that was killed
+    """Write all files except the shards and the manifest."""
+    for leftover in temporary.parent.glob(".step_*"):  # from a save or deletion that was killed
         shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
     state = {key: getattr(checkpoint, key) for key in STATE_KEYS}
@@ -173,14 +173,14 @@ def _write(checkpoint: Checkpoint, temporary: Path, config: TrainConfig, model_c
 
 
 def _delete_old(final: Path, config: TrainConfig) -> None:
-    """All but the newest `keep_checkpoints`, of which the one just written is one."""
+    """Delete all but the newest `keep_checkpoints`, which include the one just written."""
     others = [folder for folder in list_checkpoints(config.run_dir) if folder != final]
     for folder in others[: max(0, len(others) + 1 - config.keep_checkpoints)]:
         delete(folder)
 
 
 def _moments_apart(optimizer: dict[str, Any]) -> tuple[dict[int, dict[str, Tensor]], dict[str, Any]]:
-    """The part of an optimizer's state that is sharded, by parameter, and its state_dict without."""
+    """The sharded part of an optimizer's state by parameter, and its state_dict without that part."""
     moments = {
         index: {name: value for name, value in values.items() if isinstance(value, DTensor)}
         for index, values in optimizer["state"].items()
@@ -195,7 +195,7 @@ def _moments_apart(optimizer: dict[str, Any]) -> tuple[dict[int, dict[str, Tenso
 def _named(
     model: dict[str, Tensor], ema: dict[str, Tensor], moments: dict[int, dict[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """All tensors under the names that they have in the shards."""
+    """All tensors under their names in the shards."""
     return {
         **{f"model.{name}": tensor for name, tensor in model.items()},
         **{f"ema.{name}": tensor for name, tensor in ema.items()},

@@ -1,4 +1,4 @@
-"""A run's folder and the folders of its saved models: the names of their files, and those that describe the model."""
+"""A run's folder and the folders of its saved models: file names, and the files that describe the model."""
 
 import re
 import shutil
@@ -12,17 +12,17 @@ from gptbert.io.json_file import read_json, write_json
 
 MODEL_CONFIG = "model_config.json"
 TRAIN_CONFIG = "train_config.json"
-TOKENIZER = "tokenizer.json"  # in a run's folder too
+TOKENIZER = "tokenizer.json"  # also in a run's folder
 TRAINING_STATE = "training_state.pt"
-SHARDS = "shards"  # the folder of a sharded checkpoint's tensors
-CHECKPOINTS = "checkpoints"  # the folder of a run's checkpoints
-WORD_CHECKPOINTS = "words"  # the folder of those saved by words seen
+SHARDS = "shards"  # a sharded checkpoint's tensors
+CHECKPOINTS = "checkpoints"  # a run's checkpoints
+WORD_CHECKPOINTS = "words"  # those saved by words seen
 
 _SETTINGS_BYTES = 1 << 20
 
 
 def write_settings(folder: Path, config: TrainConfig, model_config: ModelConfig) -> None:
-    """Write the model's shape, the run's settings, and the tokenizer that the run's folder holds."""
+    """Write the model's shape, the run's settings, and a copy of the tokenizer in the run's folder."""
     write_json(folder / MODEL_CONFIG, asdict(model_config))
     write_json(folder / TRAIN_CONFIG, config.to_dict())
     shutil.copyfile(config.run_dir / TOKENIZER, folder / TOKENIZER)
@@ -39,17 +39,17 @@ def read_settings(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise InputError(f"--resume {path}: its train_config.json is missing or damaged") from error
     if not isinstance(settings, dict):
-        raise InputError(f"--resume {path}: its train_config.json is no JSON object")
+        raise InputError(f"--resume {path}: its train_config.json is not a JSON object")
     return settings
 
 
 def saved_setting(path: Path, name: str) -> Any:
-    """A setting of the run that wrote a checkpoint; None where it had no such setting."""
+    """A setting of the run that wrote a checkpoint; None if it had no such setting."""
     return read_settings(path).get(name)
 
 
 def differences(saved: ModelConfig, config: ModelConfig) -> str:
-    """In words, how the shape of a saved model differs from another; nothing where it does not."""
+    """How a saved model's shape differs from `config`, for a message; empty if it does not."""
     here, there = asdict(config), asdict(saved)
     return ", ".join(f"{key} {there[key]} there, {here[key]} here" for key in here if here[key] != there[key])
 
@@ -64,12 +64,12 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def list_word_checkpoints(run_dir: Path) -> list[Path]:
-    """Folders of a run that were saved by words seen, in order of their names."""
+    """A run's checkpoints by words seen, sorted by name."""
     return sorted((run_dir / WORD_CHECKPOINTS).glob("chck_*"))
 
 
 def newest_in(path: Path) -> Path:
-    """A checkpoint's folder itself, or the newest of a run.
+    """The folder itself if it is a checkpoint, or the newest checkpoint of a run.
 
     Raises:
         InputError: it is neither.
@@ -83,5 +83,5 @@ def newest_in(path: Path) -> Path:
 
 
 def is_sharded(path: Path) -> bool:
-    """Whether a checkpoint's tensors are in the parts that ranks had."""
+    """Whether a checkpoint's tensors are stored as shards."""
     return (path / SHARDS).is_dir()

@@ -1,4 +1,4 @@
-"""Weights that a run starts from instead of random ones (`--initial_weights`)."""
+"""Weights to start a run from instead of random ones (`--initial_weights`)."""
 
 from torch import Tensor
 
@@ -10,10 +10,10 @@ from gptbert.text.tokenizer import tokenizer_hash
 
 
 def read_initial_weights(config: TrainConfig, model_config: ModelConfig) -> dict[str, Tensor] | None:
-    """The weights that `--initial_weights` names, on the CPU, or None without the flag.
+    """The weights named by `--initial_weights`, on the CPU, or None without the flag.
 
     Raises:
-        InputError: nothing there, or damaged, or of a model of another shape or tokenizer.
+        InputError: they are missing or damaged, or their model has a different shape or tokenizer.
     """
     if config.initial_weights is None:
         return None

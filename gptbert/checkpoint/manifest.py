@@ -1,4 +1,4 @@
-"""`manifest.json` of a folder: size and SHA-256 of each of its files, so that damage shows before anything is used."""
+"""`manifest.json` of a folder: size and SHA-256 of each file, to detect damage before anything is used."""
 
 import errno
 import hashlib
@@ -11,23 +11,23 @@ from gptbert.io.json_file import read_json, write_json
 Entry = dict[str, int | str]
 
 NAME = "manifest.json"
-_MOST_BYTES = 1 << 22  # of some ten thousand entries
+_MOST_BYTES = 1 << 22  # some ten thousand entries
 
 
 def entry(path: Path) -> Entry:
-    """What a manifest says of a file."""
+    """A file's entry in a manifest."""
     return {"bytes": path.stat().st_size, "sha256": _digest(path)}
 
 
 def write(folder: Path, known: dict[str, Entry] | None = None) -> None:
-    """List every file in the folder and in those inside it, as it is now: {name: {"bytes": …, "sha256": …}}.
+    """List every file below the folder, with its current content: {name: {"bytes": …, "sha256": …}}.
 
     Args:
-        folder: whose files are complete.
-        known: entries of files that others have read already.
+        folder: all of its files are complete.
+        known: entries that other ranks have computed already.
 
     Raises:
-        FileNotFoundError: a known file is not to be seen from here.
+        FileNotFoundError: a known file is not visible from here.
     """
     entries = dict(known or {})
     if hidden := [name for name in entries if not (folder / name).is_file()]:
@@ -40,14 +40,14 @@ def write(folder: Path, known: dict[str, Entry] | None = None) -> None:
 
 
 def check(folder: Path, names: Iterable[str] | None = None) -> None:
-    """Read files and see that they are what was written.
+    """Verify that files are as they were written.
 
     Args:
-        folder: that holds a manifest.
-        names: of the files to read; None reads all.
+        folder: one with a manifest.
+        names: files to read; None reads all.
 
     Raises:
-        InputError: a file's name, and whether it is missing, cut short or otherwise changed; without the folder's.
+        InputError: a file is missing, truncated or changed; names the file, not the folder.
     """
     try:
         entries = read_json(folder / NAME, _MOST_BYTES)
@@ -62,7 +62,7 @@ def check(folder: Path, names: Iterable[str] | None = None) -> None:
             raise InputError(f"{name}: not in {NAME}")
         try:
             _check_file(folder, name, entries[name])
-        except (OSError, ValueError) as error:  # a name that is too long, say, or holds a zero
+        except (OSError, ValueError) as error:  # for example, a name that is too long or contains a NUL
             raise InputError(f"{name[:100]}: cannot be read ({first_line(error)[:100]})") from error
 
 
@@ -70,7 +70,7 @@ def _check_file(folder: Path, name: str, expected: Entry) -> None:
     path, size = folder / name, expected.get("bytes")
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise InputError(f"{name[:100]}: is not in the folder")
-    if not path.is_file():  # a pipe or device may never end
+    if not path.is_file():  # reading a pipe or device may never end
         raise InputError(f"{name}: no such file")
     if path.stat().st_size != size:
         raise InputError(f"{name}: {path.stat().st_size} bytes instead of {str(size)[:20]}")

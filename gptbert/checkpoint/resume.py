@@ -1,4 +1,4 @@
-"""`--resume`: the checkpoint that a run goes on from, and what it must have in common with the run."""
+"""`--resume`: the checkpoint to resume from, and the settings that must match it."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from gptbert.text.tokenizer import tokenizer_hash
 def find_for_all_ranks(
     config: TrainConfig, model_config: ModelConfig, world: World
 ) -> tuple[Path | None, Checkpoint | None]:
-    """The checkpoint that a run goes on from, and where it lies; every rank must call it.
+    """The path of the checkpoint to resume from, and the checkpoint; every rank must call it.
 
     Raises:
         InputError: on every rank; see `find`, `load` and `check_settings`.
@@ -34,14 +34,14 @@ def find_for_all_ranks(
 
 
 def find(config: TrainConfig) -> Path | None:
-    """The checkpoint that `--resume` names, every byte of it checked, or None where the run starts afresh.
+    """The checkpoint that `--resume` names, fully verified, or None if the run starts from scratch.
 
-    With `--resume auto`, damaged checkpoints are set aside as `step_….damaged` until a good one is found, and so one
-    process must do this for all.
+    With `--resume auto`, damaged checkpoints are renamed to `step_….damaged` until a good one is found; therefore only
+    one process may call it.
 
     Raises:
-        InputError: the named folder is no checkpoint, or the run's folder holds checkpoints of another history, or what
-            was found is damaged.
+        InputError: the named folder is not a checkpoint, the run's folder has checkpoints of a different history, or
+            the checkpoint found is damaged.
     """
     existing = list_checkpoints(config.run_dir)
     left_over = existing or list_word_checkpoints(config.run_dir)
@@ -88,16 +88,16 @@ def _newest_undamaged(existing: list[Path]) -> Path | None:
             move_away(path, f"{path.name}.damaged")
         else:
             return path
-    if damage:  # to begin anew is for the user to say
+    if damage:  # starting over is the user's decision
         raise InputError(f"--resume auto: no checkpoint is undamaged, the newest is {damage}; give another --name")
     return None
 
 
 def check_settings(path: Path, config: TrainConfig) -> None:
-    """Refuse to go on from a checkpoint with what its weights and moments do not fit.
+    """Refuse to resume with settings that do not fit a checkpoint's weights and moments.
 
     Raises:
-        InputError: the tokenizer or the optimizer is another one.
+        InputError: the tokenizer or the optimizer is a different one.
     """
     optimizer = read_settings(path).get("optimizer")
     if optimizer != config.optimizer:
@@ -107,7 +107,7 @@ def check_settings(path: Path, config: TrainConfig) -> None:
 
 
 def changed_settings(path: Path, config: TrainConfig) -> list[str]:
-    """Settings that differ from those of the run that wrote a checkpoint, where they bear on the result."""
+    """Settings that affect the result and differ from those of the run that wrote a checkpoint."""
     saved = read_settings(path)
     here = {name: _as_typed(value) for name, value in config.to_dict().items()}
     there = {name: _as_typed(saved.get(name)) for name in here}
@@ -119,5 +119,5 @@ def changed_settings(path: Path, config: TrainConfig) -> list[str]:
 
 
 def _as_typed(value: object) -> str:
-    """A setting as on the command line; a list of one file is that file, as older checkpoints have it."""
+    """A setting as on the command line; a list of one file is that file, as in older checkpoints."""
     return " ".join(map(str, value)) or "None" if isinstance(value, list) else str(value)

@@ -1,4 +1,4 @@
-"""The model of a checkpoint of either kind, as commands after training load it."""
+"""The model of a checkpoint, sharded or not, as commands after training load it."""
 
 from pathlib import Path
 
@@ -15,18 +15,18 @@ from gptbert.model import GPTBert
 
 
 def load_model(path: Path, weights: str = "ema") -> GPTBert:
-    """A model in eval mode with the weights of a checkpoint, on the CPU.
+    """A checkpoint's model in eval mode, on the CPU.
 
     Args:
         path: a checkpoint's folder, or a run's for its newest checkpoint.
         weights: "ema" or "model".
 
     Raises:
-        InputError: nothing there, or damaged.
+        InputError: the checkpoint is missing or damaged.
     """
     path = newest_in(Path(path))
     config = ModelConfig.from_json(path / MODEL_CONFIG)
-    try:  # before the model takes the memory of its shape
+    try:  # before memory is allocated for the model
         state = read_full_weights(path, weights, config)
     except InputError as error:
         raise InputError(f"{path}: the checkpoint is damaged ({error})") from error
@@ -36,7 +36,7 @@ def load_model(path: Path, weights: str = "ema") -> GPTBert:
 
 
 def read_full_weights(path: Path, weights: str, config: ModelConfig) -> dict[str, Tensor]:
-    """Whole weights of a checkpoint of either kind, checked against its manifest.
+    """Full weights of a checkpoint, sharded or not, checked against its manifest.
 
     Args:
         path: the checkpoint's folder.

@@ -1,6 +1,6 @@
-"""Sharded tensors on disk, by torch.distributed.checkpoint: each rank writes its parts, any number of ranks reads them.
+"""Sharded tensors on disk, by torch.distributed.checkpoint: each rank writes its parts, any number of ranks can read.
 
-The files are safetensors with the place of each part in their headers, so that reading them runs nothing.
+The files are safetensors with each part's offsets in the header, so reading them runs no code.
 """
 
 import warnings
@@ -21,15 +21,15 @@ def save_shards(tensors: dict[str, Tensor], folder: Path, world: World) -> dict[
     """Write this rank's parts; every rank must call it.
 
     Args:
-        tensors: by name, DTensors; where ranks hold the same part, one of them writes it.
-        folder: an empty one.
-        world: the processes over which the tensors are spread.
+        tensors: DTensors by name; a part that several ranks hold is written by one of them.
+        folder: empty.
+        world: the processes that the tensors are sharded over.
 
     Returns:
-        By name within `folder`, what the manifest says of the files of all ranks.
+        The manifest entries of all ranks' files, by name within `folder`.
 
     Raises:
-        InputError: a disk refuses; on every rank.
+        InputError: writing fails; on every rank.
     """
     try:
         dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
@@ -40,16 +40,16 @@ def save_shards(tensors: dict[str, Tensor], folder: Path, world: World) -> dict[
 
 
 def load_shards(tensors: dict[str, Tensor], folder: Path) -> None:
-    """Read into tensors, whole ones or DTensors of any placement; every rank must call it.
+    """Read into tensors, full ones or DTensors of any placement; every rank must call it.
 
     Raises:
-        InputError: a tensor is missing or has another shape, or a file is damaged; on every rank.
+        InputError: a tensor is missing or has a different shape, or a file is damaged; on every rank.
     """
-    if not all(path.is_file() for path in folder.iterdir()):  # a pipe or device may never end
-        raise InputError(f"{folder.name}: holds something that is no file")
+    if not all(path.is_file() for path in folder.iterdir()):  # reading a pipe or device may never end
+        raise InputError(f"{folder.name}: contains something that is not a file")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about being alone, which a tool may be
+            warnings.simplefilter("ignore")  # about running as a single process, as tools do
             dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not dist.is_initialized())
     except CheckpointException as error:
         raise InputError(f"{folder.name}: {_reason(error)}") from error
@@ -58,6 +58,6 @@ def load_shards(tensors: dict[str, Tensor], folder: Path) -> None:
 
 
 def _reason(error: CheckpointException) -> str:
-    """Of the first rank that failed."""
+    """The reason given by the first rank that failed."""
     cause, _ = error.failures[min(error.failures)]
     return (first_line(cause) or type(cause).__name__)[:200]

@@ -1,4 +1,4 @@
-"""`training_state.pt` of a checkpoint: read, and refused where the trainer could not go on from what it holds."""
+"""`training_state.pt` of a checkpoint: read, and refused if the trainer could not resume from it."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -13,21 +13,21 @@ from gptbert.errors import InputError
 from gptbert.io.torch_file import load_torch_file
 
 STATE_KEYS = ("step", "optimizer", "rank_states", "skipped_steps", "mask_counts", "is_compiled")
-_LATER_KEYS = {"is_compiled"}  # which earlier versions did not write
+_LATER_KEYS = {"is_compiled"}  # not written by earlier versions
 _LARGEST_STEP = 10**9
 _MUONS = "momentum_buffer"
 
 
 def read_training_state(path: Path, weights: Mapping[str, Tensor], optimizer: str) -> dict[str, Any]:
-    """The step, optimizer state, states of the ranks and masking history, on the CPU.
+    """The step, optimizer state, rank states and masking history, on the CPU.
 
     Args:
         path: the file.
-        weights: of the model that it belongs to, by name; the optimizer's moments have their shapes.
-        optimizer: as of `--optimizer`.
+        weights: the model's, by name; the optimizer's moments have their shapes.
+        optimizer: a value of `--optimizer`.
 
     Raises:
-        InputError: the file's name and the reason.
+        InputError: names the file and the reason.
     """
     try:
         state = load_torch_file(path)
@@ -41,25 +41,25 @@ def _check(state: Any, weights: Mapping[str, Tensor], optimizer: str) -> None:
     if type(state) is not dict or set(state) | _LATER_KEYS != set(STATE_KEYS):
         raise InputError(f"expected the keys {', '.join(STATE_KEYS)}")
     if type(state["step"]) is not int or not 0 <= state["step"] <= _LARGEST_STEP:
-        raise InputError("its step is no number of steps")
+        raise InputError("its step is not a number of steps")
     _check_optimizer(state["optimizer"], weights, is_muon=optimizer == "muon")
     if type(state["rank_states"]) is not list or not all(map(_is_rank_state, state["rank_states"])):
-        raise InputError("its states of the ranks are of another form")
+        raise InputError("its rank states have an unexpected form")
     skipped = state["skipped_steps"]
     if not isinstance(skipped, Tensor) or skipped.dtype != torch.int64 or skipped.shape != (3,):
-        raise InputError("its number of skipped steps is of another form")
+        raise InputError("its skipped steps have an unexpected form")
     if type(state.get("is_compiled")) not in {bool, type(None)}:
-        raise InputError("whether it was compiled is of another form")
+        raise InputError("its is_compiled is neither a boolean nor None")
     counts = state["mask_counts"]
     if counts is not None and not _is_bytes(counts):
-        raise InputError("its masking history is of another form")
+        raise InputError("its masking history has an unexpected form")
 
 
 def _check_optimizer(optimizer: Any, weights: Mapping[str, Tensor], *, is_muon: bool) -> None:
-    """Each parameter has a dictionary of numbers and of tensors of its shape, or none has."""
+    """Either each parameter has a dictionary of numbers and of tensors of its shape, or no parameter has one."""
     if type(optimizer) is not dict or type(optimizer.get("state")) is not dict:
         raise InputError("its optimizer state is of another form")
-    names = {"step", "exp_avg", "exp_avg_sq"} if weights else {"step"}  # of LAMB and AdamW; moments may be in shards
+    names = {"step", "exp_avg", "exp_avg_sq"} if weights else {"step"}  # for LAMB and AdamW; moments may be in shards
     kinds = [set(), names, {_MUONS}] if is_muon else [set(), names]
     shapes: dict[str, Counter[torch.Size]] = {}
     for index, values in optimizer["state"].items():
@@ -70,15 +70,15 @@ def _check_optimizer(optimizer: Any, weights: Mapping[str, Tensor], *, is_muon: 
                 if value.ndim or name != "step":
                     shapes.setdefault(name, Counter())[value.shape] += 1
             elif name != "step" or type(value) not in {int, float}:
-                raise InputError(f"its optimizer state has a {str(name)[:20]!r} that is no tensor of numbers")
+                raise InputError(f"its optimizer state has a {str(name)[:20]!r} that is not a tensor of numbers")
     expected = Counter(tensor.shape for tensor in weights.values())
-    matrices = shapes.pop(_MUONS, Counter())  # the other moments are those of the other parameters
+    matrices = shapes.pop(_MUONS, Counter())  # the remaining moments belong to the other parameters
     if any(found + matrices != expected for found in shapes.values()) or (matrices and not shapes):
         raise InputError("its optimizer state has tensors of other shapes than the weights")
 
 
 def _is_rank_state(state: Any) -> bool:
-    """One rank's random state and sums, as `Trainer.save` gathers them."""
+    """Whether a value is one rank's random state and sums, as `Trainer.save` gathers them."""
     if type(state) is not dict or set(state) != {"random", "sums"} or type(state["random"]) is not dict:
         return False
     generators, sums = state["random"], state["sums"]

@@ -14,9 +14,9 @@ from gptbert.upstream import from_upstream, to_upstream
 
 
 def write_weights(path: Path, weights: dict[str, Tensor], config: ModelConfig) -> None:
-    """Write whole weights, named as in `GPTBert`."""
+    """Write full weights, named as in `GPTBert`."""
     published = to_upstream(weights, config)
-    # one tensor under two names is stored twice: safetensors has no aliases
+    # clone: safetensors refuses aliases, so a tensor under two names is stored twice
     save_file({key: tensor.clone() for key, tensor in published.items()}, path)
 
 
@@ -24,10 +24,10 @@ def read_weights(file: Path, config: ModelConfig) -> dict[str, Tensor]:
     """Weights, named as in `GPTBert`, on the CPU.
 
     Raises:
-        InputError: the file's name, and that it is missing, damaged, or of a model of another shape.
+        InputError: the file is missing, damaged, or of a model of a different shape; names the file.
     """
     try:
-        if not file.is_file():  # a pipe or device may never end
+        if not file.is_file():  # reading a pipe or device may never end
             raise FileNotFoundError("no such file")
         return fitting(load_file(file), config)
     except (InputError, OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
@@ -35,17 +35,17 @@ def read_weights(file: Path, config: ModelConfig) -> dict[str, Tensor]:
 
 
 def fitting(published: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Weights under published names as those of a `GPTBert` of this shape.
+    """Convert weights under published names to those of a `GPTBert` of this shape.
 
     Raises:
-        InputError: which one is missing, unknown, or of another shape or kind of numbers.
+        InputError: a weight is missing, unknown, of a different shape, or not floating-point; names the weight.
     """
     weights, expected = from_upstream(published), shapes(config)
     for name in expected | weights:
         if name not in weights:
             raise InputError(f"{name} is missing")
         if name not in expected:
-            raise InputError(f"{name} is no weight of a model of this shape")
+            raise InputError(f"{name} is not a weight of a model of this shape")
         if weights[name].shape != expected[name]:
             raise InputError(f"{name} does not fit the model: {list(weights[name].shape)} for {list(expected[name])}")
         if not weights[name].is_floating_point():
@@ -54,6 +54,6 @@ def fitting(published: dict[str, Tensor], config: ModelConfig) -> dict[str, Tens
 
 
 def shapes(config: ModelConfig) -> dict[str, torch.Size]:
-    """Of a model's weights by name, from a model that takes no memory."""
+    """Shapes of a model's weights by name, from a model on the meta device."""
     with torch.device("meta"):
         return {name: tensor.shape for name, tensor in GPTBert(config).state_dict().items()}

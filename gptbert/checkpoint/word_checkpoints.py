@@ -1,9 +1,9 @@
-"""Checkpoints by words seen: `RUN/words/chck_1M` and so on, under BabyLM's names, kept for good.
+"""Checkpoints by words seen: `RUN/words/chck_1M` and so on, under BabyLM's names, never deleted.
 
-Words are those that the tokenizing step counted (`TokenStore.num_words`), spread evenly over an epoch's slots, and a
-repeated text counts again. So the words of a step are a function of its number, and so is the step whose weights a
-threshold gets: the first that has seen so many words. A folder is written before the checkpoint of its step: a run that
-goes on from an earlier checkpoint comes by there again, and writes the same again.
+Words are those counted by the tokenizing step (`TokenStore.num_words`), spread evenly over an epoch's slots; repeated
+text counts again. So the words seen are a function of the step, and a threshold's weights are those of the first step
+that has seen as many words. A folder is written before the checkpoint of its step: a run that resumes from an earlier
+checkpoint passes the same threshold and rewrites identical files.
 """
 
 import re
@@ -30,14 +30,14 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
 
 class WordCheckpoints:
-    """The words that a run has seen at a step, and the weights that it saves by them.
+    """Counts the words seen at a step, and saves weights by them.
 
     Attributes:
-        thresholds: numbers of words, ascending, that get a folder.
+        thresholds: numbers of words that get a folder, ascending.
 
     Raises:
-        InputError: `--checkpoint_words` names what is no number of words, or more than the run will see, or the token
-            file does not say how many it holds.
+        InputError: a value of `--checkpoint_words` is not a number of words or is more than the run will see, or a
+            token file does not record its number of words.
     """
 
     def __init__(self, config: TrainConfig, streams: Mapping[Objective, RowStream | Mixture], plan: HybridPlan) -> None:
@@ -62,31 +62,31 @@ class WordCheckpoints:
         self.thresholds = sorted(words for words in chosen if words <= seen)
 
     def words_before(self, step: int) -> int | None:
-        """Words in all steps before `step`, of both objectives; None where a token file does not say."""
+        """Words in all steps before `step`, of both objectives; None if a token file does not record them."""
         words = [
             stream.words_before(self._plan.slots_before(objective, step)) for objective, stream in self._streams.items()
         ]
         return None if None in words else sum(words)
 
     def forecast(self) -> str:
-        """A line on what the whole run will save."""
+        """A line for the log: what the whole run will save."""
         names = " ".join(map(checkpoint_name, self.thresholds)) or "no folder"
         return f"of the {self.words_before(self._config.max_steps):,} words that the run sees: {names} in words/"
 
     def due(self, step: int) -> list[int]:
-        """The thresholds that are reached when `step` steps are done, and were not a step before."""
+        """The thresholds reached after `step` steps, but not a step earlier."""
         if not self.thresholds:
             return []
         before, seen = self.words_before(step - 1), self.words_before(step)
         return [words for words in self.thresholds if before < words <= seen]
 
     def save(self, step: int, model: GPTBert, ema: GPTBert, model_config: ModelConfig, world: World) -> None:
-        """Write a folder for each threshold that is due after `step` steps; every rank must call it.
+        """Write a folder for each threshold due after `step` steps; every rank must call it.
 
-        `saved_model.load_model` reads such a folder, whatever the run shards.
+        `saved_model.load_model` reads such a folder, whether or not the run is sharded.
 
         Raises:
-            InputError: the disk refuses; folders that were there are untouched.
+            InputError: writing fails; existing folders are untouched.
         """
         weights = {"model": full_weights(model, world), "ema": full_weights(ema, world)}
         for words in self.due(step):
@@ -102,7 +102,7 @@ class WordCheckpoints:
 
 
 def checkpoint_name(words: int) -> str:
-    """BabyLM's name: chck_1M, chck_1000M; in thousands (chck_500K) or plainly where millions do not fit."""
+    """BabyLM's name: chck_1M, chck_1000M; otherwise in thousands (chck_500K) if possible, else in full."""
     for unit in ("M", "K"):
         if words % _UNITS[unit] == 0:
             return f"chck_{words // _UNITS[unit]}{unit}"
@@ -110,7 +110,7 @@ def checkpoint_name(words: int) -> str:
 
 
 def _parse(value: str) -> tuple[int, ...]:
-    """The numbers of words that one value of the flag stands for."""
+    """The numbers of words that one value of the flag denotes."""
     if value.lower() == "babylm":
         return BABYLM
     match = re.fullmatch(r"([0-9][0-9_]{0,19}(?:\.[0-9]{1,9})?)([KMB]?)", value.upper(), flags=re.ASCII)

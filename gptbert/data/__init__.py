@@ -1,24 +1,24 @@
-"""From token ids on disk to the batches of a step.
+"""From token ids on disk to a step's batches.
 
 On disk:
 
-- `token_store`: the token file, memory-mapped documents in one file or in shards.
-- `token_shards`: one of these files.
-- `mapped_arrays`: many files, of which the last used are mapped.
+- `token_store`: the token file: memory-mapped documents in one file or in shards.
+- `token_shards`: a single shard file.
+- `mapped_arrays`: arrays of many files, only the last used ones mapped.
 - `upstream_tokens`: token files of upstream GPT-BERT.
 
 Rows:
 
-- `document_order`: the shuffle of an epoch.
-- `packing`: documents end to end, as rows that a number finds again.
+- `document_order`: an epoch's shuffle.
+- `packing`: documents packed end to end into rows, each addressable by number.
 - `mixture`: rows of several corpora.
-- `inputs`: the files of a run, checked against each other.
+- `inputs`: a run's files, checked against each other.
 
 Batches:
 
 - `objectives`: inputs and labels of masked and causal rows.
-- `hybrid_plan`: which rank trains which rows of which objective at a step.
+- `hybrid_plan`: which rank trains which rows of which objective at each step.
 - `mask_history`: how often each token was masked.
-- `micro_batch`: the pieces in which a rank's rows go through the model.
-- `loader`: the rows of a step, loaded ahead, moved to the device and masked.
+- `micro_batch`: splits a rank's rows into micro-batches.
+- `loader`: a step's rows, prefetched, moved to the device and masked.
 """

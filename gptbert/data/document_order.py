@@ -1,18 +1,18 @@
-"""The order in which an epoch has the documents: shuffled in two levels, in memory that no corpus makes larger.
+"""The order of an epoch's documents: a two-level shuffle in memory that does not grow with the corpus.
 
-The documents are cut, in the store's order, into *chunks* of consecutive ones. An epoch permutes the chunks, takes them
-in *blocks* of equally many, and permutes the documents of each block. Its stream is the blocks, end to end.
+The documents are split, in the store's order, into *chunks* of consecutive ones. An epoch permutes the chunks, groups
+equally many into a *block*, and permutes the documents within each block. Its stream is the concatenated blocks.
 
     store     0 1 2 | 3 4 5 | 6 7 8 | 9 10 11      chunks of 3 documents
     chunks    6 7 8   0 1 2 | 9 10 11   3 4 5      permuted, in blocks of 2
     stream    1 7 0 8 2 6   | 4 11 9 5 10 3        permuted within each block
 
-A corpus of one block is permuted as a whole, and its chunks are not. Everything is drawn from (seed, epoch, block), so
-that any block can be made from its number. With the usual `SIZES` an order holds at most
+A corpus of a single block is permuted as a whole, without permuting chunks. Everything is drawn from (seed, epoch,
+block), so any block can be generated from its number. With the usual `SIZES` an order holds at most
 
-- 4.2 MB for all chunks: tokens and documents of each, read once from the offsets, and shared by all orders of a store;
-- 2.1 MB for each of two epochs: the order of the chunks, and where blocks begin;
-- 16.8 MB for each of two blocks, the one in use and the next, which a thread prepares; about 50 MB more while it does.
+- 4.2 MB for all chunks: tokens and documents of each, read once from the offsets, shared by all orders of a store;
+- 2.1 MB for each of two epochs: the order of the chunks and the starts of the blocks;
+- 16.8 MB for each of two blocks, the current one and the next, which a thread prepares; about 50 MB more meanwhile.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,12 +25,12 @@ from gptbert.data.token_store import TokenStore
 
 @dataclass(frozen=True)
 class ShuffleSizes:
-    """How coarse the shuffle is, and with it how large its tables are.
+    """Granularity of the shuffle, which determines the size of its tables.
 
     Attributes:
-        chunk_documents: documents of a chunk, more where there would be too many chunks.
-        block_documents: documents of a block, about: as many whole chunks as fit, one at least.
-        most_chunks: chunks of a corpus at most.
+        chunk_documents: documents per chunk; more if there would be too many chunks.
+        block_documents: documents per block, approximately: as many whole chunks as fit, at least one.
+        most_chunks: maximum number of chunks.
     """
 
     chunk_documents: int = 2**12
@@ -48,16 +48,16 @@ class _Epoch:
 
 
 class DocumentOrder:
-    """Where every epoch's stream has which document; empty documents are left out.
+    """The position of each document in every epoch's stream; empty documents are omitted.
 
     Args:
         store: the documents.
-        seed: numbers that select the shuffling.
+        seed: numbers that seed the shuffle.
         shuffle: False keeps the store's order in every epoch.
         sizes: of chunks and blocks.
 
     Attributes:
-        stream_length: tokens of an epoch, with an `<s>` behind each document.
+        stream_length: tokens per epoch, including an `<s>` after each document.
     """
 
     def __init__(self, store: TokenStore, seed: tuple[int, ...], shuffle: bool, sizes: ShuffleSizes) -> None:
@@ -70,24 +70,24 @@ class DocumentOrder:
         self._num_blocks = -(-len(self._chunk_sizes) // self._chunks_per_block)
         self.stream_length = int(self._chunk_sizes.sum())
         self._epochs: dict[int, Future[_Epoch]] = {}
-        self._blocks: dict[int, Future[tuple[np.ndarray, np.ndarray]]] = {}  # by their number through all epochs
+        self._blocks: dict[int, Future[tuple[np.ndarray, np.ndarray]]] = {}  # by number, counted across epochs
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="shuffle")
 
     def block_starts(self, epoch: int) -> np.ndarray:
-        """Where each block of an epoch begins in its stream, and where the last one ends; [blocks + 1] int64."""
+        """Start of each block in an epoch's stream, and end of the last; [blocks + 1] int64."""
         return self._epoch(epoch).block_starts
 
     def between(self, epoch: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        """The documents that reach into a range of an epoch's stream.
+        """The documents that overlap a range of an epoch's stream.
 
         Args:
             epoch: from 0.
             start: first position of the range, below `stream_length`.
-            end: behind its last position.
+            end: one past its last position.
 
         Returns:
-            Positions of the documents' first tokens in the store [n] int64, and where each begins in the stream, then
-            where the `<s>` behind the last one ends [n + 1] int64.
+            Positions of the documents' first tokens in the store [n] int64, and their starts in the stream, plus the
+            end of the last one's `<s>` [n + 1] int64.
         """
         block_ends = self.block_starts(epoch)[1:]
         first, last = np.searchsorted(block_ends, (start, min(end, self.stream_length) - 1), side="right").tolist()
@@ -104,7 +104,7 @@ class DocumentOrder:
         )
 
     def _epoch(self, epoch: int) -> _Epoch:
-        """The epoch's chunks; the next epoch is begun too."""
+        """The epoch's chunks; also starts drawing the next epoch."""
         for ahead in (epoch, epoch + 1):
             if ahead not in self._epochs:
                 self._epochs[ahead] = self._worker.submit(self._draw_epoch, ahead)
@@ -113,12 +113,12 @@ class DocumentOrder:
         return self._epochs[epoch].result()
 
     def _block(self, epoch: int, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """All documents of a block, as `between` gives them; the next block is begun too."""
+        """All documents of a block, as `between` returns them; also starts drawing the next block."""
         number = epoch * self._num_blocks + index
         for ahead in (number, number + 1):
             if ahead not in self._blocks:
                 epoch, index = divmod(ahead, self._num_blocks)
-                # the worker takes tasks in turn, so the epoch is drawn when the block's turn comes
+                # the only worker runs tasks in order, so the epoch is drawn before the block
                 self._blocks[ahead] = self._worker.submit(self._draw_block, self._epochs[epoch], epoch, index)
         for other in self._blocks.keys() - {number, number + 1}:
             self._blocks.pop(other).cancel()

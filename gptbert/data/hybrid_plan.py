@@ -1,4 +1,4 @@
-"""The plan of a run: which rank trains which rows of which objective at a step."""
+"""The plan of a run: which rank trains which rows of which objective at each step."""
 
 import math
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from gptbert.data.objectives import Objective
 from gptbert.errors import InputError
 from gptbert.schedules import batch_sizes, length_factor, length_factors
 
-_BLOCK = 2**12  # steps that are planned at once, unless that makes more blocks than this
+_BLOCK = 2**12  # steps planned at once, unless that makes more blocks than this
 _COLUMNS = {objective: column for column, objective in enumerate(Objective)}
 
 
@@ -35,17 +35,17 @@ class _Steps:
 
 
 class HybridPlan:
-    """Which rows a step has, and which rank trains them: functions of the step alone (docs/model.md#hybrid).
+    """A step's rows and the ranks that train them, as functions of the step alone (docs/model.md#hybrid).
 
-    Held are the slots before each block of steps, 66 KB at most, and two blocks with all of their steps: 40 bytes for
-    each of 4,096 steps, or of a 4,096th of the run where that is more.
+    Memory: the slots before each block of steps, at most 66 KB, and two blocks at 40 bytes per step, of 4,096 steps or
+    1/4,096 of the run each, whichever is more.
 
     Attributes:
         mode: "rank" or "batch".
-        length_factors: all that occur in the run, each with its first step.
+        length_factors: every factor that occurs in the run, with its first step.
 
     Raises:
-        InputError: rank mode with a world size that the denominator does not divide, or a step too small for both
+        InputError: in rank mode, the world size is not a multiple of the denominator; or a step is too small for both
             objectives.
     """
 
@@ -56,21 +56,21 @@ class HybridPlan:
         self.length_factors: dict[int, int] = {}
         self._block_steps = max(_BLOCK, -(-config.max_steps // _BLOCK))
         blocks = -(-config.max_steps // self._block_steps)
-        self._block_slots = np.zeros((blocks + 1, 2), np.int64)  # before each block, and behind the last
+        self._block_slots = np.zeros((blocks + 1, 2), np.int64)  # before each block, and after the last
         for block in range(blocks):
             steps = self._draw_block(block)
             self._block_slots[block + 1] = steps.first_slots[-1]
             for factor, index in zip(*np.unique(steps.factors, return_index=True), strict=True):
                 self.length_factors.setdefault(int(factor), block * self._block_steps + int(index))
-        self._block = lru_cache(maxsize=2)(self._draw_block)  # the trainer asks for its step, and a few steps ahead
+        self._block = lru_cache(maxsize=2)(self._draw_block)  # the trainer asks for the current step and a few ahead
 
     def weight(self, objective: Objective) -> float:
-        """The objective's weight in the loss: its share of the training."""
+        """The objective's weight in the loss: its fraction of the training."""
         masked = self.config.hybrid_numerator / self.config.hybrid_denominator
         return masked if objective is Objective.MLM else 1 - masked
 
     def num_rows(self, objective: Objective, step: int) -> int:
-        """Rows of the objective at `step`, all ranks together."""
+        """Rows of the objective at `step`, over all ranks."""
         block, index = divmod(step, self._block_steps)
         return int(self._block(block).rows[index, _COLUMNS[objective]])
 
@@ -91,23 +91,23 @@ class HybridPlan:
         return range(masked) if objective is Objective.MLM else range(masked, self.world_size)
 
     def objectives(self, rank: int) -> tuple[Objective, ...]:
-        """What `rank` trains: in mode "rank" one of them."""
+        """The objectives that `rank` trains: a single one in mode "rank"."""
         return tuple(objective for objective in Objective if rank in self.ranks(objective))
 
     def rows_of_a_rank(self, objective: Objective, step: int) -> int:
-        """Rows of the objective that the rank has at `step` that has most of them."""
+        """Maximum over ranks of the objective's rows at `step`."""
         return -(-self.num_rows(objective, step) // max(1, len(self.ranks(objective))))
 
     def most_rows(self, objective: Objective, factor: int) -> int:
-        """Most rows of the objective that a rank has at any step whose rows are `factor` times as long as the first.
+        """Maximum over ranks, and over steps with this length factor, of the objective's rows.
 
-        Batches grow in each such range of steps, or stay as they are, so that it is the last step's number.
+        Within such a range of steps batches never shrink, so the last step has the maximum.
         """
         later = [step for step in self.length_factors.values() if step > self.length_factors[factor]]
         return self.rows_of_a_rank(objective, min(later, default=self.config.max_steps) - 1)
 
     def shares(self, step: int, rank: int) -> list[Share]:
-        """The rows of `step` that `rank` trains; empty shares are left out."""
+        """The rows of `step` that `rank` trains; empty shares are omitted."""
         factor = length_factor(self.config, step)
         shares = []
         for objective in Objective:
@@ -122,13 +122,13 @@ class HybridPlan:
         return shares
 
     def most_micro_batches(self, step: int, rows: int) -> int:
-        """A number of micro-batches, of at most `rows` rows, that no rank has more of at `step`; at least 1."""
+        """An upper bound, over ranks, of the number of micro-batches of up to `rows` rows at `step`; at least 1."""
         shares = [self.rows_of_a_rank(objective, step) for objective in Objective]
         share = sum(shares) if self.mode == "batch" else max(shares)
         return max(1, -(-share // rows))
 
     def _draw_block(self, block: int) -> _Steps:
-        """A block's steps; there are none behind the last one, only where they would begin."""
+        """A block's steps; past the last block it has no steps, only their would-be first slots."""
         first = block * self._block_steps
         steps = np.arange(first, max(first, min(first + self._block_steps, self.config.max_steps)))
         rows, factors = self._rows(steps), length_factors(self.config, steps)
@@ -136,7 +136,7 @@ class HybridPlan:
         return _Steps(rows, factors, np.cumsum(slots, axis=0))
 
     def _rows(self, steps: np.ndarray) -> np.ndarray:
-        """Rows of (MLM, CLM) [steps, 2]: near the ratio, and at least one of each where both are trained."""
+        """Rows of (MLM, CLM) [steps, 2]: close to the ratio, and at least one of each if both are trained."""
         total = batch_sizes(self.config, steps)
         numerator, denominator = self.config.hybrid_numerator, self.config.hybrid_denominator
         if numerator in {0, denominator}:
@@ -147,7 +147,7 @@ class HybridPlan:
                     f"--global_batch_size {self.config.global_batch_size} gives step {small[0]} only one row (see "
                     "--batch_reduction, --seq_length_growth); a hybrid of both objectives needs at least two"
                 )
-            # integers of any size, where their product might not fit into 64 bits or the quotient's 53
+            # Python integers, if the product might overflow 64 bits or the quotient a float's 53
             exact = total.astype(object) if denominator >= 2**29 else total
             masked = np.clip((exact * numerator / denominator + 0.5).astype(np.int64), 1, total - 1)
         return np.stack([masked, total - masked], axis=1)

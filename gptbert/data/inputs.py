@@ -1,4 +1,4 @@
-"""The files that a run is given, opened and checked against each other."""
+"""A run's input files, opened and checked against each other."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,17 +9,17 @@ from gptbert.data.token_store import TokenStore
 from gptbert.errors import InputError, prefix_errors
 from gptbert.text.tokenizer import load_tokenizer, tokenizer_hash
 
-CHECKED_TOKENS = 10**9  # by each rank before the first step
+CHECKED_TOKENS = 10**9  # per rank, before the first step
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads.
+    """A run's inputs.
 
     Attributes:
         model_config: the model's shape.
         vocab_size: of the tokenizer; at most the model's.
-        train_stores: training documents, a store of each corpus.
+        train_stores: training documents, one store per corpus.
         valid_store: validation documents.
     """
 
@@ -30,15 +30,15 @@ class Inputs:
 
     @property
     def num_train_tokens(self) -> int:
-        """Training tokens of all corpora."""
+        """Training tokens over all corpora."""
         return sum(store.num_tokens for store in self.train_stores)
 
     @classmethod
     def open(cls, config: TrainConfig) -> "Inputs":
-        """Open what the command line names.
+        """Open the files that the command line names.
 
         Raises:
-            InputError: a file is missing or damaged, or files do not belong together.
+            InputError: a file is missing or damaged, or files do not match.
         """
         with prefix_errors("--config_file"):
             model_config = ModelConfig.from_json(config.config_file)
@@ -64,10 +64,10 @@ class Inputs:
         )
 
     def check_ids(self, rank: int, world_size: int) -> None:
-        """Read the token files once, each rank its part, and of the training tokens no more than a second or two take.
+        """Read the token files once, split over the ranks; of the training tokens at most a second or two's worth.
 
-        Those that no rank reads here, in a corpus of more than world_size · `CHECKED_TOKENS`, are looked at when their
-        rows are made (`TokenStore.gather`), before they train.
+        Training tokens beyond world_size · `CHECKED_TOKENS` are checked later, when they are read into rows
+        (`TokenStore.gather`).
 
         Raises:
             InputError: an id is outside its file's vocabulary.
@@ -80,7 +80,7 @@ class Inputs:
 
 
 def corpus_names(paths: Sequence[Path]) -> list[str]:
-    """What files are called in messages: their stems, or as many last parts of their paths as tell them apart."""
+    """Names of files in messages: their stems, or as many trailing path components as make them unique."""
     names, parts = [path.stem for path in paths], 0
     while len(set(names)) < len(names):
         parts += 1

@@ -1,4 +1,4 @@
-"""Arrays in many files, of which only some are mapped."""
+"""Arrays in many files, only some of them memory-mapped."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,13 +6,13 @@ import numpy as np
 
 
 class MappedArrays(Sequence[np.ndarray]):
-    """The same array of every file, mapped when it is asked for. Who opens files decides how many stay mapped.
+    """The same array of every file, memory-mapped on access. `open_array` decides how many stay mapped.
 
-    A mapping costs more than its address: the kernel keeps 4 KB for each 2 MB of a file that was ever read, so that
-    2 TB of tokens that stayed mapped would end at 4 GB of page tables in every process; and it allows 65,530 mappings.
+    Mappings are not free: the kernel keeps 4 KB of page tables for each 2 MB of a mapped file that was ever read, which
+    is 4 GB per process for 2 TB of tokens; and it allows 65,530 mappings.
 
     Args:
-        open_array: gives the array of the file of this number, from a cache or newly mapped.
+        open_array: returns the array of the file with this index, from a cache or newly mapped.
         lengths: of all arrays.
 
     Attributes:
@@ -33,5 +33,5 @@ class MappedArrays(Sequence[np.ndarray]):
 
 
 def lengths_of(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """[arrays] int64; opens no file."""
+    """Lengths of arrays, [arrays] int64; opens no file."""
     return arrays.lengths if isinstance(arrays, MappedArrays) else np.array([len(array) for array in arrays], np.int64)

@@ -1,4 +1,4 @@
-"""How often each training token was masked before, so that every token gets its turn (`--mask_history`)."""
+"""Counts how often each training token was masked, so that every token gets its turn (`--mask_history`)."""
 
 import torch
 import torch.distributed as dist
@@ -12,12 +12,12 @@ _MOST = torch.iinfo(torch.uint8).max
 
 
 class MaskHistory:
-    """A counter per training token, the same on every rank after every step.
+    """One counter per training token, the same on every rank after every step.
 
-    A token comes up once an epoch, on any rank, so each rank needs what all ranks masked: one small all-gather a step.
+    A token occurs once per epoch, on any rank, so each rank needs the masks of all: one small all-gather per step.
 
     Attributes:
-        counts: [num_tokens + 1] uint8, saturating; the last entry takes what is no token.
+        counts: [num_tokens + 1] uint8, saturating; the last entry absorbs positions that are not tokens.
     """
 
     def __init__(self, num_tokens: int, world: World) -> None:
@@ -25,16 +25,16 @@ class MaskHistory:
         self.counts = torch.zeros(num_tokens + 1, dtype=torch.uint8, device=world.device)
 
     def lookup(self, positions: Tensor) -> Tensor:
-        """Counts of the tokens at `positions` (in the token stores, end to end; −1 for no token), of the same shape."""
+        """Counts of the tokens at `positions` in the concatenated token stores (−1: no token), of the same shape."""
         return self.counts[positions]
 
     def update(self, positions: Tensor, labels: Tensor, capacity: int) -> None:
-        """Count this step's labels of all ranks; every rank must call it.
+        """Count all ranks' labels of this step; every rank must call it.
 
         Args:
-            positions: [B, T], where each label stands in the token stores.
+            positions: [B, T], position of each label in the token stores.
             labels: [B, T]; B may be 0.
-            capacity: B of the rank that has most rows.
+            capacity: maximum of B over the ranks.
         """
         masked = torch.where(labels == IGNORE_INDEX, -1, positions)
         padded = torch.full((capacity, labels.shape[1]), -1, device=labels.device)
@@ -45,18 +45,18 @@ class MaskHistory:
             dist.all_gather(gathered, padded)
         masked = torch.stack(gathered)
         counts = self.counts[masked]
-        self.counts[masked] = counts + (counts < _MOST)  # a token named twice is written the same value twice
+        self.counts[masked] = counts + (counts < _MOST)  # duplicates are harmless: they write the same value
 
 
 def check_counts(counts: Tensor | None, num_tokens: int) -> None:
-    """Refuse to go on from the counts of a checkpoint where they are of other token files.
+    """Refuse to resume from a checkpoint's counts if they belong to different token files.
 
     Args:
-        counts: `MaskHistory.counts`, or None where none are taken up.
-        num_tokens: of this run.
+        counts: `MaskHistory.counts`, or None if none are loaded.
+        num_tokens: this run's.
 
     Raises:
-        InputError: there are as many counts as for another number of tokens.
+        InputError: the counts are for a different number of tokens.
     """
     if counts is not None and len(counts) != num_tokens + 1:
         raise InputError(

@@ -1,18 +1,18 @@
-"""Several corpora as one stream of rows, each corpus with its share of the tokens.
+"""Several corpora as one stream of rows, each corpus with its fraction of the tokens.
 
-Rows are dealt to the corpora one by one, and each corpus hands out its own rows in order, epoch after epoch
-(`packing`). Of the first n rows the corpus with the largest share has had its part of n, rounded; of the rows that
-this leaves, the next has had its part, rounded; and so on.
+Rows are dealt to the corpora one by one, and each corpus supplies its own rows in order, epoch after epoch (`packing`).
+Of the first n rows, the corpus with the largest fraction gets that fraction of n, rounded; of the rows that remain, the
+next corpus gets its fraction, rounded; and so on.
 
-    shares 1/2, 1/4, 1/4     row      0  1  2  3  4  5  6  7  8
+    fractions 1/2, 1/4, 1/4  row      0  1  2  3  4  5  6  7  8
                              corpus   A  B  A  C  A  B  A  C  A
 
-Counts, and nothing drawn, say whose a row is. So every step has the shares to within a row or so, with less noise than
-draws would make; no corpus leaves a slot of its epochs out or has one twice; and whose any row is, and how many its
-corpus has had before, is arithmetic without memory. What should be in disorder is: each corpus shuffles its documents.
+The corpus of a row follows from counts, not from random draws. So every step has the fractions to within a row or so,
+with less noise than draws; no corpus skips or repeats a slot within an epoch; and the corpus of any row, and the number
+of that corpus's earlier rows, can be computed without state. Randomness comes from shuffling documents in each corpus.
 
-A row is of one corpus, also where rows have grown and cover two or four slots. Slots of several corpora side by side
-would need an `<s>` between them, for which rows have no place: they begin in the middle of documents.
+A row is from a single corpus, even after rows have grown to two or four slots. Adjacent slots of different corpora
+would need an `<s>` between them, which rows have no room for: slots begin in the middle of documents.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ import numpy as np
 
 from gptbert.data.packing import Rows, RowStream
 
-_ROUND = 2**30  # rows after which all repeats, about: shares are right to a row in so many
+_ROUND = 2**30  # rows per period, about: fractions are exact to one row per period
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,14 @@ class _Stretch:
     first_slot: int
     length_factor: int
     first_row: int
-    origin: np.ndarray  # [corpora], the slots that each had before it, without those of rows as long as here
+    origin: np.ndarray  # [corpora], slots minus length_factor · rows, before this stretch
 
     def row(self, slot: int) -> int:
         """The row that begins at a slot."""
         return self.first_row + (slot - self.first_slot) // self.length_factor
 
     def slots(self, counts: np.ndarray) -> np.ndarray:
-        """Each corpus's slots, where that many of its rows are done, both [corpora]."""
+        """Each corpus's slots after this many of its rows, both [corpora]."""
         return self.origin + self.length_factor * counts
 
 
@@ -47,14 +47,13 @@ class Mixture:
     """All rows of one objective, from several corpora; like `RowStream`, with slots counted over all corpora.
 
     Args:
-        streams: one of each corpus, of the same seq_length.
-        weights: shares of the tokens, positive, of any sum; none for the corpora's sizes, with which all epochs end
-            together.
-        growth: where rows grow: (first slot, slots per row from there on), in order, beginning at slot 0. How many
-            slots a corpus has had follows from that and from how many rows.
+        streams: one per corpus, of the same seq_length.
+        weights: relative weights in tokens, positive; empty for the corpora's sizes, so that all epochs end together.
+        growth: (first slot, slots per row from there on) of each row length, in order, beginning at slot 0. With the
+            number of a corpus's rows it determines the number of its slots.
 
     Attributes:
-        shares: [corpora] of all tokens; their sum is 1.
+        shares: [corpora] fractions of all tokens; their sum is 1.
     """
 
     def __init__(
@@ -66,9 +65,9 @@ class Mixture:
         self.streams = streams
         self._epoch_slots = np.array([stream.slots_per_epoch for stream in streams])
         scaled = np.array(weights, dtype=float) if weights else self._epoch_slots / 1
-        scaled /= scaled.max()  # a sum of large numbers may be infinite
+        scaled /= scaled.max()  # the sum of large weights may overflow
         self.shares = scaled / scaled.sum()
-        parts = np.maximum(1, np.rint(_ROUND * self.shares).astype(np.int64))  # rows of a round
+        parts = np.maximum(1, np.rint(_ROUND * self.shares).astype(np.int64))  # rows per period
         self._parts = {int(corpus): int(parts[corpus]) for corpus in np.argsort(-parts, kind="stable")}
         self._first_positions = np.cumsum([0, *(stream.store.num_tokens for stream in streams)])
         self._stretches = [_Stretch(0, growth[0][1], 0, np.zeros(len(streams), np.int64))]
@@ -77,11 +76,11 @@ class Mixture:
             self._stretches.append(_Stretch(slot, length_factor, row, slots - length_factor * counts))
 
     def rows(self, first_slot: int, num_rows: int, length_factor: int = 1) -> Rows:
-        """See `RowStream.rows`; `positions` count through the stores of all corpora, in their order.
+        """See `RowStream.rows`; `positions` index the concatenated stores of all corpora.
 
         Raises:
             InputError: a token id is outside its store's vocabulary.
-            ValueError: rows have another length there, or do not begin there.
+            ValueError: rows have a different length there, or none begins there.
         """
         stretch = self._stretch(first_slot)
         if stretch.length_factor != length_factor or (first_slot - stretch.first_slot) % length_factor:
@@ -99,12 +98,12 @@ class Mixture:
         return Rows(tokens, document_ids, first_slot + length_factor * np.arange(num_rows), positions)
 
     def epochs_before(self, slot: int) -> np.ndarray:
-        """How often this objective has been through each corpus in the rows before `slot`; [corpora]."""
+        """Epochs of each corpus, for this objective, in the rows before `slot`; [corpora]."""
         _, _, slots = self._before(slot)
         return slots / self._epoch_slots
 
     def words_before(self, slot: int) -> int | None:
-        """Words in the rows before `slot`, of all corpora; None where a store does not know. See `RowStream`."""
+        """Words in the rows before `slot`, of all corpora; None if a store does not record them. See `RowStream`."""
         _, _, slots = self._before(slot)
         words = [stream.words_before(count) for stream, count in zip(self.streams, slots.tolist(), strict=True)]
         return None if None in words else sum(words)
@@ -113,16 +112,16 @@ class Mixture:
         return next(stretch for stretch in reversed(self._stretches) if stretch.first_slot <= slot)
 
     def _before(self, slot: int) -> tuple[int, np.ndarray, np.ndarray]:
-        """What comes before a row that begins at a slot: rows, and of each corpus rows and slots [corpora]."""
+        """Counts before the row that begins at a slot: rows, and rows and slots of each corpus [corpora]."""
         stretch = self._stretch(slot)
         counts = self._dealt(np.array([stretch.row(slot)]))[:, 0]
         return stretch.row(slot), counts, stretch.slots(counts)
 
     def _dealt(self, rows: np.ndarray) -> np.ndarray:
-        """How many of the first `rows` rows each corpus has had; [n] to [corpora, n].
+        """How many of the first `rows` rows each corpus gets; [n] to [corpora, n].
 
-        One row more is one more of one corpus. That needs integers, since floats round differences of large counts: no
-        part is above the rest that it is of, so one row more is 0 or 1 more taken, and 1 or 0 more left.
+        One more row must be exactly one more row of one corpus. Integers, unlike floats, guarantee it: as part ≤ rest,
+        one more row means 0 or 1 more taken, and 1 or 0 more left.
         """
         counts = np.empty((len(self._parts), len(rows)), np.int64)
         rest = sum(self._parts.values())

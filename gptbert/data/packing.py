@@ -1,10 +1,10 @@
-"""Rows of tokens: documents shuffled per epoch, packed end to end, found again from a number alone.
+"""Rows of tokens: documents shuffled per epoch and packed end to end, each row addressable by number.
 
 An epoch of one objective is a stream: the documents in shuffled order (`document_order`), each followed by the
-`<s>` that leads the next one, padded before its last `<s>` to a multiple of seq_length. The stream is cut into *slots*
-of seq_length tokens; a row is `<s>` followed by one slot (or by two or four where rows have grown). Slots are numbered
-through all epochs, so a row is a pure function of (seed, objective, slot): any process can make any row, and resuming
-needs no replay.
+`<s>` that leads the next one, padded before its last `<s>` to a multiple of seq_length. The stream is split into
+*slots* of seq_length tokens; a row is `<s>` followed by one slot (or two or four, once rows have grown). Slots are
+numbered across epochs, so a row is a pure function of (seed, objective, slot): any process can make any row, and
+resuming needs no replay.
 
     documents  a a a a a   b b   c c c c          seq_length 4
     stream     a a a a | a S b b | S c c c | c P P S
@@ -27,13 +27,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Rows:
-    """Consecutive rows, W = tokens per row + 1 wide: one more than the model's T, for the labels' shift.
+    """Consecutive rows of width W = tokens per row + 1: one more than the model's T, to shift the labels.
 
     Attributes:
         tokens: [B, W] int64.
         document_ids: [B, W] int64, counted from 0 in each row; −1 for padding.
-        row_ids: [B] int64, unique for each row of an objective.
-        positions: [B, W] int64, where in the store each token stands; −1 for `<s>` and padding.
+        row_ids: [B] int64, unique within an objective.
+        positions: [B, W] int64, each token's position in the store; −1 for `<s>` and padding.
     """
 
     tokens: np.ndarray
@@ -46,11 +46,11 @@ class RowStream:
     """All rows of one objective.
 
     Args:
-        store: the documents; empty ones are left out.
+        store: the documents; empty ones are omitted.
         seq_length: tokens per slot, T.
-        seed: numbers that select the shuffling, such as (seed, objective).
+        seed: numbers that seed the shuffle, such as (seed, objective).
         shuffle: False keeps the documents in the store's order in every epoch.
-        sizes: of the shuffle's chunks and blocks; they bound what the stream holds in memory.
+        sizes: of the shuffle's chunks and blocks; they bound the stream's memory.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class RowStream:
         """Rows that cover the slots first_slot … first_slot + num_rows · length_factor − 1.
 
         Args:
-            first_slot: counted from 0 through all epochs.
+            first_slot: counted from 0 across epochs.
             num_rows: B.
             length_factor: slots per row; the rows are length_factor · seq_length + 1 wide.
 
@@ -98,10 +98,10 @@ class RowStream:
         return Rows(tokens, document_ids, row_ids, positions)
 
     def words_before(self, slot: int) -> int | None:
-        """Words in the slots before this one, counted from 0 through all epochs; None where the store does not know.
+        """Words in the slots before this one, counted from 0 across epochs; None if the store does not record them.
 
-        Every slot stands for the same share of an epoch's words: an epoch has them all, and within one the number is an
-        estimate, rounded down, that no process needs to read documents for.
+        Every slot counts the same fraction of an epoch's words: whole epochs are exact; within one it is an estimate,
+        rounded down, for which no documents are read.
         """
         words = self.store.num_words
         return None if words is None else slot * words // self.slots_per_epoch
@@ -112,9 +112,9 @@ class RowStream:
         tokens = np.full(end - start, BOS_ID)
         positions = np.full(end - start, -1)
         is_content = np.ones(end - start, dtype=bool)
-        # the documents that reach into the range, and of each the part inside it
+        # the documents that overlap the range, and the part of each inside it
         sources, bounds = self.document_order.between(epoch, start, end)
-        begins, ends = bounds[:-1], bounds[1:]  # ends count the `<s>` behind each document
+        begins, ends = bounds[:-1], bounds[1:]  # ends include the `<s>` after each document
         skipped = np.maximum(start - begins, 0)
         kept = np.minimum(ends - 1, end) - begins - skipped
         is_content[ends[ends <= end] - 1 - start] = False
@@ -122,18 +122,18 @@ class RowStream:
         is_content[filled:] = False
         tokens[is_content], positions[is_content] = self.store.gather(sources + skipped, kept)
         if stop == self.slots_per_epoch:
-            # the last document's `<s>` moves behind the padding, so that it leads the next epoch
+            # the last document's `<s>` moves after the padding, to lead the next epoch
             tokens[filled - 1 : -1] = PAD_ID
         return tokens, positions
 
 
 class Prefetcher(Generic[T]):
-    """Computes a function of the step a few steps ahead, on a thread of its own; a context that ends the thread.
+    """Computes a function of the step a few steps ahead on its own thread; the context manager ends the thread.
 
     Args:
         function: pure; called with consecutive steps.
-        first_step: the first step that will be asked for.
-        last_step: no step from here on is computed.
+        first_step: the first step that will be requested.
+        last_step: steps from here on are not computed.
         depth: steps computed ahead.
     """
 
@@ -146,7 +146,7 @@ class Prefetcher(Generic[T]):
         self._submit_from(first_step)
 
     def get(self, step: int) -> T:
-        """The function's value at `step`; waits if it is not ready, and raises what the function raised."""
+        """The function's value at `step`; waits if it is not ready, and re-raises the function's exceptions."""
         self._submit_from(step)
         return self._pending.pop(step).result()
 

@@ -1,4 +1,4 @@
-"""One file of a token store, a shard: written, opened and checked; and the names of many."""
+"""A shard, one file of a token store: written, opened and checked; and the names of a set of shards."""
 
 import json
 import re
@@ -12,20 +12,20 @@ from safetensors.numpy import save_file
 from gptbert.errors import InputError, first_line
 
 FORMAT = "gptbert-tokens-1"
-SLICE = 2**16  # documents looked at together where all are: half a megabyte of offsets, which stays in a cache
+SLICE = 2**16  # documents per piece when scanning all: 512 KB of offsets, which fit a cache
 _HEADER_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What a file holds; see `gptbert.data.token_store`.
+    """The contents of a shard file; see `gptbert.data.token_store`.
 
     Attributes:
-        tokens: [num_tokens], of an unsigned type; memory-mapped where it was opened.
+        tokens: [num_tokens], of an unsigned type; memory-mapped if read from a file.
         document_offsets: [num_documents + 1] int64, likewise.
         vocab_size: ids are below this number.
-        tokenizer_hash: of the tokenizer that wrote it.
-        num_words: white-space separated words of its documents, or None where they were not counted.
+        tokenizer_hash: hash of the tokenizer that wrote it.
+        num_words: whitespace-separated words of its documents, or None if not counted.
     """
 
     tokens: np.ndarray
@@ -36,16 +36,16 @@ class Shard:
 
 
 def write_shard(shard: Shard, file: Path) -> None:
-    """Write a file, the same bytes for the same content.
+    """Write a file deterministically: equal contents give equal bytes.
 
     Raises:
-        OSError, SafetensorError: the disk refuses.
+        OSError, SafetensorError: writing fails.
     """
     metadata = {"format": FORMAT, "vocab_size": str(shard.vocab_size), "tokenizer_hash": shard.tokenizer_hash}
     if shard.num_words is not None:
         metadata["num_words"] = str(shard.num_words)
     save_file({"tokens": shard.tokens, "document_offsets": shard.document_offsets}, file, metadata=metadata)
-    with file.open("r+b") as handle:  # safetensors puts metadata in any order: the same header, in order
+    with file.open("r+b") as handle:  # safetensors orders metadata arbitrarily: rewrite the header in a fixed order
         size = int.from_bytes(handle.read(8), "little")
         header = json.loads(handle.read(size))
         header["__metadata__"] = metadata
@@ -57,18 +57,18 @@ def open_shard(file: Path) -> Shard:
     """Memory-map a file.
 
     Raises:
-        InputError: it is of another kind, cut short or damaged.
+        InputError: it is of a different kind, truncated or damaged.
     """
     _check_header(file)
     try:
-        with safe_open(file, framework="pt") as handle:  # torch's side of safetensors maps the file, numpy's copies it
+        with safe_open(file, framework="pt") as handle:  # framework="pt" memory-maps the file, "numpy" copies it
             metadata = handle.metadata() or {}
             if metadata.get("format") != FORMAT or not {"tokens", "document_offsets"} <= set(handle.keys()):
                 raise InputError(f"token file {file}: not written by tokenize_scripts/tokenize_corpus.py")
             tokens = handle.get_tensor("tokens").numpy()
             offsets = handle.get_tensor("document_offsets").numpy()
             vocab_size, digest = metadata["vocab_size"], metadata["tokenizer_hash"]
-            num_words = metadata.get("num_words")  # files of before have none
+            num_words = metadata.get("num_words")  # absent in older files
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = first_line(error)
         raise InputError(f"token file {file}: damaged or cut short ({reason}); tokenize the corpus again") from error
@@ -84,7 +84,7 @@ def open_shard(file: Path) -> Shard:
 
 
 def _check_header(file: Path) -> None:
-    """Refuse headers of more than two arrays' names, of which safetensors would make objects many times their size."""
+    """Refuse headers larger than two arrays need: safetensors would parse them into objects many times their size."""
     _check_is_file(file)
     with file.open("rb") as handle:
         if int.from_bytes(handle.read(8), "little") > _HEADER_BYTES:
@@ -92,13 +92,13 @@ def _check_header(file: Path) -> None:
 
 
 def _check_is_file(file: Path) -> None:
-    """Refuse pipes and devices, which may never end, and what lies behind no readable name."""
+    """Refuse pipes and devices, which may never end, and paths that cannot be read."""
     if not file.is_file():
-        raise InputError(f"token file {file}: is no file; tokenize the corpus again")
+        raise InputError(f"token file {file}: is not a file; tokenize the corpus again")
 
 
 def _fits(offsets: np.ndarray, num_tokens: int) -> bool:
-    """Whether offsets rise from 0 to the number of tokens; differences may overflow, slices keep it from memory."""
+    """Whether offsets rise from 0 to the number of tokens; compared, since differences may overflow, slice by slice."""
     if not len(offsets) or offsets[0] != 0 or offsets[-1] != num_tokens:
         return False
     slices = (offsets[first : first + SLICE + 1] for first in range(0, len(offsets), SLICE))
@@ -109,7 +109,7 @@ def shard_files(path: Path) -> list[Path]:
     """The file itself, or all of its numbered shards in order.
 
     Raises:
-        InputError: nothing is there, or a shard is missing.
+        InputError: there is no such file, or a shard is missing.
     """
     if path.is_file():
         if path.stat().st_size == 0:
@@ -126,12 +126,12 @@ def shard_files(path: Path) -> list[Path]:
         if expected not in present:
             raise InputError(f"token file {path}: its shard {expected.name} is missing; tokenize the corpus again")
     if len(shards) != count:
-        raise InputError(f"token file {path}: shards of two different runs lie there; tokenize the corpus again")
+        raise InputError(f"token file {path}: shards of two different runs are there; tokenize the corpus again")
     return shards
 
 
 def numbered_shards(path: Path) -> list[Path]:
-    """Files that are shards of this name, in order, whether or not they are all of them."""
+    """Existing shards of this name, in order, even if the set is incomplete."""
     pattern = re.compile(rf"{re.escape(path.stem)}-\d{{5}}-of-\d{{5}}{re.escape(path.suffix)}")
     if not path.parent.is_dir():
         return []
@@ -139,12 +139,12 @@ def numbered_shards(path: Path) -> list[Path]:
 
 
 def shard_name(path: Path, number: int, count: int) -> Path:
-    """Of the shard `number`, from 1, of `count`."""
+    """File name of shard `number`, from 1, of `count`."""
     return path.with_name(f"{path.stem}-{number:05d}-of-{count:05d}{path.suffix}")
 
 
 def is_safetensors(file: Path) -> bool:
-    """Safetensors starts with the header's length (8 bytes) and then its JSON."""
+    """Whether a file is safetensors: the header's length (8 bytes), then its JSON."""
     _check_is_file(file)
     with file.open("rb") as handle:
         return handle.read(9)[8:] == b"{"

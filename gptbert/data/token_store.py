@@ -5,11 +5,11 @@ A store is one safetensors file or a complete set of numbered shards (`train-000
 - `tokens` [num_tokens]: the ids of all documents, end to end, in the smallest unsigned type that holds the vocabulary;
 - `document_offsets` [num_documents + 1] int64: document i is `tokens[document_offsets[i] : document_offsets[i + 1]]`;
 - metadata: format, vocabulary size, the hash of the tokenizer that wrote it, and the number of words in the documents'
-  text (`str.split()`: separated by white space), which files of before do not have.
+  text (`str.split()`: separated by whitespace), which older files lack.
 
-Documents are stored without `<s>`: the packer puts it in front of every piece (see `gptbert.data.packing`).
+Documents are stored without `<s>`: the packer prepends it to every piece (see `gptbert.data.packing`).
 
-A reader maps files, of many shards those that it read last, and keeps none open.
+A reader memory-maps files, of many shards only those read last, and keeps none open.
 """
 
 import shutil
@@ -39,8 +39,8 @@ from gptbert.data.token_shards import (
 from gptbert.errors import InputError, first_line
 from gptbert.io.files import fsync_file
 
-SHARD_TOKENS = 50_000_000  # the writer holds a shard twice for a moment: 400 MB where ids take 4 bytes
-MOST_MAPPED = 1024  # files; two blocks of gptbert.data.document_order reach into some hundred
+SHARD_TOKENS = 50_000_000  # the writer briefly holds a shard twice: 400 MB with 4-byte ids
+MOST_MAPPED = 1024  # files; two blocks of gptbert.data.document_order span about a hundred
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -53,13 +53,13 @@ class TokenStore:
     """Read-only documents of token ids.
 
     Attributes:
-        shards: memory-mapped token ids, one array a file; documents never cross a shard.
-        document_offsets: memory-mapped, [documents + 1] int64 of each shard, as the module says.
+        shards: memory-mapped token ids, one array per file; documents never cross shards.
+        document_offsets: memory-mapped, [documents + 1] int64 per shard; see the module.
         vocab_size: ids are below this number.
-        tokenizer_hash: `tokenizer_hash` of the writer; None where the format has none (upstream).
-        files: paths of the shards, for messages; none where they are arrays in memory.
-        num_words: in the documents' text, separated by white space; None where a shard does not say (files of before,
-            and upstream's).
+        tokenizer_hash: `tokenizer_hash` of the writer; None for upstream's files, which have none.
+        files: paths of the shards, for messages; empty if they are arrays in memory.
+        num_words: words in the documents' text, separated by whitespace; None if a shard does not record it (older
+            files and upstream's).
     """
 
     shards: Sequence[np.ndarray]
@@ -72,17 +72,17 @@ class TokenStore:
 
     @cached_property
     def shard_starts(self) -> np.ndarray:
-        """[shards + 1] int64: position of each shard's first token, and behind the last shard."""
+        """[shards + 1] int64: position of each shard's first token, and the end of the last shard."""
         return np.concatenate([[0], np.cumsum(lengths_of(self.shards))])
 
     @cached_property
     def first_documents(self) -> np.ndarray:
-        """[shards + 1] int64: number of each shard's first document, and behind the last shard."""
+        """[shards + 1] int64: index of each shard's first document, and the end of the last shard."""
         return np.concatenate([[0], np.cumsum(lengths_of(self.document_offsets) - 1)])
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in all documents, `<s>` not counted."""
+        """Tokens in all documents, without `<s>`."""
         return int(self.shard_starts[-1])
 
     @property
@@ -92,13 +92,13 @@ class TokenStore:
 
     @classmethod
     def open(cls, path: str | Path) -> "TokenStore":
-        """Memory-map a token file, a set of shards named after it, or read one of upstream's `.bin` files.
+        """Memory-map a token file or the set of shards named after it, or read an upstream `.bin` file.
 
         Raises:
-            InputError: nothing is there, a shard is missing, or a file is empty, cut short or of another kind.
+            InputError: nothing exists there, a shard is missing, or a file is empty, truncated or of a different kind.
         """
         path = Path(path)
-        files = [str(file) for file in shard_files(path)]  # a Path takes ten times the memory
+        files = [str(file) for file in shard_files(path)]  # strings: a Path takes ten times the memory
         if not is_safetensors(Path(files[0])):
             from gptbert.data.upstream_tokens import read_token_file  # noqa: PLC0415  upstream's pickles need torch, ours do not
 
@@ -126,14 +126,14 @@ class TokenStore:
         return store
 
     def documents(self, first: int = 0, stop: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Where consecutive documents lie.
+        """Positions and lengths of consecutive documents.
 
         Args:
-            first: number of the first one, counted through all shards.
-            stop: number behind the last one; None for all that follow.
+            first: index of the first one, counted across shards.
+            stop: one past the last one; None for the end of the store.
 
         Returns:
-            Positions of their first tokens, counted through all shards, and their lengths; both [stop − first] int64.
+            Positions of their first tokens, counted across shards, and their lengths; both [stop − first] int64.
         """
         stop = self.num_documents if stop is None else stop
         starts, lengths = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
@@ -147,13 +147,13 @@ class TokenStore:
         return np.concatenate(starts), np.concatenate(lengths)
 
     def chunk_sizes(self, chunk_documents: int) -> np.ndarray:
-        """What chunks of consecutive documents hold. The first call reads all offsets, a slice at a time.
+        """Sizes of chunks of consecutive documents. The first call reads all offsets, a slice at a time.
 
         Args:
-            chunk_documents: documents of each chunk but the last, which has what is left.
+            chunk_documents: documents per chunk; the last has the rest.
 
         Returns:
-            [chunks, 2] int64: tokens, and documents that are not empty.
+            [chunks, 2] int64: tokens, and non-empty documents.
         """
         if chunk_documents not in self._chunk_sizes:
             sizes = np.empty((-(-self.num_documents // chunk_documents), 2), np.int64)
@@ -168,12 +168,12 @@ class TokenStore:
         return self._chunk_sizes[chunk_documents]
 
     def check_ids(self, part: int = 0, parts: int = 1, most: int | None = None) -> None:
-        """Read one of several equal parts of all tokens once.
+        """Read one of several equal parts of all tokens and check the ids.
 
         Args:
-            part: which, from 0.
-            parts: how many.
-            most: tokens to read from the beginning of the part; None for all of it.
+            part: index of the part, from 0.
+            parts: number of parts.
+            most: maximum number of tokens to read, from the beginning of the part; None for all of it.
 
         Raises:
             InputError: an id is not below `vocab_size`.
@@ -187,17 +187,17 @@ class TokenStore:
             start, shard = stop, shard + 1
 
     def gather(self, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Read pieces of documents, end to end.
+        """Read pieces of documents, concatenated.
 
         Args:
-            starts: [num_pieces] int64, positions counted through all shards.
-            lengths: [num_pieces] int64; a piece does not cross a document.
+            starts: [num_pieces] int64, positions counted across shards.
+            lengths: [num_pieces] int64; a piece does not cross a document boundary.
 
         Returns:
             The token ids [Σ lengths] and their positions in the store [Σ lengths] int64.
 
         Raises:
-            InputError: an id is not below `vocab_size`: what `check_ids` did not read is refused here.
+            InputError: an id is not below `vocab_size`; this covers tokens that `check_ids` did not read.
         """
         positions = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
         if len(self.shards) == 1:
@@ -223,12 +223,12 @@ class TokenStoreWriter:
     """Writes a token store, shard by shard, with memory bounded by one shard.
 
     Use it as a context manager: the output appears, complete and fsynced, when the block ends without an exception;
-    after an exception nothing is left and an older output under the same name is untouched.
+    after an exception nothing is left behind, and an older output of the same name is untouched.
 
     Attributes:
         num_tokens: tokens appended so far.
         num_documents: documents appended so far.
-        num_words: words of them, or None if they were not always given.
+        num_words: their words, or None if not given for all.
         files: the published files, in order; empty until the block has ended.
     """
 
@@ -250,7 +250,7 @@ class TokenStoreWriter:
     def __enter__(self) -> Self:
         if self.path.is_dir():
             raise InputError(f"output {self.path}: is a folder; name a file")
-        # A folder that does not exist yet is made at the end, so that a failure leaves none behind.
+        # A missing folder is created only at the end, so a failure leaves none behind.
         nearest = next(folder for folder in self.path.absolute().parents if folder.exists())
         with _write_errors(self.path):
             self._folder = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=nearest))
@@ -259,13 +259,13 @@ class TokenStoreWriter:
     def append(self, tokens: np.ndarray, lengths: np.ndarray, words: np.ndarray | None = None) -> None:
         """Add documents.
 
-        A shard takes documents up to `shard_tokens`; one that is longer gets a shard of its own. How the documents are
-        spread over calls does not matter.
+        A shard takes documents up to `shard_tokens`; a longer document gets its own shard. How documents are spread
+        over calls does not matter.
 
         Args:
             tokens: [Σ lengths] ids below `vocab_size`, of any integer type, document after document.
             lengths: [num_documents] integers, tokens in each document.
-            words: [num_documents] integers, words in the text of each document; None if nobody has counted them.
+            words: [num_documents] integers, words in the text of each document; None if not counted.
 
         Raises:
             InputError: an id is outside the vocabulary, or the disk is full.
@@ -320,7 +320,7 @@ class TokenStoreWriter:
         self._written.append(file)
 
     def _publish(self) -> None:
-        """Put the finished shards in the place of whatever an earlier job left under this name."""
+        """Replace the output of any earlier job of this name with the finished shards."""
         old = [file for file in [self.path, *numbered_shards(self.path)] if file.exists()]
         count = len(self._written)
         names = [self.path] if count == 1 else [shard_name(self.path, i + 1, count) for i in range(count)]
@@ -336,7 +336,7 @@ class TokenStoreWriter:
 
 @contextmanager
 def _write_errors(path: Path) -> Iterator[None]:
-    """Turn what the disk says into the one error that means "your input"."""
+    """Turn write errors into InputError."""
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -11,7 +11,7 @@ from gptbert.errors import InputError
 from gptbert.io.torch_file import SavedTensor, Storage, TorchFile
 from gptbert.text.tokenizer import BOS_ID
 
-# type of a .bin's tensors → the one of the ids that are read from it
+# dtype of a .bin's tensors → dtype of the ids read from it
 _TOKEN_TYPES = {
     torch.uint8: np.uint8, torch.int8: np.uint8, torch.int16: np.uint16, torch.uint16: np.uint16,
     torch.int32: np.uint32, torch.uint32: np.uint32, torch.int64: np.uint32,
@@ -20,15 +20,15 @@ _EXPECTED = "expected a list of 1-D integer tensors, as upstream saves it"
 
 
 def read_token_file(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """Read a `.bin` of upstream: `torch.save` of a list of 1-D integer tensors, one a document.
+    """Read an upstream `.bin`: `torch.save` of a list of 1-D integer tensors, one per document.
 
-    int16 files hold ids from 32768 up as negative numbers; they are read as what was meant. A leading `<s>` is dropped.
+    In int16 files, ids from 32768 up are negative; they are read as unsigned. A leading `<s>` is dropped.
 
     Returns:
         Token ids [num_tokens] and document offsets [num_documents + 1] int64.
 
     Raises:
-        InputError: the file is damaged, holds anything but integer tensors (code is never run).
+        InputError: the file is damaged or holds anything but integer tensors (no code is run).
     """
     try:
         with TorchFile(path) as file:
@@ -37,12 +37,12 @@ def read_token_file(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     except InputError as error:
         raise InputError(f"token file {path}: {error}; tokenize the corpus again") from error
     starts = offsets[:-1][np.diff(offsets) > 0]
-    led = starts[tokens[starts] == BOS_ID]  # positions of the `<s>` that documents begin with
+    led = starts[tokens[starts] == BOS_ID]  # positions of documents' leading `<s>`
     return np.delete(tokens, led) if len(led) else tokens, offsets - np.searchsorted(led, offsets)
 
 
 class _Documents:
-    """Where a file's tensors lie, as numbers: as objects, short documents would take several times the file."""
+    """Locations of a file's tensors, as integers: for short documents objects would take several times the file."""
 
     def __init__(self) -> None:
         self._storages: list[Storage] = []
@@ -50,7 +50,7 @@ class _Documents:
         self._dtype: torch.dtype | None = None
 
     def add(self, saved: SavedTensor) -> int:
-        """Note a tensor, and give the number that stands for it."""
+        """Record a tensor's location; returns its number."""
         if len(saved.shape) != 1 or saved.dtype not in _TOKEN_TYPES:
             raise InputError(_EXPECTED)
         if self._dtype not in {None, saved.dtype}:
@@ -62,7 +62,7 @@ class _Documents:
         return len(self._places) // 4 - 1
 
     def read(self, file: TorchFile, numbers: Any) -> tuple[np.ndarray, np.ndarray]:
-        """The tensors with these numbers end to end, and their offsets; one storage in memory at a time."""
+        """Concatenate the tensors with these numbers; also returns their offsets. Holds one storage at a time."""
         count = len(self._places) // 4
         if type(numbers) is not list or not all(type(number) is int and 0 <= number < count for number in numbers):
             raise InputError(_EXPECTED)
@@ -75,7 +75,7 @@ class _Documents:
         tokens = np.empty(offsets[-1], _TOKEN_TYPES[self._dtype])
         names = [self._storages[index].key for index in places[:, 0]]
         storage = ids = None
-        for index in sorted(range(len(names)), key=names.__getitem__):  # what shares a storage is read together
+        for index in sorted(range(len(names)), key=names.__getitem__):  # grouped by storage
             place, first, length, stride = places[index].tolist()
             if ids is None or self._storages[place].key != storage.key:
                 storage = self._storages[place]
@@ -87,7 +87,7 @@ class _Documents:
 
 
 def _unwrap(ids: np.ndarray) -> np.ndarray:
-    """Ids as they were meant, of an unsigned type."""
+    """Reinterpret or check ids as unsigned."""
     if ids.dtype == np.int16:
         return ids.view(np.uint16)
     if ids.size and (ids.min() < 0 or ids.max() >= 2**32):

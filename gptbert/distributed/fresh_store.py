@@ -1,7 +1,7 @@
-"""A store of its own for each start of a run's processes, where torchrun gives all starts the same one.
+"""A separate store for each start of a run's processes, because torchrun gives all starts the same one.
 
-torchrun's agent keeps one key-value store while `--max_restarts` starts the processes again, and what they put there
-before, addresses for example, is then found by their successors (pytorch/pytorch issue 135712; so in torch 2.13).
+torchrun's agent keeps one key-value store across the restarts of `--max_restarts`, so restarted processes find stale
+keys of their predecessors, such as addresses (pytorch/pytorch issue 135712; still so in torch 2.13).
 """
 
 import os
@@ -11,30 +11,30 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-_PATIENCE = timedelta(seconds=1)  # before looking whether rank 0 has begun anew
+_PATIENCE = timedelta(seconds=1)  # between checks for a newer name from rank 0
 
 
 def shares_its_store() -> bool:
-    """Whether earlier starts of this process may have left something in the store."""
+    """Whether earlier starts of this process may have left keys in the store."""
     return (
         os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("TORCHELASTIC_MAX_RESTARTS") != "0"
     )
 
 
 def fresh_store(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> dist.Store:
-    """A part of the store that all ranks of this start use, and none of an earlier one did.
+    """A namespace of the store, shared by all ranks of this start and used by no earlier one.
 
-    Rank 0 opens a part with a name of its own; the others find the name, and take it once they are welcomed there under
-    names of their own, which nobody can have been before.
+    Rank 0 publishes a unique namespace; each other rank announces itself there under a unique name, and uses the
+    namespace once rank 0 has acknowledged that name, which a stale namespace cannot contain.
 
     Args:
-        store: of all starts.
+        store: shared by all starts.
         rank: of this process.
         world_size: number of processes.
         timeout: how long to wait for all of them.
 
     Raises:
-        torch.distributed.DistStoreError: they did not come.
+        torch.distributed.DistStoreError: a rank did not join in time.
     """
     own = secrets.token_hex(8)
     if rank == 0:

@@ -1,7 +1,7 @@
-"""Sharded data parallelism: a rank holds a part of the weights, of their gradients and average, and of the moments.
+"""Fully sharded data parallelism: each rank holds a shard of the weights, their gradients, their average and moments.
 
-PyTorch's `fully_shard` (FSDP2; Zhao et al. 2023, arXiv 2304.11277) gathers a block's whole weights before its forward
-and again before its backward, lets go of them after both, and averages gradients to the rank that holds the part.
+PyTorch's `fully_shard` (FSDP2; Zhao et al. 2023, arXiv 2304.11277) all-gathers a block's weights before its
+forward and again before its backward, reshards them after both, and reduce-scatters averaged gradients.
 """
 
 from datetime import timedelta
@@ -21,10 +21,10 @@ from gptbert.model import GPTBert
 
 
 def shard_size(config: TrainConfig, world: World) -> int:
-    """Number of ranks that hold one copy of the weights together.
+    """Number of ranks that one copy of the weights is sharded over.
 
     Raises:
-        InputError: the ranks do not divide into groups of that size.
+        InputError: the number of ranks is not a multiple of it.
     """
     size = config.shard_size or world.world_size
     if world.world_size % size:
@@ -34,10 +34,10 @@ def shard_size(config: TrainConfig, world: World) -> int:
 
 
 def shard(models: list[GPTBert], config: TrainConfig, world: World) -> None:
-    """Shard models in place, whose weights all ranks have alike, and move the parts to the rank's device.
+    """Shard models in place and move the shards to the rank's device; all ranks must have the same weights.
 
-    Consecutive ranks hold one copy of the weights together, so that what is gathered stays within few hosts; gradients
-    are averaged over the copies too. Blocks may be compiled before, and optimizers are built after.
+    One copy of the weights is sharded over consecutive ranks, so that all-gathers span few hosts; gradients are
+    averaged over the copies too. Compile blocks before, if at all, and build optimizers after.
 
     Raises:
         InputError: see `shard_size`.
@@ -48,7 +48,7 @@ def shard(models: list[GPTBert], config: TrainConfig, world: World) -> None:
 
 
 def _mesh(size: int, config: TrainConfig, world: World) -> DeviceMesh:
-    """Ranks [copies, size], or [size] of a single copy; groups that it makes wait as long as that of all ranks."""
+    """Mesh of ranks [copies, size], or [size] for a single copy; its groups get the timeout of the default group."""
     device = world.device.type
     if size == world.world_size:
         return init_device_mesh(device, (size,), mesh_dim_names=("shard",))
@@ -59,39 +59,39 @@ def _mesh(size: int, config: TrainConfig, world: World) -> DeviceMesh:
 
 
 def _shard(model: GPTBert, mesh: DeviceMesh, *, mixed_precision: bool) -> None:
-    """In mixed precision the blocks' matrices travel in bf16, which autocast would make of them anyway.
+    """In mixed precision the blocks' matrices are gathered in bf16, to which autocast would cast them anyway.
 
-    The weights that autocast leaves in fp32, of mixes and embedding, travel as they are, and gradients are summed in
-    fp32: the step is the one of DDP.
+    Weights that autocast leaves in fp32 (mixes and embedding) are gathered in fp32, and gradients are reduced in fp32,
+    so the step equals DDP's.
     """
     products = MixedPrecisionPolicy()
     if mixed_precision:
         products = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    # a few numbers in all, in one group: of its own, since a group has one dtype
+    # the mix weights, a few numbers, form one group: an FSDP group has one dtype
     fully_shard([mix for block in model.blocks for mix in (block.attention_mix, block.feed_forward_mix)], mesh=mesh)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=products)
-    fully_shard(model, mesh=mesh)  # embedding and head, which share a matrix
+    fully_shard(model, mesh=mesh)  # embedding and head, whose matrix is tied
     register_fsdp_forward_method(model, "encode")
     if mesh.device_type == "cpu":
         for module in model.modules():
             if isinstance(module, FSDPModule):
-                module.set_force_sum_reduction_for_comms(True)  # gloo knows no mean
+                module.set_force_sum_reduction_for_comms(True)  # gloo has no mean reduction
 
 
 def reshard(model: nn.Module) -> None:
-    """Drop the whole embedding, which a forward leaves behind for its backward, where none follows."""
+    """Free the unsharded root parameters after a forward without backward."""
     if isinstance(model, FSDPModule):
         model.reshard()
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank has of a tensor."""
+    """This rank's shard of a tensor, or the tensor itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor; every rank must call it."""
+    """The full tensor; every rank must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -99,7 +99,7 @@ def full_weights(model: GPTBert, world: World) -> dict[str, Tensor]:
     """A model's weights on the main rank, by name, on the CPU if they were sharded; every rank must call it.
 
     Returns:
-        Nothing on the other ranks, which hold a whole tensor only while it is gathered.
+        Empty on the other ranks, which hold a full tensor only while it is gathered.
     """
     gathered = {}
     for name, tensor in model.state_dict().items():
@@ -110,13 +110,13 @@ def full_weights(model: GPTBert, world: World) -> dict[str, Tensor]:
 
 
 def load_weights(model: GPTBert, weights: dict[str, Tensor]) -> None:
-    """Take weights, whole on every rank or sharded as these are."""
+    """Load weights that are full on every rank or sharded like the model's."""
     parts = model.state_dict()
     model.load_state_dict({name: _part(tensor, parts[name]) for name, tensor in weights.items()})
 
 
 def load_moments(optimizer: Optimizer, state: dict[int, dict[str, Tensor]]) -> None:
-    """Take the state of the parameters, whole on every rank or sharded as they are; the optimizer's settings stay."""
+    """Load per-parameter state, full on every rank or sharded like the parameters; the optimizer's settings stay."""
     params = _params(optimizer)
     parts = {
         index: {name: _part(value, params[index]) for name, value in values.items()} for index, values in state.items()
@@ -125,7 +125,7 @@ def load_moments(optimizer: Optimizer, state: dict[int, dict[str, Tensor]]) -> N
 
 
 def new_moments(optimizer: Optimizer) -> dict[int, dict[str, Tensor]]:
-    """Zeros like the moments of LAMB or AdamW, by the parameters' places in the state_dict; sharded as they are."""
+    """Zero moments of LAMB or AdamW by the parameters' indices in the state_dict; sharded like the parameters."""
     return {
         index: {name: torch.zeros_like(param) for name in ("exp_avg", "exp_avg_sq")}
         for index, param in enumerate(_params(optimizer))
@@ -133,12 +133,12 @@ def new_moments(optimizer: Optimizer) -> dict[int, dict[str, Tensor]]:
 
 
 def _params(optimizer: Optimizer) -> list[Tensor]:
-    """In the order of the state_dict."""
+    """All parameters, in the order of the state_dict."""
     return [param for group in optimizer.param_groups for param in group["params"]]
 
 
 def _part(tensor: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a tensor that is sharded like another of its shape; others are whole on every rank."""
+    """`tensor` sharded like `like`, if that is sharded and of the same shape; otherwise `tensor` itself."""
     if isinstance(tensor, DTensor) or not isinstance(like, DTensor) or tensor.shape != like.shape:
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

@@ -1,4 +1,4 @@
-"""What a process computes on, by name."""
+"""The name of the device that a process computes on."""
 
 import platform
 import re
@@ -8,7 +8,7 @@ import torch
 
 
 def hardware_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's for a CPU."""
+    """The GPU's name, or the CPU's."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")

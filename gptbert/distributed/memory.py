@@ -1,4 +1,4 @@
-"""Memory of the process: how much it took at most, and that on CPUs a step takes again what the last one freed."""
+"""Peak memory, and an allocator setting that lets a step on a CPU reuse the memory that the last one freed."""
 
 import ctypes
 import mmap
@@ -13,21 +13,21 @@ import torch
 # parameters of glibc's mallopt
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
 _NEVER = -1
-_PAD = 2**28  # bytes that the heap grows by at least
+_PAD = 2**28  # the heap grows by at least this many bytes
 _HUGE_PAGE = 2**21
-_OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")  # 2: a machine promises no more memory than it has
+_OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")  # 2: no overcommit
 
 
 def keep_freed_memory() -> bool:
-    """Have glibc keep what is freed instead of giving it back to the system, for this process and from now on.
+    """Have glibc keep freed memory instead of returning it to the system, for the rest of this process.
 
-    A step makes and frees gigabytes of tensors. Given back, their pages come anew, one fault and 4 KB of zeros at a
-    time, which takes some 4 % of a step. All threads share one heap: those of their own that gloo's threads would get
-    fray, by 2.3 MB in 1,000 steps among eight processes. Where Linux has pages of 2 MB for who asks, the heap gets
-    them: a core finds its way to fewer pages faster, by 1 % of a step at T = 128 and 3 % at T = 512.
+    A step allocates and frees gigabytes of tensors. Pages that were returned must be faulted in and zeroed again, 4 KB
+    at a time, which takes some 4 % of a step. All threads share one arena, since per-thread arenas for gloo's threads
+    fragment: 2.3 MB in 1,000 steps with eight processes. If transparent huge pages (2 MB) are in madvise mode, the heap
+    requests them: fewer TLB misses save 1 % of a step at T = 128 and 3 % at T = 512.
 
     Returns:
-        Whether it could be had; elsewhere than on glibc nothing changes.
+        Whether it took effect; without glibc nothing changes.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -40,11 +40,10 @@ def keep_freed_memory() -> bool:
 
 
 def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:
-    """Grow the heap to half of the machine's memory, touching none of it, and ask for what it will be made of.
+    """Grow the heap to half of the machine's memory, without touching it, and request huge pages for that range.
 
-    It cannot be asked for later, as the heap grows: that is glibc's, which does so itself only for a variable of the
-    environment (GLIBC_TUNABLES) that was there when the process began. Where memory counts that was not touched,
-    nothing is asked for.
+    It cannot be done later, as the heap grows: glibc grows it, and requests huge pages only if GLIBC_TUNABLES was set
+    when the process started. Where untouched memory counts toward a limit, nothing is requested.
     """
     limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
     is_strict = not _OVERCOMMIT.exists() or _OVERCOMMIT.read_text(encoding="ascii").strip() == "2"
@@ -61,7 +60,7 @@ def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes so far: that tensors took on the GPU, or that this process took of the host's memory."""
+    """Peak bytes so far: of tensors on the GPU, or of this process's resident host memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

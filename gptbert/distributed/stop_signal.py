@@ -1,4 +1,4 @@
-"""Signals that ask a run to save and stop: Ctrl-C, and what batch systems send before they kill."""
+"""Signals that ask a run to save and stop: Ctrl-C, and those that batch systems send before SIGKILL."""
 
 import itertools
 import os
@@ -16,10 +16,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C; SLURM's end
 
 
 class StopSignal:
-    """Whether this process was asked to stop while the context was entered, and what the ranks make of that together.
+    """Records a request to stop while the context is entered, and makes all ranks stop at the same step.
 
-    The first signal is only remembered, and its receipt said on the screen; a second Ctrl-C interrupts at once. Of the
-    other signals batch systems may send several.
+    The first signal is only recorded and acknowledged on the screen; a second Ctrl-C interrupts at once. Repeats of
+    the other signals are ignored, since batch systems may send several.
 
     Attributes:
         received: the first signal, or None.
@@ -28,8 +28,8 @@ class StopSignal:
     def __init__(self, world: World) -> None:
         self.received: signal.Signals | None = None
         self._world = world
-        self._totals: list[tuple[Tensor, torch.cuda.Event]] = []  # on their way from the GPU
-        # where they arrive, in turns; made once, since to make pinned memory waits for the GPU
+        self._totals: list[tuple[Tensor, torch.cuda.Event]] = []  # copies from the GPU in flight
+        # their two destinations, alternating; allocated once, since allocating pinned memory syncs with the GPU
         self._arrivals = itertools.cycle(
             [torch.zeros((), dtype=torch.int64, pin_memory=True) for _ in range(2)]
             if world.device.type == "cuda" and world.world_size > 1
@@ -37,15 +37,15 @@ class StopSignal:
         )
 
     def requests(self) -> Tensor:
-        """1 or 0, an int64 scalar on the device, to be added up over the ranks."""
+        """1 or 0, an int64 scalar on the device, to be summed over the ranks."""
         return torch.full((), int(self.received is not None), dtype=torch.int64, device=self._world.device)
 
     def should_stop(self, total: Tensor) -> bool:
-        """Whether to stop at this step's end: the same on every rank, which must call it once a step.
+        """Whether to stop after this step: the same on every rank; each must call it once per step.
 
         Args:
-            total: of this step's `requests`, over all ranks. On a GPU the answer comes from the step before, whose
-                total has arrived by now, so that the host need not wait.
+            total: sum of this step's `requests` over all ranks. On a GPU the answer is that of the previous step, whose
+                total has arrived by now, so the host does not wait.
         """
         if self._world.world_size == 1:
             return self.received is not None
@@ -61,18 +61,18 @@ class StopSignal:
 
     @property
     def received_name(self) -> str:
-        """Of the first signal; where another process got it, that much."""
+        """Name of the first signal, or a note that another process received it."""
         return self.received.name if self.received else "a signal to another process"
 
     def __enter__(self) -> Self:
         self._handlers = {}
-        if threading.current_thread() is threading.main_thread():  # no other may
+        if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
             self._handlers = {number: signal.signal(number, self._receive) for number in SIGNALS}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if kind is not None and self._world.world_size > 1:
-            return  # this process is about to say why it ends, which torchrun's SIGTERM must not cut short
+            return  # keep handling SIGTERM: torchrun's must not end this process before it has reported its error
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
@@ -81,5 +81,5 @@ class StopSignal:
             raise KeyboardInterrupt
         if self.received is None:
             self.received = signal.Signals(number)
-            if self._world.is_main:  # not by way of sys.stderr, which may be in the middle of a line
+            if self._world.is_main:  # not through sys.stderr, which is not reentrant
                 os.write(2, f"\n{self.received.name}: saving a checkpoint at the next step, then stopping\n".encode())

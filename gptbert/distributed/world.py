@@ -1,4 +1,4 @@
-"""The processes of a run: torchrun's environment, the process group, reductions, and errors that all ranks share."""
+"""The processes of a run: torchrun's environment, the process group, reductions, and errors raised on all ranks."""
 
 import gc
 import inspect
@@ -50,20 +50,20 @@ class World:
         return values
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model as data-parallel module: gradients are averaged over ranks during the synchronized backward.
+        """Wrap the model in DDP: gradients are averaged over ranks during the synchronized backward.
 
-        A sharded model does so itself, see `gptbert.distributed.fsdp`.
+        A sharded model is returned as it is: FSDP does so itself (`gptbert.distributed.fsdp`).
         """
         if self.world_size == 1 or isinstance(model, FSDPModule):
             return model
         devices = [self.device.index] if self.device.type == "cuda" else None
         known = inspect.signature(DistributedDataParallel).parameters
-        sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before 2.13
+        sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # torch<2.13
         return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **{sync_buffers: False})
 
     @contextmanager
     def errors_on_all_ranks(self) -> Iterator[None]:
-        """A block that fails on every rank, with the same message, if it raises an InputError on any of them."""
+        """Context manager: if the block raises InputError on any rank, all ranks raise it, with the same message."""
         message = None
         try:
             yield
@@ -78,16 +78,16 @@ class World:
 
 @contextmanager
 def connect(config: TrainConfig) -> Iterator[World]:
-    """Join the processes that torchrun started (nccl on GPUs, gloo on CPUs), and leave them at the end.
+    """Join the process group of torchrun's processes (nccl on GPUs, gloo on CPUs), and destroy it at the end.
 
     Raises:
         InputError: `--device cuda` without a GPU for this process.
-        LostProcessError: another process cannot be reached, now or later; wherever torch.distributed notices.
+        LostProcessError: torch.distributed reports, now or later, that another process cannot be reached.
     """
     rank, world_size = _environment("RANK", 0), _environment("WORLD_SIZE", 1)
     device = choose_device(config.device, local_rank=_environment("LOCAL_RANK", 0))
     if device.type == "cpu":
-        # torchrun asks for one thread a process, whatever the machine has
+        # torchrun sets one thread per process, however many cores there are
         torch.set_num_threads(config.cpu_threads or max(1, _usable_cores() // _environment("LOCAL_WORLD_SIZE", 1)))
         keep_freed_memory()
     else:
@@ -107,13 +107,13 @@ def connect(config: TrainConfig) -> Iterator[World]:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         raise LostProcessError(
-            f"another process has ended, hangs, or is not reached (waited at most --timeout {config.timeout} s: "
+            f"another process has ended, hangs, or cannot be reached (waited at most --timeout {config.timeout} s: "
             f"{_reason(error)}); --resume auto goes on from the last checkpoint"
         ) from error
     finally:
         if dist.is_initialized():
-            # DDP's reducer must not be the last to hold the group: it would wait for gloo's threads with Python's lock
-            # in its hands, which they may want
+            # DDP's reducer must not hold the last reference to the group: its destructor would wait for gloo's threads
+            # while holding the GIL, which they may need: a deadlock
             gc.collect()
             dist.destroy_process_group()
 
@@ -122,8 +122,8 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """The device of this process.
 
     Args:
-        name: "auto" (a GPU where there is one), "cuda" or "cpu".
-        local_rank: of the processes of this host; each has a GPU of its own.
+        name: "auto" (a GPU if there is one), "cuda" or "cpu".
+        local_rank: rank among the processes of this host; each has its own GPU.
 
     Raises:
         InputError: there is no GPU for this process.
@@ -148,7 +148,7 @@ def _join(backend: str, timeout: timedelta) -> None:
 
 
 def _reason(error: RuntimeError) -> str:
-    """What gloo or nccl says, without its place in their source code and without advice."""
+    """The message of gloo or nccl, without its source location and advice."""
     return re.sub(r"\[[^\]]*\.(cc|cpp|h|hpp):\d+\] *", "", first_line(error)).partition(". ")[0].strip()[:200]
 
 

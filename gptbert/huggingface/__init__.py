@@ -1,1 +1,1 @@
-"""What an exported folder carries: code for transformers' `trust_remote_code`, apart from this package."""
+"""Code copied into exported folders for transformers' `trust_remote_code`; independent of this package."""

@@ -6,7 +6,7 @@ from transformers import PretrainedConfig
 
 
 class GPTBertConfig(PretrainedConfig):
-    """Shape of a GPT-BERT (Charpentier & Samuel 2024, arXiv 2410.24159), and how its classes for transformers behave.
+    """Shape of a GPT-BERT (Charpentier & Samuel 2024, arXiv 2410.24159), and options of its transformers classes.
 
     Args:
         vocab_size: V.
@@ -14,24 +14,24 @@ class GPTBertConfig(PretrainedConfig):
         intermediate_size: I, of the feed-forward.
         num_hidden_layers: L.
         num_attention_heads: H.
-        max_position_embeddings: distances from here on count as one; longer inputs work.
+        max_position_embeddings: distances from here on share one bucket; longer inputs work.
         position_bucket_size: S; there are 2S − 1 vectors of relative positions.
         attention_probs_dropout_prob: in training.
         hidden_dropout_prob: in training.
         layer_norm_eps: of every LayerNorm.
-        classifier_dropout: of the heads for classification; None takes `hidden_dropout_prob`.
+        classifier_dropout: of the heads for classification; None uses `hidden_dropout_prob`.
         is_decoder: attend only to earlier positions, in `AutoModel` and the classifiers. The masked language model
             never does, the causal one always.
-        shift_masked_logits: whether `AutoModelForMaskedLM` gives the scores of token t at position t, as users of
+        shift_masked_logits: whether `AutoModelForMaskedLM` returns the scores of token t at position t, as users of
             masked language models expect. The model is trained to predict a masked token from the position *before*
-            it; False gives the scores where the model computes them, for evaluations that shift by themselves.
+            it; False returns the scores where the model computes them, for evaluations that shift by themselves.
         use_cache: whether the causal model returns keys and values for the next step of `generate`.
-        bos_token_id: `<s>`, in front of every text.
-        eos_token_id: `</s>`; the training has no use for it.
+        bos_token_id: `<s>`, at the start of every text.
+        eos_token_id: `</s>`; not used in training.
         pad_token_id: `<pad>`.
         mask_token_id: `<mask>`.
         tie_word_embeddings: the output matrix is the embedding.
-        kwargs: of `PretrainedConfig`.
+        kwargs: for `PretrainedConfig`.
     """
 
     model_type = "gptbert"

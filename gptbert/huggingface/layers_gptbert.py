@@ -1,6 +1,6 @@
 """Layers of GPT-BERT (Charpentier & Samuel 2024, arXiv 2410.24159), for the models of modeling_gptbert.py.
 
-Letters of shapes: B rows, T positions, K keys (those of the cache and T), D hidden, I intermediate, H heads, d = D/H,
+Letters of shapes: B rows, T positions, K keys (cached ones and T), D hidden, I intermediate, H heads, d = D/H,
 V vocabulary, S bucket size, P = 2S − 1 distinct position vectors.
 """
 
@@ -33,7 +33,7 @@ class Embedding(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Attention and feed-forward in turns, a mix of all representations so far behind each."""
+    """Alternating attention and feed-forward layers, each followed by a mix of all representations so far."""
 
     def __init__(self, config: GPTBertConfig) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class Attention(nn.Module):
             relative: [P, D].
             buckets: [T, K], the index of each query's and key's position vector.
             mask: [B, 1, T, K] bool, True where a query may see a key.
-            cache: takes this layer's keys and values, and gives those of all positions.
+            cache: stores this layer's keys and values, and returns those of all positions.
         """
         hidden_states = self.pre_layer_norm(hidden_states)
         query, key = self._heads(self.in_proj_qk(hidden_states))
@@ -156,7 +156,7 @@ class GatedGELU(nn.Module):
 
 
 class LanguageModelHead(nn.Module):
-    """Representations to scores of tokens."""
+    """Representations to token scores."""
 
     def __init__(self, config: GPTBertConfig) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ class LanguageModelHead(nn.Module):
 
 
 class ClassificationHead(nn.Module):
-    """As the language model's head, with classes instead of tokens."""
+    """Like the language model's head, with classes instead of tokens."""
 
     def __init__(self, config: GPTBertConfig) -> None:
         super().__init__()
@@ -198,7 +198,7 @@ def visible_keys(input_ids: Tensor, attention_mask: Tensor | None, causal: bool,
     """[B or 1, 1, T or 1, K] bool: True where a query may see a key; arguments as in `GPTBertPreTrainedModel.encode`.
 
     Raises:
-        ValueError: a mask of another shape.
+        ValueError: the mask has a different shape.
     """
     num_rows, length = input_ids.shape
     num_keys = num_past + length
@@ -227,7 +227,7 @@ def position_buckets(length: int, num_past: int, config: GPTBertConfig, device: 
     """[T, K] int64, the index of the position vector of each query and key: exact up to S/2, then logarithmic."""
     middle, farthest = config.position_bucket_size // 2, config.max_position_embeddings - 1
     num_keys = num_past + length
-    distance = torch.arange(num_keys)  # on the CPU and in one precision, so that every device rounds alike
+    distance = torch.arange(num_keys)  # on the CPU and in one precision, so that all devices round alike
     far = torch.log(distance.clamp(middle, farthest) / middle) / math.log(farthest / middle) * (middle - 1)
     bucket = torch.where(distance <= middle, distance, middle + far.ceil().long()).to(device)
     signed = torch.arange(num_past, num_keys, device=device)[:, None] - torch.arange(num_keys, device=device)

@@ -3,7 +3,7 @@
 One transformer that is both a masked and a causal language model: `AutoModelForMaskedLM` attends to all positions,
 `AutoModelForCausalLM` to earlier ones, with the same weights. Parameters have the published names.
 
-Letters of shapes: B rows, T positions, K keys (those of the cache and T), D hidden, H heads, V vocabulary.
+Letters of shapes: B rows, T positions, K keys (cached ones and T), D hidden, H heads, V vocabulary.
 """
 
 import math
@@ -33,14 +33,14 @@ from .layers_gptbert import (
     visible_keys,
 )
 
-# transformers renamed it
+# renamed in newer transformers
 _CACHE_FIELD = next(
     name for name in ("cache", "past_key_values") if name in CausalLMOutputWithPast.__dataclass_fields__
 )
 
 
 class GPTBertPreTrainedModel(PreTrainedModel):
-    """What all models share: embedding, encoder, and strict loading."""
+    """Base of all models: embedding, encoder, and strict loading."""
 
     config_class = GPTBertConfig
     base_model_prefix = "gptbert"
@@ -59,7 +59,7 @@ class GPTBertPreTrainedModel(PreTrainedModel):
         """As in transformers, but strict: only a new head may lack its weights.
 
         Raises:
-            ValueError: weights are missing, or belong to no part of the model.
+            ValueError: weights are missing or unexpected.
         """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         missing = [name for name in info["missing_keys"] if not name.startswith("head.")]
@@ -101,22 +101,22 @@ class GPTBertPreTrainedModel(PreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
     ) -> tuple[Tensor, dict[str, tuple[Tensor, ...] | None]]:
-        """Contextual representations [B, T, D], and what else transformers' outputs have room for.
+        """Contextual representations [B, T, D], and the optional fields of transformers' outputs.
 
-        That is `hidden_states`, the embedding and each layer's output [B, T, D], and `attentions`, each layer's
-        probabilities [B, H, T, K]; None where they are not asked for.
+        These are `hidden_states`, the embedding and each layer's output [B, T, D], and `attentions`, each layer's
+        probabilities [B, H, T, K]; None unless requested.
 
         Args:
             input_ids: [B, T].
             attention_mask: [B, K] or [B, T, K] (or [B, 1, T, K]), 1 where a key may be attended to, 0 where not;
                 None attends to all.
-            causal: attend only to earlier positions and oneself.
+            causal: attend only to positions up to one's own.
             cache: keys and values of earlier positions, to which this call adds its own.
-            output_hidden_states: None asks the configuration.
-            output_attentions: None asks the configuration.
+            output_hidden_states: None uses the configuration's.
+            output_attentions: None uses the configuration's.
 
         Raises:
-            ValueError: a mask of another shape.
+            ValueError: the mask has a different shape.
         """
         num_past = 0 if cache is None else cache.get_seq_length()
         mask = visible_keys(input_ids, attention_mask, causal, num_past)
@@ -135,7 +135,7 @@ class GPTBertPreTrainedModel(PreTrainedModel):
 
 
 class GPTBertModel(GPTBertPreTrainedModel):
-    """The encoder alone; bidirectional unless the configuration says `is_decoder`."""
+    """The encoder alone; bidirectional unless the configuration sets `is_decoder`."""
 
     _keys_to_ignore_on_load_unexpected = (r"\.position_indices$", r"^classifier\.", r"^head\.")
 
@@ -160,7 +160,7 @@ class GPTBertModel(GPTBertPreTrainedModel):
 
 
 class _LanguageModel(GPTBertPreTrainedModel):
-    """The encoder under the head that scores tokens."""
+    """The encoder with the language model head."""
 
     _tied_weights_keys = {"classifier.nonlinearity.5.weight": "embedding.word_embedding.weight"}  # noqa: RUF012
     _keys_to_ignore_on_load_unexpected = (r"\.position_indices$", r"^head\.")
@@ -182,8 +182,8 @@ class _LanguageModel(GPTBertPreTrainedModel):
 class GPTBertForMaskedLM(_LanguageModel):
     """Bidirectional; fills `<mask>`.
 
-    The training predicts a masked token from the position before it. The logits here are shifted so that those of
-    token t stand at position t (`GPTBertConfig.shift_masked_logits`); a first token is predicted from nothing.
+    In training, a masked token is predicted from the position before it. The logits here are shifted so that those of
+    token t are at position t (`GPTBertConfig.shift_masked_logits`); a first token has no context to predict it from.
     """
 
     def forward(
@@ -200,16 +200,16 @@ class GPTBertForMaskedLM(_LanguageModel):
         Args:
             input_ids: [B, T].
             attention_mask: see `GPTBertPreTrainedModel.encode`.
-            labels: [B, T], the token at each position, −100 where there is none to predict.
-            output_hidden_states: None asks the configuration.
-            output_attentions: None asks the configuration.
-            return_dict: False gives a tuple.
+            labels: [B, T], the token at each position, −100 to ignore it.
+            output_hidden_states: None uses the configuration's.
+            output_attentions: None uses the configuration's.
+            return_dict: False returns a tuple.
         """
         hidden_states, extras = self.encode(
             input_ids, attention_mask, False, None, output_hidden_states, output_attentions
         )
         if self.config.shift_masked_logits:
-            if attention_mask is not None and attention_mask.ndim == 2:  # what stands left of a text is nothing
+            if attention_mask is not None and attention_mask.ndim == 2:  # left padding is not context
                 hidden_states = hidden_states.masked_fill(attention_mask.unsqueeze(-1) == 0, 0)
             hidden_states = F.pad(hidden_states, (0, 0, 1, 0))[:, :-1]
         logits = self.classifier(hidden_states)
@@ -230,7 +230,7 @@ class GPTBertForCausalLM(_LanguageModel, GenerationMixin):
         logits_to_keep: int = 0,
         **_: Any,
     ) -> dict[str, Any]:
-        """What `generate` gives to `forward`: of all ids, those [B, T] that the cache does not hold yet."""
+        """The arguments that `generate` passes to `forward`: only the ids [B, T] not in the cache yet."""
         cache = cache if cache is not None else past_key_values
         if cache is not None:
             input_ids = input_ids[:, cache.get_seq_length() :]
@@ -258,16 +258,16 @@ class GPTBertForCausalLM(_LanguageModel, GenerationMixin):
         """Logits [B, T, V] of each position's next token, and the mean loss if there are labels.
 
         Args:
-            input_ids: [B, T]; with a cache, only those that it does not hold yet.
+            input_ids: [B, T]; with a cache, only those not in it yet.
             attention_mask: see `GPTBertPreTrainedModel.encode`.
             past_key_values: a cache of earlier positions.
-            cache: newer transformers' name of it.
-            labels: [B, T], the input ids (shifted in here), −100 where there is none to predict.
-            use_cache: return keys and values; None asks the configuration, and never in training.
-            output_hidden_states: None asks the configuration.
-            output_attentions: None asks the configuration.
-            return_dict: False gives a tuple.
-            logits_to_keep: of the last so many positions only; 0 gives all.
+            cache: newer transformers' name for it.
+            labels: [B, T], the input ids (shifted internally), −100 to ignore.
+            use_cache: return keys and values; None uses the configuration's, or False in training.
+            output_hidden_states: None uses the configuration's.
+            output_attentions: None uses the configuration's.
+            return_dict: False returns a tuple.
+            logits_to_keep: compute logits only for this many last positions; 0: for all.
         """
         cache = cache if cache is not None else past_key_values
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
@@ -283,7 +283,7 @@ class GPTBertForCausalLM(_LanguageModel, GenerationMixin):
 
 
 class _Classifier(GPTBertPreTrainedModel):
-    """The encoder under a new head."""
+    """The encoder with a new head."""
 
     _keys_to_ignore_on_load_unexpected = (r"\.position_indices$", r"^classifier\.")
 
@@ -294,7 +294,7 @@ class _Classifier(GPTBertPreTrainedModel):
 
 
 class GPTBertForSequenceClassification(_Classifier):
-    """Classifies texts by the representation of `<s>`, or of the last token if the configuration says `is_decoder`."""
+    """Classifies texts by the representation of `<s>`, or of the last token if the configuration sets `is_decoder`."""
 
     def forward(
         self,
@@ -310,11 +310,11 @@ class GPTBertForSequenceClassification(_Classifier):
         Args:
             input_ids: [B, T].
             attention_mask: [B, T].
-            labels: [B] integers; [B] numbers for a regression; [B, num_labels] numbers for several labels at once
-                (`config.problem_type` decides, else their type and `num_labels` do).
-            output_hidden_states: None asks the configuration.
-            output_attentions: None asks the configuration.
-            return_dict: False gives a tuple.
+            labels: [B] integers; [B] numbers for regression; [B, num_labels] numbers for multi-label classification
+                (by `config.problem_type`, else inferred from their dtype and `num_labels`).
+            output_hidden_states: None uses the configuration's.
+            output_attentions: None uses the configuration's.
+            return_dict: False returns a tuple.
         """
         causal = self.config.is_decoder
         hidden_states, extras = self.encode(
@@ -359,7 +359,7 @@ class GPTBertForTokenClassification(_Classifier):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
     ) -> TokenClassifierOutput | tuple[Tensor, ...]:
-        """Logits [B, T, num_labels], and the mean loss if there are labels [B, T], −100 where there is none."""
+        """Logits [B, T, num_labels], and the mean loss if there are labels [B, T], −100 to ignore."""
         causal = self.config.is_decoder
         hidden_states, extras = self.encode(
             input_ids, attention_mask, causal, None, output_hidden_states, output_attentions
@@ -370,7 +370,7 @@ class GPTBertForTokenClassification(_Classifier):
 
 
 def _mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of logits [B, T, classes] and labels [B, T], −100 where there is none."""
+    """Mean cross-entropy of logits [B, T, classes] and labels [B, T], −100 to ignore."""
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
 
 
@@ -378,7 +378,7 @@ def _returned(output: Any, return_dict: bool | None) -> Any:
     return output.to_tuple() if return_dict is False else output
 
 
-# so that `save_pretrained` takes this code along
+# so that `save_pretrained` copies this code too
 GPTBertConfig.register_for_auto_class()
 GPTBertModel.register_for_auto_class("AutoModel")
 GPTBertForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")

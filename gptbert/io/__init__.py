@@ -1,8 +1,8 @@
-"""Files and the screen: everything that knows neither text nor models.
+"""Files and the screen, independent of text and models.
 
-- `files`: files and folders that are complete or absent.
-- `outputs`: what a command writes, refused before the work and published after it.
-- `json_file`: JSON, from elsewhere and our own.
-- `torch_file`: `torch.save` files from elsewhere, read without running what they say.
+- `files`: atomic writes of files and folders.
+- `outputs`: a command's outputs, checked before its work and published after it.
+- `json_file`: reading untrusted JSON, writing our own.
+- `torch_file`: reading untrusted `torch.save` files without running code.
 - `screen`: lines above the progress bar, and tables.
 """

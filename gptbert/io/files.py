@@ -12,9 +12,9 @@ from gptbert.errors import InputError, first_line
 
 
 def fsync_file(path: Path) -> None:
-    """Flush a written file or folder to the disk, and give the file the mode of any new file.
+    """Flush a file or folder to disk, and give a file the default mode of new files.
 
-    The mode matters for safetensors files, which the library makes readable for their owner alone.
+    The mode matters for safetensors files, which the library makes readable only by their owner.
     """
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -28,13 +28,13 @@ def fsync_file(path: Path) -> None:
 
 
 def fsync_folder(folder: Path) -> None:
-    """`fsync_file` for everything in a folder, and then for the folder itself."""
+    """`fsync_file` on everything in a folder, then on the folder itself."""
     for path in (*folder.rglob("*"), folder):
         fsync_file(path)
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Fsync a complete folder and rename it to its final name, in place of what had that name."""
+    """Fsync a complete folder and rename it to its final name, replacing any existing one."""
     fsync_folder(temporary)
     if final.exists():
         delete(final)
@@ -43,12 +43,12 @@ def publish(temporary: Path, final: Path) -> None:
 
 
 def delete(folder: Path) -> None:
-    """Delete a folder so that a kill half-way leaves nothing that looks complete."""
+    """Delete a folder; a kill halfway leaves nothing that looks complete."""
     shutil.rmtree(move_away(folder, f".{folder.name}.deleted"))
 
 
 def move_away(folder: Path, name: str) -> Path:
-    """Rename a folder, in place of what had that name."""
+    """Rename a folder, replacing any existing one."""
     there = folder.with_name(name)
     if there.exists():
         shutil.rmtree(there)
@@ -57,22 +57,22 @@ def move_away(folder: Path, name: str) -> Path:
 
 @contextmanager
 def new_folder(output: Path, what: str, replace: bool = False) -> Iterator[Path]:
-    """A folder to fill, that gets its name and place when the block ends without an error, and is gone after one.
+    """A temporary folder to fill, renamed to `output` when the block succeeds, deleted when it fails.
 
     Args:
-        output: must not be there yet, unless it may be replaced.
-        what: names it in messages, such as a flag.
-        replace: take the place of what is there.
+        output: must not exist unless `replace`.
+        what: its name in messages, such as a flag.
+        replace: replace an existing folder.
 
     Raises:
-        InputError: it is there already, or cannot be written.
+        InputError: it exists already, or cannot be written.
     """
     if output.exists() and not replace:
         raise InputError(f"{what} {output}: is there already")
     output = output.absolute()
     temporary, deleted = (output.with_name(f".{output.name}.{state}") for state in ("incomplete", "deleted"))
     try:
-        for leftover in (temporary, deleted) if replace else (temporary,):  # of a process that was killed
+        for leftover in (temporary, deleted) if replace else (temporary,):  # from a killed process
             shutil.rmtree(leftover, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary

@@ -1,4 +1,4 @@
-"""JSON files: those from elsewhere read in bounded memory and refused in words, our own written."""
+"""JSON files: untrusted ones read in bounded memory with clear errors, our own written."""
 
 import json
 from collections.abc import Callable
@@ -11,16 +11,16 @@ _OBJECT_BYTES = 1 << 20
 
 
 def read_json(path: Path, most_bytes: int, unique_keys: bool = False) -> Any:
-    """The content of a UTF-8 JSON file. Python's objects take up to some 25 times the text.
+    """Parse a UTF-8 JSON file. Python objects take up to about 25 times the size of the text.
 
     Args:
-        path: a file; pipes and devices are refused, which may never end.
-        most_bytes: the largest size that such a file can be meant to have.
-        unique_keys: refuse an object that gives a key twice, of which Python would take the last.
+        path: a file; pipes and devices, which may never end, are refused.
+        most_bytes: refuse larger files.
+        unique_keys: refuse duplicate keys, of which Python would take the last.
 
     Raises:
-        ValueError: the reason, in one line.
-        FileNotFoundError: there is nothing.
+        ValueError: it cannot be parsed; the message is one line.
+        FileNotFoundError: there is no such file.
     """
     if not path.exists():
         raise FileNotFoundError(path)
@@ -38,10 +38,10 @@ def read_json(path: Path, most_bytes: int, unique_keys: bool = False) -> Any:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object of a megabyte at most.
+    """Parse a JSON object of at most 1 MB.
 
     Raises:
-        InputError: it is missing or damaged, with its name.
+        InputError: it is missing or damaged; names the file.
     """
     try:
         content = read_json(path, _OBJECT_BYTES)
@@ -53,7 +53,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write a value as people can read it."""
+    """Write a value as human-readable JSON."""
     path.write_text(json.dumps(values, indent=4) + "\n", encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""Outputs of commands: refused before any work if they cannot be meant, and published only when complete."""
+"""Outputs of commands: obvious mistakes are refused before any work, and outputs appear only when complete."""
 
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,10 +10,10 @@ from gptbert.io.files import fsync_file
 
 
 def check_outputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
-    """Refuse, before any work is done, outputs that are folders or would overwrite an input.
+    """Refuse, before any work is done, outputs that are folders or that would overwrite an input.
 
     Raises:
-        InputError: names the output.
+        InputError: an output is refused; names it.
     """
     taken = {file.resolve() for file in inputs}
     for output in outputs:
@@ -25,16 +25,16 @@ def check_outputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
 
 @contextmanager
 def staged_outputs(*outputs: Path, what: str = "output") -> Iterator[Sequence[Path]]:
-    """Give paths to write to, and move them to `outputs`, fsynced and all together, when the block ends well.
+    """Yield paths to write to; when the block succeeds, fsync them and move them all to `outputs`.
 
-    After an exception nothing is left, not even a new folder, and older files under the same names are untouched.
+    After an exception nothing is left behind, not even a new folder, and older files of the same names are untouched.
 
     Args:
-        outputs: files of one folder, which is made if need be.
-        what: names them in messages, such as a flag.
+        outputs: files in one folder, which is created if needed.
+        what: their name in messages, such as a flag.
 
     Yields:
-        One path for each output, in a hidden folder on the same disk.
+        One path per output, in a hidden folder on the same disk.
 
     Raises:
         InputError: the folder cannot be written, or the disk is full.

@@ -1,4 +1,4 @@
-"""What commands print: lines above the progress bar, tables."""
+"""Screen output of commands: lines above the progress bar, tables."""
 
 import sys
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ def log(line: str) -> None:
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Lines with aligned columns, the first to the left and the others to the right; all rows are of one length."""
+    """Format rows of equal length with aligned columns: the first to the left, the others to the right."""
     first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = (
         "  ".join([row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], others, strict=True))])

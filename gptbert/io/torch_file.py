@@ -1,9 +1,9 @@
-"""Files that `torch.save` wrote, read without running what they say and without taking more than they hold.
+"""Reads `torch.save` files without running code and in memory proportional to the file.
 
 Such a file is a zip archive: `NAME/data.pkl` is a pickle, `NAME/data/KEY` the bytes of a storage. `torch.load` with
-`weights_only=True` runs no code either, but a file of a hundred bytes takes all memory (`bytearray(10**12)`) or all
-time (a dictionary's key that is pairs of pairs of pairs, fifty deep). So the pickle is read here one opcode at a time,
-and only what containers of numbers, strings and tensors take has a meaning.
+`weights_only=True` runs no code either, but a file of a hundred bytes can exhaust memory (`bytearray(10**12)`) or never
+finish (a dictionary key of pairs nested fifty deep). So the pickle is interpreted here one opcode at a time, and only
+opcodes needed for containers of numbers, strings and tensors are accepted.
 """
 
 import io
@@ -22,10 +22,10 @@ from torch import Tensor
 
 from gptbert.errors import InputError, first_line
 
-_FREE_BYTES = 1 << 24  # of objects, whatever the file's size
-_DEEPEST = 1000  # of marks, one for each container that is being filled
-_MOST_WAITING = 100_000  # values that no container has taken yet; a pickler hands over a thousand at a time
-_ENTRY_BYTES = 600  # of Python's memory for an entry of the archive, which takes at least 46 in the file
+_FREE_BYTES = 1 << 24  # of objects, regardless of the file's size
+_DEEPEST = 1000  # of marks, one per container being filled
+_MOST_WAITING = 100_000  # values not yet in a container; picklers append a thousand at a time
+_ENTRY_BYTES = 600  # Python's memory per archive entry, which takes at least 46 bytes in the file
 _BROKEN_ARCHIVE = (
     zipfile.BadZipFile, OSError, ValueError, KeyError, IndexError, RuntimeError, EOFError, OverflowError, struct.error,
 )  # fmt: skip
@@ -41,8 +41,8 @@ class Storage(NamedTuple):
     """The bytes of one or several tensors.
 
     Attributes:
-        key: names them in the archive.
-        dtype: of their elements; uint8 where the tensors say it themselves.
+        key: its name in the archive.
+        dtype: of the elements; uint8 if the tensors record their own.
         numel: number of elements.
     """
 
@@ -52,7 +52,7 @@ class Storage(NamedTuple):
 
 
 class SavedTensor(NamedTuple):
-    """A tensor in the file: a view of a storage that lies inside it and repeats no element."""
+    """A tensor in the file: a view within the bounds of a storage that repeats no element."""
 
     storage: Storage
     dtype: torch.dtype
@@ -67,10 +67,10 @@ class SavedTensor(NamedTuple):
 
 
 class TorchFile:
-    """An open file of `torch.save`; a context that closes it.
+    """An open `torch.save` file; the context manager closes it.
 
-    Every method raises InputError, with a reason and without the file's name, where the file is damaged or holds
-    anything else than tensors, numbers, strings and their lists, tuples and dictionaries.
+    Every method raises InputError, with the reason but not the file's name, if the file is damaged or holds anything
+    but tensors, numbers, strings, and lists, tuples and dictionaries of them.
 
     Attributes:
         size: bytes of the file.
@@ -98,15 +98,15 @@ class TorchFile:
         self._stream.close()
 
     def value(self, build: Callable[[SavedTensor], Any]) -> Any:
-        """What was saved.
+        """The saved object.
 
         Args:
-            build: makes what stands for a tensor.
+            build: makes the object that represents a tensor.
         """
         return _Pickle(self._read(f"{self._name}/data.pkl"), self.size, build).value()
 
     def tensor(self, storage: Storage) -> Tensor:
-        """The elements of a storage, [numel] of its dtype, in memory of their own."""
+        """The elements of a storage, [numel] of its dtype, as a copy."""
         content = self._read(f"{self._name}/data/{storage.key}")
         if len(content) != storage.numel * storage.dtype.itemsize:
             raise InputError(f"storage {storage.key[:20]} has {len(content)} bytes, expected {storage.numel} elements")
@@ -115,13 +115,13 @@ class TorchFile:
         return torch.frombuffer(bytearray(content), dtype=storage.dtype)
 
     def _open_archive(self) -> zipfile.ZipFile:
-        """The archive, if no entry of it is larger than it seems."""
+        """Open the archive, unless its entries claim more than the file holds."""
         try:
-            ending = zipfile._EndRecData(self._stream)  # noqa: SLF001  the size of the list before it becomes objects
+            ending = zipfile._EndRecData(self._stream)  # noqa: SLF001  the directory's size, before it is parsed into objects
             if ending is None:
-                raise InputError("refused, since it is no archive, which torch.save writes since version 1.6")
+                raise InputError("refused, since it is not an archive, as torch.save writes since version 1.6")
             if ending[5] > _FREE_BYTES and ending[5] // 46 * _ENTRY_BYTES > 4 * self.size:
-                raise InputError("its archive lists more entries than there is room for")
+                raise InputError("its archive lists more entries than its size allows")
             archive = zipfile.ZipFile(self._stream)
             entries = archive.infolist()
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
@@ -134,7 +134,7 @@ class TorchFile:
             self._name = names[0].removesuffix("/data.pkl")
             order = f"{self._name}/byteorder"
             if order in archive.namelist() and archive.read(order) != b"little":
-                raise InputError("saved on a machine with another order of bytes")
+                raise InputError("saved on a machine with a different byte order")
         except _BROKEN_ARCHIVE as error:
             raise InputError(f"its archive cannot be read: {first_line(error)[:100]}") from error
         return archive
@@ -147,10 +147,10 @@ class TorchFile:
 
 
 def load_torch_file(path: str | Path) -> Any:
-    """What `torch.save` wrote, with its tensors on the CPU; those that share a storage in the file do so in memory.
+    """Load a `torch.save` file onto the CPU; tensors that share a storage in the file share memory.
 
     Raises:
-        InputError: a reason, without the file's name; see `TorchFile`.
+        InputError: the reason, without the file's name; see `TorchFile`.
     """
     storages: dict[str, tuple[Storage, Tensor]] = {}
 
@@ -169,14 +169,14 @@ def load_torch_file(path: str | Path) -> Any:
 
 
 class _Mark:
-    """A function of torch that a pickle may name; it is recognized, never called."""
+    """A global that a pickle may name; it is recognized, never called."""
 
 
 _TENSOR, _TENSOR_WITH_DTYPE, _DICTIONARY, _ANY_STORAGE, _FORGOTTEN = (_Mark() for _ in range(5))
 _GLOBALS = {
     "torch._utils _rebuild_tensor_v2": _TENSOR,
     "torch._utils _rebuild_tensor_v3": _TENSOR_WITH_DTYPE,
-    "collections OrderedDict": _DICTIONARY,  # a module's state_dict; an empty one of hooks in each tensor
+    "collections OrderedDict": _DICTIONARY,  # a module's state_dict; also an empty dictionary of hooks per tensor
     "torch.storage UntypedStorage": _ANY_STORAGE,
     **{f"torch {name}": dtype for name, dtype in _STORAGES.items()},
     **{f"torch {name}": getattr(torch, name) for name in ("uint16", "uint32", "uint64")},
@@ -187,7 +187,7 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 class _Pickle:
-    """A pickle of protocol 2, as torch.save writes it, and the state of reading it."""
+    """Interpreter of a protocol-2 pickle, as torch.save writes it."""
 
     def __init__(self, content: bytes, file_size: int, build: Callable[[SavedTensor], Any]) -> None:
         self._content = content
@@ -198,7 +198,7 @@ class _Pickle:
         self._memo: list[Any] = []
 
     def value(self) -> Any:
-        """Read to the end; InputError where that is no pickle of tensors."""
+        """Read to the end; InputError if it is not a pickle of tensors."""
         steps = {
             "MARK": self._mark, "GLOBAL": self._global, "BINUNICODE": self._string, "BINPUT": self._put,
             "LONG_BINPUT": self._put, "BINGET": self._get, "LONG_BINGET": self._get, "TUPLE": self._tuple,
@@ -237,7 +237,7 @@ class _Pickle:
             raise InputError("its pickle makes more objects than a file of its size should")
 
     def _take(self, start: int) -> list[Any]:
-        """What lies on the stack from `start` on, and no longer there."""
+        """Pop everything from `start` on off the stack."""
         if start < (self._marks[-1] if self._marks else 0):
             raise IndexError("a value is missing")
         values = self._stack[start:]
@@ -283,7 +283,7 @@ class _Pickle:
         values = self._take_items(1 if name == "APPEND" else None)
         target = self._stack[-1]
         if type(target) is not list:
-            raise TypeError("appends to what is no list")
+            raise TypeError("appends to something that is not a list")
         self._charge(8 * len(values))
         target.extend(values)
 
@@ -291,11 +291,11 @@ class _Pickle:
         items = self._take_items(2 if name == "SETITEM" else None)
         target = self._stack[-1]
         if type(target) is not dict or len(items) % 2:
-            raise TypeError("sets an item of what is no dictionary")
+            raise TypeError("sets an item of something that is not a dictionary")
         self._charge(64 * len(items))
         for key, value in zip(items[::2], items[1::2], strict=True):
             if type(key) not in {str, int, float, bool}:
-                raise TypeError("a dictionary's key is no string or number")  # a tuple may take for ever to hash
+                raise TypeError("a dictionary key is not a string or number")  # hashing a nested tuple may never finish
             target[key] = value
 
     def _take_items(self, count: int | None) -> list[Any]:
@@ -311,7 +311,7 @@ class _Pickle:
         dtype = torch.uint8 if dtype is _ANY_STORAGE else dtype
         known = kind == "storage" and isinstance(dtype, torch.dtype) and type(key) is str and type(numel) is int
         if not known or numel < 0:
-            raise TypeError("a storage is described in another way than torch.save does")
+            raise TypeError("a storage is not described as torch.save does")
         self._forget(described)
         self._stack.append(Storage(key, dtype, numel))
 
@@ -334,13 +334,13 @@ class _Pickle:
         self._push(self._build(saved))
 
     def _drop_attributes(self, *_: object) -> None:
-        """Of a state_dict: versions of its modules, in a dictionary of their own."""
+        """Drop a state_dict's attributes: the dictionary of its modules' versions."""
         attributes = self._take(len(self._stack) - 1)[0]
         if type(attributes) is not dict or type(self._stack[-1]) is not dict:
-            raise TypeError("sets attributes of what is no dictionary")
+            raise TypeError("sets attributes of something that is not a dictionary")
 
     def _forget(self, *parts: object) -> None:
-        """Let go of what was only there to describe a tensor, which a file of many small ones has most of."""
+        """Drop objects that only describe a tensor: most of a file's pickle if it has many small tensors."""
         for index in range(max(0, len(self._memo) - 4), len(self._memo)):
             if any(self._memo[index] is one for one in parts):
                 self._left += sys.getsizeof(self._memo[index])

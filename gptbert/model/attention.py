@@ -15,11 +15,11 @@ from kernels.add_bias import add_bias
 from kernels.attention_context import attention_context
 from kernels.gated_norm import gated_norm
 
-SEEDS = 3  # of dropout, for each attention
+SEEDS = 3  # of dropout, per attention
 
 
 class Attention(nn.Module):
-    """Attention with a gated output, and the residual connection around it."""
+    """Attention with a gated output and residual connection."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Attention(nn.Module):
         """
         relative_seed, probability_seed, output_seed = (None,) * SEEDS if seeds is None else seeds.unbind()
         normalized = self.input_norm(hidden_states)
-        # narrowed once for both of their uses, whose gradients then add up before they widen
+        # cast to bf16 once, so both uses' gradients are summed in bf16 before the cast back to fp32
         weight, bias = (param.to(normalized.dtype) for param in (self.query_key.weight, self.query_key.bias))
         query, key = add_bias(F.linear(normalized, weight), bias).chunk(2, dim=-1)
         value_gate = F.linear(normalized, self.value_gate.weight)
@@ -70,5 +70,5 @@ class Attention(nn.Module):
         return hidden_states + self.dropout(add_bias(output, self.output.bias), output_seed)
 
     def heads(self, x: Tensor) -> Tensor:
-        """[..., D] to [H, ..., d], copied once, so that all products read it as it lies."""
+        """[..., D] to [H, ..., d], contiguous, so the matmuls need no further copies."""
         return x.unflatten(-1, (self.num_heads, -1)).movedim(-2, 0).contiguous()

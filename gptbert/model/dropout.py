@@ -5,14 +5,14 @@ from torch import Tensor, nn
 
 from kernels.dropout import dropout
 
-SEED_WORDS = 2  # of 32 bits, for each mask
+SEED_WORDS = 2  # of 32 bits, per mask
 
 
 class Dropout(nn.Module):
-    """Zero entries with a probability, and scale the others so that the mean stays.
+    """Zero elements with a probability, and scale the others to preserve the mean.
 
     Args:
-        probability: of zero, in [0, 1).
+        probability: of zeroing, in [0, 1).
     """
 
     def __init__(self, probability: float) -> None:
@@ -20,11 +20,11 @@ class Dropout(nn.Module):
         self.probability = probability
 
     def forward(self, x: Tensor, seed: Tensor | None) -> Tensor:
-        """Drop entries of `x` where the module trains.
+        """Drop elements of `x` in training mode.
 
         Args:
-            x: of any shape, below 2³¹ entries.
-            seed: [2] int32 from `random_seeds`; None switches dropout off, as eval mode does.
+            x: of any shape, fewer than 2³¹ elements.
+            seed: [2] int32 from `random_seeds`; None disables dropout, as does eval mode.
         """
         return dropout(x, seed if self.training else None, self.probability)
 
@@ -34,5 +34,5 @@ class Dropout(nn.Module):
 
 
 def random_seeds(count: int, device: torch.device) -> Tensor:
-    """[count, 2] int32: seeds of `count` masks, from PyTorch's generator of the device."""
+    """[count, 2] int32: seeds of `count` masks, from the device's default generator."""
     return torch.randint(-(2**31), 2**31, (count, SEED_WORDS), dtype=torch.int32, device=device)

@@ -67,7 +67,7 @@ class GPTBert(nn.Module):
         Args:
             input_ids: [B, T] integers.
             document_ids: [B, T] integers; positions attend only to their own document, and −1 (padding) to nothing.
-            causal: attend only to earlier positions and oneself; or [B] bool, whether each row does.
+            causal: attend only to positions up to one's own; or [B] bool, per row.
 
         Returns:
             [B, T, D].
@@ -85,7 +85,7 @@ class GPTBert(nn.Module):
         return hidden_states
 
     def _dropout_seeds(self, device: torch.device) -> DropoutSeeds:
-        """New ones for each forward; none where there is no dropout."""
+        """New seeds for each forward; None without dropout."""
         probabilities = (self.config.hidden_dropout_prob, self.config.attention_probs_dropout_prob)
         if not self.training or not any(probabilities):
             return DropoutSeeds(None, [None] * len(self.blocks), None)
@@ -102,19 +102,19 @@ class GPTBert(nn.Module):
         label_capacity: int | None = None,
         parts: Sequence[tuple[int, int | None]] | None = None,
     ) -> MaskedCrossEntropy | list[MaskedCrossEntropy]:
-        """Cross-entropy of the positions that carry a label.
+        """Cross-entropy at labeled positions.
 
         Args:
             input_ids: [B, T] integers.
             document_ids: [B, T] integers, −1 for padding.
-            labels: [B, T] integers, −100 where there is no label; already shifted, so position t predicts labels[t].
-            causal: the objective's attention, or [B] bool that of each row's.
+            labels: [B, T] integers, −100 for no label; already shifted: position t predicts labels[t].
+            causal: the objective's attention, or [B] bool, per row.
             z_loss_weight: weight of logsumexp² in `total`.
-            label_capacity: an upper bound of the number of labels, which spares a GPU the wait for the exact number.
-            parts: numbers of consecutive rows whose sums are wanted apart, and the upper bound for each.
+            label_capacity: an upper bound on the number of labels, which avoids a device sync to count them.
+            parts: numbers of consecutive rows to sum separately, with each part's upper bound.
 
         Returns:
-            Sums over the labeled positions, see `kernels.MaskedCrossEntropy`; with `parts` those of each.
+            Sums over the labeled positions, see `kernels.MaskedCrossEntropy`; with `parts`, one per part.
         """
         seeds = self._dropout_seeds(input_ids.device)
         hidden_states = self._encode(input_ids, document_ids, causal, seeds)
@@ -163,7 +163,7 @@ class Embedding(nn.Module):
         self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, input_ids: Tensor, seed: Tensor | None) -> tuple[Tensor, Tensor]:
-        """[B, T] ids to x0 [B, T, D] and r [P, D], which on a GPU ends in rows of zeros; see `position_rows`."""
+        """[B, T] ids to x0 [B, T, D] and r [P, D], which on a GPU is padded with zero rows; see `position_rows`."""
         hidden_states = self.dropout(self.layer_norm(self.word_embedding(input_ids)), seed)
         relative = self.relative_layer_norm(self.relative_embedding)
         zeros = position_rows(len(relative), relative.device) - len(relative)
@@ -171,7 +171,7 @@ class Embedding(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, a mix of all representations so far, feed-forward, and a mix again."""
+    """Attention and feed-forward, each followed by a mix of all representations so far."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
         self.feed_forward_mix = LayerWeighting(2 * layer + 3)
         self.is_compiled = False  # see gptbert.model.compilation
-        self.is_checkpointed = False  # whether the backward computes again what the forward would keep for it
+        self.is_checkpointed = False  # whether the backward recomputes activations
 
     def forward(
         self,
@@ -203,15 +203,15 @@ class Block(nn.Module):
         return self.feed_forward_mix(newest, representations)
 
     def _run(self, sub_layer: nn.Module, *inputs: Tensor | None) -> Tensor:
-        """The sub-layer's output; of it alone, since `representations` takes each y_m once."""
+        """The sub-layer's output. Only the sub-layer is checkpointed, since `representations` takes each y_m once."""
         if not (self.is_checkpointed and torch.is_grad_enabled()):
             return sub_layer(*inputs)
-        # dropout draws by its seeds, so there is no generator to set back
+        # dropout is a function of its seeds, so there is no generator state to restore
         return checkpoint(sub_layer, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 class FeedForward(nn.Module):
-    """Gated feed-forward, and the residual connection around it."""
+    """Gated feed-forward with residual connection."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -229,7 +229,7 @@ class FeedForward(nn.Module):
 
 
 class Head(nn.Module):
-    """What stands between the encoder and the tied output matrix."""
+    """The layers between the encoder and the tied output matrix."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -245,10 +245,10 @@ class Head(nn.Module):
 
 
 def position_rows(count: int, device: torch.device) -> int:
-    """How many rows products with `count` position vectors have; no distance has the bucket of one that is added.
+    """`count` position vectors, padded on GPUs; no distance maps to an added row.
 
-    The count, 2S − 1, is odd, and a GPU's libraries have nothing but old, slow kernels for products whose rows begin at
-    odd addresses. On a CPU rows of 64 entries drive each other out of the cache: uncompiled steps took 7 % longer.
+    The count, 2S − 1, is odd, and GPU libraries have only old, slow kernels for matrices with unaligned rows. On a CPU
+    rows of 64 elements evict each other from the cache: uncompiled steps took 7 % longer.
     """
     return count if device.type == "cpu" else padded_length(count)
 
@@ -276,13 +276,13 @@ def attention_mask(document_ids: Tensor, causal: bool | Tensor) -> Tensor:
 
 
 def select_labeled(hidden_states: Tensor, labels: Tensor, capacity: int | None) -> tuple[Tensor, Tensor]:
-    """The rows of `hidden_states` that carry a label.
+    """The labeled rows of `hidden_states`.
 
     Args:
         hidden_states: [B·T, D].
         labels: [B·T].
         capacity: number of rows to return, at least the number of labels; the rest is filled with unlabeled rows.
-            None counts the labels, for which a GPU has to wait, and rounds up.
+            None counts the labels, which needs a device sync, and rounds up.
 
     Returns:
         [N, D] and [N].

@@ -1,6 +1,6 @@
-"""Line charts over steps, as the numbers that an SVG is made of; `report.html.jinja` has the markup.
+"""Line charts over steps, as the coordinates of an SVG; `report.html.jinja` has the markup.
 
-Coordinates are in the units of a drawing of `WIDTH` × `HEIGHT`, from its upper left corner.
+Coordinates are in units of a `WIDTH` × `HEIGHT` drawing, from its upper left corner.
 """
 
 import math
@@ -12,20 +12,20 @@ from itertools import pairwise
 Point = tuple[float, float]
 
 WIDTH, HEIGHT = 480, 280
-LEFT, RIGHT, TOP, BOTTOM = 58, 454, 12, 248  # where lines are drawn
-MOST_POINTS = 1000  # of a line
+LEFT, RIGHT, TOP, BOTTOM = 58, 454, 12, 248  # the plot area
+MOST_POINTS = 1000  # per line
 _MOST_BANDS = 60
-_LARGEST = 1e100  # beyond it there is nothing to see
+_LARGEST = 1e100  # larger values are not drawn
 
 
 @dataclass(frozen=True)
 class Line:
-    """What is measured.
+    """A line to draw.
 
     Attributes:
         label: its name in the legend.
-        style: its classes in the page's style sheet.
-        points: steps, which rise, and values; those that are not finite leave a gap.
+        style: its CSS classes.
+        points: (step, value), steps ascending; non-finite values leave a gap.
         has_marks: draw a mark at each point.
     """
 
@@ -37,7 +37,7 @@ class Line:
 
 @dataclass(frozen=True)
 class DrawnLine:
-    """A line in the drawing: the `d` of its path, and places of marks."""
+    """A line in the drawing: its path's `d` attribute, and the coordinates of its marks."""
 
     label: str
     style: str
@@ -47,15 +47,15 @@ class DrawnLine:
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing.
+    """A chart in drawing coordinates.
 
     Attributes:
         title: of the chart.
         lines: in the order of the legend.
-        x_ticks: places and labels.
-        y_ticks: places and labels.
-        bands: left edges, widths and what to show there when pointed at.
-        missing: number of values that are not finite.
+        x_ticks: positions and labels.
+        y_ticks: positions and labels.
+        bands: left edges, widths and tooltips.
+        missing: number of non-finite values.
     """
 
     title: str
@@ -71,7 +71,7 @@ def draw(title: str, lines: list[Line], *, from_zero: bool = False, log: bool = 
 
     Args:
         title: of the chart.
-        lines: those without points are left out.
+        lines: those without points are omitted.
         from_zero: the vertical axis begins at 0.
         log: the vertical axis is logarithmic; values up to 0 leave gaps.
     """
@@ -112,11 +112,11 @@ def draw(title: str, lines: list[Line], *, from_zero: bool = False, log: bool = 
 
 
 def thin(points: list[Point], is_drawn: Callable[[float], bool] = math.isfinite) -> list[Point]:
-    """At most `MOST_POINTS` of the points, among them the highest and lowest of every stretch of the line.
+    """Reduce to at most `MOST_POINTS` points, which include the highest and lowest of every stretch of the line.
 
     Args:
         points: steps and values.
-        is_drawn: whether a value is to be seen; others are kept where a stretch has nothing else.
+        is_drawn: whether a value is drawn; others are kept only if a stretch has nothing else.
     """
     if len(points) <= MOST_POINTS:
         return points
@@ -139,7 +139,7 @@ def ticks(low: float, high: float, most: int) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten from `low` to `high`, at most six; where that would be less than three, twos and fives too."""
+    """Powers of ten from `low` to `high`, at most six; with their multiples by 2 and 5 if fewer than three."""
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     powers = [10.0**exponent for exponent in exponents if low <= 10.0**exponent <= high]
     if len(powers) > 2:
@@ -149,7 +149,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def number(value: float) -> str:
-    """A number in few characters."""
+    """Format a number compactly."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if size <= abs(value) < 1e12:
             return f"{value / (1e3 if letter == 'k' else size):.4g}{letter}"
@@ -174,7 +174,7 @@ def _range(values: list[float], *, from_zero: bool, log: bool) -> tuple[float, f
 
 
 def _widened(low: float, high: float) -> tuple[float, float]:
-    """The range, or one around it if it is too small to divide."""
+    """The range, widened if it is too narrow to divide by."""
     around = max(abs(low), abs(high))
     if high - low > 1e-6 * around:
         return low, high
@@ -182,7 +182,7 @@ def _widened(low: float, high: float) -> tuple[float, float]:
 
 
 def _pieces(points: list[Point], is_drawn: Callable[[float], bool]) -> list[list[Point]]:
-    """The line between its gaps."""
+    """Split a line at its gaps."""
     pieces: list[list[Point]] = [[]]
     for point in points:
         if is_drawn(point[1]):
@@ -193,7 +193,7 @@ def _pieces(points: list[Point], is_drawn: Callable[[float], bool]) -> list[list
 
 
 def _bands(lines: list[Line], low: float, high: float) -> list[tuple[float, float, str]]:
-    """Stretches of steps from `low` to `high`, and the values of a step in the middle of each."""
+    """Split `low` to `high` into bands, each with the values at a step inside it."""
     steps = sorted({step for line in lines for step, _ in line.points})
     shown = [steps[len(steps) * i // _MOST_BANDS] for i in range(_MOST_BANDS)] if len(steps) > _MOST_BANDS else steps
     borders = [low, *((left + right) / 2 for left, right in pairwise(shown)), high]

@@ -1,4 +1,4 @@
-"""How much arithmetic a training step needs, and how much a device can do: model FLOP utilization."""
+"""FLOPs of a training step and a device's FLOP rate, for model FLOP utilization."""
 
 import time
 
@@ -7,20 +7,20 @@ import torch
 from gptbert.config import ModelConfig
 
 _SIZES = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192)}  # of square matrices
-_QUICK_SIZES = {"cpu": (1024,), "cuda": (8192,)}  # milliseconds; on a GPU, launching smaller products takes longer
+_QUICK_SIZES = {"cpu": (1024,), "cuda": (8192,)}  # milliseconds; smaller GPU products are launch-bound
 _REPEATS = 4
 
 
 def forward_flops(config: ModelConfig, length: int, labeled_fraction: float) -> float:
-    """FLOPs of the matrix products that one token needs, forward; a backward needs twice as many.
+    """FLOPs of one token's matrix products in the forward; the backward has twice as many.
 
-    Per layer 2·(5D² + 3DI) of projections, 4TD of attention over all T keys, 4(2S−1)D of position scores; and for a
-    token with a label 2D² + 2DV of the head. What an implementation computes beyond that does not count.
+    Per layer: projections 2·(5D² + 3DI), attention over all T keys 4TD, position scores 4(2S−1)D; and for a labeled
+    token, the head 2D² + 2DV. Anything an implementation computes beyond that does not count.
 
     Args:
         config: the model's shape.
         length: T.
-        labeled_fraction: share of the tokens that carry a label.
+        labeled_fraction: fraction of tokens with a label.
     """
     hidden, inner = config.hidden_size, config.intermediate_size
     positions = 2 * config.position_bucket_size - 1
@@ -30,17 +30,17 @@ def forward_flops(config: ModelConfig, length: int, labeled_fraction: float) -> 
 
 
 def training_flops(config: ModelConfig, length: int, labeled_fraction: float) -> float:
-    """FLOPs that one token needs, forward and backward."""
+    """FLOPs per token, forward and backward."""
     return 3 * forward_flops(config, length, labeled_fraction)
 
 
 def measure_matmul_flops(device: torch.device, dtype: torch.dtype, *, quick: bool = False) -> float:
-    """The best rate of torch.mm that the device shows, in FLOPs a second.
+    """The best measured rate of torch.mm on the device, in FLOP/s.
 
     Args:
-        device: where.
+        device: the device.
         dtype: of the matrices.
-        quick: in some milliseconds, from one size of square matrices; else a second or two, from all that may be best.
+        quick: take milliseconds, for one size of square matrices; otherwise a second or two, for all candidate sizes.
     """
     best = 0.0
     for size in (_QUICK_SIZES if quick else _SIZES)[device.type]:

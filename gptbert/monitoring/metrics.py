@@ -1,4 +1,4 @@
-"""Sums that stay on the device between log records, and what is made of them."""
+"""Sums that stay on the device between log records, and the metrics computed from them."""
 
 import math
 import time
@@ -14,10 +14,10 @@ from kernels import MaskedCrossEntropy
 
 
 class LossSums:
-    """Per objective: summed loss, z-loss, correct predictions and labels, as one fp64 tensor on the device.
+    """Per objective: summed loss, z-loss, correct predictions and labels, in one fp64 tensor on the device.
 
     Attributes:
-        sums: [objectives, 4] fp64; nothing reads it back before `means`.
+        sums: [objectives, 4] fp64; not read back before `means`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -35,7 +35,7 @@ class LossSums:
         self.sums += torch.where(condition, other.sums, 0.0)
 
     def means(self, world: World) -> dict[Objective, dict[str, float]]:
-        """Means over the labels of all ranks, for each objective that had any; every rank must call it."""
+        """Means over all ranks' labels, for each objective that has any; every rank must call it."""
         sums = world.all_reduce_sum(self.sums.clone()).tolist()
         return {
             objective: {
@@ -51,11 +51,11 @@ class LossSums:
 
 
 def training_losses(means: dict[Objective, dict[str, float]], weights: dict[Objective, float]) -> dict[str, float]:
-    """The part of a training record that says how well the model predicts; empty where all steps were skipped.
+    """The losses and accuracies of a training record; empty if all steps were skipped.
 
     Args:
         means: from `LossSums.means`.
-        weights: of the objectives in the loss, up to a common factor.
+        weights: the objectives' weights in the loss, up to a common factor.
     """
     record = {}
     total = sum(weights.values())
@@ -70,10 +70,10 @@ def training_losses(means: dict[Objective, dict[str, float]], weights: dict[Obje
 
 
 class Throughput:
-    """Tokens per second of training alone, and how much of that time was waiting for rows.
+    """Training tokens per second, and the fraction of time spent waiting for rows.
 
     Attributes:
-        tokens: seen at the last call of `since_last`, or at first.
+        tokens: tokens seen at the last call of `since_last`, or at the start.
     """
 
     def __init__(self, tokens: int) -> None:
@@ -82,10 +82,10 @@ class Throughput:
         self._waited = 0.0
 
     def since_last(self, tokens: int) -> tuple[float, float]:
-        """Tokens per second, and the share of the time spent in `waiting`, since the last call.
+        """Tokens per second, and the fraction of time spent in `waiting`, since the last call.
 
         Args:
-            tokens: seen by now.
+            tokens: tokens seen so far.
         """
         now = time.perf_counter()
         seconds = now - self._since
@@ -95,19 +95,19 @@ class Throughput:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """A block that waits for rows."""
+        """Context manager: time in the block counts as waiting for rows."""
         began = time.perf_counter()
         yield
         self._waited += time.perf_counter() - began
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """A block whose time does not count."""
+        """Context manager: time in the block does not count."""
         began = time.perf_counter()
         yield
         self._since += time.perf_counter() - began
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), infinite where that is too large for a float."""
+    """exp(loss), or infinity on overflow."""
     return math.inf if loss > 700 else math.exp(loss)

@@ -1,4 +1,4 @@
-"""What a run shows on the screen."""
+"""A run's screen output."""
 
 import shutil
 import sys
@@ -18,7 +18,7 @@ from gptbert.monitoring import recipes
 def print_header(
     config: TrainConfig, inputs: Inputs, plan: HybridPlan, world: World, backend: str, words: WordCheckpoints
 ) -> None:
-    """Say what a run is about to do, and with what."""
+    """Log what a run is about to do: processes, kernels, data, model, and any warning."""
     model = inputs.model_config
     log(
         f"{config.name}: {world.world_size} x {world.device.type}, {backend} kernels, hybrid mode {plan.mode}, "
@@ -32,8 +32,8 @@ def print_header(
 
 
 def progress_bar(config: TrainConfig, world: World, first_step: int) -> tqdm:
-    """A bar over the run's steps with the time left, on the main rank alone."""
-    interval = 0.5 if sys.stderr.isatty() else 10.0  # a log file wants fewer lines than a screen
+    """A progress bar over the run's steps, on the main rank only."""
+    interval = 0.5 if sys.stderr.isatty() else 10.0  # fewer lines in a log file than on a terminal
     return tqdm(
         total=config.max_steps,
         initial=first_step,
@@ -41,12 +41,12 @@ def progress_bar(config: TrainConfig, world: World, first_step: int) -> tqdm:
         disable=not world.is_main,
         mininterval=interval,
         maxinterval=interval,
-        ncols=shutil.get_terminal_size(fallback=(100, 24)).columns,  # some terminals say 0, and tqdm believes it
+        ncols=shutil.get_terminal_size(fallback=(100, 24)).columns,  # some terminals report 0, which tqdm would accept
     )
 
 
 def summary(record: dict[str, float], prefix: str) -> str:
-    """The losses of a record, and its tokens per second where it has them; `prefix` is "train" or "validation"."""
+    """A record's losses, and its tokens per second if present; `prefix` is "train" or "validation"."""
     parts = [
         f"{objective.value} {record[f'{prefix}/{objective.value}/loss']:.3f}"
         for objective in Objective

@@ -1,7 +1,7 @@
-"""Recipes: batches with the peak learning rates that suit them, and a warning to runs that are far from all of these.
+"""Recipes: batch sizes with suitable peak learning rates, and a warning for runs that are far from all of them.
 
-Between batches a learning rate goes with the square root of the tokens per step (You et al. 2020, arXiv 1904.00962, for
-LAMB), so what is compared is not the rate alone but the rate at that batch.
+Learning rates scale with the square root of the tokens per step (You et al. 2020, arXiv 1904.00962, for LAMB), so rates
+are compared after scaling to the same batch size.
 """
 
 import math
@@ -9,21 +9,21 @@ from dataclasses import dataclass
 
 from gptbert.config import TrainConfig
 
-TRIAL_STEPS = 1000  # shorter runs are trials, for which nothing is published: to get anywhere, they take larger steps
-FACTOR = 4.0  # how far off the recipes a rate may be, up or down
+TRIAL_STEPS = 1000  # shorter runs are trials: no recipes are published for them, and they need larger steps
+FACTOR = 4.0  # a rate may be off the recipes by this factor, up or down
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a run trained with.
+    """The settings that a published run trained with.
 
     Attributes:
-        name: of the run.
-        optimizer: as of `--optimizer`.
-        rows: of a step at the end of the run.
-        length: tokens of each row.
-        learning_rate: peak.
-        source: where that is published.
+        name: the run's name.
+        optimizer: a value of `--optimizer`.
+        rows: rows per step at the end of the run.
+        length: tokens per row.
+        learning_rate: peak learning rate.
+        source: where it is published.
     """
 
     name: str
@@ -35,11 +35,11 @@ class Recipe:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a step."""
+        """Tokens per step."""
         return self.rows * self.length
 
     def rate_at(self, tokens: int) -> float:
-        """Its learning rate for steps of so many tokens."""
+        """Its learning rate, scaled to this many tokens per step."""
         return self.learning_rate * math.sqrt(tokens / self.tokens)
 
 
@@ -48,25 +48,25 @@ RECIPES = (
     Recipe("configs/runs/babylm_10m.sh", "lamb", 32768, 128, 1.41e-2, GPT_BERT),
     Recipe("configs/runs/babylm_100m.sh", "lamb", 32768, 128, 1e-2, GPT_BERT),
     Recipe("configs/runs/four_gpus.sh", "lamb", 128, 128, 1e-3, "the run of README.md"),
-    # no GPT-BERT is published with AdamW; these are masked and causal models of its size
+    # no GPT-BERT was published with AdamW; these are masked and causal models of its size
     Recipe("ELECTRA-Small", "adamw", 128, 128, 5e-4, "Clark et al. 2020, arXiv 2003.10555, table 6"),
     Recipe("BERT-base", "adamw", 256, 512, 1e-4, "Devlin et al. 2019, arXiv 1810.04805, appendix A.2"),
     Recipe("ELECTRA-Base", "adamw", 256, 512, 2e-4, "Clark et al. 2020, arXiv 2003.10555, table 6"),
     Recipe("GPT-3 Small", "adamw", 256, 2048, 6e-4, "Brown et al. 2020, arXiv 2005.14165, table 2.1"),
     Recipe("RoBERTa-base", "adamw", 8192, 512, 6e-4, "Liu et al. 2019, arXiv 1907.11692, table 9"),
 )
-# of the same run as babylm_10m.sh; with fewer tokens a step, whose gradients are noisier, it would do no better
+# the run of babylm_10m.sh; with fewer tokens per step, and so noisier gradients, it would diverge too
 DIVERGED = Recipe("diverged", "lamb", 32768, 128, 2e-2, "reports of upstream's users")
 
 
 def learning_rate_range(optimizer: str, tokens: int) -> tuple[float, float]:
-    """The peak learning rates that are within `FACTOR` of a recipe, for steps of so many tokens.
+    """The range of peak learning rates within `FACTOR` of a recipe, for this many tokens per step.
 
-    Of the recipes of an optimizer, those count that have the next smaller and the next larger batch. Muon's steps are
-    made as large as AdamW's, so that AdamW's rates suit it.
+    Only the optimizer's recipes with the next smaller and the next larger batch count. Muon uses AdamW's recipes, since
+    its updates are scaled to AdamW's size.
 
     Returns:
-        The lowest, and the one below which they must stay.
+        The lower bound (inclusive) and the upper bound (exclusive).
     """
     rates = [recipe.rate_at(tokens) for recipe in _neighbors(optimizer, tokens)]
     low, high = min(rates) / FACTOR, max(rates) * FACTOR
@@ -76,9 +76,9 @@ def learning_rate_range(optimizer: str, tokens: int) -> tuple[float, float]:
 
 
 def warning(config: TrainConfig) -> str | None:
-    """A line to say at the start of a run whose batch and learning rate together are far from every recipe, or None.
+    """A warning if a run's batch size and learning rate together are far from every recipe, else None.
 
-    Runs of fewer than `TRIAL_STEPS` steps get none, nor low rates that go on from trained weights.
+    Runs of fewer than `TRIAL_STEPS` steps get none, nor do low rates that start from trained weights.
     """
     tokens, rate = config.global_batch_size * config.seq_length, config.learning_rate
     low, high = learning_rate_range(config.optimizer, tokens)
@@ -98,7 +98,7 @@ def warning(config: TrainConfig) -> str | None:
 
 
 def _neighbors(optimizer: str, tokens: int) -> list[Recipe]:
-    """An optimizer's recipes of the next smaller batch and of the next larger one, or of the only one there is."""
+    """An optimizer's recipes with the next smaller and the next larger batch, or with only one of the two."""
     recipes = [recipe for recipe in RECIPES if recipe.optimizer == {"muon": "adamw"}.get(optimizer, optimizer)]
     sizes = sorted({recipe.tokens for recipe in recipes})
     nearest = {max((size for size in sizes if size <= tokens), default=None)}

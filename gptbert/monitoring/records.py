@@ -1,4 +1,4 @@
-"""Files of records: one JSON object a line, each with the step it is of."""
+"""Files of records: one JSON object per line, each with its step."""
 
 import errno
 import json
@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-_LONGEST_RECORD = 1 << 20  # bytes of a line; a longer one is damage
+_LONGEST_RECORD = 1 << 20  # bytes; a longer line is damaged
 
 
 class JsonLines:
-    """One JSON object a line, with its step, written at once and as a whole, or not at all.
+    """Writes one JSON object per line, with its step; each immediately, and completely or not at all.
 
-    Opening drops the records of steps after `first_step`: a run that was killed wrote them, and will write them again.
+    Opening drops records of steps after `first_step`: a killed run wrote them, and this one will write them again.
     """
 
     def __init__(self, path: Path, first_step: int) -> None:
@@ -27,7 +27,7 @@ class JsonLines:
         """Append a record."""
         line = (json.dumps({"step": step, **values}) + "\n").encode()
         size = os.fstat(self._file.fileno()).st_size
-        if self._file.write(line) < len(line):  # the disk is full, and readers stop at a broken line
+        if self._file.write(line) < len(line):  # disk full: remove the part, since readers stop at a broken line
             self._file.truncate(size)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -37,12 +37,12 @@ class JsonLines:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """All records of a file; a last line cut short by a kill is left out."""
+    """All records of a file; a last line truncated by a kill is omitted."""
     return [record for _, record in _records(path)]
 
 
 def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Lines and their records, up to the first line that is none."""
+    """Lines and their records, up to the first invalid line."""
     if not path.is_file():
         return
     with path.open("rb") as file:

@@ -1,8 +1,8 @@
-"""What a run's model fills into a few fixed texts, at each validation: progress that can be read.
+"""A run's predictions for masks in a few fixed texts, at each validation: progress in readable form.
 
-The texts are cut out of the middle of documents of the validation file, with the same tokens masked in every run on
-that file. A record of `samples.jsonl` is one text at one step: the three likeliest tokens for each of its masks, with
-their probabilities by the weights of that step (not by their average):
+The texts are excerpts from the middle of validation documents, with the same tokens masked in every run on that file.
+A record of `samples.jsonl` is one text at one step: the three likeliest tokens per mask, with their probabilities under
+that step's weights (not their average):
 
     {"step": 1000, "text": "The first<mask> is …", "answers": [" argument"], "guesses": [[[" argument", 0.62], …]]}
 """
@@ -21,20 +21,20 @@ from gptbert.model import GPTBert
 from gptbert.text.tokenizer import BOS_ID, MASK_ID, PAD_ID, load_tokenizer
 
 NUM_TEXTS = 4
-MOST_TOKENS = 48  # of a text
+MOST_TOKENS = 48  # per text
 MASKED_SHARE = 0.1
-TOP = 3  # guesses for a mask
-_DOCUMENTS = 1000  # looked at, for texts that are not short
-_SEED = 20  # of the masks' places, whatever the run's seed: runs are compared on the same masks
+TOP = 3  # guesses per mask
+_DOCUMENTS = 1000  # searched for texts of full length
+_SEED = 20  # of the mask positions; independent of the run's seed, so that runs are compared on the same masks
 
 
 class Samples:
-    """A few texts with masks, and what a model fills in.
+    """A few texts with masks, for a model to fill in.
 
     Args:
-        config: of the run.
+        config: the run's settings.
         store: validation documents.
-        world: gives the device.
+        world: provides the device.
 
     Raises:
         InputError: the tokenizer cannot be read.
@@ -45,7 +45,7 @@ class Samples:
         texts = _excerpts(store, min(MOST_TOKENS, config.seq_length - 1))
         masked = [(text, _places(text, number, config.n_special_tokens)) for number, text in enumerate(texts)]
         masked = [(text, places) for text, places in masked if len(places)]
-        shape = (len(masked), config.seq_length)  # rows as long as validation's, which are compiled already
+        shape = (len(masked), config.seq_length)  # as long as validation's rows, which are compiled already
         input_ids, document_ids = np.full(shape, PAD_ID), np.full(shape, -1)
         self._texts, self._rows, self._columns = [], [], []
         for row, (text, places) in enumerate(masked):
@@ -62,10 +62,10 @@ class Samples:
 
     @torch.no_grad()
     def __call__(self, model: GPTBert, precision: AbstractContextManager) -> list[dict[str, Any]]:
-        """Have `model` fill in the masks, leaving it in the mode it was in; every rank must call it.
+        """Have `model` fill in the masks; its train/eval mode is restored. Every rank must call it.
 
         Returns:
-            A record for each text, without the step; see the module.
+            One record per text, without the step; see the module.
         """
         if not self._texts:
             return []
@@ -86,7 +86,7 @@ class Samples:
 
 
 def _excerpts(store: TokenStore, most_tokens: int) -> list[np.ndarray]:
-    """The middle, where headings are rare, of the first documents that have `most_tokens`, or else of the longest."""
+    """The middle, where headings are rare, of the first documents with `most_tokens`, or else of the longest."""
     starts, lengths = store.documents(0, min(_DOCUMENTS, store.num_documents))
     sizes = np.minimum(lengths, most_tokens)
     starts = starts + (lengths - sizes) // 2
@@ -96,7 +96,7 @@ def _excerpts(store: TokenStore, most_tokens: int) -> list[np.ndarray]:
 
 
 def _places(text: np.ndarray, number: int, num_special_tokens: int) -> np.ndarray:
-    """Where to mask the text of this number, in rising order; special tokens are left alone."""
+    """Positions to mask in the text of this index, ascending; special tokens are never masked."""
     ordinary = np.flatnonzero(text >= num_special_tokens)
     count = min(len(ordinary), max(1, round(MASKED_SHARE * len(text))))
     return np.sort(np.random.default_rng((_SEED, number)).choice(ordinary, count, replace=False))

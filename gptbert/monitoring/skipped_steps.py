@@ -1,4 +1,4 @@
-"""Steps whose gradients were not finite: the optimizer skips them, and here they are counted."""
+"""Counts the steps that the optimizer skipped because gradients were not finite."""
 
 import torch
 from torch import Tensor
@@ -7,21 +7,21 @@ from gptbert.errors import SharedError
 
 
 class SkippedSteps:
-    """Counters on the device, the same on every rank, because the gradient's norm is.
+    """Counters on the device; the same on every rank, since the gradient norm is.
 
     Attributes:
-        counts: [3] int64: skipped steps of the whole run, of the row of them that ends with the newest step, and of the
-            longest such row since `longest_row` was last called.
+        counts: [3] int64: skipped steps of the whole run, of the streak that ends with the newest step, and of the
+            longest streak since `longest_row` was last called.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.counts = torch.zeros(3, dtype=torch.int64, device=device)
 
     def add(self, gradient_norm: Tensor) -> Tensor:
-        """Count a step.
+        """Count a step, without a device sync.
 
         Returns:
-            Whether it was taken, a bool scalar on the device.
+            Whether the step was taken, a bool scalar on the device.
         """
         is_taken = gradient_norm.isfinite()
         total, row, longest = self.counts.unbind()
@@ -34,17 +34,17 @@ class SkippedSteps:
         return int(self.counts[0])
 
     def longest_row(self) -> int:
-        """The most skipped steps one after another since the last call."""
+        """The longest streak of skipped steps since the last call."""
         _, row, longest = self.counts.tolist()
         self.counts[2] = row
         return longest
 
     def raise_if_too_many(self, most: int, step: int) -> None:
-        """End the run where it skips too much.
+        """End the run if it skips too many steps in a row.
 
         Args:
-            most: skipped steps one after another, since `longest_row` was last called, that are too many.
-            step: steps done by now.
+            most: the streak of skipped steps, since `longest_row` was last called, that ends the run.
+            step: steps completed.
 
         Raises:
             SharedError: on every rank.

@@ -1,4 +1,4 @@
-"""Where a run's records go: its own files, Weights & Biases, TensorBoard."""
+"""Destinations of a run's records: its own files, Weights & Biases, TensorBoard."""
 
 import netrc
 import os
@@ -15,22 +15,22 @@ from gptbert.monitoring.records import JsonLines
 
 
 class Tracker(Protocol):
-    """A place that records go to."""
+    """A destination of records."""
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Record values of a step under their stable names."""
+        """Record a step's values under their stable names."""
 
     def close(self) -> None:
         """Finish the run's record."""
 
 
 class Wandb:
-    """Weights & Biases; a resumed run goes on under the same id.
+    """Weights & Biases; a resumed run keeps its id.
 
-    Where its server is not reached, it records offline, and `wandb sync` uploads that later.
+    If the server cannot be reached, it records offline; `wandb sync` uploads that later.
 
     Raises:
-        InputError: `--wandb_mode online` without a login that works.
+        InputError: `--wandb_mode online` without a working login.
     """
 
     def __init__(self, config: TrainConfig, settings: dict[str, Any]) -> None:
@@ -57,7 +57,7 @@ class Wandb:
         mode = _wandb_mode() if config.wandb_mode == "auto" else config.wandb_mode
         try:
             self._run = start(mode)
-        except Exception as error:  # its own, of the network, of its service
+        except Exception as error:  # wandb's own, the network's, the service's
             is_refused = isinstance(error, wandb.errors.AuthenticationError | wandb.errors.UsageError)
             if is_refused and config.wandb_mode == "online":
                 raise InputError(
@@ -66,7 +66,7 @@ class Wandb:
             if mode != "online":
                 raise
             log(f"wandb is not reached ({first_line(error)}); recording offline, for wandb sync")
-            wandb.teardown()  # or the run's id is in use
+            wandb.teardown()  # otherwise the run's id stays in use
             self._run = start("offline")
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -74,12 +74,12 @@ class Wandb:
         self._run.log(values, step=step)
 
     def close(self) -> None:
-        """See `Tracker`; gives up uploading after a while."""
+        """See `Tracker`; stops uploading after a timeout."""
         self._run.finish()
 
 
 def _wandb_mode() -> str:
-    """Online where the user is logged in; WANDB_MODE, where set, decides."""
+    """WANDB_MODE if set; else online if the user is logged in."""
     if mode := os.environ.get("WANDB_MODE"):
         if mode not in {"online", "offline", "disabled"}:
             raise InputError(f"WANDB_MODE is {mode!r}, expected online, offline or disabled")
@@ -95,7 +95,7 @@ def _wandb_mode() -> str:
 class TensorBoard:
     """Event files in the run's folder, for `tensorboard --logdir`.
 
-    Records of steps after `first_step`, which a run wrote that was killed, are hidden: this one writes them again.
+    Records of steps after `first_step`, written by a killed run, are hidden: this run writes them again.
 
     Raises:
         InputError: the library is not installed.
@@ -111,7 +111,7 @@ class TensorBoard:
         self._writer = SummaryWriter(str(config.run_dir / "tensorboard"), purge_step=first_step + 1)
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """See `Tracker`; what is not on the disk when a run is killed would not come again."""
+        """See `Tracker`; flushes, since records lost in a kill would not be written again."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
@@ -122,10 +122,10 @@ class TensorBoard:
 
 
 class Trackers:
-    """All that a run writes down, as a context; nothing on ranks other than the main one.
+    """All trackers of a run, as a context manager; none on ranks other than the main one.
 
-    A tracker that fails costs its records, not the run: its first failure is said on the screen, and it is tried again
-    with the next record.
+    A failing tracker loses records but does not end the run: its first failure is logged, and it is tried again with
+    the next record.
     """
 
     def __init__(self, config: TrainConfig, world: World, settings: dict[str, Any], first_step: int) -> None:
@@ -150,7 +150,7 @@ class Trackers:
                 tracker.log(step, values)
 
     def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
-        """Write what the model makes of fixed texts, a line each; see `gptbert.monitoring.samples`."""
+        """Write the model's guesses for fixed texts, one line each; see `gptbert.monitoring.samples`."""
         if self._samples:
             with self._surviving("samples.jsonl"):
                 for sample in samples:
@@ -172,7 +172,7 @@ class Trackers:
             yield
         except InputError:
             raise
-        except Exception as error:  # noqa: BLE001  libraries raise what they like
+        except Exception as error:  # noqa: BLE001  libraries may raise anything
             if name not in self._failed:
                 log(f"{name} fails ({first_line(error) or type(error).__name__}); training goes on")
             self._failed.add(name)

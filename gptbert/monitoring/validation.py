@@ -1,4 +1,4 @@
-"""Validation, during a run and after it: loss, perplexity and accuracy of both objectives, with the same masks."""
+"""Validation during and after a run: loss, perplexity and accuracy of both objectives, always with the same masks."""
 
 import reprlib
 from collections.abc import Callable
@@ -23,12 +23,12 @@ from gptbert.model import GPTBert
 from gptbert.monitoring.metrics import LossSums
 
 _SETTINGS_BYTES = 1 << 20
-_MASK_SEED = 0x5EED_0F_7A11D  # of validation only, whatever the run's seed: runs are compared on the same masks
+_MASK_SEED = 0x5EED_0F_7A11D  # independent of the run's seed, so that runs are compared on the same masks
 
 
 @dataclass(frozen=True)
 class ValidationSettings:
-    """What of a run's settings validation depends on, under the names of `TrainConfig`."""
+    """The settings that validation depends on, named as in `TrainConfig`."""
 
     seq_length: int
     local_batch_size: int
@@ -42,12 +42,12 @@ class ValidationSettings:
 
     @classmethod
     def of(cls, config: TrainConfig) -> "ValidationSettings":
-        """Those of a run that trains."""
+        """Those of a training run."""
         return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
 
     @classmethod
     def from_json(cls, path: Path) -> "ValidationSettings":
-        """Those in a checkpoint's `train_config.json`; where one is not in it, `TrainConfig`'s default.
+        """Those in a checkpoint's `train_config.json`; `TrainConfig`'s default for any that is missing.
 
         Args:
             path: the checkpoint's folder.
@@ -70,13 +70,13 @@ class ValidationSettings:
 
 
 class Validation:
-    """The validation rows of a store, and their evaluation.
+    """A store's validation rows, and their evaluation.
 
     Args:
-        settings: how rows are made, masked and batched, and how many there are.
+        settings: how rows are made, masked and batched, and how many of them.
         store: validation documents.
-        world: rows are divided among its ranks; sums are over all of them.
-        vocab_size: of the tokenizer, for random tokens in masks.
+        world: rows are split over its ranks; means are over all of them.
+        vocab_size: the tokenizer's, to draw random replacement tokens.
     """
 
     def __init__(self, settings: ValidationSettings, store: TokenStore, world: World, vocab_size: int) -> None:
@@ -96,7 +96,7 @@ class Validation:
             self.num_rows = min(self.num_rows, settings.validation_steps * settings.global_batch_size)
 
     def __call__(self, model: GPTBert, precision: AbstractContextManager) -> dict[Objective, dict[str, float]]:
-        """Evaluate `model`, leaving it in the mode it was in; every rank must call it.
+        """Evaluate `model`; its train/eval mode is restored. Every rank must call it.
 
         Returns:
             Per objective: loss, perplexity, accuracy, z_loss, count of labels.
@@ -107,19 +107,19 @@ class Validation:
     def sums(
         self, model: GPTBert, precision: AbstractContextManager, advance: Callable[[int], object] = lambda _: None
     ) -> LossSums:
-        """What `__call__` takes the means of, of this rank's rows; every rank must call it.
+        """The sums over this rank's rows, of which `__call__` takes the means; every rank must call it.
 
         Args:
-            model: left in the mode it was in.
-            precision: to compute in.
-            advance: called with numbers of rows as they are done, `num_rows` in all over the ranks.
+            model: its train/eval mode is restored.
+            precision: an autocast context or similar.
+            advance: called with the number of rows just finished; `num_rows` in total over all ranks.
         """
         was_training = model.training
         model.eval()
         sums = LossSums(self._world.device)
         rank, world_size, step = self._world.rank, self._world.world_size, self._settings.local_batch_size
         first, end = self.num_rows * rank // world_size, self.num_rows * (rank + 1) // world_size
-        most = -(-self.num_rows // world_size)  # rows of a rank: all ranks gather sharded weights equally often
+        most = -(-self.num_rows // world_size)  # on each rank: sharded weights need equally many forwards
         for row in range(first, first + most, step):
             for batch in self._batches(row, min(step, end - row)):
                 with precision:
@@ -131,7 +131,7 @@ class Validation:
         return sums
 
     def _batches(self, first: int, count: int) -> list[Batch]:
-        """Both objectives' batches of the same rows; of padding if there are none."""
+        """Both objectives' batches of the same rows; batches of padding if `count` is not positive."""
         if count <= 0:
             return [Batch.padding(self._settings.seq_length, self._world.device)] * len(Objective)
         rows = self._stream.rows(first, count)
@@ -142,6 +142,6 @@ class Validation:
 
 
 def unigram_entropy(tokens: Tensor) -> float:
-    """Entropy in nats of the tokens' own frequencies: the loss of the best model that ignores all context."""
+    """Entropy in nats of the token frequencies: the loss of the best model that ignores context."""
     counts = torch.bincount(tokens)
     return torch.special.entr(counts[counts > 0] / counts.sum()).sum().item()

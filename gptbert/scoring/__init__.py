@@ -1,6 +1,6 @@
-"""What trained models say.
+"""Scoring sentences with trained models.
 
 - `trained_model`: a model and its tokenizer, from a checkpoint or an exported folder.
 - `likelihood`: log-likelihoods of sentences under both objectives.
-- `minimal_pairs`: minimal pairs, read and counted.
+- `minimal_pairs`: minimal pairs: reading and accuracy.
 """

@@ -1,10 +1,10 @@
-"""Log-likelihoods of sentences under both objectives, batched, at any number of temperatures from the same forwards.
+"""Batched log-likelihoods of sentences under both objectives, at any number of temperatures from the same forwards.
 
-Of a sentence `<s>` x_1 … x_n and a temperature τ, with log p = log-softmax(logits/τ):
+For a sentence `<s>` x_1 … x_n and a temperature τ, with log p = log-softmax(logits/τ):
 
-- causal: Σ_i log p(x_i | `<s>` x_1 … x_{i−1}), attention looking backwards;
-- masked: Σ_i log p(x_i | the sentence with `<mask>` for x_i), attention looking both ways: the pseudo-log-likelihood of
-  Salazar et al. (2020, arXiv 1910.14659).
+- causal: Σ_i log p(x_i | `<s>` x_1 … x_{i−1}), with causal attention;
+- masked: Σ_i log p(x_i | the sentence with `<mask>` for x_i), with bidirectional attention: the pseudo-log-likelihood
+  of Salazar et al. (2020, arXiv 1910.14659).
 
 Both objectives predict the *next* token (docs/model.md#rows), so both read x_i from the position before it.
 
@@ -22,20 +22,20 @@ from gptbert.data.objectives import Objective
 from gptbert.model import GPTBert
 from gptbert.text.tokenizer import MASK_ID, PAD_ID
 
-_LOGITS = 1 << 24  # numbers of logits at once: 64 MB in fp32
+_LOGITS = 1 << 24  # logits in memory at once: 64 MB in fp32
 
 
 @dataclass(frozen=True)
 class _Queries:
-    """Predictions that one forward answers.
+    """The predictions of one forward.
 
     Attributes:
         input_ids: [B, T] int64.
         document_ids: [B, T] int64, −1 for padding.
-        rows: [N], where each prediction is read.
-        positions: [N]; the token that is predicted stands behind it.
-        targets: [N], that token.
-        sentences: [N], number of the sentence that it belongs to.
+        rows: [N], row of each prediction.
+        positions: [N], position of each prediction; the predicted token follows it.
+        targets: [N], the predicted tokens.
+        sentences: [N], index of each target's sentence.
     """
 
     input_ids: np.ndarray
@@ -55,18 +55,18 @@ def log_likelihoods(
     batch_tokens: int = 8192,
     advance: Callable[[int], object] = lambda _: None,
 ) -> Tensor:
-    """Score sentences; equal ones get equal scores, to the bit.
+    """Score sentences; equal sentences get bitwise equal scores.
 
     Args:
         model: in eval mode.
         sentences: token ids, `<s>` first; of any length, since distances are clamped (docs/model.md#position-buckets).
         objective: CLM for the causal score, MLM for the masked one.
         temperatures: K positive numbers that divide the logits.
-        batch_tokens: about how many tokens go through the model at once, padding included; one row at least.
-        advance: called with the numbers of predictions as they are made, `num_predictions` in all.
+        batch_tokens: maximum tokens per forward, including padding; at least one row.
+        advance: called with the number of predictions just made; `num_predictions` in total.
 
     Returns:
-        [sentences, K] fp64 on the CPU, in nats; 0 for a sentence of `<s>` alone.
+        [sentences, K] fp64 on the CPU, in nats; 0 for a sentence of only `<s>`.
     """
     distinct = list({tuple(sentence): None for sentence in sentences})
     number = {sentence: index for index, sentence in enumerate(distinct)}
@@ -86,12 +86,12 @@ def log_likelihoods(
 
 
 def num_predictions(sentences: Sequence[Sequence[int]]) -> int:
-    """Tokens that `log_likelihoods` predicts: all but the `<s>` of each distinct sentence."""
+    """Number of tokens that `log_likelihoods` predicts: all except the `<s>` of each distinct sentence."""
     return sum(len(sentence) - 1 for sentence in set(map(tuple, sentences)))
 
 
 def _log_probabilities(model: GPTBert, hidden_states: Tensor, targets: Tensor, temperatures: Sequence[float]) -> Tensor:
-    """Of the tokens `targets` [N] after the positions with these hidden states [N, D], at each temperature: [N, K]."""
+    """Log-probabilities [N, K] of `targets` [N] given the hidden states [N, D] before them, at each temperature."""
     pieces = []
     at_once = max(1, _LOGITS // model.config.vocab_size)
     for states, tokens in zip(hidden_states.split(at_once), targets.split(at_once), strict=True):
@@ -103,10 +103,10 @@ def _log_probabilities(model: GPTBert, hidden_states: Tensor, targets: Tensor, t
 
 
 def _causal_queries(sentences: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[_Queries]:
-    """Every sentence is a row, which predicts all of its tokens."""
+    """One row per sentence, which predicts all of its tokens."""
     lengths = np.array([len(sentence) for sentence in sentences], np.int64)
     order = np.argsort(lengths, kind="stable")
-    order = order[lengths[order] > 1]  # `<s>` alone predicts nothing
+    order = order[lengths[order] > 1]  # a lone `<s>` predicts nothing
     for batch in _batches(order, lengths[order], batch_tokens):
         input_ids, document_ids = _padded([sentences[index] for index in batch])
         is_predicted = document_ids >= 0
@@ -116,7 +116,7 @@ def _causal_queries(sentences: Sequence[Sequence[int]], batch_tokens: int) -> It
 
 
 def _masked_queries(sentences: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[_Queries]:
-    """Every token of every sentence is a row: the sentence with that token masked, which predicts it."""
+    """One row per token of every sentence: the sentence with that token masked, which it predicts."""
     lengths = np.array([len(sentence) for sentence in sentences], np.int64)
     order = np.argsort(lengths, kind="stable")
     copies = np.repeat(order, lengths[order] - 1)
@@ -132,7 +132,7 @@ def _masked_queries(sentences: Sequence[Sequence[int]], batch_tokens: int) -> It
 
 
 def _batches(items: np.ndarray, lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
-    """Consecutive items, the shortest first, that padded to the longest of them take at most `batch_tokens`."""
+    """Batches of consecutive items (sorted by length) that take at most `batch_tokens` when padded to the longest."""
     first = 0
     while first < len(items):
         longest = lengths[first : first + max(1, batch_tokens // int(lengths[first]))]  # of 1, 2, … rows
@@ -143,7 +143,7 @@ def _batches(items: np.ndarray, lengths: np.ndarray, batch_tokens: int) -> Itera
 
 
 def _padded(sentences: list[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and document ids, [B, T] each, with padding on the right."""
+    """Token ids and document ids, [B, T] each, padded on the right."""
     longest = max(map(len, sentences))
     input_ids = np.full((len(sentences), longest), PAD_ID, np.int64)
     document_ids = np.full((len(sentences), longest), -1, np.int64)

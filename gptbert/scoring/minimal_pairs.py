@@ -1,4 +1,4 @@
-"""Minimal pairs: JSONL files with the fields of BLiMP (Warstadt et al. 2020, arXiv 1912.00582), read and counted."""
+"""Minimal pairs: JSONL files with BLiMP's fields (Warstadt et al. 2020, arXiv 1912.00582), and accuracy on them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ BLIMP_GROUP = "UID"  # BLiMP's field for the paradigm of a pair
 
 @dataclass(frozen=True)
 class MinimalPair:
-    """Two sentences that differ in what makes one of them unacceptable.
+    """Two sentences with a minimal difference that makes one of them unacceptable.
 
     Attributes:
         good: the acceptable one.
-        bad: the other one.
+        bad: the unacceptable one.
         groups: value of each field that pairs are grouped by.
-        file: it comes from.
-        line: number of its line, from 1.
+        file: the file it comes from.
+        line: line number, from 1.
     """
 
     good: str
@@ -32,14 +32,14 @@ class MinimalPair:
 
 
 def read_pairs(paths: Sequence[Path], group_by: Sequence[str] | None = None) -> list[MinimalPair]:
-    """Read every line of files, and of the `.jsonl` and `.jsonl.gz` files of folders, in order of their names.
+    """Read every line of files, and of the `.jsonl` and `.jsonl.gz` files in folders, sorted by name.
 
     Args:
         paths: files and folders.
-        group_by: fields that every line must have; None for `UID` where all have it, else for no groups.
+        group_by: fields that every line must have; None groups by `UID` if every line has it, else not at all.
 
     Raises:
-        InputError: a path is not there, or a line is no pair; names file and line.
+        InputError: a path does not exist, or a line is not a pair; names file and line.
     """
     fields = [BLIMP_GROUP] if group_by is None else list(dict.fromkeys(group_by))
     pairs = []
@@ -60,7 +60,7 @@ def read_pairs(paths: Sequence[Path], group_by: Sequence[str] | None = None) -> 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Shares of the pairs whose good sentence has the higher score; equal scores are wrong.
+    """Fractions of pairs whose good sentence has the higher score; ties count as wrong.
 
     Attributes:
         micro: over all pairs.
@@ -77,12 +77,12 @@ class Accuracy:
 
     @property
     def headline(self) -> float:
-        """What temperatures are compared by: the mean over the values of the first field, or over all pairs."""
+        """The criterion to compare temperatures: the mean over the values of the first field, or over all pairs."""
         return next(iter(self.macro.values()), self.micro)
 
     @classmethod
     def of(cls, pairs: Sequence[MinimalPair], good_scores: np.ndarray, bad_scores: np.ndarray) -> "Accuracy":
-        """Compare scores [pairs], higher ones for likelier sentences."""
+        """Accuracy from scores [pairs], higher for likelier sentences."""
         correct = good_scores > bad_scores
         groups = {
             field: {value: float(correct[chosen].mean()) for value, chosen in members(pairs, field).items()}
@@ -92,7 +92,7 @@ class Accuracy:
 
 
 def members(pairs: Sequence[MinimalPair], field: str) -> dict[str, list[int]]:
-    """The numbers of the pairs with each value of a field, in the order of first appearance."""
+    """Indices of the pairs with each value of a field, in order of first appearance."""
     found: dict[str, list[int]] = {}
     for index, pair in enumerate(pairs):
         found.setdefault(pair.groups[field], []).append(index)

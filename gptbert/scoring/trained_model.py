@@ -1,4 +1,4 @@
-"""A trained model and its tokenizer, as every command after training is given them."""
+"""A trained model and its tokenizer, the input of every command after training."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,24 +18,24 @@ from gptbert.text.tokenizer import load_tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class ModelChoice:
-    """Which model a command takes."""
+    """The model for a command."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """A run's folder, for its newest checkpoint, or a checkpoint's own."""
+    """A run's folder, for its newest checkpoint, or a checkpoint's folder."""
     weights: Literal["ema", "model"] = "ema"
     """ema: the moving average of the weights. model: the weights themselves."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto: a GPU where there is one."""
+    """auto: a GPU if there is one."""
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """What a checkpoint holds for use.
+    """A checkpoint's model and tokenizer, loaded.
 
     Attributes:
         path: the checkpoint's folder.
         model: in eval mode, on its device.
-        tokenizer: that it was trained with.
+        tokenizer: the one it was trained with.
     """
 
     path: Path
@@ -44,15 +44,15 @@ class TrainedModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes."""
+        """The model's device."""
         return next(self.model.parameters()).device
 
     @classmethod
     def load(cls, choice: ModelChoice) -> "TrainedModel":
-        """Load what the command line names.
+        """Load the model that the command line names.
 
         Raises:
-            InputError: there is no checkpoint, or it is damaged, or the device is not there.
+            InputError: the checkpoint is missing or damaged, or the device does not exist.
         """
         device = choose_device(choice.device)
         path = newest_in(choice.run)

@@ -1,6 +1,6 @@
 """The corpus: documents streamed out of JSONL and text files, gzipped or not, one document in memory at a time.
 
-Tables, of which some rows are in memory at a time, are read by `gptbert.text.tables`.
+Tables are read by `gptbert.text.tables`, some rows in memory at a time.
 """
 
 import gzip
@@ -20,9 +20,9 @@ from tqdm import tqdm
 from gptbert.errors import InputError
 from gptbert.text.tables import dataset_rows, is_table, require_library, saved_dataset_files, table_rows
 
-MAX_TEXT_DOCUMENT = 1 << 20  # characters: a text file without blank lines must not become one document
-MAX_LINE = 1 << 26  # bytes: what a few kilobytes of gzip unpack to must not fill the memory
-REPORTED_LINES = 5  # bad lines shown one by one under --on_error=skip; the rest is only counted
+MAX_TEXT_DOCUMENT = 1 << 20  # characters, so that a text file without blank lines does not become one document
+MAX_LINE = 1 << 26  # bytes, so that a few kilobytes of gzip cannot fill the memory
+REPORTED_LINES = 5  # bad lines reported individually with --on_error=skip; the rest is only counted
 GZIP_MAGIC = b"\x1f\x8b"
 UTF8_MARK = b"\xef\xbb\xbf"
 
@@ -33,53 +33,53 @@ class CorpusConfig:
 
     input: tuple[Path, ...] = ()
     """Files or folders of documents.
-    Folders are read with their sub-folders, in order of the names, without hidden files.
-    Gzip is recognized by content, Parquet and Arrow by names that end in .parquet and .arrow.
-    A folder that save_to_disk of Hugging Face's datasets wrote is read as that dataset."""
+    Folders are read recursively, sorted by name, without hidden files.
+    Gzip is recognized by content, Parquet and Arrow by the suffixes .parquet and .arrow.
+    A folder written by save_to_disk of Hugging Face's datasets is read as that dataset."""
     dataset: str | None = None
-    """Instead of --input: a Hugging Face dataset, by its name on the Hub or a folder of data files, streamed."""
+    """Instead of --input: a Hugging Face dataset, streamed; its name on the Hub or a folder of data files."""
     dataset_config: str | None = None
-    """Configuration of --dataset, where it has several."""
+    """Configuration of --dataset, if it has several."""
     split: str | None = None
-    """Split of --dataset, or of a folder that DatasetDict.save_to_disk wrote, where it has several."""
+    """Split of --dataset, or of a folder written by DatasetDict.save_to_disk, if it has several."""
     text_field: str = "text"
-    """Name of the field of a JSON object, or the column of a table, that holds the text."""
+    """Field of a JSON object, or column of a table, with the text."""
     format: Literal["auto", "jsonl", "text"] = "auto"
-    """What files are that are no tables.
-    jsonl: one document a line, a JSON string or an object with a --text_field string.
+    """Format of files that are not tables.
+    jsonl: one document per line, a JSON string or an object with a --text_field string.
     text: plain UTF-8.
     auto: jsonl for names that end in .jsonl, .ndjson or .json (or these and .gz), else text."""
     text_documents: Literal["blank_line", "line"] = "blank_line"
     """What ends a document in a text file: a blank line, or every line.
     A document that reaches 1,048,576 characters is cut at the end of that line."""
     on_error: Literal["stop", "skip"] = "stop"
-    """Stop at a line or row that is no document (broken JSON, no text, not UTF-8), or skip and count it."""
+    """Stop at a line or row that is not a document (broken JSON, no text, not UTF-8), or skip and count it."""
 
 
 class Corpus:
-    """The documents of a CorpusConfig, in order, stripped of surrounding white space; empty ones are left out.
+    """The documents of a CorpusConfig, in order, stripped of surrounding whitespace; empty ones are omitted.
 
-    Iterating shows a progress bar over the bytes on disk, or of a dataset by name the bytes so far, and updates the
-    counts.
+    Iterating updates the counts and shows a progress bar over the bytes on disk, or the bytes so far of a dataset by
+    name.
 
     Attributes:
-        files: every file that is read, none for a dataset by name.
-        num_bytes: their size on disk, in bytes (compressed where they are).
-        num_documents: documents handed out so far.
+        files: every file to read; empty for a dataset by name.
+        num_bytes: their size on disk in bytes, compressed if they are.
+        num_documents: documents yielded so far.
         text_bytes: their size as UTF-8, in bytes.
-        empty_documents: documents left out because nothing but white space was in them.
-        skipped_lines: bad lines and rows left out under `on_error="skip"`.
+        empty_documents: documents omitted because they were only whitespace.
+        skipped_lines: bad lines and rows skipped with `on_error="skip"`.
     """
 
     def __init__(self, config: CorpusConfig, domain_field: str | None = None) -> None:
         """List the files.
 
         Args:
-            config: says what to read, and how.
+            config: what to read, and how.
             domain_field: field of JSONL objects, or column of tables, with each document's domain, for `with_domains`.
 
         Raises:
-            InputError: nothing is there, a folder holds no file, or a library is missing that reads it.
+            InputError: a path does not exist, a folder has no files, or a library needed to read it is missing.
         """
         self.config = config
         self.domain_field = domain_field
@@ -96,17 +96,17 @@ class Corpus:
         """Yield each document.
 
         Raises:
-            InputError: a file cannot be read, or, under `on_error="stop"`, a line or row is bad; names it.
+            InputError: a file cannot be read or, with `on_error="stop"`, a line or row is bad; names it.
         """
         return (text for _, text in self.with_domains())
 
     def with_domains(self) -> Iterator[tuple[str, str]]:
-        """Yield the domain of each document, "" without a `domain_field`, and the document.
+        """Yield each document's domain ("" without a `domain_field`), and the document.
 
         Raises:
-            InputError: as iterating does; a line without the field is bad.
+            InputError: as in `__iter__`; a line without the field is bad.
         """
-        # On a terminal the bar moves smoothly, in the log of a batch job it adds a line now and then.
+        # Smooth on a terminal, an occasional line in the log of a batch job.
         interval = 0.2 if sys.stderr.isatty() else 30.0
         total = None if self.config.dataset else self.num_bytes
         with tqdm(total=total, unit="B", unit_scale=True, delay=0.5, mininterval=interval) as bar:
@@ -120,7 +120,7 @@ class Corpus:
                 yield domain, text
 
     def counts(self) -> str:
-        """What was read and what was left out, for the last line that a script prints."""
+        """A summary of what was read and omitted, for a script's last line."""
         skipped = f"{self.skipped_lines:,} bad lines skipped, {self.empty_documents:,} empty documents dropped"
         return f"{self.num_documents:,} documents, {self.text_bytes:,} bytes of text ({skipped})"
 
@@ -191,7 +191,7 @@ class Corpus:
             yield "", "".join(pieces)
 
     def _parts(self, record: Any) -> tuple[str, str]:
-        """The domain and the text of a line or row; ValueError says in words why there is none."""
+        """The domain and the text of a line or row; ValueError with the reason if there is none."""
         if isinstance(record, dict):
             domain = label_field(record, self.domain_field) if self.domain_field else ""
             return domain, string_field(record, self.config.text_field)
@@ -211,7 +211,7 @@ class Corpus:
 
 
 class _CountedFile(io.FileIO):
-    """A file that tells how many bytes were read from the disk: for gzip too, that is what progress is made of."""
+    """A file that reports the bytes read from disk, compressed ones for gzip, to show progress."""
 
     def __init__(self, file: Path, advance: Callable[[int], object]) -> None:
         super().__init__(file)
@@ -224,7 +224,7 @@ class _CountedFile(io.FileIO):
 
 
 def _list_files(path: Path, split: str | None) -> list[Path]:
-    """The file itself, or the files below a folder."""
+    """The file itself, or all files below a folder."""
     if not path.exists():
         raise InputError(f"--input {path}: no such file or folder")
     if not path.is_dir():
@@ -248,9 +248,9 @@ def _list_files(path: Path, split: str | None) -> list[Path]:
 
 
 def numbered_lines(file: Path, advance: Callable[[int], object]) -> Iterator[tuple[int, bytes]]:
-    """Number the lines of a file, from 1, as bytes with their line ends; unpack gzip.
+    """Yield a file's lines as bytes with line ends, numbered from 1; decompresses gzip.
 
-    Of a line longer than `MAX_LINE` comes the beginning, one byte too long.
+    A line longer than `MAX_LINE` is truncated to one byte more than that.
     """
     try:
         with io.BufferedReader(_CountedFile(file, advance), buffer_size=1 << 20) as stream:
@@ -262,7 +262,7 @@ def numbered_lines(file: Path, advance: Callable[[int], object]) -> Iterator[tup
                 if not line:
                     break
                 yield number, line.removeprefix(UTF8_MARK) if number == 1 else line
-                while len(line) > MAX_LINE and not line.endswith(b"\n"):  # the rest of one that is too long
+                while len(line) > MAX_LINE and not line.endswith(b"\n"):  # skip the rest of an overlong line
                     line = lines.readline(MAX_LINE + 1)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(f"{file}: the gzip data is damaged or cut short ({error}); copy the file again") from error
@@ -283,7 +283,7 @@ def _decode(line: bytes) -> str:
 
 
 def parse_json(line: bytes) -> Any:
-    """The JSON value on a line; ValueError says in words why there is none."""
+    """The JSON value on a line; ValueError with the reason if there is none."""
     _check_length(line)
     try:
         return json.loads(_decode(line.rstrip(b"\r\n")))
@@ -294,20 +294,20 @@ def parse_json(line: bytes) -> Any:
 
 
 def string_field(values: dict[str, Any], name: str) -> str:
-    """A text in a JSON object; ValueError says in words why there is none."""
+    """A text in a JSON object; ValueError with the reason if there is none."""
     if name not in values:
         raise ValueError(f"the object has no `{name}`")
     return _string(values[name], f"`{name}`")
 
 
 def label_field(values: dict[str, Any], name: str) -> str:
-    """A label in a JSON object, which may be a number or a boolean; ValueError says in words why there is none."""
+    """A label in a JSON object, possibly a number or a boolean; ValueError with the reason if there is none."""
     value = values.get(name)
     return json.dumps(value) if isinstance(value, bool | int | float) else string_field(values, name)
 
 
 def _string(value: Any, what: str) -> str:
-    if isinstance(value, bytes):  # of a table
+    if isinstance(value, bytes):  # from a table
         return _decode(value)
     if not isinstance(value, str):
         kind = _JSON_NAMES.get(type(value), f"of type {value}")
@@ -315,7 +315,7 @@ def _string(value: Any, what: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"half a surrogate pair, \\u{ord(value[error.start]):04x}, is no character") from None
+        raise ValueError(f"half a surrogate pair, \\u{ord(value[error.start]):04x}, is not a character") from None
     return value
 
 

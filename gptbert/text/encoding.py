@@ -1,4 +1,4 @@
-"""Texts to token ids: documents with all cores busy and few of them in memory; sentences."""
+"""Texts to token ids: documents, streamed and using all cores; sentences."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,25 +11,25 @@ from tokenizers import Encoding, Tokenizer
 from gptbert.errors import InputError
 from gptbert.text.tokenizer import BOS_ID
 
-BATCH_CHARACTERS = 2_000_000  # what one call of the library encodes; it takes some 100 bytes for each resulting token
-DOCUMENT_OVERHEAD = 500  # a short document still costs an object of about as much memory as so many characters
-ENCODER_THREADS = 2  # the second keeps the cores busy while the first one's results become Python objects
-WAITING_BATCHES = ENCODER_THREADS + 1  # being encoded, or encoded and waiting for this thread
+BATCH_CHARACTERS = 2_000_000  # per call of the library, which takes some 100 bytes per resulting token
+DOCUMENT_OVERHEAD = 500  # memory of a short document's objects, in characters
+ENCODER_THREADS = 2  # one keeps the cores busy while the other converts its results to Python objects
+WAITING_BATCHES = ENCODER_THREADS + 1  # being encoded, or waiting for the main thread
 
 
 def encode_documents(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator[tuple[np.ndarray, ...]]:
-    """Encode documents as plain text: without `<s>`, and a literal "<mask>" in them is seven characters, not a mask.
+    """Encode documents as plain text: without `<s>`, and a literal "<mask>" in them is not a mask.
 
-    Two threads keep the library busy on all cores (it lets go of the interpreter lock); meanwhile this one reads the
-    next batch and turns the oldest one into arrays.
+    Two threads keep the library busy on all cores (it releases the GIL); meanwhile the main thread reads the next batch
+    and converts the oldest one to arrays.
 
     Args:
-        tokenizer: its settings for padding, truncation and special tokens are changed.
+        tokenizer: its settings for padding, truncation and special tokens are modified.
         documents: texts, of any length.
 
     Yields:
-        For each batch of documents the ids [Σ lengths] uint32, end to end, the lengths [num_documents] int64, and the
-        number of words [num_documents] int64 of each: what `str.split()` makes of its text, cut at white space.
+        For each batch of documents, the concatenated ids [Σ lengths] uint32, the lengths [num_documents] int64, and the
+        numbers of whitespace-separated words (`str.split()`) [num_documents] int64.
     """
     tokenizer.encode_special_tokens = True
     tokenizer.no_padding()
@@ -52,11 +52,11 @@ def encode_documents(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator
 
 
 def encode_sentences(tokenizer: Tokenizer, sentences: Sequence[str]) -> list[list[int]]:
-    """Encode sentences as plain text, each led by `<s>`.
+    """Encode sentences as plain text, each preceded by `<s>`.
 
     Args:
-        tokenizer: its setting for special tokens is changed.
-        sentences: texts; all of them are encoded at once.
+        tokenizer: its setting for special tokens is modified.
+        sentences: texts, all encoded at once.
 
     Raises:
         InputError: a text is not UTF-8.
@@ -69,11 +69,11 @@ def encode_sentences(tokenizer: Tokenizer, sentences: Sequence[str]) -> list[lis
 
 
 def encode_with_masks(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Encode a text, led by `<s>`, in which "<mask>" is a mask, and the other special tokens are what they say too.
+    """Encode a text, preceded by `<s>`, in which "<mask>" and other special tokens are parsed as such.
 
     Args:
-        tokenizer: its setting for special tokens is changed.
-        text: any.
+        tokenizer: its setting for special tokens is modified.
+        text: any text.
 
     Raises:
         InputError: the text is not UTF-8.
@@ -84,7 +84,7 @@ def encode_with_masks(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def _check_text(text: str) -> None:
-    """Refuse bytes of the command line that are not UTF-8, which Python keeps as half surrogate pairs."""
+    """Refuse command-line bytes that are not UTF-8, which Python represents as lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:

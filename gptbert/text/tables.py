@@ -1,8 +1,8 @@
-"""Rows of tables: Parquet and Arrow files, folders of `Dataset.save_to_disk`, and datasets of Hugging Face by name.
+"""Rows of tables: Parquet and Arrow files, folders of `Dataset.save_to_disk`, and Hugging Face datasets by name.
 
-Values of text columns are given as UTF-8 bytes, since nothing checked them yet, and None for null. Numbers and booleans
-are those; a column of another type gives that type in the place of each value. pyarrow and datasets are imported where
-they are needed: they are an extra (`pip install datasets pyarrow`).
+Values of text columns are UTF-8 bytes, not validated yet, and None for null. Numbers and booleans are returned as they
+are; a column of any other type yields that type in place of each value. pyarrow and datasets are imported on demand,
+since they are an extra (`pip install datasets pyarrow`).
 """
 
 import importlib
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from datasets import IterableDataset
 
 SUFFIXES = (".parquet", ".arrow")
-BATCH_BYTES = 4_000_000  # of a Parquet file's rows, unpacked, that are in memory at once; one row at least
+BATCH_BYTES = 4_000_000  # decompressed bytes of a Parquet file in memory at once; at least one row
 BATCH_ROWS = 1000  # at most
 _STREAM_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
-_SAVED_JSON_BYTES = 1 << 24  # a name for each of many thousand files
+_SAVED_JSON_BYTES = 1 << 24  # enough for the names of many thousand files
 
-Row = dict[str, Any]  # by column: bytes, a number, a boolean, None, or the type of a column of anything else
+Row = dict[str, Any]  # by column: bytes, a number, a boolean, None, or the type of an unsupported column
 
 
 def is_table(file: Path) -> bool:
-    """Whether a file's name says Parquet or Arrow."""
+    """Whether a file's suffix is that of Parquet or Arrow."""
     return file.name.lower().endswith(SUFFIXES)
 
 
@@ -37,7 +37,7 @@ def require_library(name: str, what: str) -> ModuleType:
     """Import a library of the extra `datasets`.
 
     Raises:
-        InputError: it is not installed; `what` wants it.
+        InputError: it is not installed; the message says that `what` needs it.
     """
     try:
         return importlib.import_module(name)
@@ -47,15 +47,15 @@ def require_library(name: str, what: str) -> ModuleType:
 
 
 def table_rows(file: Path, columns: Sequence[str], advance: Callable[[int], object]) -> Iterator[Row]:
-    """Rows of a Parquet or Arrow file, some megabytes in memory at a time.
+    """Rows of a Parquet or Arrow file, a few megabytes in memory at a time.
 
     Args:
-        file: a name that `is_table` takes.
-        columns: those to read; the others stay on the disk.
-        advance: told how many more bytes of the file are done.
+        file: one for which `is_table` holds.
+        columns: those to read; the others are not loaded.
+        advance: called with the number of further bytes read from the file.
 
     Raises:
-        InputError: a column is missing, or the file is damaged or cut short.
+        InputError: a column is missing, or the file is damaged or truncated.
     """
     batches = _parquet_batches if file.name.lower().endswith(".parquet") else _arrow_batches
     with _damage(str(file)):
@@ -66,17 +66,17 @@ def table_rows(file: Path, columns: Sequence[str], advance: Callable[[int], obje
 def dataset_rows(
     name: str, config: str | None, split: str | None, columns: Sequence[str], advance: Callable[[int], object]
 ) -> Iterator[Row]:
-    """Rows of a dataset that `datasets.load_dataset` knows by name, streamed.
+    """Rows of a dataset by its name for `datasets.load_dataset`, streamed.
 
     Args:
-        name: on the Hub, or a folder of data files.
-        config: of its configurations the one to take; None for the default.
-        split: None where there is only one.
+        name: a name on the Hub, or a folder of data files.
+        config: the configuration; None for the default.
+        split: the split; None if there is only one.
         columns: those to read.
-        advance: told how many more bytes of text are read.
+        advance: called with the number of further bytes of text read.
 
     Raises:
-        InputError: there is no such dataset, configuration, split or column, or it cannot be read.
+        InputError: the dataset, configuration, split or column does not exist or cannot be read.
     """
     where = f"--dataset {name}"
     loaded = _load_dataset(name, config, split)
@@ -87,7 +87,7 @@ def dataset_rows(
     while True:
         try:
             table = next(tables, None)
-        except Exception as error:  # of the network, of a file format's library
+        except Exception as error:  # from the network or from a file format's library
             raise InputError(f"{where}: cannot be read ({first_line(error) or type(error).__name__})") from error
         if table is None:
             return
@@ -98,15 +98,15 @@ def dataset_rows(
 
 
 def saved_dataset_files(folder: Path, names: Sequence[str], split: str | None) -> list[Path] | None:
-    """The Arrow files of a dataset that `save_to_disk` wrote, in order; None where a folder is no such dataset.
+    """The Arrow files of a dataset written by `save_to_disk`, in order; None if the folder is not such a dataset.
 
     Args:
-        folder: that may be one.
-        names: of the files in it.
-        split: of a DatasetDict, the part to read; None where there is only one.
+        folder: the folder in question.
+        names: the names of its files.
+        split: the split of a DatasetDict to read; None if there is only one.
 
     Raises:
-        InputError: a DatasetDict without that split, or files of the dataset are missing.
+        InputError: a DatasetDict lacks that split, or files of the dataset are missing.
     """
     if "dataset_dict.json" in names:
         splits = _saved_list(folder / "dataset_dict.json", "splits")
@@ -139,7 +139,7 @@ def _parquet_batches(
     file: Path, columns: Sequence[str], advance: Callable[[int], object]
 ) -> Iterator["pa.RecordBatch"]:
     parquet = require_library("pyarrow.parquet", str(file))
-    # of a row group a buffer's worth at a time, where the library would read the whole column at once
+    # read a row group one buffer at a time; by default the library would read the whole column at once
     settings = {"pre_buffer": False, "buffer_size": 1 << 20, "page_checksum_verification": True}
     with parquet.ParquetFile(str(file), **settings) as opened:
         _require_columns(str(file), columns, opened.schema_arrow.names)
@@ -163,7 +163,7 @@ def _arrow_batches(file: Path, columns: Sequence[str], advance: Callable[[int], 
     size = file.stat().st_size
     with file.open("rb") as opened:
         opened.seek(max(0, size - len(_STREAM_END)))
-        if opened.read() != _STREAM_END:  # cut between two batches, a stream would seem to end well
+        if opened.read() != _STREAM_END:  # a stream truncated between batches would seem complete
             raise InputError(f"{file}: damaged or cut short (an Arrow stream has an end that is marked)")
     with pyarrow.memory_map(str(file)) as source, pyarrow.ipc.open_stream(source) as reader:
         _require_columns(str(file), columns, reader.schema.names)
@@ -184,7 +184,7 @@ def _rows(batch: "pa.RecordBatch | pa.Table", columns: Sequence[str]) -> Iterato
 def _values(column: "pa.Array | pa.ChunkedArray") -> Iterator[Any]:
     types = importlib.import_module("pyarrow.types")
     if types.is_dictionary(column.type):
-        column.validate(full=True)  # its numbers of texts
+        column.validate(full=True)  # validates its indices
         column = column.cast(column.type.value_type)
     if types.is_null(column.type):
         return (None for _ in range(len(column)))
@@ -194,12 +194,12 @@ def _values(column: "pa.Array | pa.ChunkedArray") -> Iterator[Any]:
     if as_bytes is None:
         return (column.type for _ in range(len(column)))
     column = column.cast(as_bytes)
-    column.validate(full=True)  # a damaged file's offsets may point anywhere
+    column.validate(full=True)  # offsets in a damaged file may point anywhere
     return (value.as_py() for value in column)
 
 
 def _bytes_type(text: "pa.DataType") -> "pa.DataType | None":
-    """The type of the same texts as bytes, which are not copied; None for a type that holds no text."""
+    """The binary type for a zero-copy cast of this text type; None if it is not a text type."""
     pyarrow = importlib.import_module("pyarrow")
     return {
         pyarrow.string(): pyarrow.binary(),
@@ -216,7 +216,7 @@ def _load_dataset(name: str, config: str | None, split: str | None) -> "Iterable
     datasets = require_library("datasets", where)
     try:
         loaded = datasets.load_dataset(name, config, split=split, streaming=True)
-    except Exception as error:  # of the network, of a folder, of its configurations
+    except Exception as error:  # from the network, a folder, or its configurations
         raise InputError(f"{where}: cannot be opened ({first_line(error) or type(error).__name__})") from error
     if isinstance(loaded, dict):
         if len(loaded) > 1:
@@ -233,7 +233,7 @@ def _require_columns(where: str, columns: Sequence[str], there: Sequence[str]) -
 
 @contextmanager
 def _damage(where: str) -> Iterator[None]:
-    """A block whose errors of pyarrow say which table is damaged."""
+    """Context manager: turn pyarrow's errors into InputErrors that name the damaged table."""
     pyarrow = require_library("pyarrow", where)
     try:
         yield

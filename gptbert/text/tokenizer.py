@@ -16,15 +16,15 @@ UNK_ID, BOS_ID, EOS_ID, PAD_ID, MASK_ID = range(5)
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<mask>", *(f"<special_{i}>" for i in range(11)))
 
 
-_MOST_BYTES = 1 << 26  # the largest ones that are published have half of that
-_MOST_GROWTH = 10_000  # of a text by its normalizers or its decoders
+_MOST_BYTES = 1 << 26  # twice the size of the largest published ones
+_MOST_GROWTH = 10_000  # of a text's length by normalizers or decoders
 _PROBE = "A text, 1 or 2.\n"
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Read a `tokenizers` JSON file and check that `<unk>` … `<mask>` have the ids 0 … 4.
 
-    Settings for padding and truncation in the file are switched off: rows are packed elsewhere.
+    The file's settings for padding and truncation are disabled: rows are packed elsewhere.
 
     Raises:
         InputError: the file is missing, is not a tokenizer, numbers its special tokens differently, leaves gaps between
@@ -57,27 +57,27 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def ordinary_ids(tokenizer: Tokenizer) -> list[int]:
-    """Ids of all tokens but the special ones, in order."""
+    """Ids of all tokens except the special ones, in order."""
     special = {token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     return [token_id for token_id in range(MASK_ID + 1, tokenizer.get_vocab_size()) if token_id not in special]
 
 
 def tokenizer_hash(path: str | Path) -> str:
-    """SHA-256 of the tokenizer's JSON content, independent of white space and key order."""
+    """SHA-256 of the tokenizer's JSON content, independent of whitespace and key order."""
     canonical = json.dumps(_read(Path(path)), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def _read(path: Path) -> Any:
     try:
-        return read_json(path, _MOST_BYTES, unique_keys=True)  # the library may take another one than Python
+        return read_json(path, _MOST_BYTES, unique_keys=True)  # the library may resolve duplicate keys differently
     except (OSError, ValueError) as error:
         raise InputError(f"tokenizer {path}: not a tokenizers JSON file ({first_line(error)})") from error
 
 
 @contextmanager
 def _library_errors(message: str) -> Iterator[None]:
-    """Errors of the library as InputErrors: exceptions, and panics of its Rust, which are no `Exception`."""
+    """Turn the library's errors into InputErrors: exceptions, and Rust panics, which are not `Exception`s."""
     try:
         yield
     except BaseException as error:
@@ -87,14 +87,14 @@ def _library_errors(message: str) -> Iterator[None]:
 
 
 def _danger(parts: list[Any]) -> str | None:
-    """Why a normalizer or decoder would end the process or fill its memory, which the library does not see to."""
+    """Why a normalizer or decoder could crash the process or exhaust its memory, which the library does not prevent."""
     growth = 1
     while parts:
         part = parts.pop()
         if isinstance(part, list):
             parts += part
         elif isinstance(part, dict):
-            if "precompiled_charsmap" in part:  # a wrong length in it aborts the process
+            if "precompiled_charsmap" in part:  # a wrong length inside it aborts the process
                 return "a normalizer of type Precompiled is not supported"
             for key in ("content", "prepend"):
                 growth *= 1 + len(part[key]) if isinstance(part.get(key), str) else 1
