@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks import machine, peers
 from benchmarks.measurement import BASELINE, Measurement
-from kernels.attention_context import op, reference
+from kernels.attention_context import cpp, eager
 from kernels.numerics import Comparison, compare
 
 DROPOUT = 0.1
@@ -37,15 +37,15 @@ Inputs = tuple[Tensor, ...]
 def _reference(*inputs: Tensor) -> tuple[Tensor, ...]:
     """Scores of content, by query, by key, the gradient of the dropped probabilities; buckets and mask."""
     scores, by_query, by_key, grad, buckets, mask, seed = inputs
-    weights = reference.attention_weights(scores, by_query, by_key, buckets, mask, seed, DROPOUT)
+    weights = eager.attention_weights(scores, by_query, by_key, buckets, mask, seed, DROPOUT)
     num_buckets = by_query.shape[-1]
-    return *weights, *reference.attention_weights_backward(grad, weights[0], buckets, num_buckets, seed, DROPOUT)
+    return *weights, *eager.attention_weights_backward(grad, weights[0], buckets, num_buckets, seed, DROPOUT)
 
 
 def _cpp(*inputs: Tensor) -> tuple[Tensor, ...]:
     scores, by_query, by_key, grad, buckets, mask, seed = inputs
-    weights = op.attention_weights(scores, by_query, by_key, buckets, mask, seed, DROPOUT)
-    return *weights, *op.attention_weights_backward(grad, weights[0], buckets, by_query.shape[-1], seed, DROPOUT)
+    weights = cpp.attention_weights(scores, by_query, by_key, buckets, mask, seed, DROPOUT)
+    return *weights, *cpp.attention_weights_backward(grad, weights[0], buckets, by_query.shape[-1], seed, DROPOUT)
 
 
 IMPLEMENTATIONS = {BASELINE: _reference, "reference_compiled": _reference, "cpp": _cpp}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks import machine, peers
 from benchmarks.measurement import BASELINE, Measurement
-from kernels.gated_norm import op, reference
+from kernels.gated_norm import cpp, eager
 from kernels.numerics import Comparison, compare
 
 EPS = 1e-5
@@ -34,7 +34,7 @@ TINY = Shape(1, 3, 24)
 
 
 def _forward(leaf: Tensor) -> Tensor:
-    return reference.gated_norm(*leaf.chunk(2, dim=-1), "tanh", EPS)
+    return eager.gated_norm(*leaf.chunk(2, dim=-1), "tanh", EPS)
 
 
 def _by_autograd(gate: Tensor, grad: Tensor, forward: Forward = _forward) -> tuple[Tensor, Tensor]:
@@ -47,8 +47,8 @@ def _by_autograd(gate: Tensor, grad: Tensor, forward: Forward = _forward) -> tup
 
 
 def _cpp(gate: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    normalized, mean, inverse_std = op.gated_norm(gate, None, True, EPS)
-    of_gate, _, _ = op.gated_norm_backward(grad, gate, None, mean, inverse_std, True)
+    normalized, mean, inverse_std = cpp.gated_norm(gate, None, True, EPS)
+    of_gate, _, _ = cpp.gated_norm_backward(grad, gate, None, mean, inverse_std, True)
     return normalized, of_gate
 
 

@@ -23,6 +23,7 @@ from gptbert.config import ModelConfig
 from gptbert.model import GPTBert
 from gptbert.optim import Lamb, WeightAverage, parameter_groups, update_weights
 from kernels import lamb_step
+from kernels.backend import BACKENDS
 from kernels.lamb import check, reference
 from kernels.numerics import Comparison, compare
 
@@ -100,6 +101,7 @@ IMPLEMENTATIONS = {
     "reference_compiled": _reference,
     "torch": functools.partial(_ours, backend="torch"),
     "triton": functools.partial(_ours, backend="triton"),
+    "cpp": functools.partial(_ours, backend="cpp"),
     "pytorch_lamb": functools.partial(_with_optimizer, make_optimizer=_pytorch_optimizer_lamb),
     "fused_adamw": functools.partial(_with_optimizer, make_optimizer=functools.partial(AdamW, fused=True)),
 }
@@ -119,7 +121,7 @@ def test_lamb(measurement: Measurement, impl: str, shape: str) -> None:
     if impl in {"pytorch_lamb", "fused_adamw"}:
         measurement.exempt()  # the one has no bias correction in its update and clamps ‖p‖, the other is not LAMB
     else:
-        thorough = impl in {"torch", "triton"} and measurement.enabled
+        thorough = impl in BACKENDS and measurement.enabled
         ours = check.comparisons(machine.device(), impl) if thorough else ()
         measurement.prove(chain(proof(make_step, sizes[:PROOF_TENSORS]), ours))
     run = make_step(State(sizes))

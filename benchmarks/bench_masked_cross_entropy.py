@@ -73,6 +73,7 @@ IMPLEMENTATIONS = {
     "reference_compiled": Implementation(_reference),
     "torch": Implementation(functools.partial(_ours, backend="torch")),
     "triton": Implementation(functools.partial(_ours, backend="triton")),
+    "cpp": Implementation(functools.partial(_ours, backend="cpp")),
     "linear_cross_entropy": Implementation(peers.linear_cross_entropy, has_z_loss=False),
     "linear_cross_entropy_chunked": Implementation(
         peers.chunked_linear_cross_entropy, has_bias=False, has_z_loss=False
@@ -85,6 +86,7 @@ FROM_LOGITS = {
     "reference_compiled": _reference_from_logits,
     "torch": functools.partial(_ours_from_logits, backend="torch"),
     "triton": functools.partial(_ours_from_logits, backend="triton"),
+    "cpp": functools.partial(_ours_from_logits, backend="cpp"),
     "liger": peers.liger_from_logits,
 }
 

@@ -1,12 +1,17 @@
 """Arrows go one way, and the repository's own names stand in nobody's way."""
 
 import ast
+import importlib
+import inspect
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from kernels.configuration import OPERATIONS
+from kernels.depth_mix import cpp as depth_mix
 
 ROOT = Path(__file__).parents[1]
 
@@ -129,6 +134,39 @@ def test_a_wing_says_what_each_of_its_files_is(wing):
         for name in re.findall(r"`(\w+)`", line.partition(":")[0])
     ]
     assert sorted(named) == sorted(file.stem for file in folder.glob("*.py") if file.stem != "__init__")
+
+
+# The files of an operation's folder; what else three of them need; and the one whose function has a longer name.
+NEEDED = {"__init__.py", "op.py", "reference.py", "check.py", "README.md"}
+BACKENDS = {"eager.py", "kernel.py", "cpp.py", "kernel.cpp"}
+FURTHER = {
+    "attention_context": {"bucket_sums.py"},
+    "lamb": {"chunk_table.py", "prepared.py", "shards.py"},
+    "masked_cross_entropy": {"sum_kernel.py"},
+}
+FUNCTIONS = {"lamb": "lamb_step"}
+
+
+def test_every_operation_is_in_the_list():
+    assert set(OPERATIONS) == {file.parent.name for file in ROOT.glob("kernels/*/__init__.py")}
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_every_operation_has_the_same_files(op):
+    files = {file.name for file in (ROOT / "kernels" / op).iterdir() if file.is_file()}
+    assert files >= NEEDED
+    assert files <= NEEDED | BACKENDS | FURTHER.get(op, set())
+    assert ("cpp.py" in files) == ("kernel.cpp" in files)
+    assert (ROOT / "tests" / f"test_{op}.py").is_file()
+    assert (ROOT / "benchmarks" / f"bench_{op}.py").is_file()
+    name = FUNCTIONS.get(op, op)
+    for module in (f"kernels.{op}", f"kernels.{op}.reference"):
+        assert inspect.isfunction(getattr(importlib.import_module(module), name))
+
+
+def test_sizes_that_python_and_cpp_share_are_the_same():
+    source = (ROOT / "kernels/depth_mix/kernel.cpp").read_text(encoding="utf-8")
+    assert re.findall(r"constexpr int64_t PIECE = (\d+);", source) == [str(depth_mix.PIECE)]
 
 
 def test_only_the_demo_of_gptbert_uses_the_scripts():

@@ -1,0 +1,73 @@
+"""LayerNorm before a product under autocast, forward and backward; PyTorch's own keeps its fp32 input as well."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import machine, peers
+from benchmarks.measurement import BASELINE, Measurement
+from kernels.normalize import normalize, reference
+from kernels.numerics import compare_function
+
+EPS = 1e-5
+Normalize = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """N rows of D elements."""
+
+    N: int
+    D: int
+
+    def __str__(self) -> str:
+        return f"N={self.N} D={self.D}"
+
+
+SHAPES = [Shape(2048, 384), Shape(2048, 768)]
+TINY = Shape(5, 24)
+
+
+def _reference(x: Tensor) -> Tensor:
+    """To bf16, as autocast makes it before the product."""
+    return reference.normalize(x, EPS).bfloat16()
+
+
+def _ours(x: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, torch.bfloat16):
+        return normalize(x, EPS)
+
+
+IMPLEMENTATIONS = {BASELINE: _reference, "reference_compiled": _reference, "torch": _ours, "torch_compiled": _ours}
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_normalize(measurement: Measurement, impl: str, shape: Shape) -> None:
+    """[N, D] in fp32 to bf16, and the gradient; proven with bf16 input, since the backward reads the bf16 result."""
+    peers.skip_unless_possible(impl)
+    x, grad = make_inputs(shape if measurement.enabled else TINY)
+    function = IMPLEMENTATIONS[impl]
+    function = measurement.compile(function) if impl.endswith("_compiled") else function
+    measurement.prove(compare_function("bf16", IMPLEMENTATIONS[impl], _exact, {"x": x.bfloat16()}))
+    baseline = None if impl == BASELINE else lambda: gradient(_reference, x, grad)
+    measurement.time(lambda: gradient(function, x, grad), baseline)
+
+
+def _exact(x: Tensor) -> Tensor:
+    return reference.normalize(x, EPS)
+
+
+def make_inputs(shape: Shape) -> tuple[Tensor, Tensor]:
+    """Hidden states in fp32, and a gradient in bf16."""
+    generator = torch.Generator().manual_seed(shape.D)
+    x, grad = (torch.randn(shape.N, shape.D, generator=generator).to(machine.device()) for _ in range(2))
+    return x.requires_grad_(), grad.bfloat16()
+
+
+def gradient(function: Normalize, x: Tensor, grad: Tensor) -> Tensor:
+    """Of the input."""
+    return torch.autograd.grad(function(x), x, grad)[0]
