@@ -2,7 +2,7 @@
 
 from gptbert.command_line import run_command
 from gptbert.config import TrainConfig
-from gptbert.trainer import fit
+from gptbert.fit import fit
 
 if __name__ == "__main__":
     run_command(TrainConfig, fit)

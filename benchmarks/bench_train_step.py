@@ -175,7 +175,6 @@ def _run(case: Case, config: StepBenchConfig, rank: int, port: int) -> Result:
             with Prefetcher(trainer.rows.load, 0, train_config.max_steps) as rows:
                 for step in range(train_config.max_steps):
                     steps.append(watch.step(lambda step=step: trainer.train_step(rows.get(step))))
-                    trainer.step += 1
                     if step == 0:
                         start_seconds = time.perf_counter() - start
         labeled = statistics.mean(labeled_fraction(trainer, step) for step in range(train_config.max_steps))

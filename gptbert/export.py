@@ -20,7 +20,8 @@ from gptbert.errors import InputError
 from gptbert.io.files import new_folder
 from gptbert.io.json_file import read_object, write_json
 from gptbert.monitoring.records import read_records
-from gptbert.text.tokenizer import BOS_ID, EOS_ID, MASK_ID, PAD_ID, SPECIAL_TOKENS, UNK_ID, load_tokenizer, ordinary_ids
+from gptbert.text.special_tokens import BOS_ID, EOS_ID, MASK_ID, PAD_ID, SPECIAL_TOKENS, UNK_ID
+from gptbert.text.tokenizer import load_tokenizer, ordinary_ids
 from gptbert.upstream import TIED_WEIGHT, to_upstream
 
 CLASSES = {

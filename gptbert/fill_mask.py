@@ -13,7 +13,8 @@ from gptbert.io.screen import table
 from gptbert.model import GPTBert
 from gptbert.scoring.trained_model import ModelChoice, TrainedModel
 from gptbert.text.encoding import encode_with_masks
-from gptbert.text.tokenizer import MASK_ID, ordinary_ids
+from gptbert.text.special_tokens import MASK_ID
+from gptbert.text.tokenizer import ordinary_ids
 
 
 @dataclass(frozen=True, kw_only=True)

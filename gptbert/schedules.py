@@ -65,3 +65,14 @@ def values(config: TrainConfig, step: int) -> dict[str, float]:
         "sequence_length": sequence_length(config, step),
         "mask_p": mask_probability(config, step),
     }
+
+
+def is_due(step: int, every: int, max_steps: int) -> bool:
+    """Whether something that happens every so many steps, and at the run's end, does after `step` steps.
+
+    Args:
+        step: steps completed.
+        every: 0 for the end alone.
+        max_steps: of the run.
+    """
+    return step == max_steps or (bool(every) and step % every == 0)

@@ -1,111 +1,40 @@
 """The training loop: one step, and the run around it."""
 
 import dataclasses
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
 from gptbert import compile_choice, schedules
 from gptbert.checkpoint import checkpoint
 from gptbert.checkpoint.checkpoint import Checkpoint
-from gptbert.checkpoint.folder import saved_setting
-from gptbert.checkpoint.initial_weights import read_initial_weights
-from gptbert.checkpoint.resume import changed_settings, find_for_all_ranks
 from gptbert.checkpoint.word_checkpoints import WordCheckpoints
 from gptbert.config import TrainConfig
 from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.data.inputs import Inputs
-from gptbert.data.loader import BatchLoader, LoadedShare, training_streams
-from gptbert.data.mask_history import check_counts
+from gptbert.data.loader import BatchLoader, LoadedShare
 from gptbert.data.micro_batch import MicroBatches
 from gptbert.data.objectives import Batch, Objective
 from gptbert.data.packing import Prefetcher
-from gptbert.distributed.fsdp import full_tensor, load_moments, load_weights, new_moments, reshard, shard, shard_size
-from gptbert.distributed.memory import peak_memory
+from gptbert.distributed.fsdp import full_tensor, load_moments, load_weights, new_moments, reshard, shard
+from gptbert.distributed.random_state import RandomState
 from gptbert.distributed.stop_signal import StopSignal
-from gptbert.distributed.world import World, connect
+from gptbert.distributed.world import World
 from gptbert.errors import InputError, StoppedError
 from gptbert.io.screen import log
-from gptbert.kernel_check import kernel_check, run_of
 from gptbert.model import GPTBert
 from gptbert.model.compilation import compile_blocks, compiling
-from gptbert.monitoring.flops import measure_matmul_flops, training_flops
-from gptbert.monitoring.metrics import LossSums, Throughput, training_losses
-from gptbert.monitoring.progress import print_header, progress_bar, summary
+from gptbert.monitoring.metrics import LossSums, Throughput
+from gptbert.monitoring.progress import progress_bar, summary
 from gptbert.monitoring.samples import Samples
 from gptbert.monitoring.skipped_steps import SkippedSteps
 from gptbert.monitoring.trackers import Trackers
+from gptbert.monitoring.training_record import TrainingRecord
 from gptbert.monitoring.validation import Validation, ValidationSettings
 from gptbert.optim import WeightAverage, build_optimizer, update_weights
-from gptbert.preparation import prepare_cpp_kernels, prepare_kernels, prepare_run_dir
 from kernels import MaskedCrossEntropy
-
-
-def fit(config: TrainConfig) -> None:
-    """Train as `config` says, from the start or from a checkpoint.
-
-    Raises:
-        InputError: on every rank, with one message, where anything given cannot be used.
-        LostProcessError: see `connect`.
-        StoppedError: a signal asked for it, and a checkpoint was saved; see `StopSignal`.
-    """
-    with connect(config) as world:
-        _fit(config, world)  # all that holds the processes' group is gone when it returns
-
-
-def _fit(config: TrainConfig, world: World) -> None:
-    with world.errors_on_all_ranks():
-        backend = prepare_kernels(config, world)
-        inputs = Inputs.open(config)
-        plan = HybridPlan(config, world.world_size)
-    is_checked = backend == "triton" and config.kernel_check == "on"
-    run = run_of(config, inputs.model_config, plan, world) if is_checked else None
-    with kernel_check(run, world.device) as finish_check:
-        with world.errors_on_all_ranks():
-            inputs.check_ids(world.rank, world.world_size)
-            shard_size(config, world)  # or an InputError
-            words = WordCheckpoints(config, training_streams(config, inputs, plan), plan)
-        with world.errors_on_all_ranks():
-            if len(set(world.all_gather(config))) > 1:
-                raise InputError("the processes were given different flags; every host must start the same command")
-        path, resumed = find_for_all_ranks(config, inputs.model_config, world)
-        first_step = resumed.step if resumed else 0
-        with world.errors_on_all_ranks():
-            check_counts(resumed.mask_counts if resumed and config.mask_history else None, inputs.num_train_tokens)
-            initial_weights = None if resumed else read_initial_weights(config, inputs.model_config)
-            if first_step >= config.max_steps and config.resume != "auto":
-                raise InputError(f"--resume {path}: its step {first_step} is the end of --max_steps {config.max_steps}")
-        if first_step >= config.max_steps:
-            if world.is_main:
-                log(f"{config.name}: finished already, {path} is step {first_step} of {config.max_steps}")
-            return
-        with world.errors_on_all_ranks():
-            finish_check()
-    was_asked = resumed is None or saved_setting(path, "compile") is not False
-    choice = compile_choice.choose(config, inputs.model_config, plan, world, resumed, was_asked)
-    with world.errors_on_all_ranks():
-        backend = prepare_cpp_kernels(config, world, is_compiled=choice.is_compiled)
-        if world.is_main:
-            prepare_run_dir(config, inputs.model_config, world, backend)
-    if world.is_main:
-        print_header(config, inputs, plan, world, backend, words)
-        log(str(choice))
-        if resumed:
-            changes = changed_settings(path, config)
-            log(f"going on from {path}" + (f"; changed since: {', '.join(changes)}" if changes else ""))
-        elif initial_weights:
-            log(f"starting from the weights of {config.initial_weights}")
-    trainer = Trainer(config, inputs, plan, world, initial_weights, is_compiled=choice.is_compiled)
-    if world.is_main and len(inputs.train_stores) > 1:
-        log(trainer.rows.describe_corpora())
-    if resumed:
-        trainer.restore(resumed)
-        del resumed  # as large as the run's own state
-    trainer.run()
 
 
 class Trainer:
@@ -154,10 +83,10 @@ class Trainer:
         self.words = WordCheckpoints(config, self.rows.streams, plan)
         self.validation = Validation(ValidationSettings.of(config), inputs.valid_store, world, inputs.vocab_size)
         self.step = 0
-        dtype = torch.bfloat16 if config.mixed_precision else torch.float32
-        self.measure_matmul_flops = measure_matmul_flops(world.device, dtype, quick=True)
+        self._record = TrainingRecord(config, inputs.model_config, plan, world)
         self._warm_up()
-        torch.manual_seed((config.seed << 20) + world.rank)  # different dropout on every rank
+        self.random_state = RandomState(config.seed, world)
+        self.random_state.start()
 
     def run(self) -> None:
         """All steps that are left, with records, validations and checkpoints on the way.
@@ -179,16 +108,15 @@ class Trainer:
                 with throughput.waiting():
                     step_rows = rows.get(self.step)
                 gradient_norm = self.train_step(step_rows)
-                self.step += 1
                 last = self.step == config.max_steps
-                stops = stop_signal.should_stop(self.stop_requests) and not last
-                if last or self.step % config.log_every == 0:
+                stops = stop_signal.should_stop() and not last
+                if self._record.is_due(self.step):
                     record = self.training_record(gradient_norm, throughput)
                     trackers.log(self.step, record)
                     bar.set_postfix_str(summary(record, "train"), refresh=False)
                 bar.update()
                 with throughput.paused():
-                    if last or (config.validate_every and self.step % config.validate_every == 0):
+                    if schedules.is_due(self.step, config.validate_every, config.max_steps):
                         record = self.validation_record()
                         trackers.log(self.step, record)
                         trackers.log_samples(self.step, samples(self.model, self._precision()))
@@ -196,7 +124,7 @@ class Trainer:
                             log(f"step {self.step}: validation {summary(record, 'validation')}")
                     if self.words.due(self.step):
                         self.save_words()
-                    if last or stops or (config.save_every and self.step % config.save_every == 0):
+                    if stops or schedules.is_due(self.step, config.save_every, config.max_steps):
                         self.save()
                 if stops:
                     raise StoppedError(
@@ -205,7 +133,7 @@ class Trainer:
                     )
 
     def train_step(self, rows: list[LoadedShare]) -> Tensor:
-        """One update of the weights; reads nothing back from the device.
+        """One update of the weights, which advances `step`; without a device sync.
 
         If the gradients of any rank are not finite, the weights, their average, the optimizer's state and the sums of
         losses stay as they are on every rank.
@@ -217,11 +145,12 @@ class Trainer:
             The gradient's global norm before clipping, a scalar on the device.
         """
         batches = self.rows.batches(rows, self.step)
-        scales = self._loss_scales(batches)
+        scales, stop_requests = self._loss_scales(batches)
+        self.stop_signal.note(stop_requests)
         pieces = self.micro_batches.cut(batches, self.step)
         sums = LossSums(self.world.device)
         for index, parts in enumerate(pieces):
-            with self._synchronized(is_last=index == len(pieces) - 1):
+            with self.world.gradient_sync(self.parallel_model, is_on=index == len(pieces) - 1):
                 results = self._forward(parts)
                 totals = [result.total * scales[part.objective] for part, result in zip(parts, results, strict=True)]
                 sum(totals[1:], totals[0]).backward()
@@ -232,6 +161,7 @@ class Trainer:
         gradient_norm = update_weights(self.optimizer, self.model, self.ema, self.config.max_gradient)
         self.optimizer.zero_grad()
         self.sums.add_where(self.skipped_steps.add(gradient_norm), sums)
+        self.step += 1
         return gradient_norm
 
     def training_record(self, gradient_norm: Tensor, throughput: Throughput) -> dict[str, float]:
@@ -242,53 +172,19 @@ class Trainer:
         """
         self.rows.raise_load_errors()
         self.skipped_steps.raise_if_too_many(self.config.max_skipped_steps, self.step)
-        step = self.step - 1
-        means = self.sums.means(self.world)
-        self.sums = LossSums(self.world.device)
-        weights = {objective: self.plan.weight(objective) for objective in means}
-        if self.config.token_weighted_loss:
-            weights = {objective: values["count"] for objective, values in means.items()}
-        tokens, words = self.plan.tokens_before(self.step), self.words.words_before(self.step)
+        means, self.sums = self.sums.means(self.world), LossSums(self.world.device)
+        epochs = {f"train/corpus/{name}/epochs": count for name, count in self.rows.epochs_before(self.step).items()}
         return (
-            training_losses(means, weights)
-            | {
-                "train/gradient_norm": gradient_norm.item(),
-                "train/skipped_steps": self.skipped_steps.total(),
-                "train/tokens": tokens,
-            }
-            | {f"train/{name}": value for name, value in schedules.values(self.config, step).items()}
-            | ({} if words is None else {"train/words": words})
-            | {f"train/corpus/{name}/epochs": epochs for name, epochs in self.rows.epochs_before(self.step).items()}
-            | self._speed(tokens, sum(values["count"] for values in means.values()), throughput)
+            self._record(self.step, means, gradient_norm, throughput)
+            | {"train/skipped_steps": self.skipped_steps.total()}
+            | self.words.record(self.step)
+            | epochs
         )
-
-    def _speed(self, tokens: int, labels: float, throughput: Throughput) -> dict[str, float]:
-        """What the run makes of its machines, since the last record.
-
-        Args:
-            tokens: seen by now.
-            labels: since the last record.
-            throughput: of the run.
-        """
-        before = throughput.tokens
-        rate, waiting_share = throughput.since_last(tokens)
-        length = schedules.sequence_length(self.config, self.step - 1)
-        flops = training_flops(self.inputs.model_config, length, labels / max(1, tokens - before))
-        return {
-            "train/tokens_per_second": rate,
-            "train/mfu": rate * flops / (self.world.world_size * self.measure_matmul_flops),
-            "train/waiting_share": waiting_share,
-            "train/peak_memory_gb": peak_memory(self.world.device) / 1e9,
-        }
 
     def validation_record(self) -> dict[str, float]:
         """Loss, perplexity and accuracy of the weights and of their average; every rank must call it."""
-        record = {}
-        for prefix, model in (("validation", self.model), ("validation_ema", self.ema.model)):
-            for objective, values in self.validation(model, self._precision()).items():
-                for name in ("loss", "perplexity", "accuracy"):
-                    record[f"{prefix}/{objective.value}/{name}"] = values[name]
-        return record
+        models = {"validation": self.model, "validation_ema": self.ema.model}
+        return self.validation.record(models, self._precision())
 
     def save(self) -> None:
         """Write a checkpoint; every rank must call it, and all wait until it is complete.
@@ -297,19 +193,15 @@ class Trainer:
             InputError: weights are not finite, or rows were left out, or the disk refuses.
         """
         self._agree_to_save()
-        random_state = {"cpu": torch.get_rng_state()}
-        if self.world.device.type == "cuda":
-            random_state["cuda"] = torch.cuda.get_rng_state(self.world.device)
-        rank_states = self.world.all_gather({"random": random_state, "sums": self.sums.sums.cpu()})
         state = Checkpoint(
             step=self.step,
             model=self.model.state_dict(),
             ema=self.ema.model.state_dict(),
             optimizer=self.optimizer.state_dict(),
-            rank_states=rank_states,
-            skipped_steps=self.skipped_steps.counts,
-            mask_counts=self.rows.mask_history.counts if self.rows.mask_history else None,
+            rank_states=self.world.all_gather(self.random_state.state_dict() | self.sums.state_dict()),
             is_compiled=self.is_compiled,
+            **self.skipped_steps.state_dict(),
+            **self.rows.state_dict(),
         )
         checkpoint.save(state, self.config, self.inputs.model_config, self.world)
 
@@ -347,44 +239,35 @@ class Trainer:
         load_weights(self.model, resumed.model)
         load_weights(self.ema.model, resumed.ema)
         load_moments(self.optimizer, resumed.optimizer["state"])
-        self.skipped_steps.counts.copy_(resumed.skipped_steps)
-        if self.rows.mask_history and resumed.mask_counts is not None:
-            self.rows.mask_history.counts.copy_(resumed.mask_counts)
-        generators = {"cpu", self.world.device.type}
-        if [set(state["random"]) for state in resumed.rank_states] == [generators] * self.world.world_size:
-            mine = resumed.rank_states[self.world.rank]
-            torch.set_rng_state(mine["random"]["cpu"])
-            if self.world.device.type == "cuda":
-                torch.cuda.set_rng_state(mine["random"]["cuda"], self.world.device)
-            self.sums.sums.copy_(mine["sums"])
-        else:  # other ranks or devices than before: dropout goes on with new random numbers
-            torch.manual_seed((self.config.seed << 20) + (self.step << 10) + self.world.rank)
-            if self.world.is_main:
-                self.sums.sums.copy_(sum(state["sums"] for state in resumed.rank_states))
+        self.skipped_steps.load_state_dict({"skipped_steps": resumed.skipped_steps})
+        self.rows.load_state_dict({"mask_counts": resumed.mask_counts})
+        self.random_state.load_rank_states(resumed.rank_states, self.step)
+        self.sums.load_rank_states(resumed.rank_states, self.world)
 
-    def _loss_scales(self, batches: list[Batch]) -> dict[Objective, Tensor]:
-        """Factors that turn a rank's sums into its part of the step's loss (docs/model.md#loss).
+    def _loss_scales(self, batches: list[Batch]) -> tuple[dict[Objective, Tensor], Tensor]:
+        """Factors that turn a rank's sums into its part of the step's loss (docs/model.md#loss), and stop requests.
 
-        Means are over the labels of all ranks, so their numbers are added up first: two integers, and a third one for
-        `StopSignal`, so that ranks agree on it for free. The data-parallel backward averages over ranks, which the
-        factor world_size undoes.
+        Means are over the labels of all ranks, so label counts are all-reduced first: two integers, and a third for
+        `StopSignal`, whose sum over ranks costs nothing that way. The data-parallel backward averages over ranks, which
+        the factor world_size undoes.
         """
         counts = {objective: torch.zeros((), dtype=torch.int64, device=self.world.device) for objective in Objective}
         for batch in batches:
             counts[batch.objective] = batch.label_count
         sums = [*(counts[objective] for objective in Objective), self.stop_signal.requests()]
-        *totals, self.stop_requests = self.world.all_reduce_sum(torch.stack(sums)).unbind()
+        *totals, stop_requests = self.world.all_reduce_sum(torch.stack(sums)).unbind()
         totals = torch.stack(totals).clamp(min=1)
         if self.config.token_weighted_loss:
-            return dict.fromkeys(Objective, self.world.world_size / totals.sum())
-        return {
+            return dict.fromkeys(Objective, self.world.world_size / totals.sum()), stop_requests
+        scales = {
             objective: self.plan.weight(objective) * self.world.world_size / total
             for objective, total in zip(Objective, totals, strict=True)
         }
+        return scales, stop_requests
 
     @torch.no_grad()
     def _warm_up_evaluation(self) -> None:
-        """Once for the weights and once for their average, which want no gradients and so have code of their own."""
+        """Once for the weights and once for their average: eval mode compiles separate graphs."""
         batch = Batch.padding(self.config.seq_length, self.world.device)
         for model in (self.model.eval(), self.ema.model):
             with self._precision():
@@ -403,14 +286,6 @@ class Trainer:
                 self.config.z_loss_weight,
                 parts=[(len(part.labels), self.micro_batches.label_capacity(part)) for part in parts],
             )
-
-    def _synchronized(self, is_last: bool) -> AbstractContextManager:
-        """Gradients are reduced over ranks once a step, in the backward of the last micro-batch."""
-        if isinstance(self.parallel_model, FSDPModule):
-            self.parallel_model.set_requires_gradient_sync(is_last)
-        if is_last or not isinstance(self.parallel_model, DistributedDataParallel):
-            return nullcontext()
-        return self.parallel_model.no_sync()
 
     def _precision(self) -> AbstractContextManager:
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.config.mixed_precision)

@@ -72,6 +72,7 @@ FLOORS = [
     {"monitoring", "scoring"},
     {"preparation", "kernel_check", "compile_choice"},
     {"trainer", "huggingface"},
+    {"fit"},
     {"evaluate", "score", "generate", "fill_mask", "export", "import_hf", "unshard", "report"},  # python -m gptbert.X
     {"demo"},
 ]

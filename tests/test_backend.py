@@ -11,8 +11,8 @@ from gptbert.command_line import parse
 from gptbert.config import TrainConfig
 from gptbert.distributed.world import World
 from gptbert.errors import InputError
+from gptbert.fit import fit
 from gptbert.preparation import prepare_cpp_kernels, prepare_kernels
-from gptbert.trainer import fit
 from kernels import cpp
 from kernels.backend import choose_backend, set_default_backend, uses_cpp
 from kernels.check import Row

@@ -14,7 +14,7 @@ from gptbert.compile_choice import choose, seconds_saved
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.distributed.world import World
-from gptbert.trainer import fit
+from gptbert.fit import fit
 from tests.runs import MODEL, flags, write_inputs
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -109,7 +109,7 @@ def taken(monkeypatch):
     """Whether each Trainer that was made compiles, with no compiler to wait for."""
     decided = []
     monkeypatch.setattr(trainer, "compile_blocks", lambda blocks, **_: decided.append(blocks))
-    monkeypatch.setattr(trainer, "prepare_cpp_kernels", lambda *_, **__: "torch")
+    monkeypatch.setattr("gptbert.fit.prepare_cpp_kernels", lambda *_, **__: "torch")
     return decided
 
 

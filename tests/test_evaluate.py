@@ -12,11 +12,11 @@ from gptbert.command_line import parse, run_command
 from gptbert.config import TrainConfig
 from gptbert.data.objectives import Objective
 from gptbert.evaluate import EvaluateSettings, encode_domains, evaluate
+from gptbert.fit import fit
 from gptbert.monitoring.records import read_records
 from gptbert.scoring.trained_model import ModelChoice, TrainedModel
 from gptbert.text.corpus import CorpusConfig
-from gptbert.text.tokenizer import BOS_ID
-from gptbert.trainer import fit
+from gptbert.text.special_tokens import BOS_ID
 from tests.runs import flags, write_inputs
 
 METRICS = ("loss", "perplexity", "accuracy")

@@ -18,7 +18,8 @@ from transformers import (
 
 from gptbert.errors import InputError
 from gptbert.export import ExportConfig, Origin, export, model_card
-from gptbert.text.tokenizer import MASK_ID, load_tokenizer
+from gptbert.text.special_tokens import MASK_ID
+from gptbert.text.tokenizer import load_tokenizer
 from tests.exported import SHAPE, write_checkpoint
 from tests.runs import train
 

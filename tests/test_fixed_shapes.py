@@ -5,12 +5,12 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from gptbert import trainer as trainer_module
 from gptbert.command_line import parse
 from gptbert.config import TrainConfig
 from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.data.inputs import Inputs
 from gptbert.distributed.world import World
+from gptbert.monitoring import training_record
 from gptbert.trainer import Trainer
 from tests.operations import Operations
 from tests.runs import flags, write_inputs
@@ -32,7 +32,7 @@ def inputs(tmp_path_factory):
 @pytest.fixture
 def make_trainer(inputs, monkeypatch):
     """A trainer whose device has shapes and no values, so that whatever reads some is an error."""
-    monkeypatch.setattr(trainer_module, "measure_matmul_flops", lambda *args, **options: 1.0)
+    monkeypatch.setattr(training_record, "measure_matmul_flops", lambda *args, **options: 1.0)
     # PyTorch has no mixed precision for the device
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *args: False)
     monkeypatch.setattr(torch, "autocast", lambda *args, **options: nullcontext())

@@ -24,10 +24,11 @@ from gptbert.data.inputs import Inputs
 from gptbert.distributed.fsdp import new_moments, shard_size
 from gptbert.distributed.world import World
 from gptbert.errors import InputError
+from gptbert.fit import fit
 from gptbert.model import GPTBert
 from gptbert.monitoring.records import read_records
 from gptbert.optim import Lamb, parameter_groups
-from gptbert.trainer import Trainer, fit
+from gptbert.trainer import Trainer
 from gptbert.unshard import UnshardConfig, unshard
 from tests.runs import flags, losses, on_ranks, train, write_inputs
 
@@ -180,16 +181,15 @@ def a_rank_holds_its_part(world, arguments):
     trainer = make_trainer(world, arguments)
     batch = trainer.rows.batches(trainer.rows.load(0), 0)[0]
     params = list(trainer.model.parameters())
-    with trainer._synchronized(is_last=False):
+    with trainer.world.gradient_sync(trainer.parallel_model, is_on=False):
         trainer._forward([batch])[0].total.backward()
     assert all(param.grad is None for param in params), "gradients wait for the last micro-batch"
-    with trainer._synchronized(is_last=True):
+    with trainer.world.gradient_sync(trainer.parallel_model, is_on=True):
         trainer._forward([batch])[0].total.backward()
     trainer.optimizer.zero_grad()
     for step in range(2):
         norm = trainer.train_step(trainer.rows.load(step))
         assert not isinstance(norm, DTensor)
-        trainer.step += 1
         trainer.validation_record()
     trainer._warm_up_evaluation()
     total = trainer.inputs.model_config.num_parameters
@@ -238,7 +238,6 @@ def everything_at_once_is_ddp(world, arguments):
         for trainer in (ddp, fsdp):
             torch.manual_seed(step)  # of dropout
             norms.append(trainer.train_step(trainer.rows.load(step)))
-            trainer.step += 1
         torch.testing.assert_close(norms[1], norms[0], rtol=1e-4, atol=0)
         torch.testing.assert_close(fsdp.sums.sums, ddp.sums.sums, rtol=1e-4, atol=0)
     assert counters["stats"]["unique_graphs"] == 2 + 2

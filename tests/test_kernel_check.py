@@ -11,8 +11,8 @@ from gptbert.config import ModelConfig, TrainConfig
 from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.distributed.world import World
 from gptbert.errors import InputError
+from gptbert.fit import fit
 from gptbert.kernel_check import kernel_check, run_of
-from gptbert.trainer import fit
 from kernels.run import Run
 from tests.runs import MODEL, flags, write_inputs
 

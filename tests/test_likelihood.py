@@ -7,7 +7,7 @@ from gptbert.data.objectives import Objective
 from gptbert.model import GPTBert
 from gptbert.scoring import likelihood
 from gptbert.scoring.likelihood import log_likelihoods, num_predictions
-from gptbert.text.tokenizer import BOS_ID, MASK_ID
+from gptbert.text.special_tokens import BOS_ID, MASK_ID
 
 TEMPERATURES = (0.5, 1.0, 2.65)
 

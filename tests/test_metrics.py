@@ -10,6 +10,8 @@ from gptbert.distributed.world import World
 from gptbert.monitoring.metrics import LossSums, Throughput, perplexity, training_losses
 from kernels import MaskedCrossEntropy
 
+CPU = torch.device("cpu")
+
 ALONE = World(0, 1, torch.device("cpu"))
 
 
@@ -86,3 +88,16 @@ def test_throughput_leaves_pauses_out_and_knows_what_was_waiting(monkeypatch):
     assert throughput.since_last(2000) == (100, 0.5)
     now[0] += 1
     assert throughput.since_last(2007) == (7, 0)
+
+
+def test_sums_go_on_on_the_rank_that_had_them_or_all_together_on_the_first():
+    states = []
+    for rank in range(2):
+        sums = LossSums(CPU)
+        sums.sums += rank + 1
+        states.append(sums.state_dict())
+    for world_size, expected in ((2, [1, 2]), (3, [3, 0, 0]), (1, [3])):
+        loaded = [LossSums(CPU) for _ in range(world_size)]
+        for rank, each in enumerate(loaded):
+            each.load_rank_states(states, World(rank, world_size, CPU))
+        assert [each.sums.unique().tolist() for each in loaded] == [[value] for value in expected]

@@ -19,7 +19,7 @@ from gptbert.data.objectives import Objective
 from gptbert.data.packing import RowStream
 from gptbert.distributed.world import World
 from gptbert.errors import InputError
-from gptbert.text.tokenizer import BOS_ID
+from gptbert.text.special_tokens import BOS_ID
 from tests.test_packing import FIELDS, assert_equal, lengths, seq_lengths
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from gptbert.data.objectives import Batch, Masking, Objective, causal_batch, masked_batch, micro_batches
 from gptbert.data.packing import RowStream
-from gptbert.text.tokenizer import BOS_ID, MASK_ID, PAD_ID
+from gptbert.text.special_tokens import BOS_ID, MASK_ID, PAD_ID
 
 
 @pytest.fixture(scope="module")

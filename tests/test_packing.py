@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptbert.data.packing import Prefetcher, RowStream
-from gptbert.text.tokenizer import BOS_ID, PAD_ID
+from gptbert.text.special_tokens import BOS_ID, PAD_ID
 
 lengths = st.lists(st.integers(0, 30), min_size=1, max_size=12).filter(any)
 seq_lengths = st.integers(2, 17)

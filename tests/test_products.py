@@ -48,7 +48,6 @@ def train(inputs, look, steps=1, *, has_fixed_shapes=False, **changes):
         rows = trainer.rows.load(step)
         with Operations(look):
             trainer.train_step(rows)
-        trainer.step += 1
     return trainer
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from gptbert.schedules import batch_size, learning_rate, learning_rate_factor, length_factor, mask_probability
+from gptbert.schedules import batch_size, is_due, learning_rate, learning_rate_factor, length_factor, mask_probability
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "lr_schedule.json").read_text(encoding="utf-8"))
 
@@ -88,3 +88,8 @@ def test_mask_probability_is_linear_between_its_ends(make_config, start, end, st
     assert values[-1] == pytest.approx(end, abs=1e-12)
     assert all(min(start, end) - 1e-12 <= value <= max(start, end) + 1e-12 for value in values)
     assert values[steps // 2] == pytest.approx(start + (end - start) * (steps // 2) / steps, abs=1e-12)
+
+
+def test_what_happens_every_so_many_steps_also_happens_at_the_end():
+    due = {every: [step for step in range(1, 8) if is_due(step, every, 7)] for every in (0, 1, 3, 10)}
+    assert due == {0: [7], 1: [*range(1, 8)], 3: [3, 6, 7], 10: [7]}

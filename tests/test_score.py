@@ -10,13 +10,13 @@ from gptbert.command_line import parse, run_command
 from gptbert.config import TrainConfig
 from gptbert.data.objectives import Objective
 from gptbert.errors import InputError
+from gptbert.fit import fit
 from gptbert.score import SWEEP, BackendScores, ScoreSettings, score
 from gptbert.scoring.likelihood import log_likelihoods
 from gptbert.scoring.minimal_pairs import Accuracy, MinimalPair, read_pairs
 from gptbert.scoring.trained_model import ModelChoice, TrainedModel
 from gptbert.text.encoding import encode_sentences
-from gptbert.text.tokenizer import BOS_ID, MASK_ID
-from gptbert.trainer import fit
+from gptbert.text.special_tokens import BOS_ID, MASK_ID
 from tests.runs import flags, write_inputs
 
 PAIRS = [

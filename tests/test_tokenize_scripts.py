@@ -22,7 +22,8 @@ from gptbert.text import corpus as corpus_module
 from gptbert.text import encoding as encoding_module
 from gptbert.text.corpus import Corpus, CorpusConfig
 from gptbert.text.encoding import encode_documents
-from gptbert.text.tokenizer import BOS_ID, SPECIAL_TOKENS, load_tokenizer, tokenizer_hash
+from gptbert.text.special_tokens import BOS_ID, SPECIAL_TOKENS
+from gptbert.text.tokenizer import load_tokenizer, tokenizer_hash
 from tests.texts import DOCUMENTS, jsonl
 from tokenize_scripts.demo_corpus import DemoConfig, demo_corpus
 from tokenize_scripts.split_corpus import SplitConfig, side_of, split_corpus

@@ -12,7 +12,7 @@ from gptbert.command_line import run_command
 from gptbert.errors import InputError
 from gptbert.io.outputs import check_outputs, staged_outputs
 from gptbert.text.corpus import Corpus, CorpusConfig
-from gptbert.text.tokenizer import BOS_ID, SPECIAL_TOKENS, UNK_ID
+from gptbert.text.special_tokens import BOS_ID, SPECIAL_TOKENS, UNK_ID
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())  # 256 characters, one per byte
 SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + len(ALPHABET)

@@ -73,6 +73,11 @@ class WordCheckpoints:
         names = " ".join(map(checkpoint_name, self.thresholds)) or "no folder"
         return f"of the {self.words_before(self._config.max_steps):,} words that the run sees: {names} in words/"
 
+    def record(self, step: int) -> dict[str, float]:
+        """The words of a training record after `step` steps; empty if a token file does not say."""
+        words = self.words_before(step)
+        return {} if words is None else {"train/words": words}
+
     def due(self, step: int) -> list[int]:
         """The thresholds reached after `step` steps, but not a step earlier."""
         if not self.thresholds:

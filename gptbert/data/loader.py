@@ -1,5 +1,7 @@
 """The rows of each step, as one rank trains them: loaded ahead, moved to the device, and masked there."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,7 @@ from gptbert.data.objectives import Batch, Masking, Objective, causal_batch, mas
 from gptbert.data.packing import Rows, RowStream
 from gptbert.distributed.world import World
 from gptbert.errors import InputError, prefix_errors
-from gptbert.text.tokenizer import PAD_ID
+from gptbert.text.special_tokens import PAD_ID
 from kernels import IGNORE_INDEX
 from kernels.padding import padded_length
 
@@ -68,7 +70,7 @@ class BatchLoader:
         Where micro-batches have fixed shapes, rows of padding fill them up, of each objective.
 
         Rows that cannot be trained are left out. The other ranks are in the middle of a step then, so the reason waits
-        for the next record or checkpoint, where all of them meet: see `agree`.
+        for the next record or checkpoint, where all of them meet: see `raise_load_errors`.
         """
         padded_rows = self._micro_batches.padded_rows(step)
         shares = {share.objective: share for share in self._plan.shares(step, self._world.rank)}
@@ -104,6 +106,15 @@ class BatchLoader:
             tensor = F.pad(tensor, padding, value=PAD_ID if name == "tokens" else -1)
             tensors[name] = tensor.pin_memory() if self._world.device.type == "cuda" else tensor
         return tensors
+
+    def state_dict(self) -> dict[str, Tensor | None]:
+        """{"mask_counts": `MaskHistory.counts`, or None without a history}."""
+        return {"mask_counts": self.mask_history.counts if self.mask_history else None}
+
+    def load_state_dict(self, state: Mapping[str, Tensor | None]) -> None:
+        """Take what `state_dict` returned; a history that only one of the two has starts at zero or is dropped."""
+        if self.mask_history and state["mask_counts"] is not None:
+            self.mask_history.counts.copy_(state["mask_counts"])
 
     def raise_load_errors(self) -> None:
         """End the run if any rank has left rows out; every rank must call it.

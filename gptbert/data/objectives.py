@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gptbert.config import TrainConfig
-from gptbert.text.tokenizer import BOS_ID, MASK_ID, PAD_ID
+from gptbert.text.special_tokens import BOS_ID, MASK_ID, PAD_ID
 from kernels import IGNORE_INDEX, span_mask
 
 

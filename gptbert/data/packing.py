@@ -20,7 +20,7 @@ import numpy as np
 
 from gptbert.data.document_order import SIZES, DocumentOrder, ShuffleSizes
 from gptbert.data.token_store import TokenStore
-from gptbert.text.tokenizer import BOS_ID, PAD_ID
+from gptbert.text.special_tokens import BOS_ID, PAD_ID
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ import torch
 
 from gptbert.errors import InputError
 from gptbert.io.torch_file import SavedTensor, Storage, TorchFile
-from gptbert.text.tokenizer import BOS_ID
+from gptbert.text.special_tokens import BOS_ID
 
 # dtype of a .bin's tensors → dtype of the ids read from it
 _TOKEN_TYPES = {

@@ -28,7 +28,7 @@ class StopSignal:
     def __init__(self, world: World) -> None:
         self.received: signal.Signals | None = None
         self._world = world
-        self._totals: list[tuple[Tensor, torch.cuda.Event]] = []  # copies from the GPU in flight
+        self._totals: list[tuple[Tensor, torch.cuda.Event | None]] = []  # copies from the GPU in flight
         # their two destinations, alternating; allocated once, since allocating pinned memory syncs with the GPU
         self._arrivals = itertools.cycle(
             [torch.zeros((), dtype=torch.int64, pin_memory=True) for _ in range(2)]
@@ -40,22 +40,29 @@ class StopSignal:
         """1 or 0, an int64 scalar on the device, to be summed over the ranks."""
         return torch.full((), int(self.received is not None), dtype=torch.int64, device=self._world.device)
 
-    def should_stop(self, total: Tensor) -> bool:
-        """Whether to stop after this step: the same on every rank; each must call it once per step.
+    def note(self, total: Tensor) -> None:
+        """Take the sum of this step's `requests` over all ranks; a GPU's starts on its way to the host."""
+        if self._world.world_size == 1:
+            return
+        arrived = None
+        if total.device.type == "cuda":
+            total = next(self._arrivals).copy_(total, non_blocking=True)
+            arrived = torch.cuda.current_stream().record_event()
+        self._totals = [*self._totals[-1:], (total, arrived)]
 
-        Args:
-            total: sum of this step's `requests` over all ranks. On a GPU the answer is that of the previous step, whose
-                total has arrived by now, so the host does not wait.
+    def should_stop(self) -> bool:
+        """Whether to stop at this step's end, the same on every rank, after `note` of the step.
+
+        On a GPU the answer is that of the step before, whose total has arrived by now, without a device sync.
         """
         if self._world.world_size == 1:
             return self.received is not None
-        if total.device.type == "cpu":
-            return total.item() > 0
-        on_host = next(self._arrivals).copy_(total, non_blocking=True)
-        self._totals.append((on_host, torch.cuda.current_stream().record_event()))
+        newest, arrived = self._totals[-1]
+        if arrived is None:
+            return newest.item() > 0
         if len(self._totals) == 1:
             return False
-        previous, arrived = self._totals.pop(0)
+        previous, arrived = self._totals[0]
         arrived.synchronize()
         return previous.item() > 0
 

@@ -5,7 +5,7 @@ import inspect
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -60,6 +60,19 @@ class World:
         known = inspect.signature(DistributedDataParallel).parameters
         sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # torch<2.13
         return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **{sync_buffers: False})
+
+    def gradient_sync(self, model: nn.Module, *, is_on: bool) -> AbstractContextManager:
+        """A block whose backward reduces gradients over ranks, or only accumulates them.
+
+        Args:
+            model: from `wrap`, or sharded.
+            is_on: for the last micro-batch of a step.
+        """
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(is_on)
+        if is_on or not isinstance(model, DistributedDataParallel):
+            return nullcontext()
+        return model.no_sync()
 
     @contextmanager
     def errors_on_all_ranks(self) -> Iterator[None]:

@@ -1,6 +1,7 @@
 """Measuring, recording and showing a run's progress.
 
 - `metrics`: sums on the device, and the training record computed from them.
+- `training_record`: the record of training steps.
 - `records`: files of records that survive a kill.
 - `trackers`: where records go: files, Weights & Biases, TensorBoard.
 - `progress`: a run's screen output.

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,22 @@ class LossSums:
     def add_where(self, condition: Tensor, other: "LossSums") -> None:
         """Add the sums of `other` if the condition, a bool scalar on the device, holds."""
         self.sums += torch.where(condition, other.sums, 0.0)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """This rank's: {"sums": [objectives, 4] fp64 on the CPU}."""
+        return {"sums": self.sums.cpu()}
+
+    def load_rank_states(self, states: list[dict[str, Any]], world: World) -> None:
+        """Take the sums of a checkpoint: this rank's, or all on the main rank if the number of ranks differs.
+
+        Args:
+            states: of each rank that saved, from `state_dict`.
+            world: the run's processes.
+        """
+        if len(states) == world.world_size:
+            self.sums.copy_(states[world.rank]["sums"])
+        elif world.is_main:
+            self.sums.copy_(sum(state["sums"] for state in states))
 
     def means(self, world: World) -> dict[Objective, dict[str, float]]:
         """Means over all ranks' labels, for each objective that has any; every rank must call it."""

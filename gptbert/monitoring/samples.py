@@ -18,7 +18,8 @@ from gptbert.data.token_store import TokenStore
 from gptbert.distributed.fsdp import reshard
 from gptbert.distributed.world import World
 from gptbert.model import GPTBert
-from gptbert.text.tokenizer import BOS_ID, MASK_ID, PAD_ID, load_tokenizer
+from gptbert.text.special_tokens import BOS_ID, MASK_ID, PAD_ID
+from gptbert.text.tokenizer import load_tokenizer
 
 NUM_TEXTS = 4
 MOST_TOKENS = 48  # per text

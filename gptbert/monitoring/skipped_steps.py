@@ -1,5 +1,7 @@
 """Counts the steps that the optimizer skipped because gradients were not finite."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,14 @@ class SkippedSteps:
 
     def __init__(self, device: torch.device) -> None:
         self.counts = torch.zeros(3, dtype=torch.int64, device=device)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """{"skipped_steps": `counts`}."""
+        return {"skipped_steps": self.counts}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take what `state_dict` returned."""
+        self.counts.copy_(state["skipped_steps"])
 
     def add(self, gradient_norm: Tensor) -> Tensor:
         """Count a step, without a device sync.

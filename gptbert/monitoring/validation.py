@@ -1,7 +1,7 @@
 """Validation during and after a run: loss, perplexity and accuracy of both objectives, always with the same masks."""
 
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -102,6 +102,15 @@ class Validation:
             Per objective: loss, perplexity, accuracy, z_loss, count of labels.
         """
         return self.sums(model, precision).means(self._world)
+
+    def record(self, models: Mapping[str, GPTBert], precision: AbstractContextManager) -> dict[str, float]:
+        """Loss, perplexity and accuracy of models by the names of their records; every rank must call it."""
+        return {
+            f"{prefix}/{objective.value}/{name}": values[name]
+            for prefix, model in models.items()
+            for objective, values in self(model, precision).items()
+            for name in ("loss", "perplexity", "accuracy")
+        }
 
     @torch.no_grad()
     def sums(

@@ -9,7 +9,7 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from gptbert.errors import InputError
-from gptbert.text.tokenizer import BOS_ID
+from gptbert.text.special_tokens import BOS_ID
 
 BATCH_CHARACTERS = 2_000_000  # per call of the library, which takes some 100 bytes per resulting token
 DOCUMENT_OVERHEAD = 500  # memory of a short document's objects, in characters

@@ -11,10 +11,7 @@ from tokenizers import Tokenizer
 
 from gptbert.errors import InputError, first_line
 from gptbert.io.json_file import read_json
-
-UNK_ID, BOS_ID, EOS_ID, PAD_ID, MASK_ID = range(5)
-SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<mask>", *(f"<special_{i}>" for i in range(11)))
-
+from gptbert.text.special_tokens import MASK_ID, SPECIAL_TOKENS
 
 _MOST_BYTES = 1 << 26  # twice the size of the largest published ones
 _MOST_GROWTH = 10_000  # of a text's length by normalizers or decoders

@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from gptbert import compile_choice
 from gptbert.command_line import parse
 from gptbert.config import TrainConfig
-from gptbert.trainer import fit
+from gptbert.fit import fit
 from tests.gpu.tracing import trace_only
 from tests.lanes import DEVICE
 

@@ -15,13 +15,13 @@ from gptbert.data.objectives import Objective
 from gptbert.evaluate import EvaluateSettings, evaluate
 from gptbert.export import ExportConfig, export
 from gptbert.fill_mask import fill_masks
+from gptbert.fit import fit
 from gptbert.generate import continue_text
 from gptbert.monitoring.records import read_records
 from gptbert.score import ScoreSettings, score
 from gptbert.scoring.likelihood import log_likelihoods
 from gptbert.scoring.trained_model import ModelChoice, TrainedModel
 from gptbert.text.encoding import encode_sentences
-from gptbert.trainer import fit
 from gptbert.upstream import from_upstream
 from tests.runs import flags, losses
 

@@ -1,0 +1,83 @@
+"""A training run from its settings: inputs and checkpoint, kernels, then the trainer."""
+
+from gptbert import compile_choice
+from gptbert.checkpoint.folder import saved_setting
+from gptbert.checkpoint.initial_weights import read_initial_weights
+from gptbert.checkpoint.resume import changed_settings, find_for_all_ranks
+from gptbert.checkpoint.word_checkpoints import WordCheckpoints
+from gptbert.config import TrainConfig
+from gptbert.data.hybrid_plan import HybridPlan
+from gptbert.data.inputs import Inputs
+from gptbert.data.loader import training_streams
+from gptbert.data.mask_history import check_counts
+from gptbert.distributed.fsdp import shard_size
+from gptbert.distributed.world import World, connect
+from gptbert.errors import InputError
+from gptbert.io.screen import log
+from gptbert.kernel_check import kernel_check, run_of
+from gptbert.monitoring.progress import print_header
+from gptbert.preparation import prepare_cpp_kernels, prepare_kernels, prepare_run_dir
+from gptbert.trainer import Trainer
+
+
+def fit(config: TrainConfig) -> None:
+    """Train as `config` says, from the start or from a checkpoint.
+
+    Raises:
+        InputError: on every rank, with one message, where anything given cannot be used.
+        LostProcessError: see `connect`.
+        StoppedError: a signal asked for it, and a checkpoint was saved; see `StopSignal`.
+    """
+    with connect(config) as world:
+        _fit(config, world)  # frees every reference to the process group before connect() destroys it
+
+
+def _fit(config: TrainConfig, world: World) -> None:
+    with world.errors_on_all_ranks():
+        backend = prepare_kernels(config, world)
+        inputs = Inputs.open(config)
+        plan = HybridPlan(config, world.world_size)
+    is_checked = backend == "triton" and config.kernel_check == "on"
+    run = run_of(config, inputs.model_config, plan, world) if is_checked else None
+    with kernel_check(run, world.device) as finish_check:
+        with world.errors_on_all_ranks():
+            inputs.check_ids(world.rank, world.world_size)
+            shard_size(config, world)  # or an InputError
+            words = WordCheckpoints(config, training_streams(config, inputs, plan), plan)
+        with world.errors_on_all_ranks():
+            if len(set(world.all_gather(config))) > 1:
+                raise InputError("the processes were given different flags; every host must start the same command")
+        path, resumed = find_for_all_ranks(config, inputs.model_config, world)
+        first_step = resumed.step if resumed else 0
+        with world.errors_on_all_ranks():
+            check_counts(resumed.mask_counts if resumed and config.mask_history else None, inputs.num_train_tokens)
+            initial_weights = None if resumed else read_initial_weights(config, inputs.model_config)
+            if first_step >= config.max_steps and config.resume != "auto":
+                raise InputError(f"--resume {path}: its step {first_step} is the end of --max_steps {config.max_steps}")
+        if first_step >= config.max_steps:
+            if world.is_main:
+                log(f"{config.name}: finished already, {path} is step {first_step} of {config.max_steps}")
+            return
+        with world.errors_on_all_ranks():
+            finish_check()
+    was_asked = resumed is None or saved_setting(path, "compile") is not False
+    choice = compile_choice.choose(config, inputs.model_config, plan, world, resumed, was_asked)
+    with world.errors_on_all_ranks():
+        backend = prepare_cpp_kernels(config, world, is_compiled=choice.is_compiled)
+        if world.is_main:
+            prepare_run_dir(config, inputs.model_config, world, backend)
+    if world.is_main:
+        print_header(config, inputs, plan, world, backend, words)
+        log(str(choice))
+        if resumed:
+            changes = changed_settings(path, config)
+            log(f"going on from {path}" + (f"; changed since: {', '.join(changes)}" if changes else ""))
+        elif initial_weights:
+            log(f"starting from the weights of {config.initial_weights}")
+    trainer = Trainer(config, inputs, plan, world, initial_weights, is_compiled=choice.is_compiled)
+    if world.is_main and len(inputs.train_stores) > 1:
+        log(trainer.rows.describe_corpora())
+    if resumed:
+        trainer.restore(resumed)
+        del resumed  # as large as the run's own state
+    trainer.run()
