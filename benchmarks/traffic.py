@@ -21,10 +21,11 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 
+from gptbert.command_line import run_command
 from gptbert.config import ModelConfig
+from gptbert.errors import InputError
 from gptbert.model import GPTBert
 from kernels import IGNORE_INDEX, cross_entropy_from_logits, lamb_step, masked_cross_entropy, span_mask
 from kernels.padding import padded_rows
@@ -352,11 +353,14 @@ def count(config: TrafficConfig) -> Iterator[Job]:
             yield from span_mask_jobs(length)
 
 
-def main() -> None:
-    """Entry point. Exit status 1 if a bar is broken."""
-    config = tyro.cli(TrafficConfig, use_underscores=True)
+def run(config: TrafficConfig) -> None:
+    """Count, and print a row for each job. Exit status 1 if a bar is broken.
+
+    Raises:
+        InputError: Triton is not installed, or there is no such model.
+    """
     if importlib.util.find_spec("triton") is None:
-        sys.exit("benchmarks.traffic: Triton is not installed: pip install triton (Linux only)")
+        raise InputError("Triton is not installed: pip install triton (Linux only)")
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
     jobs = []
     if not config.json:
@@ -385,4 +389,4 @@ def _row(*cells: object) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(TrafficConfig, run)

@@ -2,15 +2,26 @@
 
 import csv
 import json
+import re
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import bench_lamb, bench_masked_cross_entropy, bench_span_mask, bench_train_step, machine, peers
+from benchmarks import (
+    bench_lamb,
+    bench_masked_cross_entropy,
+    bench_span_mask,
+    bench_tokenize,
+    bench_train_step,
+    machine,
+    peers,
+    traffic,
+)
 from benchmarks.measurement import COLUMNS, Measurement, Results
 from benchmarks.stopwatch import PARTS
+from gptbert.command_line import run_command
 from kernels.lamb import reference as lamb_reference
 from kernels.numerics import Comparison
 from tests.runs import MODEL
@@ -213,6 +224,23 @@ def test_a_training_step_is_measured_in_parts_that_add_up(tmp_path, ranks):
     assert 0 < result.mfu < 1
     assert result.peak_gb > 0.1
     assert result.rows_ms > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "run", "arguments", "status", "message"),
+    [
+        (traffic.TrafficConfig, traffic.run, ["--op", "nosuch"], 2, "invalid choice 'nosuch' for argument '--op'"),
+        (traffic.TrafficConfig, traffic.run, ["--op", "lamb", "--lamb_config", "nosuch"], 1, "model config .*nosuch"),
+        (bench_tokenize.BenchConfig, bench_tokenize.run, ["--input", "nosuch.jsonl"], 1, "--input nosuch.jsonl"),
+        (bench_tokenize.BenchConfig, bench_tokenize.run, ["--megabytes", "x"], 2, ".*--megabytes"),
+        (bench_tokenize.BenchConfig, bench_tokenize.run, ["--alternations", "0"], 1, "--alternations 0: must be"),
+    ],
+)  # fmt: skip
+def test_bad_input_to_a_benchmark_is_one_line(capsys, settings, run, arguments, status, message):
+    with pytest.raises(SystemExit) as end:
+        run_command(settings, run, arguments)
+    assert end.value.code == status
+    assert re.fullmatch(rf"error: {message}.*\n", capsys.readouterr().err)
 
 
 def write_model(folder):
