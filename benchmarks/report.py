@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from benchmarks import machine
 from benchmarks.bench_train_step import Case
 from benchmarks.gpu.page import page as gpu_page
+from benchmarks.markdown import markdown
 from benchmarks.roofline import Job, Limits, Work
 from benchmarks.stopwatch import PARTS
 from gptbert.command_line import run_command
@@ -131,7 +132,7 @@ def write_page(folder: Path, name: str) -> Path:
         with operations_file.open(newline="", encoding="utf-8") as file:
             rows = [tuple(row[column] for column in OPERATION_COLUMNS) for row in csv.DictReader(file)]
         lines += ["## Operations", "", "`python -m pytest benchmarks --benchmark-enable`", ""]
-        lines += markdown([OPERATION_COLUMNS, *rows], text_columns=3)
+        lines += markdown([OPERATION_COLUMNS, *rows], text_columns=(0, 1, 2))
     page = folder / f"{name}{'-bench' if (folder / f'{name}.json').exists() else ''}.md"  # the other is a GPU's
     page.write_text("\n".join([f"# {name}", "", *lines, ""]), encoding="utf-8")
     return page
@@ -161,22 +162,15 @@ def step_lines(steps: Steps, name: str) -> list[str]:
         f"`python -m benchmarks.bench_train_step --config_file {report['config_file']} --save`: bf16, all included.",
         f"Best rates of the run: torch.mm {limits.flops / 1e9:,.0f} GFLOPS, copy {limits.bandwidth / 1e9:.1f} GB/s.",
         "",
-        *markdown(figures, text_columns=1),
+        *markdown(figures),
         "",
         "A step is the sum of these; rows are made on a thread beside.",
         "",
-        *markdown(parts, text_columns=1),
+        *markdown(parts),
         "",
         *(f"![{chart}]({name}-{chart}.png)" for chart in ("throughput", "memory", "roofline")),
         "",
     ]
-
-
-def markdown(table: Table, text_columns: int) -> list[str]:
-    """Lines of a table whose first row is its header, and whose first columns are text."""
-    header, *rows = table
-    rule = ["---" if column < text_columns else "--:" for column in range(len(header))]
-    return [f"| {' | '.join(row)} |" for row in (header, rule, *rows)]
 
 
 def draw(steps: Steps, folder: Path, name: str) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor
 from gptbert.command_line import run_command
 from gptbert.config import ModelConfig
 from gptbert.errors import InputError
+from gptbert.io.screen import table_row
 from gptbert.model import GPTBert
 from kernels import IGNORE_INDEX, cross_entropy_from_logits, lamb_step, masked_cross_entropy, span_mask
 from kernels.padding import padded_rows
@@ -41,6 +42,7 @@ LIGER_BAR = 0.65
 MASKED_LAUNCHES = 3  # rows, sums over rows, gradients times grad_output
 LAMB_BYTES, LAMB_BAR, LAMB_LAUNCHES = 52, 1.01, 4
 SPAN_MASK_BAR = 1.1
+WIDTHS = (52, 11, 11, 6, 8, 10, 11)  # of the table's columns
 
 Operation = Literal["cross_entropy", "masked_cross_entropy", "lamb", "span_mask"]
 
@@ -364,13 +366,15 @@ def run(config: TrafficConfig) -> None:
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
     jobs = []
     if not config.json:
-        print(_row("job", "bytes", "fewest", "ratio", "launches", "of Liger's", "bytes/param"))
+        header = ("job", "bytes", "fewest", "ratio", "launches", "of Liger's", "bytes/param")
+        print(table_row(header, WIDTHS))
     for job in count(config):
         jobs.append(job)
         if not config.json:
             liger = "" if job.liger_ratio is None else f"{job.liger_ratio:.3f}"
             each = "" if job.parameters is None else f"{job.moved / job.parameters:.3f}"
-            print(_row(job.name, job.moved, job.fewest, f"{job.ratio:.4f}", job.launches, liger, each), flush=True)
+            counts = (f"{job.moved}", f"{job.fewest}", f"{job.ratio:.4f}", f"{job.launches}")
+            print(table_row((job.name, *counts, liger, each), WIDTHS), flush=True)
     broken = [line for job in jobs for line in job.broken_bars()]
     if config.json:
         rows = [asdict(job) | {"ratio": job.ratio, "liger_ratio": job.liger_ratio} for job in jobs]
@@ -380,12 +384,6 @@ def run(config: TrafficConfig) -> None:
     for line in broken:
         print(line, file=sys.stderr)
     sys.exit(1 if broken else 0)
-
-
-def _row(*cells: object) -> str:
-    widths = (52, 12, 12, 7, 8, 10, 11)
-    name, *rest = (str(cell) for cell in cells)
-    return f"{name:{widths[0]}} " + " ".join(f"{cell:>{width}}" for cell, width in zip(rest, widths[1:], strict=True))
 
 
 if __name__ == "__main__":

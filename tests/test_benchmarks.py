@@ -210,6 +210,19 @@ def test_a_case_of_the_name_goes_before_those_whose_name_contains_it():
     assert names("XLM") == []
 
 
+def test_a_row_of_training_steps_stands_below_its_header(capsys):
+    case = max(bench_train_step.CASES, key=lambda case: len(case.name))
+    parts = dict.fromkeys(PARTS, 1.0)
+    result = bench_train_step.Result(case, 800.0, 5000.0, 0.5, 400.0, 20.0, 1.5, parts, 0.15, 0.1, 0.7)
+    bench_train_step.show(result, with_header=True)
+    header, row = capsys.readouterr().out.splitlines()
+    assert len(header) == len(row)
+    assert row.startswith(f"{case.name}  ")
+    for title, value in (("tokens/s", "5000"), ("cross-entropy", "1"), ("(rows)", "0.7")):
+        end = header.index(title) + len(title)
+        assert row[:end].endswith(f" {value}")
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_training_step_is_measured_in_parts_that_add_up(tmp_path, ranks):
     case = bench_train_step.Case("MLM", 32, 4, ranks)
