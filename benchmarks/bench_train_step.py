@@ -31,6 +31,7 @@ from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.data.inputs import Inputs
 from gptbert.data.packing import Prefetcher
 from gptbert.data.token_store import TokenStore
+from gptbert.distributed.hardware import usable_cores
 from gptbert.distributed.memory import peak_memory
 from gptbert.distributed.world import World, connect
 from gptbert.errors import InputError
@@ -269,7 +270,7 @@ def run(config: StepBenchConfig) -> None:
             show(results[-1], with_header=len(results) == 1)
     report = {
         "hardware": machine.hardware(),
-        "cores": machine.cores(),
+        "cores": usable_cores(),
         "load_before": load,
         "versions": machine.versions(),
         "config_file": str(config.config_file),

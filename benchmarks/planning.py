@@ -26,6 +26,7 @@ from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.data.objectives import Objective
 from gptbert.data.packing import RowStream
 from gptbert.data.token_store import SHARD_TOKENS, TokenStore, TokenStoreWriter
+from gptbert.distributed.hardware import usable_cores
 
 T = TypeVar("T")
 
@@ -229,7 +230,7 @@ def run(config: PlanningConfig) -> None:
     """Simulate and print."""
     with tempfile.TemporaryDirectory(prefix="planning-") as folder:
         figures = simulate(config, Path(folder))
-    print(f"{machine.hardware()}, {machine.cores()} cores, load {machine.load():.1f}\n")
+    print(f"{machine.hardware()}, {usable_cores()} cores, load {machine.load():.1f}\n")
     print(tables(figures))
 
 

@@ -18,7 +18,7 @@ from benchmarks import machine
 from benchmarks.bench_train_step import Case
 from benchmarks.gpu.page import page as gpu_page
 from benchmarks.markdown import markdown
-from benchmarks.roofline import Job, Limits, Work
+from benchmarks.roofline import Limits, TrainingStep, Work
 from benchmarks.stopwatch import PARTS
 from gptbert.command_line import run_command
 from gptbert.config import ModelConfig
@@ -49,10 +49,10 @@ class Steps:
         """Of the cases."""
         return [Case(**result["case"]).name for result in self.results]
 
-    def job(self, result: dict[str, Any]) -> Job:
+    def training_step(self, result: dict[str, Any]) -> TrainingStep:
         """What a case's step asked for, on all its processes together."""
         case = Case(**result["case"])
-        return Job(
+        return TrainingStep(
             case.model(ModelConfig(**self.report["model"])), case.rows, case.seq_length, result["labeled_fraction"]
         )
 
@@ -63,7 +63,7 @@ class Steps:
 
     def optimizer_bandwidth_share(self, result: dict[str, Any]) -> float:
         """The bytes that clipping, LAMB and the average must move, over their time, over the rate of a copy."""
-        moved = self.job(result).optimizer().bytes
+        moved = self.training_step(result).optimizer().bytes
         return moved / (1e-3 * result["parts"]["optimizer"]) / self.report["copy_bytes_per_second"]
 
     def points(self) -> list[tuple[str, Work, float]]:
@@ -72,12 +72,12 @@ class Steps:
         for name, result in zip(self.names, self.results, strict=True):
             if Case(**result["case"]).ranks > 1:
                 continue
-            job, parts = self.job(result), result["parts"]
-            work = sum((part.ours for part in job.model_parts()), Work())
+            step, parts = self.training_step(result), result["parts"]
+            work = sum((part.ours for part in step.model_parts()), Work())
             found.append(
                 (name, work, 1e-3 * sum(parts.get(part, 0.0) for part in ("forward", "cross-entropy", "backward")))
             )
-            found.append((f"optimizer, {name}", job.optimizer(), 1e-3 * parts["optimizer"]))
+            found.append((f"optimizer, {name}", step.optimizer(), 1e-3 * parts["optimizer"]))
         return found
 
 

@@ -76,7 +76,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingStep:
     """One step of one process.
 
     Attributes:
@@ -199,10 +199,10 @@ class RooflineConfig:
     """10^12 bytes a second of memory; likewise."""
 
 
-def table(job: Job, limits: Limits) -> str:
+def table(step: TrainingStep, limits: Limits) -> str:
     """Markdown: each part's FLOPs and bytes, fewest and ours, and the times that they take at the limits."""
     rows = [["part", "GFLOP", "fewest GB", "floor ms", "our GFLOP", "our GB", "predicted ms"]]
-    parts = job.parts()
+    parts = step.parts()
     for part in parts:
         figures = []
         for work in (part.fewest, part.ours):
@@ -220,8 +220,8 @@ def table(job: Job, limits: Limits) -> str:
 def run(config: RooflineConfig) -> None:
     """Print the table."""
     model_config = ModelConfig.from_json(config.config_file)
-    job = Job(model_config, config.rows, config.seq_length, config.labeled_fraction)
-    print(table(job, Limits("", 1e12 * config.tera_flops, 1e12 * config.bandwidth)))
+    step = TrainingStep(model_config, config.rows, config.seq_length, config.labeled_fraction)
+    print(table(step, Limits("", 1e12 * config.tera_flops, 1e12 * config.bandwidth)))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import planning
 from benchmarks.markdown import markdown
-from benchmarks.roofline import H100, Job, Limits, parameter_count
+from benchmarks.roofline import H100, Limits, TrainingStep, parameter_count
 from benchmarks.traffic import LAMB_BYTES
 from gptbert.command_line import run_command
 from gptbert.config import ModelConfig
@@ -235,8 +235,8 @@ class Setup:
     @cached_property
     def compute_seconds(self) -> float:
         """Forward and backward, by the counts of docs/performance.md at the attainable share of the GPU's limits."""
-        job = Job(self.config, self.rows, self.seq_length, self.labeled_fraction)
-        return sum(part.ours.seconds(self.cluster.limits) for part in job.model_parts()) / self.cluster.attainable
+        step = TrainingStep(self.config, self.rows, self.seq_length, self.labeled_fraction)
+        return sum(part.ours.seconds(self.cluster.limits) for part in step.model_parts()) / self.cluster.attainable
 
     def mfu(self) -> float:
         """Needed FLOPs over what the GPU could do in `compute_seconds`."""

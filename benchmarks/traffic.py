@@ -120,8 +120,8 @@ def _bytes(pointers: Any, mask: Any) -> int:
 
 
 @dataclass
-class Job:
-    """A job's bytes, and the bars that it is held to.
+class CountedJob:
+    """A job whose bytes were counted, and the bars that it is held to.
 
     Attributes:
         name: what runs.
@@ -171,7 +171,7 @@ class Job:
         return broken
 
 
-def cross_entropy_jobs(vocab_size: int, dtype: torch.dtype, rows: int = ROWS) -> Iterator[Job]:
+def cross_entropy_jobs(vocab_size: int, dtype: torch.dtype, rows: int = ROWS) -> Iterator[CountedJob]:
     """Loss and gradient of logits that exist, for the plain mean and for the mean times an objective's weight.
 
     Fewest bytes, with N rows of which n are labeled and s bytes a logit: n·V·s (the labeled logits are read)
@@ -218,7 +218,7 @@ def liger_cross_entropy(logits: Tensor, labels: Tensor, weight: float) -> Tensor
     return total.detach()
 
 
-def masked_cross_entropy_job(rows: int = 20, hidden_size: int = 32, vocab_size: int = 8192) -> Job:
+def masked_cross_entropy_job(rows: int = 20, hidden_size: int = 32, vocab_size: int = 8192) -> CountedJob:
     """The kernels' part of masked cross-entropy: chunks of logits, between matrix products that are PyTorch's.
 
     Fewest bytes: n·V·s twice (logits read, gradient written, of the n labeled rows) + 8·n (labels) + 12 (three sums);
@@ -242,7 +242,7 @@ def masked_cross_entropy_job(rows: int = 20, hidden_size: int = 32, vocab_size: 
     return job
 
 
-def lamb_job(name: str, shapes: list[torch.Size]) -> Job:
+def lamb_job(name: str, shapes: list[torch.Size]) -> CountedJob:
     """A step of LAMB in fp32 with clipping and EMA, weight decay where upstream has it (matrices).
 
     The fewest bytes a parameter of the exact update, whose trust ratio needs norms of the whole tensor first:
@@ -283,7 +283,7 @@ def model_shapes(file: str) -> list[torch.Size]:
         return [parameter.shape for parameter in GPTBert(ModelConfig.from_json(f"configs/{file}")).parameters()]
 
 
-def span_mask_jobs(length: int) -> Iterator[Job]:
+def span_mask_jobs(length: int) -> Iterator[CountedJob]:
     """A batch of int64 tokens, without and with masking history, its rows padded as the trainer's are.
 
     Fewest bytes: B·T·8·3 (tokens read, inputs and labels written) + B·8 (row ids) + B·T (counts of one byte read).
@@ -313,8 +313,8 @@ def span_mask_jobs(length: int) -> Iterator[Job]:
         yield _job(name, counted, fewest, SPAN_MASK_BAR)
 
 
-def _job(name: str, counted: Counted, fewest: int, bar: float) -> Job:
-    return Job(name, counted.total, fewest, bar, counted.launches, kernels=counted.kernels)
+def _job(name: str, counted: Counted, fewest: int, bar: float) -> CountedJob:
+    return CountedJob(name, counted.total, fewest, bar, counted.launches, kernels=counted.kernels)
 
 
 def _logits(rows: int, vocab_size: int, dtype: torch.dtype) -> Tensor:
@@ -339,7 +339,7 @@ class TrafficConfig:
     """Print one JSON object instead of a table."""
 
 
-def count(config: TrafficConfig) -> Iterator[Job]:
+def count(config: TrafficConfig) -> Iterator[CountedJob]:
     """Run the jobs of the chosen operations."""
     if "cross_entropy" in config.op:
         for dtype in (torch.bfloat16, torch.float32):

@@ -117,7 +117,7 @@ def test_file_keeps_other_rows_and_drops_what_failed(results, tmp_path):
 
 def test_file_name_is_clean(monkeypatch):
     monkeypatch.setattr(machine, "hardware", lambda: "AMD EPYC™ 9654 (96-Core)")
-    monkeypatch.setattr(machine, "cores", lambda: 2)
+    monkeypatch.setattr(machine, "usable_cores", lambda: 2)
     monkeypatch.setattr(machine, "device", lambda: torch.device("cpu"))
     assert machine.file_name() == "amd-epyc-9654-96-core-2-cores"
 
