@@ -26,6 +26,8 @@ def keep_freed_memory() -> bool:
     fray, by 2.3 MB in 1,000 steps among eight processes. Where Linux has pages of 2 MB for who asks, the heap gets
     them: a core finds its way to fewer pages faster, by 1 % of a step at T = 128 and 3 % at T = 512.
 
+    With `--no_huge_pages` a run does without.
+
     Returns:
         Whether it could be had; elsewhere than on glibc nothing changes.
     """

@@ -90,7 +90,8 @@ def connect(config: TrainConfig) -> Iterator[World]:
     if device.type == "cpu":
         # torchrun asks for one thread a process, whatever the machine has
         torch.set_num_threads(config.cpu_threads or max(1, usable_cores() // _environment("LOCAL_WORLD_SIZE", 1)))
-        keep_freed_memory()
+        if config.huge_pages:
+            keep_freed_memory()
     else:
         torch.cuda.set_device(device)
     if world_size == 1:
