@@ -21,7 +21,7 @@ def inputs(tmp_path_factory):
     return folder
 
 
-def test_unigram_entropy():
+def test_unigram_entropy_is_that_of_the_counts():
     assert unigram_entropy(torch.tensor([5, 5, 7, 9])) == pytest.approx(1.5 * math.log(2))
     assert unigram_entropy(torch.full((10,), 3)) == 0
 
