@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tokenizers
-import tyro
 
+from gptbert.command_line import run_command
+from gptbert.errors import InputError
 from gptbert.text.corpus import Corpus, CorpusConfig
 from gptbert.text.tokenizer import load_tokenizer
 from tokenize_scripts.demo_corpus import DemoConfig, demo_corpus
@@ -95,9 +96,14 @@ def _seconds(action: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def main() -> None:
-    """Entry point."""
-    config = tyro.cli(BenchConfig, use_underscores=True)
+def run(config: BenchConfig) -> None:
+    """Measure, and print.
+
+    Raises:
+        InputError: there is nothing to tokenize, or nothing to time.
+    """
+    if config.alternations < 1:
+        raise InputError(f"--alternations {config.alternations}: must be at least 1")
     result = measure(config)
     if config.json:
         print(json.dumps(result))
@@ -109,4 +115,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(BenchConfig, run)

@@ -31,9 +31,11 @@ from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.data.inputs import Inputs
 from gptbert.data.packing import Prefetcher
 from gptbert.data.token_store import TokenStore
+from gptbert.distributed.hardware import usable_cores
 from gptbert.distributed.memory import peak_memory
 from gptbert.distributed.world import World, connect
 from gptbert.errors import InputError
+from gptbert.io.screen import table_row
 from gptbert.monitoring.flops import forward_flops, measure_matmul_flops, training_flops
 from gptbert.preparation import prepare_cpp_kernels, prepare_kernels
 from gptbert.trainer import Trainer
@@ -44,6 +46,7 @@ WARM_UPS = 2
 RATES = 3  # tries at the best rate of torch.mm: the machine may be busy at one of them
 TOKENS = 2_000_000
 TOKENS_OF_A_STEP = 4096  # in most cases; smaller steps are measured more often
+LEAST_WIDTH = 7  # of a column
 
 
 @dataclass(frozen=True)
@@ -271,7 +274,7 @@ def run(config: StepBenchConfig) -> None:
             show(results[-1], with_header=len(results) == 1)
     report = {
         "hardware": machine.hardware(),
-        "cores": machine.cores(),
+        "cores": usable_cores(),
         "load_before": load,
         "versions": machine.versions(),
         "config_file": str(config.config_file),
@@ -292,16 +295,17 @@ def matching(text: str, cases: list[Case]) -> list[Case]:
 
 def show(result: Result, *, with_header: bool) -> None:
     """A line of the table."""
-    columns = ["ms/step", "tokens/s", "MFU", "mm GFLOPS", "start s", "peak GB", *PARTS, "(rows)", "CE FLOPs"]
+    columns = ["case", "ms/step", "tokens/s", "MFU", "mm GFLOPS", "start s", "peak GB", *PARTS, "(rows)", "CE FLOPs"]
+    widths = [max(len(case.name) for case in CASES), *(max(len(column), LEAST_WIDTH) for column in columns[1:])]
     if with_header:
-        print(f"{'case':32} " + " ".join(f"{column:>9}" for column in columns))
-    values = [
-        f"{result.milliseconds:.0f}", f"{result.tokens_per_second:.0f}", f"{result.mfu:.3f}",
+        print(table_row(columns, widths))
+    row = [
+        result.case.name, f"{result.milliseconds:.0f}", f"{result.tokens_per_second:.0f}", f"{result.mfu:.3f}",
         f"{result.product_gflops:.0f}", f"{result.start_seconds:.1f}", f"{result.peak_gb:.2f}",
         *(f"{result.parts[part]:.0f}" for part in PARTS), f"{result.rows_ms:.1f}",
         f"{result.cross_entropy_share:.3f}",
     ]  # fmt: skip
-    print(f"{result.case.name:32} " + " ".join(f"{value:>9}" for value in values), flush=True)
+    print(table_row(row, widths), flush=True)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import tyro
 from benchmarks.bench_train_step import Case
 from gptbert.command_line import run_command
 from gptbert.errors import InputError
+from gptbert.io.screen import table
 
 ROOT = Path(__file__).parents[1]
 BENCH = "benchmarks/bench_train_step.py"
@@ -102,14 +103,14 @@ def compare(turn_of_this: Callable[[], Figures], turn_of_other: Callable[[], Fig
         first, second = (turn_of_this, turn_of_other) if number % 2 == 0 else (turn_of_other, turn_of_this)
         one, two = first(), second()
         pairs.append((one, two) if number % 2 == 0 else (two, one))
-    lines = [f"{'case':24} " + " ".join(f"{label:>22}" for label in FIGURES)]
+    rows = [["case", *FIGURES]]
     for case in [name for name in pairs[0][0] if name in pairs[0][1]]:
         cells = []
         for label in FIGURES:
             ratios = [this[case][label] / other[case][label] for this, other in pairs]
             cells.append(f"{statistics.median(ratios):.3f} ({min(ratios):.3f} – {max(ratios):.3f})")
-        lines.append(f"{case:24} " + " ".join(f"{cell:>22}" for cell in cells))
-    return lines
+        rows.append([case, *cells])
+    return table(rows).splitlines()
 
 
 def run(config: CompareConfig) -> None:

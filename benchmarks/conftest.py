@@ -8,6 +8,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import machine
 from benchmarks.measurement import Measurement, Results
+from gptbert.distributed.hardware import usable_cores
 
 RESULTS = pytest.StashKey[Results]()
 BUSY = 0.5  # processes a core
@@ -44,6 +45,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     results = config.stash[RESULTS]
     if results.rows:
         terminalreporter.write_line(f"written to {machine.results_file('.csv')}")
-    if results.rows and results.load > BUSY * machine.cores():
-        busy = f"load {results.load:.1f} on {machine.cores()} cores before the first benchmark"
+    if results.rows and results.load > BUSY * usable_cores():
+        busy = f"load {results.load:.1f} on {usable_cores()} cores before the first benchmark"
         terminalreporter.write_line(f"{busy}: others use this machine, and even ratios are doubtful", yellow=True)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from gptbert.distributed.hardware import hardware_name
+from gptbert.distributed.hardware import hardware_name, usable_cores
+from gptbert.distributed.hardware import synchronize as synchronize_device
 
 RESULTS = Path(__file__).parent / "results"
 OPERATIONS, STEPS = ".csv", "-train-step.json"  # how files there end: of `pytest benchmarks`, and of training steps
@@ -31,14 +32,9 @@ def hardware() -> str:
     return hardware_name(device())
 
 
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def file_name() -> str:
     """A name for this machine's files: lower case, digits and hyphens."""
-    name = hardware() if device().type == "cuda" else f"{hardware()} {cores()} cores"
+    name = hardware() if device().type == "cuda" else f"{hardware()} {usable_cores()} cores"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
@@ -49,7 +45,7 @@ def results_file(suffix: str) -> Path:
 
 def processes() -> int:
     """How many processes can train here without sharing a GPU, or a core where there is none."""
-    return torch.cuda.device_count() if device().type == "cuda" else cores()
+    return torch.cuda.device_count() if device().type == "cuda" else usable_cores()
 
 
 def load() -> float:
@@ -80,8 +76,7 @@ def seconds(action: Callable[[], object]) -> float:
 
 def synchronize() -> None:
     """Wait for the GPU, if there is one."""
-    if device().type == "cuda":
-        torch.cuda.synchronize()
+    synchronize_device(device())
 
 
 def copy_rate() -> float:

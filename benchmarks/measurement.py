@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from benchmarks import machine
+from gptbert.distributed.hardware import usable_cores
 from kernels.numerics import Comparison
 
 if TYPE_CHECKING:  # what is measured can be had without it
@@ -163,7 +164,7 @@ class Measurement:
         return {
             "hardware": machine.hardware(),
             "device": machine.device().type,
-            "cores": str(machine.cores()),
+            "cores": str(usable_cores()),
             "load_before": f"{self._results.load:.2g}",
             **machine.versions(),
             **dict(zip(KEY, self._key, strict=True)),

@@ -19,12 +19,14 @@ from typing import TypeVar
 import numpy as np
 
 from benchmarks import machine
+from benchmarks.markdown import markdown
 from gptbert.command_line import run_command
 from gptbert.config import TrainConfig
 from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.data.objectives import Objective
 from gptbert.data.packing import RowStream
 from gptbert.data.token_store import SHARD_TOKENS, TokenStore, TokenStoreWriter
+from gptbert.distributed.hardware import usable_cores
 
 T = TypeVar("T")
 
@@ -211,25 +213,24 @@ def simulate(config: PlanningConfig, folder: Path) -> dict[int, Figures]:
 
 def tables(figures: dict[int, Figures]) -> str:
     """Markdown: what ranks hold and how long they take to start; then the steps of each phase."""
-    names = [*next(iter(figures.values())).seconds, "private memory then", "most of it", "page tables", "mapped files"]
-    lines = [f"| rank | {' | '.join(names)} |", "| --: |" + " --: |" * len(names)]
+    seconds = next(iter(figures.values())).seconds
+    starts = [["rank", *seconds, "private memory then", "most of it", "page tables", "mapped files"]]
+    phases = [["rank", "phase", "median ms", "slowest ms", "resuming there ms"]]
     for rank, of in figures.items():
         held = (of.anonymous["streams"], max(of.anonymous.values()), of.page_tables, of.mapped)
         cells = [f"{value:.2f} s" for value in of.seconds.values()] + [f"{value / 1e6:,.0f} MB" for value in held]
-        lines.append(f"| {rank} | {' | '.join(cells)} |")
-    lines += ["", "| rank | phase | median ms | slowest ms | resuming there ms |", "| --: | --- | --: | --: | --: |"]
-    for rank, of in figures.items():
+        starts.append([f"{rank}", *cells])
         for phase, steps in of.steps.items():
             middle, slowest = statistics.median(steps), max(steps)
-            lines.append(f"| {rank} | {phase} | {middle:.2f} | {slowest:.2f} | {of.first[phase]:.0f} |")
-    return "\n".join(lines)
+            phases.append([f"{rank}", phase, f"{middle:.2f}", f"{slowest:.2f}", f"{of.first[phase]:.0f}"])
+    return "\n".join([*markdown(starts, text_columns=()), "", *markdown(phases, text_columns=(1,))])
 
 
 def run(config: PlanningConfig) -> None:
     """Simulate and print."""
     with tempfile.TemporaryDirectory(prefix="planning-") as folder:
         figures = simulate(config, Path(folder))
-    print(f"{machine.hardware()}, {machine.cores()} cores, load {machine.load():.1f}\n")
+    print(f"{machine.hardware()}, {usable_cores()} cores, load {machine.load():.1f}\n")
     print(tables(figures))
 
 

@@ -17,7 +17,8 @@ from matplotlib.axes import Axes
 from benchmarks import machine
 from benchmarks.bench_train_step import Case
 from benchmarks.gpu.page import page as gpu_page
-from benchmarks.roofline import Job, Limits, Work
+from benchmarks.markdown import markdown
+from benchmarks.roofline import Limits, TrainingStep, Work
 from benchmarks.stopwatch import PARTS
 from gptbert.command_line import run_command
 from gptbert.config import ModelConfig
@@ -48,10 +49,10 @@ class Steps:
         """Of the cases."""
         return [Case(**result["case"]).name for result in self.results]
 
-    def job(self, result: dict[str, Any]) -> Job:
+    def training_step(self, result: dict[str, Any]) -> TrainingStep:
         """What a case's step asked for, on all its processes together."""
         case = Case(**result["case"])
-        return Job(
+        return TrainingStep(
             case.model(ModelConfig(**self.report["model"])), case.rows, case.seq_length, result["labeled_fraction"]
         )
 
@@ -62,7 +63,7 @@ class Steps:
 
     def optimizer_bandwidth_share(self, result: dict[str, Any]) -> float:
         """The bytes that clipping, LAMB and the average must move, over their time, over the rate of a copy."""
-        moved = self.job(result).optimizer().bytes
+        moved = self.training_step(result).optimizer().bytes
         return moved / (1e-3 * result["parts"]["optimizer"]) / self.report["copy_bytes_per_second"]
 
     def points(self) -> list[tuple[str, Work, float]]:
@@ -71,12 +72,12 @@ class Steps:
         for name, result in zip(self.names, self.results, strict=True):
             if Case(**result["case"]).ranks > 1:
                 continue
-            job, parts = self.job(result), result["parts"]
-            work = sum((part.ours for part in job.model_parts()), Work())
+            step, parts = self.training_step(result), result["parts"]
+            work = sum((part.ours for part in step.model_parts()), Work())
             found.append(
                 (name, work, 1e-3 * sum(parts.get(part, 0.0) for part in ("forward", "cross-entropy", "backward")))
             )
-            found.append((f"optimizer, {name}", job.optimizer(), 1e-3 * parts["optimizer"]))
+            found.append((f"optimizer, {name}", step.optimizer(), 1e-3 * parts["optimizer"]))
         return found
 
 
@@ -131,7 +132,7 @@ def write_page(folder: Path, name: str) -> Path:
         with operations_file.open(newline="", encoding="utf-8") as file:
             rows = [tuple(row[column] for column in OPERATION_COLUMNS) for row in csv.DictReader(file)]
         lines += ["## Operations", "", "`python -m pytest benchmarks --benchmark-enable`", ""]
-        lines += markdown([OPERATION_COLUMNS, *rows], text_columns=3)
+        lines += markdown([OPERATION_COLUMNS, *rows], text_columns=(0, 1, 2))
     page = folder / f"{name}{'-bench' if (folder / f'{name}.json').exists() else ''}.md"  # the other is a GPU's
     page.write_text("\n".join([f"# {name}", "", *lines, ""]), encoding="utf-8")
     return page
@@ -161,22 +162,15 @@ def step_lines(steps: Steps, name: str) -> list[str]:
         f"`python -m benchmarks.bench_train_step --config_file {report['config_file']} --save`: bf16, all included.",
         f"Best rates of the run: torch.mm {limits.flops / 1e9:,.0f} GFLOPS, copy {limits.bandwidth / 1e9:.1f} GB/s.",
         "",
-        *markdown(figures, text_columns=1),
+        *markdown(figures),
         "",
         "A step is the sum of these; rows are made on a thread beside.",
         "",
-        *markdown(parts, text_columns=1),
+        *markdown(parts),
         "",
         *(f"![{chart}]({name}-{chart}.png)" for chart in ("throughput", "memory", "roofline")),
         "",
     ]
-
-
-def markdown(table: Table, text_columns: int) -> list[str]:
-    """Lines of a table whose first row is its header, and whose first columns are text."""
-    header, *rows = table
-    rule = ["---" if column < text_columns else "--:" for column in range(len(header))]
-    return [f"| {' | '.join(row)} |" for row in (header, rule, *rows)]
 
 
 def draw(steps: Steps, folder: Path, name: str) -> None:

@@ -14,6 +14,7 @@ from typing import Self
 
 import torch
 
+from benchmarks.markdown import markdown
 from benchmarks.traffic import LAMB_BYTES
 from gptbert.command_line import run_command
 from gptbert.config import ModelConfig
@@ -75,7 +76,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingStep:
     """One step of one process.
 
     Attributes:
@@ -198,32 +199,29 @@ class RooflineConfig:
     """10^12 bytes a second of memory; likewise."""
 
 
-def table(job: Job, limits: Limits) -> str:
+def table(step: TrainingStep, limits: Limits) -> str:
     """Markdown: each part's FLOPs and bytes, fewest and ours, and the times that they take at the limits."""
-    lines = [
-        "| part | GFLOP | fewest GB | floor ms | our GFLOP | our GB | predicted ms |",
-        "| --- | --: | --: | --: | --: | --: | --: |",
-    ]
-    parts = job.parts()
+    rows = [["part", "GFLOP", "fewest GB", "floor ms", "our GFLOP", "our GB", "predicted ms"]]
+    parts = step.parts()
     for part in parts:
         figures = []
         for work in (part.fewest, part.ours):
             figures += [f"{work.flops / 1e9:.1f}", f"{work.bytes / 1e9:.3f}", f"{1e3 * work.seconds(limits):.3f}"]
-        lines.append(f"| {part.name} | {' | '.join(figures)} |")
+        rows.append([part.name, *figures])
     sums = []
     for kind in ("fewest", "ours"):
         works = [getattr(part, kind) for part in parts]
         total = sum(works, Work())
         seconds = sum(work.seconds(limits) for work in works)
         sums += [f"{total.flops / 1e9:.1f}", f"{total.bytes / 1e9:.3f}", f"{1e3 * seconds:.3f}"]
-    return "\n".join([*lines, f"| all | {' | '.join(sums)} |"])
+    return "\n".join(markdown([*rows, ["all", *sums]]))
 
 
 def run(config: RooflineConfig) -> None:
     """Print the table."""
     model_config = ModelConfig.from_json(config.config_file)
-    job = Job(model_config, config.rows, config.seq_length, config.labeled_fraction)
-    print(table(job, Limits("", 1e12 * config.tera_flops, 1e12 * config.bandwidth)))
+    step = TrainingStep(model_config, config.rows, config.seq_length, config.labeled_fraction)
+    print(table(step, Limits("", 1e12 * config.tera_flops, 1e12 * config.bandwidth)))
 
 
 if __name__ == "__main__":

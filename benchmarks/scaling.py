@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import planning
-from benchmarks.roofline import H100, Job, Limits, parameter_count
+from benchmarks.markdown import markdown
+from benchmarks.roofline import H100, Limits, TrainingStep, parameter_count
 from benchmarks.traffic import LAMB_BYTES
 from gptbert.command_line import run_command
 from gptbert.config import ModelConfig
@@ -234,8 +235,8 @@ class Setup:
     @cached_property
     def compute_seconds(self) -> float:
         """Forward and backward, by the counts of docs/performance.md at the attainable share of the GPU's limits."""
-        job = Job(self.config, self.rows, self.seq_length, self.labeled_fraction)
-        return sum(part.ours.seconds(self.cluster.limits) for part in job.model_parts()) / self.cluster.attainable
+        step = TrainingStep(self.config, self.rows, self.seq_length, self.labeled_fraction)
+        return sum(part.ours.seconds(self.cluster.limits) for part in step.model_parts()) / self.cluster.attainable
 
     def mfu(self) -> float:
         """Needed FLOPs over what the GPU could do in `compute_seconds`."""
@@ -275,9 +276,8 @@ class Setup:
 
 def table(config: ModelConfig, gpus: tuple[int, ...] = (8, 64, 1024)) -> str:
     """Markdown: every method on these numbers of GPUs; HSDP on more than a node, where it differs from FSDP."""
-    columns = ("sent GB", "by network GB", "states GB", "memory GB", "recomputing GB", "compute ms", "exposed ms")
-    columns += ("optimizer ms", "step ms", "efficiency")
-    lines = [f"| GPUs | method | {' | '.join(columns)} |", "| --: | --- |" + " --: |" * len(columns)]
+    columns = ("GPUs", "method", "sent GB", "by network GB", "states GB", "memory GB", "recomputing GB")
+    rows = [(*columns, "compute ms", "exposed ms", "optimizer ms", "step ms", "efficiency")]
     for number in gpus:
         for method in Method:
             setup = Setup(config, method, number)
@@ -288,8 +288,8 @@ def table(config: ModelConfig, gpus: tuple[int, ...] = (8, 64, 1024)) -> str:
                 setup.compute_seconds, setup.exposed_seconds(), setup.optimizer_seconds(), setup.step_seconds()
             )  # fmt: skip
             cells = [f"{value / 1e9:.2f}" for value in gigabytes] + [f"{1e3 * value:.1f}" for value in seconds]
-            lines.append(f"| {number:,} | {method.value} | {' | '.join(cells)} | {setup.efficiency():.2f} |")
-    return "\n".join(lines)
+            rows.append((f"{number:,}", method.value, *cells, f"{setup.efficiency():.2f}"))
+    return "\n".join(markdown(rows, text_columns=(1,)))
 
 
 def heading(name: str, config: ModelConfig) -> str:

@@ -21,10 +21,12 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 
+from gptbert.command_line import run_command
 from gptbert.config import ModelConfig
+from gptbert.errors import InputError
+from gptbert.io.screen import table_row
 from gptbert.model import GPTBert
 from kernels import IGNORE_INDEX, cross_entropy_from_logits, lamb_step, masked_cross_entropy, span_mask
 from kernels.padding import padded_rows
@@ -40,6 +42,7 @@ LIGER_BAR = 0.65
 MASKED_LAUNCHES = 3  # rows, sums over rows, gradients times grad_output
 LAMB_BYTES, LAMB_BAR, LAMB_LAUNCHES = 52, 1.01, 4
 SPAN_MASK_BAR = 1.1
+WIDTHS = (52, 11, 11, 6, 8, 10, 11)  # of the table's columns
 
 Operation = Literal["cross_entropy", "masked_cross_entropy", "lamb", "span_mask"]
 
@@ -117,8 +120,8 @@ def _bytes(pointers: Any, mask: Any) -> int:
 
 
 @dataclass
-class Job:
-    """A job's bytes, and the bars that it is held to.
+class CountedJob:
+    """A job whose bytes were counted, and the bars that it is held to.
 
     Attributes:
         name: what runs.
@@ -168,7 +171,7 @@ class Job:
         return broken
 
 
-def cross_entropy_jobs(vocab_size: int, dtype: torch.dtype, rows: int = ROWS) -> Iterator[Job]:
+def cross_entropy_jobs(vocab_size: int, dtype: torch.dtype, rows: int = ROWS) -> Iterator[CountedJob]:
     """Loss and gradient of logits that exist, for the plain mean and for the mean times an objective's weight.
 
     Fewest bytes, with N rows of which n are labeled and s bytes a logit: n·V·s (the labeled logits are read)
@@ -215,7 +218,7 @@ def liger_cross_entropy(logits: Tensor, labels: Tensor, weight: float) -> Tensor
     return total.detach()
 
 
-def masked_cross_entropy_job(rows: int = 20, hidden_size: int = 32, vocab_size: int = 8192) -> Job:
+def masked_cross_entropy_job(rows: int = 20, hidden_size: int = 32, vocab_size: int = 8192) -> CountedJob:
     """The kernels' part of masked cross-entropy: chunks of logits, between matrix products that are PyTorch's.
 
     Fewest bytes: n·V·s twice (logits read, gradient written, of the n labeled rows) + 8·n (labels) + 12 (three sums);
@@ -239,7 +242,7 @@ def masked_cross_entropy_job(rows: int = 20, hidden_size: int = 32, vocab_size: 
     return job
 
 
-def lamb_job(name: str, shapes: list[torch.Size]) -> Job:
+def lamb_job(name: str, shapes: list[torch.Size]) -> CountedJob:
     """A step of LAMB in fp32 with clipping and EMA, weight decay where upstream has it (matrices).
 
     The fewest bytes a parameter of the exact update, whose trust ratio needs norms of the whole tensor first:
@@ -280,7 +283,7 @@ def model_shapes(file: str) -> list[torch.Size]:
         return [parameter.shape for parameter in GPTBert(ModelConfig.from_json(f"configs/{file}")).parameters()]
 
 
-def span_mask_jobs(length: int) -> Iterator[Job]:
+def span_mask_jobs(length: int) -> Iterator[CountedJob]:
     """A batch of int64 tokens, without and with masking history, its rows padded as the trainer's are.
 
     Fewest bytes: B·T·8·3 (tokens read, inputs and labels written) + B·8 (row ids) + B·T (counts of one byte read).
@@ -310,8 +313,8 @@ def span_mask_jobs(length: int) -> Iterator[Job]:
         yield _job(name, counted, fewest, SPAN_MASK_BAR)
 
 
-def _job(name: str, counted: Counted, fewest: int, bar: float) -> Job:
-    return Job(name, counted.total, fewest, bar, counted.launches, kernels=counted.kernels)
+def _job(name: str, counted: Counted, fewest: int, bar: float) -> CountedJob:
+    return CountedJob(name, counted.total, fewest, bar, counted.launches, kernels=counted.kernels)
 
 
 def _logits(rows: int, vocab_size: int, dtype: torch.dtype) -> Tensor:
@@ -336,7 +339,7 @@ class TrafficConfig:
     """Print one JSON object instead of a table."""
 
 
-def count(config: TrafficConfig) -> Iterator[Job]:
+def count(config: TrafficConfig) -> Iterator[CountedJob]:
     """Run the jobs of the chosen operations."""
     if "cross_entropy" in config.op:
         for dtype in (torch.bfloat16, torch.float32):
@@ -352,21 +355,26 @@ def count(config: TrafficConfig) -> Iterator[Job]:
             yield from span_mask_jobs(length)
 
 
-def main() -> None:
-    """Entry point. Exit status 1 if a bar is broken."""
-    config = tyro.cli(TrafficConfig, use_underscores=True)
+def run(config: TrafficConfig) -> None:
+    """Count, and print a row for each job. Exit status 1 if a bar is broken.
+
+    Raises:
+        InputError: Triton is not installed, or there is no such model.
+    """
     if importlib.util.find_spec("triton") is None:
-        sys.exit("benchmarks.traffic: Triton is not installed: pip install triton (Linux only)")
+        raise InputError("Triton is not installed: pip install triton (Linux only)")
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
     jobs = []
     if not config.json:
-        print(_row("job", "bytes", "fewest", "ratio", "launches", "of Liger's", "bytes/param"))
+        header = ("job", "bytes", "fewest", "ratio", "launches", "of Liger's", "bytes/param")
+        print(table_row(header, WIDTHS))
     for job in count(config):
         jobs.append(job)
         if not config.json:
             liger = "" if job.liger_ratio is None else f"{job.liger_ratio:.3f}"
             each = "" if job.parameters is None else f"{job.moved / job.parameters:.3f}"
-            print(_row(job.name, job.moved, job.fewest, f"{job.ratio:.4f}", job.launches, liger, each), flush=True)
+            counts = (f"{job.moved}", f"{job.fewest}", f"{job.ratio:.4f}", f"{job.launches}")
+            print(table_row((job.name, *counts, liger, each), WIDTHS), flush=True)
     broken = [line for job in jobs for line in job.broken_bars()]
     if config.json:
         rows = [asdict(job) | {"ratio": job.ratio, "liger_ratio": job.liger_ratio} for job in jobs]
@@ -378,11 +386,5 @@ def main() -> None:
     sys.exit(1 if broken else 0)
 
 
-def _row(*cells: object) -> str:
-    widths = (52, 12, 12, 7, 8, 10, 11)
-    name, *rest = (str(cell) for cell in cells)
-    return f"{name:{widths[0]}} " + " ".join(f"{cell:>{width}}" for cell, width in zip(rest, widths[1:], strict=True))
-
-
 if __name__ == "__main__":
-    main()
+    run_command(TrafficConfig, run)

@@ -225,6 +225,9 @@ class TrainConfig:
     """on: before the first step, compare the kernels with their references on this device (seconds)."""
     cpu_threads: int = 0
     """Threads per process on a CPU, overriding OMP_NUM_THREADS; 0 divides this machine's cores among its processes."""
+    huge_pages: bool = True
+    """On a CPU: keep freed memory in the process and ask for huge pages, which takes up to a fifth more memory and
+    saves some 5 % of a step. --no_huge_pages leaves the allocator as it is."""
     timeout: int = 600
     """Seconds after which a hanging collective operation ends the run."""
     seed: int = 42

@@ -1,6 +1,7 @@
 """Shows the results of `make demo` after training: `python -m gptbert.demo RUN_DIR`."""
 
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +17,7 @@ from gptbert.data.token_store import TokenStore
 from gptbert.errors import InputError
 from gptbert.fill_mask import fill_masks
 from gptbert.generate import continue_text
+from gptbert.io.screen import table
 from gptbert.monitoring.records import read_records
 from gptbert.monitoring.validation import unigram_entropy
 from gptbert.report import write_report
@@ -55,13 +57,14 @@ def show(settings: DemoSettings) -> None:
     store = TokenStore.open(settings.valid_path)
     entropy = unigram_entropy(torch.from_numpy(np.concatenate(store.shards).astype(np.int64)))
     print(f"\nValidation after {validations[-1]['step']} steps, {store.num_tokens:,} tokens")
-    print(f"  {'':<14}{'loss (nats)':>12}{'perplexity':>12}{'accuracy':>10}{'below unigram':>16}")
+    rows = [["", "loss (nats)", "perplexity", "accuracy", "below unigram"]]
     for objective, name in NAMES.items():
         loss, ppl, accuracy = (
             validations[-1][f"validation/{objective.value}/{metric}"] for metric in ("loss", "perplexity", "accuracy")
         )
-        print(f"  {name:<14}{loss:>12.3f}{ppl:>12.1f}{accuracy:>10.1%}{entropy - loss:>16.3f}")
-    print(f"  {'unigram':<14}{entropy:>12.3f}{np.exp(entropy):>12.1f}")
+        rows.append([name, f"{loss:.3f}", f"{ppl:.1f}", f"{accuracy:.1%}", f"{entropy - loss:.3f}"])
+    rows.append(["unigram", f"{entropy:.3f}", f"{np.exp(entropy):.1f}", "", ""])
+    print(textwrap.indent(table(rows), "  "))
     _show_samples(settings.run_dir)
     page = write_report(settings.run_dir)
     print(f"\nReport:      {page} (open it in a browser)\nRecords:     {settings.run_dir / 'metrics.jsonl'}")

@@ -2,21 +2,38 @@
 
 import importlib
 import importlib.util
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
 
+def replaced(source, old, new):
+    """`source` with `new` in the place of `old`, which must stand there once, however far its lines are indented.
+
+    A space of `old` is any white space, a line break of it one with any indentation; those of `new` are indented as
+    those that they replace, one after another.
+    """
+    pattern = ""
+    for part in re.split(r"(\s+)", old):
+        white = r"\s*\n\s*" if "\n" in part else r"\s+"
+        pattern += white if part.isspace() else re.escape(part)
+    found = list(re.finditer(pattern, source))
+    assert len(found) == 1, f"{len(found)} times: {old}"
+    breaks = iter(re.findall(r"\n\s*", found[0].group()))
+    new = re.sub(r"\n\s*", lambda own: next(breaks, own.group()), new)
+    return source[: found[0].start()] + new + source[found[0].end() :]
+
+
 @contextmanager
 def mutated(module_name, old, new, folder):
-    """Inside the context, everything in the module is as if its source said `new` where it says `old`.
+    """Inside the context, everything in the module is as if its source said `new` where it says `old`, see `replaced`.
 
     Callers must look names up in the module at each call (`kernel.launch(…)`), not hold them.
     """
     module = importlib.import_module(module_name)
-    source = Path(module.__file__).read_text(encoding="utf-8")
-    assert source.count(old) == 1, f"{module_name} says {source.count(old)} times: {old}"
+    source = replaced(Path(module.__file__).read_text(encoding="utf-8"), old, new)
     path = folder / "mutant.py"
-    path.write_text(source.replace(old, new), encoding="utf-8")  # a file, because Triton reads its kernels' source
+    path.write_text(source, encoding="utf-8")  # a file, because Triton reads its kernels' source
     spec = importlib.util.spec_from_file_location("mutant", path)
     mutant = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(mutant)

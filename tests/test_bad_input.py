@@ -132,7 +132,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_one_clear_line(case, inputs, capfd):
+def test_bad_input_to_a_run_is_one_line_that_names_it(case, inputs, capfd):
     change, expected = CASES[case]
     before = set(inputs.rglob("*"))
     arguments = flags(inputs, **change(inputs))

@@ -2,15 +2,26 @@
 
 import csv
 import json
+import re
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import bench_lamb, bench_masked_cross_entropy, bench_span_mask, bench_train_step, machine, peers
+from benchmarks import (
+    bench_lamb,
+    bench_masked_cross_entropy,
+    bench_span_mask,
+    bench_tokenize,
+    bench_train_step,
+    machine,
+    peers,
+    traffic,
+)
 from benchmarks.measurement import COLUMNS, Measurement, Results
 from benchmarks.stopwatch import PARTS
+from gptbert.command_line import run_command
 from kernels.lamb import reference as lamb_reference
 from kernels.numerics import Comparison
 from tests.runs import MODEL
@@ -106,7 +117,7 @@ def test_file_keeps_other_rows_and_drops_what_failed(results, tmp_path):
 
 def test_file_name_is_clean(monkeypatch):
     monkeypatch.setattr(machine, "hardware", lambda: "AMD EPYC™ 9654 (96-Core)")
-    monkeypatch.setattr(machine, "cores", lambda: 2)
+    monkeypatch.setattr(machine, "usable_cores", lambda: 2)
     monkeypatch.setattr(machine, "device", lambda: torch.device("cpu"))
     assert machine.file_name() == "amd-epyc-9654-96-core-2-cores"
 
@@ -199,6 +210,19 @@ def test_a_case_of_the_name_goes_before_those_whose_name_contains_it():
     assert names("XLM") == []
 
 
+def test_a_row_of_training_steps_stands_below_its_header(capsys):
+    case = max(bench_train_step.CASES, key=lambda case: len(case.name))
+    parts = dict.fromkeys(PARTS, 1.0)
+    result = bench_train_step.Result(case, 800.0, 5000.0, 0.5, 400.0, 20.0, 1.5, parts, 0.15, 0.1, 0.7)
+    bench_train_step.show(result, with_header=True)
+    header, row = capsys.readouterr().out.splitlines()
+    assert len(header) == len(row)
+    assert row.startswith(f"{case.name}  ")
+    for title, value in (("tokens/s", "5000"), ("cross-entropy", "1"), ("(rows)", "0.7")):
+        end = header.index(title) + len(title)
+        assert row[:end].endswith(f" {value}")
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_training_step_is_measured_in_parts_that_add_up(tmp_path, ranks):
     case = bench_train_step.Case("MLM", 32, 4, ranks)
@@ -213,6 +237,23 @@ def test_a_training_step_is_measured_in_parts_that_add_up(tmp_path, ranks):
     assert 0 < result.mfu < 1
     assert result.peak_gb > 0.1
     assert result.rows_ms > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "run", "arguments", "status", "message"),
+    [
+        (traffic.TrafficConfig, traffic.run, ["--op", "nosuch"], 2, "invalid choice 'nosuch' for argument '--op'"),
+        (traffic.TrafficConfig, traffic.run, ["--op", "lamb", "--lamb_config", "nosuch"], 1, "model config .*nosuch"),
+        (bench_tokenize.BenchConfig, bench_tokenize.run, ["--input", "nosuch.jsonl"], 1, "--input nosuch.jsonl"),
+        (bench_tokenize.BenchConfig, bench_tokenize.run, ["--megabytes", "x"], 2, ".*--megabytes"),
+        (bench_tokenize.BenchConfig, bench_tokenize.run, ["--alternations", "0"], 1, "--alternations 0: must be"),
+    ],
+)  # fmt: skip
+def test_bad_input_to_a_benchmark_is_one_line(capsys, settings, run, arguments, status, message):
+    with pytest.raises(SystemExit) as end:
+        run_command(settings, run, arguments)
+    assert end.value.code == status
+    assert re.fullmatch(rf"error: {message}.*\n", capsys.readouterr().err)
 
 
 def write_model(folder):

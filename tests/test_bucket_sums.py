@@ -30,7 +30,7 @@ def table():
 
 @pytest.mark.parametrize("length", [1, 2, 3, 15, 16, 17, 32, 45])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_agrees_with_a_scatter(table, length, dtype):
+def test_bucket_sums_agree_with_a_scatter(table, length, dtype):
     generator = torch.Generator().manual_seed(length)
     grad = torch.randn(3, 2, length, length, generator=generator).to(dtype)
     exact = by_scatter(grad.double(), table(length))
@@ -40,7 +40,7 @@ def test_agrees_with_a_scatter(table, length, dtype):
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 6, 100])
-def test_pieces_do_not_mix(table, monkeypatch, chunk):
+def test_bucket_sums_do_not_depend_on_the_size_of_pieces(table, monkeypatch, chunk):
     length = 9
     monkeypatch.setattr(module, "_CHUNK_ON_CPU", chunk * length * 32)
     grad = torch.randn(4, 3, length, length, dtype=torch.float64)
@@ -66,7 +66,7 @@ def test_two_calls_give_the_same_bits(table):
     assert all(torch.equal(*pair) for pair in pairs)
 
 
-def test_the_published_sizes():
+def test_bucket_sums_at_the_published_sizes_agree_with_a_scatter():
     config = dataclasses.replace(ModelConfig.from_json("configs/small.json"), num_hidden_layers=1, vocab_size=64)
     model = GPTBert(config)
     assert model.bucket_of_distance.shape == (2 * config.max_position_embeddings - 1,)

@@ -300,18 +300,18 @@ def test_a_path_names_a_checkpoint_or_a_run(run, save, tmp_path):
 def test_settings_that_changed_are_listed(run, save, tmp_path):
     path = save(1)
     assert changed_settings(path, run) == []
-    moved = dataclasses.replace(run, resume="auto", name="other", learning_rate=0.5, seed=1)
+    moved = dataclasses.replace(run, resume="auto", name="other", huge_pages=False, learning_rate=0.5, seed=1)
     assert changed_settings(path, moved) == ["--learning_rate 0.001 -> 0.5", "--seed 42 -> 1"]
     mixed = dataclasses.replace(run, train_path=(Path("none"), Path("b")), train_weights=(0.7, 1.0))
     changes = ["--train_path none -> none b", "--train_weights None -> 0.7 1.0"]
     assert changed_settings(path, mixed) == changes
 
 
-def test_checkpoints_from_before_there_were_several_corpora_have_not_changed(run, save):
+def test_checkpoints_from_before_corpora_and_huge_pages_could_be_chosen_have_not_changed(run, save):
     path = save(1)
     settings = json.loads((path / "train_config.json").read_text())
     (settings["train_path"],) = settings["train_path"]
-    del settings["train_weights"]
+    del settings["train_weights"], settings["huge_pages"]
     (path / "train_config.json").write_text(json.dumps(settings))
     assert changed_settings(path, run) == []
 

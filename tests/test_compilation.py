@@ -73,7 +73,7 @@ def test_compiled_is_eager_forward_and_gradients_with_dropout(dtype):
             assert (actual - expected).abs().max() < bound, name
 
 
-def test_names_of_parameters_stay():
+def test_compiling_keeps_the_names_of_parameters():
     model = make_model()
     names = list(model.state_dict())
     compile_blocks(model.blocks)
@@ -141,7 +141,7 @@ def test_short_runs_are_not_compiled(tmp_path, compiled, monkeypatch):
     assert (counters["stats"]["unique_graphs"] > 0) is compiled
 
 
-def test_no_compile_is_no_compile(tmp_path, even_short_runs):
+def test_with_no_compile_nothing_is_compiled(tmp_path, even_short_runs):
     inputs = write_inputs(tmp_path)
     config = parse(TrainConfig, flags(inputs, no_compile=True))
     assert not Trainer(config, Inputs.open(config), HybridPlan(config, 1), World(0, 1, CPU)).is_compiled

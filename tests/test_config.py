@@ -176,7 +176,7 @@ def test_settings_survive_json(make_config):
         (["--trackers=tensorboard"], ("tensorboard",)),
     ],
 )
-def test_any_number_of_trackers(arguments, trackers):
+def test_the_flag_takes_any_number_of_trackers(arguments, trackers):
     assert parse(TrainConfig, [*REQUIRED, *arguments]).trackers == trackers
 
 

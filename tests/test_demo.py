@@ -21,7 +21,7 @@ def inputs(tmp_path_factory):
     return folder
 
 
-def test_unigram_entropy():
+def test_unigram_entropy_is_that_of_the_counts():
     assert unigram_entropy(torch.tensor([5, 5, 7, 9])) == pytest.approx(1.5 * math.log(2))
     assert unigram_entropy(torch.full((10,), 3)) == 0
 
@@ -31,6 +31,9 @@ def test_show_prints_everything_and_writes_the_report(inputs, capsys):
     output = capsys.readouterr().out
     for text in ("masked (MLM)", "causal (CLM)", "unigram", "→", "Continuation", "checkpoints/step_00000003"):
         assert text in output
+    header, masked, causal, unigram = output.split("tokens\n")[1].splitlines()[:4]
+    assert header.split() == ["loss", "(nats)", "perplexity", "accuracy", "below", "unigram"]
+    assert len(header) == len(masked) == len(causal) > len(unigram)
     page = inputs / "runs/demo/report.html"
     assert str(page) in output
     said = page.read_text(encoding="utf-8")

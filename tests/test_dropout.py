@@ -18,7 +18,7 @@ def seeds():
 
 
 @pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
-def test_rate_and_scale(seeds, probability):
+def test_dropout_drops_at_its_rate_and_scales_what_is_kept(seeds, probability):
     dropped = dropout(torch.ones(1000, 1000), seeds[0], probability)
     kept = dropped != 0
     sigma = (probability * (1 - probability) / kept.numel()) ** 0.5

@@ -252,7 +252,7 @@ def everything_at_once_is_ddp(world, arguments):
         (everything_at_once_is_ddp, {"mixed_precision": True, "config_file": "model.json"}),
     ],
 )
-def test_two_ranks(inputs, one, check, settings):
+def test_two_sharded_ranks_do_what_the_check_says(inputs, one, check, settings):
     settings = UNEVEN | {"config_file": "no_dropout.json", "hybrid_mode": "batch"} | settings
     arguments = flags(inputs, **settings | {"config_file": inputs / settings["config_file"]})
     assert on_ranks(2, on_rank, check, arguments) == {0: "right", 1: "right"}

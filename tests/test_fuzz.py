@@ -130,20 +130,20 @@ def damaged_checkpoint(valid, place, name, content):
         ("resumed_settings", "checkpoint"), ("manifest", "checkpoint"), ("model", "sharded"), ("pairs", "pairs.jsonl"),
     ],
 )  # fmt: skip
-def test_what_is_whole_is_read(sandbox, valid, reader, name):
+def test_files_that_are_whole_are_read(sandbox, valid, reader, name):
     assert sandbox.read(reader, valid / name) == ""
 
 
 @examples()
 @given(st.data())
-def test_token_files(sandbox, valid, place, data):
+def test_damaged_token_files_are_read_or_refused_in_one_line(sandbox, valid, place, data):
     content = data.draw(damage.built_token_file() | damage.damaged_safetensors((valid / "t.safetensors").read_bytes()))
     read(sandbox, "tokens", put(place, "t.safetensors", content))
 
 
 @examples()
 @given(st.data())
-def test_upstreams_token_files(sandbox, valid, place, data):
+def test_damaged_token_files_of_upstream_are_read_or_refused_in_one_line(sandbox, valid, place, data):
     name = data.draw(st.sampled_from(TYPES))
     content = data.draw(damage.damaged_torch_file((valid / f"{name}.bin").read_bytes()))
     read(sandbox, "tokens", put(place, "t.bin", content))
@@ -151,7 +151,7 @@ def test_upstreams_token_files(sandbox, valid, place, data):
 
 @examples()
 @given(st.data())
-def test_model_configs(sandbox, valid, place, data):
+def test_damaged_model_configs_are_read_or_refused_in_one_line(sandbox, valid, place, data):
     original = (valid / "checkpoint" / "model_config.json").read_bytes()
     content = data.draw(damage.built_model_config(original) | damage.damaged_json(original))
     read(sandbox, "model_config", put(place, "model.json", content))
@@ -159,14 +159,14 @@ def test_model_configs(sandbox, valid, place, data):
 
 @examples()
 @given(st.data())
-def test_tokenizers(sandbox, valid, place, data):
+def test_damaged_tokenizers_are_read_or_refused_in_one_line(sandbox, valid, place, data):
     content = data.draw(damage.damaged_json((valid / "tokenizer.json").read_bytes()))
     read(sandbox, "tokenizer", put(place, "tokenizer.json", content))
 
 
 @examples()
 @given(st.data())
-def test_files_of_torch_save(sandbox, valid, place, data):
+def test_damaged_files_of_torch_save_are_read_or_refused_in_one_line(sandbox, valid, place, data):
     content = data.draw(damage.damaged_torch_file((valid / "checkpoint" / "training_state.pt").read_bytes()))
     read(sandbox, "state", put(place, "state.pt", content))
 
@@ -174,7 +174,7 @@ def test_files_of_torch_save(sandbox, valid, place, data):
 @pytest.mark.parametrize("reader", ["resumed", "model", "resumed_settings", "manifest"])
 @examples(0.7)
 @given(data=st.data())
-def test_checkpoints(sandbox, valid, place, reader, data):
+def test_damaged_checkpoints_are_read_or_refused_in_one_line(sandbox, valid, place, reader, data):
     names = {"resumed": [*["training_state.pt"] * 4, "model.safetensors", "ema.safetensors", "model_config.json"],
              "model": ["ema.safetensors", "model_config.json"],
              "resumed_settings": ["train_config.json", "tokenizer.json"],
@@ -191,7 +191,7 @@ def test_checkpoints(sandbox, valid, place, reader, data):
 
 @examples(0.7)
 @given(data=st.data())
-def test_shards(sandbox, valid, place, data):
+def test_damaged_shards_are_read_or_refused_in_one_line(sandbox, valid, place, data):
     folder = place / "sharded"
     if not folder.exists():
         shutil.copytree(valid / "sharded", folder)
@@ -203,7 +203,7 @@ def test_shards(sandbox, valid, place, data):
 
 @examples(0.5)
 @given(st.data())
-def test_records(sandbox, valid, place, data):
+def test_damaged_records_are_read_or_refused_in_one_line(sandbox, valid, place, data):
     lines = (valid / "metrics.jsonl").read_bytes().splitlines()
     line = data.draw(st.integers(0, len(lines) - 1))
     lines[line] = data.draw(damage.damaged_json(lines[line]))
@@ -212,7 +212,7 @@ def test_records(sandbox, valid, place, data):
 
 @examples(0.5)
 @given(st.data())
-def test_corpora(sandbox, valid, place, data):
+def test_damaged_corpora_are_read_or_refused_in_one_line(sandbox, valid, place, data):
     name = data.draw(st.sampled_from(["corpus.jsonl", "corpus.txt"]))
     content = data.draw(damage.damaged_bytes((valid / name).read_bytes()))
     if data.draw(st.booleans()):
@@ -225,7 +225,7 @@ def test_corpora(sandbox, valid, place, data):
 
 @examples(0.5)
 @given(st.data())
-def test_pairs(sandbox, place, data):
+def test_damaged_pairs_are_read_or_refused_in_one_line(sandbox, place, data):
     lines = [damage.json_text(data.draw(st.just(PAIR) | damage.damaged_value(PAIR))) for _ in range(3)]
     read(sandbox, "pairs", put(place, "pairs.jsonl", "\n".join(lines).encode("utf-8", "surrogatepass")))
 
@@ -235,5 +235,5 @@ def test_pairs(sandbox, place, data):
     st.binary(max_size=200),
     st.sampled_from(["tokens", "tokenizer", "model_config", "state", "records", "corpus", "pairs"]),
 )
-def test_any_bytes(sandbox, place, content, reader):
+def test_any_bytes_are_read_or_refused_in_one_line(sandbox, place, content, reader):
     read(sandbox, reader, put(place, "any.bin", content))

@@ -141,13 +141,13 @@ def test_special_tokens_in_a_prompt_are_plain_text(tokenizer):
         ({"temperature": 0.5, "top_p": 0.5}, [0, 1, 0, 0]),
     ],
 )
-def test_nucleus_by_hand(settings, expected):
+def test_top_k_top_p_and_temperature_by_hand(settings, expected):
     logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log() + 5
     found = distribution(logits, **{"temperature": 1.0, "top_k": 0, "top_p": 1.0, **settings})
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-7)
 
 
-def test_the_commands(inputs, tokenizer, capsys):
+def test_generate_and_fill_mask_print_what_their_functions_return(inputs, tokenizer, capsys):
     run = str(inputs / "runs/run")
     run_command(GenerateSettings, generate, [run, "The name", "--num_tokens", "5", "--num_samples", "2", "--seed", "3"])
     output = capsys.readouterr().out

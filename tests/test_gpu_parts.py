@@ -103,7 +103,7 @@ def test_operations_stand_beside_each_other(report):
     assert not [row for found in rows.values() for row in found.values() if "failed" in row]
 
 
-def test_checks_resume_and_soak(report):
+def test_checks_pass_and_runs_resume_and_soak(report):
     check = result_of(report, "check")
     assert check["failed"] == 0 < check["comparisons"]
     assert set(result_of(report, "check before a run")) >= {"cold_seconds", "warm_seconds"}
@@ -168,7 +168,7 @@ def test_the_profiler_tells_pytorchs_events_apart():
     assert not [name for name in names if "Optimizer.step" in name]
 
 
-def test_what_nvidia_smi_says(tmp_path, monkeypatch):
+def test_fields_of_nvidia_smi_are_read_or_left_out(tmp_path, monkeypatch):
     smi = tmp_path / "nvidia-smi"
     smi.write_text('#!/bin/sh\necho "$@" > "$0.arguments"\necho "580.159.04, 1980, 1980, 2619, 700.00, 41"\n')
     smi.chmod(0o755)
@@ -184,7 +184,7 @@ def test_what_nvidia_smi_says(tmp_path, monkeypatch):
     assert hardware.smi() == {}
 
 
-def test_a_gpus_properties(monkeypatch):
+def test_a_gpus_properties_and_data_sheet_are_found(monkeypatch):
     properties = SimpleNamespace(
         name="NVIDIA H100 80GB HBM3", total_memory=85e9, multi_processor_count=132, major=9, minor=0
     )

@@ -110,7 +110,7 @@ def test_every_operation_is_built_for_every_target(inspected):
     assert len(set(names)) == len(names)
 
 
-def test_what_the_kernels_are_known_for(inspected):
+def test_the_main_case_streams_in_wide_words_without_spills(inspected):
     """Independent of the bars: the main case streams in wide words, without spills, on every target."""
     builds, _ = inspected
     name = "masked_cross_entropy/rows bf16 V=16384"
@@ -256,11 +256,11 @@ def test_a_broken_bar_is_a_line_and_the_exit_status(monkeypatch, capsys):
         ("st.global.v2.b32 [ %rd3 + 0 ], { %r5, %r6 }; ld.global.b64 %rd1, [%rd2];", "st", [64]),
     ],
 )
-def test_widths_in_ptx(ptx, kind, widths):
+def test_widths_of_loads_and_stores_are_read_from_ptx(ptx, kind, widths):
     assert list(kernels_inspect._ptx_widths(kind, ptx)) == widths
 
 
-def test_widths_in_amd_assembly():
+def test_widths_of_loads_and_stores_are_read_from_amd_assembly():
     assembly = "global_load_dwordx4 v[0:3]\nbuffer_load_ushort v1\nglobal_load_dword v1\nbuffer_store_dwordx2 v[0:1]"
     assert list(kernels_inspect._amd_widths("load", assembly)) == [128, 16, 32]
     assert list(kernels_inspect._amd_widths("store", assembly)) == [64]

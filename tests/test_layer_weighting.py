@@ -40,7 +40,7 @@ def plain(first, modules):
     return x
 
 
-def test_values_and_gradients(weightings):
+def test_layer_weighting_has_the_plain_sums_values_and_gradients(weightings):
     first = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
     inputs = [first, *(module.alpha for module in weightings)]
     results = []

@@ -147,7 +147,7 @@ def test_logits_may_lie_anywhere_in_memory(backend, dtype, vocab, first, width, 
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 7, 64])
-def test_chunks_add_up(backend, monkeypatch, chunk_rows):
+def test_chunks_of_any_size_add_up_to_the_whole(backend, monkeypatch, chunk_rows):
     monkeypatch.setattr(op, "CHUNK_BYTES", dict.fromkeys(op.CHUNK_BYTES, chunk_rows * 131 * 4))
     case = make_case(127, 131, torch.float32)
     result = masked_cross_entropy(

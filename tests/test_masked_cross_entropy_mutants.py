@@ -28,7 +28,7 @@ MUTANTS = {
         "tl.where(inside, entries, tl.full((), 0.0, tl.float32)",
     ),
     "the next row's classes count": ("entries = tl.where(inside, entries,", "entries = tl.where(readable, entries,"),
-    "pieces begin where the row does": ("\n    logits_ptr += first_word", "\n    logits_ptr += row * logits_stride"),
+    "pieces begin where the row does": ("\nlogits_ptr += first_word", "\nlogits_ptr += row * logits_stride"),
     "gradient begins where its row does": (
         "_first_word(row * gradient_stride, ALIGNED)",
         "row * gradient_stride",
@@ -87,12 +87,12 @@ MUTANTS_BESIDE_ROWS = {
     "z-loss not in the total": ("(loss_sum + z_loss_weight * z_loss_sum)", "loss_sum"),
     "total without its scale": ("tl.load(scale_ptr) * (loss_sum", "(loss_sum"),
     "loss and z-loss exchanged": (
-        "tl.store(sums_ptr, loss_sum)\n    tl.store(sums_ptr + 1, z_loss_sum)",
-        "tl.store(sums_ptr, z_loss_sum)\n    tl.store(sums_ptr + 1, loss_sum)",
+        "tl.store(sums_ptr, loss_sum)\ntl.store(sums_ptr + 1, z_loss_sum)",
+        "tl.store(sums_ptr, z_loss_sum)\ntl.store(sums_ptr + 1, loss_sum)",
     ),
     "correct and labeled exchanged": (
-        "tl.store(counts_ptr, tl.sum(correct, axis=0).to(tl.int64))\n    tl.store(counts_ptr + 1, tl.sum(labeled",
-        "tl.store(counts_ptr + 1, tl.sum(correct, axis=0).to(tl.int64))\n    tl.store(counts_ptr, tl.sum(labeled",
+        "tl.store(counts_ptr, tl.sum(correct, axis=0).to(tl.int64))\ntl.store(counts_ptr + 1, tl.sum(labeled",
+        "tl.store(counts_ptr + 1, tl.sum(correct, axis=0).to(tl.int64))\ntl.store(counts_ptr, tl.sum(labeled",
     ),
     "grad_output forgotten": ("scale = tl.load(scale_ptr)", "scale = 1.0"),
     "grad_output not in full blocks": (

@@ -4,10 +4,11 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
-from gptbert.distributed import memory
+from gptbert.distributed import memory, world
 
 SCRIPT = """
 import resource
@@ -57,6 +58,14 @@ def test_memory_is_taken_again_without_faults():
 def test_the_heap_asks_for_huge_pages_unless_memory_that_is_not_touched_counts(choice, asked):
     command = [sys.executable, "-c", HEAP, choice]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == asked
+
+
+@pytest.mark.parametrize(("huge_pages", "calls"), [(True, 1), (False, 0)])
+def test_with_no_huge_pages_the_allocator_is_told_nothing(monkeypatch, make_config, huge_pages, calls):
+    told = Mock()
+    monkeypatch.setattr(world, "keep_freed_memory", told)
+    with world.connect(make_config(device="cpu", cpu_threads=1, huge_pages=huge_pages)):
+        assert told.call_count == calls
 
 
 def test_elsewhere_nothing_changes(monkeypatch):

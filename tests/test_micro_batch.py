@@ -24,7 +24,7 @@ def test_tokens_at_a_time_stay_the_same(device):
     assert [micro_batch_rows(config(8), length, device) for length in (128, 256, 512)] == [8, 4, 2]
 
 
-def test_never_none():
+def test_a_micro_batch_has_a_row_however_long_it_is():
     assert micro_batch_rows(config(1), 512, GPU) == 1
     assert micro_batch_rows(config(8, seq_length=4096), 16384, CPU) == 1
 

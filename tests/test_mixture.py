@@ -51,7 +51,7 @@ def sized(weights):
         ([5], "AAA"),
     ],
 )
-def test_shares_by_hand(weights, expected):
+def test_rows_are_dealt_to_corpora_by_their_shares(weights, expected):
     dealt = np.diff(sized(weights)._dealt(np.arange(len(expected) + 1)), axis=1)
     assert "".join("ABC"[corpus] for corpus in dealt.argmax(axis=0)) == expected
 

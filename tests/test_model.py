@@ -77,7 +77,7 @@ def test_rows_longer_than_the_table_use_the_farthest_bucket():
     assert buckets[0, 99] == 0
 
 
-def test_initialization():
+def test_matrices_begin_at_upstreams_standard_deviations():
     config = dataclasses.replace(TINY, hidden_size=96, intermediate_size=200, num_hidden_layers=3)
     model = GPTBert(config)
     std = (2 / (5 * 96)) ** 0.5

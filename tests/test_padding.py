@@ -26,7 +26,7 @@ def heap_in_use():
     return heap.used + heap.hblkhd
 
 
-def test_rounding():
+def test_labeled_rows_are_rounded_up_to_a_multiple():
     assert [rounded_rows(count) for count in (0, 1, 63, 64, 65)] == [0, ROWS, 64, 64, 128]
 
 

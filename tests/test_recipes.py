@@ -260,7 +260,7 @@ def test_a_warning_where_batch_and_rate_together_are_no_recipes(make_config, cha
         assert "\n" not in line
 
 
-def test_the_demo_is_a_trial(make_config):
+def test_the_demo_is_a_trial_that_is_not_warned_about(make_config):
     """Its rate is far above the recipes': for 500 steps of a model of a million parameters, which learns by it."""
     command = (ROOT / "Makefile").read_text(encoding="utf-8").split("train_distributed.py", 1)[1].split("\n\t$(BIN)")[0]
     config = parse(TrainConfig, shlex.split(command.replace("\\\n", " ")))
@@ -268,7 +268,7 @@ def test_the_demo_is_a_trial(make_config):
     assert recipes.warning(config) is None
 
 
-def test_a_run_says_it_once(tmp_path, monkeypatch, capsys):
+def test_a_run_far_from_the_recipes_warns_once(tmp_path, monkeypatch, capsys):
     inputs = write_inputs(tmp_path)
     monkeypatch.setattr(recipes, "TRIAL_STEPS", 1)
     fit(parse(TrainConfig, flags(inputs, name="far", max_steps=1, validate_every=0)))

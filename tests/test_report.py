@@ -56,7 +56,7 @@ def test_a_page_has_every_figure_and_its_charts(tmp_path, report):
         assert (tmp_path / f"a-machine-{chart}.png").read_bytes().startswith(PNG)
 
 
-def test_shares_and_points(report):
+def test_points_of_the_roofline_and_the_optimizers_share_of_bandwidth(report):
     steps = Steps(report)
     share = 52 * parameter_count(TINY) / 0.050 / 2e9
     assert steps.optimizer_bandwidth_share(report["results"][0]) == pytest.approx(share)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.roofline import H100, Job, Limits, RooflineConfig, Work, parameter_count, run, table
+from benchmarks.roofline import H100, Limits, RooflineConfig, TrainingStep, Work, parameter_count, run, table
 from gptbert.config import ModelConfig
 from gptbert.model import GPTBert
 from gptbert.monitoring.flops import training_flops
@@ -14,20 +14,20 @@ from tests.conftest import TINY
 SMALL = ModelConfig.from_json("configs/small.json")
 
 
-def part(job, name):
-    (found,) = [each for each in job.parts() if each.name == name]
+def part(step, name):
+    (found,) = [each for each in step.parts() if each.name == name]
     return found
 
 
 @pytest.mark.parametrize("labeled_fraction", [0.15, 1.0])
 def test_products_are_the_needed_flops(labeled_fraction):
-    job = Job(SMALL, rows=32, seq_length=128, labeled_fraction=labeled_fraction)
-    counted = sum(each.fewest.flops for each in job.parts() if each.name != "optimizer and casts")
-    assert counted == pytest.approx(job.tokens * training_flops(SMALL, 128, labeled_fraction))
+    step = TrainingStep(SMALL, rows=32, seq_length=128, labeled_fraction=labeled_fraction)
+    counted = sum(each.fewest.flops for each in step.parts() if each.name != "optimizer and casts")
+    assert counted == pytest.approx(step.tokens * training_flops(SMALL, 128, labeled_fraction))
 
 
 def test_nothing_takes_less_than_the_fewest():
-    for each in Job(SMALL, rows=32, seq_length=512, labeled_fraction=0.15).parts():
+    for each in TrainingStep(SMALL, rows=32, seq_length=512, labeled_fraction=0.15).parts():
         assert each.ours.flops >= each.fewest.flops
         assert each.ours.bytes >= each.fewest.bytes
 
@@ -35,17 +35,17 @@ def test_nothing_takes_less_than_the_fewest():
 def test_layer_weighting_by_hand():
     # one layer, two mixes: x_1 of 2 representations, x_2 of 3; then the gradients of α read 2 and 3 and a gradient,
     # those of y_1 and y_2 read 2 and 1 gradients
-    job = Job(dataclasses.replace(TINY, num_hidden_layers=1), rows=2, seq_length=8, labeled_fraction=1.0)
+    step = TrainingStep(dataclasses.replace(TINY, num_hidden_layers=1), rows=2, seq_length=8, labeled_fraction=1.0)
     entries = 4 * 16 * TINY.hidden_size
     forward = (2 + 1) + (3 + 1)
     backward = (2 + 1) + (3 + 1) + (2 + 1) + (1 + 1)
-    assert part(job, "layer weighting").fewest == Work(0, (forward + backward) * entries)
+    assert part(step, "layer weighting").fewest == Work(0, (forward + backward) * entries)
 
 
 def test_optimizer_moves_52_bytes_a_parameter():
     parameters = sum(param.numel() for param in GPTBert(TINY).parameters())
     assert parameter_count(TINY) == parameters
-    assert part(Job(TINY, 1, 8, 1.0), "optimizer and casts").fewest.bytes == 52 * parameters
+    assert part(TrainingStep(TINY, 1, 8, 1.0), "optimizer and casts").fewest.bytes == 52 * parameters
 
 
 def test_a_part_takes_what_takes_longer():
@@ -57,7 +57,7 @@ def test_a_part_takes_what_takes_longer():
 def test_the_table_adds_up(capsys):
     run(RooflineConfig(rows=4))
     lines = capsys.readouterr().out.strip().splitlines()
-    assert lines == table(Job(SMALL, 4, 128, 0.15), Limits("", 989.4e12, 3.35e12)).splitlines()
+    assert lines == table(TrainingStep(SMALL, 4, 128, 0.15), Limits("", 989.4e12, 3.35e12)).splitlines()
     columns = list(zip(*([float(cell) for cell in line.split("|")[2:-1]] for line in lines[2:]), strict=True))
     for *parts, total in columns:
         assert sum(parts) == pytest.approx(total, abs=0.05 * len(parts))
@@ -66,5 +66,5 @@ def test_the_table_adds_up(capsys):
 @pytest.mark.parametrize("rows", [32, 256])
 @pytest.mark.parametrize("name", ["small", "base"])
 def test_the_tables_in_the_documentation_are_these(name, rows):
-    job = Job(ModelConfig.from_json(f"configs/{name}.json"), rows, 128, 0.15)
-    assert table(job, H100) in Path("docs/performance.md").read_text()
+    step = TrainingStep(ModelConfig.from_json(f"configs/{name}.json"), rows, 128, 0.15)
+    assert table(step, H100) in Path("docs/performance.md").read_text()

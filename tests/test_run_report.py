@@ -124,7 +124,7 @@ def test_the_page_in_a_browser(write_run, tmp_path_factory):
             assert near > 50, (drawn["title"], line)
 
 
-def test_what_the_page_says(write_run, tmp_path):
+def test_the_page_says_progress_losses_and_settings(write_run, tmp_path):
     records = [training_record(10), validation_record(10), training_record(20), validation_record(20)]
     records[2] |= {"train/mlm/loss": 3.25, "train/mlm/perplexity": 25.79, "train/mlm/accuracy": 0.4567}
     run = write_run(
@@ -149,7 +149,7 @@ def test_what_the_page_says(write_run, tmp_path):
     assert changed == ["output_dir", "name", "learning_rate", "max_steps", "trackers"]
 
 
-def test_runs_that_are_not_whole(write_run, tmp_path):
+def test_runs_that_are_not_whole_have_a_page_too(write_run, tmp_path):
     """On its way, killed in the middle of a line, without validation, without any record, with damaged samples."""
     run = write_run(tmp_path / "killed", [training_record(10), training_record(20)], max_steps=40)
     with (run / "metrics.jsonl").open("a") as file:
@@ -218,7 +218,7 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(write_run, tmp_path):
     ]
 
 
-def test_a_line_in_a_drawing():
+def test_a_drawn_line_has_gaps_where_values_are_missing():
     drawn = draw("t", [Line("a", "s", [(0, 0.0), (5, math.nan), (10, 50.0), (20, 100.0)])], from_zero=True)
     top = chart.TOP + (chart.BOTTOM - chart.TOP) * 0.05 / 1.05
     middle = chart.BOTTOM - (chart.BOTTOM - chart.TOP) * 0.5 / 1.05

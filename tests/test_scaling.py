@@ -73,7 +73,7 @@ def test_on_one_gpu_there_is_nothing_to_divide():
 
 
 @pytest.mark.parametrize("gpus", [8, 64, 1024])
-def test_bytes_by_hand(gpus):
+def test_bytes_sent_by_hand(gpus):
     config, nodes = SHAPES["base"], gpus // 8
     count = 119_454_532
     root = count - sum(Setup(config, Method.FSDP, 8).units[1:])

@@ -15,8 +15,8 @@ MUTANTS = {
     "nine rounds": ("for _ in range(10):", "for _ in range(9):"),
     "first key that does not change": ("tl.add(key0, 0x9E3779B9,", "tl.add(key0, 0,"),
     "functions composed the other way round": (
-        "first >> (bits * state)) & (2**bits - 1)\n        value = (second",
-        "second >> (bits * state)) & (2**bits - 1)\n        value = (first",
+        "first >> (bits * state)) & (2**bits - 1)\nvalue = (second",
+        "second >> (bits * state)) & (2**bits - 1)\nvalue = (first",
     ),
     "one state too few": ("static_range(2**bits)", "static_range(2**bits - 1)"),
     "spans a token shorter": ("step = following.to(packed)", "step = tl.maximum(following, 1).to(packed) - 1"),

@@ -109,7 +109,7 @@ def first_step_with(config, position):
     raise AssertionError("the run never meets it")
 
 
-def test_in_the_run_where_they_do_not(inputs, monkeypatch, capfd):
+def test_a_bad_token_id_that_the_start_does_not_see_ends_the_run(inputs, monkeypatch, capfd):
     monkeypatch.setattr(run_inputs, "CHECKED_TOKENS", 100)
     arguments = unlucky_run(inputs, name="late", keep_checkpoints=99)
     step = first_step_with(parse(TrainConfig, arguments), BAD)

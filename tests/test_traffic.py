@@ -97,11 +97,10 @@ def test_kernels_and_launches_are_told_apart_and_nothing_counts_afterwards():
 )
 def test_a_broken_bar_is_a_line_and_the_exit_status(changes, line, monkeypatch, capsys):
     good = {"name": "job", "moved": 100, "fewest": 100, "bar": 1.05, "launches": 4, "launch_bar": 4, "liger": 200}
-    monkeypatch.setattr(sys, "argv", ["traffic", "--json"])
     for values, status in ((good | {"liger_bar": 0.65}, 0), (good | changes, 1)):
-        monkeypatch.setattr(traffic, "count", lambda _, values=values: [traffic.Job(**values)])
+        monkeypatch.setattr(traffic, "count", lambda _, values=values: [traffic.CountedJob(**values)])
         with pytest.raises(SystemExit) as error:
-            traffic.main()
+            traffic.run(traffic.TrafficConfig(json=True))
         captured = capsys.readouterr()
         assert error.value.code == status
         assert json.loads(captured.out)["broken_bars"] == captured.err.splitlines() == ([f"job: {line}"] * status)

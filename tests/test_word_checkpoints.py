@@ -104,7 +104,7 @@ def test_babylm_goes_as_far_as_the_run(make_store, make_config):
         (("1M", "4M"), "--checkpoint_words 4M: the run sees 3,000,000 words in --max_steps 4"),
     ],
 )
-def test_values_of_the_flag(make_store, make_config, values, expected):
+def test_checkpoint_words_become_thresholds_or_are_refused(make_store, make_config, values, expected):
     config = make_config(seq_length=4, max_steps=4, global_batch_size=4, batch_reduction=1, checkpoint_words=values)
     streams, plan = streams_of(make_store([9, 5]), 750_000), HybridPlan(config, 1)
     if isinstance(expected, list):

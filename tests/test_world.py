@@ -61,7 +61,7 @@ def test_rank_mode_does_not_depend_on_the_number_of_ranks(inputs):
 
 
 @pytest.mark.parametrize(("numerator", "trained", "absent"), [(0, "clm", "mlm"), (1, "mlm", "clm")])
-def test_pure_objectives(inputs, numerator, trained, absent):
+def test_a_run_of_one_objective_trains_that_one_and_validates_both(inputs, numerator, trained, absent):
     records = train(
         inputs, f"pure-{trained}", hybrid_numerator=numerator, hybrid_denominator=1, max_steps=4, mixed_precision=True
     )

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import machine
 from benchmarks.gpu.settings import Settings
-from gptbert.distributed.hardware import hardware_name
+from gptbert.distributed.hardware import hardware_name, usable_cores
 from gptbert.monitoring.flops import measure_matmul_flops
 
 ROOT = Path(__file__).parents[2]
@@ -71,7 +71,7 @@ def commit() -> str:
 def measure(settings: Settings) -> Iterator[dict[str, Any]]:
     """What the machine is, then its rates."""
     here = machine.device()
-    found: dict[str, Any] = {"cores": machine.cores(), "processor": hardware_name(torch.device("cpu"))}
+    found: dict[str, Any] = {"cores": usable_cores(), "processor": hardware_name(torch.device("cpu"))}
     if here.type == "cuda":
         found |= gpu_properties()
     yield found

@@ -1,9 +1,10 @@
 """The page of a report, in Markdown."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container
 from typing import Any
 
 from benchmarks.gpu.cases import CASES
+from benchmarks.markdown import markdown
 
 NAME_LETTERS = 110
 FIGURES: dict[str, Callable[[float], str]] = {  # of a training step
@@ -61,13 +62,9 @@ def page(report: dict[str, Any]) -> str:
     return "\n".join([title, "", *sections]).rstrip() + "\n"
 
 
-def table(header: Row, rows: Iterable[Row], text_columns: int = 1) -> list[str]:
-    """Lines of a table whose first columns are text, and one that is empty; none without rows."""
-    rows = list(rows)
-    if not rows:
-        return []
-    rule = ["---" if column < text_columns else "--:" for column in range(len(header))]
-    return [*(f"| {' | '.join(row)} |" for row in (header, rule, *rows)), ""]
+def table(header: Row, rows: list[Row], text_columns: Container[int] = (0,)) -> list[str]:
+    """Lines of a table, and one that is empty; none without rows."""
+    return [*markdown([header, *rows], text_columns), ""] if rows else []
 
 
 def shown(value: float | None, how: Callable[[float], str] | None = None) -> str:
@@ -124,7 +121,7 @@ def _steps(parts: dict[str, Entry]) -> list[str]:
             if figures := result.get(way):
                 cells = (shown(figures.get(key), how) for key, how in FIGURES.items())
                 rows.append((name, way, *cells))
-    lines += table(("case (rows × T)", "", *FIGURE_TITLES), rows, text_columns=2)
+    lines += table(("case (rows × T)", "", *FIGURE_TITLES), rows, text_columns=(0, 1))
     for name, result in found.items():
         for way in ("ours", "plain"):
             lines += _kernels(f"{name}, {way}", result.get(way, {}))
@@ -166,7 +163,7 @@ def _operations(entry: Entry | None) -> list[str]:
             else:
                 cells = (shown(row.get(key), how) for key, how in OPERATION_FIGURES.items())
                 rows.append((operation, impl, *cells))
-    lines += table(("operation", "implementation", *OPERATION_TITLES), rows, text_columns=2)
+    lines += table(("operation", "implementation", *OPERATION_TITLES), rows, text_columns=(0, 1))
     return [*lines, *reasons, ""] if reasons else lines
 
 
@@ -186,7 +183,7 @@ def _parts(parts: dict[str, Entry]) -> list[str]:
     for name, entry in parts.items():
         if said := [text for text in (entry["message"], entry["result"].get("summary", "")) if text]:
             rows.append((name, entry["status"], f"{entry['seconds']:.1f}", "; ".join(said)))
-    lines = ["## Parts", "", *table(("part", "", "s", ""), rows, text_columns=2)] if rows else []
+    lines = ["## Parts", "", *table(("part", "", "s", ""), rows, text_columns=(0, 1))] if rows else []
     for name, entry in parts.items():
         if entry.get("log"):
             lines += [f"The last lines of {name}:", "", "```", *entry["log"], "```", ""]

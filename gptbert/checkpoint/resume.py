@@ -12,6 +12,8 @@ from gptbert.io.files import move_away
 from gptbert.io.screen import log
 from gptbert.text.tokenizer import tokenizer_hash
 
+_NOT_OF_THE_RESULT = {"resume", "output_dir", "name", "huge_pages"}  # settings that change nothing in it
+
 
 def find_for_all_ranks(
     config: TrainConfig, model_config: ModelConfig, world: World
@@ -114,7 +116,7 @@ def changed_settings(path: Path, config: TrainConfig) -> list[str]:
     return [
         f"--{name} {there[name]} -> {here[name]}"
         for name in here
-        if name not in {"resume", "output_dir", "name"} and here[name] != there[name]
+        if name not in _NOT_OF_THE_RESULT and here[name] != there[name]
     ]
 
 

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gptbert.config import TrainConfig
 from gptbert.distributed.fresh_store import fresh_store, shares_its_store
+from gptbert.distributed.hardware import usable_cores
 from gptbert.distributed.memory import keep_freed_memory
 from gptbert.errors import InputError, LostProcessError, SharedError, first_line
 
@@ -101,8 +102,9 @@ def connect(config: TrainConfig) -> Iterator[World]:
     device = choose_device(config.device, local_rank=_environment("LOCAL_RANK", 0))
     if device.type == "cpu":
         # torchrun sets one thread per process, however many cores there are
-        torch.set_num_threads(config.cpu_threads or max(1, _usable_cores() // _environment("LOCAL_WORLD_SIZE", 1)))
-        keep_freed_memory()
+        torch.set_num_threads(config.cpu_threads or max(1, usable_cores() // _environment("LOCAL_WORLD_SIZE", 1)))
+        if config.huge_pages:
+            keep_freed_memory()
     else:
         torch.cuda.set_device(device)
     if world_size == 1:
@@ -167,7 +169,3 @@ def _reason(error: RuntimeError) -> str:
 
 def _environment(name: str, default: int) -> int:
     return int(os.environ.get(name, default))
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -13,9 +13,12 @@ def log(line: str) -> None:
 
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Format rows of equal length with aligned columns: the first to the left, the others to the right."""
-    first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (
-        "  ".join([row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], others, strict=True))])
-        for row in rows
-    )
-    return "\n".join(line.rstrip() for line in lines)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(table_row(row, widths) for row in rows)
+
+
+def table_row(row: Sequence[str], widths: Sequence[int]) -> str:
+    """Format one row of such a table, for printing row by row; `widths` are those of its columns."""
+    first, *others = row
+    cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
+    return "  ".join(cells).rstrip()

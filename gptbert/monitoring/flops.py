@@ -5,6 +5,7 @@ import time
 import torch
 
 from gptbert.config import ModelConfig
+from gptbert.distributed.hardware import synchronize
 
 _SIZES = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192)}  # of square matrices
 _QUICK_SIZES = {"cpu": (1024,), "cuda": (8192,)}  # milliseconds; smaller GPU products are launch-bound
@@ -46,14 +47,9 @@ def measure_matmul_flops(device: torch.device, dtype: torch.dtype, *, quick: boo
     for size in (_QUICK_SIZES if quick else _SIZES)[device.type]:
         left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         for _ in range(_REPEATS):
-            _synchronize(device)
+            synchronize(device)
             start = time.perf_counter()
             torch.mm(left, right)
-            _synchronize(device)
+            synchronize(device)
             best = max(best, 2 * size**3 / (time.perf_counter() - start))
     return best
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
