@@ -15,6 +15,7 @@ from gptbert.distributed.world import World, connect
 from gptbert.errors import InputError
 from gptbert.io.screen import log
 from gptbert.kernel_check import kernel_check, run_of
+from gptbert.model.compilation import restored_settings
 from gptbert.monitoring.progress import print_header
 from gptbert.preparation import prepare_cpp_kernels, prepare_kernels, prepare_run_dir
 from gptbert.trainer import Trainer
@@ -28,7 +29,7 @@ def fit(config: TrainConfig) -> None:
         LostProcessError: see `connect`.
         StoppedError: a signal asked for it, and a checkpoint was saved; see `StopSignal`.
     """
-    with connect(config) as world:
+    with restored_settings(), connect(config) as world:
         _fit(config, world)  # frees every reference to the process group before connect() destroys it
 
 

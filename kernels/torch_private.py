@@ -8,7 +8,8 @@ takes seconds.
 import ctypes
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -85,6 +86,17 @@ def compile_errors() -> tuple[type[Exception], ...]:
     }
     found = (getattr(_module(module), name, None) for module, names in names.items() for name in names)
     return tuple(error for error in found if error is not None)
+
+
+@contextmanager
+def restored_autograd_compiler(*names: str) -> Iterator[None]:
+    """A block after which settings of `torch._functorch.config` have the values from before it."""
+    config = _module("torch._functorch.config")
+    before = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    try:
+        yield
+    finally:
+        _configure("torch._functorch.config", before)
 
 
 def configure_autograd_compiler(**settings: Any) -> None:

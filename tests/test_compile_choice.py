@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+import torch._functorch.config
 
 from gptbert import compile_choice, trainer
 from gptbert.checkpoint import manifest
@@ -15,6 +16,8 @@ from gptbert.config import ModelConfig, TrainConfig
 from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.distributed.world import World
 from gptbert.fit import fit
+from gptbert.model.compilation import compile_blocks
+from gptbert.model.gptbert import Block
 from tests.runs import MODEL, flags, write_inputs
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -150,3 +153,12 @@ def test_a_checkpoint_that_does_not_say_can_be_resumed(inputs, taken):
     assert load(saved, ModelConfig.from_json(inputs / "model.json")).is_compiled is None
     run(inputs, name="former", max_steps=3, resume="auto")
     assert not taken
+
+
+def test_a_run_leaves_the_settings_of_pytorchs_compiler_as_they_were(monkeypatch, make_config):
+    before = torch._functorch.config.activation_memory_budget
+    blocks = torch.nn.ModuleList([Block(SMALL, 0)])
+    monkeypatch.setattr("gptbert.fit._fit", lambda config, world: compile_blocks(blocks))
+    fit(make_config())
+    assert blocks[0].is_compiled
+    assert torch._functorch.config.activation_memory_budget == before != 0.8

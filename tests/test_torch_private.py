@@ -152,6 +152,9 @@ def test_errors_and_settings_that_do_not_exist_are_left_out(monkeypatch):
     with autograd.patch(activation_memory_budget=1.0):
         torch_private.configure_autograd_compiler(no_such_setting=1, activation_memory_budget=0.5)
         assert autograd.activation_memory_budget == 0.5
+        with torch_private.restored_autograd_compiler("no_such_setting", "activation_memory_budget"):
+            torch_private.configure_autograd_compiler(activation_memory_budget=0.25)
+        assert autograd.activation_memory_budget == 0.5
     assert not hasattr(autograd, "no_such_setting")
     assert torch_private.inductor_options({"no_such_setting": 1, "size_asserts": False}) == {"size_asserts": False}
     every = torch_private.compile_errors()

@@ -4,7 +4,7 @@ The compiler itself is imported where it is used: that takes seconds, and brings
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from torch import Tensor, nn
 
@@ -15,6 +15,9 @@ from kernels.backend import choose_backend
 # activation_memory_budget: fraction of saved activations to keep; the partitioner recomputes the rest. C++ kernels
 # recompute what is cheap themselves, and must not run twice
 _ACTIVATION_MEMORY, _ACTIVATION_MEMORY_WITH_CPP = 0.8, 1.0
+
+# dropout's masks are drawn again in the backward: to write and read them takes ten times as long on a CPU
+_AUTOGRAD_SETTINGS = {"ban_recompute_long_fusible_chains": False}
 
 # shapes and addresses of tensors are not checked again at each of a hundred calls in a step
 _INDUCTOR_OPTIONS = {"size_asserts": False, "alignment_asserts": False, "scalar_asserts": False}
@@ -35,16 +38,18 @@ def compile_blocks(blocks: nn.ModuleList, *, mixed_precision: bool = True) -> No
         mixed_precision: whether they run under autocast to bf16.
     """
     uses_cpp = mixed_precision and choose_backend(None, next(blocks.parameters()).device) == "cpp"
-    torch_private.configure_autograd_compiler(
-        activation_memory_budget=_ACTIVATION_MEMORY_WITH_CPP if uses_cpp else _ACTIVATION_MEMORY,
-        # dropout's masks are drawn again in the backward: to write and read them takes ten times as long on a CPU
-        ban_recompute_long_fusible_chains=False,
-    )
+    budget = _ACTIVATION_MEMORY_WITH_CPP if uses_cpp else _ACTIVATION_MEMORY
+    torch_private.configure_autograd_compiler(activation_memory_budget=budget, **_AUTOGRAD_SETTINGS)
     options = torch_private.inductor_options(_INDUCTOR_OPTIONS)
     for block in blocks:
         block.is_compiled = True
         for sub_layer in (block.attention, block.feed_forward):
             sub_layer.compile(fullgraph=True, dynamic=False, options=options)
+
+
+def restored_settings() -> AbstractContextManager[None]:
+    """A block after which process-wide settings of PyTorch that `compile_blocks` makes are as they were before it."""
+    return torch_private.restored_autograd_compiler("activation_memory_budget", *_AUTOGRAD_SETTINGS)
 
 
 @contextmanager
