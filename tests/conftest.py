@@ -53,6 +53,18 @@ def no_choice_stays():
     set_default_backend(None)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def seed_of_a_module():
+    """What its fixtures draw depends on no test before."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def seed_of_a_test():
+    """What a test draws without a generator depends on no test before."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     torch.set_num_threads(1)
