@@ -2,9 +2,9 @@
 
 Every configuration that a launcher can choose is compiled ahead of time for every target. Registers and spills come
 from `ptxas -v` (on AMD: the assembly's metadata), widths of loads and stores and the use of tensor cores from the PTX
-or the assembly. Three bars must hold, else the exit status is 1: a program fits into a multiprocessor; registers do not spill
-on an NVIDIA GPU unless the configuration allows it; and kernels bound by memory traffic move blocks of global memory in
-words of 128 bits or more.
+or the assembly. Three bars must hold, else the exit status is 1: a program fits into a multiprocessor; registers do
+not spill on an NVIDIA GPU unless the configuration allows it; and kernels bound by memory traffic move blocks of global
+memory in words of 128 bits or more.
 
 The project uses absolute imports only, so this file does not shadow the standard library's `inspect`.
 """
