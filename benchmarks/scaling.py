@@ -47,11 +47,11 @@ class Cluster:
         limits: of one GPU, by its data sheet.
         memory: bytes per GPU.
         per_node: GPUs per node, all connected by NVLink; each has a network port.
-        node_bandwidth: bytes per second that a GPU sends over NVLink; the H100 SXM's data sheet says 900 GB/s both ways.
+        node_bandwidth: bytes per second that a GPU sends over NVLink; H100 SXM data sheet: 900 GB/s both ways.
         network_bandwidth: bytes per second that a port sends: 400 Gb/s, as in a DGX H100.
         base_latency: seconds of any collective, and
         node_latency: per step over NVLink, and
-        network_latency: per step over the network: ring, Simple protocol, in NCCL's own model (src/graph/tuning.cc).
+        network_latency: per step over the network: ring, Simple protocol, NCCL's model (src/graph/tuning.cc).
         tree_latencies: both for a tree.
         attainable: fraction of data-sheet rates and bandwidths reached in practice; an assumption.
         hidden: fraction of a pass that can overlap communication; an assumption.
@@ -132,7 +132,7 @@ class Setup:
     Attributes:
         config: the model's shape.
         method: of sharding.
-        gpus: n; whole nodes if more than one.
+        gpus: n; whole nodes if more than `per_node`.
         rows: per GPU and step.
         seq_length: T.
         labeled_fraction: fraction of labeled positions; 1 for CLM, whose ranks take longest.

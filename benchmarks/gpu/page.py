@@ -44,7 +44,7 @@ Row = tuple[str, ...]
 
 
 def page(report: dict[str, Any]) -> str:
-    """All that a report knows."""
+    """The whole page of a report."""
     parts = {name: entry for name, entry in report["parts"].items() if entry["result"]}
     sections = [
         *([f"> {report['note']}", ""] if report.get("note") else []),
@@ -62,7 +62,7 @@ def page(report: dict[str, Any]) -> str:
 
 
 def table(header: Row, rows: Iterable[Row], text_columns: int = 1) -> list[str]:
-    """Lines of a table whose first columns are text, and one that is empty; none without rows."""
+    """Lines of a table with text in its first columns, and an empty line; empty without rows."""
     rows = list(rows)
     if not rows:
         return []
@@ -71,7 +71,7 @@ def table(header: Row, rows: Iterable[Row], text_columns: int = 1) -> list[str]:
 
 
 def shown(value: float | None, how: Callable[[float], str] | None = None) -> str:
-    """A number, or a dash where there is none; three digits at least, if nothing else is said."""
+    """A number, or a dash for None; by default with at least three digits."""
     if value is None:
         return UNKNOWN
     return how(value) if how else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
