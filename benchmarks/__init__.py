@@ -1,1 +1,1 @@
-"""Measurements: each module prints what it measured and on what machine."""
+"""Benchmarks: each module prints its results and the machine."""

@@ -1,4 +1,4 @@
-"""Softmax of content and position scores, forward and backward, without products: half the rows of a training step."""
+"""Softmax of content and position scores, forward and backward, without matmuls: half the rows of a training step."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ Inputs = tuple[Tensor, ...]
 
 
 def _reference(*inputs: Tensor) -> tuple[Tensor, ...]:
-    """Scores of content, by query, by key, the gradient of the dropped probabilities; buckets and mask."""
+    """Content scores, scores by query and by key, gradient of the probabilities after dropout; buckets and mask."""
     scores, by_query, by_key, grad, buckets, mask, seed = inputs
     weights = eager.attention_weights(scores, by_query, by_key, buckets, mask, seed, DROPOUT)
     num_buckets = by_query.shape[-1]
@@ -54,7 +54,7 @@ IMPLEMENTATIONS = {BASELINE: _reference, "reference_compiled": _reference, "cpp"
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_attention_context(measurement: Measurement, impl: str, shape: Shape) -> None:
-    """Scores to probabilities before and after dropout, and back, in bf16."""
+    """Scores to probabilities before and after dropout, forward and backward, in bf16."""
     peers.skip_unless_possible(impl)
     shape = shape if measurement.enabled else TINY
     function = measurement.compile(IMPLEMENTATIONS[impl]) if impl == "reference_compiled" else IMPLEMENTATIONS[impl]
@@ -64,7 +64,7 @@ def test_attention_context(measurement: Measurement, impl: str, shape: Shape) ->
 
 
 def make_inputs(shape: Shape) -> Inputs:
-    """Two documents in each row; buckets grow with the distance, as in the model."""
+    """Two documents per row; buckets widen with distance, as in the model."""
     generator = torch.Generator().manual_seed(shape.T)
     heads, batch, length, positions = shape.H, shape.B, shape.T, shape.P
     sizes = (
@@ -84,7 +84,7 @@ def make_inputs(shape: Shape) -> Inputs:
 
 
 def proof(results: tuple[Tensor, ...], inputs: Inputs) -> Iterator[Comparison]:
-    """By the rule; the backward of each implementation begins with its own probabilities."""
+    """By the tolerance rule; the backward of each implementation starts from its own probabilities."""
     exact = _reference(*(tensor.double() if tensor.is_floating_point() else tensor for tensor in inputs))
     names = ("probabilities", "dropped", "∂scores", "∂by_query", "∂by_key", "dropped again")
     for name, *tensors in zip(names, results, exact, _reference(*inputs), strict=True):

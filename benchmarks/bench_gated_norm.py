@@ -1,4 +1,4 @@
-"""The gated LayerNorm of a feed-forward, forward and backward, without products: half the rows of a training step."""
+"""The gated LayerNorm of a feed-forward, forward and backward, without matmuls: half the rows of a step."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ Forward = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Shape:
-    """B rows of T positions, of I entries each."""
+    """B rows of T positions, I elements each."""
 
     B: int
     T: int
@@ -38,7 +38,7 @@ def _forward(leaf: Tensor) -> Tensor:
 
 
 def _by_autograd(gate: Tensor, grad: Tensor, forward: Forward = _forward) -> tuple[Tensor, Tensor]:
-    """[B, T, 2I] and the gradient [B, T, I] of the result to that result and the gradient of what came in."""
+    """[B, T, 2I] and the result's gradient [B, T, I] to the result [B, T, I] and the gradient of the input."""
     leaf = gate.detach().requires_grad_()
     with torch.autocast(gate.device.type, torch.bfloat16, enabled=gate.dtype == torch.bfloat16):
         normalized = forward(leaf)
@@ -58,7 +58,7 @@ IMPLEMENTATIONS = {BASELINE: _by_autograd, "reference_compiled": _by_autograd, "
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_gated_norm(measurement: Measurement, impl: str, shape: Shape) -> None:
-    """In bf16; the C++ kernel also computes its result again, for the gradient of the matrix behind it."""
+    """In bf16; the C++ backward also recomputes the result, for the gradient of the following matrix."""
     peers.skip_unless_possible(impl)
     shape = shape if measurement.enabled else TINY
     gate, grad = make_inputs(shape)
@@ -70,7 +70,7 @@ def test_gated_norm(measurement: Measurement, impl: str, shape: Shape) -> None:
 
 
 def make_inputs(shape: Shape) -> tuple[Tensor, Tensor]:
-    """Linear and gate side by side, and a gradient, in bf16."""
+    """Linear and gate concatenated, and a gradient, in bf16."""
     generator = torch.Generator().manual_seed(shape.I)
     sizes = ((shape.B, shape.T, 2 * shape.I), (shape.B, shape.T, shape.I))
     gate, grad = (torch.randn(size, generator=generator).bfloat16().to(machine.device()) for size in sizes)
@@ -78,7 +78,7 @@ def make_inputs(shape: Shape) -> tuple[Tensor, Tensor]:
 
 
 def proof(results: tuple[Tensor, Tensor], gate: Tensor, grad: Tensor) -> Iterator[Comparison]:
-    """By the rule."""
+    """By the tolerance rule."""
     exact = _by_autograd(gate.double(), grad.double())
     for name, *tensors in zip(("normalized", "∂gate"), results, exact, _by_autograd(gate, grad), strict=True):
         yield from compare(name, *tensors)

@@ -1,8 +1,8 @@
-"""A step of LAMB on a whole model: gradients clipped to a global norm, update, moving average of the weights; all fp32.
+"""A step of LAMB on all tensors of a model: clipping to a global norm, update, moving average of the weights; all fp32.
 
-The fewest bytes of that are 52 a parameter (`benchmarks.traffic` has the sum). `pytorch_lamb` (pytorch_optimizer's) and
-`fused_adamw` (PyTorch's, the floor: no trust ratio, so no second pass) get the same clipping and average around them.
-On a GPU the host takes longer for a small model's step than the kernels; it has a benchmark of its own.
+The minimum is 52 bytes per parameter (derived in `benchmarks.traffic`). `pytorch_lamb` (pytorch_optimizer's) and
+`fused_adamw` (PyTorch's, the floor: no trust ratio, so no second pass) get the same clipping and average.
+On a GPU a small model's step takes the host longer than the kernels; a separate benchmark measures that.
 """
 
 import functools
@@ -36,7 +36,7 @@ Step = Callable[[], object]
 
 
 class State:
-    """A model's parameters and gradients and LAMB's state, three steps old; the same at every call."""
+    """A model's parameters and gradients, and LAMB's state after three steps; the same at every call."""
 
     def __init__(self, sizes: Sizes, dtype: torch.dtype = torch.float32) -> None:
         here = machine.device()
@@ -74,7 +74,7 @@ def _ours(state: State, backend: str) -> Step:
 
 
 def _with_optimizer(state: State, make_optimizer: Callable[..., Optimizer]) -> Step:
-    """Clipping, an optimizer's step, and the average, as a trainer calls the three."""
+    """Clipping, an optimizer step, and the average, as a trainer calls them."""
     decayed = [{"params": [], "weight_decay": decay} for decay in (WEIGHT_DECAY, 0.0)]
     for param, grad, decay in zip(state.params, state.grads, state.decays, strict=True):
         param.requires_grad_().grad = grad
@@ -119,7 +119,7 @@ def test_lamb(measurement: Measurement, impl: str, shape: str) -> None:
     if impl == "reference_compiled":
         make_step = functools.partial(_reference, step=measurement.compile(reference.lamb_step))
     if impl in {"pytorch_lamb", "fused_adamw"}:
-        measurement.exempt()  # the one has no bias correction in its update and clamps ‖p‖, the other is not LAMB
+        measurement.exempt()  # the first has no bias correction and clamps ‖p‖, the second is not LAMB
     else:
         thorough = impl in BACKENDS and measurement.enabled
         ours = check.comparisons(machine.device(), impl) if thorough else ()
@@ -131,7 +131,7 @@ def test_lamb(measurement: Measurement, impl: str, shape: str) -> None:
 
 
 class _Nothing:
-    """A kernel whose launch takes no time."""
+    """A kernel whose launch is a no-op."""
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return lambda *_, **__: None
@@ -139,18 +139,18 @@ class _Nothing:
 
 @pytest.mark.parametrize("shape", ["small", "base"])
 def test_lamb_host(benchmark: BenchmarkFixture, shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What Python takes for a step of the optimizer with its clipping and average: all of it but the launches."""
+    """Host time of an optimizer step with clipping and average, without the launches."""
     kernel = pytest.importorskip("kernels.lamb.kernel", reason="Triton is not installed")
     for name in ("norm_kernel", "clip_kernel", "moments_kernel", "update_kernel"):
         monkeypatch.setattr(kernel, name, _Nothing())
-    monkeypatch.setattr("kernels.backend.interpreted", lambda: True)  # tensors on a CPU do as well
+    monkeypatch.setattr("kernels.backend.interpreted", lambda: True)  # so that CPU tensors are accepted
     monkeypatch.setenv("KERNELS_BACKEND", "triton")
     model = GPTBert(ModelConfig.from_json(f"configs/{shape if benchmark.enabled else 'tiny'}.json")).to(
         machine.device()
     )
     optimizer, average = Lamb(parameter_groups(model, WEIGHT_DECAY), lr=1e-3), WeightAverage(model, 0.999)
     gradients = [[torch.zeros_like(param) for param in model.parameters()] for _ in range(2)]
-    turns = cycle(gradients)  # they are made anew at each step, and lie in one of a few places
+    turns = cycle(gradients)  # new at each step, at one of a few addresses
 
     def new_gradients() -> None:
         for param, gradient in zip(model.parameters(), next(turns), strict=True):
@@ -167,7 +167,7 @@ def test_lamb_host(benchmark: BenchmarkFixture, shape: str, monkeypatch: pytest.
 
 
 def model_sizes(name: str) -> Sizes:
-    """Shape and weight decay of every parameter of the model in configs/."""
+    """Shape and weight decay of every parameter of a model in configs/."""
     with torch.device("meta"):
         model = GPTBert(ModelConfig.from_json(f"configs/{name}.json"))
     groups = parameter_groups(model, WEIGHT_DECAY)
@@ -176,7 +176,7 @@ def model_sizes(name: str) -> Sizes:
 
 
 def proof(make_step: Callable[[State], Step], sizes: Sizes) -> Iterator[Comparison]:
-    """All that a step writes, against the fp64 reference."""
+    """All outputs of a step, against the fp64 reference."""
     actual, exact, plain = State(sizes), State(sizes), State(sizes)
     for name in ("params", "grads", "exp_avgs", "exp_avg_sqs", "averages"):
         setattr(exact, name, [tensor.double() for tensor in getattr(exact, name)])

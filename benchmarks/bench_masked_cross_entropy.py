@@ -1,8 +1,8 @@
-"""Cross-entropy, forward and backward: from the hidden states as the trainer calls it, and from logits that exist.
+"""Cross-entropy, forward and backward: from hidden states as the trainer calls it, and from logits.
 
-A step of 4,096 tokens labels all of them (CLM) or 30 or 15 % (MLM); the model hands over the labeled rows only, so N
+A step of 4,096 tokens labels all of them (CLM) or 30 or 15 % (MLM); the model passes only labeled rows, so N
 counts those, and every implementation gets the same. Like the trainer with mixed precision, on a GPU and on a CPU:
-hidden states in bf16, weight and bias in fp32, matrix products under autocast to bf16, gradients in each input's type.
+hidden states in bf16, weight and bias in fp32, matrix products under autocast to bf16, gradients in each input's dtype.
 """
 
 import functools
@@ -20,15 +20,15 @@ from kernels.masked_cross_entropy import reference
 from kernels.numerics import Comparison, compare
 
 MODELS = {"small": (384, 8192), "base": (768, 16384), "base, vocabulary of 32,768": (768, 32768)}
-Z_LOSS_WEIGHT = 0.1  # its size costs no time; so large, the proof sees it when it is missing
-PROOF_ROWS = 614  # more than one chunk of every implementation's at V ≥ 8192, whichever shape is timed
+Z_LOSS_WEIGHT = 0.1  # large, so that the proof detects a missing z-loss; costs no time
+PROOF_ROWS = 614  # more than one chunk of every implementation at V ≥ 8192, for every timed shape
 
 Loss = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """N labeled rows of D entries, V classes."""
+    """N labeled rows [D], V classes."""
 
     N: int
     D: int
@@ -40,7 +40,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Implementation:
-    """A loss of (hidden, weight, labels, bias, z_loss_weight), the sum over all rows, and what it leaves out."""
+    """A loss of (hidden, weight, labels, bias, z_loss_weight), summed over rows, and what it does not compute."""
 
     loss: Loss
     has_bias: bool = True
@@ -118,7 +118,7 @@ def test_cross_entropy_from_logits(measurement: Measurement, impl: str, shape: S
     measurement.prove(logits_proof(loss, shape.V))
     logits, labels = make_logits(shape.N, shape.V)
     baseline = None if impl == BASELINE else lambda: logits_gradient(_reference_from_logits, logits, labels)
-    on_gpu = machine.device().type == "cuda"  # there memory is the limit
+    on_gpu = machine.device().type == "cuda"  # where memory is the limit
     fewest_bytes = shape.N * (2 * shape.V * logits.itemsize + 8 + 12) if on_gpu else None
     measurement.time(lambda: logits_gradient(loss, logits, labels), baseline, fewest_bytes)
 
@@ -133,7 +133,7 @@ def _skip_what_takes_minutes(impl: str, shape: Shape) -> None:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a head gets: hidden [N, D] in bf16, weight [V, D] and bias [V] in fp32, labels [N]."""
+    """The head's inputs: hidden [N, D] in bf16, weight [V, D] and bias [V] in fp32, labels [N]."""
 
     hidden: Tensor
     weight: Tensor
@@ -142,7 +142,7 @@ class Inputs:
 
 
 def make_inputs(rows: int, hidden_size: int, vocab_size: int) -> Inputs:
-    """Random inputs on the device; weight and bias hold what bf16 can, so that autocast rounds nothing."""
+    """Random inputs on the device; weight and bias are exact in bf16, so that autocast rounds nothing."""
     generator = torch.Generator().manual_seed(vocab_size)
     hidden = torch.randn(rows, hidden_size, generator=generator)
     weight = hidden_size**-0.5 * torch.randn(vocab_size, hidden_size, generator=generator)
@@ -167,7 +167,7 @@ def make_logits(rows: int, vocab_size: int) -> tuple[Tensor, Tensor]:
 
 
 def _dynamic_rows(tensor: Tensor) -> Tensor:
-    """Have torch.compile make code for any number of rows, which differs from step to step in training."""
+    """Have torch.compile generate code for any number of rows, as it differs from step to step in training."""
     torch._dynamo.mark_dynamic(tensor, 0)  # noqa: SLF001 - the only name that it has
     return tensor
 
@@ -222,7 +222,7 @@ def logits_proof(loss: Loss, vocab_size: int) -> Iterator[Comparison]:
     off_target = torch.arange(vocab_size, device=labels.device) != labels[:, None]
     exact = logits_gradient(_reference_from_logits, logits.detach().double().requires_grad_(), labels)
     plain = logits_gradient(_reference_from_logits, logits, labels)
-    actual = logits_gradient(loss, logits, labels)  # the last, because Liger-Kernel's overwrites the logits
+    actual = logits_gradient(loss, logits, labels)  # last, because Liger-Kernel's overwrites the logits
     for name, off, *tensors in zip(("total", "logits"), (None, off_target), actual, exact, plain, strict=True):
         yield from _compare(f"{name} at V={vocab_size}", *tensors, off)
 
@@ -230,5 +230,5 @@ def logits_proof(loss: Loss, vocab_size: int) -> Iterator[Comparison]:
 def _compare(
     name: str, actual: Tensor, exact: Tensor, plain: Tensor, off_target: Tensor | None
 ) -> Iterator[Comparison]:
-    """The rule; a peer that returns its total in bf16 is held to what bf16 can say."""
+    """The tolerance rule; for a peer that returns its total in bf16, in bf16's precision."""
     yield from compare(name, actual, exact, plain.to(actual.dtype), off_target)

@@ -1,4 +1,4 @@
-"""Packing must outrun any accelerator from one core; the bar is 20 million tokens a second."""
+"""Packing on one core must be faster than any accelerator; the bar is 20 million tokens per second."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from gptbert.data.token_store import TokenStore
 
 
 def stream(mean_length: int, num_tokens: int = 20_000_000) -> RowStream:
-    """Documents of 1 … 2 · mean_length tokens, with the first epoch's order already drawn."""
+    """Documents of 1 … 2 · mean_length tokens, with the order of the first epoch already drawn."""
     lengths = np.random.default_rng(0).integers(1, 2 * mean_length, size=num_tokens // mean_length)
     tokens = (np.arange(lengths.sum()) % 8000 + 16).astype(np.uint16)
     rows = RowStream(TokenStore([tokens], [np.cumsum([0, *lengths])], 8192, None), seq_length=128)

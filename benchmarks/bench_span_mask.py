@@ -1,4 +1,4 @@
-"""Span masking of a step's rows: 4,096 tokens as the trainer masks them on one GPU, and a batch of four times that."""
+"""Span masking of a step's rows: 4,096 tokens, as in the trainer on one GPU, and a batch four times as large."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -69,7 +69,7 @@ def test_span_mask(measurement: Measurement, impl: str, shape: Shape) -> None:
     tokens, row_ids = make_rows(shape)
     measurement.prove(proof(mask, tokens, row_ids))
     baseline = None if impl == BASELINE else lambda: _reference(tokens, row_ids)
-    on_gpu = machine.device().type == "cuda"  # there memory is the limit
+    on_gpu = machine.device().type == "cuda"  # where memory is the limit
     fewest_bytes = 3 * tokens.nbytes + row_ids.nbytes if on_gpu else None
     measurement.time(lambda: mask(tokens, row_ids), baseline, fewest_bytes)
 
@@ -86,7 +86,7 @@ def make_rows(shape: Shape) -> tuple[Tensor, Tensor]:
 
 
 def proof(mask: Mask, tokens: Tensor, row_ids: Tensor) -> Iterator[Comparison]:
-    """Integers, so equal to the reference bit for bit, which runs on the CPU for this."""
+    """Bit-identical to the reference, which runs on the CPU."""
     expected = _reference(tokens.cpu(), row_ids.cpu())
     for name, actual, right in zip(("inputs", "labels"), mask(tokens, row_ids), expected, strict=True):
         yield compare_exactly(name, actual.cpu(), right)

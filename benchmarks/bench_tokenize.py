@@ -1,7 +1,7 @@
 """Speed of tokenize_corpus.py against a bare `encode_batch` loop: `python -m benchmarks.bench_tokenize [--json]`.
 
-The loop has all texts in memory and throws its result away; tokenize_corpus also reads and parses JSONL, turns ids into
-arrays and writes the token file. The two alternate in one run, so that other work on the machine hurts both.
+The loop has all texts in memory and discards its result; tokenize_corpus also reads and parses JSONL, converts ids to
+arrays and writes the token file. The two alternate in one run, so that other load on the machine affects both.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from tokenize_scripts.demo_corpus import DemoConfig, demo_corpus
 from tokenize_scripts.tokenize_corpus import TokenizeConfig, tokenize_corpus
 from tokenize_scripts.train_tokenizer import TrainTokenizerConfig, train_tokenizer
 
-LOOP_DOCUMENTS = 1000  # in a call of the bare loop, as is usual
+LOOP_DOCUMENTS = 1000  # per call of the bare loop, a usual number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ def measure(config: BenchConfig) -> dict[str, object]:
     """Time both, alternating.
 
     Returns:
-        Medians in 10^6 bytes of text per second, the median of the ratios of neighbors, and the machine.
+        Medians in 10^6 bytes of text per second, the median ratio of adjacent pairs, and the machine.
     """
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         source, tokenizer_path, output = (

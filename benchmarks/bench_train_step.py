@@ -1,6 +1,6 @@
-"""A training step, part by part, beside what the machine can do: `python -m benchmarks.bench_train_step [--json]`.
+"""A training step, part by part, relative to the machine's peak: `python -m benchmarks.bench_train_step [--json]`.
 
-Everything that a step of the trainer does is in it: waiting for rows, masking, forward, backward, reduction over ranks,
+It measures everything in a step of the trainer: waiting for rows, masking, forward, backward, all-reduce over ranks,
 clipping, LAMB and the moving average. Model FLOP utilization (MFU) is the FLOPs of the needed matrix products
 (`gptbert.monitoring.flops`) over the time, over the best rate of torch.mm measured in the same run.
 """
@@ -43,7 +43,7 @@ from kernels import IGNORE_INDEX
 from kernels.padding import padded_length
 
 WARM_UPS = 2
-RATES = 3  # tries at the best rate of torch.mm: the machine may be busy at one of them
+RATES = 3  # measurements of torch.mm, of which the best counts: the machine may be busy
 TOKENS = 2_000_000
 TOKENS_OF_A_STEP = 4096  # in most cases; smaller steps are measured more often
 LEAST_WIDTH = 7  # of a column
@@ -51,9 +51,9 @@ LEAST_WIDTH = 7  # of a column
 
 @dataclass(frozen=True)
 class Case:
-    """What a step trains, and on how many processes; hybrid is a quarter MLM, as `TrainConfig` has it.
+    """The shape of a training step, and its number of processes; hybrid is a quarter MLM, the default of `TrainConfig`.
 
-    Sizes that are None are those of the model of `--config_file`.
+    Sizes that are None come from the model of `--config_file`.
     """
 
     objective: Literal["MLM", "CLM", "hybrid"]
@@ -66,14 +66,14 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Objective, T, B of all processes together, their number if there are several, and what else is the case's."""
+        """Objective, T, global B, the number of processes if several, and other distinguishing settings."""
         ranks = f" {self.ranks} ranks" if self.ranks > 1 else ""
         sizes = {"D": self.hidden_size, "L": self.num_hidden_layers, "V": self.vocab_size}
         own = "".join(f" {letter}={size}" for letter, size in sizes.items() if size is not None)
         return f"{self.objective} T={self.seq_length} B={self.rows}{ranks}{own}"
 
     def model(self, config: ModelConfig) -> ModelConfig:
-        """`config` with this case's own sizes; the width of the heads, and of the inner layers over D, stay."""
+        """`config` with this case's sizes; head width and inner width over D stay the same."""
         own = {"vocab_size": self.vocab_size, "num_hidden_layers": self.num_hidden_layers}
         if self.hidden_size is not None:
             inner = config.intermediate_size * self.hidden_size // config.hidden_size
@@ -85,9 +85,9 @@ class Case:
 CASES = (
     *(Case("MLM", 128, 32), Case("CLM", 128, 32), Case("MLM", 512, 8), Case("CLM", 512, 8)),
     *(Case("MLM", 128, 32, ranks=2), Case("CLM", 128, 32, ranks=2), Case("hybrid", 128, 32)),
-    # where a schedule of the batch begins: a quarter of its rows
+    # the start of a batch-size schedule: a quarter of the rows
     *(Case("MLM", 128, 8), Case("CLM", 128, 8), Case("hybrid", 128, 8), Case("MLM", 512, 2)),
-    # a vocabulary of today's size, in the same model and in one for a laptop
+    # a large vocabulary, in the same model and in one for a laptop
     *(Case("MLM", 128, 32, vocab_size=32768), Case("CLM", 128, 32, vocab_size=32768)),
     *(Case(objective, 128, 32, 1, 32768, 256, 6) for objective in ("MLM", "CLM")),
 )
@@ -101,15 +101,15 @@ class StepBenchConfig:
     config_file: Path = Path("configs/small.json")
     """Model."""
     steps: int = 6
-    """Steps measured of each case, after two that are not; of smaller steps up to four times as many."""
+    """Steps measured per case, after two warm-up steps; up to four times as many of smaller steps."""
     compile: bool = True
     """Compile the model's blocks."""
     activation_checkpointing: bool = False
-    """Compute again in the backward what the blocks would keep for it."""
+    """Recompute the blocks' activations in the backward."""
     cpu_threads: int = 0
     """Threads on a CPU; 0: all cores."""
     match: str = ""
-    """The case of this name, such as "MLM T=128 B=32"; where there is none, all whose name contains it."""
+    """The case of this name, such as "MLM T=128 B=32", or else all whose name contains it."""
     json: bool = False
     """Print one JSON object instead of a table."""
     save: bool = False
@@ -121,17 +121,17 @@ class Result:
     """Figures of a case.
 
     Attributes:
-        case: what was trained.
+        case: the measured case.
         milliseconds: median of a step.
-        tokens_per_second: at that.
+        tokens_per_second: at that time per step.
         mfu: needed FLOPs over time over `measure_matmul_flops`.
         product_gflops: the best rate of torch.mm right after the steps, of all processes together.
-        start_seconds: until the first step is done: model, compilation, warm-up.
-        peak_gb: most memory of the first process until the end, in 10^9 bytes (on a GPU: of its memory).
-        parts: milliseconds of each of PARTS in the median step, which add up to it.
-        labeled_fraction: of the positions; how many FLOPs are needed depends on it.
-        cross_entropy_share: of the needed FLOPs, those of the products with the output matrix.
-        rows_ms: milliseconds that the rows of a step take, on the thread beside; the mean.
+        start_seconds: until the end of the first step: model, compilation, warm-up.
+        peak_gb: peak memory of the first process in 10^9 bytes (on a GPU: device memory).
+        parts: milliseconds of each of PARTS in the median step; their sum is the step.
+        labeled_fraction: of the positions; determines the needed FLOPs.
+        cross_entropy_share: fraction of the needed FLOPs in products with the output matrix.
+        rows_ms: mean milliseconds to build a step's rows, on the background thread.
     """
 
     case: Case
@@ -148,7 +148,7 @@ class Result:
 
 
 def measure(case: Case, config: StepBenchConfig) -> Result:
-    """A case's figures, from processes of its own: the memory and the compiled code of no other case are in them."""
+    """A case's figures, from separate processes: no memory or compiled code of other cases."""
     with ProcessPoolExecutor(case.ranks, mp_context=get_context("spawn")) as pool:
         port = get_free_port()
         futures = [pool.submit(_run, case, config, rank, port) for rank in range(case.ranks)]
@@ -182,7 +182,7 @@ def _run(case: Case, config: StepBenchConfig, rank: int, port: int) -> Result:
                         start_seconds = time.perf_counter() - start
         labeled = statistics.mean(labeled_fraction(trainer, step) for step in range(train_config.max_steps))
         peak = peak_memory(world.device)
-        world.all_gather(None)  # all ranks measure at once, as they computed
+        world.all_gather(None)  # a barrier: all ranks measure torch.mm at once
         rate = max(measure_matmul_flops(world.device, torch.bfloat16) for _ in range(RATES))
         rate = sum(world.all_gather(rate))
     measured = sorted(steps[WARM_UPS:], key=lambda timed: timed[0])
@@ -203,7 +203,7 @@ def _run(case: Case, config: StepBenchConfig, rank: int, port: int) -> Result:
 
 
 def training(case: Case, *, steps: int, **settings: Any) -> TrainConfig:
-    """Settings of a run of this case in bf16, all of its rows at once; `settings` are further ones."""
+    """Settings of a run of this case in bf16, without micro-batches; `settings` are added."""
     return TrainConfig(
         (Path("none"),),
         *(Path("none"),) * 3,
@@ -220,7 +220,7 @@ def training(case: Case, *, steps: int, **settings: Any) -> TrainConfig:
 
 
 def random_trainer(config: TrainConfig, model_config: ModelConfig, world: World) -> Trainer:
-    """A trainer on random documents; compiled, if it is to be, however short the run."""
+    """A trainer on random documents; compiled if the case says so, for any length of run."""
     store = random_store(model_config.vocab_size)
     inputs = Inputs(model_config, model_config.vocab_size, (store,), store)
     plan = HybridPlan(config, world.world_size)
@@ -232,24 +232,24 @@ def random_trainer(config: TrainConfig, model_config: ModelConfig, world: World)
 
 
 def always_compiled() -> AbstractContextManager:
-    """Inside, no run that asks for compilation is too short for it."""
+    """Context manager: every run with `compile` is compiled, however short."""
     return patch.dict(compile_choice.COMPILE_SECONDS, cpu=0, cuda=0)
 
 
 def cross_entropy_share(config: ModelConfig, length: int, labeled: float) -> float:
-    """Of the needed FLOPs, those of the products with the output matrix, 2DV for a token with a label."""
+    """Fraction of the needed FLOPs in products with the output matrix, 2DV per labeled token."""
     return labeled * 2 * config.hidden_size * config.vocab_size / forward_flops(config, length, labeled)
 
 
 def labeled_fraction(trainer: Trainer, step: int) -> float:
-    """Share of the positions that carry a label."""
+    """Fraction of labeled positions."""
     batches = trainer.rows.batches(trainer.rows.load(step), step)
     labels = torch.cat([batch.labels.flatten() for batch in batches])
     return (labels != IGNORE_INDEX).double().mean().item()
 
 
 def random_store(vocab_size: int) -> TokenStore:
-    """Documents of 1 … 600 ordinary tokens."""
+    """Documents of 1 … 600 non-special tokens."""
     generator = np.random.default_rng(0)
     lengths = generator.integers(1, 600, size=TOKENS // 300)
     tokens = generator.integers(16, vocab_size, size=lengths.sum()).astype(np.uint16)
@@ -257,10 +257,10 @@ def random_store(vocab_size: int) -> TokenStore:
 
 
 def run(config: StepBenchConfig) -> None:
-    """Measure the cases, one after another; print them as they come, or all at the end.
+    """Measure the cases sequentially; print each when done, or all at the end.
 
     Raises:
-        InputError: there is no model, or no such case.
+        InputError: the model or the case does not exist.
     """
     model_config = ModelConfig.from_json(config.config_file)
     cases = matching(config.match, [case for case in CASES if case.ranks <= machine.processes()])
@@ -289,12 +289,12 @@ def run(config: StepBenchConfig) -> None:
 
 
 def matching(text: str, cases: list[Case]) -> list[Case]:
-    """The case of that name alone, or all whose name contains it."""
+    """The case of that name, or all whose name contains it."""
     return [case for case in cases if case.name == text] or [case for case in cases if text in case.name]
 
 
 def show(result: Result, *, with_header: bool) -> None:
-    """A line of the table."""
+    """One row of the table."""
     columns = ["case", "ms/step", "tokens/s", "MFU", "mm GFLOPS", "start s", "peak GB", *PARTS, "(rows)", "CE FLOPs"]
     widths = [max(len(case.name) for case in CASES), *(max(len(column), LEAST_WIDTH) for column in columns[1:])]
     if with_header:

@@ -1,7 +1,8 @@
-"""Training steps of this tree beside those of another commit: `python -m benchmarks.compare REF`.
+"""Training steps of this tree compared with a different commit: `python -m benchmarks.compare REF`.
 
-Both run `benchmarks.bench_train_step` in turns, the other one in a worktree of its own, with this environment's Python
-and libraries. Machines are shared and drift, so each round gives a ratio of neighbors; the median over rounds counts.
+The two alternate in running `benchmarks.bench_train_step`, the other commit in a separate worktree, with this
+environment's Python and libraries. Machines are shared and drift, so each round gives a ratio of adjacent runs; the
+result is the median over rounds.
 """
 
 import json
@@ -26,29 +27,29 @@ ROOT = Path(__file__).parents[1]
 BENCH = "benchmarks/bench_train_step.py"
 FIGURES = {"tokens/s": "tokens_per_second", "MFU": "mfu", "peak GB": "peak_gb"}
 
-Figures = dict[str, dict[str, float]]  # of each case
+Figures = dict[str, dict[str, float]]  # per case
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig:
-    """Measure this tree against another commit, in turns."""
+    """Measure this tree and a different commit, alternating."""
 
     ref: Annotated[str, tyro.conf.Positional]
     """The other commit: a branch, a tag, HEAD~1."""
     rounds: int = 3
-    """Turns of each."""
+    """Rounds."""
     match: str = "MLM T=128 B=32"
-    """The case of this name, or all whose name contains it; "": all. Old commits know the latter only."""
+    """The case of this name, or all whose name contains it; "": all. Old commits support only the latter."""
     steps: int = 6
-    """Steps measured in each turn."""
+    """Steps per measurement."""
 
 
 @contextmanager
 def worktree(ref: str) -> Iterator[Path]:
-    """A folder with the files of a commit, gone at the end.
+    """Context manager: a folder with the files of a commit, removed at the end.
 
     Raises:
-        InputError: there is no such commit, or it cannot be measured.
+        InputError: the commit does not exist, or cannot be measured.
     """
     found = git("rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}")
     if found.returncode:
@@ -73,10 +74,10 @@ def git(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def measure(tree: Path, config: CompareConfig) -> Figures:
-    """One turn of a tree.
+    """One measurement of a tree.
 
     Raises:
-        InputError: its benchmark failed; with the last line that it said.
+        InputError: its benchmark failed; with the last line of its output.
     """
     command = [sys.executable, "-m", "benchmarks.bench_train_step", "--json"]
     options = [f"--match={config.match}", f"--steps={config.steps}"]
@@ -87,7 +88,7 @@ def measure(tree: Path, config: CompareConfig) -> Figures:
 
 
 def figures(report: dict[str, Any]) -> Figures:
-    """Of a report of `bench_train_step`; earlier ones gave a case by its name alone."""
+    """Figures from a report of `bench_train_step`; earlier versions identified a case by its name only."""
     found = {}
     for result in report["results"]:
         case = result["case"]
@@ -97,9 +98,9 @@ def figures(report: dict[str, Any]) -> Figures:
 
 
 def compare(turn_of_this: Callable[[], Figures], turn_of_other: Callable[[], Figures], rounds: int) -> list[str]:
-    """Lines of a table: this over the other, the median of neighbors and its range over the rounds."""
+    """Rows of a table: the ratio of this tree to the other, its median and range over the rounds."""
     pairs = []
-    for number in range(rounds):  # whoever comes first alternates too
+    for number in range(rounds):  # the order alternates too
         first, second = (turn_of_this, turn_of_other) if number % 2 == 0 else (turn_of_other, turn_of_this)
         one, two = first(), second()
         pairs.append((one, two) if number % 2 == 0 else (two, one))
@@ -114,7 +115,7 @@ def compare(turn_of_this: Callable[[], Figures], turn_of_other: Callable[[], Fig
 
 
 def run(config: CompareConfig) -> None:
-    """Measure in turns, and print the ratios.
+    """Measure alternately, and print the ratios.
 
     Raises:
         InputError: one of the trees cannot be measured.

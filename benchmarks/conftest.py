@@ -1,4 +1,4 @@
-"""The fixture of benchmarks of operations, the CSV file of this machine, and lines under pytest-benchmark's table."""
+"""The fixture for benchmarks of operations, this machine's CSV file, and lines below pytest-benchmark's table."""
 
 from collections.abc import Iterator
 
@@ -11,32 +11,32 @@ from benchmarks.measurement import Measurement, Results
 from gptbert.distributed.hardware import usable_cores
 
 RESULTS = pytest.StashKey[Results]()
-BUSY = 0.5  # processes a core
+BUSY = 0.5  # processes per core
 
 
 @pytest.fixture
 def measurement(benchmark: BenchmarkFixture, request: pytest.FixtureRequest) -> Iterator[Measurement]:
     """Proves, then times, one implementation of an operation on one shape."""
     if benchmark.disabled:
-        torch.set_num_threads(1)  # tiny work that runs once, perhaps beside other tests, is faster so
+        torch.set_num_threads(1)  # faster for tiny work that runs once, possibly in parallel with other tests
     yield Measurement(benchmark, request, request.config.stash[RESULTS])
-    torch.compiler.reset()  # what the next one compiles must not count as a recompilation
+    torch.compiler.reset()  # so that the next benchmark's compilation does not count as a recompilation
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Start with nothing measured."""
+    """Start an empty session."""
     config.stash[RESULTS] = Results()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Write what was measured, if anything was to be."""
+    """Write the session's results, if it ran benchmarks."""
     results = session.config.stash[RESULTS]
     if results.tried:
         results.write(machine.results_file(machine.OPERATIONS))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Show one line for each benchmark that has figures of its own; pytest-benchmark's table has only times."""
+    """Print one line per benchmark with additional figures; pytest-benchmark's table has only times."""
     session = getattr(config, "_benchmarksession", None)
     for result in session.benchmarks if session else []:
         if result.extra_info:

@@ -1,4 +1,4 @@
-"""The machine that benchmarks run on: its name, the libraries they meet there, the speed of its memory."""
+"""The benchmark machine: its name, library versions, memory bandwidth."""
 
 import functools
 import importlib.metadata
@@ -15,20 +15,20 @@ from gptbert.distributed.hardware import hardware_name, usable_cores
 from gptbert.distributed.hardware import synchronize as synchronize_device
 
 RESULTS = Path(__file__).parent / "results"
-OPERATIONS, STEPS = ".csv", "-train-step.json"  # how files there end: of `pytest benchmarks`, and of training steps
+OPERATIONS, STEPS = ".csv", "-train-step.json"  # suffixes of files there: of `pytest benchmarks`, and of training steps
 LIBRARIES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "pytorch-optimizer")
 COPIES = 7
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}  # far beyond any cache
 
 
-@functools.cache  # asked inside what is timed
+@functools.cache  # called in timed code
 def device() -> torch.device:
-    """Where benchmarks run: the GPU, if there is one."""
+    """The device of benchmarks: the GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def hardware() -> str:
-    """The GPU's name, or the processor's where there is none."""
+    """The GPU's name, or the processor's without a GPU."""
     return hardware_name(device())
 
 
@@ -39,23 +39,23 @@ def file_name() -> str:
 
 
 def results_file(suffix: str) -> Path:
-    """This machine's file in benchmarks/results/, by how it ends."""
+    """This machine's file in benchmarks/results/ with a suffix."""
     return RESULTS / f"{file_name()}{suffix}"
 
 
 def processes() -> int:
-    """How many processes can train here without sharing a GPU, or a core where there is none."""
+    """Number of processes that can train here without sharing a GPU, or a core without GPUs."""
     return torch.cuda.device_count() if device().type == "cuda" else usable_cores()
 
 
 def load() -> float:
-    """How many processes have lately wanted a core, on average over a minute; NaN where the system does not say."""
+    """The one-minute load average; NaN if the system does not report it."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
 
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Version of each of `LIBRARIES`, empty where it is not installed."""
+    """Version of each of `LIBRARIES`, empty if not installed."""
     found = {}
     for library in LIBRARIES:
         try:
@@ -66,7 +66,7 @@ def versions() -> dict[str, str]:
 
 
 def seconds(action: Callable[[], object]) -> float:
-    """How long `action` takes, until the device is done."""
+    """Seconds that `action` takes, including a device sync."""
     synchronize()
     start = time.perf_counter()
     action()
@@ -80,7 +80,7 @@ def synchronize() -> None:
 
 
 def copy_rate() -> float:
-    """Bytes a second, read and written together, of a large copy in the device's memory; the median of several."""
+    """Bytes per second, read plus written, of a large copy in device memory; the median of several."""
     here = device()
     source = torch.ones(COPY_BYTES[here.type] // 4, device=here)
     target = torch.zeros_like(source)

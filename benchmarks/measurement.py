@@ -1,7 +1,7 @@
-"""Proof before time, turns with the reference, and what a session measured as rows of a CSV file.
+"""Check correctness, then time in alternation with the reference; a session's results as rows of a CSV file.
 
-Times on a shared machine say little, so every round times the reference in eager PyTorch right before the
-implementation, and the ratio that is reported is the median over these pairs.
+Times on a shared machine are noisy, so every round times the eager PyTorch reference right before the implementation;
+the reported ratio is the median over these pairs.
 """
 
 import csv
@@ -18,13 +18,13 @@ from benchmarks import machine
 from gptbert.distributed.hardware import usable_cores
 from kernels.numerics import Comparison
 
-if TYPE_CHECKING:  # what is measured can be had without it
+if TYPE_CHECKING:  # measuring does not need it
     from pytest_benchmark.fixture import BenchmarkFixture
 
 BASELINE = "reference_eager"
-SECONDS = 2.0  # for the rounds of one benchmark, a guide
+SECONDS = 2.0  # approximate total of one benchmark's rounds
 MIN_ROUNDS, MAX_ROUNDS = 3, 50
-WARM_UPS = {"cpu": 1, "cuda": 2}  # the first may compile; on a CPU that happens in the proof, and rounds are long
+WARM_UPS = {"cpu": 1, "cuda": 2}  # the first may compile; on a CPU the proof compiles, and rounds are long
 PERCENTILES = (20, 50, 80)
 KEY = ("op", "shape", "impl")
 FIGURES = ("speed_over_reference_eager", "share_of_copy_bandwidth", "copy_gb_per_s", "peak_mib")
@@ -38,12 +38,12 @@ Row = dict[str, str]
 
 
 class Results:
-    """What a session measured, and what it tried to.
+    """The results of a session, and what it attempted.
 
     Attributes:
-        load: of the machine before the first benchmark, so by others.
-        tried: values of KEY; a benchmark that fails now must not keep the row of an earlier session.
-        rows: of what was measured.
+        load: load average before the first benchmark, so of other processes.
+        tried: values of KEY; a failed benchmark must not keep the row of an earlier session.
+        rows: results.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class Results:
         self.rows: list[Row] = []
 
     def write(self, path: Path) -> None:
-        """Replace what was tried in a CSV file, and keep its other rows."""
+        """Replace attempted rows in a CSV file, and keep the others."""
         kept = []
         if path.exists():
             with path.open(newline="", encoding="utf-8") as file:
@@ -71,10 +71,10 @@ def _key(row: Row) -> tuple[str, ...]:
 class Measurement:
     """One benchmark: `prove` (or `exempt`), then `time`.
 
-    The name of the test is the operation's; its parameters `impl` and `shape` name the implementation and the job.
+    The test's name is the operation's; its parameters `impl` and `shape` are the implementation and the job.
 
     Attributes:
-        enabled: whether anything is timed; else everything runs once, and should be tiny.
+        enabled: whether to time; if not, everything runs once, and should be tiny.
     """
 
     def __init__(self, benchmark: "BenchmarkFixture", request: pytest.FixtureRequest, results: Results) -> None:
@@ -87,11 +87,11 @@ class Measurement:
         benchmark.group = f"{op} {shape}"
 
     def compile(self, function: Callable) -> Callable:
-        """`torch.compile`, but without generating code where nothing is timed."""
+        """`torch.compile`, without code generation if nothing is timed."""
         return torch.compile(function, backend="inductor" if self.enabled else "eager", fullgraph=True)
 
     def prove(self, comparisons: Iterable[Comparison]) -> None:
-        """Let the implementation report, or fail with the first comparison that is out of its bound."""
+        """Allow the implementation to report, or fail with the first comparison beyond its bound."""
         self._try()
         results = []
         for result in comparisons:
@@ -105,22 +105,22 @@ class Measurement:
         self._may_report = bool(results)
 
     def exempt(self) -> None:
-        """Let a peer report that computes something else by definition; the caller's comment says what."""
+        """Allow a peer to report that computes something different by definition; the caller's comment says what."""
         self._try()
         self._may_report = True
 
     def time(
         self, run: Callable[[], object], reference: Callable[[], object] | None, fewest_bytes: int | None = None
     ) -> None:
-        """Time `run`, in turns with `reference`.
+        """Time `run`, alternating with `reference`.
 
         Args:
             run: the implementation's work in one round.
-            reference: the same work by the eager reference; None if that is what `run` is.
-            fewest_bytes: that the operation must move, for the share of a copy's bandwidth; None leaves it out.
+            reference: the same work by the eager reference; None if `run` is the reference.
+            fewest_bytes: minimum that the operation must move, for the fraction of copy bandwidth; None omits it.
 
         Raises:
-            AssertionError: nothing was proven.
+            AssertionError: neither `prove` nor `exempt` was called.
         """
         assert self._may_report, f"{' '.join(self._key)}: nothing was compared with the reference before"
         turns = [run] if reference is None else [reference, run]
@@ -175,7 +175,7 @@ class Measurement:
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """Most GPU memory that one round takes beside its inputs, gradients included."""
+    """Peak GPU memory of one round without its inputs, including gradients."""
     machine.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

@@ -1,4 +1,4 @@
-"""Cross-entropy by others, under one signature, and what each implementation needs to run."""
+"""Cross-entropy of other libraries, with one signature, and each implementation's requirements."""
 
 import importlib
 import importlib.util
@@ -15,13 +15,13 @@ PACKAGES = {"triton": "triton", "liger": "liger_kernel", "cut_cross_entropy": "c
 
 
 def skip_unless_possible(impl: str) -> None:
-    """Skip, with the reason, an implementation that cannot run here."""
+    """Skip an implementation that cannot run here, with the reason."""
     if reason := reason_against(impl):
         pytest.skip(reason)
 
 
 def reason_against(impl: str) -> str | None:
-    """Why an implementation cannot run here; None if it can."""
+    """The reason why an implementation cannot run here, or None."""
     if impl == "cpp" and machine.device().type != "cpu":
         return "cpp: kernels for CPUs"
     if impl.startswith("linear_cross_entropy") and not hasattr(F, "linear_cross_entropy"):
@@ -40,7 +40,7 @@ def _reason_against_package(impl: str, package: str) -> str | None:
 
 
 def liger(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor, z_loss_weight: float) -> Tensor:
-    """Liger-Kernel's fused linear cross-entropy; with z-loss and accuracy, and sums in fp32 as ours has them."""
+    """Liger-Kernel's fused linear cross-entropy; with z-loss and accuracy, and sums in fp32 like ours."""
     functional = importlib.import_module("liger_kernel.transformers.functional")
     return functional.liger_fused_linear_cross_entropy(
         hidden,
@@ -56,7 +56,7 @@ def liger(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor, z_loss_w
 
 
 def liger_from_logits(logits: Tensor, labels: Tensor, z_loss_weight: float) -> Tensor:
-    """Liger-Kernel's cross-entropy; with z-loss and accuracy. It puts the gradient in the logits' place."""
+    """Liger-Kernel's cross-entropy; with z-loss and accuracy. The gradient overwrites the logits."""
     functional = importlib.import_module("liger_kernel.transformers.functional")
     return functional.liger_cross_entropy(
         logits,
@@ -71,7 +71,7 @@ def liger_from_logits(logits: Tensor, labels: Tensor, z_loss_weight: float) -> T
 def cut_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, z_loss_weight: float
 ) -> Tensor:
-    """Cut Cross-Entropy, without its filter on gradients; it has neither bias nor z-loss nor accuracy."""
+    """Cut Cross-Entropy, without its gradient filter; it has no bias, z-loss or accuracy."""
     del bias, z_loss_weight
     package = importlib.import_module("cut_cross_entropy")
     return package.linear_cross_entropy(hidden, weight.bfloat16(), labels, reduction="sum", filter_eps=None)
@@ -80,13 +80,13 @@ def cut_cross_entropy(
 def eager_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, z_loss_weight: float
 ) -> Tensor:
-    """PyTorch's product, then its cross-entropy; it has neither z-loss nor accuracy."""
+    """PyTorch's linear layer and cross-entropy; no z-loss or accuracy."""
     del z_loss_weight
     return F.cross_entropy(F.linear(hidden, weight, bias), labels, reduction="sum")
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor, z_loss_weight: float) -> Tensor:
-    """PyTorch's, as it is by default: all logits at once; it has neither z-loss nor accuracy."""
+    """PyTorch's with default settings: all logits at once; no z-loss or accuracy."""
     del z_loss_weight
     return F.linear_cross_entropy(hidden, weight, labels, linear_bias=bias, reduction="sum")
 
@@ -94,9 +94,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, bias: T
 def chunked_linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, z_loss_weight: float
 ) -> Tensor:
-    """PyTorch's in chunks, which autocast does not reach, with sums in fp32; it has neither z-loss nor accuracy.
+    """PyTorch's in chunks, to which autocast does not apply, with sums in fp32; no z-loss or accuracy.
 
-    Without bias too: it rounds the bias' gradient to bf16 after every chunk, and the numerics rule refuses that.
+    No bias either: it rounds the bias gradient to bf16 after every chunk, beyond the tolerance rule.
     """
     del bias, z_loss_weight
     options = torch.nn.LinearCrossEntropyOptions(acc_policy="accurate")

@@ -1,9 +1,9 @@
-"""Planning for a corpus and a cluster that are not there: what each rank holds, and what a step takes of its time.
+"""Planning for a simulated corpus and cluster: memory of each rank, and time per step.
 
-`python -m benchmarks.planning` makes a token store of 10^12 tokens out of one real shard, hard-linked under 20,000
-names, opens it as a run does, and asks the hybrid plan and the row streams of some of 1,024 ranks for their rows: at
-the beginning, where rows grow, over the ends of a block and of the epoch, and at the end. Each rank is a process of its
-own, one after the other. What is not real: all shards have the same bytes, so that reading them is reading memory.
+`python -m benchmarks.planning` makes a token store of 10^12 tokens from one real shard, hard-linked under 20,000 names,
+opens it as a run does, and gets the rows of some of 1,024 ranks from the hybrid plan and the row streams: at the start,
+where rows grow, across the ends of a block and of the epoch, and at the end. Each rank is a separate process, one at a
+time. Not realistic: all shards have the same bytes, so reads come from memory.
 """
 
 import multiprocessing
@@ -30,7 +30,7 @@ from gptbert.distributed.hardware import usable_cores
 
 T = TypeVar("T")
 
-MEAN_LENGTH = 500  # tokens of a document
+MEAN_LENGTH = 500  # tokens per document
 VOCAB_SIZE = 32768
 
 
@@ -39,32 +39,32 @@ class PlanningConfig:
     """Simulate the planning of a large run, and measure its memory and time."""
 
     tokens: int = 10**12
-    """Of the corpus."""
+    """Tokens of the corpus."""
     world_size: int = 1024
     """Ranks of the run."""
     ranks: tuple[int, ...] = (0, 256, 1023)
-    """Those that are simulated: of the usual 1/4 masked, the first quarter of the ranks train MLM."""
+    """Simulated ranks; with the usual 1/4 masked, the first quarter of all ranks trains MLM."""
     max_steps: int = 600_000
     """Steps of the run."""
     global_batch_size: int = 8192
-    """Rows a step at its end, of 512 tokens; a quarter of it at the beginning."""
+    """Rows per step at the end, of 512 tokens; a quarter of it at the start."""
     steps: int = 100
-    """Measured in each phase."""
+    """Steps measured per phase."""
     pause: float = 1.0
-    """Seconds behind a phase's first step, for the next block to be drawn meanwhile; a training step takes that."""
+    """Seconds to wait after a phase's first step while the next block is drawn; a training step takes as long."""
 
 
 @dataclass
 class Figures:
-    """What was measured of one rank.
+    """Results of one rank.
 
     Attributes:
         seconds: by name: opening the files, the plan, the streams.
-        anonymous: bytes of private memory above that of a process that has imported everything, by name.
-        mapped: bytes of mapped files that are in memory at the end; they are the page cache's, which is shared.
-        page_tables: bytes of the kernel's tables of the process at the end.
+        anonymous: bytes of private memory beyond those of a process after all imports, by name.
+        mapped: resident bytes of mapped files at the end; they belong to the page cache, which is shared.
+        page_tables: bytes of the process's page tables at the end.
         steps: milliseconds of each step, by phase.
-        first: milliseconds of the first step of a phase, for which a block is drawn: what resuming there takes.
+        first: milliseconds of a phase's first step, which draws a block: the cost of resuming there.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
@@ -76,11 +76,11 @@ class Figures:
 
 
 def write_store(folder: Path, tokens: int) -> Path:
-    """A store of about so many tokens: one shard under many names.
+    """A store of about `tokens` tokens: one shard under many names.
 
     Args:
-        folder: on one file system, with room for one shard.
-        tokens: of the store; whole shards of `SHARD_TOKENS`, or one of fewer.
+        folder: on a single file system, with room for one shard.
+        tokens: size of the store; whole shards of `SHARD_TOKENS`, or one smaller shard.
     """
     shard_tokens = min(tokens, SHARD_TOKENS)
     generator = np.random.default_rng(0)
@@ -95,7 +95,7 @@ def write_store(folder: Path, tokens: int) -> Path:
 
 
 def run_config(config: PlanningConfig) -> TrainConfig:
-    """The run whose planning is simulated."""
+    """The simulated run."""
     none = Path("none")
     return TrainConfig(
         (none,), none, none, none, seq_length=512, seq_length_growth=True, local_batch_size=8,
@@ -104,13 +104,13 @@ def run_config(config: PlanningConfig) -> TrainConfig:
 
 
 def memory(name: str) -> int:
-    """Bytes of this process by /proc/self/status, such as RssAnon."""
+    """Bytes of a field of /proc/self/status, such as RssAnon."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 class Rank:
-    """One rank of the run, as far as its rows."""
+    """One rank of the run, up to its rows."""
 
     def __init__(self, config: PlanningConfig, path: Path, rank: int) -> None:
         self.config = config
@@ -136,14 +136,14 @@ class Rank:
         return result
 
     def step(self, step: int) -> float:
-        """Seconds that the rows of a step take."""
+        """Seconds to build the rows of a step."""
         start = time.perf_counter()
         for share in self.plan.shares(step, self.rank):
             self.streams[share.objective].rows(share.first_slot, share.num_rows, share.length_factor)
         return time.perf_counter() - start
 
     def phase(self, name: str, steps: Iterable[int]) -> None:
-        """Measure consecutive steps; between the first and the others, the next block gets ready as in a real run."""
+        """Measure consecutive steps; after the first, the next block is drawn in the background, as in a real run."""
         steps = list(steps)
         self.figures.first[name] = 1e3 * self.step(steps[0])
         time.sleep(self.config.pause)
@@ -165,7 +165,7 @@ class Rank:
         return self.figures
 
     def _borders(self) -> list[tuple[str, int]]:
-        """Slots at the ends of the first block and of the first epoch of the rank's objective."""
+        """Slots at the ends of the first block and the first epoch of the rank's objective."""
         (share, *_) = self.plan.shares(0, self.rank)
         stream = self.streams[share.objective]
         stream.rows(0, 1)
@@ -180,7 +180,7 @@ class Rank:
         return share.first_slot
 
     def _step_at(self, slot: int) -> int:
-        """The first step whose rows begin at or behind a slot."""
+        """The first step whose rows start at or after a slot."""
         low, high = 0, self.config.max_steps - 1
         while low < high:
             middle = (low + high) // 2
@@ -189,7 +189,7 @@ class Rank:
 
 
 def measure_rank(config: PlanningConfig, path: Path, rank: int, results: multiprocessing.Queue) -> None:
-    """In a process of its own."""
+    """Measure a rank in a separate process."""
     results.put(Rank(config, path, rank).measure())
 
 
@@ -198,7 +198,7 @@ def simulate(config: PlanningConfig, folder: Path) -> dict[int, Figures]:
 
     Args:
         config: what to simulate.
-        folder: for the store.
+        folder: of the store.
     """
     path = write_store(folder, config.tokens)
     figures, context = {}, multiprocessing.get_context("spawn")
@@ -212,7 +212,7 @@ def simulate(config: PlanningConfig, folder: Path) -> dict[int, Figures]:
 
 
 def tables(figures: dict[int, Figures]) -> str:
-    """Markdown: what ranks hold and how long they take to start; then the steps of each phase."""
+    """Markdown: memory and start-up time of ranks; then the steps of each phase."""
     seconds = next(iter(figures.values())).seconds
     starts = [["rank", *seconds, "private memory then", "most of it", "page tables", "mapped files"]]
     phases = [["rank", "phase", "median ms", "slowest ms", "resuming there ms"]]

@@ -1,7 +1,7 @@
-"""Markdown and charts of what was measured, one page for each machine: `python -m benchmarks.report`.
+"""Markdown and charts of results, one page per machine: `python -m benchmarks.report`.
 
 Reads the CSV files of `pytest benchmarks` and the JSON files of `bench_train_step --save` and of `benchmarks.gpu` in a
-folder, and writes pages and their PNG files beside them.
+folder, and writes pages and their PNG files to it.
 """
 
 import csv
@@ -31,7 +31,7 @@ Table = list[tuple[str, ...]]
 
 @dataclass(frozen=True)
 class Steps:
-    """What `bench_train_step` measured on a machine.
+    """Results of `bench_train_step` on a machine.
 
     Attributes:
         report: its JSON object.
@@ -41,33 +41,33 @@ class Steps:
 
     @property
     def results(self) -> list[dict[str, Any]]:
-        """One for each case."""
+        """Figures, one per case."""
         return self.report["results"]
 
     @property
     def names(self) -> list[str]:
-        """Of the cases."""
+        """Names of the cases."""
         return [Case(**result["case"]).name for result in self.results]
 
     def training_step(self, result: dict[str, Any]) -> TrainingStep:
-        """What a case's step asked for, on all its processes together."""
+        """The work of a case's step, over all processes."""
         case = Case(**result["case"])
         return TrainingStep(
             case.model(ModelConfig(**self.report["model"])), case.rows, case.seq_length, result["labeled_fraction"]
         )
 
     def limits(self) -> Limits:
-        """The best rates of matrix products and of copies."""
+        """The best rates of matmuls and copies."""
         flops = max(1e9 * result["product_gflops"] for result in self.results)
         return Limits(self.report["hardware"], flops, self.report["copy_bytes_per_second"])
 
     def optimizer_bandwidth_share(self, result: dict[str, Any]) -> float:
-        """The bytes that clipping, LAMB and the average must move, over their time, over the rate of a copy."""
+        """Bandwidth of clipping, LAMB and the average, by the minimum of bytes, relative to a copy's."""
         moved = self.training_step(result).optimizer().bytes
         return moved / (1e-3 * result["parts"]["optimizer"]) / self.report["copy_bytes_per_second"]
 
     def points(self) -> list[tuple[str, Work, float]]:
-        """Name, work and seconds of the model and of the optimizer, for the cases of one process."""
+        """Name, work and seconds of the model and of the optimizer, for cases with one process."""
         found = []
         for name, result in zip(self.names, self.results, strict=True):
             if Case(**result["case"]).ranks > 1:
@@ -86,14 +86,14 @@ class ReportConfig:
     """Turn results into pages with charts."""
 
     results_dir: Path = machine.RESULTS
-    """Where results are, and pages go."""
+    """Folder of results and pages."""
 
 
 def run(config: ReportConfig) -> None:
     """Write all pages, and print their paths.
 
     Raises:
-        InputError: there are no results.
+        InputError: the folder has no results.
     """
     pages = write_pages(config.results_dir)
     for page in pages:
@@ -105,7 +105,7 @@ def run(config: ReportConfig) -> None:
 
 
 def write_pages(folder: Path) -> list[Path]:
-    """A page, with its charts, for each machine that has results in the folder; their paths."""
+    """Write a page with charts for each machine with results in the folder; returns their paths."""
     suffixes = (machine.OPERATIONS, machine.STEPS)
     machines = {path.name.removesuffix(suffix) for suffix in suffixes for path in folder.glob(f"*{suffix}")}
     gpus = {path for path in folder.glob("*.json") if not path.name.endswith(machine.STEPS)}
@@ -113,7 +113,7 @@ def write_pages(folder: Path) -> list[Path]:
 
 
 def write_gpu_page(report: Path) -> Path:
-    """The page of what `benchmarks.gpu` found."""
+    """The page of the results of `benchmarks.gpu`."""
     page = report.with_suffix(".md")
     page.write_text(gpu_page(json.loads(report.read_text(encoding="utf-8"))), encoding="utf-8")
     return page
@@ -190,7 +190,7 @@ def draw(steps: Steps, folder: Path, name: str) -> None:
 
 
 def draw_bars(axes: Axes, steps: Steps, figure: str, label: str) -> None:
-    """One bar for each case."""
+    """One bar per case."""
     bars = axes.barh(steps.names, [result[figure] for result in steps.results])
     axes.bar_label(bars, fmt="{:,.4g}", padding=3)
     axes.margins(x=0.12)
@@ -199,7 +199,7 @@ def draw_bars(axes: Axes, steps: Steps, figure: str, label: str) -> None:
 
 
 def draw_roofline(axes: Axes, steps: Steps) -> None:
-    """FLOPs a second over FLOPs a byte (`benchmarks.roofline` counts both), below what the machine can do."""
+    """FLOPs per second over FLOPs per byte (counted by `benchmarks.roofline`), below the machine's limits."""
     limits = steps.limits()
     intensities = [0.1, limits.flops / limits.bandwidth, 1000.0]
     axes.loglog(intensities, [min(limits.flops, limits.bandwidth * each) / 1e9 for each in intensities], color="black")

@@ -1,11 +1,11 @@
-"""What a training step asks of a machine, counted: FLOPs of matrix products and bytes of memory, part by part.
+"""The work of a training step: FLOPs of matrix products and bytes of memory traffic, part by part.
 
 `python -m benchmarks.roofline --config_file configs/base.json` prints tables like those of docs/performance.md, with
-two counts of each part. The fewest: every operand of a product read once, its result written once, all else fused into
-products, and each mix of the layer weighting reading what it mixes. And ours: what this implementation does. A part
-takes at least its FLOPs over the peak rate or its bytes over the bandwidth, whichever is more.
+two counts per part. Fewest: every operand of a product read once, its result written once, all else fused into
+products, and each mix of the layer weighting reading its inputs. Ours: this implementation. A part takes at least its
+FLOPs over the peak rate or its bytes over the bandwidth, whichever is more.
 
-Letters as in `gptbert.model`; activations and casts of weights have two bytes, the residual stream and gradients four.
+Shapes as in `gptbert.model`; activations and cast weights have two bytes, the residual stream and gradients four.
 """
 
 from dataclasses import dataclass
@@ -20,17 +20,17 @@ from gptbert.command_line import run_command
 from gptbert.config import ModelConfig
 from gptbert.model import GPTBert
 
-LAMB_FLOPS = 27  # a parameter, with clipping and moving average
+LAMB_FLOPS = 27  # per parameter, with clipping and moving average
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a machine can do at most.
+    """The limits of a machine.
 
     Attributes:
         name: of the machine.
-        flops: a second, of bf16 matrix products.
-        bandwidth: bytes a second, to and from memory.
+        flops: FLOPs per second of bf16 matrix products.
+        bandwidth: bytes per second, memory reads plus writes.
     """
 
     name: str
@@ -44,7 +44,7 @@ H100 = Limits("H100 SXM", flops=989.4e12, bandwidth=3.35e12)
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs and bytes."""
+    """FLOPs, and bytes of memory traffic."""
 
     flops: float = 0.0
     bytes: float = 0.0
@@ -56,7 +56,7 @@ class Work:
         return type(self)(times * self.flops, times * self.bytes)
 
     def seconds(self, limits: Limits) -> float:
-        """The least time that it takes."""
+        """The minimum time at a machine's limits."""
         return max(self.flops / limits.flops, self.bytes / limits.bandwidth)
 
 
@@ -66,8 +66,8 @@ class Part:
 
     Attributes:
         name: what it does.
-        fewest: as the module says.
-        ours: what this implementation does.
+        fewest: see the module.
+        ours: of this implementation.
     """
 
     name: str
@@ -80,10 +80,10 @@ class TrainingStep:
     """One step of one process.
 
     Attributes:
-        config: the model's shape.
+        config: of the model.
         rows: B.
         seq_length: T.
-        labeled_fraction: share of the positions that carry a label: about mask_p, or 1 for CLM.
+        labeled_fraction: fraction of labeled positions: about mask_p, or 1 for CLM.
     """
 
     config: ModelConfig
@@ -97,11 +97,11 @@ class TrainingStep:
         return self.rows * self.seq_length
 
     def parts(self) -> list[Part]:
-        """All parts of the step, forward and backward together."""
+        """All parts of the step, forward plus backward."""
         return [*self.model_parts(), self._weights(), self._masking()]
 
     def model_parts(self) -> list[Part]:
-        """Those of the model's forward and backward."""
+        """The parts of the model's forward and backward."""
         return [
             *(self._projections(), self._attention(), self._between_products(), self._layer_weighting()),
             *(self._embedding(), self._head()),
@@ -119,12 +119,12 @@ class TrainingStep:
 
     def _attention(self) -> Part:
         config, layers = self.config, self.config.num_hidden_layers
-        hidden = self.tokens * config.hidden_size  # entries of Q, K, V, context
+        hidden = self.tokens * config.hidden_size  # elements of Q, K, V, context each
         scores = self.tokens * config.num_attention_heads * self.seq_length
         positions = 2 * config.position_bucket_size - 1
         by_position = self.tokens * config.num_attention_heads * positions
         flops = 3 * 4 * hidden * (self.seq_length + positions)
-        fewest = Work(flops, (3 + 1 + 5 + 3) * 2 * hidden)  # nothing of size T² leaves the chip
+        fewest = Work(flops, (3 + 1 + 5 + 3) * 2 * hidden)  # no tensor of size T² leaves the chip
         forward = (2 + 3) * 2 * scores + 4 * 2 * by_position + 6 * 2 * hidden
         # dropout again and softmax's backward 5, the four products 4, bucket sums 2 · (copy 2 + product over 2T 2)
         backward = (5 + 4 + 8) * 2 * scores + 6 * 2 * by_position + 12 * 2 * hidden
@@ -138,7 +138,7 @@ class TrainingStep:
         return Part("norms, gates, dropout", Work(), self.config.num_hidden_layers * Work(0, forward + backward))
 
     def _layer_weighting(self) -> Part:
-        """x_n reads n + 1 representations; backward ∂/∂α_n reads them again, ∂/∂y_n the gradients of all later x."""
+        """x_n reads n + 1 representations; ∂/∂α_n reads them again, ∂/∂y_n the gradients of all later x."""
         mixes = 2 * self.config.num_hidden_layers
         passes = sum((n + 1) + 1 + (n + 1) + 1 + (mixes - n + 1) + 1 for n in range(1, mixes + 1))
         entries = 4 * self.tokens * self.config.hidden_size
@@ -170,7 +170,7 @@ class TrainingStep:
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """Of the model, the tied embedding once."""
+    """Number of parameters, the tied embedding once."""
     with torch.device("meta"):
         return sum(param.numel() for param in GPTBert(config).parameters())
 
@@ -183,24 +183,24 @@ def _product(rows: float, inputs: int, outputs: int) -> Work:
 
 @dataclass(frozen=True, kw_only=True)
 class RooflineConfig:
-    """Count a training step, and divide by what a machine can do."""
+    """Count the work of a training step, and divide by a machine's limits."""
 
     config_file: Path = Path("configs/small.json")
     """Model."""
     rows: int = 256
-    """B, of one process."""
+    """B per process."""
     seq_length: int = 128
     """T."""
     labeled_fraction: float = 0.15
-    """Share of the positions with a label: about mask_p, or 1 for CLM."""
+    """Fraction of labeled positions: about mask_p, or 1 for CLM."""
     tera_flops: float = H100.flops / 1e12
-    """10^12 FLOPs a second of bf16 matrix products; the default is an H100's data sheet."""
+    """10^12 FLOPs per second of bf16 matrix products; default: an H100's data sheet."""
     bandwidth: float = H100.bandwidth / 1e12
-    """10^12 bytes a second of memory; likewise."""
+    """10^12 bytes per second of memory; default: an H100's data sheet."""
 
 
 def table(step: TrainingStep, limits: Limits) -> str:
-    """Markdown: each part's FLOPs and bytes, fewest and ours, and the times that they take at the limits."""
+    """Markdown: each part's FLOPs and bytes, fewest and ours, and their times at the machine's limits."""
     rows = [["part", "GFLOP", "fewest GB", "floor ms", "our GFLOP", "our GB", "predicted ms"]]
     parts = step.parts()
     for part in parts:

@@ -1,10 +1,10 @@
-"""What more GPUs would give, predicted: bytes sent, memory, and time of a step under DDP, FSDP and HSDP. None has run.
+"""Predictions for many GPUs: bytes sent, memory, and time per step under DDP, FSDP and HSDP. Not measured.
 
 `python -m benchmarks.scaling` prints the tables of docs/scaling.md, which has the formulas; with `--planning` it first
-measures what planning takes on this machine (`benchmarks.planning`).
+measures planning on this machine (`benchmarks.planning`).
 
-N parameters, n GPUs, of which 8 share a node. Weights, gradients, both moments and the moving average have four bytes a
-parameter; what FSDP gathers has two, what any method reduces has four. Letters of shapes as in `gptbert.model`.
+N parameters, n GPUs, 8 per node. Weights, gradients, both moments and the moving average have four bytes per parameter;
+FSDP all-gathers in two bytes, every method reduces in four. Shapes as in `gptbert.model`.
 """
 
 import dataclasses
@@ -25,15 +25,15 @@ from gptbert.config import ModelConfig
 from gptbert.model.gptbert import Block
 from gptbert.monitoring.flops import training_flops
 
-STATE_BYTES = 4 + 4 + 8 + 4  # a parameter: weight, gradient, two moments, moving average
-GATHERED, REDUCED = 2, 4  # bytes a parameter
-WHOLE = 4  # bytes of a parameter that is gathered in fp32
+STATE_BYTES = 4 + 4 + 8 + 4  # per parameter: weight, gradient, two moments, moving average
+GATHERED, REDUCED = 2, 4  # bytes per parameter
+WHOLE = 4  # bytes per parameter gathered in fp32
 CAST_BYTES = 4 + 2  # read and written for the weights' bf16 copies
-BUCKET_BYTES = 25 * 2**20  # of DDP's gradients; its default
+BUCKET_BYTES = 25 * 2**20  # of DDP's gradient buckets; the default
 
 
 class Method(Enum):
-    """How the states are divided, and what is sent for it."""
+    """How states are sharded, and what is communicated."""
 
     DDP = "DDP"
     FSDP = "FSDP"
@@ -42,20 +42,20 @@ class Method(Enum):
 
 @dataclass(frozen=True)
 class Cluster:
-    """GPUs and what connects them.
+    """GPUs and their interconnect.
 
     Attributes:
         limits: of one GPU, by its data sheet.
-        memory: bytes of one GPU.
-        per_node: GPUs of a node, all connected by NVLink; each has a network port.
-        node_bandwidth: bytes a second that a GPU sends over NVLink; the H100 SXM's data sheet says 900 GB/s both ways.
-        network_bandwidth: bytes a second that a port sends: 400 Gb/s, as in a DGX H100.
+        memory: bytes per GPU.
+        per_node: GPUs per node, all connected by NVLink; each has a network port.
+        node_bandwidth: bytes per second that a GPU sends over NVLink; H100 SXM data sheet: 900 GB/s both ways.
+        network_bandwidth: bytes per second that a port sends: 400 Gb/s, as in a DGX H100.
         base_latency: seconds of any collective, and
-        node_latency: of each of its steps over NVLink, and
-        network_latency: over the network: ring and Simple protocol in NCCL's own model (src/graph/tuning.cc).
-        tree_latencies: the same two of a tree.
-        attainable: share of bandwidths and of data sheets that real programs see; an assumption.
-        hidden: share of a pass behind which communication can go on; an assumption.
+        node_latency: per step over NVLink, and
+        network_latency: per step over the network: ring, Simple protocol, NCCL's model (src/graph/tuning.cc).
+        tree_latencies: both for a tree.
+        attainable: fraction of data-sheet rates and bandwidths reached in practice; an assumption.
+        hidden: fraction of a pass that can overlap communication; an assumption.
     """
 
     limits: Limits = H100
@@ -73,12 +73,12 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Group:
-    """GPUs that take part in a collective.
+    """The GPUs of a collective.
 
     Attributes:
-        cluster: they are part of.
-        size: how many.
-        per_node: how many of them share a node.
+        cluster: that contains them.
+        size: number of GPUs.
+        per_node: number of them per node.
     """
 
     cluster: Cluster
@@ -87,30 +87,30 @@ class Group:
 
     @property
     def nodes(self) -> int:
-        """That the group reaches over."""
+        """Number of nodes of the group."""
         return self.size // self.per_node
 
     @property
     def bandwidth(self) -> float:
-        """Bytes a second that each GPU passes on: rings leave a node by the ports of all its GPUs in the group."""
+        """Bytes per second per GPU: rings leave a node by the ports of all its GPUs in the group."""
         ports = self.per_node * self.cluster.network_bandwidth
         fastest = self.cluster.node_bandwidth
         return self.cluster.attainable * (fastest if self.nodes == 1 else min(fastest, ports))
 
     def gather_bytes(self, size: float) -> float:
-        """Sent by each GPU to gather `size` bytes on all of them, or to reduce and scatter them."""
+        """Bytes that each GPU sends to all-gather, or to reduce-scatter, `size` bytes."""
         return size * (self.size - 1) / self.size
 
     def reduce_bytes(self, size: float) -> float:
-        """Sent by each GPU to reduce `size` bytes on all of them: scattered, then gathered."""
+        """Bytes that each GPU sends to all-reduce `size` bytes: a reduce-scatter, then an all-gather."""
         return 2 * self.gather_bytes(size)
 
     def gather_seconds(self, size: float) -> float:
-        """Of a ring; the same for a reduce-scatter."""
+        """Seconds of a ring all-gather or reduce-scatter."""
         return self._ring_seconds(1, self.gather_bytes(size))
 
     def reduce_seconds(self, size: float) -> float:
-        """Of an all-reduce by a ring, or by a tree of nodes with nine tenths of its bandwidth, whichever is faster."""
+        """Seconds of an all-reduce by a ring, or a tree of nodes with 0.9 of its bandwidth, whichever is faster."""
         ring = self._ring_seconds(2, self.reduce_bytes(size))
         if self.nodes == 1:
             return ring
@@ -132,13 +132,13 @@ class Setup:
 
     Attributes:
         config: the model's shape.
-        method: of dividing it.
-        gpus: n; whole nodes where there are more than one node has.
-        rows: of each GPU in a step.
+        method: of sharding.
+        gpus: n; whole nodes if more than `per_node`.
+        rows: per GPU and step.
         seq_length: T.
-        labeled_fraction: share of the positions with a label; 1 for CLM, whose ranks take longest.
+        labeled_fraction: fraction of labeled positions; 1 for CLM, whose ranks take longest.
         cluster: the GPUs.
-        bucket_bytes: of gradients that DDP reduces at once.
+        bucket_bytes: of DDP's gradient buckets.
     """
 
     config: ModelConfig
@@ -157,7 +157,7 @@ class Setup:
 
     @cached_property
     def units(self) -> list[int]:
-        """Parameters of what is gathered at once: embedding and head, then each block."""
+        """Parameters of each all-gather unit: embedding and head, then each block."""
         with torch.device("meta"):
             layers = range(self.config.num_hidden_layers)
             blocks = [sum(param.numel() for param in Block(self.config, layer).parameters()) for layer in layers]
@@ -165,7 +165,7 @@ class Setup:
 
     @cached_property
     def gathered(self) -> list[float]:
-        """Bytes of each unit as it travels: embedding and head in fp32, as autocast leaves them, and blocks in bf16."""
+        """Bytes per all-gather: embedding and head in fp32, which autocast does not cast, blocks in bf16."""
         root, *blocks = self.units
         return [WHOLE * root, *(GATHERED * block for block in blocks)]
 
@@ -176,20 +176,20 @@ class Setup:
 
     @property
     def sharers(self) -> Group:
-        """GPUs that divide the states among them: all for FSDP, those of a node for HSDP."""
+        """GPUs over which states are sharded: all for FSDP, those of a node for HSDP."""
         together = {Method.DDP: 1, Method.FSDP: self.gpus, Method.HSDP: min(self.gpus, self.cluster.per_node)}
         return Group(self.cluster, together[self.method], min(together[self.method], self.cluster.per_node))
 
     @property
     def copies(self) -> Group:
-        """GPUs that hold the same part of the states."""
+        """GPUs with the same shard of the states."""
         size = self.gpus // self.sharers.size
         return Group(self.cluster, size, min(size, self.cluster.per_node) if self.method is Method.DDP else 1)
 
     def sent(self) -> tuple[float, float]:
-        """Bytes that a GPU sends in a step: all of them, and through its network port."""
+        """Bytes that a GPU sends per step: in total, and through its network port."""
         root, *blocks = self.gathered
-        gathered = root + 2 * sum(blocks)  # blocks again in the backward, embedding and head stay
+        gathered = root + 2 * sum(blocks)  # blocks again in the backward; embedding and head stay gathered
         in_sharers = self.sharers.gather_bytes(gathered + REDUCED * self.parameters)
         in_copies = self.copies.reduce_bytes(REDUCED * self.parameters / self.sharers.size)
         network = [
@@ -200,25 +200,25 @@ class Setup:
         return in_sharers + in_copies, sum(network)
 
     def state_bytes(self) -> float:
-        """Of a GPU, in every moment of the run."""
+        """Bytes per GPU throughout the run."""
         return STATE_BYTES * self.parameters / self.sharers.size
 
     def working_bytes(self) -> float:
-        """Casts of all weights; where states are divided, two blocks or the rest gathered, and gradients to scatter."""
+        """Casts of all weights; with sharding, two gathered blocks or embedding and head, and unreduced gradients."""
         if self.method is Method.DDP:
             return GATHERED * self.parameters
         root, *blocks = self.units
         return max((WHOLE + REDUCED) * root, (2 * GATHERED + REDUCED) * max(blocks))
 
     def activation_bytes(self, *, recompute: bool) -> float:
-        """What a forward keeps for the backward.
+        """Bytes of activations saved for the backward.
 
         Args:
-            recompute: with `--activation_checkpointing`, only the inputs of attention and feed-forward, what one
-                of them keeps at a time, and all representations, which the layer weighting needs in any case.
+            recompute: with `--activation_checkpointing`, only the inputs of attention and feed-forward, the activations
+                of one of them at a time, and all representations, which the layer weighting needs in any case.
         """
         config, hidden = self.config, self.config.hidden_size
-        attention = 14 * hidden + 2 * config.num_attention_heads * self.seq_length  # bytes a token
+        attention = 14 * hidden + 2 * config.num_attention_heads * self.seq_length  # bytes per token
         feed_forward = 2 * hidden + 6 * config.intermediate_size
         representations, inputs = 2 * 4 * hidden, 2 * 4 * hidden
         layers = config.num_hidden_layers
@@ -229,30 +229,30 @@ class Setup:
         return self.rows * self.seq_length * (kept + 4 * hidden + head)
 
     def memory_bytes(self, *, recompute: bool = False) -> float:
-        """Of a GPU."""
+        """Peak bytes per GPU."""
         return self.state_bytes() + self.working_bytes() + self.activation_bytes(recompute=recompute)
 
     @cached_property
     def compute_seconds(self) -> float:
-        """Forward and backward, by the counts of docs/performance.md at the attainable share of the GPU's limits."""
+        """Forward and backward, by the counts of docs/performance.md at the attainable fraction of the GPU's limits."""
         step = TrainingStep(self.config, self.rows, self.seq_length, self.labeled_fraction)
         return sum(part.ours.seconds(self.cluster.limits) for part in step.model_parts()) / self.cluster.attainable
 
     def mfu(self) -> float:
-        """Needed FLOPs over what the GPU could do in `compute_seconds`."""
+        """Needed FLOPs over the GPU's peak in `compute_seconds`."""
         tokens = self.rows * self.seq_length
         needed = tokens * training_flops(self.config, self.seq_length, self.labeled_fraction)
         return needed / (self.compute_seconds * self.cluster.limits.flops)
 
     def optimizer_seconds(self) -> float:
-        """LAMB, the moving average and casts of a GPU's part of the states."""
+        """LAMB, the moving average and casts of a GPU's shard."""
         moved = (LAMB_BYTES + CAST_BYTES) * self.parameters / self.sharers.size
         return moved / (self.cluster.attainable * self.cluster.limits.bandwidth)
 
     def exposed_seconds(self) -> float:
-        """Communication that nothing hides: what does not fit behind a pass, and what comes before or after it."""
+        """Exposed communication: beyond the overlap with a pass, and before or after passes."""
         forward, backward = (share * self.cluster.hidden * self.compute_seconds for share in (1 / 3, 2 / 3))
-        scalars = self.everywhere.reduce_seconds(8) if self.gpus > 1 else 0.0  # the labels of the step
+        scalars = self.everywhere.reduce_seconds(8) if self.gpus > 1 else 0.0  # the step's number of labels
         if self.method is Method.DDP:
             buckets = math.ceil(REDUCED * self.parameters / self.bucket_bytes)
             bucket = self.copies.reduce_seconds(REDUCED * self.parameters / buckets)
@@ -260,22 +260,22 @@ class Setup:
         gather = [self.sharers.gather_seconds(unit) for unit in self.gathered]
         scatter = [self.sharers.gather_seconds(REDUCED * unit) for unit in self.units]
         reduce = [self.copies.reduce_seconds(REDUCED * unit / self.sharers.size) for unit in self.units]
-        scalars *= 3  # the gradient's norm and those of LAMB too
-        behind = max(sum(gather[1:]) + sum(scatter), sum(reduce))  # NVLink and network work at the same time
+        scalars *= 3  # also the gradient norm and LAMB's norms
+        behind = max(sum(gather[1:]) + sum(scatter), sum(reduce))  # NVLink and network overlap
         return scalars + max(sum(gather) - forward, gather[0]) + max(behind - backward, scatter[0] + reduce[0])
 
     def step_seconds(self) -> float:
-        """All of a step."""
+        """Seconds per step."""
         return self.compute_seconds + self.exposed_seconds() + self.optimizer_seconds()
 
     def efficiency(self) -> float:
-        """Tokens a second and GPU, over those of one GPU with memory enough for the whole model."""
+        """Tokens per second per GPU, relative to one GPU with enough memory for the model."""
         alone = dataclasses.replace(self, method=Method.DDP, gpus=1)
         return (alone.compute_seconds + alone.optimizer_seconds()) / self.step_seconds()
 
 
 def table(config: ModelConfig, gpus: tuple[int, ...] = (8, 64, 1024)) -> str:
-    """Markdown: every method on these numbers of GPUs; HSDP on more than a node, where it differs from FSDP."""
+    """Markdown: every method for these numbers of GPUs; HSDP on more than one node, where it differs from FSDP."""
     columns = ("GPUs", "method", "sent GB", "by network GB", "states GB", "memory GB", "recomputing GB")
     rows = [(*columns, "compute ms", "exposed ms", "optimizer ms", "step ms", "efficiency")]
     for number in gpus:
@@ -293,7 +293,7 @@ def table(config: ModelConfig, gpus: tuple[int, ...] = (8, 64, 1024)) -> str:
 
 
 def heading(name: str, config: ModelConfig) -> str:
-    """One line about what the table is of."""
+    """One line that describes the table."""
     setup = Setup(config, Method.DDP, 1)
     tokens = setup.rows * setup.seq_length
     return f"`configs/{name}.json`, {setup.parameters:,} parameters, {tokens:,} tokens a GPU, MFU {setup.mfu():.2f}:"
@@ -304,9 +304,9 @@ class ScalingConfig:
     """Predict training on many H100s, for the shapes in configs/."""
 
     names: tuple[str, ...] = ("small", "base", "1b")
-    """Shapes, by their files' names."""
+    """Shapes, by file name."""
     planning: bool = False
-    """First measure the planning of a large run on this machine: a minute, and 100 MB of temporary files."""
+    """First measure the planning of a large run on this machine: one minute, 100 MB of temporary files."""
 
 
 def run(config: ScalingConfig) -> None:

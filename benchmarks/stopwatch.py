@@ -1,4 +1,4 @@
-"""Seconds that the parts of a trainer's step take; what one takes inside another counts for the inner one alone."""
+"""Seconds of the parts of a trainer's step; nested parts count only once, for the inner part."""
 
 import functools
 import time
@@ -30,7 +30,7 @@ class Stopwatch:
     """Use `installed` around a trainer's life, and `step` around each of its steps.
 
     Attributes:
-        rows: seconds that the rows of each step took, on the thread beside; what a step waits for them is "waiting".
+        rows: seconds to build each step's rows, on the background thread; "waiting" is the step's wait for them.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class Stopwatch:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Inside, the functions that are a part of the step are timed."""
+        """Context manager: time the functions that are parts of the step."""
         parts = [
             ("waiting", Prefetcher, "get"),
             ("masking", BatchLoader, "batches"),
@@ -59,7 +59,7 @@ class Stopwatch:
             yield
 
     def step(self, action: Callable[[], object]) -> tuple[float, dict[str, float]]:
-        """Run one step; its seconds, and those of PARTS, which add up to it."""
+        """Run one step; returns its seconds, and those of PARTS, whose sum it is."""
         self._seconds.clear()
         seconds = machine.seconds(action)
         parts = {part: self._seconds[part] for part in PARTS}
@@ -90,7 +90,7 @@ class Stopwatch:
         return timed
 
     def _timed_backward(self, backward: Callable[..., None]) -> Callable[..., None]:
-        """From where all gradients of this rank are there, the rest of a backward is reduction."""
+        """Once this rank's gradients are complete, the rest of a backward is reduction."""
 
         @functools.wraps(backward)
         def timed(*args: Any, **kwargs: Any) -> None:

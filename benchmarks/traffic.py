@@ -1,11 +1,11 @@
-"""Bytes that the kernels move, over the fewest possible: `python -m benchmarks.traffic [--json]`.
+"""Bytes that the kernels move, relative to the minimum: `python -m benchmarks.traffic [--json]`.
 
-The kernels run in Triton's interpreter, where every load and store of a program passes through one builder; a lane
-counts where its mask is true, an atomic as a load and a store. So this is what the programs ask of memory: a cache may
-answer some of it, and what PyTorch itself does around the kernels (sums over rows, checks of labels) is not in it.
+The kernels run in Triton's interpreter, where every load and store of a program goes through one builder; a lane counts
+if its mask is true, an atomic as a load and a store. These are the programs' memory requests: caches may serve some of
+them, and PyTorch operations around the kernels (sums over rows, checks of labels) are not included.
 
-The fewest possible bytes of a job: each of its inputs read once, each of its outputs written once. The formulas stand
-at the jobs. Liger-Kernel's cross-entropy (extra `[bench]`) is counted in the same run.
+The minimum of a job: each input read once, each output written once. The formulas are in the docstrings of the jobs.
+Liger-Kernel's cross-entropy (extra `[bench]`) is counted in the same run.
 """
 
 import importlib
@@ -33,9 +33,9 @@ from kernels.padding import padded_rows
 
 VOCAB_SIZES = (8192, 16384, 32768, 50257, 65536)
 LENGTHS = (128, 129, 513, 4096)  # the trainer's rows are one token longer than T
-ROWS = 5  # 40 % of them is a whole number
+ROWS = 5  # 40 % of it is an integer
 Z_LOSS_WEIGHT = 1e-4
-OBJECTIVE_WEIGHT = 0.25  # of the mean in the trainer's hybrid loss
+OBJECTIVE_WEIGHT = 0.25  # of an objective in the trainer's hybrid loss
 
 CROSS_ENTROPY_BAR = 1.05
 LIGER_BAR = 0.65
@@ -49,12 +49,12 @@ Operation = Literal["cross_entropy", "masked_cross_entropy", "lamb", "span_mask"
 
 @dataclass
 class Traffic:
-    """What one kernel moved.
+    """Traffic of one kernel.
 
     Attributes:
-        launches: of the kernel.
-        loaded: bytes.
-        stored: bytes.
+        launches: number of launches.
+        loaded: bytes loaded.
+        stored: bytes stored.
     """
 
     launches: int = 0
@@ -63,7 +63,7 @@ class Traffic:
 
 
 class Counted:
-    """Counts, while it is entered, what interpreted kernels load and store: `.kernels`, by the kernel's name."""
+    """Context manager: counts loads and stores of interpreted kernels; `.kernels`, by the kernel's name."""
 
     def __init__(self) -> None:
         self.kernels: dict[str, Traffic] = {}
@@ -89,7 +89,7 @@ class Counted:
             self._running.launches += 1
             run(executor, *args, **kwargs)
 
-        # accesses without a mask or through descriptors all end in the masked ones
+        # unmasked and descriptor accesses all end in the masked ones
         methods: dict[str, Callable[..., tuple[int, int]]] = {
             "create_masked_load": lambda pointers, mask, *_: (_bytes(pointers, mask), 0),
             "create_masked_store": lambda pointers, _, mask, *__: (0, _bytes(pointers, mask)),
@@ -121,19 +121,19 @@ def _bytes(pointers: Any, mask: Any) -> int:
 
 @dataclass
 class CountedJob:
-    """A job whose bytes were counted, and the bars that it is held to.
+    """A job's bytes, and its bars.
 
     Attributes:
         name: what runs.
         moved: bytes that the kernels load and store.
-        fewest: bytes.
-        bar: of moved over fewest.
-        launches: of kernels.
-        launch_bar: the most launches, or None.
-        liger: bytes that Liger-Kernel moves for the same job, or None where there is no such thing.
-        liger_bar: of moved over Liger-Kernel's, or None.
-        parameters: that LAMB updates, or None.
-        kernels: what each kernel moved.
+        fewest: minimum of bytes.
+        bar: limit of moved over fewest.
+        launches: of all kernels.
+        launch_bar: limit of launches, or None.
+        liger: bytes that Liger-Kernel moves for the same job, or None if it has no equivalent.
+        liger_bar: limit of moved over Liger-Kernel's, or None.
+        parameters: number that LAMB updates, or None.
+        kernels: traffic of each kernel.
     """
 
     name: str
@@ -149,7 +149,7 @@ class CountedJob:
 
     @property
     def ratio(self) -> float:
-        """Bytes moved over the fewest."""
+        """Bytes moved over the minimum."""
         return self.moved / self.fewest
 
     @property
@@ -158,7 +158,7 @@ class CountedJob:
         return self.moved / self.liger if self.liger else None
 
     def broken_bars(self) -> list[str]:
-        """A line for each bar that does not hold."""
+        """One line per bar that does not hold."""
         broken = []
         if self.ratio < 1:
             broken.append(f"{self.name}: {self.moved} bytes, fewer than are possible: something did not run")
@@ -172,11 +172,11 @@ class CountedJob:
 
 
 def cross_entropy_jobs(vocab_size: int, dtype: torch.dtype, rows: int = ROWS) -> Iterator[CountedJob]:
-    """Loss and gradient of logits that exist, for the plain mean and for the mean times an objective's weight.
+    """Loss and gradient from logits, for the mean and for the mean times an objective's weight.
 
-    Fewest bytes, with N rows of which n are labeled and s bytes a logit: n·V·s (the labeled logits are read)
-    + N·V·s (the gradient is written, zeros too) + 8·N (labels) + 12 (three sums). The factor of the loss is known
-    before, so it can be in the gradient when it is first written.
+    Minimum, with N rows, n of them labeled, and s bytes per logit: n·V·s (the labeled logits are read)
+    + N·V·s (the gradient is written, zeros too) + 8·N (labels) + 12 (three sums). The factor of the loss is
+    known beforehand, so the gradient can include it when first written.
     """
     for ignored in (0, 2 * rows // 5):
         labels = _labels(rows, ignored, vocab_size)
@@ -208,7 +208,7 @@ def has_liger() -> bool:
 def liger_cross_entropy(logits: Tensor, labels: Tensor, weight: float) -> Tensor:
     """Liger-Kernel's mean with z-loss and accuracy, times `weight`; runs its backward too.
 
-    The loss's own call has no factor, so a weight arrives as `grad_output`.
+    The loss has no factor argument, so the weight arrives as `grad_output`.
     """
     function = importlib.import_module("liger_kernel.ops.cross_entropy").LigerCrossEntropyFunction
     # logits, labels, class weights, ignore_index, z-loss weight, smoothing, reduction, softcap, z-loss, accuracy
@@ -219,9 +219,9 @@ def liger_cross_entropy(logits: Tensor, labels: Tensor, weight: float) -> Tensor
 
 
 def masked_cross_entropy_job(rows: int = 20, hidden_size: int = 32, vocab_size: int = 8192) -> CountedJob:
-    """The kernels' part of masked cross-entropy: chunks of logits, between matrix products that are PyTorch's.
+    """The kernels' part of masked cross-entropy: chunks of logits, between PyTorch's matrix products.
 
-    Fewest bytes: n·V·s twice (logits read, gradient written, of the n labeled rows) + 8·n (labels) + 12 (three sums);
+    Minimum: n·V·s twice (logits read, gradient written, of the n labeled rows) + 8·n (labels) + 12 (three sums);
     and the gradients of hidden and weight, read and written when the backward multiplies them: 2·s·D·(N + V).
     """
     ignored = 2 * rows // 5
@@ -243,9 +243,9 @@ def masked_cross_entropy_job(rows: int = 20, hidden_size: int = 32, vocab_size: 
 
 
 def lamb_job(name: str, shapes: list[torch.Size]) -> CountedJob:
-    """A step of LAMB in fp32 with clipping and EMA, weight decay where upstream has it (matrices).
+    """A step of LAMB in fp32 with clipping and EMA, weight decay as upstream (matrices).
 
-    The fewest bytes a parameter of the exact update, whose trust ratio needs norms of the whole tensor first:
+    Minimum per parameter for the exact update, whose trust ratio first needs the norms of the whole tensor:
     4 (gradient, for its norm) + 24 (parameter, gradient and moments read, moments written) + 16 (parameter and moments
     read, parameter written) + 8 (average read and written) = 52.
     """
@@ -278,15 +278,15 @@ def lamb_job(name: str, shapes: list[torch.Size]) -> CountedJob:
 
 
 def model_shapes(file: str) -> list[torch.Size]:
-    """Shapes of the parameters of the model in configs/`file`."""
+    """Parameter shapes of the model in configs/`file`."""
     with torch.device("meta"):
         return [parameter.shape for parameter in GPTBert(ModelConfig.from_json(f"configs/{file}")).parameters()]
 
 
 def span_mask_jobs(length: int) -> Iterator[CountedJob]:
-    """A batch of int64 tokens, without and with masking history, its rows padded as the trainer's are.
+    """A batch of int64 tokens, without and with masking history, rows padded as in the trainer.
 
-    Fewest bytes: B·T·8·3 (tokens read, inputs and labels written) + B·8 (row ids) + B·T (counts of one byte read).
+    Minimum: B·T·8·3 (tokens read, inputs and labels written) + B·8 (row ids) + B·T (counts of one byte read).
     """
     rows = max(1, 512 // length)  # the interpreter's scans are slow
     generator = torch.Generator().manual_seed(3)

@@ -1,4 +1,4 @@
-"""The hot operations of a GPT-BERT trainer: one folder an operation, each with its readable PyTorch reference."""
+"""The hot operations of a GPT-BERT trainer: one folder per operation, each with a readable PyTorch reference."""
 
 from kernels.lamb import lamb_step
 from kernels.masked_cross_entropy import MaskedCrossEntropy, cross_entropy_from_logits, masked_cross_entropy

@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs: PyTorch, Triton on GPUs, or C++ on CPUs."""
+"""The choice of an operation's implementation: PyTorch, Triton on GPUs, or C++ on CPUs."""
 
 import importlib.util
 import os
@@ -8,7 +8,7 @@ from torch import Tensor
 
 BACKENDS = ("torch", "triton", "cpp")
 
-_TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None  # PyTorch 2.11 does not trace a look for it
+_TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None  # PyTorch 2.11 cannot trace find_spec
 
 _default: str | None = None
 
@@ -16,10 +16,10 @@ _default: str | None = None
 def choose_backend(backend: str | None, device: torch.device) -> str:
     """Resolve an operation's `backend` argument.
 
-    The first of these that is given decides: the argument, `set_default_backend`, the environment's `KERNELS_BACKEND`,
-    and last the device: "triton" on a GPU where Triton is installed, "torch" elsewhere. "cpp" is never chosen by the
-    device, since its first use loads PyTorch's compiler, which takes seconds; a training run that is compiled anyway
-    sets it. An operation without a kernel for its input's dtype falls back to PyTorch.
+    In order of precedence: the argument, `set_default_backend`, `KERNELS_BACKEND` in the environment, the device:
+    "triton" on a GPU if Triton is installed, else "torch". The device never selects "cpp", since its first use loads
+    PyTorch's compiler, which takes seconds; a compiled training run on a CPU sets it. An operation without a kernel for
+    its input's dtype falls back to PyTorch.
 
     Args:
         backend: a name from `BACKENDS`, or None.
@@ -47,7 +47,7 @@ def choose_backend(backend: str | None, device: torch.device) -> str:
 
 
 def uses_cpp(tensor: Tensor, backend: str | None = None) -> bool:
-    """Whether an operation's C++ kernel takes a tensor: bf16, on a CPU, with the backend "cpp".
+    """Whether an operation runs its C++ kernel: bf16, on a CPU, backend "cpp".
 
     Args:
         tensor: the operation's input.
@@ -63,17 +63,17 @@ def chosen_by_name() -> str | None:
 
 
 def _process_wide() -> dict[str, str | None]:
-    # the environment is asked only without a default: compiled code would otherwise look at it at every call
+    # the environment only without a default: compiled code would otherwise read it at every call
     return {"set_default_backend": _default} if _default else {"KERNELS_BACKEND": os.environ.get("KERNELS_BACKEND")}
 
 
 def set_default_backend(backend: str | None) -> None:
-    """Set the backend of every operation in this process that is given none; None goes back to choosing by device.
+    """Set the default of `backend` in this process; None restores the choice by environment and device.
 
     Raises:
         ValueError: the name is not a backend.
     """
-    global _default  # noqa: PLW0603 - one choice a process, like torch.set_default_dtype
+    global _default  # noqa: PLW0603 - process-wide, like torch.set_default_dtype
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"set_default_backend={backend!r}: this version has {', '.join(BACKENDS)}")
     _default = backend

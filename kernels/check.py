@@ -1,6 +1,6 @@
-"""Every kernel against its reference on this device: `python -m kernels.check`. The trainer does it before a run.
+"""Every kernel against its reference on this device: `python -m kernels.check`; the trainer runs it before step 1.
 
-Each operation brings its own comparisons (`kernels/<op>/check.py`), which follow the rule of `kernels/numerics.py`.
+Each operation has its comparisons in `kernels/<op>/check.py`, by the tolerance rule of `kernels/numerics.py`.
 """
 
 import importlib
@@ -36,7 +36,7 @@ class Row:
         error: see `kernels.numerics.Comparison`; infinite where the comparison itself failed.
         bound: the largest error that passes.
         seconds: how long it took, a kernel's first compilation included.
-        message: what was raised instead of a comparison, else None.
+        message: the error raised instead of a comparison, or None.
     """
 
     op: str
@@ -56,21 +56,21 @@ class Row:
 
 
 def run_checks(device: torch.device, backend: str = "triton", run: Run | None = None) -> list[Row]:
-    """Compare every operation with its reference, several at a time: most of the time goes into compilation.
+    """Compare every operation with its reference, several in parallel: most of the time is compilation.
 
     Args:
         device: where the kernels run.
         backend: the implementation to check; see `kernels.backend`.
-        run: what to check alone, in types and sizes; None checks everything.
+        run: check only its dtypes and sizes; None checks everything.
 
     Returns:
-        A row a comparison. Whatever a check raises becomes a row that failed, so that this never raises.
+        One row per comparison. An exception in a check becomes a failed row; none is raised.
     """
     devices = [device] if device.type == "cuda" else []
     if backend == "triton":
-        with suppress(Exception):  # on one thread, before several do; what is wrong with it, the checks will say
+        with suppress(Exception):  # once, before threads import it; the checks report its errors
             importlib.import_module("triton")
-    with torch.random.fork_rng(devices):  # a run must not depend on whether it was checked
+    with torch.random.fork_rng(devices):  # a run's random numbers must not depend on the check
         chosen = [op for op in operations(backend) if run is None or op in run.operations]
         check = partial(_check_operation, device, backend, run)
         # only Triton compiles for long; its interpreter is one for all threads
@@ -89,7 +89,7 @@ def _check_operation(device: torch.device, backend: str, run: Run | None, op: st
 
 
 def first_failure(rows: Sequence[Row]) -> str | None:
-    """One line on the first row that failed and on the way on, or None if all passed."""
+    """One line about the first failed row and what to do, or None if all passed."""
     failed = next((row for row in rows if not row.passed), None)
     return None if failed is None else f"kernel check failed: {failed}; {WAY_ON}"
 
@@ -107,8 +107,8 @@ def _check(op: str, comparisons: Callable[[], Iterator[Comparison]]) -> Iterator
             yield Row(op, result.name, result.error, result.bound, end - start)
             start, compared = time.perf_counter(), compared + 1
         if not compared:
-            raise RuntimeError("nothing was compared")  # noqa: TRY301 - a check that checks nothing is a failure too
-    except Exception as error:  # noqa: BLE001 - a kernel that does not compile or launch raises anything
+            raise RuntimeError("nothing was compared")  # noqa: TRY301 - an empty check fails too
+    except Exception as error:  # noqa: BLE001 - compilation and launch can raise anything
         text = str(error).strip().splitlines()
         message = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
         yield Row(op, "check", float("inf"), 0.0, time.perf_counter() - start, message)
@@ -132,7 +132,7 @@ def main() -> None:
     name = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # the latter is a PyTorch built without CUDA
+    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch built without CUDA
         sys.exit(f"kernels.check: --device {name}: {str(error).splitlines()[0]}")
     if config.backend == "triton" and importlib.util.find_spec("triton") is None:
         sys.exit(f"kernels.check: Triton is not installed; {WAY_ON}")
@@ -157,7 +157,7 @@ def _heading(device: torch.device, backend: str) -> str:
 
 
 def print_table(rows: Sequence[Row]) -> None:
-    """A line a comparison."""
+    """Print one line per comparison."""
     width = max((len(f"{row.op}, {row.name}") for row in rows), default=0)
     print(f"{'':{width}} {'error':>9} {'allowed':>9} {'seconds':>8}")
     for row in rows:

@@ -1,4 +1,4 @@
-"""The list of operations, and what it takes to build a Triton kernel without a GPU."""
+"""The list of operations, and the description of a Triton kernel to build without a GPU."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ _SOURCES = {"triton": "kernel.py", "cpp": "kernel.cpp"}
 
 
 def operations(backend: str) -> tuple[str, ...]:
-    """Those with kernels of a backend, see `kernels.backend`; all of them for "torch"."""
+    """The operations with a kernel for a backend of `kernels.backend`; all for "torch"."""
     folder, source = Path(__file__).parent, _SOURCES.get(backend, "")
     return tuple(op for op in OPERATIONS if (folder / op / source).exists())
 
@@ -33,21 +33,21 @@ TRITON_OPERATIONS = operations("triton")
 
 @dataclass(frozen=True)
 class Configuration:
-    """One way in which a launcher can start a kernel.
+    """A variant of a kernel that a launcher can start.
 
-    Every `kernel.py` has a function `configurations()` that lists all of them, from the same tables that its launchers
-    choose from, so that what is inspected is what runs.
+    `configurations()` of every `kernel.py` lists all variants, from the tables that its launchers use, so that the
+    inspected kernels are those that run.
 
     Attributes:
-        name: operation, kernel and what sets this configuration apart, such as "lamb/moments fp32".
+        name: operation, kernel and distinguishing properties, such as "lamb/moments fp32".
         kernel: the `@triton.jit` function.
-        types: Triton's type of each run-time argument: "*bf16", "i64", "fp32".
+        types: Triton type of each run-time argument: "*bf16", "i64", "fp32".
         constants: value of each `tl.constexpr` argument.
-        num_warps: of each program, counted in warps of 32 threads; see `fitting_warps`.
-        max_registers: a thread's limit on NVIDIA GPUs (Triton's `maxnreg`), or None.
-        aligned: run-time arguments that are multiples of 16 (pointers: bytes), as the JIT finds out at launch.
-        streams: whether memory traffic is what it costs, so that 128-bit loads and stores are required.
-        may_spill: whether registers may run out, which needs a reason beside it in the code.
+        num_warps: per program, in warps of 32 threads; see `fitting_warps`.
+        max_registers: limit per thread on NVIDIA GPUs (Triton's `maxnreg`), or None.
+        aligned: run-time arguments divisible by 16 (pointers: bytes), as the JIT detects at launch.
+        streams: whether it is bound by memory traffic, so that 128-bit loads and stores are required.
+        may_spill: whether registers may spill; the code must state a reason.
     """
 
     name: str
@@ -62,10 +62,10 @@ class Configuration:
 
 
 def fitting_warps(num_warps: int, warp_size: int) -> int:
-    """How many warps of `warp_size` threads (AMD: 64) have the threads of `num_warps` warps of 32."""
+    """The number of warps of `warp_size` threads (AMD: 64) equivalent to `num_warps` warps of 32; at least 1."""
     return max(1, num_warps * 32 // warp_size)
 
 
 def launch_warps(num_warps: int) -> int:
-    """`fitting_warps` on this machine's GPU."""
+    """`fitting_warps` for the warp size of this machine's GPU."""
     return fitting_warps(num_warps, 64 if torch.version.hip else 32)

@@ -1,7 +1,7 @@
-"""C++ kernels for CPUs, `kernels/*/kernel.cpp`: compiled, loaded and called.
+"""C++ kernels for CPUs, `kernels/*/kernel.cpp`: compile, load and call them.
 
-All of them are one library. The compiler, its flags and its cache folder are those of torch.compile, which needs a C++
-compiler on a CPU anyway. All but LAMB's take bf16, so they serve mixed precision.
+All kernels are one library, built with the compiler, flags and cache folder of torch.compile, which needs a C++
+compiler on a CPU anyway. All kernels but LAMB's take bf16.
 """
 
 import ctypes
@@ -14,13 +14,13 @@ from torch import Tensor
 
 from kernels import torch_private
 
-_FLAGS = ("-ftree-loop-vectorize", "-ffp-contract=fast", "-fno-math-errno")  # to make vectors of plain loops
+_FLAGS = ("-ftree-loop-vectorize", "-ffp-contract=fast", "-fno-math-errno")  # to vectorize plain loops
 
-_TAGS = (torch.Tag.flexible_layout,)  # of operations: they take tensors however they lie, so that none is copied before
+_TAGS = (torch.Tag.flexible_layout,)  # of operations: any strides, so that Inductor copies no input
 
 
 def unavailable() -> str | None:
-    """Why the kernels cannot be used here, in a few words, or None; compiles them where that has not happened yet."""
+    """The reason why the kernels cannot be used here, or None; compiles them if they are not cached."""
     if not torch_private.loads_cpp():
         return f"PyTorch {torch.__version__} loads no C++"
     try:
@@ -37,21 +37,21 @@ def library() -> ctypes.CDLL:
 
 
 def source() -> str:
-    """That of all of them, after what they have in common."""
+    """The source of all kernels, after `numbers.h`."""
     folder = Path(__file__).parent
     files = [folder / "numbers.h", *sorted(folder.glob("*/kernel.cpp"))]
     return "\n".join(file.read_text(encoding="utf-8") for file in files)
 
 
 def compiled(source: str) -> ctypes.CDLL:
-    """The library, compiled where that has not happened yet: in about two seconds."""
+    """The library of a source, from the cache, or compiled in about two seconds."""
     return torch_private.load_cpp(source, _FLAGS)
 
 
 def call(name: str, arguments: Sequence[Tensor | ctypes.Array | int | float | None]) -> None:
-    """Run a kernel: tensors become pointers to their first entry, None a null pointer, numbers int64_t or float.
+    """Run a kernel. Tensors become pointers to their first element, None a null pointer, numbers int64_t or float.
 
-    Arrays are handed over as they are.
+    ctypes arrays are passed unchanged.
     """
     function = getattr(library(), name)
     if function.argtypes is None:
@@ -66,13 +66,12 @@ def _type(argument: Tensor | ctypes.Array | float | None) -> type:
 
 
 def operation(fake: Callable) -> Callable[[Callable], Callable]:
-    """Register a function as an operation `kernels::…` of its name, for CPUs, which returns new tensors.
+    """Register a function that returns new tensors as the CPU operation `kernels::<its name>`.
 
-    It is for compiled code: there is no gradient, and nothing is checked at a call, which takes half the time of one of
-    torch.library.custom_op's.
+    No autograd formula, and no checks, so a call takes half the time of a torch.library.custom_op call.
 
     Args:
-        fake: the same without values, for tracing.
+        fake: returns tensors of the same shapes and dtypes, for tracing.
     """
 
     def register(function: Callable) -> Callable:

@@ -1,12 +1,12 @@
-"""What compilers make of the kernels, without a GPU: `python -m kernels.inspect [--json]`.
+"""Registers, spills and word widths of the Triton kernels, without a GPU: `python -m kernels.inspect [--json]`.
 
-Every configuration that a launcher can choose is built ahead of time for every target. Registers and spills are what
-`ptxas -v` says of the PTX (on AMD: the assembly's metadata), widths of loads and stores and the use of tensor cores are
-read from the PTX or the assembly. Three bars must hold, and the exit status says whether they do: a program fits into a
-multiprocessor; registers do not spill on an NVIDIA GPU unless the configuration says that they may; and where memory
-traffic is the cost, blocks of global memory move in words of 128 bits or more.
+Every configuration that a launcher can choose is compiled ahead of time for every target. Registers and spills come
+from `ptxas -v` (on AMD: the assembly's metadata), widths of loads and stores and the use of tensor cores from the PTX
+or the assembly. Three bars must hold, else the exit status is 1: a program fits into a multiprocessor; registers do
+not spill on an NVIDIA GPU unless the configuration allows it; and kernels bound by memory traffic move blocks of global
+memory in words of 128 bits or more.
 
-Absolute imports everywhere keep this file's name from hiding Python's own `inspect`.
+The project uses absolute imports only, so this file does not shadow the standard library's `inspect`.
 """
 
 import contextlib
@@ -32,12 +32,12 @@ from tqdm import tqdm
 
 from kernels.configuration import TRITON_OPERATIONS, Configuration, fitting_warps
 
-WIDE = 128  # bits, the widest word that every GPU here loads in one instruction
-NVIDIA_REGISTERS = 65_536  # of a multiprocessor, in all generations here
+WIDE = 128  # bits, the widest load of one instruction on all targets
+NVIDIA_REGISTERS = 65_536  # per multiprocessor, on all targets
 
 
 class Target(NamedTuple):
-    """The arguments of Triton's GPUTarget, and the shared memory that a program can have there, in bytes."""
+    """The arguments of Triton's GPUTarget, and the shared memory available to a program, in bytes."""
 
     backend: str
     arch: int | str
@@ -54,7 +54,7 @@ TARGETS = {
 
 
 class ToolchainError(Exception):
-    """Something that kernels are built with is missing; one line that says what."""
+    """A tool for building kernels is missing; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,14 @@ class Build:
     Attributes:
         configuration: its name.
         target: a key of TARGETS.
-        registers: of a thread, 32 bits each (AMD: vector registers).
-        spill_bytes: that a thread stores to and loads from local memory for want of registers, counted per instruction
-            (AMD: per spilled register).
-        shared_bytes: shared memory of a program.
-        loads: number of instructions that load from global memory, by their width in bits.
+        registers: per thread, 32 bits each (AMD: vector registers).
+        spill_bytes: bytes per thread of spill stores and loads to local memory, counted per instruction (AMD: per
+            spilled register).
+        shared_bytes: shared memory per program.
+        loads: number of global load instructions, by width in bits.
         stores: the same for stores.
-        tensor_cores: whether there is a matrix instruction.
-        problems: the bars that are broken, or why it was not built.
+        tensor_cores: whether there are matrix instructions.
+        problems: the bars that do not hold, or why it was not built.
     """
 
     configuration: str
@@ -86,21 +86,21 @@ class Build:
 
 
 def inspect_modules(modules: Iterable[str], targets: Iterable[str] = TARGETS, match: str = "") -> list[Build]:
-    """Build configurations for every target, one process a core; Triton's cache keeps what comes out.
+    """Build configurations for every target, with one process per core, into Triton's cache.
 
     Args:
         modules: names of modules with a function `configurations() -> list[Configuration]`.
         targets: keys of TARGETS.
-        match: regular expression that the configuration's name contains.
+        match: regular expression to search in the configuration's name.
 
     Returns:
-        In the order of the configurations, targets innermost.
+        Builds in the order of the configurations, targets innermost.
 
     Raises:
         ToolchainError: Triton or an assembler is missing, or Triton would interpret the kernels.
     """
     check_toolchain(targets := list(targets))
-    # decorated kernels do not pickle: a worker is told where to find its configuration
+    # decorated kernels do not pickle: workers get the module and the index of a configuration
     jobs = [
         (module, index, target)
         for module in modules
@@ -115,7 +115,7 @@ def inspect_modules(modules: Iterable[str], targets: Iterable[str] = TARGETS, ma
 
 
 def check_toolchain(targets: Sequence[str]) -> None:
-    """See that kernels can be built here.
+    """Check that kernels can be built here.
 
     Raises:
         ToolchainError: Triton or an assembler is missing, or Triton would interpret the kernels.
@@ -141,11 +141,11 @@ def _find_ptxas(arch: int) -> None:
 
 
 def build(configuration: Configuration, target_name: str) -> Build:
-    """Build one configuration, and hold it against the bars."""
+    """Build one configuration, and check the bars."""
     target = TARGETS[target_name]
     try:
         compiled, log = _compile(configuration, target)
-    except Exception as error:  # noqa: BLE001 - whatever the compiler raises, the other builds go on
+    except Exception as error:  # noqa: BLE001 - the compiler can raise anything; other builds continue
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return Build(configuration.name, target_name, problems=[f"does not compile: {reason}"])
     if target.backend == "cuda":
@@ -167,9 +167,9 @@ def _configurations(module: str) -> list[Configuration]:
 
 
 def _compile(configuration: Configuration, target: Target) -> tuple[Any, str]:
-    """Triton's CompiledKernel, from what the JIT would hand to the compiler at a launch, and what ptxas said of it.
+    """Triton's CompiledKernel, from the arguments that the JIT would give the compiler, and the log of ptxas.
 
-    On AMD the JIT also says which tensors are below 2 GB; here none is, which is the harder case.
+    On AMD the JIT also marks tensors below 2 GB; no tensor is marked here, which is the harder case.
     """
     names = configuration.kernel.arg_names
     given = {**configuration.types, **configuration.constants}
@@ -194,7 +194,7 @@ def _compile(configuration: Configuration, target: Target) -> tuple[Any, str]:
         cache = importlib.import_module("triton.runtime.cache").get_cache_manager(compiled.hash)
         stored = cache.get_file("ptxas.log")
         if stored is None and target.backend == "cuda":
-            if not printed.getvalue():  # somebody else built it
+            if not printed.getvalue():  # cached by a different process, without a log
                 knobs.compilation.always_compile = True
                 compiled = compiler.compile(source, target=gpu_target, options=options)
             stored = cache.put(printed.getvalue(), "ptxas.log", binary=False)
@@ -213,7 +213,7 @@ def _broken_bars(configuration: Configuration, target: Target, result: Build, tt
         problems.append(f"spills {result.spill_bytes} bytes a thread")
     if configuration.streams:
         for kind, widths in (("load", result.loads), ("store", result.stores)):
-            # single numbers, such as a row's loss, are no stream: only loads and stores of blocks have to be wide
+            # scalars, such as a row's loss, do not count: only loads and stores of blocks must be wide
             has_blocks = re.search(rf"\btt\.(?:\w+_)?{kind}\b.*tensor<", ttir)
             if has_blocks and max(widths, default=0) < WIDE:
                 problems.append(f"the widest {kind} has {max(widths, default=0)} bits, not {WIDE}")
@@ -231,7 +231,7 @@ def _measure_nvidia(ptx: str, log: str) -> dict[str, Any]:
 
 
 def _ptx_widths(kind: str, ptx: str) -> Iterable[int]:
-    """Bits of each `ld.global.v4.b32` and the like, cache hints or not, and of copies to shared memory."""
+    """Bits of each `ld.global.v4.b32` and the like, with or without cache hints, and of copies to shared memory."""
     for modifiers in re.findall(rf"\b{kind}\.((?:[\w:]+\.)*global(?:\.[\w:]+)*)", ptx):
         parts = modifiers.split(".")
         count = next((int(part[1:]) for part in parts if re.fullmatch(r"v\d+", part)), 1)
@@ -263,20 +263,20 @@ def _amd_widths(kind: str, assembly: str) -> Iterable[int]:
 
 @dataclass(frozen=True, kw_only=True)
 class InspectConfig:
-    """Build every kernel in every configuration for every GPU, and report what it takes."""
+    """Build every configuration of every kernel for every GPU, and report registers, spills and word widths."""
 
     op: tuple[Literal[TRITON_OPERATIONS], ...] = TRITON_OPERATIONS
     """Operations to build."""
     target: tuple[Literal[tuple(TARGETS)], ...] = tuple(TARGETS)
     """GPUs to build for."""
     match: str = ""
-    """Build only configurations whose name contains this regular expression, such as "bf16 V=16384$"."""
+    """Build only configurations whose name matches this regular expression, such as "bf16 V=16384$"."""
     json: bool = False
     """Print one JSON object instead of a table."""
 
 
 def main() -> None:
-    """Entry point. Exit status 1 if a bar is broken, 2 if there is nothing to build or nothing to build with."""
+    """Entry point. Exit status 1 if a bar does not hold, 2 if there is nothing to build or a tool is missing."""
     config = tyro.cli(InspectConfig, use_underscores=True)
     os.environ.pop("TRITON_INTERPRET", None)  # Triton is not imported yet, here and in the workers
     try:
@@ -298,7 +298,7 @@ def main() -> None:
 
 
 def print_table(builds: Sequence[Build]) -> None:
-    """A line a build, with the configuration's name in the first of its lines."""
+    """Print one line per build, with the configuration's name on its first line only."""
     width = max((len(built.configuration) for built in builds), default=0)
     columns = ("registers", "spilled B", "shared B", "load bits", "store bits", "tensor cores")
     print(" ".join([f"{'configuration':{width}} {'target':7}", *columns]))

@@ -1,12 +1,12 @@
-"""The one tolerance rule: a kernel may be about as wrong as plain PyTorch is in the kernel's own precision.
+"""The one tolerance rule: a kernel's error may be a small multiple of plain PyTorch's in the kernel's precision.
 
 The reference is fp64 on the same rounded inputs. A tensor passes if its largest error is at most FACTOR times the error
-of plain PyTorch, plus a floor of FLOOR roundings of that tensor's own largest entry. Entries much smaller than the
-others (the logit gradients of classes that are not the label) are a group of their own, with a floor of their own:
-otherwise the large ones would hide that they are all wrong.
+of plain PyTorch, plus a floor of FLOOR roundings of the tensor's largest entry. Entries much smaller than the rest (the
+logit gradients of classes other than the label) are a separate group with a separate floor: otherwise the large ones
+would hide errors in all of them.
 
-A sum of many terms may also differ from plain PyTorch's by what another order of additions does (`sum_rounding`):
-PyTorch's own order depends on the machine, and on some it happens to be nearly exact.
+A sum of many terms may also differ from plain PyTorch's by the effect of a different order of additions
+(`sum_rounding`): PyTorch's order depends on the machine, and on some it is nearly exact by chance.
 """
 
 import math
@@ -22,11 +22,11 @@ FLOOR = 4.0
 
 @dataclass(frozen=True)
 class Comparison:
-    """A tensor's error beside what the rule allows, both absolute.
+    """A tensor's error and the bound of the rule, both absolute.
 
     Attributes:
-        name: of the tensor.
-        error: largest absolute difference to the reference; infinite where the tensor is not finite.
+        name: the tensor's.
+        error: largest absolute difference from the reference; infinite if the tensor is not finite.
         bound: the largest error that passes.
     """
 
@@ -53,14 +53,14 @@ def compare(
 
     Args:
         name: what to call the tensor.
-        actual: what is tested.
-        reference: the same in fp64, from the same rounded inputs.
-        plain: the same by plain PyTorch in the precision of `actual`; its type is the one `actual` must have.
-        off_target: bool, entries to be compared apart from the others; broadcast to the shape of `actual`.
+        actual: the tested result.
+        reference: in fp64, from the same rounded inputs.
+        plain: by plain PyTorch in the precision of `actual`, which must have its dtype.
+        off_target: bool, entries to compare as a separate group; broadcast to the shape of `actual`.
         rounding: added to the bound, from `sum_rounding`.
 
     Raises:
-        AssertionError: a shape or a type is wrong, or the reference is not finite.
+        AssertionError: a shape or dtype is wrong, or the reference is not finite.
     """
     if not actual.shape == reference.shape == plain.shape:
         raise AssertionError(f"{name}: shapes {tuple(actual.shape)}, {tuple(reference.shape)}, {tuple(plain.shape)}")
@@ -80,10 +80,10 @@ def compare(
 
 
 def compare_exactly(name: str, actual: Tensor, expected: Tensor) -> Comparison:
-    """A comparison for integers and for results that must agree to the bit: the number of entries that differ, and 0.
+    """For integers and bit-identical results: the error is the number of entries that differ, the bound 0.
 
     Raises:
-        AssertionError: a shape or a type is wrong.
+        AssertionError: a shape or dtype is wrong.
     """
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
         raise AssertionError(f"{name}: {actual.dtype} {tuple(actual.shape)}, {expected.dtype} {tuple(expected.shape)}")
@@ -97,14 +97,14 @@ def compare_function(
     inputs: Mapping[str, Tensor],
     plain: Callable[..., Tensor] | None = None,
 ) -> Iterator[Comparison]:
-    """Apply the rule to a function's result and to its gradients with respect to all inputs.
+    """Apply the rule to a function's result and its gradients with respect to all inputs.
 
     Args:
         name: what to call the function.
-        actual: what is tested, a function of the tensors in `inputs` by name.
-        reference: the same in PyTorch, called with the inputs in fp64.
-        inputs: rounded to the types of `actual`.
-        plain: the same by plain PyTorch in the precision of `actual`; `reference` with the inputs as they are if None.
+        actual: the tested function; `inputs` are its keyword arguments.
+        reference: in PyTorch, called with the inputs in fp64.
+        inputs: in the dtypes of `actual`.
+        plain: by plain PyTorch in the precision of `actual`; None: `reference` with the inputs unchanged.
     """
     results = []
     for function, dtype in ((actual, None), (reference, torch.float64), (plain or reference, None)):
@@ -119,22 +119,22 @@ def compare_function(
 
 
 def sum_rounding(terms: Tensor) -> float:
-    """What additions in fp32, in any order, may make of sums: √n · 2⁻²⁴ · Σ|terms|.
+    """Error bound for fp32 sums in any order of additions: √n · 2⁻²⁴ · Σ|terms|.
 
-    A bound that holds with high probability, from the arithmetic alone (Higham & Mary 2019, "A new approach to
+    It holds with high probability and follows from the arithmetic alone (Higham & Mary 2019, "A new approach to
     probabilistic rounding error analysis", SIAM J. Sci. Comput. 41(5), theorem 3.1).
 
     Args:
-        terms: [..., n], each row of which is added up.
+        terms: [..., n], summed over the last dimension.
 
     Returns:
-        The largest of all rows.
+        The largest bound of all sums.
     """
     return math.sqrt(terms.shape[-1]) * 2.0**-24 * terms.abs().sum(dim=-1, dtype=torch.float64).max().item()
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Largest absolute difference over the largest absolute expected value; infinite where `actual` is not finite."""
+    """Largest absolute difference over the largest absolute expected value; infinite if `actual` is not finite."""
     return _error(actual, expected) / max(_size(expected), torch.finfo(torch.float64).tiny)
 
 

@@ -1,27 +1,27 @@
-"""Sizes: rows that begin at multiples of 16, so that kernels move words of 128 bits; numbers of rows that recur."""
+"""Row strides padded to 16 elements, for 128-bit loads and stores; row counts rounded to multiples of 64."""
 
 from torch import Tensor
 
-PADDING = 16  # entries; Triton looks whether strides are multiples of 16, and of nothing else
+PADDING = 16  # elements; Triton specializes on divisibility by 16, and on no other number
 ROWS = 64
 
 
 def padded_length(length: int) -> int:
-    """The distance between rows of `length` entries."""
+    """The stride of rows of `length` elements."""
     return -(-length // PADDING) * PADDING
 
 
 def padded_rows(like: Tensor) -> Tensor:
-    """Memory for rows [B, T] of the type and on the device of `like` [B, T]."""
+    """Uninitialized rows [B, T] with padded strides, in the dtype and on the device of `like` [B, T]."""
     num_rows, length = like.shape
     return like.new_empty(num_rows, padded_length(length))[:, :length]
 
 
 def rows_apart(like: Tensor, num_rows: int, length: int, stride: int) -> Tensor:
-    """Memory for rows [num_rows, length] of the type and on the device of `like`, with zeros between them.
+    """Uninitialized rows [num_rows, length] in the dtype and on the device of `like`, with zeros between rows.
 
-    Matrix products may read what stands behind a row: on CPUs with AMX, oneDNN 3.12 multiplies an entry of it by zero
-    where the row's length is odd (docs/library-faults.md), and zero times what is not a number is not a number.
+    Matrix products may read past a row's end: on CPUs with AMX, oneDNN 3.12 multiplies an element there by zero if the
+    row's length is odd (docs/library-faults.md), and 0 · NaN is NaN.
     """
     memory = like.new_empty(num_rows, stride)
     if stride == length:
@@ -31,9 +31,9 @@ def rows_apart(like: Tensor, num_rows: int, length: int, stride: int) -> Tensor:
 
 
 def rounded_rows(count: int) -> int:
-    """A number of rows that recurs, at least `count`, for matrix products.
+    """`count` rounded up to a multiple of ROWS, for matrix products.
 
-    A CPU's library keeps code for each shape that it meets, and never gives up the memory: some megabytes for every new
-    number of labeled rows, of which there is one in nearly every step. A GPU's wants multiples of 16 bytes.
+    oneDNN on CPUs caches code per shape and never frees it: some megabytes for every new number of labeled rows, and
+    nearly every step has a new one. GPU libraries want multiples of 16 bytes.
     """
     return -(-count // ROWS) * ROWS

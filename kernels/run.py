@@ -1,4 +1,4 @@
-"""What a training run asks of the kernels, as far as it decides which of their code is compiled."""
+"""The settings of a training run that determine which kernel variants it compiles."""
 
 import dataclasses
 import json
@@ -9,16 +9,16 @@ import torch
 
 @dataclass(frozen=True)
 class Run:
-    """The part of a run's settings that a check before it needs, so that it compiles nothing else.
+    """The settings that the check before a run needs, to compile only that run's kernel variants.
 
     Attributes:
         dtype: of the logits, "bfloat16" or "float32".
-        vocab_size: V of the head.
-        row_lengths: tokens of the rows that are masked in training, one more than positions.
-        validation_length: the same of validation, whose rows are not padded.
-        mask_history: whether it is counted how often tokens were masked.
-        lamb: whether LAMB is the optimizer; its state is fp32, it clips and averages.
-        buckets: whether gradients may lie anywhere, as DDP's do.
+        vocab_size: V.
+        row_lengths: tokens per row in training, one more than positions.
+        validation_length: the same for validation, whose rows are not padded.
+        mask_history: whether `span_mask` gets counts of how often tokens were masked.
+        lamb: whether LAMB is the optimizer, with fp32 state, clipping and averages.
+        buckets: whether gradients may be unaligned, as views of DDP's buckets are.
     """
 
     dtype: str
@@ -31,24 +31,24 @@ class Run:
 
     @property
     def logits_type(self) -> torch.dtype:
-        """`dtype` as PyTorch has it."""
+        """`dtype` as a torch.dtype."""
         return {"bfloat16": torch.bfloat16, "float32": torch.float32}[self.dtype]
 
     @property
     def operations(self) -> tuple[str, ...]:
-        """The folders of kernels/ whose kernels it launches."""
+        """The folders of kernels/ whose Triton kernels the run launches."""
         return ("masked_cross_entropy", "span_mask", *(("lamb",) if self.lamb else ()))
 
     def to_json(self) -> str:
-        """One line, for a command line."""
+        """One line of JSON, for a command line."""
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> "Run":
-        """What `to_json` wrote.
+        """The inverse of `to_json`.
 
         Raises:
-            ValueError: the text is something else.
+            ValueError: the text does not describe a run.
         """
         try:
             values = json.loads(text)

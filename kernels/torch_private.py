@@ -1,8 +1,7 @@
-"""Every private name of PyTorch that this project uses, and what happens without it.
+"""Every private name of PyTorch that this project uses, each with a fallback.
 
-PyTorch keeps such names from one release to the next, or does not; the project takes releases from 2.11 on. Nothing
-else in `kernels` and `gptbert` uses one, and nothing here is found out before it is needed: to import the compiler
-takes seconds.
+PyTorch may rename or remove private names in any release; the project supports releases from 2.11 on. Nothing else in
+`kernels` and `gptbert` uses them. All are looked up on first use, because importing the compiler takes seconds.
 """
 
 import ctypes
@@ -20,12 +19,12 @@ from torch.distributed import ProcessGroup
 
 
 def assert_async(condition: Tensor, message: str) -> None:
-    """Raise if a scalar is false: on the CPU at once, on a GPU without waiting for it, as a device assert.
+    """Raise if a scalar is false: on the CPU immediately, on a GPU by a device assert, without a device sync.
 
-    Without `torch._assert_async` the same on the CPU, and no check on a GPU, since all others wait for it.
+    Without `torch._assert_async` the same on the CPU, and no check on a GPU, which would need a device sync.
 
     Raises:
-        RuntimeError: it is false.
+        RuntimeError: the scalar is false.
     """
     if hasattr(torch, "_assert_async"):
         torch._assert_async(condition, message)
@@ -34,21 +33,21 @@ def assert_async(condition: Tensor, message: str) -> None:
 
 
 def fused_adamw() -> Callable[..., None] | None:
-    """The step of AdamW in one pass over the memory of lists of tensors, which torch.optim.AdamW(fused=True) calls.
+    """AdamW's step in one pass over lists of tensors, the function behind torch.optim.AdamW(fused=True).
 
-    Without `torch._fused_adamw_` None: LAMB on a CPU is then its reference, whose temporary tensors are as large as the
+    Without `torch._fused_adamw_` None: LAMB on a CPU then runs its reference, whose temporaries are as large as the
     parameters, and whose last bits differ.
     """
     return getattr(torch, "_fused_adamw_", None)
 
 
 def process_group(name: str) -> ProcessGroup:
-    """The group of processes of a `group_name`, which is what an operation's schema can take.
+    """The process group of a `group_name`; an operation's schema can hold only the name.
 
-    Without `_resolve_process_group` LAMB does not run on shards (`--parallel fsdp`); all else does.
+    Without `_resolve_process_group` LAMB does not run on shards (`--parallel fsdp`); everything else does.
 
     Raises:
-        RuntimeError: there is none of the name, or PyTorch does not find groups by name.
+        RuntimeError: no group has the name, or PyTorch does not find groups by name.
     """
     module = importlib.import_module("torch.distributed.distributed_c10d")
     if not hasattr(module, "_resolve_process_group"):
@@ -57,28 +56,28 @@ def process_group(name: str) -> ProcessGroup:
 
 
 def loads_cpp() -> bool:
-    """Whether `load_cpp` works; without, compiled code on a CPU does without C++ kernels."""
+    """Whether `load_cpp` works; otherwise the backend "cpp" is unavailable."""
     code_cache = getattr(_module("torch._inductor.codecache"), "CppCodeCache", None)
     return hasattr(code_cache, "load_async") and {"device_type", "extra_flags"} <= _parameters(code_cache.load_async)
 
 
 def load_cpp(source: str, flags: Sequence[str]) -> ctypes.CDLL:
-    """A library of C++, from torch.compile's cache on the disk or compiled there, for the vector units of this CPU.
+    """A C++ library for this CPU's SIMD units, loaded from torch.compile's disk cache or compiled into it.
 
-    The compiler and its flags are those of torch.compile; `flags` come on top.
+    The compiler and its flags are those of torch.compile, plus `flags`.
 
     Raises:
-        torch._inductor.exc.CppCompileError: the compiler has something against the source.
-        torch._inductor.exc.InvalidCxxCompiler: there is none.
+        torch._inductor.exc.CppCompileError: the source does not compile.
+        torch._inductor.exc.InvalidCxxCompiler: no compiler was found.
     """
     code_cache = importlib.import_module("torch._inductor.codecache").CppCodeCache
     return code_cache.load(source, device_type="cpu", extra_flags=tuple(flags))
 
 
 def compile_errors() -> tuple[type[Exception], ...]:
-    """What torch.compile raises where a model cannot be compiled.
+    """The exceptions of torch.compile for a model that cannot be compiled.
 
-    A name that is missing is left out: the error is then a traceback instead of one line.
+    Missing names are omitted: the error is then a traceback instead of one line.
     """
     names = {
         "torch._dynamo.exc": ("TorchDynamoException",),
@@ -100,27 +99,27 @@ def restored_autograd_compiler(*names: str) -> Iterator[None]:
 
 
 def configure_autograd_compiler(**settings: Any) -> None:
-    """Set what torch.compile keeps of a forward for the backward (`torch._functorch.config`), for the whole process.
+    """Set `torch._functorch.config`, process-wide: what torch.compile saves for the backward.
 
-    A setting that PyTorch does not have is left out: the compiled step then takes more memory or time.
+    Settings that this PyTorch lacks are omitted: the compiled step then takes more memory or time.
     """
     _configure("torch._functorch.config", settings)
 
 
 def inductor_options(settings: dict[str, Any]) -> dict[str, Any]:
-    """`options` of torch.compile: those of `torch._inductor.config` that this PyTorch has.
+    """`options` of torch.compile: the settings of `torch._inductor.config` that this PyTorch has.
 
-    A setting that it does not have is left out: compiled code then takes more time.
+    Settings that it lacks are omitted: compiled code is then slower.
     """
     config = _module("torch._inductor.config")
     return {name: value for name, value in settings.items() if hasattr(config, name)}
 
 
 def mark_any_size(tensor: Tensor, dim: int) -> None:
-    """Have torch.compile make one code for all sizes of a dimension from 1 on, told nothing of the present one.
+    """Mark a dimension as dynamic (≥ 1): torch.compile generates one graph for all its sizes, without specializing.
 
-    Without its argument `min`, as in PyTorch 2.11, that code is told nothing of the least size either; without
-    `mark_unbacked` there are two codes, one of them for the size 1.
+    Without the argument `min`, as in PyTorch 2.11, the lower bound is unknown to the graph; without `mark_unbacked`
+    there are two graphs, one of them for size 1.
     """
     decorators = importlib.import_module("torch._dynamo.decorators")
     if hasattr(decorators, "mark_unbacked"):
@@ -143,7 +142,7 @@ def _configure(name: str, settings: dict[str, Any]) -> None:
 
 
 def _module(name: str) -> ModuleType | None:
-    """A module of PyTorch's, None where there is none."""
+    """A module of PyTorch, or None if it does not exist."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError:

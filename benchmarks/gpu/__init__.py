@@ -1,1 +1,1 @@
-"""Everything that a GPU can tell, in eight minutes: `python -m benchmarks.gpu`, see `__main__.py`."""
+"""All measurements on a GPU, in eight minutes: `python -m benchmarks.gpu`, see `__main__.py`."""

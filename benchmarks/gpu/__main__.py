@@ -1,10 +1,10 @@
-"""Everything that a GPU can tell, in eight minutes: `python -m benchmarks.gpu`, or `make gpu`.
+"""All measurements on a GPU, in eight minutes: `python -m benchmarks.gpu`, or `make gpu`.
 
-Runs from a checkout, without a network. It needs PyTorch and NumPy; a part that needs a package that is missing says so
-and is left out. Results are on the disk after each part: a page, named by the GPU, and a JSON file beside it. Caches of
-compiled code, logs, and what the parts write on the way stay in the work folder.
+Runs from a checkout, without a network. It needs PyTorch and NumPy; a part with a missing package is reported
+and skipped. Results are on disk after each part: a page, named after the GPU, and a JSON file next to it. Caches of
+compiled code, logs and intermediate files stay in the work folder.
 
-Without a GPU, `--rehearse` does the whole of it on the CPU at toy sizes, which tries the measurement, not the machine.
+Without a GPU, `--rehearse` runs everything on the CPU at toy sizes: a test of the measurement, not of the machine.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from benchmarks.machine import RESULTS
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line, by argparse: a bare machine has no tyro. Prints one line and exits with 2 on a mistake."""
+    """The command line, by argparse: a bare machine has no tyro. On an error, prints one line and exits with 2."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu", description="Measure all that a GPU can tell.", allow_abbrev=False
     )
@@ -50,11 +50,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, and write the page as it grows."""
+    """Measure, and update the page after each part."""
     given = parse(arguments)
     if not given.rehearse and not torch.cuda.is_available():
         sys.exit("error: torch sees no GPU; --rehearse runs everything on the CPU, at toy sizes")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the parts too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # terminates the parts too
     output = given.output or (Path(tempfile.mkdtemp(prefix="gptbert-rehearsal-")) if given.rehearse else RESULTS)
     work = given.work or output / "work"
     settings = Settings(given.minutes, given.rehearse, work.resolve())

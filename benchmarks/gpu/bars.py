@@ -1,10 +1,10 @@
-"""What an H100 has to reach, and whether it did."""
+"""Bars for an H100, and whether they hold."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-Parts = dict[str, dict[str, Any]]  # of a report
+Parts = dict[str, dict[str, Any]]  # of a report, by name
 
 
 @dataclass(frozen=True)
@@ -12,12 +12,12 @@ class Bar:
     """A bound on one figure.
 
     Attributes:
-        name: of the figure, with its unit.
-        figure: looks it up in a report's parts; None where it was not measured.
+        name: the figure's, with its unit.
+        figure: looks it up in a report's parts; None if not measured.
         limit: the bound.
-        is_least: whether the figure must be at least that; else at most.
-        goal: what is hoped for beyond the bar, or None.
-        published: the same figure of the published code, run eagerly on an H100, or None.
+        is_least: whether the limit is a minimum; else a maximum.
+        goal: a target beyond the bar, or None.
+        published: the figure of the published code, run eagerly on an H100, or None.
     """
 
     name: str
@@ -28,7 +28,7 @@ class Bar:
     published: float | None = None
 
     def verdict(self, parts: Parts) -> dict[str, Any]:
-        """The bar and what was found, as JSON has it; `held` is None where nothing was measured."""
+        """The bar and the figure, for JSON; `held` is None if not measured."""
         found = self.figure(parts)
         held = None
         if found is not None:
@@ -40,7 +40,7 @@ class Bar:
 
 
 def look_up(parts: Parts, name: str, *keys: str) -> Any:
-    """A value inside a part's result; None where there is no such thing."""
+    """A value inside a part's result, or None if it does not exist."""
     found = parts.get(name, {}).get("result", {})
     for key in keys:
         found = found.get(key) if isinstance(found, dict) else None
@@ -95,5 +95,5 @@ BARS = (
 
 
 def verdicts(parts: Parts) -> list[dict[str, Any]]:
-    """All bars over a report's parts."""
+    """All bars, applied to a report's parts."""
     return [bar.verdict(parts) for bar in BARS]

@@ -1,14 +1,14 @@
-"""The training steps that are measured, by name."""
+"""The measured training steps, by name."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class StepCase:
-    """A step of one process; hybrid is a quarter MLM.
+    """A training step of one process; hybrid is a quarter MLM.
 
     Attributes:
-        model: a file of configs/, without its ending.
+        model: a file in configs/, without its extension.
         objective: "MLM" or "hybrid".
         rows: B.
         seq_length: T.
@@ -21,11 +21,11 @@ class StepCase:
 
     @property
     def name(self) -> str:
-        """Such as "base_32k hybrid 32 × 128"."""
+        """The case's name, such as "base_32k hybrid 32 × 128"."""
         return f"{self.model} {self.objective} {self.rows} × {self.seq_length}"
 
 
-README_COMMAND = StepCase("base_32k", "hybrid", 32, 128)  # one GPU's share of it
+README_COMMAND = StepCase("base_32k", "hybrid", 32, 128)  # its work per GPU
 CASES = {
     case.name: case
     for case in (

@@ -1,4 +1,4 @@
-"""Every kernel against its reference, and how long a run waits for the check before its first step."""
+"""Every kernel against its reference, and the time that a run waits for the check before its first step."""
 
 import json
 import os
@@ -27,7 +27,7 @@ TIMEOUT = 100.0
 
 
 def measure(settings: Settings) -> Iterator[dict[str, Any]]:
-    """What `python -m kernels.check` compares: numbers, seconds by operation, and what was wrong."""
+    """Results of `python -m kernels.check`: counts, seconds by operation, and failures."""
     del settings
     here = machine.device()
     start = time.perf_counter()
@@ -45,7 +45,7 @@ def measure(settings: Settings) -> Iterator[dict[str, Any]]:
 
 
 def before_a_run(settings: Settings) -> Iterator[dict[str, Any]]:
-    """Seconds that README's command waits for its check: with no compiled kernel on the disk, and once more."""
+    """Seconds that the README's command waits for its check: with an empty kernel cache, then with a full one."""
     found: dict[str, Any] = {}
     said: list[str] = []
     with tempfile.TemporaryDirectory(dir=settings.work) as cache:
@@ -57,7 +57,7 @@ def before_a_run(settings: Settings) -> Iterator[dict[str, Any]]:
 
 
 def _seconds_in_a_process(cache: str) -> float:
-    """Of a process that begins now, with this folder of compiled kernels."""
+    """Seconds of the check in a new process, with this kernel cache."""
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu.check"],
         cwd=ROOT, env={**os.environ, "TRITON_CACHE_DIR": str(Path(cache) / "triton")},
@@ -67,12 +67,12 @@ def _seconds_in_a_process(cache: str) -> float:
 
 
 def seconds_before_a_run() -> float:
-    """Of the check that this process starts, beside which a run reads its inputs."""
+    """Seconds of the check as started by a run, which reads its inputs meanwhile."""
     case = Case(README_COMMAND.objective, README_COMMAND.seq_length, README_COMMAND.rows)
     config = training(case, steps=1)
     model_config = ModelConfig.from_json(ROOT / "configs" / f"{README_COMMAND.model}.json")
     with connect(config) as world:
-        machine.synchronize()  # the device is awake
+        machine.synchronize()  # initialize the device
         run = run_of(config, model_config, HybridPlan(config, world.world_size), world)
         start = time.perf_counter()
         with kernel_check(run if prepare_kernels(config, world) == "triton" else None, world.device) as finish:

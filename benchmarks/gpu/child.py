@@ -1,4 +1,4 @@
-"""The process of one part: writes what the part knows to a file, each time that it knows more."""
+"""The process of one part: writes intermediate results to a file as they arrive."""
 
 import importlib
 import json
@@ -16,27 +16,27 @@ WATCH_SECONDS = 1.0
 
 
 def command(part: Part, settings: Settings, result: Path) -> list[str]:
-    """Starts the process; `result` is the file."""
+    """Entry point of the process; `result` is the file."""
     order = {"target": part.target, "options": part.options, "settings": settings.to_dict(), "result": str(result)}
     return [sys.executable, "-m", "benchmarks.gpu.child", json.dumps(order)]
 
 
 def write(path: Path, values: dict[str, Any]) -> None:
-    """Replace a JSON file at once, so that whoever reads it finds the old or the new one."""
+    """Replace a JSON file atomically, so that readers see the old or the new version."""
     temporary = path.with_suffix(".new")
     temporary.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     temporary.replace(path)
 
 
 def end_with_parent(parent: int) -> None:
-    """Kill this process and all that it started when its parent is gone, which then cannot."""
+    """Kill this process and its children when its parent has died, since the parent can no longer do so."""
     while os.getppid() == parent:
         time.sleep(WATCH_SECONDS)
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
 def main(order: dict[str, Any]) -> None:
-    """Call the part's function."""
+    """Run the part's function."""
     threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
     module, _, function = order["target"].partition(":")
     measure = getattr(importlib.import_module(module), function)

@@ -1,4 +1,4 @@
-"""The machine: what it is made of, and how fast it copies, multiplies and launches."""
+"""The machine: hardware, libraries, and rates of copies, matmuls and launches."""
 
 import contextlib
 import datetime as dt
@@ -19,7 +19,7 @@ from gptbert.distributed.hardware import hardware_name, usable_cores
 from gptbert.monitoring.flops import measure_matmul_flops
 
 ROOT = Path(__file__).parents[2]
-# dense bf16 of NVIDIA's data sheets, FLOPs a second; the first whose name is in the GPU's
+# dense bf16 FLOPs per second by NVIDIA's data sheets; the first whose name is in the GPU's
 DATA_SHEET = {
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989.4e12, "H200": 989.4e12, "A100": 312e12, "B200": 2250e12,
 }  # fmt: skip
@@ -27,17 +27,17 @@ SMI_FIELDS = {
     "driver": "driver_version", "SM clock MHz": "clocks.sm", "highest SM clock MHz": "clocks.max.sm",
     "memory clock MHz": "clocks.mem", "power limit W": "power.limit", "temperature °C": "temperature.gpu",
 }  # fmt: skip
-LAUNCHES = 500  # fewer than a GPU's queue holds
+LAUNCHES = 500  # fewer than fit into a GPU's queue
 RATES = 3
 
 
 def data_sheet_flops(gpu: str) -> float | None:
-    """FLOPs a second that the maker promises; None for a machine that is not listed."""
+    """FLOPs per second by the data sheet; None for machines that are not listed."""
     return next((flops for name, flops in DATA_SHEET.items() if name in gpu), None)
 
 
 def labels(settings: Settings) -> dict[str, Any]:
-    """What results are of."""
+    """Labels of the results: machine, versions, commit."""
     versions = machine.versions()
     return {
         "gpu": hardware_name(torch.device("cpu" if settings.rehearse else "cuda")),
@@ -52,9 +52,9 @@ def labels(settings: Settings) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The checkout's commit, and whether its files differ from it; "unknown" without git.
+    """The checkout's commit, and whether the files differ from it; "unknown" without git.
 
-    The environment's GPTBERT_COMMIT says it where a copy of the files is all there is.
+    GPTBERT_COMMIT in the environment provides it for a copy without .git.
     """
     if named := os.environ.get("GPTBERT_COMMIT"):
         return named
@@ -69,7 +69,7 @@ def commit() -> str:
 
 
 def measure(settings: Settings) -> Iterator[dict[str, Any]]:
-    """What the machine is, then its rates."""
+    """The machine's properties, then its rates."""
     here = machine.device()
     found: dict[str, Any] = {"cores": usable_cores(), "processor": hardware_name(torch.device("cpu"))}
     if here.type == "cuda":
@@ -91,7 +91,7 @@ def measure(settings: Settings) -> Iterator[dict[str, Any]]:
 
 
 def gpu_properties() -> dict[str, Any]:
-    """Of the GPU, by PyTorch and by nvidia-smi."""
+    """Properties of the GPU, from PyTorch and nvidia-smi."""
     properties = torch.cuda.get_device_properties(0)
     return {
         "gpu": properties.name,
@@ -104,7 +104,7 @@ def gpu_properties() -> dict[str, Any]:
 
 
 def smi() -> dict[str, str]:
-    """What nvidia-smi says of the first GPU, such as its clocks; nothing where it is missing."""
+    """Properties of the first GPU from nvidia-smi, such as clocks; empty without nvidia-smi."""
     query = f"--query-gpu={','.join(SMI_FIELDS.values())}"
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(
@@ -117,7 +117,7 @@ def smi() -> dict[str, str]:
 
 
 def launch_microseconds() -> float:
-    """What the host takes for one small operation; the median over some hundreds at a time."""
+    """Host seconds per small operation; median over batches of some hundreds."""
     tensor = torch.zeros(16, device=machine.device())
     times = []
     for _ in range(5):

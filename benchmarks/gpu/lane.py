@@ -1,4 +1,4 @@
-"""The GPU's own tests, `make test-gpu`, counted as they end."""
+"""The GPU tests, `make test-gpu`, counted as they finish."""
 
 import importlib.util
 import os
@@ -20,7 +20,7 @@ NAME = re.compile(rf"{FOLDER}/\S+")
 
 
 def measure(settings: Settings) -> Iterator[dict[str, Any]]:
-    """Numbers of tests by outcome, and the names of those that failed."""
+    """Numbers of tests by outcome, and the names of failed tests."""
     if not any((ROOT / FOLDER).glob("test_*.py")):
         yield {"summary": f"{FOLDER} has no tests, so none ran"}
         return
@@ -47,6 +47,6 @@ def measure(settings: Settings) -> Iterator[dict[str, Any]]:
 def _found(outcomes: Counter[str], failed: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {"outcomes": dict(outcomes), "failures": failed}
     found["summary"] = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items()) or "no test ran"
-    if outcomes["passed"] or failed:  # where all were skipped, nothing is known
+    if outcomes["passed"] or failed:  # if all were skipped, there is no result
         found["failed"] = len(failed)
     return found

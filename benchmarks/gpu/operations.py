@@ -1,4 +1,4 @@
-"""Operations beside their reference, the reference compiled, and peers; launched one by one, as who uses them would."""
+"""Operations, their references, eager and compiled, and peers; launched one at a time, as a user would."""
 
 import functools
 import json
@@ -26,7 +26,7 @@ CROSS_ENTROPY = (  # N, D, V
     bench_cross_entropy.Shape(4096, 768, 32768),
     bench_cross_entropy.Shape(32768, 384, 8192),
 )
-FROM_LOGITS = (  # D does not matter here
+FROM_LOGITS = (  # D is unused
     bench_cross_entropy.Shape(4096, 384, 8192),
     bench_cross_entropy.Shape(16384, 768, 16384),
     bench_cross_entropy.Shape(8192, 768, 32768),
@@ -36,7 +36,7 @@ LAMB = ("small", "base_32k")
 COMPILED = "reference_compiled"
 OPTIMIZER = "optimizer"  # gptbert.optim.Lamb, which calls the operation
 COMPILING = (COMPILED, OPTIMIZER, "triton", "liger", "cut_cross_entropy")
-ROUNDS, CALLS = 10, 5  # a round's calls follow each other without a wait
+ROUNDS, CALLS = 10, 5  # calls of a round without a device sync between them
 PROFILED = 3
 
 Run = Callable[[], object]
@@ -48,10 +48,10 @@ class Job:
     """One implementation of an operation, on one shape.
 
     Attributes:
-        operation: with its shape.
+        operation: name and shape.
         impl: the implementation.
-        make: gives what is timed, and its comparisons with the reference in fp64, or None where another part of the
-            measurement has them or they do not apply.
+        make: returns the timed function, and its comparisons with the fp64 reference, or None if a different part of
+            the measurement has them or they do not apply.
     """
 
     operation: str
@@ -60,19 +60,19 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Of both."""
+        """Name of operation and implementation."""
         return f"{self.operation}, {self.impl}"
 
     @property
     def is_slow_to_compile(self) -> bool:
-        """Whether that may take minutes: a loop over a hundred tensors of which each is a shape of its own."""
+        """Whether compilation may take minutes: a loop over a hundred tensors of different shapes."""
         return self.impl == COMPILED and self.operation.startswith("lamb")
 
 
 def measure(settings: Settings, compiled_by: str) -> Iterator[dict[str, Any]]:
-    """`rows`: for each operation, by implementation, its figures, or why there are none.
+    """`rows`: per operation and implementation, the figures, or the reason why there are none.
 
-    What takes minutes to compile is measured if the part named `compiled_by` has done so.
+    Jobs that take minutes to compile are measured if the part `compiled_by` has compiled them.
     """
     rows: dict[str, dict[str, Any]] = {}
     before = settings.result(compiled_by)
@@ -89,7 +89,7 @@ def measure(settings: Settings, compiled_by: str) -> Iterator[dict[str, Any]]:
 
 
 def compile_first(settings: Settings) -> Iterator[dict[str, Any]]:
-    """Call once what `measure` will time, so that its code is in the caches; what fails there will say why."""
+    """Call once every function that `measure` will time, to fill the caches; `measure` reports failures."""
     seconds: dict[str, float] = {}
     for job in jobs(settings):
         if job.impl in COMPILING and not peers.reason_against(job.impl):
@@ -102,7 +102,7 @@ def compile_first(settings: Settings) -> Iterator[dict[str, Any]]:
 
 
 def jobs(settings: Settings) -> Iterator[Job]:
-    """All of them, the ones that a bar asks for first; what takes minutes to compile comes last."""
+    """All jobs: those of bars first, those that take minutes to compile last."""
     found = [*_cross_entropy(settings), *_from_logits(settings), *_lamb(settings), *_span_mask(settings)]
     yield from sorted(found, key=lambda job: job.is_slow_to_compile)
 
@@ -161,13 +161,13 @@ def _make_lamb(name: str, impl: str, settings: Settings) -> tuple[Run, Proof | N
     if impl == COMPILED:
         make_step = functools.partial(make_step, step=_compiled(lamb_reference.lamb_step, settings))
     run = make_step(bench_lamb.State(sizes))
-    if impl not in {"torch", "triton"}:  # others' are something else, and the compiled one would compile once more
+    if impl not in {"torch", "triton"}:  # peers compute something different, and the compiled one would compile again
         return run, None
     return run, functools.partial(bench_lamb.proof, make_step, sizes[: bench_lamb.PROOF_TENSORS])
 
 
 def _make_optimizer(name: str) -> tuple[Run, None]:
-    """As the trainer calls it."""
+    """The operation as the trainer calls it."""
     sizes = bench_lamb.model_sizes(name)
     state = bench_lamb.State(sizes)
     groups: dict[float, list[torch.Tensor]] = {}
@@ -196,33 +196,33 @@ def _make_span_mask(
 
 
 def _compiled(function: Callable, settings: Settings) -> Callable:
-    """`torch.compile`, but without generating code in a rehearsal."""
+    """`torch.compile`, without code generation in a rehearsal."""
     return torch.compile(function, backend="eager" if settings.rehearse else "inductor", fullgraph=True)
 
 
 def _row(job: Job, settings: Settings) -> dict[str, Any]:
-    """The figures of a job, or why there are none."""
+    """The figures of a job, or the reason why there are none."""
     if reason := peers.reason_against(job.impl):
         return {"left_out": reason}
     row = _attempt(lambda: _figures(job, settings))
-    torch.compiler.reset()  # what the next one compiles must not count as a recompilation
+    torch.compiler.reset()  # so that the next job's compilation does not count as a recompilation
     return row
 
 
 def _attempt(action: Callable[[], Any]) -> Any:
-    """What the action gives, or why it cannot be had; an error that takes the GPU along is raised on."""
+    """The action's result, or its error; an error after which the GPU is unusable is raised."""
     try:
         return action()
     except pytest.skip.Exception as reason:
         return {"left_out": str(reason)}
-    except Exception as error:  # noqa: BLE001 - peers raise anything
+    except Exception as error:  # noqa: BLE001 - peers can raise anything
         machine.synchronize()
         return {"failed": f"{type(error).__name__}: {first_line(error)}"}
 
 
 def _figures(job: Job, settings: Settings) -> dict[str, Any]:
-    """Of a job that is right: `ms` a call, the median of rounds of calls one after another; `host_ms` until a call that
-    begins on an idle device is launched; `peak_mb` beside the inputs; and those of `benchmarks.gpu.profile`.
+    """Figures of a correct job: `ms` per call, the median of rounds of consecutive calls; `host_ms` until a call that
+    starts on an idle device has launched; `peak_mb` without the inputs; and those of `benchmarks.gpu.profile`.
     """  # noqa: D205
     run, proof = job.make()
     wrong = next((result for result in proof() if not result.passed), None) if proof else None

@@ -45,7 +45,7 @@ Row = tuple[str, ...]
 
 
 def page(report: dict[str, Any]) -> str:
-    """All that a report knows."""
+    """The whole page of a report."""
     parts = {name: entry for name, entry in report["parts"].items() if entry["result"]}
     sections = [
         *([f"> {report['note']}", ""] if report.get("note") else []),
@@ -68,7 +68,7 @@ def table(header: Row, rows: list[Row], text_columns: Container[int] = (0,)) -> 
 
 
 def shown(value: float | None, how: Callable[[float], str] | None = None) -> str:
-    """A number, or a dash where there is none; three digits at least, if nothing else is said."""
+    """A number, or a dash for None; by default with at least three digits."""
     if value is None:
         return UNKNOWN
     return how(value) if how else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

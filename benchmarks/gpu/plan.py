@@ -1,11 +1,11 @@
-"""The parts, in the order of their worth: a run cut short has the first of them."""
+"""The parts, most valuable first: a run cut short has the first of them."""
 
 from typing import Any
 
 from benchmarks.gpu.cases import CASES
 from benchmarks.gpu.settings import Part
 
-TRAINER = ("tyro", "safetensors", "tokenizers", "tqdm")  # what gptbert.trainer imports beside PyTorch
+TRAINER = ("tyro", "safetensors", "tokenizers", "tqdm")  # imports of gptbert.trainer besides PyTorch
 GROUPS = ("machine", "check", "steps", "operations", "resume", "soak", "tests")
 COMPILING_OPERATIONS = "compiling operations"
 
@@ -13,10 +13,10 @@ Stage = list[Part]
 
 
 def stages() -> list[Stage]:
-    """All parts. Those of a stage run side by side, and a stage begins when the one before has ended.
+    """All parts, in stages. The parts of a stage run in parallel; a stage starts when the previous one has ended.
 
-    What compiles comes first, on all cores and into shared caches; then what is timed, alone on the GPU; last, side by
-    side again, what is right or wrong at any speed.
+    First compilation, on all cores, into shared caches; then timing, one part at a time on the GPU; last, in parallel
+    again, tests whose outcome does not depend on speed.
     """
     return [
         [Part("machine", "machine", "benchmarks.gpu.hardware:measure", 40)],
@@ -34,7 +34,7 @@ def stages() -> list[Stage]:
 
 
 def compilations() -> Stage:
-    """What fills the caches, and every kernel against its reference. Cases that share their code are one part."""
+    """The parts that fill the caches, and the kernel check. Cases that share compiled code are one part."""
     sharing: dict[tuple[str, int], list[str]] = {}
     for case in CASES.values():
         sharing.setdefault((case.model, case.seq_length), []).append(case.name)
@@ -52,7 +52,7 @@ def compilations() -> Stage:
 
 
 def chosen(only: list[str]) -> list[Stage]:
-    """The stages with parts of these groups alone; no names: all of them."""
+    """The stages with only the parts of these groups; all if no names are given."""
     kept = [[part for part in stage if not only or part.group in only] for stage in stages()]
     return [stage for stage in kept if stage]
 

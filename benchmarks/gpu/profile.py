@@ -1,4 +1,4 @@
-"""Which kernels an action starts, and how long each of them takes."""
+"""The kernels that an action launches, and their times."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,15 +10,15 @@ from torch.profiler import profile as torch_profile
 from benchmarks import machine
 
 SLOWEST = 30
-NAME_LETTERS = 160  # templates are longer
+NAME_LETTERS = 160  # names of templates are longer
 
 
 def profile(action: Callable[[], object], times: int) -> dict[str, Any]:
-    """Of an action that is done `times` times, the figures of one.
+    """Profile an action `times` times; figures per action.
 
     Returns:
-        `busy_ms`: sum of the kernels' times, copies and fills included; `launches`: how many they are; `kernels`: the
-        thirty that take longest, with `name`, `ms` and `calls`. On a CPU, PyTorch's operations instead of kernels.
+        `busy_ms`: sum of kernel times, including copies and fills; `launches`: number of kernels; `kernels`: the thirty
+        slowest, with `name`, `ms` and `calls`. On a CPU, PyTorch operations instead of kernels.
     """
     on_gpu = machine.device().type == "cuda"
     machine.synchronize()
@@ -30,12 +30,12 @@ def profile(action: Callable[[], object], times: int) -> dict[str, Any]:
 
 
 def figures(events: Any, device_type: DeviceType, times: int) -> dict[str, Any]:
-    """What `profile` returns, from the profiler's averages by name."""
+    """The result of `profile`, from the profiler's averages by name."""
     attribute = "self_cpu_time_total" if device_type == DeviceType.CPU else "self_device_time_total"
     kernels = [
         (getattr(event, attribute) / 1e3 / times, event.count / times, event.key[:NAME_LETTERS])
         for event in events
-        # a range of the program, such as "Optimizer.step", is no kernel but holds some
+        # a range such as "Optimizer.step" contains kernels, and is not one
         if event.device_type == device_type and not event.is_user_annotation and getattr(event, attribute) > 0
     ]
     kernels.sort(reverse=True)

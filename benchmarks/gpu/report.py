@@ -1,4 +1,4 @@
-"""What was measured, on the disk at any time: a JSON file and its page."""
+"""The results, on disk at any time: a JSON file and its page."""
 
 from pathlib import Path
 from typing import Any
@@ -9,12 +9,12 @@ from benchmarks.gpu.page import page
 
 
 class Report:
-    """Results of all parts, written whenever one of them changes.
+    """Results of all parts, written whenever one changes.
 
     Args:
-        folder: of both files; made if it is not there.
-        name: of both files, without their endings.
-        labels: what the results are of: see `benchmarks.gpu.hardware.labels`.
+        folder: of both files; created if missing.
+        name: of both files, without extensions.
+        labels: machine, versions and commit; see `benchmarks.gpu.hardware.labels`.
     """
 
     def __init__(self, folder: Path, name: str, labels: dict[str, Any]) -> None:
@@ -25,7 +25,7 @@ class Report:
         self.write()
 
     def put(self, name: str, entry: dict[str, Any]) -> None:
-        """Set what is known of a part; its running time alone is no reason to write."""
+        """Set a part's state; a change of its running time alone does not trigger a write."""
         before = self.content["parts"].get(name, {})
         self.content["parts"][name] = entry
         if any(before.get(key) != entry[key] for key in ("status", "result")):

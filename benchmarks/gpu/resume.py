@@ -1,4 +1,4 @@
-"""A run that was killed and resumed against one that never was: equal to the bit?"""
+"""A killed and resumed run against an uninterrupted one: bit-identical?"""
 
 import os
 import shutil
@@ -34,10 +34,10 @@ SETTINGS = {
 
 
 def measure(settings: Settings, *, is_compiled: bool) -> Iterator[dict[str, Any]]:
-    """`differing`: how many tensors of the last checkpoints differ, of `tensors`.
+    """`differing`: number of tensors of the last checkpoints that differ, of `tensors`.
 
-    One run goes to its end; then another is killed with SIGKILL in its middle, and goes on from its last checkpoint.
-    All find the same compiled code on the disk, as a user's runs do.
+    One run is uninterrupted; a second is killed by SIGKILL midway and resumes from its last checkpoint. All share the
+    compiled code on disk, as a user's runs do.
     """
     folder = settings.work / "resume" / ("compiled" if is_compiled else "plain")
     shutil.rmtree(folder, ignore_errors=True)
@@ -57,7 +57,7 @@ def measure(settings: Settings, *, is_compiled: bool) -> Iterator[dict[str, Any]
 
 
 def _start(inputs: Path, name: str, way: str, **changes: object) -> subprocess.Popen:
-    """A run; its way is "plain", "compiled", or "traced", which is compiled but for the code."""
+    """A run; its way is "plain", "compiled", or "traced": compiled without code generation."""
     arguments = flags(inputs, name=name, **SETTINGS, no_compile=way == "plain", **changes)
     return subprocess.Popen([sys.executable, "-m", "benchmarks.gpu.resume", way, *arguments], cwd=ROOT)
 
@@ -71,7 +71,7 @@ def _kill_after(process: subprocess.Popen, run: Path, step: int) -> int:
     """Kill a run once it has a checkpoint of this step or a later one; the newest checkpoint's step.
 
     Raises:
-        RuntimeError: it ended before.
+        RuntimeError: the run ended before.
     """
     while process.poll() is None:
         if (found := list_checkpoints(run)) and (reached := int(found[-1].name.rpartition("_")[2])) >= step:
@@ -85,7 +85,7 @@ def _kill_after(process: subprocess.Popen, run: Path, step: int) -> int:
 
 
 def compare(one: Path, other: Path) -> tuple[int, list[str]]:
-    """How many tensors two checkpoints have, and which differ in a bit; what only one has differs."""
+    """The number of tensors in two checkpoints, and those that differ in a bit or exist in only one."""
     tensors = [
         {
             f"{file.relative_to(path)}/{name}": tensor

@@ -1,4 +1,4 @@
-"""Runs parts, each as a process of its own with a time limit, and keeps the report up to date while they run."""
+"""Runs parts, each in a separate process with a time limit, and keeps the report up to date while they run."""
 
 import importlib.util
 import json
@@ -16,14 +16,14 @@ from benchmarks.gpu.settings import WHOLE_MINUTES, Part, Settings
 
 ROOT = Path(__file__).parents[2]
 POLL_SECONDS = 0.1
-LEAST_SECONDS = 5.0  # with less than this left, no part is begun
-TAIL_LINES = 12  # of what a part said before it failed
+LEAST_SECONDS = 5.0  # with less than this left, no part is started
+TAIL_LINES = 12  # of a failed part's output
 
 DONE, RUNNING, FAILED, KILLED, LEFT_OUT = "done", "running", "failed", "killed", "left out"
 
 
 class Process:
-    """A part that runs; killed with all that it started when its time is over, or the block that it is in ends."""
+    """A running part; killed with its children at its time limit, or when its `with` block ends."""
 
     def __init__(self, part: Part, settings: Settings, seconds: float) -> None:
         self.part = part
@@ -44,17 +44,17 @@ class Process:
 
     @property
     def spent(self) -> float:
-        """Seconds since it began."""
+        """Seconds since it started."""
         return time.monotonic() - self._start
 
     def kill(self) -> None:
-        """Kill the process with all that it started, if anything is left of them."""
-        with suppress(ProcessLookupError, PermissionError):  # macOS says the latter of a group that has ended
+        """Kill the process and its children, if any are alive."""
+        with suppress(ProcessLookupError, PermissionError):  # macOS raises the latter for a group that has ended
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
     def entry(self) -> dict:
-        """What the report says of it; a part that has ended or is over its time leaves nothing running."""
+        """The part's state for the report; a part that has ended or exceeded its limit is killed with its children."""
         status, message = RUNNING, ""
         if self._process.poll() is not None:
             status = DONE if self._process.returncode == 0 else FAILED
@@ -69,7 +69,7 @@ class Process:
         return found
 
     def _latest(self) -> dict:
-        """What it has written so far."""
+        """Its results so far."""
         with suppress(FileNotFoundError):
             written = self._result.stat().st_mtime_ns
             if written != self._read_at:
@@ -78,7 +78,7 @@ class Process:
 
 
 def environment(settings: Settings) -> dict[str, str]:
-    """Of all parts: shared caches of what was compiled, and no GPU in a rehearsal, but kernels for one elsewhere."""
+    """The environment of all parts: shared compilation caches; in a rehearsal no GPU, else compiled kernels."""
     caches = {"TORCHINDUCTOR_CACHE_DIR": settings.work / "inductor", "TRITON_CACHE_DIR": settings.work / "triton"}
     found = {**os.environ, **{name: str(path) for name, path in caches.items()}, "PYTHONUNBUFFERED": "1"}
     if settings.rehearse:
@@ -88,25 +88,25 @@ def environment(settings: Settings) -> dict[str, str]:
 
 
 def missing(part: Part) -> list[str]:
-    """The packages that a part needs and that are not installed."""
+    """The packages that a part needs and that are missing."""
     return [package for package in part.needs if importlib.util.find_spec(package) is None]
 
 
 def limit(part: Part, settings: Settings, deadline: float) -> float:
-    """Seconds that a part may take: less never makes code compile faster, so shorter runs leave parts out instead."""
+    """A part's time limit in seconds; shorter runs skip parts instead, since compilation does not get faster."""
     longer = max(1.0, settings.minutes / WHOLE_MINUTES)
     return min(part.seconds * longer, deadline - time.monotonic())
 
 
 def run(stages: Iterable[list[Part]], settings: Settings, report: Report) -> None:
-    """Run the stages one after another until the time is over; a line on the screen for each part that has ended."""
+    """Run the stages in sequence until the time is over; print a line for each finished part."""
     deadline = time.monotonic() + 60 * settings.minutes
     for stage in stages:
         run_stage(stage, settings, report, deadline)
 
 
 def run_stage(stage: list[Part], settings: Settings, report: Report, deadline: float) -> None:
-    """Run parts side by side, with the report written each time that one knows more, or ends."""
+    """Run parts in parallel; write the report when one has new results or ends."""
     running: list[Process] = []
     try:
         for part in stage:
@@ -140,7 +140,7 @@ def _left_out(report: Report, part: Part, reason: str) -> None:
 
 
 def say(name: str, entry: dict) -> None:
-    """One line on the screen about a part that has ended."""
+    """Print one line about a finished part."""
     reason = f": {entry['message']}" if entry["message"] else ""
     summary = f"; {entry['result']['summary']}" if entry["result"].get("summary") else ""
     print(f"{name}: {entry['status']} after {entry['seconds']:.1f} s{reason}{summary}", flush=True)

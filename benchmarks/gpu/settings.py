@@ -1,4 +1,4 @@
-"""What every part of a measurement is told, and what a part is."""
+"""The settings of a measurement, and the description of a part."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,12 +9,12 @@ WHOLE_MINUTES = 8.0
 
 @dataclass(frozen=True)
 class Settings:
-    """Of a run of `benchmarks.gpu`.
+    """Settings of a run of `benchmarks.gpu`.
 
     Attributes:
-        minutes: that all parts together may take.
-        rehearse: on the CPU at toy sizes, to try the measurement itself.
-        work: folder of caches, logs, and what parts write on the way.
+        minutes: limit for all parts together.
+        rehearse: on the CPU at toy sizes, to test the measurement itself.
+        work: folder of caches, logs and intermediate files.
     """
 
     minutes: float
@@ -22,35 +22,35 @@ class Settings:
     work: Path
 
     def times(self, count: int, least: int) -> int:
-        """How often something is done that is done `count` times in a run of eight minutes; `least` in a rehearsal."""
+        """The number of repetitions, for `count` in a run of eight minutes; `least` in a rehearsal."""
         return least if self.rehearse else max(least, round(count * self.minutes / WHOLE_MINUTES))
 
     def result(self, name: str) -> Path:
-        """Where a part of this name writes what it knows."""
+        """The file of a part's results."""
         return self.work / "parts" / f"{file_name(name)}.json"
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it; `from_dict` reads it."""
+        """For JSON; `from_dict` is the inverse."""
         return {"minutes": self.minutes, "rehearse": self.rehearse, "work": str(self.work)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Settings":
-        """What `to_dict` gave."""
+        """The inverse of `to_dict`."""
         return cls(values["minutes"], values["rehearse"], Path(values["work"]))
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one process measures.
+    """The measurement of one process.
 
     Attributes:
-        name: unique; of its results and its files.
-        group: what `--only` calls it.
-        target: "module:function"; called with the settings and `options`, it yields what it knows so far, a dict each
-            time, the last of which is its result.
-        seconds: that it may take in a run of eight minutes or less.
-        options: that JSON can write.
-        needs: packages without which it is left out, by the names that one imports.
+        name: unique; names its results and its files.
+        group: its name for `--only`.
+        target: "module:function"; called with the settings and `options`, it yields its results so far, a dict each
+            time; the last one is final.
+        seconds: time limit in a run of eight minutes or less.
+        options: serializable as JSON.
+        needs: required packages, by import name; without them the part is skipped.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Part:
 
     @property
     def file_name(self) -> str:
-        """The name without what file systems dislike."""
+        """The name without characters that file systems reject."""
         return file_name(self.name)
 
 

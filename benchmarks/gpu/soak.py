@@ -1,4 +1,4 @@
-"""Some hundreds of steps, with the records that a run writes: what memory does meanwhile."""
+"""Memory growth over some hundreds of steps, with a run's records."""
 
 import math
 import os
@@ -17,11 +17,11 @@ from gptbert.monitoring.metrics import Throughput
 
 CASE = StepCase("small", "hybrid", 32, 128)
 STEPS, RECORD_EVERY = 300, 10
-WARM_UP = 1 / 6  # of the samples, not counted
+WARM_UP = 1 / 6  # fraction of samples to ignore
 
 
 def measure(settings: Settings) -> Iterator[dict[str, Any]]:
-    """`slope_mb`: how fast memory grows, in 10⁶ bytes a thousand steps, by kind; and the first and last loss."""
+    """`slope_mb`: memory growth in 10⁶ bytes per thousand steps, by kind; and the first and last loss."""
     count = settings.times(STEPS, 3 * RECORD_EVERY)
     samples: list[dict[str, float]] = []
     losses = []
@@ -35,7 +35,7 @@ def measure(settings: Settings) -> Iterator[dict[str, Any]]:
 
 
 def memory() -> dict[str, float]:
-    """Bytes, by kind."""
+    """Bytes of memory, by kind."""
     machine.synchronize()
     found = {}
     if (statm := Path("/proc/self/statm")).exists():

@@ -1,4 +1,4 @@
-"""Training steps as the trainer takes them, on random documents, and beside them the plain way in the same process."""
+"""Training steps of the trainer on random documents, and plain PyTorch steps in the same process."""
 
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ from kernels.backend import set_default_backend
 WARM_UPS = 3  # after the first step
 ROUNDS, ROUND_STEPS = 3, 8
 HOST_STEPS, PROFILED_STEPS = 4, 3
-WAYS = {  # what is asked for, the kernels' backend (None: as the device has it), and how many of the rounds' steps
+WAYS = {  # whether to compile, the kernels' backend (None: by device), and the fraction of a round's steps
     "ours": {"compile": True, "backend": None, "share": 1.0},
     "plain": {"compile": False, "backend": "torch", "share": 0.5},
 }
@@ -41,7 +41,7 @@ TOY_ROWS = 4
 
 
 def measure(settings: Settings, name: str) -> Iterator[dict[str, Any]]:
-    """Figures of a case: `ours`, compiled and with the kernels that the device gets, then `plain`, with neither."""
+    """Figures of a case: `ours`, compiled and with the device's kernels, then `plain`, with neither."""
     case = CASES[name]
     found: dict[str, Any] = {"case": dataclasses.asdict(case)}
     for way in WAYS:
@@ -55,7 +55,7 @@ def measure(settings: Settings, name: str) -> Iterator[dict[str, Any]]:
 
 
 def compile_first(settings: Settings, names: list[str]) -> Iterator[dict[str, Any]]:
-    """Two steps of each case, after which all code that a process of its own will want is in the caches."""
+    """Two steps of each case, to fill the caches with all code that later processes need."""
     seconds = {}
     for name in names:
         start = time.perf_counter()
@@ -67,13 +67,13 @@ def compile_first(settings: Settings, names: list[str]) -> Iterator[dict[str, An
 
 
 class TrainingSteps:
-    """A trainer on random documents, whose steps are taken; a context that gives its memory back.
+    """Context manager: a trainer on random documents; frees its memory at the end.
 
     Args:
-        case: what is trained.
+        case: the training step.
         settings: of the measurement.
         way: one of `WAYS`.
-        steps: that will be taken at most; schedules depend on it.
+        steps: maximum number of steps; schedules depend on it.
     """
 
     def __init__(self, case: StepCase, settings: Settings, way: str, steps: int) -> None:
@@ -106,21 +106,21 @@ class TrainingSteps:
             torch.cuda.reset_peak_memory_stats()
 
     def take(self, count: int) -> torch.Tensor:
-        """Take steps without waiting for the device; the last one's gradient norm, which lies there."""
+        """Run steps without a device sync; returns the last gradient norm, on the device."""
         for _ in range(count):
             norm = self.trainer.train_step(self._rows.get(self.trainer.step))
         return norm
 
 
 def figures(case: StepCase, settings: Settings, way: str) -> dict[str, Any]:
-    """Of a case in one of the two ways.
+    """Figures of a case in one of the two ways.
 
     Returns:
-        `ms`: of a step, in the median round of several back to back, nothing waiting within; `rounds_ms`: of each;
-        `host_ms`: until a step that begins on an idle device has launched all it has (if the device's queue is full,
-        the host waits for the device); `busy_ms`, `launches`, `kernels`: see `benchmarks.gpu.profile`; `mfu`: over the
+        `ms`: per step, in the median round of several steps without a device sync; `rounds_ms`: per step of each round;
+        `host_ms`: until a step that starts on an idle device has launched all its kernels (if the device's queue is
+        full, the host blocks); `busy_ms`, `launches`, `kernels`: see `benchmarks.gpu.profile`; `mfu`: relative to the
         best rate of torch.mm right after; `mfu_data_sheet`; `peak_gb`: of tensors; `first_step_seconds`: from the
-        model's making until the first step is done, without the check of the kernels.
+        model's creation to the end of the first step, without the kernel check.
     """
     round_steps = settings.times(round(ROUND_STEPS * WAYS[way]["share"]), 1)
     count = 1 + WARM_UPS + ROUNDS * round_steps + HOST_STEPS + PROFILED_STEPS
@@ -157,14 +157,14 @@ def figures(case: StepCase, settings: Settings, way: str) -> dict[str, Any]:
 
 @contextmanager
 def without_code() -> Iterator[None]:
-    """Inside, what is compiled is traced as ever, but no code is made of it, which takes longer than a rehearsal."""
+    """Context manager: torch.compile traces but generates no code, which would take longer than the rehearsal."""
     compiled = torch.nn.Module.compile
     with patch.object(torch.nn.Module, "compile", functools.partialmethod(compiled, backend="eager")):
         yield
 
 
 def launch_seconds(action: Callable[[], object]) -> float:
-    """How long the host takes over an action that begins on an idle device; then waits until it is idle again."""
+    """Host seconds of an action that starts on an idle device; then a device sync."""
     machine.synchronize()
     start = time.perf_counter()
     action()
@@ -174,7 +174,7 @@ def launch_seconds(action: Callable[[], object]) -> float:
 
 
 def shape(case: StepCase, settings: Settings) -> tuple[ModelConfig, Case]:
-    """The model and the step; a toy's in a rehearsal."""
+    """The model's and the step's settings; toy sizes in a rehearsal."""
     model = ModelConfig.from_json(ROOT / "configs" / f"{case.model}.json")
     if not settings.rehearse:
         return model, Case(case.objective, case.seq_length, case.rows)

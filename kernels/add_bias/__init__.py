@@ -1,4 +1,4 @@
-"""The bias of a linear layer, whose gradient is a sum over rows: the public operation."""
+"""The bias of a linear layer; its gradient is a sum over rows. The public operation."""
 
 from torch import Tensor
 
@@ -7,12 +7,12 @@ from kernels.backend import uses_cpp
 
 
 def add_bias(product: Tensor, bias: Tensor, *, backend: str | None = None) -> Tensor:
-    """Add a bias outside the matrix product, for compiled code to fuse; a library copies it to all rows first.
+    """Add a bias outside the matrix product, so that compiled code fuses it; a BLAS first broadcasts it to a matrix.
 
     Args:
         product: [..., D].
         bias: [D].
-        backend: see `kernels.backend.choose_backend`; "cpp" has a kernel for the gradient of bf16.
+        backend: see `kernels.backend.choose_backend`; "cpp" has a kernel for the gradient in bf16.
 
     Returns:
         [..., D], in the dtype of the product.

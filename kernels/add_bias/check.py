@@ -12,7 +12,7 @@ from kernels.run import Run
 
 
 def comparisons(device: torch.device, backend: str, run: Run | None = None) -> Iterator[Comparison]:
-    """Forward and backward in bf16, at sizes that do not fit vectors; always on the CPU."""
+    """Forward and backward in bf16, at sizes that are not multiples of a SIMD vector; always on the CPU."""
     del device, run
     x = _random(45, 300)
     if backend == "cpp":
@@ -22,5 +22,5 @@ def comparisons(device: torch.device, backend: str, run: Run | None = None) -> I
 
 
 def _random(*shape: int) -> Tensor:
-    """In bf16; the same for each shape."""
+    """bf16; a function of the shape."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).bfloat16()

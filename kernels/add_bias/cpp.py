@@ -1,4 +1,4 @@
-"""Sums over rows by the C++ kernel: a registered operation."""
+"""Column sums by the C++ kernel: a registered operation."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ def _sums(x: Tensor) -> Tensor:
 
 @cpp.operation(_sums)
 def column_sums(x: Tensor) -> Tensor:
-    """[N, D] in bf16 to [D] in fp32; compiled code, which fuses the sum with what makes `x`, would make it twice."""
+    """[N, D] in bf16 to [D] in fp32; opaque to Inductor, which would fuse the sum with `x` and compute `x` twice."""
     x = x if x.stride(1) == 1 else x.contiguous()
     sums = _sums(x)
     cpp.call("column_sums", (x, sums, *x.shape, x.stride(0)))

@@ -1,4 +1,4 @@
-"""The operation with its backward, around the C++ kernel."""
+"""The operation with its backward by the C++ kernel."""
 
 from typing import Any
 
@@ -21,5 +21,5 @@ class _AddBias(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        # rounded as PyTorch's own is, so that weights that travel in two bytes, as FSDP's do, learn the same
+        # rounded to the output's dtype like PyTorch's gradient, so that training with FSDP's bf16 weights is the same
         return grad, column_sums(grad.flatten(0, -2)).to(grad.dtype).to(ctx.dtype)

@@ -1,4 +1,4 @@
-"""Attention's mean of values under content and position scores: the public operation."""
+"""Attention with content and position scores, up to the weighted values: the public operation."""
 
 from torch import Tensor
 
@@ -18,12 +18,12 @@ def attention_context(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """Mean of the values under a softmax of content and position scores, with dropout of the probabilities.
+    """Values weighted by a softmax of content and position scores, with dropout of the probabilities.
 
-    Query i and key j have the score q_i·k_j + q_i·pk_β(i,j) + pq_β(i,j)·k_j (docs/model.md#attention). A query that
-    sees no key gives zeros. Position scores are computed once per position vector, for all rows in one product a head,
-    and gathered; their gradients are sums over the positions of a bucket. Of all that has [H, B, T, T] entries only the
-    probabilities are kept for the backward, which draws the dropout's mask again.
+    The score of query i and key j is q_i·k_j + q_i·pk_β(i,j) + pq_β(i,j)·k_j (docs/model.md#attention). A query that
+    sees no key gives zeros. Position scores are computed once per position vector, one product per head for all rows,
+    and gathered; their gradients are sums over buckets. The only [H, B, T, T] tensor saved for the backward is the
+    probabilities; the dropout mask is drawn again.
 
     Args:
         query: [H, B, T, d], scaled.
@@ -33,8 +33,8 @@ def attention_context(
         value: [H, B, T, d].
         buckets: [T, T] int64, β(i, j) in 0 … P − 1, a function of i − j.
         mask: [B, T, T] bool, True where query i may see key j.
-        seed: [2] int32 of dropout, or None.
-        dropout_prob: of a zero.
+        seed: [2] int32, of dropout, or None.
+        dropout_prob: probability of a zero.
         backend: see `kernels.backend.choose_backend`; "cpp" has kernels for bf16.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Attention against its reference: the operation with its gradients, and what lies between its products."""
+"""Attention against its reference: the operation with its gradients, and the softmax kernels alone."""
 
 from collections.abc import Iterator
 
@@ -15,7 +15,7 @@ _DROPOUT = 0.3
 
 
 def comparisons(device: torch.device, backend: str, run: Run | None = None) -> Iterator[Comparison]:
-    """Forward and backward in bf16, with and without dropout, at sizes that do not fit vectors; always on the CPU."""
+    """Forward and backward in bf16, with and without dropout, at odd sizes; always on the CPU."""
     del device, run
     for length in (1, 19, 150) if backend == "cpp" else ():
         yield from _kernels(length)
@@ -24,24 +24,24 @@ def comparisons(device: torch.device, backend: str, run: Run | None = None) -> I
 
 
 def _random(*shape: int) -> Tensor:
-    """In bf16; the same for each shape."""
+    """bf16; a function of the shape."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).bfloat16()
 
 
 def _compare_all(names: str, *results: tuple[Tensor, ...]) -> Iterator[Comparison]:
-    """Named results of the kernel, of the reference in fp64, and of plain PyTorch in the kernel's precision."""
+    """Named results of the kernel, the fp64 reference and plain PyTorch in the kernel's precision."""
     for name, *tensors in zip(names.split(", "), *results, strict=True):
         yield from compare(name, *tensors)
 
 
 def _buckets(length: int) -> Tensor:
-    """Seven of them."""
+    """[T, T] int64, seven buckets: i − j clamped to ±3."""
     position = torch.arange(length)
     return (position[:, None] - position[None, :]).clamp(-3, 3) + 3
 
 
 def _operation(seed: Tensor | None, backend: str) -> Iterator[Comparison]:
-    """Two heads, three rows, 21 positions of 8 entries; the last positions of a row see nothing."""
+    """H = 2, B = 3, T = 21, d = 8; the last positions of two rows see no key."""
     heads, batch, length, width = 2, 3, 21, 8
     positions = torch.arange(length).expand(batch, length)
     documents = torch.where(positions >= torch.tensor([[21], [20], [13]]), -1, positions // 8)
@@ -69,7 +69,7 @@ def _operation(seed: Tensor | None, backend: str) -> Iterator[Comparison]:
 
 
 def _kernels(length: int) -> Iterator[Comparison]:
-    """The C++ kernels: three heads, two rows of two documents and padding, seven buckets."""
+    """The C++ kernels: H = 3, P = 7; two rows, of several documents, and of one and padding."""
     heads, batch, buckets = 3, 2, 7
     position, bucket_of = torch.arange(length), _buckets(length)
     documents = torch.stack([position // 7, torch.where(position < 4, 0, -1)])

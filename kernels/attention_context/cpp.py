@@ -1,4 +1,4 @@
-"""Softmax of scores, and its backward, by C++ kernels: registered operations in bf16."""
+"""Softmax of scores, and its backward, by the C++ kernels: registered operations in bf16."""
 
 from torch import Tensor
 

@@ -1,6 +1,6 @@
 """Softmax of content and position scores with dropout, and its backward, in PyTorch (docs/model.md#attention).
 
-Letters of shapes: H heads, B rows, T positions, P distinct position vectors.
+Shapes: H heads, B rows, T positions, P distinct position vectors.
 """
 
 import torch
@@ -19,7 +19,10 @@ def attention_weights(
     seed: Tensor | None,
     dropout_prob: float,
 ) -> tuple[Tensor, Tensor]:
-    """See `kernels.attention_context`; returns the probabilities before and after dropout, both [H, B, T, T]."""
+    """Softmax of scores [H, B, T, T], by_query [H, B, T, P] and by_key [H, P, B, T], gathered by bucket.
+
+    Arguments as in `kernels.attention_context`; returns the probabilities before and after dropout, [H, B, T, T] each.
+    """
     wide = torch.promote_types(scores.dtype, torch.float32)
     of_query = by_query.gather(-1, buckets.expand_as(scores))
     of_key = by_key.transpose(1, 2).gather(-2, buckets.expand_as(scores))
@@ -37,7 +40,7 @@ def attention_weights_backward(
     seed: Tensor | None,
     dropout_prob: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the three scores, and the probabilities after dropout once more.
+    """Gradients of the three scores, and the probabilities after dropout, recomputed.
 
     Args:
         grad: [H, B, T, T], of the probabilities after dropout.
@@ -45,7 +48,7 @@ def attention_weights_backward(
         buckets: [T, T] int64, β(i, j), a function of i − j.
         num_buckets: P.
         seed: of dropout, or None.
-        dropout_prob: of a zero.
+        dropout_prob: probability of a zero.
 
     Returns:
         Of `scores` [H, B, T, T], of `by_query` [H, B, T, P], of `by_key` [H, P, B, T]; and [H, B, T, T].

@@ -1,4 +1,4 @@
-"""The operation with its backward: the products are PyTorch's; what lies between them is PyTorch or C++."""
+"""The operation with its backward: matrix products by PyTorch, the softmax between them by eager.py or C++."""
 
 from typing import Any
 
@@ -61,7 +61,7 @@ class _AttentionContext(torch.autograd.Function):
             grad @ value.mT, probabilities, buckets, position_key.shape[1], seed, ctx.dropout_prob
         )
         of_value = (probabilities if seed is None else dropped).mT @ grad
-        # operands in the order that gives each gradient the layout of its input
+        # order operands so that each gradient has its input's layout
         rows = query.shape[1:3]
         by_query, by_key = by_query.flatten(1, 2), by_key.flatten(2, 3)  # [H, B·T, P] and [H, P, B·T]
         of_query = of_scores @ key + (by_query @ position_key).unflatten(1, rows)

@@ -1,4 +1,4 @@
-"""Attention over explicit scores of [H, B, T, T], with autograd's own backward (docs/model.md#attention)."""
+"""Attention over materialized scores [H, B, T, T], differentiated by autograd (docs/model.md#attention)."""
 
 import torch
 from torch import Tensor
@@ -22,5 +22,5 @@ def attention_context(
     by_query = torch.einsum("hbid,hijd->hbij", query, position_key[:, buckets])  # q_i · pk_β(i,j)
     by_key = torch.einsum("hijd,hbjd->hbij", position_query[:, buckets], key)  # pq_β(i,j) · k_j
     scores = (content + by_query + by_key).masked_fill(~mask, -torch.inf)
-    probabilities = scores.softmax(dim=-1).nan_to_num(0.0)  # a query that sees no key has no softmax
+    probabilities = scores.softmax(dim=-1).nan_to_num(0.0)  # a query that sees no key: NaN to 0
     return dropout(probabilities, seed, dropout_prob) @ value

@@ -1,4 +1,4 @@
-"""Mixes against sums in fp64, forward and backward, depth after depth."""
+"""Mixes against fp64 sums, forward and backward, at every depth."""
 
 from collections.abc import Iterator
 
@@ -12,21 +12,21 @@ from kernels.run import Run
 
 
 def comparisons(device: torch.device, backend: str, run: Run | None = None) -> Iterator[Comparison]:
-    """Both gradients too, at sizes that do not fit vectors; always on the CPU."""
+    """Mixes and both gradients, at sizes that are not multiples of a tile; always on the CPU."""
     del device, run
     for size in (5, 3 * PIECE + 77):
         yield from _mixes(size, backend)
 
 
 def _random(*shape: int) -> Tensor:
-    """In bf16; the same for each shape."""
+    """bf16; a function of the shape."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).bfloat16()
 
 
 def _mixes(size: int, backend: str) -> Iterator[Comparison]:
-    """Four representations and back. A buffer of bf16 rounds the older ones, which are compared as it holds them."""
+    """Four representations, forward and backward. The reference gets older ones as the buffer rounds them (bf16)."""
     count, name = 4, f"N={size}"
-    y = [_random(size, m + 2).float().sum(1) for m in range(count)]  # which bf16 does not hold exactly
+    y = [_random(size, m + 2).float().sum(1) for m in range(count)]  # not exact in bf16
     alphas = _random(count, count + 1)[:, :count].float().tril().contiguous()
     with torch.autocast("cpu", torch.bfloat16):
         values = buffer(count, y[0], backend=backend).fill_(torch.nan)

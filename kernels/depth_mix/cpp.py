@@ -1,4 +1,4 @@
-"""Mixes by C++ kernels, which keep representations in bf16 and the newest in fp32."""
+"""Mixes by C++ kernels: representations in bf16, the newest in fp32."""
 
 import torch
 from torch import Tensor
@@ -22,14 +22,14 @@ def depth_mix_backward(values: Tensor, grad: Tensor, alphas: Tensor, depth: int,
     _check(values, grad)
     threads = torch.get_num_threads()
     grad_newest, grad_alpha = grad.new_empty(grad.shape), grad.new_empty(depth + 1)
-    outputs = (grad_newest, grad_alpha, grad.new_empty(threads, depth + 1))  # the last: each thread's sums
+    outputs = (grad_newest, grad_alpha, grad.new_empty(threads, depth + 1))  # the last: scratch, sums per thread
     sizes = (threads, depth, count, alphas.shape[1], grad.numel())
     cpp.call("depth_mix_backward", (values, grad.contiguous(), alphas, *outputs, *sizes))
     return grad_newest, grad_alpha
 
 
 def _check(values: Tensor, newest: Tensor) -> None:
-    """Raise TypeError where the kernels would read memory as something that it is not."""
+    """Raise TypeError unless the buffer is bf16, the other tensor fp32, and both on the CPU."""
     kinds = {(tensor.device.type, tensor.dtype) for tensor in (values, newest)}
     if kinds != {("cpu", torch.bfloat16), ("cpu", torch.float32)} or newest.dtype != torch.float32:
         raise TypeError(

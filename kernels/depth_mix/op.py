@@ -1,7 +1,7 @@
-"""The buffer of representations, and which implementation mixes them: its layout says so.
+"""The buffer of representations, whose layout selects the implementation: 3 dimensions for C++, 2 for PyTorch.
 
-C++ kernels keep the buffer in bf16, which halves the traffic. The newest representation stays in fp32, as at first it
-is the only one with a weight.
+C++ kernels keep the buffer in bf16, which halves the traffic. The newest representation is mixed in fp32: initially it
+is the only one with a non-zero weight.
 """
 
 import torch
@@ -12,11 +12,11 @@ from kernels.depth_mix import cpp
 
 
 def buffer(capacity: int, like: Tensor, *, backend: str | None = None) -> Tensor:
-    """Memory for representations of N elements each: [capacity, N], or for C++ kernels [⌈N/PIECE⌉, capacity, PIECE].
+    """Uninitialized memory for representations of N elements: [capacity, N], for C++ [⌈N/PIECE⌉, capacity, PIECE].
 
     Args:
         capacity: number of representations.
-        like: one of them.
+        like: a representation.
         backend: see `kernels.backend.choose_backend`; "cpp" has kernels for fp32 under autocast to bf16.
     """
     device = like.device.type
@@ -28,11 +28,11 @@ def buffer(capacity: int, like: Tensor, *, backend: str | None = None) -> Tensor
 
 
 def depth_mix(values: Tensor, newest: Tensor, alpha: Tensor) -> Tensor:
-    """Take y_n into its place in `values`, and mix.
+    """Store y_n in `values`, and mix.
 
     Args:
         values: [capacity, N], from `buffer`; row m is y_m for m < n.
-        newest: y_n, of N entries and any shape.
+        newest: y_n, N elements, any shape.
         alpha: [n + 1].
 
     Returns:
@@ -45,20 +45,20 @@ def depth_mix(values: Tensor, newest: Tensor, alpha: Tensor) -> Tensor:
     values[depth] = newest.flatten()
     if depth == 0:
         return torch.mul(newest, alpha, out=mixed)
-    with torch.autocast(newest.device.type, enabled=False):  # which would take the product in two bytes
+    with torch.autocast(newest.device.type, enabled=False):  # autocast would compute in bf16
         torch.mv(values[: depth + 1].T, alpha, out=mixed.view(-1))
     return mixed
 
 
 def depth_mix_backward(values: Tensor, grad: Tensor, alphas: Tensor, depth: int, count: int) -> tuple[Tensor, Tensor]:
-    """Take ∂/∂x_n into the place of y_n, which is not needed any more.
+    """Gradients of y_n and of α_n; stores ∂/∂x_n over y_n, which has no further use.
 
     Args:
         values: [capacity, N]; row m is y_m for m ≤ n, and ∂/∂x_m for n < m < count.
-        grad: ∂/∂x_n, of N entries and any shape.
-        alphas: [capacity, capacity]; row m begins with the weights of x_m.
+        grad: ∂/∂x_n, N elements, any shape.
+        alphas: [capacity, capacity]; row m starts with the weights of x_m.
         depth: n.
-        count: of representations in all.
+        count: number of representations.
 
     Returns:
         ∂/∂y_n, in the shape of `grad`, and ∂/∂α_n [n + 1].

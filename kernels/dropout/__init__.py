@@ -1,4 +1,4 @@
-"""Dropout whose mask is a function of a seed and of an element's place: the public operation."""
+"""Dropout whose mask is a function of a seed and of the element's index: the public operation."""
 
 from kernels.dropout.op import dropout, keep_threshold, random_words
 

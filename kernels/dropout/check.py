@@ -12,7 +12,7 @@ _SEEDS = ((0, 0), (77, -5), (-(2**31), 2**31 - 1))
 
 
 def comparisons(device: torch.device, backend: str, run: Run | None = None) -> Iterator[Comparison]:
-    """Words and results for several seeds."""
+    """Random words and kept elements for several seeds."""
     del backend, run
     x = torch.arange(1.0, 1000.0)
     for seed in _SEEDS:

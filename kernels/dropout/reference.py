@@ -1,4 +1,4 @@
-"""Dropout's random words by their definition, in int64, whose low 32 bits are right in spite of overflow."""
+"""Dropout's random words by definition, in int64; overflow leaves the low 32 bits correct."""
 
 import torch
 from torch import Tensor
@@ -7,10 +7,10 @@ _WORD = 2**32
 
 
 def random_words(count: int, seed: tuple[int, int]) -> Tensor:
-    """The words of elements 0 … count − 1 in int64, signed as int32 is.
+    """The words of elements 0 … count − 1, int64 with values in the range of int32.
 
-    Each step is h ← (h ⊕ (h ≫ r)) · c mod 2³² of MurmurHash3's finalizer; the first hashes index · 2³²/φ + seed[0],
-    the second's input takes in seed[1].
+    Each step is h ← (h ⊕ (h ≫ r)) · c mod 2³², as in MurmurHash3's finalizer; it starts from index · 2³²/φ + seed[0],
+    and seed[1] is XORed in after the first step.
     """
     first, second = (word % _WORD for word in seed)
     words = torch.arange(count) * 0x9E3779B1 % _WORD

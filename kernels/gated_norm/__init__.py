@@ -1,4 +1,4 @@
-"""The gated and normalized product that ends both sub-layers: the public operation."""
+"""LayerNorm of a gated product, then a matrix product: the end of both sub-layers. The public operation."""
 
 from typing import Literal
 
@@ -21,7 +21,7 @@ def gated_norm(
     """LayerNorm(linear · GELU(gate)) times a matrix.
 
     Args:
-        gate: [B, T, D]; without `linear` [B, T, 2D], that and the gate side by side.
+        gate: [B, T, D]; without `linear` [B, T, 2D], linear and gate concatenated.
         linear: [H, B, T, d], D = H·d, or None.
         weight: [E, D].
         approximate: as of torch.nn.functional.gelu.

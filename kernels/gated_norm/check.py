@@ -1,4 +1,4 @@
-"""The gated and normalized product against its reference: the operation with its gradients, and the kernels alone."""
+"""gated_norm against its reference: the operation with its gradients, and the kernels alone."""
 
 from collections.abc import Iterator
 
@@ -14,7 +14,7 @@ _EPS = 1e-5
 
 
 def comparisons(device: torch.device, backend: str, run: Run | None = None) -> Iterator[Comparison]:
-    """Forward and backward in bf16, with both forms of GELU, at sizes that do not fit vectors; always on the CPU."""
+    """Forward and backward in bf16, with both forms of GELU, at odd sizes; always on the CPU."""
     del device, run
     for size in (3, 40, 1280) if backend == "cpp" else ():
         for with_linear in (False, True):
@@ -26,18 +26,18 @@ def comparisons(device: torch.device, backend: str, run: Run | None = None) -> I
 
 
 def _random(*shape: int) -> Tensor:
-    """In bf16; the same for each shape."""
+    """bf16; a function of the shape."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).bfloat16()
 
 
 def _compare_all(names: str, *results: tuple[Tensor, ...]) -> Iterator[Comparison]:
-    """Named results of the kernel, of the reference in fp64, and of plain PyTorch in the kernel's precision."""
+    """Named results of the kernel, the fp64 reference and plain PyTorch in the kernel's precision."""
     for name, *tensors in zip(names.split(", "), *results, strict=True):
         yield from compare(name, *tensors)
 
 
 def _operation(approximate: str, inputs: dict[str, Tensor], backend: str) -> Iterator[Comparison]:
-    """As in training: the weight is fp32, and autocast to bf16 is on."""
+    """As in training: fp32 weight, autocast to bf16."""
     rest = {"approximate": approximate, "eps": _EPS}
 
     def exact(gate: Tensor, weight: Tensor, linear: Tensor | None = None) -> Tensor:
@@ -54,7 +54,7 @@ def _operation(approximate: str, inputs: dict[str, Tensor], backend: str) -> Ite
 
 
 def _kernels(size: int, *, with_linear: bool) -> Iterator[Comparison]:
-    """The C++ kernels: [3, 5, D] with a gate that is a slice of a wider tensor; `linear` has four heads."""
+    """The C++ kernels: B = 3, T = 5, the gate a slice of a wider tensor, four heads in `linear`."""
     approximate = "none" if with_linear else "tanh"
     name = f"D={size} {approximate}"
     if with_linear:

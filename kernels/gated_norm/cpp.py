@@ -1,4 +1,4 @@
-"""LayerNorm(linear · GELU(gate)) and its backward by C++ kernels: registered operations in bf16."""
+"""LayerNorm(linear · GELU(gate)) and its backward by the C++ kernels: registered operations in bf16."""
 
 import torch
 from torch import Tensor
@@ -15,13 +15,13 @@ def gated_norm(gate: Tensor, linear: Tensor | None, is_tanh: bool, eps: float) -
     """LayerNorm(linear · GELU(gate)), in bf16.
 
     Args:
-        gate: [B, T, D]; without `linear` [B, T, 2D], that and the gate side by side.
+        gate: [B, T, D]; without `linear` [B, T, 2D], linear and gate concatenated.
         linear: [H, B, T, d], D = H·d, or None.
-        is_tanh: whether GELU is its approximation by tanh.
+        is_tanh: whether to use the tanh approximation of GELU.
         eps: of LayerNorm.
 
     Returns:
-        [B, T, D]; mean and inverse standard deviation [B, T] in fp32.
+        The normalized product [B, T, D]; mean and inverse standard deviation [B, T] in fp32.
     """
     outputs = _normalized(gate, linear)
     inputs, sizes, strides = _memory(gate, linear)
@@ -37,7 +37,7 @@ def _fake_gated_norm_backward(grad, gate, linear, mean, inverse_std, is_tanh):
 def gated_norm_backward(
     grad: Tensor, gate: Tensor, linear: Tensor | None, mean: Tensor, inverse_std: Tensor, is_tanh: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `gate` and of `linear` (empty without), and the normalized product once more."""
+    """Gradients of `gate` and `linear` (empty without), and the normalized product, recomputed."""
     grad = grad.contiguous()
     grad_gate, grad_linear, normalized = outputs = _gradients(grad, gate, linear)
     inputs, sizes, strides = _memory(gate, linear)
@@ -59,9 +59,9 @@ def _gradients(grad: Tensor, gate: Tensor, linear: Tensor | None) -> tuple[Tenso
 
 
 def _memory(gate: Tensor, linear: Tensor | None) -> tuple[tuple[Tensor, ...], tuple[int, ...], tuple[int, ...]]:
-    """Linear and gate; rows, groups and their width; strides of rows and groups of `linear`, of rows of the gate."""
+    """(linear, gate); (rows, groups, width); strides: rows and groups of `linear`, rows of the gate."""
     batch, length, size = gate.shape
-    gate = gate.flatten(0, 1)  # whose rows then have one stride, also where batch or length is 1 and theirs is any
+    gate = gate.flatten(0, 1)  # one row stride, even if a dimension of size 1 has an arbitrary one
     gate = gate if gate.stride(1) == 1 else gate.contiguous()
     if linear is None:
         linear, gate = gate.chunk(2, dim=-1)

@@ -1,4 +1,4 @@
-"""LayerNorm(linear · GELU(gate)) in PyTorch operations that compiled code fuses, with autograd's own backward."""
+"""LayerNorm(linear · GELU(gate)) in PyTorch operations that compiled code fuses, differentiated by autograd."""
 
 import math
 
@@ -15,9 +15,9 @@ def gated_norm(linear: Tensor, gate: Tensor, approximate: str, eps: float) -> Te
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """F.gelu(x, approximate="tanh") by (1 + tanh z)/2 = sigmoid(2z): half the time in compiled code for CPUs.
+    """F.gelu(x, approximate="tanh") by (1 + tanh z)/2 = sigmoid(2z): half the time in code compiled for CPUs.
 
-    Computed in fp32 or wider and returned so, as autocast would.
+    Computed and returned in fp32 or wider, as under autocast.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))

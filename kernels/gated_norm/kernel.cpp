@@ -1,22 +1,23 @@
 // LayerNorm(linear · GELU(gate)), one pass over memory forward and one backward; see reference.py.
 //
-// A row has `groups` pieces of `width` entries. Those of the gate follow one another; those of `linear` may lie apart, as
-// the heads of an attention's context do.
+// A row [D] has `groups` groups of `width` elements. They are contiguous in the gate; in `linear` they are strided, as
+// in attention's context [heads, rows, width]. The fp32 row stays in the L1 cache.
 
 namespace {
 
 struct Gelu {
-    float share;  // GELU(x) = x · share
-    float slope;  // its derivative
+    float share;  // Φ(x): GELU(x) = x · share
+    float slope;  // GELU'(x)
 };
 
+// By (1 + tanh z)/2 = 1/(1 + e^(−2z)), z = √(2/π)·(x + 0.044715·x³).
 inline Gelu gelu_tanh(float x) {
     const float scale = 1.5957691216057308f, cubic = 0.044715f;  // 2·√(2/π)
     float share = 1.0f / (1.0f + exponential(-scale * (x + cubic * x * x * x)));
     return {share, share + x * share * (1.0f - share) * scale * (1.0f + 3.0f * cubic * x * x)};
 }
 
-// The normal distribution by Abramowitz & Stegun 7.1.26, to 1.5e-7.
+// The normal distribution function by Abramowitz & Stegun 7.1.26, absolute error 1.5e-7.
 inline Gelu gelu_exact(float x) {
     float magnitude = __builtin_fabsf(x) * 0.70710678f, bell = exponential(-magnitude * magnitude);
     float t = 1.0f / (1.0f + 0.3275911f * magnitude);
@@ -30,6 +31,8 @@ inline Gelu gelu_exact(float x) {
     return {share, share + x * bell * 0.39894228f};
 }
 
+// linear, gate → normalized [rows, D] in bf16, means and inverse_stds [rows] in fp32. *_row and *_group are strides
+// in elements.
 template <Gelu (*gelu)(float)>
 void forward(const bf16* linear, const bf16* gate, bf16* normalized, float* means, float* inverse_stds, int64_t rows,
              int64_t groups, int64_t width, int64_t linear_row, int64_t linear_group, int64_t gate_row, float eps) {
@@ -39,6 +42,7 @@ void forward(const bf16* linear, const bf16* gate, bf16* normalized, float* mean
         std::vector<float> values(size);
 #pragma omp for
         for (int64_t row = 0; row < rows; row++) {
+            // 1. v = linear · GELU(gate), group by group, and its sum.
             float sum = 0.0f;
             for (int64_t group = 0; group < groups; group++) {
                 const bf16 *l = linear + row * linear_row + group * linear_group, *g = gate + row * gate_row + group * width;
@@ -50,10 +54,12 @@ void forward(const bf16* linear, const bf16* gate, bf16* normalized, float* mean
                     sum += v[i];
                 }
             }
+            // 2. Mean, then variance around it, from the cached row.
             float *v = values.data(), mean = sum / size, squares = 0.0f;
 #pragma omp simd reduction(+ : squares)
             for (int64_t i = 0; i < size; i++) squares += (v[i] - mean) * (v[i] - mean);
             float inverse_std = 1.0f / std::sqrt(squares / size + eps);
+            // 3. Normalize, round to bf16, and keep the row's statistics for the backward.
             bf16* out = normalized + row * size;
 #pragma omp simd
             for (int64_t i = 0; i < size; i++) out[i] = narrow((v[i] - mean) * inverse_std);
@@ -63,6 +69,8 @@ void forward(const bf16* linear, const bf16* gate, bf16* normalized, float* mean
     }
 }
 
+// grad [rows, D] of the normalized product, and the forward's inputs and statistics → grad_linear, grad_gate in their
+// inputs' layouts, and the normalized product [rows, D], recomputed for the weight's gradient.
 template <Gelu (*gelu)(float)>
 void backward(const bf16* grad, const bf16* linear, const bf16* gate, const float* means, const float* inverse_stds,
               bf16* grad_linear, bf16* grad_gate, bf16* normalized, int64_t rows, int64_t groups, int64_t width,
@@ -76,6 +84,7 @@ void backward(const bf16* grad, const bf16* linear, const bf16* gate, const floa
 #pragma omp for
         for (int64_t row = 0; row < rows; row++) {
             const float mean = means[row], inverse_std = inverse_stds[row];
+            // 1. Recompute GELU, its slope and the normalized product x̂; sum dy and dy·x̂ over the row.
             float sum = 0.0f, along = 0.0f;
             for (int64_t group = 0; group < groups; group++) {
                 const bf16 *l = linear + row * linear_row + group * linear_group, *g = gate + row * gate_row + group * width;
@@ -94,6 +103,7 @@ void backward(const bf16* grad, const bf16* linear, const bf16* gate, const floa
                     along += wide(dy[i]) * value[i];
                 }
             }
+            // 2. ∂v = inverse_std · (dy − mean(dy) − x̂ · mean(dy·x̂)), then the product rule for linear and gate.
             sum /= size;
             along /= size;
             for (int64_t group = 0; group < groups; group++) {

@@ -1,4 +1,4 @@
-"""The operation with its backward, around C++ kernels."""
+"""The operation with its backward by the C++ kernels."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ def gated_norm(gate: Tensor, linear: Tensor | None, weight: Tensor, approximate:
 
 
 class _GatedNorm(torch.autograd.Function):
-    """Keeps what comes in, and computes the normalized product again: it is the largest of a block's tensors."""
+    """Saves its inputs, and recomputes the normalized product in the backward: it is a block's largest tensor."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, linear: Tensor | None, weight: Tensor, is_tanh: bool, eps: float) -> Tensor:

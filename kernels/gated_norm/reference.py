@@ -1,4 +1,4 @@
-"""LayerNorm(linear · GELU(gate)) times a matrix by PyTorch's own functions, with autograd's own backward."""
+"""LayerNorm(linear · GELU(gate)) times a matrix by PyTorch's functions, differentiated by autograd."""
 
 import torch.nn.functional as F
 from torch import Tensor

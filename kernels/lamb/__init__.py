@@ -35,44 +35,43 @@ def lamb_step(
 ) -> Tensor | None:
     """One step of LAMB for all tensors of a model, with gradient clipping and moving averages (docs/model.md#lamb).
 
-    Updates `params`, `exp_avgs`, `exp_avg_sqs`, `steps` and `averages` in place; `grads` is only read. Never waits for
-    the device. A CUDA graph may record it once it has seen the same tensors before, and `lr` is a tensor.
+    Updates `params`, `exp_avgs`, `exp_avg_sqs`, `steps` and `averages` in place; `grads` is only read. No device sync.
+    A CUDA graph can capture a call if an earlier one had the same tensors, and `lr` is a tensor.
 
-    Where every process of a group holds a shard of each tensor, norms are those of the whole tensors, and all processes
-    skip the same steps: two small all-reduces in a step, one of them for `max_grad_norm`.
+    With sharded tensors, norms are those of the unsharded tensors, and all processes skip the same steps: two small
+    all-reduces per step, one of them for `max_grad_norm`.
 
     Args:
-        params: contiguous tensors of any shapes on one device, fp32 (or fp64, which runs in PyTorch on any backend).
-        grads: as `params`, or all bf16.
-        exp_avgs: first moments, as `params`, or all bf16.
-        exp_avg_sqs: second moments, of the first ones' type.
-        steps: fp32 scalars on the parameters' device, each tensor's number of updates so far; grow by one.
-        lr: learning rate, the schedule's factor included; as a tensor an fp32 scalar on the device.
+        params: contiguous tensors of any shapes on one device, fp32 (or fp64, which runs in PyTorch on every backend).
+        grads: like `params`, or all bf16.
+        exp_avgs: first moments, like `params`, or all bf16.
+        exp_avg_sqs: second moments, in the dtype of the first.
+        steps: fp32 scalars on the parameters' device, each tensor's number of updates so far; incremented.
+        lr: learning rate, including the schedule's factor; a tensor must be an fp32 scalar on the device.
         beta1: decay of the first moment, in [0, 1).
         beta2: decay of the second moment, in [0, 1).
         eps: added to the square root.
-        weight_decay: decoupled decay, one for all tensors or one each; 0 also switches a tensor's trust ratio off.
-        max_grad_norm: gradients longer than this, all taken together, count as if scaled down to it, as by
-            torch.nn.utils.clip_grad_norm_. Where their norm is not finite, the step is skipped: nothing is written, to
-            the bit. None takes gradients as they are and skips nothing.
-        gradient_norm: the norm that `max_grad_norm` is about, a scalar, if that of more gradients than these; None
-            computes it.
-        averages: exponential moving averages of `params`, like them; None keeps none.
-        average_decay: average ← average_decay · average + (1 − average_decay) · the new parameter.
-        stochastic_rounding_seed: bf16 moments are rounded up or down at random, by Philox keyed by this number, the
-            tensor's place in the list, its step and the element; None rounds to the nearest. Elements are counted in
-            each shard, so that ranks round alike unless each has a seed of its own.
-        group: the processes over which the tensors are spread: the same lists in the same order on each, any of whose
-            tensors may be empty. Every one must make the call. None: the tensors are whole.
+        weight_decay: decoupled decay, one for all tensors or one per tensor; 0 also disables a tensor's trust ratio.
+        max_grad_norm: gradients are scaled so that their global norm is at most this, as by
+            torch.nn.utils.clip_grad_norm_. If it is not finite, the step is skipped: no tensor changes.
+            None: no clipping, and no step is skipped.
+        gradient_norm: scalar, the norm to clip by, if it covers more gradients than these; None computes it.
+        averages: exponential moving averages of `params`, like them, or None.
+        average_decay: average ← average_decay · average + (1 − average_decay) · new parameter.
+        stochastic_rounding_seed: bf16 moments are rounded stochastically, by Philox keyed by this number, the tensor's
+            index in the list, its step and the element; None rounds to nearest even. Elements are counted within a
+            shard, so ranks must have different seeds to round independently.
+        group: the processes over which the tensors are sharded: the same lists in the same order on each; shards may be
+            empty. A collective call: every process must make it. None: the tensors are not sharded.
         backend: see `kernels.backend.choose_backend`.
 
     Returns:
-        The gradients' norm before clipping, finite or not, a scalar of the parameters' type on their device; None
+        The gradients' norm before clipping, finite or not, a scalar in the parameters' dtype on their device; None
         without `max_grad_norm`.
 
     Raises:
-        ValueError: lists, shapes, types or devices do not fit together, a tensor is not contiguous, or a number is out
-            of range.
+        ValueError: lists, shapes, dtypes or devices do not match, a tensor is not contiguous, or a number is out of
+            range.
     """
     averages = averages or []
     op.check_lengths(params, grads, exp_avgs, exp_avg_sqs, steps, averages)

@@ -1,4 +1,4 @@
-"""LAMB against its reference on this device, in each combination of types and alignments that it treats differently."""
+"""LAMB against its reference on this device, in every combination of dtypes and alignments with code of its own."""
 
 import math
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from kernels.lamb import lamb_step, reference
 from kernels.numerics import Comparison, compare, compare_exactly
 from kernels.run import Run
 
-# Several chunks with and without decay, both sides of a block's end, parameters of zeros, next to nothing, nothing.
+# Several chunks with and without decay, sizes around a block's, zero parameters, a few elements, empty tensors.
 _SHAPES = ((40_001,), (2048,), (0,), (4097,), (127, 1), (3,), (1,), (150, 137))
 _DECAYS = (0.1, 0.3, 0.1, 0.1, 0.0, 0.1, 0.0, 0.0)
 _SIZES = (0.03, 3.0, 1.0, 0.2, 0.1, 0.0, 1.0, 0.01)  # of the parameters
@@ -20,7 +20,7 @@ _AGES = (0, 1, 3, 2, 10, 500, 99_999, 0)
 _LR = 0.5
 _SETTINGS = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-6}
 _AVERAGE_DECAY = 0.99
-_GUARD = 16  # elements on both sides of a tensor that nobody may touch
+_GUARD = 16  # elements around a tensor that must not be written
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class _Case:
     name: str
     grad_type: torch.dtype = torch.float32
     moment_type: torch.dtype = torch.float32
-    grad_offset: int = 0  # elements by which tensors miss a multiple of 16 bytes
+    grad_offset: int = 0  # elements from 16-byte alignment
     offset: int = 0
     max_grad_norm: float | None = 2.0
     averages: bool = True
@@ -50,7 +50,7 @@ _SKIPPED = (
 
 
 def comparisons(device: torch.device, backend: str, run: Run | None = None) -> Iterator[Comparison]:
-    """Steps that are skipped, the bits of rounded moments, and one step in each case; for a run, what it launches."""
+    """Skipped steps, rounded moments to the bit, and a step of each case; for a run, only what it launches."""
     if run is not None:
         for case in (_Case("fp32"), *((_Case("unaligned gradients", grad_offset=1),) if run.buckets else ())):
             yield from _compare_step(case, device, backend)
@@ -65,7 +65,7 @@ def comparisons(device: torch.device, backend: str, run: Run | None = None) -> I
 
 
 class _Model:
-    """A model's tensors before a step, with memory to leave alone around each; the same at every call."""
+    """A model's tensors before a step, with guard elements around each; the same at every call."""
 
     def __init__(self, case: _Case, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -73,7 +73,7 @@ class _Model:
         self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, self.averages = ([] for _ in range(5))
         for shape, size, age in zip(_SHAPES, _SIZES, _AGES, strict=True):
             param, grad, exp_avg, exp_avg_sq, average = (torch.randn(shape, generator=generator) for _ in range(5))
-            is_old = min(age, 1)  # moments are as if such gradients had come for a while, and zeros before the first
+            is_old = min(age, 1)  # moments as after some steps; zeros before the first
             self.params.append(self._place(size * param, device, torch.float32, case.offset))
             self.grads.append(self._place(grad, device, case.grad_type, case.grad_offset))
             self.exp_avgs.append(self._place(0.3 * is_old * exp_avg, device, case.moment_type, case.offset))
@@ -100,7 +100,7 @@ class _Model:
 
 
 def _compare_step(case: _Case, device: torch.device, backend: str) -> Iterator[Comparison]:
-    """All that a step writes; that it writes nothing else, and the same again."""
+    """All outputs of a step; that guards and gradients are unchanged; that a repetition gives the same bits."""
     before, actual, again, exact, plain = (_Model(case, device) for _ in range(5))
     exact.widen()
     norm = _step(actual, case, backend)
@@ -118,7 +118,7 @@ def _compare_step(case: _Case, device: torch.device, backend: str) -> Iterator[C
 
 
 def _compare_skipped(case: _Case, bad: float, device: torch.device, backend: str) -> Iterator[Comparison]:
-    """One entry of one gradient is not finite: the norm says so, and everything else is as before."""
+    """One entry of one gradient is not finite: neither is the norm, and all state stays bit-identical."""
     before, actual = (_Model(case, device) for _ in range(2))
     actual.grads[3][5] = bad
     norm = _step(actual, case, backend)
@@ -174,7 +174,7 @@ def _reference_step(model: _Model, case: _Case) -> Tensor | None:
 
 
 def _compare_rounding(seed: int | None, device: torch.device, backend: str) -> Iterator[Comparison]:
-    """Moments that fp32 holds exactly in whatever order it computes them, so that only their rounding is left."""
+    """Moments that are exact in fp32 in any order of operations, so that only their rounding to bf16 is compared."""
     generator = torch.Generator().manual_seed(1)
     numbers = [torch.randint(-256, 256, (size,), generator=generator).to(device) for size in (20_000, 99)]
     results = []

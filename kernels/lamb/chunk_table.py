@@ -1,4 +1,4 @@
-"""What the kernels read from the device to find their work: where tensors lie, and how they are cut into chunks."""
+"""Tables on the device by which the kernels find their work: tensor addresses, and their division into chunks."""
 
 import functools
 from dataclasses import dataclass
@@ -6,26 +6,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MIN_CHUNK = 2**14  # elements: 100 KB of traffic or more for each program
-MAX_CHUNKS = 512  # of one tensor: every program of the update kernel adds up the sums of all of them
+MIN_CHUNK = 2**14  # elements: at least 100 KB of traffic per program
+MAX_CHUNKS = 512  # per tensor: every program of the update kernel adds the sums of all of them
 
-# Columns of the table of tensors. The first six are addresses.
+# Columns of the table of tensors; the first six are addresses.
 PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, STEP, AVERAGE, SIZE, CHUNK_SIZE, FIRST_CHUNK, COLUMNS = range(10)
 
-Addresses = tuple[tuple[int, ...], ...]  # of all parameters, of all gradients, and so on in the order of the columns
+Addresses = tuple[tuple[int, ...], ...]  # per column, in order: of all parameters, of all gradients, …
 
 
 @dataclass(frozen=True)
 class ChunkTable:
-    """A function of addresses, sizes and decays; the tensors are on the device.
+    """Tables for given addresses, sizes and decays, on the device.
 
     Attributes:
         table: [tensors, COLUMNS] int64.
-        owners: [chunks] int32, the tensor of each chunk.
+        owners: [chunks] int32, index of each chunk's tensor.
         decays: [tensors] fp32, weight decay.
-        one: fp32 scalar 1, for kernels that read a factor from the device where there is none.
-        aligned: whether all tensors but the gradients begin at multiples of 16 bytes.
-        grad_aligned: whether the gradients do.
+        one: fp32 scalar 1, for kernels that load a factor if there is none.
+        aligned: whether all tensors except gradients are 16-byte aligned.
+        grad_aligned: whether the gradients are.
     """
 
     table: Tensor
@@ -36,11 +36,11 @@ class ChunkTable:
     grad_aligned: bool
 
 
-_captured: list[ChunkTable] = []  # CUDA graphs read these at each replay, after the cache may have dropped them
+_captured: list[ChunkTable] = []  # kept alive: CUDA graphs read them at each replay
 
 
 def addresses(*columns: list[Tensor]) -> Addresses:
-    """Where tensors lie, of each list that is not empty; a list of averages may be."""
+    """Addresses of the tensors of each non-empty list; the list of averages may be empty."""
     return tuple(tuple(map(Tensor.data_ptr, column)) for column in columns if column)
 
 
@@ -53,10 +53,10 @@ def find_chunk_table(
         addresses: see `addresses`.
         sizes: elements of each tensor.
         decays: weight decay of each tensor.
-        device: where the tables are wanted.
+        device: of the tables.
 
     Raises:
-        RuntimeError: a CUDA graph is being captured, and the tables are not there yet.
+        RuntimeError: a CUDA graph is being captured, and the tables are not cached.
     """
     tables = make_chunk_table(addresses, sizes, decays, device)
     if is_capturing(device):
@@ -65,7 +65,7 @@ def find_chunk_table(
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph records what happens on the current stream."""
+    """Whether a CUDA graph is being captured on the current stream."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
@@ -73,7 +73,7 @@ def is_capturing(device: torch.device) -> bool:
 def make_chunk_table(
     addresses: Addresses, sizes: tuple[int, ...], decays: tuple[float, ...], device: torch.device
 ) -> ChunkTable:
-    """As `find_chunk_table`, for tensors that it has not seen lately."""
+    """As `find_chunk_table`, for tensors that are not cached."""
     if is_capturing(device):
         raise RuntimeError(
             "lamb_step: a CUDA graph cannot record how it learns where new tensors lie; call it once with the same "
@@ -81,14 +81,14 @@ def make_chunk_table(
         )
     size = torch.tensor(sizes, dtype=torch.int64)
     chunk_size = torch.tensor([_chunk_size(number) for number in sizes], dtype=torch.int64)
-    num_chunks = ((size + chunk_size - 1) // chunk_size).clamp(min=1)  # empty tensors grow older too
+    num_chunks = ((size + chunk_size - 1) // chunk_size).clamp(min=1)  # empty ones too, to advance their step
     table = torch.zeros(len(sizes), COLUMNS, dtype=torch.int64)
     table[:, : len(addresses)] = torch.tensor(addresses, dtype=torch.int64).T
     table[:, SIZE], table[:, CHUNK_SIZE] = size, chunk_size
     table[:, FIRST_CHUNK] = num_chunks.cumsum(0) - num_chunks
     owners = torch.arange(len(sizes), dtype=torch.int32).repeat_interleave(num_chunks)
     on_host = (table, owners, torch.tensor(decays, dtype=torch.float32), torch.ones(()))
-    if device.type == "cuda":  # pinned, or the copy waits
+    if device.type == "cuda":  # pinned, or the copy would block
         on_host = tuple(tensor.pin_memory() for tensor in on_host)
     state = [column for index, column in enumerate(addresses) if index not in {GRAD, STEP}]
     return ChunkTable(
@@ -99,5 +99,5 @@ def make_chunk_table(
 
 
 def _chunk_size(size: int) -> int:
-    """The smallest power of two that cuts a tensor into few enough chunks."""
+    """The smallest power of two ≥ MIN_CHUNK that gives at most MAX_CHUNKS chunks."""
     return max(MIN_CHUNK, 1 << (-(-size // MAX_CHUNKS) - 1).bit_length())

@@ -11,7 +11,7 @@ from kernels.lamb.reference import clip_factor
 
 
 def supports(params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor]) -> bool:
-    """Whether `lamb_step` takes such tensors; each list holds one dtype."""
+    """Whether `lamb_step` takes these tensors; each list has one dtype."""
     is_fp32 = {params[0].dtype, grads[0].dtype, exp_avgs[0].dtype} == {torch.float32}
     return params[0].device.type == "cpu" and is_fp32
 
@@ -36,7 +36,7 @@ def lamb_step(
     clip: Tensor | None = None,
     group: ProcessGroup | None = None,
 ) -> None:
-    """See `kernels.lamb.op.lamb_step`; there is nothing to round at random, and no group."""
+    """See `kernels.lamb.op.lamb_step`; `seed` and `group` are unused: fp32 moments, unsharded tensors."""
     del seed, group
     sizes = torch.tensor([param.numel() for param in params])
     if max_grad_norm is not None:

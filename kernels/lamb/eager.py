@@ -1,4 +1,4 @@
-"""LAMB for CPUs: what `reference.py` computes, in blocks that stay in the cache, with the moments by fused Adam."""
+"""LAMB for CPUs: the same results as `reference.py`, in blocks that stay in the cache, with moments by fused Adam."""
 
 import torch
 from torch import Tensor
@@ -8,11 +8,11 @@ from kernels import torch_private
 from kernels.lamb.reference import clip_factor
 from kernels.lamb.shards import whole_norms
 
-BLOCK = 2**18  # elements, 1 MB in fp32, of the six or seven arrays that a block needs at once
+BLOCK = 2**18  # elements, 1 MB in fp32, of each of the six or seven tensors of a block
 
 
 def supports(params: list[Tensor], exp_avgs: list[Tensor]) -> bool:
-    """Whether `lamb_step` takes such tensors here; lists hold one type each."""
+    """Whether `lamb_step` takes these tensors with this PyTorch; each list has one dtype."""
     is_of_one_type = exp_avgs[0].dtype == params[0].dtype
     return params[0].device.type == "cpu" and is_of_one_type and torch_private.fused_adamw() is not None
 
@@ -37,7 +37,7 @@ def lamb_step(
     clip: Tensor | None = None,
     group: ProcessGroup | None = None,
 ) -> None:
-    """See `kernels.lamb.op.lamb_step`; moments have the parameters' type, so that `seed` has nothing to round."""
+    """See `kernels.lamb.op.lamb_step`; `seed` is unused, as moments have the parameters' dtype."""
     del seed
     if max_grad_norm is not None:
         gradient_norm.fill_(_norm([block for grad in grads for block in _blocks(grad)], gradient_norm.dtype))
@@ -46,7 +46,7 @@ def lamb_step(
     if clip is not None and clip < 0:
         return
     every = range(len(params))
-    # one tensor at a time, so that memory holds one update; but norms of shards are added up for all of them at once
+    # one tensor at a time, to hold one update in memory; with shards all at once, for a single all-reduce of the norms
     batches = [[index] for index in every] if group is None else [every]
     sizes = [param.numel() for param in params]
     updates = params[0].new_empty(max(sum(sizes[index] for index in batch) for batch in batches))
@@ -54,7 +54,7 @@ def lamb_step(
     for batch in batches:
         batch_sizes = [sizes[index] for index in batch]
         batch_updates = updates[: sum(batch_sizes)].split(batch_sizes)
-        norms = []  # pairs ‖p‖, ‖u‖; zeros where there is no trust ratio
+        norms = []  # pairs ‖p‖, ‖u‖; zeros without a trust ratio
         for index, update in zip(batch, batch_updates, strict=True):
             state = (params[index], grads[index], exp_avgs[index], exp_avg_sqs[index], steps[index].add_(1))
             _update_moments(update, *state, clip, scratch, beta1, beta2, eps, weight_decays[index])
@@ -67,7 +67,7 @@ def lamb_step(
             blocks = (_blocks(tensor) for tensor in (update, params[index], *averages[index : index + 1]))
             for update_block, param_block, *average_blocks in zip(*blocks, strict=True):
                 param_block.sub_(update_block, alpha=step_size)
-                for average_block in average_blocks:  # one, or none
+                for average_block in average_blocks:  # at most one
                     average_block.lerp_(param_block, 1 - average_decay)
 
 
@@ -85,11 +85,11 @@ def _update_moments(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """One tensor's new moments, and its update with decay, which is written to `update` [elements]."""
+    """One tensor's new moments, in place, and its update including decay, written to `update` [elements]."""
     fused_adamw = torch_private.fused_adamw()
     blocks = (_blocks(tensor) for tensor in (update, param, grad, exp_avg, exp_avg_sq))
     for update_block, param_block, grad_block, *moments in zip(*blocks, strict=True):
-        # Adam's step of length −1 from zero is its update
+        # Adam with lr = −1, starting from zero, leaves its update
         fused_adamw(
             [update_block.zero_()],
             [_prepared(grad_block, clip, scratch[: grad_block.numel()])],
@@ -118,7 +118,7 @@ def _norm(blocks: list[Tensor] | tuple[Tensor, ...], dtype: torch.dtype) -> floa
 
 
 def _prepared(grad: Tensor, clip: Tensor | None, out: Tensor) -> Tensor:
-    """The gradient clipped and in the parameter's type; in `out`, if that takes any doing."""
+    """The gradient, clipped and in the parameter's dtype; in `out` if it had to be computed."""
     if grad.dtype != out.dtype:
         grad = out.copy_(grad)
     return grad if clip is None else torch.mul(grad, clip, out=out)

@@ -1,7 +1,8 @@
 """LAMB over all tensors of a model in at most four launches: norm, clip factor, moments, update.
 
-Each program of the norm, moments and update kernels works on one chunk of one tensor, which it finds through the tables
-of `chunk_table.py`.
+Each program of the norm, moments and update kernels handles one chunk of one tensor, which it finds in the tables of
+`chunk_table.py`. A chunk is processed in blocks of BLOCK elements: whole blocks first, without masks, so that loads and
+stores are 128 bits wide; then at most one masked block.
 """
 
 import math
@@ -19,7 +20,7 @@ from kernels.lamb import chunk_table
 from kernels.lamb.reference import clip_factor
 from kernels.lamb.shards import add_up_chunks, whole_norms
 
-BLOCK = 2048  # elements at a time: eight for each thread, which are 128 bits of bf16 and twice that of fp32
+BLOCK = 2048  # elements: eight per thread, 128 bits of bf16 or two words of 128 bits of fp32
 NUM_WARPS = 8
 SUMS_BLOCK = 1024
 
@@ -36,7 +37,7 @@ _SIZE = tl.constexpr(chunk_table.SIZE)
 _CHUNK_SIZE = tl.constexpr(chunk_table.CHUNK_SIZE)
 _FIRST_CHUNK = tl.constexpr(chunk_table.FIRST_CHUNK)
 _COLUMNS = tl.constexpr(chunk_table.COLUMNS)
-# What the moments kernel leaves for the update kernel, per tensor.
+# Per tensor, written by the moments kernel and read by the update kernel.
 _AGE = tl.constexpr(0)
 _EXP_AVG_SCALE = tl.constexpr(1)
 _DENOMINATOR_SCALE = tl.constexpr(2)
@@ -45,10 +46,12 @@ _SCALARS = tl.constexpr(3)
 
 @triton.jit
 def _chunk(table_ptr, owners_ptr):
-    """This program's tensor, the tensor's row in the table, and the chunk's first element and length."""
+    """This program's tensor, its row in the table, and the chunk's first element (int64) and length (int32)."""
+    # 1. Tensor of this chunk, and its row of int64 columns.
     program = tl.program_id(0)
     tensor = tl.load(owners_ptr + program)
     row_ptr = table_ptr + tensor * _COLUMNS
+    # 2. Offset of the chunk in the tensor; the last chunk may be shorter.
     chunk_size = tl.load(row_ptr + _CHUNK_SIZE)
     start = (program - tl.load(row_ptr + _FIRST_CHUNK)) * chunk_size  # int64
     length = tl.minimum(tl.load(row_ptr + _SIZE) - start, chunk_size).to(tl.int32)
@@ -57,16 +60,16 @@ def _chunk(table_ptr, owners_ptr):
 
 @triton.jit
 def _pointer(row_ptr, COLUMN: tl.constexpr, start, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Where this program's chunk begins in a tensor of the table."""
+    """Pointer to this program's chunk of a tensor whose address is in the table."""
     pointer = tl.load(row_ptr + COLUMN).to(tl.pointer_type(TYPE)) + start
-    if ALIGNED:  # the compiler cannot know it of an address that it reads from memory
+    if ALIGNED:  # the compiler cannot infer it for an address loaded from memory
         pointer = tl.multiple_of(pointer, 16)
     return pointer
 
 
 @triton.jit
 def _load(pointer, lanes, length, MASKED: tl.constexpr):
-    """fp32 values; zeros past the end. Whole blocks need no mask, and without it loads can be wide."""
+    """A block in fp32, zeros past the end. Whole blocks need no mask, so that loads can be wide."""
     values = tl.load(pointer + lanes, mask=lanes < length, other=0.0) if MASKED else tl.load(pointer + lanes)
     return values.to(tl.float32)
 
@@ -87,26 +90,29 @@ def _adam_update(exp_avg, exp_avg_sq, exp_avg_scale, denominator_scale, eps):
 
 @triton.jit
 def _noise(seed, age, tensor, first, BLOCK: tl.constexpr):
-    """32 random bits for each of BLOCK elements from `first` (int64), which only these numbers decide.
+    """[BLOCK] uint32, random bits for elements from `first` (int64) on: a pure function of the arguments.
 
-    Philox gives four words for a counter, so it counts fours of elements; `first` is a multiple of four.
+    Philox gives four words per counter, so a counter covers four elements; `first` is a multiple of four.
     """
+    # 1. One counter (element // 4 low, high, tensor, step) per four elements.
     four = first // 4 + tl.arange(0, BLOCK // 4)
     low, high = four.to(tl.uint32), (four >> 32).to(tl.uint32)
     word0, word1, word2, word3 = tl.philox(seed, low, high, low * 0 + tensor.to(tl.uint32), low * 0 + age.to(tl.uint32))
+    # 2. Interleave the four words [BLOCK // 4] into [BLOCK].
     return tl.join(tl.join(word0, word2), tl.join(word1, word3)).reshape(BLOCK)
 
 
 @triton.jit
 def _round(values, noise, TYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """To fp32 or bf16; stochastically, up with the probability of the bits that are lost: `noise` has 16 random ones.
+    """Cast fp32 to TYPE: round to nearest even, or stochastically with the 16 random bits of `noise`.
 
-    By hand, because Triton's interpreter cuts these bits off.
+    By hand, because Triton's interpreter truncates. Infinities and NaN stay as they are.
     """
     if TYPE.is_bf16():
         bits = values.to(tl.uint32, bitcast=True)
         if not STOCHASTIC:
-            noise = 0x7FFF + ((bits >> 16) & 1)  # to the nearest, ties to even
+            noise = 0x7FFF + ((bits >> 16) & 1)  # round to nearest even
+        # Add below the cut, then drop the lower 16 bits.
         is_finite = (bits & 0x7F800000) != 0x7F800000
         rounded = ((bits + noise) & 0xFFFF0000).to(tl.float32, bitcast=True)
         values = tl.where(is_finite, rounded, values)
@@ -115,30 +121,35 @@ def _round(values, noise, TYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
 
 @triton.jit
 def norm_kernel(table_ptr, owners_ptr, sums_ptr, GRAD_TYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
-    """Each chunk's sum of squared gradients, to `sums_ptr` [chunks]."""
+    """Sum of squared gradients of each chunk, to `sums_ptr` [chunks] fp32."""
+    # 1. Find the chunk.
     _, row_ptr, start, length = _chunk(table_ptr, owners_ptr)
     grads = _pointer(row_ptr, _GRAD, start, GRAD_TYPE, ALIGNED)
+    # 2. Each lane of [BLOCK] sums its squares in fp32: whole blocks, then the masked rest.
     whole = length // BLOCK * BLOCK
     sums = tl.zeros([BLOCK], tl.float32)
     for is_last in tl.static_range(2):
         for first in range(whole if is_last else 0, length if is_last else whole, BLOCK):
             grad = _load(grads, first + tl.arange(0, BLOCK), length, is_last)
             sums += grad * grad
+    # 3. One partial sum per chunk: no atomics, a fixed order of additions.
     tl.store(sums_ptr + tl.program_id(0), tl.sum(sums))
 
 
 @triton.jit(do_not_specialize=["num_chunks"])
 def clip_kernel(sums_ptr, num_chunks, max_norm: tl.float32, norm_ptr, clip_ptr, BLOCK: tl.constexpr):
-    """One program: the global norm, and the factor that `reference.clip_factor` says; −1 skips the step."""
+    """One program: the global norm, and the clip factor of `reference.clip_factor`; −1 skips the step."""
+    # 1. Add all chunks' sums, in a fixed order.
     lanes = tl.arange(0, BLOCK)
     sums = tl.zeros([BLOCK], tl.float32)
     for first in range(0, num_chunks, BLOCK):
         sums += tl.load(sums_ptr + first + lanes, mask=first + lanes < num_chunks, other=0.0)
+    # 2. Norm and factor = min(1, max_norm / (norm + 1e-6)).
     norm = tl.sqrt(tl.sum(sums))
     factor = max_norm / (norm + 1e-6)
     tl.store(norm_ptr, norm)
     factor = tl.where(factor > 1.0, 1.0, factor)
-    tl.store(clip_ptr, tl.where(norm < float("inf"), factor, -1.0))  # no NaN is less than anything
+    tl.store(clip_ptr, tl.where(norm < float("inf"), factor, -1.0))  # NaN compares false, so it skips the step too
 
 
 @triton.jit(do_not_specialize=["num_chunks", "seed"])
@@ -164,10 +175,11 @@ def moments_kernel(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """New moments; each chunk's ‖p‖² and ‖u‖² to `sums_ptr` [2, chunks]; each tensor's scalars to `scalars_ptr`.
+    """New moments in place; ‖p‖² and ‖u‖² of each chunk to `sums_ptr` [2, chunks]; `scalars_ptr` [tensors, 3].
 
-    A step that is skipped is one of chunks without elements, of which a negative scale tells the update kernel.
+    Skipped step: length is set to 0, and a scale < 0 tells the update kernel.
     """
+    # 1. Find the chunk; a skipped step has no elements.
     tensor, row_ptr, start, length = _chunk(table_ptr, owners_ptr)
     params = _pointer(row_ptr, _PARAM, start, tl.float32, ALIGNED)
     grads = _pointer(row_ptr, _GRAD, start, GRAD_TYPE, GRAD_ALIGNED)
@@ -176,8 +188,9 @@ def moments_kernel(
     weight_decay = tl.load(decays_ptr + tensor)
     clip = tl.load(clip_ptr)
     length = tl.where(clip < 0, 0, length)
+    # 2. Bias corrections 1/(1 − β1ᵗ) and 1/√(1 − β2ᵗ); the tensor's first chunk stores them.
     age = tl.load(tl.load(row_ptr + _STEP).to(tl.pointer_type(tl.float32))) + 1.0
-    # in fp64, because 1 − βᵗ loses the digits that fp32 has of βᵗ
+    # fp64, because 1 − βᵗ cancels in fp32
     exp_avg_scale = (1.0 / (1.0 - tl.exp(age.to(tl.float64) * log_beta1))).to(tl.float32)
     denominator_scale = (1.0 / tl.sqrt(1.0 - tl.exp(age.to(tl.float64) * log_beta2))).to(tl.float32)
     if start == 0:
@@ -185,6 +198,7 @@ def moments_kernel(
         tl.store(scalars_ptr + tensor * _SCALARS + _EXP_AVG_SCALE, tl.where(clip < 0, -1.0, exp_avg_scale))
         tl.store(scalars_ptr + tensor * _SCALARS + _DENOMINATOR_SCALE, denominator_scale)
 
+    # 3. Load p, g, m and v block by block: whole blocks, then the masked rest.
     whole = length // BLOCK * BLOCK
     param_sums = tl.zeros([BLOCK], tl.float32)
     update_sums = tl.zeros([BLOCK], tl.float32)
@@ -195,6 +209,7 @@ def moments_kernel(
             grad = _load(grads, lanes, length, is_last) * clip
             exp_avg = _load(exp_avgs, lanes, length, is_last)
             exp_avg_sq = _load(exp_avg_sqs, lanes, length, is_last)
+            # 4. m and v in fp32, rounded to MOMENT_TYPE and stored.
             exp_avg += one_minus_beta1 * (grad - exp_avg)
             exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (grad * grad)
             noise = _noise(seed, age, tensor, start + first, BLOCK) if STOCHASTIC else 0
@@ -202,7 +217,7 @@ def moments_kernel(
             new_exp_avg_sq = _round(exp_avg_sq, noise >> 16, MOMENT_TYPE, STOCHASTIC)
             _store(exp_avgs, lanes, new_exp_avg, length, is_last)
             _store(exp_avg_sqs, lanes, new_exp_avg_sq, length, is_last)
-            # rounded, because the update kernel reads what is stored
+            # 5. u = Adam's update + decay · p from the rounded moments, which are what the update kernel loads.
             update = _adam_update(
                 new_exp_avg.to(tl.float32), new_exp_avg_sq.to(tl.float32), exp_avg_scale, denominator_scale, eps
             )
@@ -211,6 +226,7 @@ def moments_kernel(
                 update = tl.where(lanes < length, update, 0.0)  # past the end it is 0/0 where eps is 0
             param_sums += param * param
             update_sums += update * update
+    # 6. One partial sum per chunk of each.
     tl.store(sums_ptr + tl.program_id(0), tl.sum(param_sums))
     tl.store(sums_ptr + num_chunks + tl.program_id(0), tl.sum(update_sums))
 
@@ -233,7 +249,8 @@ def update_kernel(
     BLOCK: tl.constexpr,
     MAX_CHUNKS: tl.constexpr,
 ):
-    """New parameters, their averages and ages; the learning rate is `lr_scale` · the scalar at `lr_ptr`."""
+    """New parameters, averages and step counts, in place; the learning rate is `lr_scale` · the scalar at `lr_ptr`."""
+    # 1. Find the chunk; a skipped step has no elements, and its step count stays.
     tensor, row_ptr, start, length = _chunk(table_ptr, owners_ptr)
     params = _pointer(row_ptr, _PARAM, start, tl.float32, ALIGNED)
     exp_avgs = _pointer(row_ptr, _EXP_AVG, start, MOMENT_TYPE, ALIGNED)
@@ -245,10 +262,11 @@ def update_kernel(
     denominator_scale = tl.load(scalars_ptr + tensor * _SCALARS + _DENOMINATOR_SCALE)
     is_taken = exp_avg_scale > 0
     length = tl.where(is_taken, length, 0)
-    if (start == 0) & is_taken:  # not earlier: every program of the moments kernel reads the age before this one
+    if (start == 0) & is_taken:  # only now: every program of the moments kernel reads the old count
         age = tl.load(scalars_ptr + tensor * _SCALARS + _AGE)
         tl.store(tl.load(row_ptr + _STEP).to(tl.pointer_type(tl.float32)), age)
 
+    # 2. Add the tensor's partial sums, up to MAX_CHUNKS: every program of a tensor gets the same trust ratio.
     sums_ptr += tl.load(row_ptr + _FIRST_CHUNK)
     own = tl.arange(0, MAX_CHUNKS)
     is_own = own < tl.cdiv(tl.load(row_ptr + _SIZE), tl.load(row_ptr + _CHUNK_SIZE))
@@ -258,6 +276,7 @@ def update_kernel(
     ratio = tl.where(is_scaled, param_norm, 1.0) / tl.where(is_scaled, update_norm, 1.0)
     step_size = lr_scale * tl.load(lr_ptr) * ratio
 
+    # 3. Recompute the update from p, m and v, so that no buffer holds it; then parameter and moving average.
     whole = length // BLOCK * BLOCK
     for is_last in tl.static_range(2):
         for first in range(whole if is_last else 0, length if is_last else whole, BLOCK):
@@ -296,9 +315,9 @@ def launch(
     group: ProcessGroup | None = None,
     addresses: chunk_table.Addresses | None = None,
 ) -> None:
-    """`kernels.lamb.op.lamb_step` for what it has checked: fp32 parameters, at least one.
+    """`kernels.lamb.op.lamb_step` for checked tensors: at least one fp32 parameter.
 
-    Whoever has asked for the tensors' addresses already may say them.
+    `addresses` saves computing them if the caller has them.
     """
     device = params[0].device
     if addresses is None:
@@ -355,7 +374,7 @@ def launch(
 
 
 def configurations() -> list[Configuration]:
-    """Every way in which `launch` starts a kernel."""
+    """Every variant of a kernel that `launch` can start."""
     clip_types = {**_pointers("sums", "norm", "clip"), "num_chunks": "i32", "max_norm": "fp32"}
     found = [Configuration("lamb/clip", clip_kernel, clip_types, {"BLOCK": SUMS_BLOCK}, streams=False)]  # one program
     for grad_type, aligned in product(_TYPES, (True, False)):
@@ -414,7 +433,7 @@ def _moments_constants(
         "GRAD_TYPE": _TYPES[grad_type],
         "MOMENT_TYPE": _TYPES[moment_type],
         "STOCHASTIC": stochastic,
-        "GRAD_ALIGNED": grad_aligned and aligned,  # one variant less
+        "GRAD_ALIGNED": grad_aligned and aligned,  # saves a variant
         "ALIGNED": aligned,
         "BLOCK": BLOCK,
     }

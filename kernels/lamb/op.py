@@ -1,4 +1,4 @@
-"""The registered operation: what it accepts, and which implementation runs."""
+"""The registered operation: checks of its arguments, and dispatch to an implementation."""
 
 import importlib
 
@@ -33,18 +33,18 @@ def lamb_step(
     backend: str,
     group_name: str | None,
 ) -> None:
-    """See `kernels.lamb_step`; here `averages` may be empty, and `lr_tensor` counts before `lr`.
+    """See `kernels.lamb_step`; `averages` may be empty, and `lr_tensor` takes precedence over `lr`.
 
-    With `max_grad_norm` the gradients' norm is written to `gradient_norm`. Without it, `clip` is what gradients are
-    multiplied by, a scalar of the parameters' type; negative, it says that the step must be skipped. The group of
-    shards has a name here, which is what a schema can take.
+    With `max_grad_norm` the gradients' norm is written to `gradient_norm`. Without it, `clip` is the gradients' factor,
+    a scalar in the parameters' dtype, or None; a negative factor skips the step. The process group is passed by name,
+    as a schema cannot hold it.
     """
     check_tensors(params, grads, exp_avgs, exp_avg_sqs, steps, averages)
     check_lr(lr_tensor, params[0].device)
     if seed is not None and exp_avgs[0].dtype != torch.bfloat16:
         raise ValueError(f"stochastic_rounding_seed: moments are {exp_avgs[0].dtype}; only bf16 ones are rounded")
     if backend == "triton" and params[0].dtype == torch.float32:
-        implementation = importlib.import_module("kernels.lamb.kernel").launch  # Triton may be missing elsewhere
+        implementation = importlib.import_module("kernels.lamb.kernel").launch  # not above: Triton may be missing
     elif backend == "cpp" and group_name is None and cpp.supports(params, grads, exp_avgs):
         implementation = cpp.lamb_step
     elif eager.supports(params, exp_avgs):
@@ -74,11 +74,11 @@ def lamb_step(
 
 @lamb_step.register_fake
 def _(*args) -> None:  # noqa: ANN002
-    del args  # everything is written in place
+    del args  # all outputs are written in place
 
 
 def check_numbers(beta1: float, beta2: float, max_grad_norm: float | None, gradient_norm: Tensor | None) -> None:
-    """Raise ValueError where a number is out of range."""
+    """Raise ValueError if a number is out of range."""
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
         if not 0 <= beta < 1:
             raise ValueError(f"{name}: {beta} is not in [0, 1)")
@@ -89,7 +89,7 @@ def check_numbers(beta1: float, beta2: float, max_grad_norm: float | None, gradi
 
 
 def check_lr(lr: float | Tensor | None, device: torch.device) -> None:
-    """Raise ValueError where a learning rate is a tensor that the kernels cannot read."""
+    """Raise ValueError if the learning rate is a tensor that the kernels cannot read."""
     if not isinstance(lr, Tensor):
         return
     if (lr.numel(), lr.dtype) != (1, torch.float32):
@@ -101,7 +101,7 @@ def check_lr(lr: float | Tensor | None, device: torch.device) -> None:
 def clipping(
     gradient_norm: Tensor | None, max_grad_norm: float | None, like: Tensor
 ) -> tuple[Tensor | None, Tensor | None, float | None]:
-    """The norm to return, the factor where the norm was given, and `max_grad_norm` where it must be computed yet."""
+    """The norm to return; the clip factor if the norm was given; `max_grad_norm` if the norm is yet to be computed."""
     if gradient_norm is not None:
         gradient_norm = gradient_norm.to(like)
         return gradient_norm, reference.clip_factor(gradient_norm, max_grad_norm), None
@@ -118,7 +118,7 @@ def check_lengths(
     steps: list[Tensor],
     averages: list[Tensor],
 ) -> None:
-    """Raise ValueError where a list has not one tensor for each parameter; averages may be left out."""
+    """Raise ValueError unless each list has one tensor per parameter; `averages` may be empty."""
     lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps}
     lists |= {"averages": averages} if averages else {}
     for name, tensors in lists.items():
@@ -134,7 +134,7 @@ def check_tensors(
     steps: list[Tensor],
     averages: list[Tensor],
 ) -> None:
-    """Raise ValueError where tensors are not what an implementation may take them for."""
+    """Raise ValueError if shapes, devices, dtypes or layouts are not those that every implementation expects."""
     dtype, device = params[0].dtype, params[0].device
     if dtype not in {torch.float32, torch.float64}:
         raise ValueError(f"params: {dtype}; small updates need fp32 (or fp64)")

@@ -1,4 +1,4 @@
-"""LAMB's kernels for the same tensors at every step: what does not change between steps is looked at once."""
+"""LAMB's Triton kernels for the same tensors at every step: what stays the same is checked once."""
 
 import importlib
 from collections.abc import Sequence
@@ -10,19 +10,18 @@ from kernels.lamb import chunk_table, op
 
 
 class PreparedStep:
-    """`kernels.lamb_step` of backend "triton" with the tensors of a step before, in a tenth of its host time.
+    """`kernels.lamb_step` with backend "triton" for the same tensors at every step, in a tenth of its host time.
 
-    The kernels are launched with the same arguments, so the bits are the same. What is saved is the registered
-    operation around them, which converts and checks some 800 tensors at each call. Tensors are checked at the first
-    step, and again where one of them lies elsewhere than before. For code that torch.compile traces, and for tensors
-    without memory, there is `lamb_step`.
+    The kernels are launched with the same arguments, so the results are bit-identical. It skips the registered
+    operation, which converts and checks some 800 tensors per call. Tensors are checked at the first step, and again
+    when an address changes. Use `lamb_step` in code that torch.compile traces, and for meta or fake tensors.
 
     Args:
-        params: fp32, of any shapes; the other lists are as for `lamb_step`. None of them must change afterwards.
+        params: fp32, of any shapes; the other lists are as for `lamb_step`. The lists must not change afterwards.
         exp_avgs: see `lamb_step`.
         exp_avg_sqs: see `lamb_step`.
         steps: see `lamb_step`.
-        weight_decays: one each.
+        weight_decays: one per parameter.
         averages: see `lamb_step`; may be empty.
 
     Raises:
@@ -41,8 +40,8 @@ class PreparedStep:
         self._params, self._state, self._averages = params, (exp_avgs, exp_avg_sqs, steps), averages
         self._decays = list(weight_decays)
         self._sizes = [param.numel() for param in params]
-        self._checked: tuple | None = None  # where the state lay, and of what kind gradients were
-        self._launch = importlib.import_module("kernels.lamb.kernel").launch  # Triton may be missing elsewhere
+        self._checked: tuple | None = None  # addresses of the state, and the gradients' dtypes and devices
+        self._launch = importlib.import_module("kernels.lamb.kernel").launch  # not above: Triton may be missing
 
     @torch.no_grad()
     def __call__(
@@ -57,7 +56,7 @@ class PreparedStep:
         gradient_norm: Tensor | None = None,
         average_decay: float = 0.999,
     ) -> Tensor | None:
-        """One step, as `lamb_step` takes it with these gradients and numbers; returns what it returns.
+        """One step of `lamb_step` with these gradients and numbers, and its result.
 
         Gradients need not be contiguous.
         """
@@ -67,7 +66,7 @@ class PreparedStep:
         addresses = chunk_table.addresses(self._params, grads, *self._state, self._averages)
         self._check(grads, addresses)
         norm, clip, max_grad_norm = op.clipping(gradient_norm, max_grad_norm, self._params[0])
-        torch.autograd.graph.increment_version(self._params)  # a graph may have kept these, and is now out of date
+        torch.autograd.graph.increment_version(self._params)  # so that a backward that saved the old values raises
         self._launch(
             self._params,
             grads,
@@ -88,7 +87,7 @@ class PreparedStep:
         return norm
 
     def _check(self, grads: list[Tensor], addresses: chunk_table.Addresses) -> None:
-        """Gradients are new ones at each step, so of them all is looked at that is cheap; else what lies elsewhere."""
+        """Check all tensors if an address of the state changed, or a size, dtype or device of the gradients."""
         state = [column for index, column in enumerate(addresses) if index != chunk_table.GRAD]
         kinds = {grad.dtype for grad in grads}, set(map(Tensor.get_device, grads))
         if list(map(Tensor.numel, grads)) != self._sizes or self._checked != (state, kinds):

@@ -29,15 +29,17 @@ def lamb_step(
     group: ProcessGroup | None = None,
 ) -> None:
     """See `kernels.lamb.op.lamb_step`."""
+    # 1. Global gradient norm and clip factor; −1 skips the step.
     if max_grad_norm is not None:
         norms = [torch.linalg.vector_norm(grad, dtype=gradient_norm.dtype) for grad in grads]
         gradient_norm.copy_(whole_norms(torch.linalg.vector_norm(torch.stack(norms)), group))
         clip = clip_factor(gradient_norm, max_grad_norm)
     elif clip is None:
         clip = torch.ones((), dtype=params[0].dtype, device=params[0].device)
-    is_taken = clip >= 0  # where it is not, everything is computed and then thrown away, so that nobody waits to know
+    is_taken = clip >= 0  # if not, compute anyway and mask the result: no device sync
     updates = []
     for index, (param, weight_decay) in enumerate(zip(params, weight_decays, strict=True)):
+        # 2. Moments from the clipped gradient, in the parameter's dtype, then rounded to their own.
         grad, step = grads[index].to(param.dtype) * clip, steps[index].add_(is_taken)
         exp_avg = exp_avgs[index].to(param.dtype).lerp(grad, 1 - beta1)
         exp_avg_sq = beta2 * exp_avg_sqs[index].to(param.dtype) + (1 - beta2) * grad.square()
@@ -47,15 +49,18 @@ def lamb_step(
             exp_avg_sq = round_stochastically(exp_avg_sq, noise >> 16)
         for moments, new in ((exp_avgs, exp_avg), (exp_avg_sqs, exp_avg_sq)):
             moments[index].copy_(torch.where(is_taken, new, moments[index]))
-        exp_avg, exp_avg_sq = exp_avgs[index].to(param.dtype), exp_avg_sqs[index].to(param.dtype)  # the update's norm
+        exp_avg, exp_avg_sq = exp_avgs[index].to(param.dtype), exp_avg_sqs[index].to(param.dtype)  # as rounded
 
+        # 3. Update u with bias correction in fp64, and decay.
         age = step.double()
         update = (exp_avg / (1 - beta1**age)) / ((exp_avg_sq / (1 - beta2**age)).sqrt() + eps)
         updates.append(update + weight_decay * param)
 
+    # 4. ‖p‖ and ‖u‖ of all tensors, in one all-reduce if sharded.
     norms = torch.stack([torch.linalg.vector_norm(tensor) for tensor in (*params, *updates)])
     norms = whole_norms(norms, group).view(2, -1)  # [2, tensors]
     for index, (param, update, weight_decay) in enumerate(zip(params, updates, weight_decays, strict=True)):
+        # 5. Scale by the trust ratio; new parameter and moving average.
         ratio = 1.0
         if weight_decay != 0:
             param_norm, update_norm = norms[:, index]
@@ -67,15 +72,15 @@ def lamb_step(
 
 
 def clip_factor(gradient_norm: Tensor, max_grad_norm: float) -> Tensor:
-    """What gradients are multiplied by, as by torch.nn.utils.clip_grad_norm_; −1 says that the step must be skipped."""
+    """The gradients' factor, as in torch.nn.utils.clip_grad_norm_; −1 if the norm is not finite: skip the step."""
     factor = (max_grad_norm / (gradient_norm + 1e-6)).clamp(max=1.0)
     return torch.where(gradient_norm.isfinite(), factor, -1.0)
 
 
 def rounding_noise(seed: int, tensor: int, step: Tensor, like: Tensor) -> Tensor:
-    """32 random bits, in int64, for each element of a tensor of `like`'s shape.
+    """Random uint32 words, in int64, one per element, in the shape of `like`.
 
-    Philox with key = seed and counter = (element // 4 low, high, tensor, step) gives the words of four elements.
+    Philox with key = seed and counter = (element // 4 low, high, tensor, step) gives four elements' words.
     """
     fours = torch.arange(-(-like.numel() // 4), device=like.device)
     words = philox(seed, fours & WORD, fours >> 32, torch.full_like(fours, tensor), step.to(torch.int64))
@@ -83,7 +88,7 @@ def rounding_noise(seed: int, tensor: int, step: Tensor, like: Tensor) -> Tensor
 
 
 def round_stochastically(values: Tensor, noise: Tensor) -> Tensor:
-    """fp32 values that bf16 can hold: up with the probability of the bits that are lost, given 16 random ones."""
+    """Round fp32 values to bf16, returned in fp32: up with a probability given by the dropped 16 bits."""
     bits = values.float().view(torch.int32).long() + noise
     rounded = (bits & 0xFFFF0000).to(torch.int32).view(torch.float32)
     return torch.where(values.isfinite(), rounded, values)

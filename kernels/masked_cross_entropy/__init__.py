@@ -20,28 +20,28 @@ def masked_cross_entropy(
     z_loss_weight: float = 0.0,
     backend: str | None = None,
 ) -> MaskedCrossEntropy:
-    """Cross-entropy of logits = hidden · weightᵀ + bias, without ever holding all logits.
+    """Cross-entropy of logits = hidden · weightᵀ + bias, without materializing all logits [N, V].
 
-    Rows go through in chunks: matrix product, then loss and gradient of the chunk in one pass. The gradients of all
-    inputs are computed in the forward, those of weight and bias accumulated in fp32, and a backward only multiplies
-    them by `grad_output`. There is no second derivative. On the CPU ignored rows are left out of the matrix products;
-    on a GPU that would mean to wait for their number, so there callers gather the labeled rows (see
-    `gptbert.model.select_labeled`). Under autocast, products are in its type, whatever the inputs'.
+    Rows are processed in chunks: a matrix product, then loss and gradient of the chunk in one pass. All gradients are
+    computed in the forward, those of weight and bias accumulated in fp32; a backward only multiplies them by
+    `grad_output`. No second derivative. On the CPU ignored rows are excluded from the matrix products; on a GPU their
+    number would need a device sync, so callers gather the labeled rows (see `gptbert.model.select_labeled`). Under
+    autocast, products are in its dtype, regardless of the inputs'.
 
     Args:
         hidden: [N, D] floating point, the head's last representation.
-        weight: [V, D], often tied to the embedding; its type may differ.
-        labels: [N] integers; rows with `ignore_index` count for nothing.
+        weight: [V, D], often tied to the embedding; its dtype may differ.
+        labels: [N] integers; rows with `ignore_index` do not count.
         bias: [V] or None.
-        ignore_index: label of the rows left out.
+        ignore_index: label of ignored rows.
         z_loss_weight: weight of logsumexp² in `total`.
         backend: see `kernels.backend.choose_backend`.
 
     Returns:
-        Sums over the labeled rows. Without any, zeros that still carry a (zero) gradient to every input.
+        Sums over the labeled rows. Without labeled rows, zeros, with zero gradients of every input.
 
     Raises:
-        ValueError: shapes do not fit together.
+        ValueError: shapes do not match.
         RuntimeError: a label is neither `ignore_index` nor in 0 … V − 1 (on a GPU: a device assert).
     """
     _check_shapes(hidden, weight, labels, bias)
@@ -75,24 +75,24 @@ def cross_entropy_from_logits(
     reuse_logits: bool = False,
     backend: str | None = None,
 ) -> MaskedCrossEntropy:
-    """The same as `masked_cross_entropy` for logits that exist already: each is read once, each gradient written once.
+    """As `masked_cross_entropy`, from logits: each is read once, each gradient written once.
 
-    The gradient is computed in the forward. A backward with `grad_output` 1 hands it over as it is; any other costs one
-    more pass over it, so a factor that is known before (one over the number of labels, say) belongs in `scale`. The
-    gradient has one piece of memory, so a second backward through the same result is an error.
+    The gradient is computed in the forward. A backward with `grad_output` 1 returns it unchanged; any other value costs
+    a pass over it, in place, so factors that are known beforehand (one over the number of labels, say) belong in
+    `scale`, and a second backward through the same result is an error.
 
     Args:
-        logits: [N, V] fp32, bf16 or fp16 (fp64 in tests; computed by PyTorch, as are vocabularies above 65,536).
+        logits: [N, V] fp32, bf16 or fp16 (fp64, and vocabularies above 65,536: computed by PyTorch).
         labels: [N] integers; rows with `ignore_index` are not read, and their gradients are zero.
-        ignore_index: label of the rows left out.
+        ignore_index: label of ignored rows.
         z_loss_weight: weight of logsumexp² in `total`.
-        scale: factor of `total` alone: a number, or an fp32 scalar on the device.
-        reuse_logits: allow the gradient to take the place of the logits, which are lost. Only for logits that nothing
-            else needs, such as the output of a linear layer.
+        scale: factor of `total` only: a number, or an fp32 scalar on the device.
+        reuse_logits: write the gradient over the logits. Only for logits with no other use, such as the output of a
+            linear layer.
         backend: see `kernels.backend.choose_backend`.
 
     Raises:
-        ValueError: shapes do not fit together.
+        ValueError: shapes do not match.
         RuntimeError: a label is neither `ignore_index` nor in 0 … V − 1 (on a GPU: a device assert), or a second
             backward.
     """
@@ -101,7 +101,7 @@ def cross_entropy_from_logits(
     backend = choose_backend(backend, logits.device)
     with_gradient = torch.is_grad_enabled() and logits.requires_grad
     if not isinstance(scale, Tensor):
-        scale = torch.full((), scale, dtype=torch.float32, device=logits.device)  # no copy from the host's memory
+        scale = torch.full((), scale, dtype=torch.float32, device=logits.device)  # no copy from the host
     scale = scale.to(device=logits.device, dtype=torch.float32)
     settings = (ignore_index, z_loss_weight)
     if reuse_logits and with_gradient:

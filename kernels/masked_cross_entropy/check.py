@@ -1,4 +1,4 @@
-"""Masked cross-entropy against its fp64 reference, in a moment: what `python -m kernels.check` runs of it."""
+"""Masked cross-entropy against its fp64 reference: its part of `python -m kernels.check`."""
 
 from collections.abc import Iterator
 
@@ -10,19 +10,19 @@ from kernels.numerics import Comparison, compare, compare_exactly
 from kernels.run import Run
 
 _IGNORED = -100
-_Z_LOSS_WEIGHT = 0.1  # large, so that a z-loss that is missing somewhere shows even in bf16
-_VOCAB_SIZES = (5, 131, 2048, 4500, 16384, 32769)  # every number of pieces; odd ones begin and end inside words
+_Z_LOSS_WEIGHT = 0.1  # large, so that a missing z-loss shows even in bf16
+_VOCAB_SIZES = (5, 131, 2048, 4500, 16384, 32769)  # every number of pieces; rows of odd V begin and end inside words
 _SUMS = ("total", "loss", "z_loss")
 _COUNTS = ("correct", "count")
 
 
 def comparisons(device: torch.device, backend: str, run: Run | None = None) -> Iterator[Comparison]:
-    """Both public functions, forward and backward, over types and vocabularies.
+    """Both public functions, forward and backward, over dtypes and vocabularies.
 
     Args:
         device: where to run.
-        backend: what to compare with the reference; see `kernels.backend`.
-        run: whose vocabulary and type alone go through the function that a model calls; None for all of them.
+        backend: the implementation to compare with the reference; see `kernels.backend`.
+        run: check only `masked_cross_entropy` with this run's vocabulary and dtype; None checks everything.
     """
     if run is not None:
         yield from _from_hidden(device, backend, run.logits_type, run.vocab_size)
@@ -48,10 +48,10 @@ def comparisons(device: torch.device, backend: str, run: Run | None = None) -> I
 
 
 def random_logits(num_rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Logits [N, V] and labels [N] on which typical mistakes show.
+    """Logits [N, V] and labels [N] that expose typical mistakes.
 
-    Labels include the first and the last class and `ignore_index`; the last class is likely; in one row the first
-    class is the largest and the label, in one the label's logit is the largest, but the first class has the same.
+    Labels include the first and the last class and `ignore_index`; the last class is likely; in one row the first class
+    is the maximum and the label; in one the label ties with the first class for the maximum.
     """
     generator = torch.Generator().manual_seed(vocab_size)
     logits = 3 * torch.randn(num_rows, vocab_size, generator=generator)
@@ -60,14 +60,14 @@ def random_logits(num_rows: int, vocab_size: int, dtype: torch.dtype, device: to
     logits[:, -1] += 4 + vocab_size**0.25
     labels[1:4] = torch.tensor([vocab_size - 1, 0, vocab_size - 1])
     logits[2, 0] = 4.0 + logits[2].max()
-    logits[3, 0] = logits[3, -1] = 12.0 + logits[3].max().round()  # a tie that the first class wins
+    logits[3, 0] = logits[3, -1] = 12.0 + logits[3].max().round()  # a tie: the first class wins
     return logits.to(dtype).to(device), labels.to(device)
 
 
 def _from_logits(
     device: torch.device, backend: str, dtype: torch.dtype, vocab_size: int, row_size: int | None = None
 ) -> Iterator[Comparison]:
-    """Logits alone in memory, or the first columns of a matrix whose rows have `row_size` entries."""
+    """Contiguous logits, or the first columns of a matrix with rows of `row_size` elements."""
     logits, labels = random_logits(9, vocab_size, dtype, device)
     results, gradients = {}, {}
     for kind, run_dtype in (("actual", dtype), ("reference", torch.float64), ("plain", dtype)):
@@ -120,14 +120,14 @@ def _from_hidden(
     yield from _compare_sums(name, results)
     for tensor in tensors:
         yield from compare(f"{name} gradient of {tensor}", **{kind: all_[tensor] for kind, all_ in gradients.items()})
-    with torch.no_grad():  # another variant of the kernels, which validation launches
+    with torch.no_grad():  # a different variant of the kernels, which validation launches
         inputs = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
         results["actual"] = masked_cross_entropy(**inputs, labels=labels, z_loss_weight=_Z_LOSS_WEIGHT, backend=backend)
     yield from _compare_sums(f"{name} without gradient", results)
 
 
 def _multiplied(device: torch.device, backend: str) -> Iterator[Comparison]:
-    """One tensor and two, which are neither of hidden, weight and bias together; blocks that are full and cut."""
+    """One and two tensors, fewer than the three of hidden, weight and bias; whole and partial blocks."""
     generator = torch.Generator().manual_seed(2)
     scale = torch.tensor(0.3, device=device)
     for dtype in (torch.bfloat16, torch.float16):
@@ -140,7 +140,7 @@ def _multiplied(device: torch.device, backend: str) -> Iterator[Comparison]:
 
 
 def _sums(device: torch.device, backend: str, num_rows: int) -> Iterator[Comparison]:
-    """Sums of more rows than the other comparisons have."""
+    """Sums over more rows than the other comparisons have."""
     generator = torch.Generator().manual_seed(num_rows)
     loss, z_loss = (torch.rand(num_rows, generator=generator, dtype=torch.float64) for _ in range(2))
     correct = torch.randint(2, (num_rows,), generator=generator, dtype=torch.int32).to(device)
@@ -169,12 +169,12 @@ def _compare_sums(name: str, results: dict[str, reference.MaskedCrossEntropy]) -
 
 
 def _random(*shape: int) -> Tensor:
-    """In bf16; the same for each shape."""
+    """bf16; a function of the shape."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).bfloat16()
 
 
 def _cpp_rows(classes: int) -> Iterator[Comparison]:
-    """The C++ kernel: seven rows, one without a label, two with a tie whose first or last class is the label."""
+    """The C++ kernel: seven rows, one ignored, two with a tie whose first or last class is the label."""
     logits, labels = 3 * _random(7, classes), torch.arange(7) % classes
     labels[2] = -100
     logits[4, [4, 9]] = logits[5, [2, 5]] = 30.0
@@ -197,7 +197,7 @@ def _cpp_rows(classes: int) -> Iterator[Comparison]:
 
 
 def _accumulated_product() -> Iterator[Comparison]:
-    """The C++ kernel: of two products in bf16, the first of which finds memory that holds no numbers."""
+    """The C++ kernel: two bf16 products, the first into a total of NaN."""
     products, total = (_random(3, 2999), _random(3, 2999).flip(0)), torch.full((3, 2999), torch.nan)
     for index, product in enumerate(products):
         cpp.accumulate_product(total, product, is_first=index == 0)

@@ -1,4 +1,4 @@
-"""Rows of logits by the C++ kernel, in bf16."""
+"""Rows of bf16 logits by the C++ kernel; sums and scaling from eager.py."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ __all__ = ["accumulate_product", "multiplied", "multiply", "rows", "sums", "supp
 
 
 def supports(logits: Tensor) -> bool:
-    """Whether `rows` takes such logits."""
+    """Whether `rows` takes these logits."""
     return logits.device.type == "cpu" and logits.dtype == torch.bfloat16
 
 
@@ -23,7 +23,7 @@ def rows(
     z_loss_weight: float,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `eager.rows`; in bf16, columns contiguous. `bias` [V] is added to each row."""
+    """See `eager.rows`; bf16, columns contiguous. `bias` [V] is added to each row."""
     count, classes = logits.shape
     loss, z_loss = (logits.new_empty(count, dtype=torch.float32) for _ in range(2))
     correct = logits.new_empty(count, dtype=torch.int32)
@@ -35,5 +35,5 @@ def rows(
 
 
 def accumulate_product(total: Tensor, product: Tensor, *, is_first: bool) -> None:
-    """`total` in fp32 += `product` in bf16, or = where it is the first; both contiguous."""
+    """Add `product`, bf16, to `total`, fp32, or overwrite it if `is_first`; both contiguous."""
     cpp.call("accumulate_product", (total, product, total.numel(), int(is_first)))

@@ -1,28 +1,28 @@
-"""Loss, accuracy and gradient of rows of logits in PyTorch: what the kernel does, where there is no Triton."""
+"""Loss, accuracy and gradient of rows of logits in PyTorch, with the same results as the kernels."""
 
 import itertools
 
 import torch
 from torch import Tensor
 
-BLOCK_ELEMENTS = 2**20  # logits that go through all operations together: what they make stays in a CPU's cache
+BLOCK_ELEMENTS = 2**20  # logits per block: intermediate results stay in a CPU's cache
 
 
 def rows(
     logits: Tensor, labels: Tensor, gradient: Tensor | None, scale: Tensor, ignore_index: int, z_loss_weight: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy row by row.
+    """Cross-entropy of each row.
 
     Args:
         logits: [N, V].
         labels: [N] integers in 0 … V − 1 or `ignore_index`.
-        gradient: [N, V], takes scale · ∂(loss + z_loss_weight · z_loss)/∂logits; may be `logits`. None if not needed.
+        gradient: [N, V], output, scale · ∂(loss + z_loss_weight · z_loss)/∂logits; may be `logits`. None if not needed.
         scale: fp32 scalar on the device.
-        ignore_index: label of rows whose results are all zero.
+        ignore_index: label of ignored rows; all their results are 0.
         z_loss_weight: weight of logsumexp².
 
     Returns:
-        [N] each: loss and z-loss in fp32 (fp64 for fp64 logits), correct in int32.
+        Loss and z-loss in fp32 (fp64 for fp64 logits), correct in int32, [N] each.
     """
     block = max(1, BLOCK_ELEMENTS // logits.shape[1])
     gradients = itertools.repeat(None) if gradient is None else gradient.split(block)
@@ -42,7 +42,7 @@ def _block(
     correct = labeled & (predicted == classes).squeeze(-1)
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     largest, entries = largest.to(wide), logits.to(wide, copy=True)  # [N, 1], [N, V]
-    entries -= largest  # counted from the largest, so that a confident row's small loss stays exact
+    entries -= largest  # relative to the maximum, so that a confident row's small loss stays exact
     target = entries.gather(-1, classes)
     total = entries.exp_().sum(dim=-1, keepdim=True)
     loss, lse = total.log() - target, largest + total.log()
@@ -66,12 +66,12 @@ def sums(
     """Sums over rows.
 
     Args:
-        rows: what the function `rows` returns.
-        labels: [N], as they were given to it.
+        rows: the result of `rows`.
+        labels: [N], its argument.
         scale: factor of the total.
-        ignore_index: label of rows that count for nothing.
+        ignore_index: label of ignored rows.
         z_loss_weight: weight of the z-loss in the total.
-        vocab_size: V; labels were compared with it before.
+        vocab_size: V; unused, as labels were checked before.
 
     Returns:
         The total; [loss, z_loss]; [correct, labeled] in int64.
@@ -83,10 +83,10 @@ def sums(
 
 
 def multiply(gradient: Tensor, scale: Tensor) -> None:
-    """`gradient` times a scalar, in place."""
+    """Multiply `gradient` by a scalar, in place."""
     gradient.mul_(scale.to(gradient.dtype))
 
 
 def multiplied(gradients: list[Tensor], scale: Tensor) -> list[Tensor]:
-    """Each times a scalar, in new memory."""
+    """Each gradient times a scalar, as new tensors."""
     return [gradient * scale.to(gradient.dtype) for gradient in gradients]

@@ -1,12 +1,15 @@
-// Loss, accuracy and gradient of rows of logits, one pass over memory; see rows.py. And sums of products in fp32.
+// Loss, accuracy and gradient of rows of bf16 logits, in two passes over a cached row; see eager.py. And fp32
+// accumulation of bf16 products.
 
-// A row goes through in blocks that stay in the first cache: each is e^(x − its own largest), as the row's largest is
-// known at the end only; what is between them is a factor of the whole block.
+// Inputs: logits [rows, classes] with `stride` elements between rows, labels [rows], bias [classes] or null, scale [1].
+// Outputs: gradient [rows, classes] of scale · (loss + z_loss_weight · z_loss), null if not needed, may be `logits`;
+// losses, z_losses, corrects [rows]. Online softmax: each block of 512 classes is exponentiated relative to its own
+// maximum while it is in the L1 cache; e^(block maximum − row maximum) is a factor of the block in the second pass.
 extern "C" void cross_entropy_rows(const bf16* logits, const int64_t* labels, const float* bias, bf16* gradient,
                                    const float* scale, float* losses, float* z_losses, int32_t* corrects,
                                    int64_t ignore_index, float z_loss_weight, int64_t rows, int64_t classes,
                                    int64_t stride, int64_t gradient_stride) {
-    constexpr int64_t BLOCK = 512;  // few additions in fp32 one after another
+    constexpr int64_t BLOCK = 512;  // 2 KB of fp32; bounds the length of fp32 sums
     const int64_t blocks = (classes + BLOCK - 1) / BLOCK;
     const std::vector<float> zeros(bias ? 0 : classes);
     if (!bias) bias = zeros.data();
@@ -19,13 +22,15 @@ extern "C" void cross_entropy_rows(const bf16* logits, const int64_t* labels, co
             const bf16* x = logits + index * stride;
             bf16* out = gradient ? gradient + index * gradient_stride : nullptr;
             const int64_t label = labels[index];
+            // 1. Ignored row: zeros.
             if (label == ignore_index) {
                 losses[index] = z_losses[index] = 0.0f;
                 corrects[index] = 0;
                 if (out) std::fill(out, out + classes, bf16{0});
                 continue;
             }
-            float own = 0.0f;  // the label's, before the sums: a confident row's others would be lost beside it
+            float own = 0.0f;  // the label's entry, kept out of the sums: beside it, small ones would be rounded away
+            // 2. Block by block: widen, add the bias, find the maximum; exponentiate; sum all but the label.
             for (int64_t block = 0; block < blocks; block++) {
                 const int64_t first = block * BLOCK, count = std::min(BLOCK, classes - first);
                 float* entries = row + first;
@@ -45,22 +50,25 @@ extern "C" void cross_entropy_rows(const bf16* logits, const int64_t* labels, co
                 for (int64_t i = 0; i < count; i++) sum += entries[i];
                 sums[block] = sum;
             }
+            // 3. The row's maximum; sums of the blocks relative to it, in fp64.
             const float most = *std::max_element(largest.begin(), largest.end());
-            const float target = wide(x[label]) + bias[label] - most;  // counted from the largest: a small loss is exact
+            const float target = wide(x[label]) + bias[label] - most;  // ≤ 0; a confident row's small loss stays exact
             double others = 0.0;
             for (int64_t block = 0; block < blocks; block++) {
                 largest[block] = exponential(largest[block] - most);
                 others += static_cast<double>(sums[block]) * largest[block];
             }
-            // the first of the largest is what the model says; they need not be the same bits, as zeros have a sign
+            // 4. Correct if the label is the first maximum; by value, since −0 equals +0.
             bool is_first = target == 0.0f;
             for (int64_t i = 0; i < label && is_first; i++) is_first = wide(x[i]) + bias[i] != most;
             corrects[index] = is_first;
+            // 5. Loss = log Σ − (x_label − maximum), by log1p where the label is the maximum; z-loss = logsumexp².
             const double own_share = static_cast<double>(own) * largest[label / BLOCK], sum = own_share + others;
             const double log_sum = target == 0.0f ? std::log1p(others) : std::log(sum), lse = most + log_sum;
             losses[index] = static_cast<float>(log_sum - target);
             z_losses[index] = static_cast<float>(lse * lse);
             if (!out) continue;
+            // 6. Gradient: one factor per block; the label's entry from the sum of the others, without cancellation.
             const double of_z_loss = 2.0 * z_loss_weight * lse;
             const float factor = static_cast<float>(*scale * (1.0 + of_z_loss) / sum);
             for (int64_t block = 0; block < blocks; block++) {
@@ -74,7 +82,7 @@ extern "C" void cross_entropy_rows(const bf16* logits, const int64_t* labels, co
     }
 }
 
-// A product in bf16 to the sum of those before it, in fp32, or in the place of what was there.
+// Adds product [size], bf16, to total [size], fp32; if is_first, overwrites total.
 extern "C" void accumulate_product(float* total, const bf16* product, int64_t size, int64_t is_first) {
     constexpr int64_t BLOCK = 4096;
 #pragma omp parallel for

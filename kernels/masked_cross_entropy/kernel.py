@@ -1,4 +1,4 @@
-"""Loss, accuracy and gradient of rows of logits, each row held in registers: read once, its gradient written once."""
+"""Loss, accuracy and gradient of rows of logits. A row stays in registers: read once, its gradient written once."""
 
 import itertools
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from kernels.padding import PADDING
 __all__ = ["configurations", "layout", "multiplied", "multiply", "rows", "sums", "supports"]
 
 MAX_VOCAB_SIZE = 65_536
-WORD = 8  # entries that a thread loads together: 128 bits of two-byte ones, twice 128 of fp32
+WORD = 8  # consecutive elements per thread: 128 bits of bf16, two words of 128 bits of fp32
 _SCALE_BLOCK, _SCALE_WARPS = 8192, 8
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _NO_COLUMN = tl.constexpr(2**31 - 1)
@@ -24,7 +24,7 @@ _WORD = tl.constexpr(WORD)
 
 
 class Layout(NamedTuple):
-    """How a program holds a row: `pieces` blocks, all but the first `full_pieces` masked where the vocabulary ends."""
+    """How a program holds a row: in `pieces` blocks, the first `full_pieces` of them without a mask."""
 
     block: int
     pieces: int
@@ -36,12 +36,12 @@ class Layout(NamedTuple):
 def layout(vocab_size: int, is_aligned: bool = True) -> Layout:
     """The layout for a vocabulary of 1 … MAX_VOCAB_SIZE.
 
-    Up to 64 entries a thread in 128 registers, which leaves enough for the arithmetic on every GPU looked at; several
-    programs then share a multiprocessor up to 16,384, so that one loads while another computes. Above 32,768 a program
-    would need more threads with so many registers than there are, and spills. Rows that begin inside a word end up to
-    seven entries earlier, counted from their first whole word, so fewer pieces are sure to be full.
+    Up to 64 elements per thread in 128 registers, which leaves enough for the arithmetic on every target GPU. Up to
+    V = 16,384 several programs share a multiprocessor, so that one loads while another computes. Above 32,768 a program
+    would need more than the 65,536 registers of a multiprocessor, so it gets 64 per thread and spills. Rows that begin
+    inside a word end up to seven elements earlier, counted from their first whole word, so fewer pieces are full.
     """
-    choices = (0, 0, 1, 2, 4, 6, 8)  # pieces: few, so that there are few kernels to compile
+    choices = (0, 0, 1, 2, 4, 6, 8)  # pieces; few, to compile few variants
     num_warps = 4
     while num_warps < 32 and vocab_size > choices[-1] * num_warps * 32 * WORD:
         num_warps *= 2
@@ -71,11 +71,12 @@ def rows_kernel(
     FULL_PIECES: tl.constexpr,
     WRITE_GRADIENT: tl.constexpr,
 ):
-    """One program a row. `gradient_ptr` may be `logits_ptr`: a row is in registers before its gradient is written.
+    """One program per row [V]. `gradient_ptr` may be `logits_ptr`: a row is in registers before it is overwritten.
 
-    Columns are counted from the row's first whole word of memory. Where rows begin inside a word (not ALIGNED), those
-    before it are the head. The gradient's rows begin at the same places inside words as the logits'.
+    Columns are counted from the row's first whole word (WORD elements). If rows begin inside a word (not ALIGNED), the
+    up to seven columns before it are the head. The gradient's rows have the same offsets within words as the logits'.
     """
+    # 1. Addresses: rows as [head, PIECES · BLOCK], int64 offsets to the row, int32 within it.
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row).to(tl.int64)
     first_word = _first_word(row * logits_stride, ALIGNED)
@@ -87,6 +88,7 @@ def rows_kernel(
     lanes = tl.arange(0, BLOCK)
     head_lanes = tl.arange(0, _WORD) - _WORD
     in_head = (head_lanes >= -head_size) & (head_lanes < end)
+    # 2. Ignored row: zeros, without reading its logits.
     if label == ignore_index:
         tl.store(loss_ptr + row, 0.0)
         tl.store(z_loss_ptr + row, 0.0)
@@ -98,15 +100,16 @@ def rows_kernel(
                 tl.store(gradient_ptr + piece * BLOCK + lanes, tl.zeros([BLOCK], element), mask=inside)
         return
 
+    # 3. Load the label's logit; every logit once, in its own dtype, into registers. Maximum in fp32.
     column = label.to(tl.int32) - head_size
-    is_class = (label >= 0) & (label < vocab_size)  # `sum_kernel` reports a label that is none
+    is_class = (label >= 0) & (label < vocab_size)  # `sum_kernel` reports labels out of range
     target = tl.load(logits_ptr + column, mask=is_class, other=float("nan")).to(tl.float32)
     head = tl.load(logits_ptr + head_lanes, mask=in_head, other=float("-inf")).to(tl.float32)
     logits = ()
     largest = tl.full([BLOCK], float("-inf"), tl.float32)
     for piece in tl.static_range(PIECES):
         inside = (lanes < end - piece * BLOCK) | (piece < FULL_PIECES)
-        # the last word whole, which saves registers; no page of memory ends inside a word
+        # the last word unmasked, which saves registers; no memory page ends inside a word
         readable = (lanes < tl.cdiv(end, _WORD) * _WORD - piece * BLOCK) | (piece < FULL_PIECES)
         entries = tl.load(logits_ptr + piece * BLOCK + lanes, mask=readable, other=float("-inf"))
         entries = tl.where(inside, entries, tl.full((), float("-inf"), tl.float32).to(entries.dtype))
@@ -114,7 +117,7 @@ def rows_kernel(
         largest = tl.maximum(largest, entries.to(tl.float32))
     largest = tl.maximum(tl.max(head, axis=0), tl.max(largest, axis=0))
 
-    # the first of equals is the prediction, as in torch.max
+    # 4. Argmax: the first maximum, as in torch.max. Lanes hold columns; _NO_COLUMN where x < maximum.
     predicted = tl.full([BLOCK], _NO_COLUMN, tl.int32)
     for piece in tl.static_range(PIECES):
         is_largest = logits[piece].to(tl.float32) == largest
@@ -123,16 +126,18 @@ def rows_kernel(
     predicted = tl.minimum(tl.min(head_predicted, axis=0), tl.min(predicted, axis=0))
     tl.store(correct_ptr + row, (predicted == column).to(tl.int32))
 
+    # 5. Σ exp(x − maximum) in fp32, head and pieces; loss and z-loss.
     total = tl.zeros([BLOCK], tl.float32)
     for piece in tl.static_range(PIECES):
         total += tl.exp(logits[piece].to(tl.float32) - largest)
     total = tl.sum(tl.exp(head - largest), axis=0) + tl.sum(total, axis=0)
-    shifted_lse = tl.log(total)  # counted from the largest logit, so that a confident row's small loss stays exact
+    shifted_lse = tl.log(total)  # relative to the maximum, so that a confident row's small loss stays exact
     lse = largest + shifted_lse
     tl.store(loss_ptr + row, shifted_lse - (target - largest))
     tl.store(z_loss_ptr + row, lse * lse)
 
     if WRITE_GRADIENT:
+        # 6. Gradient from the registers, scale · (softmax · (1 + 2λ·logsumexp) − [label]), one store per piece.
         scale = tl.load(scale_ptr)
         factor = scale * (1 + 2 * z_loss_weight * lse) / total
         head = _entries(head, largest, factor, scale, head_lanes == column)
@@ -145,7 +150,7 @@ def rows_kernel(
 
 @triton.jit
 def _first_word(row_start, ALIGNED: tl.constexpr):
-    """Where the first whole word of a row begins."""
+    """Offset of the first whole word of a row."""
     if ALIGNED:
         return row_start
     return tl.cdiv(row_start, _WORD) * _WORD
@@ -153,7 +158,7 @@ def _first_word(row_start, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _entries(logits, largest, factor, scale, is_label):
-    """The gradient's entries of these logits."""
+    """The gradient of a block of logits: factor · e^(x − largest), minus scale at the label."""
     entries = tl.exp(logits.to(tl.float32) - largest) * factor
     return tl.where(is_label, entries - scale, entries)
 
@@ -162,14 +167,14 @@ def _entries(logits, largest, factor, scale, is_label):
 def scale_kernel(
     gradient_ptr, scale_ptr, gradient_stride: tl.int64, width: tl.int64, blocks_per_row: tl.int64, BLOCK: tl.constexpr
 ):
-    """Multiply a block of a row by a number on the device; nothing is read or written where that is one."""
+    """Multiply a block of a row by a scalar on the device, in place; no memory traffic if the scalar is 1."""
     scale = tl.load(scale_ptr)
     if scale == 1.0:
         return
     row, block = tl.program_id(0) // blocks_per_row, tl.program_id(0) % blocks_per_row
     pointers = gradient_ptr + row * gradient_stride + block * BLOCK + tl.arange(0, BLOCK)
     left = width - block * BLOCK
-    if left >= BLOCK:  # without a mask, which would make the words narrow
+    if left >= BLOCK:  # no mask: a mask would make the words narrow
         tl.store(pointers, (tl.load(pointers).to(tl.float32) * scale).to(gradient_ptr.dtype.element_ty))
     else:
         inside = tl.arange(0, BLOCK) < left
@@ -178,7 +183,7 @@ def scale_kernel(
 
 
 def supports(logits: Tensor) -> bool:
-    """Whether `rows` can take these logits; PyTorch computes the others."""
+    """Whether `rows` takes these logits; eager.py takes the others."""
     return logits.dtype in _TYPES and logits.shape[1] <= MAX_VOCAB_SIZE and logits.stride(1) == 1
 
 
@@ -225,14 +230,14 @@ def rows(
 
 
 def _in_same_words(logits: Tensor, gradient: Tensor) -> bool:
-    """Whether rows begin at the same places inside words in both, and the first at a word's beginning."""
+    """Whether the first row is word-aligned in both, and all rows have the same offsets within words in both."""
     starts_word = all(tensor.data_ptr() % (WORD * tensor.element_size()) == 0 for tensor in (logits, gradient))
     return starts_word and (logits.stride(0) - gradient.stride(0)) % WORD == 0
 
 
 def multiply(gradient: Tensor, scale: Tensor) -> None:
     """Launch `scale_kernel`: gradient [N, V] times a scalar on the device, in place."""
-    rows = gradient.view(1, -1) if gradient.is_contiguous() else gradient  # wide words, wherever rows begin
+    rows = gradient.view(1, -1) if gradient.is_contiguous() else gradient  # one long row: wide words at any stride
     num_rows, width = rows.shape
     blocks_per_row = triton.cdiv(width, _SCALE_BLOCK)
     if gradient.numel():
@@ -249,7 +254,7 @@ def multiply(gradient: Tensor, scale: Tensor) -> None:
 
 
 def configurations() -> list[Configuration]:
-    """Every way in which this file's launchers and those of sum_kernel.py can start their kernels."""
+    """Every variant of a kernel that the launchers here and in sum_kernel.py can start."""
     found = sum_kernel.configurations()
     widths = [1024, 2048, 4096, 6144, 8192, 12288, 16384, 24576, 32768, 49152, 65536]
     for dtype in _TYPES.values():

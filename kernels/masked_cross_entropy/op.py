@@ -1,4 +1,4 @@
-"""The registered operations: rows of logits, and hidden states with the output matrix, chunk by chunk."""
+"""The registered operations: rows of logits, and, in chunks, hidden states times the output matrix."""
 
 import functools
 import importlib
@@ -12,10 +12,10 @@ from kernels.add_bias.cpp import column_sums
 from kernels.masked_cross_entropy import cpp, eager
 from kernels.padding import PADDING, padded_length, rounded_rows, rows_apart
 
-# Logits that exist at once, in bytes. On a GPU 2²⁸ in bf16, a tenth of what plain PyTorch holds for as many, because
-# each chunk costs launches; it does not depend on the memory that happens to be free, as the results' bits would.
+# Limit on the bytes of a chunk's logits. On a GPU 2²⁸ logits in bf16, a tenth of plain PyTorch's memory for as many:
+# each chunk costs launches. A constant: free memory would make results depend on the machine's state to the bit.
 CHUNK_BYTES = {"cpu": 2**26, "gpu": 2**29}
-_BLOCK_ROWS = 256  # of the output matrix
+_BLOCK_ROWS = 256  # of the output matrix, per in-place addition
 
 Rows = tuple[Tensor, Tensor, Tensor]  # loss, z-loss and correct [N]
 
@@ -30,7 +30,7 @@ def cross_entropy(
     with_gradient: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rows of loss, z-loss and correct [N], and scale · the gradient of logits [N, V] (else empty)."""
+    """Loss, z-loss and correct of each row [N], and scale · the gradient of logits [N, V] (empty if not wanted)."""
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
     gradient = _empty_gradient(logits) if with_gradient else None
     rows = _cross_entropy(logits, labels, gradient, scale, ignore_index, z_loss_weight, backend)
@@ -47,7 +47,7 @@ def _(logits, labels, scale, ignore_index, z_loss_weight, with_gradient, backend
 def cross_entropy_(
     logits: Tensor, labels: Tensor, scale: Tensor, ignore_index: int, z_loss_weight: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `cross_entropy`; the gradient takes the place of the logits."""
+    """As `cross_entropy`; the gradient overwrites the logits."""
     if logits.stride(-1) != 1:
         gradient = logits.contiguous()
         results = _cross_entropy(gradient, labels, gradient, scale, ignore_index, z_loss_weight, backend)
@@ -80,20 +80,21 @@ def masked_cross_entropy(
         weight: [V, D].
         labels: [N].
         bias: [V] or None.
-        ignore_index: label of the rows that are left out.
+        ignore_index: label of ignored rows.
         z_loss_weight: weight of logsumexp² in the gradients.
         compute_dtype: of the matrix products.
-        needs: whether the gradients of hidden, weight and bias are wanted.
-        backend: of the rows.
+        needs: whether gradients of hidden, weight and bias are needed.
+        backend: see `kernels.backend`.
 
     Returns:
-        Rows of loss and z-loss in fp32 or wider and correct in int32 [N]; the gradients of Σ loss + z_loss_weight ·
-        z_loss with respect to hidden (its type), weight and bias (fp32 or wider), empty where they are not needed.
+        Loss and z-loss of each row in fp32 or wider, correct in int32, [N] each; gradients of Σ loss + z_loss_weight ·
+        z_loss with respect to hidden (its dtype), weight and bias (fp32 or wider), empty if not needed.
     """
     labels = _checked(labels, ignore_index, len(weight), backend)
     num_rows, kept = len(labels), None
-    if labels.device.type == "cpu":  # a GPU would have to be waited for; there, callers bound the number of rows
+    if labels.device.type == "cpu":  # a GPU would need a device sync; callers gather labeled rows instead
         kept = _labeled_rows(labels, ignore_index, backend)
+    # 1. Inputs in compute_dtype, [N, D], [V, D] and [V]; on the CPU only labeled rows, padded to a recurring number.
     states, labels = (hidden, labels) if kept is None else (hidden[kept], labels[kept])
     states, matrix = states.to(compute_dtype), weight.to(compute_dtype)
     offset = None if bias is None else bias.to(compute_dtype)
@@ -101,15 +102,17 @@ def masked_cross_entropy(
     grad_hidden = torch.empty_like(states) if needs_hidden else states.new_empty(0)
     grad_weight = grad_bias = None
 
+    # 2. One buffer [chunk, V] holds each chunk's logits, and then their gradient.
     chunk = _chunk_rows(len(states), len(weight), compute_dtype, hidden.device)
     buffer = _aligned_rows(min(chunk, len(states)), len(weight), compute_dtype, hidden.device)
     by_cpp = backend == "cpp" and cpp.supports(buffer)
     rows = functools.partial(cpp.rows, bias=offset) if by_cpp else _implementation(buffer, backend).rows
     parts, one = [], _one(hidden.device)
     for first in range(0, max(1, len(states)), chunk):
+        # 3. Logits of the chunk; loss, accuracy and gradient of its rows; accumulate the gradients of all inputs.
         part, part_labels = states[first : first + chunk], labels[first : first + chunk]
         logits = buffer[: len(part)]
-        if offset is None or by_cpp:  # which adds it on the way; a library copies it to all rows first
+        if offset is None or by_cpp:  # C++ adds the bias itself; addmm first broadcasts it to a matrix
             torch.mm(part, matrix.T, out=logits)
         else:
             torch.addmm(offset, part, matrix.T, out=logits)
@@ -118,11 +121,12 @@ def masked_cross_entropy(
         if needs_hidden:
             torch.mm(gradient, matrix, out=grad_hidden[first : first + chunk])
         if first + chunk >= len(states):
-            del matrix  # before there is the gradient of the weight: with one chunk, memory is fullest then
+            del matrix  # freed before the weight's gradient is allocated: with one chunk, the peak of memory
         if needs_weight:
             grad_weight = _plus_product(grad_weight, gradient.T, part, by_cpp=by_cpp)
         if needs_bias:
             grad_bias = _plus_column_sums(grad_bias, gradient, by_cpp=by_cpp)
+    # 4. Concatenate the chunks; scatter rows back to [N].
     rows = parts[0] if len(parts) == 1 else tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
     grad_hidden = grad_hidden.to(hidden.dtype)
     if kept is not None:
@@ -145,7 +149,7 @@ def _(hidden, weight, labels, bias, ignore_index, z_loss_weight, compute_dtype, 
 
 @torch.library.custom_op("kernels::multiply_", mutates_args={"gradient"})
 def multiply_(gradient: Tensor, scale: Tensor, backend: str) -> None:
-    """Multiply by a scalar on the device, for nothing where it is one."""
+    """Multiply by a scalar on the device; no memory traffic on a GPU if the scalar is 1."""
     _implementation(gradient, backend).multiply(gradient, scale)
 
 
@@ -156,7 +160,7 @@ def _(gradient, scale, backend) -> None:
 
 @torch.library.custom_op("kernels::multiplied", mutates_args=())
 def multiplied(gradients: list[Tensor], scale: Tensor, backend: str) -> list[Tensor]:
-    """Each times a scalar on the device, in new memory."""
+    """Each gradient times a scalar on the device, as new tensors."""
     return _implementation(gradients[0], backend, takes_rows=False).multiplied(gradients, scale)
 
 
@@ -180,10 +184,10 @@ def sum_rows(
     in_place: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Total, sums [loss, z_loss] and counts [correct, labeled] of rows.
+    """Total [], sums [loss, z_loss] and counts [correct, labeled] over rows.
 
-    `gradients` are those of the total with respect to `inputs`. With `in_place` a backward multiplies by `grad_output`
-    in their own memory, so there can be only one: autograd refuses a second, because what was saved has changed.
+    `gradients` are those of the total with respect to `inputs`. With `in_place` a backward multiplies them by
+    `grad_output` in place, so there can be only one: autograd rejects a second, as saved tensors have changed.
     """
     del inputs, gradients, in_place
     scale = _one(loss.device) if scale is None else scale
@@ -203,13 +207,13 @@ def _keep_gradients(ctx, inputs, output) -> None:
     _, _, _, _, _, tensors, gradients, _, _, _, ctx.in_place, ctx.backend = inputs
     ctx.dtypes = [tensor.dtype for tensor in tensors]
     ctx.save_for_backward(*gradients)
-    ctx.set_materialize_grads(False)  # the sums have no gradient, so none need be made of zeros
+    ctx.set_materialize_grads(False)  # no zero tensors for the sums, which have no gradient
 
 
 def _scaled_gradients(ctx, grad_total, grad_sums, grad_counts):
     del grad_sums, grad_counts
     gradients = ctx.saved_tensors
-    if torch.compiler.is_compiling():  # whose code makes these products on the way
+    if torch.compiler.is_compiling():  # fused by the compiler
         gradients = [gradient * grad_total.to(gradient.dtype) for gradient in gradients]
     elif ctx.in_place:
         for gradient in gradients:
@@ -224,10 +228,10 @@ sum_rows.register_autograd(_scaled_gradients, setup_context=_keep_gradients)
 
 
 def _checked(labels: Tensor, ignore_index: int, vocab_size: int, backend: str) -> Tensor:
-    """Labels side by side, none outside the vocabulary; Triton's kernels see to that themselves.
+    """Contiguous labels, checked against the vocabulary, except on Triton, whose kernels check them.
 
     Raises:
-        RuntimeError: on the CPU at once; on a GPU as a device assert, when the next synchronization finds it.
+        RuntimeError: on the CPU immediately; on a GPU a device assert, reported at the next synchronization.
     """
     if backend != "triton":
         valid = (labels == ignore_index) | ((labels >= 0) & (labels < vocab_size))
@@ -238,15 +242,15 @@ def _checked(labels: Tensor, ignore_index: int, vocab_size: int, backend: str) -
 
 
 def _labeled_rows(labels: Tensor, ignore_index: int, backend: str) -> Tensor | None:
-    """Which rows to compute on the CPU: the labeled ones, then a few others; None where that is all of them."""
+    """Indices of rows to compute on the CPU: labeled ones, then a few ignored ones as padding; None: all rows."""
     labeled = labels != ignore_index
     count = int(labeled.sum())
-    most = count if backend == "triton" else rounded_rows(count)  # kernels that are interpreted are counted
+    most = count if backend == "triton" else rounded_rows(count)  # exact in the interpreter, where launches are counted
     return labeled.logical_not().argsort(stable=True)[:most] if most < len(labels) else None
 
 
 def _chunk_rows(num_rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> int:
-    """How many rows of logits exist at once: as few chunks as can be, of about the same size."""
+    """Rows per chunk: as few chunks as the limit allows, of about the same size."""
     most = max(1, CHUNK_BYTES["cpu" if device.type == "cpu" else "gpu"] // (vocab_size * dtype.itemsize))
     chunks = max(1, -(-num_rows // most))
     return max(1, min(most, rounded_rows(-(-num_rows // chunks))))
@@ -266,9 +270,9 @@ def _cross_entropy(
 
 
 def _implementation(tensor: Tensor, backend: str, *, takes_rows: bool = True) -> ModuleType:
-    """The module that computes rows of logits, or what comes after them, of this tensor's type.
+    """The module with `rows` for these logits, or with `sums` and `multiplied` for this dtype.
 
-    The kernel's is imported where it is needed, since Triton may be missing.
+    kernel.py is imported here, since Triton may be missing.
     """
     if backend == "triton":
         kernel = importlib.import_module("kernels.masked_cross_entropy.kernel")
@@ -279,24 +283,24 @@ def _implementation(tensor: Tensor, backend: str, *, takes_rows: bool = True) ->
 
 @functools.cache
 def _one(device: torch.device) -> Tensor:
-    """A scale that changes nothing; kept, since a launch for it would be one of a dozen."""
+    """The scale 1, cached: creating it would be one of a dozen launches."""
     return torch.ones((), device=device)
 
 
 def _aligned_rows(num_rows: int, row_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory for [num_rows, row_size], each row at a multiple of 32 bytes or more, so that kernels load wide words."""
+    """Uninitialized [num_rows, row_size], rows aligned to 32 bytes or more, so that kernels load wide words."""
     return rows_apart(torch.empty(0, dtype=dtype, device=device), num_rows, row_size, padded_length(row_size))
 
 
 def _empty_gradient(logits: Tensor) -> Tensor:
-    """Memory for the gradient [N, V] of rows whose columns are contiguous, at the same places inside words."""
+    """Uninitialized gradient [N, V] for logits with contiguous columns; rows have the same offsets within words."""
     num_rows, vocab_size = logits.shape
     stride = vocab_size + (logits.stride(0) - vocab_size) % PADDING
     return rows_apart(logits, num_rows, vocab_size, stride)
 
 
 def _plus_product(total: Tensor | None, left: Tensor, right: Tensor, *, by_cpp: bool = False) -> Tensor:
-    """`total`, or nothing, plus left · right, with sums in fp32 or wider."""
+    """`total` (None: zero) + left · right, accumulated in fp32 or wider."""
     wide, is_first = torch.promote_types(left.dtype, torch.float32), total is None
     if total is None:
         total = torch.empty(left.shape[0], right.shape[1], dtype=wide, device=left.device)
@@ -311,26 +315,26 @@ def _plus_product(total: Tensor | None, left: Tensor, right: Tensor, *, by_cpp: 
         cpp.accumulate_product(total, product, is_first=is_first)
     elif is_first:
         total.copy_(product)
-    else:  # in blocks, since PyTorch widens the whole addend in new memory, which takes longer than the addition
+    else:  # in blocks: PyTorch would cast the whole addend to a new tensor, which takes longer than the addition
         for part, addend in zip(total.split(_BLOCK_ROWS), product.split(_BLOCK_ROWS), strict=True):
             part.add_(addend)
     return total
 
 
 def _plus_column_sums(total: Tensor | None, gradient: Tensor, *, by_cpp: bool = False) -> Tensor:
-    """`total`, or nothing, plus the sums of columns in fp32 or wider."""
+    """`total` (None: zero) + column sums of the gradient, in fp32 or wider."""
     wide = torch.promote_types(gradient.dtype, torch.float32)
     sums = column_sums(gradient) if by_cpp else gradient.sum(dim=0, dtype=wide)
     return sums if total is None else total.add_(sums)
 
 
 def _multiplies_into_fp32(device: torch.device) -> bool:
-    """Whether matrices of two-byte types can be multiplied into fp32: on GPUs since sm_80."""
+    """Whether matmuls of 16-bit matrices can write fp32: on GPUs from sm_80 on."""
     return device.type == "meta" or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0))
 
 
 def _spread(rows: Tensor, kept: Tensor, num_rows: int) -> Tensor:
-    """Rows where they came from, among others of zeros."""
+    """Scatter rows [K, …] to their indices `kept` [K] in zeros [num_rows, …]."""
     return rows.new_zeros(num_rows, *rows.shape[1:]).index_copy_(0, kept, rows)
 
 

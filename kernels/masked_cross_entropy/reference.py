@@ -1,4 +1,4 @@
-"""Masked cross-entropy in plain PyTorch: fp32 mathematics (fp64 for fp64 input) on logits of any type."""
+"""Masked cross-entropy in plain PyTorch: fp32 arithmetic (fp64 for fp64 input) on logits of any dtype."""
 
 from typing import NamedTuple
 
@@ -11,11 +11,11 @@ class MaskedCrossEntropy(NamedTuple):
     """Sums over the labeled rows, as scalar tensors on the input's device.
 
     Attributes:
-        total: fp32, loss + z_loss_weight · z_loss; the one to call `backward` on.
+        total: fp32, loss + z_loss_weight · z_loss; call `backward` on this one.
         loss: fp32, Σ (logsumexp − logit of the label), detached.
         z_loss: fp32, Σ logsumexp², detached.
-        correct: int64, rows whose largest logit is the label's.
-        count: int64, labeled rows.
+        correct: int64, number of rows whose largest logit is the label's.
+        count: int64, number of labeled rows.
     """
 
     total: Tensor
@@ -46,7 +46,7 @@ def cross_entropy_from_logits(
     labeled = labels != ignore_index
     classes = torch.where(labeled, labels, 0).long().unsqueeze(-1)  # [N, 1]
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    # counted from the largest logit, so that the small loss of a confident prediction is not lost in rounding
+    # relative to the maximum, so that a confident row's small loss stays exact
     largest, predicted = logits.detach().max(dim=-1, keepdim=True)  # [N, 1]
     shifted = logits - largest
     shifted_lse = torch.logsumexp(shifted, dim=-1)  # [N]

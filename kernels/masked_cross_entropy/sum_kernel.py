@@ -1,4 +1,4 @@
-"""What is left beside rows of logits, one launch each: sums over rows, and the gradients times a scalar."""
+"""The remaining kernels, one launch each: sums over rows, and gradients times a scalar."""
 
 import torch
 import triton
@@ -8,7 +8,7 @@ from torch import Tensor
 from kernels import torch_private
 from kernels.configuration import Configuration, launch_warps
 
-_SUM_BLOCK, _SUM_WARPS = 4096, 16  # rows at a time, by the one program: few waits for memory one after another
+_SUM_BLOCK, _SUM_WARPS = 4096, 16  # rows per iteration of the one program; large, to hide memory latency
 _MULTIPLY_BLOCK, _MULTIPLY_WARPS = 4096, 8
 _MOST_GRADIENTS = 3  # of hidden, weight and bias
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -31,13 +31,17 @@ def sum_kernel(
     z_loss_weight: tl.float32,
     BLOCK: tl.constexpr,
 ):
-    """One program for all rows, so that the order of additions is always the same."""
+    """One program for all rows [N], so that the order of additions is fixed.
+
+    Writes total [], sums [loss, z_loss] in fp32, counts [correct, labeled] in int64, and whether all labels are valid.
+    """
+    # 1. Each lane accumulates every BLOCK-th row: 20 bytes per row.
     lanes = tl.arange(0, BLOCK)
     loss = tl.zeros([BLOCK], tl.float32)
     z_loss = tl.zeros([BLOCK], tl.float32)
     correct = tl.zeros([BLOCK], tl.int32)
     labeled = tl.zeros([BLOCK], tl.int32)
-    wrong = tl.zeros([BLOCK], tl.int32)  # labels that are neither a class nor to be ignored
+    wrong = tl.zeros([BLOCK], tl.int32)  # labels that are neither a class nor ignore_index
     for first in range(0, num_rows, BLOCK):
         rows = first + lanes
         inside = rows < num_rows
@@ -48,6 +52,7 @@ def sum_kernel(
         is_labeled = inside & (labels != ignore_index)
         labeled += is_labeled.to(tl.int32)
         wrong += (is_labeled & ((labels < 0) | (labels >= vocab_size))).to(tl.int32)
+    # 2. Reduce the lanes [BLOCK] to scalars, and store.
     loss_sum, z_loss_sum = tl.sum(loss, axis=0), tl.sum(z_loss, axis=0)
     tl.store(total_ptr, tl.load(scale_ptr) * (loss_sum + z_loss_weight * z_loss_sum))
     tl.store(sums_ptr, loss_sum)
@@ -71,7 +76,11 @@ def multiply_kernel(
     third_size: tl.int64,
     BLOCK: tl.constexpr,
 ):
-    """Up to three tensors times a number on the device, a block of one of them a program."""
+    """Up to three tensors times a scalar on the device, into new memory; one block [BLOCK] of one tensor per program.
+
+    An absent tensor has size 0.
+    """
+    # 1. Programs 0 … are the blocks of the first tensor, then of the second, then of the third.
     scale = tl.load(scale_ptr)
     block = tl.program_id(0).to(tl.int64)
     first_blocks, second_blocks = tl.cdiv(first_size, BLOCK), tl.cdiv(second_size, BLOCK)
@@ -89,7 +98,7 @@ def _multiply_block(source_ptr, target_ptr, scale, block, size, BLOCK: tl.conste
     target_ptr += block * BLOCK
     lanes = tl.arange(0, BLOCK)
     left = size - block * BLOCK
-    if left >= BLOCK:  # without a mask, which would make the words narrow
+    if left >= BLOCK:  # no mask: a mask would make the words narrow
         entries = tl.load(source_ptr + lanes).to(tl.float32) * scale
         tl.store(target_ptr + lanes, entries.to(target_ptr.dtype.element_ty))
     else:
@@ -105,7 +114,7 @@ def sums(
     z_loss_weight: float,
     vocab_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch `sum_kernel`; the same function as `eager.sums`, which also sees to labels.
+    """Launch `sum_kernel`; same results as `eager.sums`. Checks labels too.
 
     Raises:
         RuntimeError: a label is neither `ignore_index` nor in 0 … V − 1; on a GPU it is a device assert.
@@ -160,7 +169,7 @@ def multiplied(gradients: list[Tensor], scale: Tensor) -> list[Tensor]:
 
 
 def configurations() -> list[Configuration]:
-    """Every way in which `sums` and `multiplied` can start their kernels."""
+    """Every variant of a kernel that `sums` and `multiplied` can start."""
     pointers = {"loss_ptr": "*fp32", "z_loss_ptr": "*fp32", "correct_ptr": "*i32", "labels_ptr": "*i64"}
     pointers |= dict.fromkeys(("scale_ptr", "total_ptr", "sums_ptr"), "*fp32")
     pointers |= {"counts_ptr": "*i64", "is_valid_ptr": "*i32"}
@@ -173,10 +182,10 @@ def configurations() -> list[Configuration]:
             {"BLOCK": _SUM_BLOCK},
             num_warps=_SUM_WARPS,
             aligned=frozenset(pointers),
-            streams=False,  # 20 bytes a row
+            streams=False,  # 20 bytes per row
         )
     ]
-    # hidden's gradient in its own type before those of weight and bias; or that of hidden alone
+    # dtypes of hidden's gradient, and of those of weight and bias; or of hidden's alone
     kinds = [("fp32", "fp32"), *((kind, others) for kind in ("bf16", "fp16") for others in ("fp32", kind))]
     return found + [_multiply_configuration(*kind) for kind in kinds]
 

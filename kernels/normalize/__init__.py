@@ -1,4 +1,4 @@
-"""LayerNorm without scale and bias before a matrix product, as nearly everywhere in GPT-BERT: the public operation."""
+"""LayerNorm without scale and bias before a matrix product, as in most of GPT-BERT: the public operation."""
 
 import torch
 from torch import Tensor
@@ -7,17 +7,17 @@ from kernels.normalize import op, reference
 
 
 def normalize(x: Tensor, eps: float) -> Tensor:
-    """LayerNorm over the last dimension; under autocast the result has the product's two bytes.
+    """LayerNorm over the last dimension; under autocast the result has autocast's dtype, like the product's input.
 
-    There that result is all that both backwards need, and all that is kept. PyTorch's own keeps its input too, in four
-    bytes.
+    That result is the only large tensor that its backward and the product's save. PyTorch's LayerNorm also saves its
+    input, in fp32.
 
     Args:
         x: [..., D].
         eps: added to the variance.
 
     Returns:
-        [..., D], in autocast's dtype where that is on.
+        [..., D], in autocast's dtype if enabled.
     """
     device = x.device.type
     if not torch.is_autocast_enabled(device):

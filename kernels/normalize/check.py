@@ -1,4 +1,4 @@
-"""LayerNorm before a product against PyTorch's own."""
+"""LayerNorm before a product against PyTorch's LayerNorm."""
 
 from collections.abc import Iterator
 
@@ -25,5 +25,5 @@ def comparisons(device: torch.device, backend: str, run: Run | None = None) -> I
         return reference.normalize(x, _EPS)
 
     yield from compare_function("fp32", lambda x: normalize(x, _EPS), exact, {"x": x.to(device)})
-    # in bf16, because the backward reads the rounded result
+    # bf16, because the backward reads the rounded result
     yield from compare_function("autocast", under_autocast, exact, {"x": x.to(device, torch.bfloat16)})

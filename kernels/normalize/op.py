@@ -1,4 +1,4 @@
-"""The operation under autocast, which keeps its result alone for the backward."""
+"""The operation under autocast; it saves its result, not its input, for the backward."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def normalize(x: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """See `kernels.normalize`; the result is of `dtype`."""
+    """See `kernels.normalize`; the result has `dtype`."""
     return _Normalize.apply(x, eps, dtype)
 
 

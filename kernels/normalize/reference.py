@@ -1,4 +1,4 @@
-"""LayerNorm without scale and bias by PyTorch's own function and backward."""
+"""LayerNorm without scale and bias by PyTorch's function, differentiated by autograd."""
 
 import torch.nn.functional as F
 from torch import Tensor

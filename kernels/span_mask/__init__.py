@@ -1,4 +1,4 @@
-"""Span masking for masked next-token prediction: which tokens become labels, and what the model sees in their place."""
+"""Span masking for masked next-token prediction: selection of labels, and their replacements in the input."""
 
 import torch
 from torch import Tensor
@@ -10,11 +10,11 @@ from kernels.span_mask.reference import IGNORE_INDEX
 __all__ = ["DEFAULT_MAX_SPAN_LENGTH", "IGNORE_INDEX", "most_selected", "span_mask"]
 
 DEFAULT_MAX_SPAN_LENGTH = 3
-_MAX_VOCAB_SIZE = 2**31  # times a 32-bit random number fits a signed 64-bit one
+_MAX_VOCAB_SIZE = 2**31  # the product with a 32-bit random word fits int64
 
 
 def most_selected(length: int, mask_p: float, max_span_length: int = DEFAULT_MAX_SPAN_LENGTH) -> int:
-    """An upper bound of the tokens that `span_mask` selects in a row of `length`: the last span may stick out."""
+    """Upper bound on the tokens that `span_mask` selects in a row of `length`; the last span may exceed k."""
     return min(length, int(length * mask_p) + 1 + max_span_length - 1)
 
 
@@ -35,32 +35,32 @@ def span_mask(
 ) -> tuple[Tensor, Tensor]:
     """Mask spans of a batch of rows (docs/model.md#masked-objective), as a pure function of (seed, row id, position).
 
-    Both backends compute with integers alone and agree to the bit. Never waits for the device, and no value of the
-    numbers makes Triton compile again. `torch.compile` does for each new share (floats are constants to it), so where
-    the shares change from step to step, as in the trainer, this belongs outside compiled code.
+    All backends use integer arithmetic and agree to the bit. No device sync, and no value of a number makes Triton
+    recompile. `torch.compile` recompiles for each new probability (floats are constants to it), so where they change
+    from step to step, as in the trainer, call this outside compiled code.
 
     Args:
-        tokens: [B, T] int8, int16, int32 or int64; ids below `num_special_tokens` are never selected. Rows above 4,096
-            are computed by PyTorch on every backend, as are spans above 16.
-        mask_p: expected share of the selectable tokens that are selected, in [0, 1].
-        random_p: share of the selected tokens that are replaced by a random non-special token.
-        keep_p: share of the selected tokens that stay as they are; the rest becomes `mask_token_id`.
+        tokens: [B, T] int8, int16, int32 or int64; ids below `num_special_tokens` are never selected. Rows longer
+            than 4,096 tokens, and spans above 16, are computed by PyTorch on every backend.
+        mask_p: expected fraction of the selectable tokens that are selected, in [0, 1].
+        random_p: fraction of the selected tokens that are replaced by a random non-special token.
+        keep_p: fraction of the selected tokens that stay unchanged; the rest becomes `mask_token_id`.
         mask_token_id: id of `<mask>`.
         vocab_size: random tokens are drawn from num_special_tokens … vocab_size − 1; at most 2³¹.
         num_special_tokens: ids below this number are special.
         max_span_length: span lengths are uniform in 1 … max_span_length.
         seed: 64-bit key of the random numbers, 0 … 2⁶⁴ − 1.
-        row_ids: [B] int64, a number per row that no other row under this seed shares.
-        mask_counts: [B, T] integers of any type, not negative, how often each token was masked before; tokens masked
-            more often are selected later. None switches this off.
+        row_ids: [B] int64, unique per row under this seed.
+        mask_counts: [B, T] non-negative integers of any dtype, how often each token was masked before; tokens masked
+            more often are selected later. None disables this.
         backend: see `kernels.backend.choose_backend`.
 
     Returns:
-        `inputs` and `labels`, both [B, T] of `tokens`' type and unshifted; labels are −100 where nothing was selected.
+        `inputs` and `labels`, both [B, T] in the dtype of `tokens`, unshifted; labels are −100 where not selected.
 
     Raises:
-        ValueError: a share is outside [0, 1], no token is left to draw from, ids do not fit `tokens`' type, shapes,
-            types or devices do not fit together.
+        ValueError: a probability is outside [0, 1], there are no tokens to draw from, ids do not fit the dtype of
+            `tokens`, or shapes, dtypes or devices do not match.
     """
     if not (0 <= mask_p <= 1 and random_p >= 0 and keep_p >= 0 and random_p + keep_p <= 1):
         raise ValueError(f"mask_p {mask_p}, random_p {random_p}, keep_p {keep_p}: shares lie in [0, 1]")
@@ -85,7 +85,7 @@ def span_mask(
         vocab_size,
         num_special_tokens,
         max_span_length,
-        (seed + 2**63) % 2**64 - 2**63,  # the same 64 bits with a sign
+        (seed + 2**63) % 2**64 - 2**63,  # the same 64 bits, signed
         choose_backend(backend, tokens.device),
     )
 

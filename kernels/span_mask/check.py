@@ -1,4 +1,4 @@
-"""Span masking against its reference, bit for bit, in a moment: what `python -m kernels.check` runs of it."""
+"""Span masking against its reference, bit for bit: its part of `python -m kernels.check`."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ _VOCAB, _MASK = 120, 4
 
 @dataclass(frozen=True)
 class _Case:
-    """A batch; the defaults are what other cases change one by one."""
+    """A batch; cases change the defaults one by one."""
 
     rows: int
     length: int
@@ -51,26 +51,26 @@ _CASES = (
 
 
 def comparisons(device: torch.device, backend: str, run: Run | None = None) -> Iterator[Comparison]:
-    """Inputs and labels over lengths, types, spans, shares and history.
+    """Inputs and labels over lengths, dtypes, spans, probabilities and history.
 
     Args:
         device: where to run.
-        backend: what to compare with the reference; see `kernels.backend`.
-        run: whose rows alone are masked; None for all that the kernel can do.
+        backend: the implementation to compare with the reference; see `kernels.backend`.
+        run: check only the row lengths of this run; None checks every variant.
     """
     for case in _CASES if run is None else _cases_of(run):
         yield from _compare(case, device, backend)
 
 
 def _cases_of(run: Run) -> list[_Case]:
-    """Rows as the trainer pads them, and those of validation, which lie as they come and have no history."""
+    """The trainer's padded rows, and validation's, which are not padded and have no history."""
     counts_type = torch.uint8 if run.mask_history else None
     cases = [_Case(3, length, counts_type=counts_type) for length in run.row_lengths]
     return [*cases, _Case(3, run.validation_length, padded=False)]
 
 
 def _compare(case: _Case, device: torch.device, backend: str) -> Iterator[Comparison]:
-    """A batch whose last row, if there are several, has special tokens alone; memory is part of something larger."""
+    """A batch, a view of a larger tensor, whose last row, if there are several, has only special tokens."""
     generator = torch.Generator().manual_seed(case.length)
     wider = (case.rows, padded_length(case.length) + (0 if case.padded else 3))
     tokens = torch.randint(0, _VOCAB, wider, generator=generator)
@@ -78,8 +78,8 @@ def _compare(case: _Case, device: torch.device, backend: str) -> Iterator[Compar
         tokens[-1] %= case.num_special_tokens
     counts = None
     if case.counts_type is not None:
-        counts = torch.randint(3, 40, wider, generator=generator)  # to more above the lowest than makes a difference
-        counts = torch.where(tokens < case.num_special_tokens, 0, counts)  # those are never masked
+        counts = torch.randint(3, 40, wider, generator=generator)  # beyond the largest weight's count
+        counts = torch.where(tokens < case.num_special_tokens, 0, counts)  # special tokens are never masked
         counts = counts.to(device, case.counts_type)[:, : case.length]
     tokens = tokens.to(device, case.dtype)[:, : case.length]
     row_ids = torch.randint(0, 2**63 - 1, (case.rows,), generator=generator).to(device)

@@ -1,4 +1,4 @@
-"""The registered operation: what it accepts, and which implementation runs."""
+"""The registered operation: dispatch to an implementation."""
 
 import importlib
 
@@ -26,12 +26,12 @@ def span_mask(
     seed: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """See `kernels.span_mask`; here the seed's 64 bits are a signed number, as an operation's integers are."""
+    """See `kernels.span_mask`; the seed's 64 bits are signed here, like all integers of an operation's schema."""
     if not tokens.numel():
         return _empty_output(tokens, backend), _empty_output(tokens, backend)
     implementation = reference.span_mask
     if backend == "triton":
-        kernel = importlib.import_module("kernels.span_mask.kernel")  # not above, since Triton may be missing
+        kernel = importlib.import_module("kernels.span_mask.kernel")  # imported here, since Triton may be missing
         if kernel.supports(tokens.shape[1], max_span_length):
             implementation = kernel.launch
     results = implementation(
@@ -60,7 +60,7 @@ def _empty_output(tokens: Tensor, backend: str) -> Tensor:
 
 
 def _as_declared(result: Tensor, tokens: Tensor, backend: str) -> Tensor:
-    """The result in the type and the layout that the operation promises, whichever implementation it is from."""
+    """The result in the dtype and strides that `register_fake` declares, for every implementation."""
     declared = _empty_output(tokens, backend)
     is_declared = (result.dtype, result.stride()) == (declared.dtype, declared.stride())
     return result if is_declared else declared.copy_(result)
