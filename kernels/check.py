@@ -33,9 +33,9 @@ class Row:
     Attributes:
         op: the operation.
         name: what was compared.
-        error: see `kernels.numerics.Comparison`; infinite where the comparison itself failed.
+        error: see `kernels.numerics.Comparison`; infinite if the comparison raised an error.
         bound: the largest error that passes.
-        seconds: how long it took, a kernel's first compilation included.
+        seconds: duration, including a kernel's first compilation.
         message: the error raised instead of a comparison, or None.
     """
 
@@ -48,7 +48,7 @@ class Row:
 
     @property
     def passed(self) -> bool:
-        """Whether the error is within the bound, and is a number at all."""
+        """Whether the comparison succeeded, with an error within the bound."""
         return self.message is None and self.error <= self.bound
 
     def __str__(self) -> str:
@@ -73,7 +73,7 @@ def run_checks(device: torch.device, backend: str = "triton", run: Run | None = 
     with torch.random.fork_rng(devices):  # a run's random numbers must not depend on the check
         chosen = [op for op in operations(backend) if run is None or op in run.operations]
         check = partial(_check_operation, device, backend, run)
-        # only Triton compiles for long; its interpreter is one for all threads
+        # threads only for Triton, which compiles for long; its interpreter has global state
         checked = _on_threads(check, chosen) if backend == "triton" and not interpreted() else map(check, chosen)
         return [row for rows in checked for row in rows]
 

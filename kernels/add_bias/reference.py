@@ -1,4 +1,4 @@
-"""The bias of a linear layer in plain PyTorch, with autograd's own backward."""
+"""The bias of a linear layer in plain PyTorch, differentiated by autograd."""
 
 from torch import Tensor
 

@@ -51,7 +51,7 @@ def attention_weights_backward(
         dropout_prob: probability of a zero.
 
     Returns:
-        Of `scores` [H, B, T, T], of `by_query` [H, B, T, P], of `by_key` [H, P, B, T]; and [H, B, T, T].
+        Gradients of scores [H, B, T, T], by_query [H, B, T, P] and by_key [H, P, B, T]; the probabilities [H, B, T, T].
     """
     wide = torch.promote_types(grad.dtype, torch.float32)
     weighted = dropout(grad.to(wide), seed, dropout_prob) * probabilities.to(wide)

@@ -109,7 +109,7 @@ extern "C" void attention_weights(const bf16* scores, const bf16* by_query, cons
 #pragma omp for
         for (int64_t matrix = 0; matrix < heads * batch; matrix++) {
             const int64_t head = matrix / batch, in_batch = matrix % batch;
-            // 2. Copy by_key's rows [P, T] of this matrix into the thread's cache.
+            // 2. Copy by_key's rows [P, T] of this matrix to the thread's scratch, [P, T + PADDING].
             for (int64_t p = 0; p < positions; p++)
                 std::copy_n(by_key + ((head * positions + p) * batch + in_batch) * length, length, keys + p * stride);
             for (int64_t i = 0; i < length; i++) {

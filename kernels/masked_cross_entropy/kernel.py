@@ -190,7 +190,7 @@ def supports(logits: Tensor) -> bool:
 def rows(
     logits: Tensor, labels: Tensor, gradient: Tensor | None, scale: Tensor, ignore_index: int, z_loss_weight: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch `rows_kernel`; the same function as `eager.rows`."""
+    """Launch `rows_kernel`; same results as `eager.rows`."""
     num_rows, vocab_size = logits.shape
     target = logits if gradient is None else gradient
     if not _in_same_words(logits, target):
@@ -269,7 +269,7 @@ def configurations() -> list[Configuration]:
 def _rows_configuration(
     dtype: str, width: int, write_gradient: bool, *, is_even: bool = True, is_aligned: bool = True
 ) -> Configuration:
-    """`is_even`: the vocabulary is a multiple of 16; `is_aligned`: rows start at multiples of 16 entries."""
+    """`is_even`: the vocabulary is a multiple of 16; `is_aligned`: rows start at multiples of 16 elements."""
     block, pieces, full_pieces, num_warps, max_registers = layout(width, is_aligned)
     pointers = {"logits_ptr": f"*{dtype}", "labels_ptr": "*i64", "gradient_ptr": f"*{dtype}", "scale_ptr": "*fp32"}
     pointers |= {"loss_ptr": "*fp32", "z_loss_ptr": "*fp32", "correct_ptr": "*i32"}

@@ -146,7 +146,7 @@ def sums(
 
 
 def multiplied(gradients: list[Tensor], scale: Tensor) -> list[Tensor]:
-    """Launch `multiply_kernel`: each of up to three gradients times a scalar on the device, in new memory."""
+    """Launch `multiply_kernel`: each of up to three gradients times a scalar on the device, as new tensors."""
     gradients = [gradient.contiguous() for gradient in gradients]
     results = [torch.empty_like(gradient) for gradient in gradients]
     sizes = [gradient.numel() for gradient in gradients]
