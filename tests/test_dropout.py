@@ -67,7 +67,7 @@ def test_compiled_drops_the_same_entries(seeds, dtype):
 
 
 def test_compiled_behind_a_padding_all_numbers_have_32_bits(seeds):
-    """Triton limits literals to 32 bits, but Inductor folds the index multiplier, padding offset included, into one."""
+    """Triton accepts only 32-bit literals, and Inductor folds a multiplier times the padding's offset into one."""
 
     def padded(x, seed):
         return F.pad(dropout(x, seed, 0.25), (0, 0, 1, 0))

@@ -1,4 +1,4 @@
-"""Counts of FLOPs and bytes: against the model's own formula, and by hand where that is short."""
+"""Counts of FLOPs and bytes, against the model's formula and against short sums by hand."""
 
 import dataclasses
 from pathlib import Path
