@@ -76,7 +76,7 @@ PLANTED = """
 
 
 def run(*command, cwd=ROOT, **environment):
-    """Runs Python without TRITON_INTERPRET, which would replace the kernels."""
+    """Runs Python without TRITON_INTERPRET, which would make the kernels interpreted."""
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(
         [sys.executable, *command], cwd=cwd, env=inherited | environment, capture_output=True, text=True, check=False
