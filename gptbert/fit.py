@@ -1,4 +1,4 @@
-"""A training run from its settings: inputs and checkpoint, kernels, then the trainer."""
+"""A training run from its settings: open inputs, find a checkpoint, prepare kernels, start the trainer."""
 
 from gptbert import compile_choice
 from gptbert.checkpoint.folder import saved_setting
@@ -22,12 +22,12 @@ from gptbert.trainer import Trainer
 
 
 def fit(config: TrainConfig) -> None:
-    """Train as `config` says, from the start or from a checkpoint.
+    """Train as `config` specifies, from scratch or from a checkpoint.
 
     Raises:
-        InputError: on every rank, with one message, where anything given cannot be used.
+        InputError: invalid input; on every rank, with the same message.
         LostProcessError: see `connect`.
-        StoppedError: a signal asked for it, and a checkpoint was saved; see `StopSignal`.
+        StoppedError: a signal requested a stop, and a checkpoint was saved; see `StopSignal`.
     """
     with restored_settings(), connect(config) as world:
         _fit(config, world)  # frees every reference to the process group before connect() destroys it
@@ -43,7 +43,7 @@ def _fit(config: TrainConfig, world: World) -> None:
     with kernel_check(run, world.device) as finish_check:
         with world.errors_on_all_ranks():
             inputs.check_ids(world.rank, world.world_size)
-            shard_size(config, world)  # or an InputError
+            shard_size(config, world)  # raises InputError if invalid
             words = WordCheckpoints(config, training_streams(config, inputs, plan), plan)
         with world.errors_on_all_ranks():
             if len(set(world.all_gather(config))) > 1:

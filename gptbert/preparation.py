@@ -1,4 +1,4 @@
-"""What a run needs before its first step: kernels that compute what they should, and a folder to write to."""
+"""Before a run's first step: choose the kernel backend, check the kernels, create the run's folder."""
 
 import dataclasses
 import shutil
@@ -19,13 +19,13 @@ from kernels.check import first_failure, run_checks
 
 
 def prepare_kernels(config: TrainConfig, world: World) -> str:
-    """Choose the backend of this process's kernels by `--kernels`, `KERNELS_BACKEND` or the device.
+    """Choose this process's kernel backend by `--kernels`, `KERNELS_BACKEND` or the device.
 
     Returns:
         The backend; see `kernels.backend`.
 
     Raises:
-        InputError: it cannot run on this device.
+        InputError: the backend cannot run on this device.
     """
     try:
         set_default_backend(None if config.kernels == "auto" else config.kernels)
@@ -35,21 +35,21 @@ def prepare_kernels(config: TrainConfig, world: World) -> str:
 
 
 def prepare_cpp_kernels(config: TrainConfig, world: World, *, is_compiled: bool) -> str:
-    """Choose C++ kernels for a compiled run on CPUs if no backend was asked for, then load and check them.
+    """Choose C++ kernels for a compiled run on CPUs unless a backend was requested, then build and check them.
 
-    They cost seconds at a run's start, since they need the compiler that a compiled run loads anyway. All ranks use the
-    same backend, so every rank must call this.
+    That takes seconds at startup; the compiler is loaded for a compiled run anyway. All ranks use the same backend, so
+    every rank must call this.
 
     Args:
         config: the run's settings; `prepare_kernels` has applied `--kernels`.
         world: the run's processes.
-        is_compiled: whether the run is.
+        is_compiled: whether the model is compiled.
 
     Returns:
-        The backend of the run.
+        The run's backend.
 
     Raises:
-        InputError: on this rank; C++ kernels were asked for and cannot be loaded, or one differs from its reference.
+        InputError: on this rank: C++ kernels were requested and cannot be built, or one differs from its reference.
     """
     backend = choose_backend(None, world.device)
     is_asked = backend == "cpp"
@@ -69,10 +69,10 @@ def prepare_cpp_kernels(config: TrainConfig, world: World, *, is_compiled: bool)
 
 
 def prepare_run_dir(config: TrainConfig, model_config: ModelConfig, world: World, backend: str) -> None:
-    """Create the run's folder with its resolved settings and a copy of the tokenizer.
+    """Create the run's folder, with the resolved settings and a copy of the tokenizer.
 
     Raises:
-        InputError: the folder cannot be written.
+        InputError: the folder is not writable.
     """
     settings = {
         "train": config.to_dict(),

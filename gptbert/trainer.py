@@ -1,4 +1,4 @@
-"""The training loop: one step, and the run around it."""
+"""The training loop: a single step, and the run around it."""
 
 import dataclasses
 from contextlib import AbstractContextManager, ExitStack
@@ -38,7 +38,7 @@ from kernels import MaskedCrossEntropy
 
 
 class Trainer:
-    """A run in progress, as one rank sees it."""
+    """One rank's state of a run, and its training loop."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Trainer:
         if initial_weights:
             self.model.load_state_dict(initial_weights)
         is_sharded = config.parallel == "fsdp" and world.world_size > 1
-        if not is_sharded:  # `shard` moves it there block by block
+        if not is_sharded:  # otherwise `shard` moves it block by block
             self.model.to(world.device)
         for block in self.model.blocks:
             block.is_checkpointed = config.activation_checkpointing
@@ -89,10 +89,10 @@ class Trainer:
         self.random_state.start()
 
     def run(self) -> None:
-        """All steps that are left, with records, validations and checkpoints on the way.
+        """Train all remaining steps, with records, validation and checkpoints.
 
         Raises:
-            StoppedError: after a checkpoint, where a signal asked for it.
+            StoppedError: a signal requested a stop, and a checkpoint was saved.
         """
         config = self.config
         with ExitStack() as stack:
@@ -133,16 +133,16 @@ class Trainer:
                     )
 
     def train_step(self, rows: list[LoadedShare]) -> Tensor:
-        """One update of the weights, which advances `step`; without a device sync.
+        """Update the weights once and advance `step`, without a device sync.
 
-        If the gradients of any rank are not finite, the weights, their average, the optimizer's state and the sums of
-        losses stay as they are on every rank.
+        If the gradient norm is not finite on any rank, every rank leaves weights, EMA, optimizer state and loss sums
+        unchanged.
 
         Args:
-            rows: from `BatchLoader.load` of this step.
+            rows: `BatchLoader.load(step)`.
 
         Returns:
-            The gradient's global norm before clipping, a scalar on the device.
+            The global gradient norm before clipping, a scalar on the device.
         """
         batches = self.rows.batches(rows, self.step)
         scales, stop_requests = self._loss_scales(batches)
@@ -165,10 +165,10 @@ class Trainer:
         return gradient_norm
 
     def training_record(self, gradient_norm: Tensor, throughput: Throughput) -> dict[str, float]:
-        """Means since the last record, and the schedules' values at the step just done; every rank must call it.
+        """Means since the last record, and the last step's schedule values; every rank must call it.
 
         Raises:
-            InputError: too many steps one after another were skipped, or rows were left out.
+            InputError: too many consecutive steps were skipped, or a rank failed to load rows.
         """
         self.rows.raise_load_errors()
         self.skipped_steps.raise_if_too_many(self.config.max_skipped_steps, self.step)
@@ -182,15 +182,15 @@ class Trainer:
         )
 
     def validation_record(self) -> dict[str, float]:
-        """Loss, perplexity and accuracy of the weights and of their average; every rank must call it."""
+        """Loss, perplexity and accuracy of the weights and of the EMA; every rank must call it."""
         models = {"validation": self.model, "validation_ema": self.ema.model}
         return self.validation.record(models, self._precision())
 
     def save(self) -> None:
-        """Write a checkpoint; every rank must call it, and all wait until it is complete.
+        """Write a checkpoint; every rank must call it, and returns once it is complete.
 
         Raises:
-            InputError: weights are not finite, or rows were left out, or the disk refuses.
+            InputError: weights are not finite, a rank failed to load rows, or writing failed.
         """
         self._agree_to_save()
         state = Checkpoint(
@@ -206,7 +206,7 @@ class Trainer:
         checkpoint.save(state, self.config, self.inputs.model_config, self.world)
 
     def save_words(self) -> None:
-        """Write the weights that are due by words seen; every rank must call it, before `save` at the same step.
+        """Write the weights due at this number of words; every rank must call it, before `save` at the same step.
 
         Raises:
             InputError: see `save`.
@@ -215,7 +215,7 @@ class Trainer:
         self.words.save(self.step, self.model, self.ema.model, self.inputs.model_config, self.world)
 
     def _agree_to_save(self) -> None:
-        """Raise InputError on all ranks where weights are not finite, or rows were left out."""
+        """Raise InputError on all ranks if weights are not finite or a rank failed to load rows."""
         self.rows.raise_load_errors()
         norm = full_tensor(get_total_norm(self.model.parameters()))
         with self.world.errors_on_all_ranks():
@@ -226,10 +226,10 @@ class Trainer:
                 )
 
     def restore(self, resumed: Checkpoint) -> None:
-        """Go on where a checkpoint was written; every rank must call it.
+        """Restore the state of a checkpoint; every rank must call it.
 
         Raises:
-            InputError: shards are damaged.
+            InputError: a shard is corrupt.
         """
         self.step = resumed.step
         if resumed.shards:
@@ -245,11 +245,11 @@ class Trainer:
         self.sums.load_rank_states(resumed.rank_states, self.world)
 
     def _loss_scales(self, batches: list[Batch]) -> tuple[dict[Objective, Tensor], Tensor]:
-        """Factors that turn a rank's sums into its part of the step's loss (docs/model.md#loss), and stop requests.
+        """Scale of each objective's loss sum on this rank (docs/model.md#loss), and the number of stop requests.
 
         Means are over the labels of all ranks, so label counts are all-reduced first: two integers, and a third for
-        `StopSignal`, whose sum over ranks costs nothing that way. The data-parallel backward averages over ranks, which
-        the factor world_size undoes.
+        `StopSignal`, which saves it an all-reduce of its own. The factor world_size cancels data parallelism's
+        averaging of gradients over ranks.
         """
         counts = {objective: torch.zeros((), dtype=torch.int64, device=self.world.device) for objective in Objective}
         for batch in batches:
@@ -267,7 +267,7 @@ class Trainer:
 
     @torch.no_grad()
     def _warm_up_evaluation(self) -> None:
-        """Once for the weights and once for their average: eval mode compiles separate graphs."""
+        """Run the weights and the EMA once in eval mode, which compiles separate graphs."""
         batch = Batch.padding(self.config.seq_length, self.world.device)
         for model in (self.model.eval(), self.ema.model):
             with self._precision():
@@ -276,7 +276,7 @@ class Trainer:
         self.model.train()
 
     def _forward(self, parts: list[Batch]) -> list[MaskedCrossEntropy]:
-        """The sums of each part; all of them go through the model together."""
+        """The loss sums of each part, from a single forward over all of them."""
         with self._precision():
             return self.parallel_model(
                 torch.cat([part.input_ids for part in parts]),
@@ -291,13 +291,13 @@ class Trainer:
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.config.mixed_precision)
 
     def _warm_up(self) -> None:
-        """Compile the model for all that the run will need, and let DDP arrange its buckets, before the first step.
+        """Before the first step, compile every graph that the run needs and let DDP rebuild its buckets.
 
-        DDP does so after the first backward, which moves bucket borders and with them the order of additions among more
-        than two ranks. A resumed run must not take its first step with other borders than the run that went on.
+        DDP rebuilds them after the first backward. With more than two ranks, bucket boundaries change the order of
+        summation, so the first step of a resumed run must use the boundaries of an uninterrupted one.
 
         Raises:
-            InputError: the model cannot be compiled here.
+            InputError: the model cannot be compiled on this machine.
         """
         if not self.is_compiled and self.world.world_size == 1:
             return

@@ -1,4 +1,4 @@
-"""Parts of a measurement that go wrong, for tests/test_gpu_runner.py."""
+"""Failing parts of a measurement, for tests/test_gpu_runner.py."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ def aborting(settings):
 
 
 def hanging(settings, pid_file):
-    """Hangs after its first result, with a process of its own that hangs too."""
+    """Hangs after its first result, with a child process that hangs too."""
     yield {"value": 1, "summary": "half"}
     beside = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     Path(pid_file).write_text(f"{beside.pid}")
@@ -32,7 +32,7 @@ def hanging(settings, pid_file):
 
 
 def waiting_for(settings, mine, other):
-    """Ends only if another part runs at the same time."""
+    """Ends only if a different part runs at the same time."""
     Path(mine).touch()
     while not Path(other).exists():
         time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""A headless Chromium that looks at pages as a reader would, without a network."""
+"""Renders pages in headless Chromium, without network access."""
 
 import html
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-# what a browser would otherwise do on its own besides showing the page
+# disable the browser's own background activity
 _QUIET = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-extensions",
@@ -40,7 +40,7 @@ document.getElementById('results').textContent = JSON.stringify(results);
 
 
 def find_browser() -> str:
-    """The browser's path; without one the test is skipped."""
+    """Path of a browser; skips the test if none is installed."""
     found = next(filter(None, map(shutil.which, _NAMES)), None)
     if not found:
         pytest.skip("no Chromium or Chrome is installed (Debian: apt-get install chromium)")
@@ -48,14 +48,14 @@ def find_browser() -> str:
 
 
 def screenshot(page: Path, folder: Path, width: int, height: int) -> tuple[Path, list[str]]:
-    """A picture of the page, and what its console said, which is where the browser complains."""
+    """Screenshot of the page, and its console messages, where the browser reports errors."""
     picture = folder / f"{width}.png"
     said = _run(folder, f"--window-size={width},{height}", f"--screenshot={picture}", page.as_uri())
     return picture, [line for line in said.splitlines() if ":CONSOLE" in line]
 
 
 def measure(page: Path, folder: Path, widths: list[int]) -> list[dict]:
-    """Sizes of the page and its charts at several widths, and all that it loads; see `_MEASURE`."""
+    """Sizes of the page and its charts at several widths, and every resource that it loads; see `_MEASURE`."""
     source = html.escape(page.read_text(encoding="utf-8"))
     frames = "".join(
         f'<iframe width="{width}" height="900" style="border:0" srcdoc="{source}"></iframe>' for width in widths
@@ -71,7 +71,7 @@ def measure(page: Path, folder: Path, widths: list[int]) -> list[dict]:
 
 
 def _run(folder: Path, *arguments: str) -> str:
-    """What the browser prints."""
+    """The browser's output."""
     command = [find_browser(), *_QUIET, f"--user-data-dir={folder / 'profile'}", *arguments]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert ran.returncode == 0, ran.stderr

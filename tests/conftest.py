@@ -1,4 +1,4 @@
-"""Fixtures that several files need. Those that return a function last a session, so that hypothesis takes them."""
+"""Shared fixtures. Those that return a function have session scope, as hypothesis requires."""
 
 import atexit
 import importlib
@@ -18,7 +18,7 @@ if DEVICE == "cpu":
     os.environ |= NO_GPU  # before anything looks for a GPU or imports a kernel
 else:
     os.environ.pop("TRITON_INTERPRET", None)
-# before anything imports transformers: nothing is asked of the network, nothing written into the user's cache
+# before transformers is imported: no network access, no writes to the user's cache
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="gptbert-hf-")
 
@@ -28,8 +28,8 @@ from kernels.backend import BACKENDS, set_default_backend
 from tests.scans import scan_by_doubling
 
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
-settings.register_profile("fuzz", max_examples=10_000, deadline=None)  # of `make fuzz`, see tests/test_fuzz.py
-collect_ignore_glob = ["test_*.py"] if DEVICE == "cuda" else []  # the GPU's lane is tests/gpu alone
+settings.register_profile("fuzz", max_examples=10_000, deadline=None)  # for `make fuzz`, see tests/test_fuzz.py
+collect_ignore_glob = ["test_*.py"] if DEVICE == "cuda" else []  # the GPU lane runs tests/gpu alone
 
 TINY = ModelConfig(
     hidden_size=16,
@@ -47,8 +47,8 @@ TINY = ModelConfig(
 
 @pytest.fixture(autouse=True)
 def no_choice_stays():
-    """A run chooses its process's backend; no test must be left with that of another."""
-    set_default_backend(None)  # that of a fixture of the module
+    """A run sets the default backend of its process; without this, later tests would inherit it."""
+    set_default_backend(None)  # a module's fixture may have set it
     yield
     set_default_backend(None)
 
@@ -72,13 +72,13 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def device():
-    """Where kernels are tested: the CPU, and in the GPU's lane the GPU."""
+    """Device that kernels are tested on: the CPU, or the GPU in the GPU lane."""
     return torch.device(DEVICE)
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
-    """Every implementation of an operation runs the same tests."""
+    """Runs a test once for each implementation of an operation."""
     if request.param == "cpp" and DEVICE != "cpu":
         pytest.skip("C++ kernels are for CPUs")
     return request.param
@@ -86,7 +86,7 @@ def backend(request):
 
 @pytest.fixture(scope="module")
 def parallel_scans():
-    """Scans as a GPU makes them: functions that do not associate show, and many rows are fast. Gives the old scan."""
+    """Tree-order scans, as on a GPU: exposes non-associative combine functions, and is faster. Yields the original."""
     with pytest.MonkeyPatch.context() as patch:
         interpreter = importlib.import_module("triton.runtime.interpreter")
         own = interpreter.ScanOps.generic_scan
@@ -96,22 +96,22 @@ def parallel_scans():
 
 @pytest.fixture
 def fresh_compiler():
-    """torch.compile without what other tests had it compile, and with counters at zero."""
+    """torch.compile with empty caches and zeroed counters."""
     torch.compiler.reset()
-    importlib.import_module("torch._dynamo.utils").counters.clear()  # here, since most tests do without
+    importlib.import_module("torch._dynamo.utils").counters.clear()  # imported here, since most tests do not need it
     yield
     torch.compiler.reset()
 
 
 @pytest.fixture(scope="session")
 def tiny():
-    """A model's shape, small enough for milliseconds."""
+    """A model configuration small enough to run in milliseconds."""
     return TINY
 
 
 @pytest.fixture(scope="session")
 def make_config():
-    """A TrainConfig of files that need not exist, with any settings changed."""
+    """Returns a function that makes a TrainConfig, with any settings changed; its files need not exist."""
 
     def make(**changes):
         paths = dict.fromkeys(("valid_path", "config_file", "tokenizer_path"), "none")
@@ -122,7 +122,7 @@ def make_config():
 
 @pytest.fixture(scope="session")
 def make_store():
-    """A token store in memory: documents of these lengths, token ids 100, 101, … unless they are given."""
+    """Returns a function that makes an in-memory token store: document lengths; token ids 100, 101, … unless given."""
 
     def make(lengths, *, tokens=None, cuts=()):
         lengths = np.array(lengths, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Strategies that damage a valid file: bytes, JSON, safetensors headers, archives and pickles at their own level."""
+"""Hypothesis strategies that corrupt valid files: as bytes, JSON, safetensors headers, archives and pickles."""
 
 import io
 import itertools
@@ -21,7 +21,7 @@ SCALARS = st.one_of(
 
 
 class _Nested(str):
-    """JSON text that Python's own encoder would not write."""
+    """JSON text that Python's own encoder cannot produce."""
 
     __slots__ = ()
 
@@ -40,7 +40,7 @@ JSON = st.one_of(
 
 @st.composite
 def damaged_bytes(draw, content: bytes) -> bytes:
-    """Bits flipped, ranges removed, repeated, zeroed or inserted, numbers made huge, the end cut off."""
+    """Bits flipped; ranges removed, repeated, zeroed or inserted; numbers made huge; the end truncated."""
     data = bytearray(content)
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, max(0, len(data) - 1)))
@@ -71,7 +71,7 @@ def damaged_bytes(draw, content: bytes) -> bytes:
 
 @st.composite
 def damaged_value(draw, value, others=JSON):
-    """A value of which parts have another value or type, are gone or come with others."""
+    """A value with parts changed in value or type, removed, or added."""
     for _ in range(draw(st.integers(1, 3))):
         value = draw(_changed(value, others))
     return value
@@ -79,7 +79,7 @@ def damaged_value(draw, value, others=JSON):
 
 @st.composite
 def _changed(draw, value, others):
-    """One change, somewhere inside."""
+    """One change at a random depth."""
     if isinstance(value, int | float) and draw(st.booleans()):
         return draw(NUMBERS)
     if not isinstance(value, dict | list) or not value or draw(st.integers(0, 19)) == 0:
@@ -100,7 +100,7 @@ def _changed(draw, value, others):
 
 
 def json_text(value) -> str:
-    """JSON of a value that may hold `_Nested` parts."""
+    """JSON of a value that may contain `_Nested` parts."""
     if isinstance(value, _Nested):
         return str(value)
     if isinstance(value, dict):
@@ -112,7 +112,7 @@ def json_text(value) -> str:
 
 @st.composite
 def damaged_json(draw, content: bytes) -> bytes:
-    """JSON of another structure; a key given twice, a byte order mark, another encoding; or damaged bytes."""
+    """JSON with a changed structure, a duplicate key, a byte order mark or a different encoding; or damaged bytes."""
     kind = draw(st.sampled_from(["structure", "structure", "structure", "twice", "mark", "encoding", "bytes"]))
     value = json.loads(content)
     if kind == "structure":
@@ -129,7 +129,7 @@ def damaged_json(draw, content: bytes) -> bytes:
 
 @st.composite
 def damaged_safetensors(draw, content: bytes) -> bytes:
-    """A header with other offsets, shapes, types or metadata, of the right or a wrong length; or damaged bytes."""
+    """A header with changed offsets, shapes, dtypes or metadata, and a right or wrong length; or damaged bytes."""
     if draw(st.integers(0, 3)) == 0:
         return draw(damaged_bytes(content))
     length = int.from_bytes(content[:8], "little")
@@ -155,7 +155,7 @@ def damaged_safetensors(draw, content: bytes) -> bytes:
 
 @st.composite
 def built_token_file(draw) -> bytes:
-    """A token file of the right form, with numbers that fit or do not."""
+    """A token file with valid structure and consistent or inconsistent numbers."""
     length = draw(st.integers(0, 12))
     dtype = draw(st.sampled_from(["uint8", "uint8", "uint16", "uint32", "uint64", "int32", "float32", "bool"]))
     tokens = np.array(draw(st.lists(st.integers(0, 300), min_size=length, max_size=length))).astype(dtype)
@@ -178,7 +178,7 @@ def built_token_file(draw) -> bytes:
 
 
 def built_model_config(content: bytes) -> st.SearchStrategy[bytes]:
-    """A model's shape with numbers that fit or do not."""
+    """A model configuration with consistent or inconsistent numbers."""
     few = st.sampled_from([1, 2, 3, 4, 8, 16, 24, 64, 1000, 2**20, 10**7, 10**7 + 1])
     shares = st.sampled_from([0, 0.1, 0.5, 1e-5, 1, 1e-300, -0.0, 1e999, 10**400])
     names = json.loads(content)
@@ -189,7 +189,7 @@ def built_model_config(content: bytes) -> st.SearchStrategy[bytes]:
 
 @st.composite
 def built_state(draw, content: bytes) -> bytes:
-    """A file of torch.save whose value has other parts."""
+    """A torch.save file whose value has changed parts."""
     file = io.BytesIO()
     torch.save(draw(damaged_value(torch.load(io.BytesIO(content), weights_only=True), VALUES)), file)
     return file.getvalue()
@@ -199,7 +199,7 @@ _NAMED = """os system, builtins eval, builtins bytearray, _codecs encode, collec
 torch Tensor, torch ByteStorage, torch LongStorage, torch uint16, torch device, torch Size,
 torch.storage UntypedStorage, torch._tensor _rebuild_from_type_v2, torch._utils _rebuild_tensor_v2,
 torch._utils _rebuild_tensor_v3, torch._utils _rebuild_qtensor"""
-# opcodes, with arguments that ask for much or for what is not there
+# opcodes whose arguments request huge sizes or missing objects
 PIECES = [
     *(bytes([code]) for code in b"(t)]}aesuQRbN.012\x81\x85\x86\x87\x88\x89\x8f\x90\x91\x93\x94\x97\x98"),
     b"h\x00", b"h\x05", b"q\x00", b"q\x07", b"j\xff\xff\xff\xff", b"r\xff\xff\xff\x7f", b"K\x00", b"K\x7f",
@@ -212,7 +212,7 @@ PIECES = [
 
 @st.composite
 def damaged_pickle(draw, content: bytes) -> bytes:
-    """Opcodes removed, repeated, exchanged and inserted, with all that a pickle can say; or damaged bytes."""
+    """Opcodes removed, repeated, swapped and inserted, from the whole pickle instruction set; or damaged bytes."""
     if draw(st.integers(0, 4)) == 0:
         return draw(damaged_bytes(content))
     places = [place for _, _, place in pickletools.genops(content)] + [len(content)]
@@ -239,7 +239,7 @@ def damaged_pickle(draw, content: bytes) -> bytes:
 
 
 def built_pickle() -> st.SearchStrategy[bytes]:
-    """A pickle of nothing but random opcodes."""
+    """A pickle of random opcodes only."""
     return st.lists(st.sampled_from(PIECES), max_size=30).map(lambda pieces: b"\x80\x02" + b"".join(pieces) + b".")
 
 
@@ -254,7 +254,7 @@ def archive(entries: dict[str, bytes], compression: int = zipfile.ZIP_STORED) ->
 
 @st.composite
 def damaged_torch_file(draw, content: bytes) -> bytes:
-    """Another pickle, other storages, names or compression; or damaged bytes."""
+    """A changed pickle, changed storages, names or compression; or damaged bytes."""
     kind = draw(st.sampled_from(["bytes", "pickle", "pickle", "pickle", "built", "storage", "name", "compressed"]))
     if kind == "bytes":
         return draw(damaged_bytes(content))

@@ -1,4 +1,4 @@
-"""A disk of its own for a test, small enough to be full."""
+"""A small file system of its own for a test, so that it can be full."""
 
 import contextlib
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 
 @contextlib.contextmanager
 def small_disk(folder: Path, size: int) -> Iterator[Path]:
-    """A folder of `folder` that holds no more than `size` bytes; skips the test where nothing can be mounted."""
+    """A mount point in `folder` with at most `size` bytes; skips the test if nothing can be mounted."""
     disk = folder / "disk"
     disk.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]

@@ -1,8 +1,8 @@
-"""Start every kernel as a GPU would have it, without a GPU: `python -m tests.dry_launch`.
+"""Launch every kernel as on a GPU, without a GPU: `python -m tests.dry_launch`.
 
-Triton's own launch path runs (argument binding, specialization, options, compilation for sm_90) up to the point where
-the driver would start the kernel; that driver is a stand-in. So launchers are seen to work where TRITON_INTERPRET would
-hide their mistakes, and what they ask the compiler for can be held against `configurations()`.
+Triton's own launch path runs (argument binding, specialization, options, compilation for sm_90) up to the driver's
+launch, which is replaced by a stub. This finds launcher bugs that TRITON_INTERPRET would hide, and compares what is
+compiled with `configurations()`.
 
 Prints a JSON list of launches: kernel, types, constants, aligned arguments, num_warps, max_registers.
 """
@@ -26,7 +26,7 @@ launches = {}
 
 
 def record(source, metadata):
-    """Note a launch in place of making one."""
+    """Record a launch instead of executing it."""
     names = list(source.fn.arg_names)
     constants = {names[path[0]]: value for path, value in source.constants.items()}
     launch = {
@@ -56,10 +56,10 @@ stand_in = SimpleNamespace(
 
 
 def main() -> None:
-    """Run the operations' own checks, whose results mean nothing here, and print what they launched."""
+    """Run the operations' checks, whose results are meaningless here, and print the recorded launches."""
     triton.runtime.driver.set_active(stand_in)
-    kernels.backend.interpreted = lambda: True  # let CPU tensors pass for a GPU's
-    torch._assert_async = lambda *_: None  # of what no kernel wrote
+    kernels.backend.interpreted = lambda: True  # treat CPU tensors like a GPU's
+    torch._assert_async = lambda *_: None  # kernels have not written the values that it asserts on
     for op in sys.argv[1:] or TRITON_OPERATIONS:
         for _ in importlib.import_module(f"kernels.{op}.check").comparisons(torch.device("cpu"), "triton"):
             pass

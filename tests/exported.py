@@ -1,4 +1,4 @@
-"""A checkpoint on disk whose every weight matters, as export and import take it."""
+"""A checkpoint on disk in which every weight affects the output, as input of export and import."""
 
 import json
 from dataclasses import asdict
@@ -28,7 +28,7 @@ SHAPE = ModelConfig(
 
 
 def random_model(seed: int) -> GPTBert:
-    """In eval mode; no weight has a value that hides a mistake, as biases of 0 and mixes of one-hot α do."""
+    """A model in eval mode; no weight keeps a value that hides bugs, such as biases of 0 or one-hot α."""
     torch.manual_seed(seed)
     model = GPTBert(SHAPE).eval()
     with torch.no_grad():
@@ -38,7 +38,7 @@ def random_model(seed: int) -> GPTBert:
 
 
 def write_checkpoint(folder: Path) -> tuple[Path, dict[str, GPTBert]]:
-    """A checkpoint's folder, and the models of its weights and their average."""
+    """Write a checkpoint; returns its folder, and the models with its weights and its EMA."""
     inputs = folder / "inputs"
     inputs.mkdir()
     write_inputs(inputs, train_characters=20_000)

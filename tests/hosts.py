@@ -1,4 +1,4 @@
-"""Two hosts on one machine: network namespaces with a link between them, where runs start as they do on a cluster."""
+"""Two hosts on one machine: connected network namespaces, in which runs start as on a cluster."""
 
 import contextlib
 import os
@@ -17,18 +17,18 @@ ADDRESSES = ("10.77.0.1", "10.77.0.2")
 
 
 class Hosts:
-    """Two namespaces, named for this process so that other tests beside it have their own."""
+    """Two network namespaces, named after this process so that parallel tests do not collide."""
 
     def __init__(self) -> None:
         self.names = [f"gptbert-{os.getpid()}-{index}" for index in range(2)]
         self.processes: list[subprocess.Popen] = []
 
     def open(self) -> None:
-        """Make them and the link.
+        """Create the namespaces and the link.
 
         Raises:
-            FileNotFoundError: there is no `ip`.
-            subprocess.CalledProcessError: it refuses; `stderr` says why.
+            FileNotFoundError: there is no `ip` command.
+            subprocess.CalledProcessError: `ip` failed; `stderr` has the reason.
         """
         first, second = self.names
         for name in self.names:
@@ -37,21 +37,21 @@ class Hosts:
         for name, address in zip(self.names, ADDRESSES, strict=True):
             _ip("-n", name, "address", "add", f"{address}/24", "dev", "wire")
             _ip("-n", name, "link", "set", "lo", "up")
-            # connections without an answer are given up after half a minute instead of a quarter of an hour
+            # give up unanswered connections after half a minute instead of a quarter of an hour
             _ip("netns", "exec", name, "sh", "-c", "echo 6 > /proc/sys/net/ipv4/tcp_retries2")
         self.set_link("up")
 
     def set_link(self, state: str) -> None:
-        """Cut or mend the link ("down" or "up") at the second host."""
+        """Set the second host's end of the link "down" or "up"."""
         for name in self.names if state == "up" else self.names[1:]:
             _ip("-n", name, "link", "set", "wire", state)
 
     def start(self, arguments: list[str], logs: Path, restarts: int = 0) -> list[subprocess.Popen]:
-        """Follow the recipe with these further flags on both hosts; see `start_one`."""
+        """Run the recipe with these extra flags on both hosts; see `start_one`."""
         return [self.start_one(index, arguments, logs, restarts) for index in range(2)]
 
     def start_one(self, index: int, arguments: list[str], logs: Path, restarts: int = 0) -> subprocess.Popen:
-        """Follow the recipe on one host with two processes; what they say goes into `logs`, a file a host."""
+        """Run the recipe on one host with two processes; output goes into `logs`, one file per host."""
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         settings = {"PATH": path, "NPROC_PER_NODE": "2", "MAX_RESTARTS": str(restarts), "OMP_NUM_THREADS": "1"}
         command = ["ip", "netns", "exec", self.names[index], RECIPE, ADDRESSES[0], *arguments]
@@ -64,12 +64,12 @@ class Hosts:
         return process
 
     def process_ids(self, *indices: int) -> list[int]:
-        """All processes of these hosts, or of both, whoever started them."""
+        """Ids of all processes on these hosts (default: both), whatever started them."""
         names = [self.names[index] for index in indices] or self.names
         return [int(line) for name in names for line in _ip("netns", "pids", name).split()]
 
     def kill(self, *indices: int) -> None:
-        """End all processes of these hosts, or of both, as a power cut does."""
+        """Kill all processes on these hosts (default: both) at once, like a power failure."""
         while left := self.process_ids(*indices):
             for process_id in left:
                 with contextlib.suppress(ProcessLookupError):
@@ -78,7 +78,7 @@ class Hosts:
                 process.poll()
 
     def close(self) -> None:
-        """Kill what still runs there, and delete the namespaces with the link."""
+        """Kill remaining processes and delete the namespaces and the link."""
         self.kill()
         for process in self.processes:
             process.wait()
@@ -88,12 +88,12 @@ class Hosts:
 
 @contextlib.contextmanager
 def two_hosts() -> Iterator[Hosts]:
-    """Two hosts that are gone afterwards; skips the test where the machine has no namespaces to give."""
+    """Context manager: two hosts, removed at exit; skips the test if the machine cannot create namespaces."""
     hosts = Hosts()
     try:
         hosts.open()
     except (OSError, subprocess.CalledProcessError) as error:
-        with contextlib.suppress(OSError, subprocess.CalledProcessError):  # what there is of them
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):  # it may be partly created
             hosts.close()
         pytest.skip(f"no network namespaces here: {getattr(error, 'stderr', None) or error}".strip())
     try:

@@ -1,4 +1,4 @@
-"""Span masking with settings that most of its tests share."""
+"""Span masking with the settings that most of its tests share."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Planted bugs: a kernel with one line changed, put in the place of the right one."""
+"""Planted bugs: a kernel with one line changed replaces the correct one."""
 
 import importlib
 import importlib.util
@@ -8,10 +8,10 @@ from pathlib import Path
 
 
 def replaced(source, old, new):
-    """`source` with `new` in the place of `old`, which must stand there once, however far its lines are indented.
+    """`source` with `old` replaced by `new`; `old` must occur exactly once, at any indentation.
 
-    A space of `old` is any white space, a line break of it one with any indentation; those of `new` are indented as
-    those that they replace, one after another.
+    Whitespace in `old` matches any whitespace, and a line break in it a line break with any indentation. Line breaks in
+    `new` take the indentation of those that they replace, in order.
     """
     pattern = ""
     for part in re.split(r"(\s+)", old):
@@ -26,9 +26,9 @@ def replaced(source, old, new):
 
 @contextmanager
 def mutated(module_name, old, new, folder):
-    """Inside the context, everything in the module is as if its source said `new` where it says `old`, see `replaced`.
+    """Context manager: the module behaves as if its source had `new` in place of `old`; see `replaced`.
 
-    Callers must look names up in the module at each call (`kernel.launch(…)`), not hold them.
+    Callers must look names up in the module at each call (`kernel.launch(…)`), not bind them earlier.
     """
     module = importlib.import_module(module_name)
     source = replaced(Path(module.__file__).read_text(encoding="utf-8"), old, new)

@@ -1,4 +1,4 @@
-"""The rule of `kernels/numerics.py` as assertions, comparisons of lists of tensors, and what C++ kernels are run on."""
+"""Assertions for the rule of `kernels/numerics.py`, comparisons of tensor lists, and test inputs for C++ kernels."""
 
 from collections.abc import Callable, Iterable
 
@@ -18,23 +18,23 @@ def assert_accurate(
     name: str = "tensor",
     rounding: float = 0.0,
 ) -> None:
-    """Fail unless `actual` obeys the rule; the arguments are those of `kernels.numerics.compare`."""
+    """Fail unless `actual` satisfies the rule; arguments as in `kernels.numerics.compare`."""
     for result in compare(name, actual, reference, plain, off_target, rounding=rounding):
         assert result.passed, f"{result.name}: error {result.error:.3e}, allowed {result.bound:.3e}"
 
 
 def assert_near(actual: Tensor, exact: Tensor, plain: Tensor, dtype: torch.dtype, name: str = "tensor") -> None:
-    """Fail unless a tensor is about as near to the exact one as another is that was computed in the same precision.
+    """Fail unless the error of `actual` is about that of `plain`, which was computed in the same precision.
 
-    For what different devices and compilers make: the order of their additions, and their exponential functions, differ
-    by more roundings than the rule of `kernels/numerics.py` allows.
+    For comparisons across devices and compilers: their summation order and exponentials differ by more roundings than
+    the rule of `kernels/numerics.py` allows.
 
     Args:
         actual: on any device.
         exact: in fp64.
-        plain: by PyTorch, eager.
-        dtype: that the arithmetic was done in, fp32 or bf16, whatever that of the result is.
-        name: what to call the tensor.
+        plain: from eager PyTorch.
+        dtype: dtype of the arithmetic, fp32 or bf16, whatever the result's dtype.
+        name: the tensor's name in messages.
     """
     exact, slack = exact.cpu(), {torch.float32: 1e-4, torch.bfloat16: 0.02}[dtype]
     errors = [relative_error(tensor.cpu(), exact) for tensor in (actual, plain)]
@@ -43,24 +43,24 @@ def assert_near(actual: Tensor, exact: Tensor, plain: Tensor, dtype: torch.dtype
 
 
 def same(one: Iterable[Tensor], other: Iterable[Tensor]) -> bool:
-    """Whether all pairs of tensors are equal to the bit."""
+    """Whether all pairs of tensors are bitwise equal."""
     return all(torch.equal(left, right) for left, right in zip(one, other, strict=True))
 
 
 def close(actual: Iterable[Tensor], expected: Iterable[Tensor], tolerance: float = 1e-6) -> bool:
-    """Whether all tensors are within a relative error of those expected."""
+    """Whether all tensors are within a relative error of the expected ones."""
     pairs = zip(actual, expected, strict=True)
     return all(relative_error(left, right) < tolerance for left, right in pairs if left.numel())
 
 
 def scattered(tensor: Tensor) -> Tensor:
-    """The same tensor in memory where no two entries are neighbors; what stands between them is not a number."""
+    """The same tensor with no two elements adjacent in memory; the gaps are NaN, or 1 for integers."""
     between = torch.full_like(tensor, torch.nan if tensor.is_floating_point() else 1)
     return torch.stack([tensor, between], dim=-1)[..., 0]
 
 
 def on_threads(count: int, function: Callable, *arguments: object) -> object:
-    """What a function returns where PyTorch has so many threads."""
+    """Call a function with this number of PyTorch threads; returns its result."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -1,4 +1,4 @@
-"""What PyTorch does while a block runs, operation by operation, inside our own operations too."""
+"""Observes every PyTorch operation in a block, including those inside our own operations."""
 
 from contextlib import ExitStack
 
@@ -15,12 +15,12 @@ PLACES = (Tensor.__getitem__, Tensor.__setitem__)
 
 
 class Operations:
-    """Hand every operation to a function before it runs.
+    """Context manager: calls a function before every operation.
 
     Args:
-        look: takes the operation's name and the tensors among its arguments. Names are such as "aten::mm.out"; and
-            "from host" for a tensor that is made of Python's numbers, or an index that is a list of them.
-        closed: our own operations that are not looked into, such as "kernels::lamb_step".
+        look: called with the operation's name and the tensors among its arguments. Names are like "aten::mm.out"; or
+            "from host" for a tensor created from Python numbers, or an index that is a list of them.
+        closed: our own operations whose insides are not observed, such as "kernels::lamb_step".
     """
 
     def __init__(self, look, closed=()):
@@ -48,11 +48,11 @@ class _Dispatched(TorchDispatchMode):
         if own is None or name in self.operations.closed:
             return function(*args, **kwargs)
         with Operations(self.operations.look, self.operations.closed):
-            return own._init_fn(*args, **kwargs)  # registered with torch.library.custom_op: what it does is Python's
+            return own._init_fn(*args, **kwargs)  # registered with torch.library.custom_op: its body is Python
 
 
 class _Called(TorchFunctionMode):
-    """What no dispatcher sees."""
+    """Sees what never reaches the dispatcher."""
 
     def __init__(self, operations):
         super().__init__()
@@ -71,5 +71,5 @@ def _parts(index):
 
 
 def is_product(name):
-    """Whether an operation of this name multiplies matrices."""
+    """Whether an operation of this name is a matrix product."""
     return name.removeprefix("aten::").split(".")[0] in PRODUCTS

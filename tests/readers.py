@@ -1,4 +1,4 @@
-"""Everything that reads a file from elsewhere, each followed by a use of what it gave: success means usable."""
+"""Every reader of external files, each followed by a use of its result: success means the result is usable."""
 
 from pathlib import Path
 
@@ -26,21 +26,21 @@ DOCUMENTS = 1 << 16
 
 
 def tokens(path: Path) -> None:
-    """A token file or a `.bin`: rows can be made, and no id is beyond the vocabulary that the store names."""
+    """A token file or a `.bin`: rows can be built, and every id is below the vocabulary size in the store."""
     store = TokenStore.open(path)
     store.check_ids()
     rows = RowStream(store, 4).rows(0, 3)
     assert rows.tokens.shape == (3, 5)
     assert 0 <= rows.tokens.min() <= rows.tokens.max() < max(store.vocab_size, 5)
     gathered = 0
-    for first in range(0, store.num_documents, DOCUMENTS):  # all of them at once would take more than the file
+    for first in range(0, store.num_documents, DOCUMENTS):  # all of them at once would need more memory than the file
         ids, _ = store.gather(*store.documents(first, min(first + DOCUMENTS, store.num_documents)))
         gathered += len(ids)
     assert gathered == store.num_tokens
 
 
 def model_config(path: Path) -> None:
-    """A model's shape: the model can be built where it takes no memory."""
+    """A model configuration: the model can be built on the meta device."""
     config = ModelConfig.from_json(path)
     with torch.device("meta"):
         model = GPTBert(config)
@@ -48,7 +48,7 @@ def model_config(path: Path) -> None:
 
 
 def tokenizer(path: Path) -> None:
-    """A tokenizer: texts can be encoded, with ids of its vocabulary, and decoded."""
+    """A tokenizer: it encodes text to ids of its vocabulary, and decodes them."""
     loaded = load_tokenizer(path)
     assert len(tokenizer_hash(path)) == 64
     size = loaded.get_vocab_size()
@@ -60,7 +60,7 @@ def tokenizer(path: Path) -> None:
 
 
 def resumed(path: Path) -> None:
-    """A checkpoint to resume from: model and optimizer take what it holds."""
+    """A checkpoint to resume from: model and optimizer load it."""
     loaded = checkpoint.load(path, TINY)
     model, ema = GPTBert(TINY), GPTBert(TINY)
     model.load_state_dict(loaded.model)
@@ -87,24 +87,24 @@ def resumed_settings(path: Path) -> None:
 
 
 def model(path: Path) -> None:
-    """A checkpoint's model: it computes."""
+    """A checkpoint's model: a forward succeeds."""
     loaded = load_model(path)
     ids = torch.zeros(1, 3, dtype=torch.long)
     assert loaded.encode(ids, ids, causal=True).shape == (1, 3, loaded.config.hidden_size)
 
 
 def checked(path: Path) -> None:
-    """A checkpoint's manifest: every file is as it says."""
+    """A checkpoint's manifest: every file matches it."""
     manifest.check(path)
 
 
 def state(path: Path) -> None:
-    """Any file of torch.save."""
+    """Any torch.save file."""
     load_torch_file(path)
 
 
 def records(path: Path) -> None:
-    """The records of a run, read and taken up again."""
+    """The records of a run: read, and usable for resuming."""
     assert all(isinstance(record["step"] + 0, int | float) for record in read_records(path))
 
 
@@ -116,7 +116,7 @@ def corpus(path: Path) -> None:
 
 
 def pairs(path: Path) -> None:
-    """Minimal pairs: both sentences are text, and pairs are grouped alike."""
+    """Minimal pairs: both sentences are text, and all pairs have the same grouping fields."""
     found = read_pairs([path])
     for pair in found:
         assert "".join([pair.good, pair.bad, *pair.groups.values()]).encode()

@@ -1,4 +1,4 @@
-"""Whole training runs for tests: small inputs on disk, launched as a user would launch them."""
+"""Helpers for tests of whole training runs: small inputs on disk, and runs launched as a user launches them."""
 
 import contextlib
 import json
@@ -41,12 +41,12 @@ MODEL = {
     "layer_norm_eps": 1e-5,
 }
 
-_CONTEXT = multiprocessing.get_context("forkserver" if DEVICE == "cpu" else "spawn")  # a fork loses its GPU
+_CONTEXT = multiprocessing.get_context("forkserver" if DEVICE == "cpu" else "spawn")  # CUDA does not survive a fork
 _CONTEXT.set_forkserver_preload(["gptbert.fit", "gptbert.command_line", "torch._dynamo"])
 
 
 def write_inputs(folder: Path, train_characters: int = 60_000) -> Path:
-    """Tokenizer, token files, `model.json` and `no_dropout.json`, from Python's own documentation."""
+    """Write a tokenizer, token files, `model.json` and `no_dropout.json`, built from Python's own documentation."""
     texts = [topics[name] for name in sorted(topics)]
     documents, size = [], 0
     while size < train_characters:
@@ -74,7 +74,7 @@ def write_inputs(folder: Path, train_characters: int = 60_000) -> Path:
 
 
 def flags(inputs: Path, **changes: object) -> list[str]:
-    """The command line of a short run; `changes` are further flags, True for a bare one, a list for several values."""
+    """Command line of a short run; `changes` are extra flags: True for one without value, a list for several values."""
     settings = {
         "train_path": inputs / "train.safetensors",
         "valid_path": inputs / "valid.safetensors",
@@ -93,7 +93,7 @@ def flags(inputs: Path, **changes: object) -> list[str]:
         "save_every": 0,
         "log_every": 1,
         "device": "cpu",
-        "cpu_threads": 1,  # OpenMP's threads spin while they wait, which takes minutes where other tests want the cores
+        "cpu_threads": 1,  # OpenMP threads busy-wait, which takes minutes if other tests use the same cores
         "wandb_mode": "disabled",
     } | changes
     arguments = []
@@ -106,13 +106,13 @@ def flags(inputs: Path, **changes: object) -> list[str]:
 
 
 def start(arguments: list[str], world_size: int = 1, *torchrun: str, **variables: str) -> subprocess.Popen:
-    """Launch train_distributed.py, under torchrun for more than one process, in a session of its own.
+    """Launch train_distributed.py in its own session, under torchrun if there is more than one process.
 
     Args:
-        arguments: from `flags`.
+        arguments: command line from `flags`.
         world_size: number of processes.
-        torchrun: more flags for it.
-        variables: of the environment.
+        torchrun: extra flags for torchrun.
+        variables: extra environment variables.
     """
     launcher = [sys.executable]
     if world_size > 1:
@@ -130,7 +130,7 @@ def start(arguments: list[str], world_size: int = 1, *torchrun: str, **variables
 
 
 def wait_for_record(process: subprocess.Popen, run_dir: Path, number: int) -> None:
-    """Wait until a run has written its `number`-th record."""
+    """Wait until the run has written its `number`-th record."""
     deadline = time.monotonic() + 120
     while len(read_records(run_dir / "metrics.jsonl")) < number:
         assert process.poll() is None, process.communicate()[0]
@@ -139,21 +139,21 @@ def wait_for_record(process: subprocess.Popen, run_dir: Path, number: int) -> No
 
 
 def process_ids(name: str) -> list[int]:
-    """The processes of a run, torchrun's own among them, by their command lines, since workers have own sessions."""
+    """Ids of a run's processes, including torchrun's; found by command line, since workers have their own sessions."""
     found = []
     for command_line in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):  # it has ended
+        with contextlib.suppress(OSError):  # the process has ended
             if f"--name={name}\0".encode() in command_line.read_bytes():
                 found.append(int(command_line.parent.name))
     return found
 
 
 def workers(name: str) -> dict[int, int]:
-    """The training processes of a run by local rank."""
+    """Ids of a run's training processes by local rank."""
     found = {}
     for process_id in process_ids(name):
         folder = Path(f"/proc/{process_id}")
-        with contextlib.suppress(OSError):  # it has ended
+        with contextlib.suppress(OSError):  # the process has ended
             if b"torch.distributed.run" not in (folder / "cmdline").read_bytes().split(b"\0"):
                 lines = (folder / "environ").read_bytes().split(b"\0")
                 found[int(dict(line.partition(b"=")[::2] for line in lines).get(b"LOCAL_RANK", 0))] = process_id
@@ -161,7 +161,7 @@ def workers(name: str) -> dict[int, int]:
 
 
 def kill(process: subprocess.Popen, name: str) -> None:
-    """Kill all processes of a run that are left, at once."""
+    """Kill all remaining processes of a run at once."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     for process_id in process_ids(name):
@@ -171,7 +171,7 @@ def kill(process: subprocess.Popen, name: str) -> None:
 
 
 def train(inputs: Path, name: str, world_size: int = 1, **changes: object) -> list[dict]:
-    """Run the command to the end, in processes of `forked_ranks`, and return the records of metrics.jsonl."""
+    """Run training to the end in processes from `forked_ranks`; returns the records of metrics.jsonl."""
     log = inputs / f"{name}.log"
     log.unlink(missing_ok=True)
     ranks = forked_ranks(world_size, _train, flags(inputs, name=name, **changes), log)
@@ -182,7 +182,7 @@ def train(inputs: Path, name: str, world_size: int = 1, **changes: object) -> li
             break
         multiprocessing.connection.wait(running, timeout=deadline - time.monotonic())
     for rank in ranks:
-        rank.kill()  # if it waits for one that failed
+        rank.kill()  # it may be waiting for a rank that failed
         rank.join()
     assert not any(rank.exitcode for rank in ranks), log.read_text()
     return read_records(inputs / "runs" / name / "metrics.jsonl")
@@ -198,7 +198,7 @@ def _train(arguments: list[str], log: Path) -> None:
 
 
 def assert_same_end(run_dir: Path, other: Path) -> None:
-    """Two runs have the same records but for speed, the same samples and the same newest checkpoint, all to the bit."""
+    """Two runs have the same records except for speed, the same samples and the same newest checkpoint, bit for bit."""
     records = [read_records(path / "metrics.jsonl") for path in (run_dir, other)]
     without_speed = [[{key: record[key] for key in record if key not in SPEED} for record in each] for each in records]
     assert without_speed[0] == without_speed[1]
@@ -210,19 +210,19 @@ def assert_same_end(run_dir: Path, other: Path) -> None:
 
 
 def assert_same_checkpoint(path: Path, other: Path) -> None:
-    """Two checkpoints are of the same step and hold the same, to the bit."""
+    """Two checkpoints have the same step and bitwise equal content."""
     assert path.name == other.name
     files = [sorted(file.relative_to(folder) for file in folder.rglob("*")) for folder in (path, other)]
     assert files[0] == files[1]
     tensors = [file for file in files[0] if file.suffix == ".safetensors"]
     assert len(tensors) > 1
-    for file in tensors:  # their tensors: in the headers of shards, metadata stand in any order
+    for file in tensors:  # compare tensors: shard headers list metadata in any order
         assert_same(load_file(path / file), load_file(other / file), str(file))
     assert_same(*(torch.load(folder / "training_state.pt", weights_only=True) for folder in (path, other)))
 
 
 def assert_same(one: object, other: object, path: str = "") -> None:
-    """Equal to the bit, through dictionaries, lists and tensors."""
+    """Bitwise equal, recursing into dictionaries, lists and tensors."""
     assert type(one) is type(other), path
     if isinstance(one, dict):
         assert one.keys() == other.keys(), path
@@ -239,15 +239,15 @@ def assert_same(one: object, other: object, path: str = "") -> None:
 
 
 def losses(records: list[dict]) -> list[float]:
-    """Training losses, then validation losses, in the order of the steps."""
+    """Training losses, then validation losses, each in step order."""
     keys = ("train/loss", "train/mlm/loss", "train/clm/loss", "validation/mlm/loss", "validation/clm/loss")
     return [record[key] for key in keys for record in records if key in record]
 
 
 def on_ranks(world_size: int, target: Callable[..., None], *arguments: object) -> dict[int, Any]:
-    """What each of the processes says that run `target(rank, *arguments, results)`, by rank.
+    """Run `target(rank, *arguments, results)` on every rank; returns each rank's result by rank.
 
-    Each has torchrun's environment, and puts its rank and what it has to say into `results`.
+    Each process has torchrun's environment and puts (rank, result) into `results`.
     """
     results = _CONTEXT.Queue()
     ranks = forked_ranks(world_size, _with_rank, target, *arguments, results)
@@ -262,9 +262,9 @@ def _with_rank(target: Callable[..., None], *arguments: object) -> None:
 
 
 def forked_ranks(world_size: int, target: Callable[..., None], *arguments: object) -> list[BaseProcess]:
-    """Start processes that run `target(*arguments)`, with torchrun's environment if they are several.
+    """Start processes that run `target(*arguments)`, with torchrun's environment if there are several.
 
-    They are forked from a process that has imported everything, which saves each some seconds of `start`, a user's way.
+    They are forked from a process that has imported everything, which saves seconds per process compared with `start`.
     """
     variables = dict(os.environ) | {"OMP_NUM_THREADS": "1"}
     if world_size > 1:

@@ -1,7 +1,6 @@
-"""A child process that reads files from elsewhere, so that a crash, a hang or a full memory is a finding and no end.
+"""A child process that reads external files, so that a crash, a hang or memory exhaustion fails one test only.
 
-The parent writes a line with a reader's name and a path; the child answers with what became of it and the most memory
-that it took meanwhile.
+The parent writes a line with a reader's name and a path; the child answers with the outcome and its peak memory.
 """
 
 import contextlib
@@ -20,10 +19,10 @@ from tests.conftest import TINY
 from tests.readers import READERS
 
 ROOT = Path(__file__).parents[1]
-FLOOR = 64 << 20  # bytes that libraries may take at their first use, however small a file is
-ADDRESS_SPACE = 16 << 30  # beyond it allocations fail, so that no bug takes the machine down
-SECONDS = 30  # no file here takes a tenth of one
-# what nothing but code in the file would do; opening for writing is seen apart
+FLOOR = 64 << 20  # bytes that libraries may allocate at first use, however small the file
+ADDRESS_SPACE = 16 << 30  # allocations beyond it fail, so that no bug exhausts the machine
+SECONDS = 30  # files here take less than a tenth of it
+# audit events that only code in the file would cause; opening for writing is checked separately
 FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "os.remove", "os.rename", "os.mkdir", "subprocess",
              "socket", "shutil", "ctypes.dlopen", "webbrowser", "pty")  # fmt: skip
 
@@ -32,7 +31,7 @@ class Sandbox:
     """The parent's side.
 
     Attributes:
-        reads: by reader, how many files were read.
+        reads: number of files read, by reader.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -41,10 +40,10 @@ class Sandbox:
         self._child: subprocess.Popen | None = None
 
     def read(self, reader: str, path: Path) -> str:
-        """Have a file read; gives "" for success, or the message of its InputError.
+        """Have the child read a file; returns "" on success, or the message of its InputError.
 
         Raises:
-            AssertionError: anything else happened; the file is left where it is.
+            AssertionError: any other outcome; the file is kept.
         """
         if self._child is None:
             self._child = subprocess.Popen(
@@ -70,13 +69,13 @@ class Sandbox:
         return answer["message"]
 
     def close(self) -> None:
-        """End the child."""
+        """Stop the child."""
         if self._child is not None:
             self._child.kill()
             self._child.wait()
 
     def _answer(self, seconds: float) -> dict | None:
-        """The child's next line, or None after this time or the child's end."""
+        """The child's next line, or None on a timeout or if the child has ended."""
         ready, _, _ = select.select([self._child.stdout], [], [], seconds)
         line = self._child.stdout.readline() if ready else b""
         if not line and ready:
@@ -85,7 +84,7 @@ class Sandbox:
 
 
 class _Watch:
-    """What the child does and takes while it reads a file."""
+    """Records the child's side effects and memory while it reads a file."""
 
     def __init__(self) -> None:
         self.deeds: list[str] = []
@@ -103,12 +102,12 @@ class _Watch:
     def start(self) -> None:
         self.deeds = []
         with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         self._before = self._status("VmRSS")
         self.on = True
 
     def stop(self) -> int:
-        """Bytes that the process grew by at most."""
+        """Peak memory growth of the process in bytes."""
         self.on = False
         return self._status("VmHWM") - self._before
 
@@ -117,13 +116,13 @@ class _Watch:
         with contextlib.suppress(OSError):
             lines = Path("/proc/self/status").read_text().splitlines()
             return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
-        return 0  # there is no /proc elsewhere than on Linux
+        return 0  # /proc exists only on Linux
 
 
 def main() -> None:
     """Answer until the parent is gone."""
     with torch.device("meta"):
-        GPTBert(TINY)  # what torch does once, such as making a folder, is no file's deed
+        GPTBert(TINY)  # torch's one-time side effects, such as creating a folder, must not be attributed to a file
     answers = sys.stdout
     sys.stdout = sys.stderr
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
@@ -137,7 +136,7 @@ def main() -> None:
             READERS[reader](Path(path))
         except InputError as error:
             message = str(error)
-        except BaseException as error:  # noqa: BLE001  that is what is looked for
+        except BaseException as error:  # noqa: BLE001  that is what the test looks for
             failure = f"{type(error).__name__}: {str(error)[:300]}"
         peak = watch.stop()
         answer = {"message": message, "failure": failure, "deeds": watch.deeds, "peak": peak}

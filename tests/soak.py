@@ -1,4 +1,4 @@
-"""2,000 steps on eight processes take no more memory and open files than the first 400 do, and leave nothing behind.
+"""Over 2,000 steps on eight processes, memory and open files stay at their level after 400, and nothing is left behind.
 
 Its name keeps it out of `make test`; `make soak` runs it.
 """
@@ -17,10 +17,10 @@ from gptbert.monitoring.records import read_records
 from tests.runs import MODEL, flags, process_ids, start, workers, write_inputs
 
 RANKS, STEPS, WARM_UP_STEPS, SAVE_EVERY = 8, 2000, 400, 100
-LARGEST_SLOPE = 1.0  # MB in 1,000 steps
+LARGEST_SLOPE = 1.0  # MB per 1,000 steps
 SETTINGS = {
     "max_steps": STEPS,
-    "batch_reduction": 1,  # steps of one size, so that memory has no reason to grow
+    "batch_reduction": 1,  # constant batch size, so that memory has no reason to grow
     "seq_length": 16,
     "hybrid_mode": "rank",
     "mask_history": True,
@@ -30,15 +30,15 @@ SETTINGS = {
     "save_every": SAVE_EVERY,
     "keep_checkpoints": 3,
 }
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (only looked at)
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (only read)
 
 
 def measure(name):
-    """By rank, resident memory in MB and the number of open files."""
+    """Resident memory in MB and number of open files, by rank."""
     measured = {}
     for rank, process_id in workers(name).items():
         folder = Path(f"/proc/{process_id}")
-        with contextlib.suppress(OSError):  # it has ended
+        with contextlib.suppress(OSError):  # the process has ended
             pages = int((folder / "statm").read_text().split()[1])
             files = len(list((folder / "fd").iterdir()))
             measured[rank] = (pages * os.sysconf("SC_PAGE_SIZE") / 1e6, files)
@@ -46,9 +46,9 @@ def measure(name):
 
 
 def watch(process, run):
-    """Samples every second until the run ends, by rank: [samples, 3] of last recorded step, memory, open files."""
+    """Sample every second until the run ends; by rank, [samples, 3] of last recorded step, memory, open files."""
     samples = defaultdict(list)
-    with ThreadPoolExecutor(1) as reader:  # a pipe that nobody reads would stop the run
+    with ThreadPoolExecutor(1) as reader:  # drain the pipe: a full one would block the run
         output = reader.submit(process.communicate)
         while not output.done():
             metrics = run / "metrics.jsonl"
@@ -74,11 +74,11 @@ def test_memory_and_open_files_stay_and_nothing_is_left(tmp_path, monkeypatch):
     assert list(samples) == list(range(RANKS))
     slopes, opened = {}, {}
     for rank, rows in samples.items():
-        steps, memory, files = rows[(rows[:, 0] >= WARM_UP_STEPS) & (rows[:, 0] < STEPS)].T  # not what ends it
+        steps, memory, files = rows[(rows[:, 0] >= WARM_UP_STEPS) & (rows[:, 0] < STEPS)].T  # without the shutdown
         slopes[rank] = np.polyfit(steps, memory, 1)[0] * 1000
         middle = (WARM_UP_STEPS + STEPS) / 2
         halves = steps < middle, steps >= middle
-        opened[rank] = [int(files[half].min()) for half in halves]  # the least, since saves open more for a moment
+        opened[rank] = [int(files[half].min()) for half in halves]  # the minimum, since saves open more for a moment
         print(
             f"rank {rank}: {slopes[rank]:+.3f} MB in 1,000 steps, {memory[0]:.1f} MB at first and {memory[-1]:.1f} at "
             f"last, {opened[rank][0]} and {opened[rank][1]} open files, {len(steps)} samples"
@@ -91,6 +91,6 @@ def test_memory_and_open_files_stay_and_nothing_is_left(tmp_path, monkeypatch):
     kept = [f"step_{STEPS - SAVE_EVERY * back:08d}" for back in (2, 1, 0)]
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == kept
     assert not set(SHARED_MEMORY.iterdir()) - shared
-    # torchrun's folder for logs and torch.compile's for code, which torch leaves there
+    # torchrun's log folder and torch.compile's code folder, which torch does not delete
     left = [path.name for path in temporary.iterdir() if not path.name.startswith(("torchelastic_", "torchinductor_"))]
     assert not left

@@ -1,4 +1,4 @@
-"""Activation checkpointing: the same gradients to the bit, out of less that is kept for the backward."""
+"""Activation checkpointing: bitwise equal gradients from fewer saved activations."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def set_checkpointing(model, value):
 
 
 def forward(model, rows=8, length=32, *, causal=False, dtype=torch.float32):
-    """The loss; the same batch and the same seeds of dropout each time."""
+    """The loss; each call uses the same batch and dropout seeds."""
     torch.manual_seed(9)
     ids = torch.randint(16, 64, (rows, length))
     documents = (torch.arange(length) >= length // 2).long().expand(rows, -1)
@@ -62,7 +62,7 @@ def test_gradients_are_the_same_to_the_bit(dtype, causal):
 
 
 def kept_bytes(model, **settings):
-    """What a forward keeps for its backward, each piece of memory counted once, and without the weights."""
+    """Bytes that a forward saves for the backward: each storage counted once, without the weights."""
     weights = {param.untyped_storage().data_ptr() for param in model.parameters()}
     kept = {}
 
@@ -74,7 +74,7 @@ def kept_bytes(model, **settings):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = forward(model, **settings)
-    del loss  # until here no address could be used again
+    del loss  # kept until here so that no address is reused
     return sum(kept.values())
 
 

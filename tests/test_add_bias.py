@@ -1,4 +1,4 @@
-"""Sums over rows by the C++ kernel against fp64, and the bias whose gradient they are."""
+"""The C++ kernel's row sums against fp64, and the bias gradient that uses them."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def test_sums_are_as_accurate_as_pytorch(rows, columns):
 
 
 def test_sums_are_of_fp32():
-    """256 ones and more are as many even where a sum in bf16 would stop growing."""
+    """Sums must accumulate in fp32: in bf16 a sum of ones stops growing at 256."""
     assert column_sums(torch.ones(4097, 3, dtype=torch.bfloat16)).tolist() == [4097.0] * 3
 
 

@@ -1,4 +1,4 @@
-"""Arrows go one way, and the repository's own names stand in nobody's way."""
+"""Imports go in one direction, and the repository's module names collide with no other package."""
 
 import ast
 import importlib
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def imports(file):
-    """Absolute names of the modules that a file imports anywhere, also inside functions."""
+    """Absolute names of the modules that a file imports anywhere, including inside functions."""
     names = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -60,7 +60,7 @@ def test_arrows_go_one_way(pattern, forbidden):
         assert not [name for name in imports(file) if reaches(name, forbidden)], file
 
 
-# The house of gptbert/, from the ground up: a file imports from its own wing and from floors below.
+# The layers of gptbert/, bottom up: a file imports from its own wing and from lower layers.
 FLOORS = [
     {"errors"},
     {"io"},
@@ -86,7 +86,7 @@ def modules():
 
 
 def wing(module):
-    """A wing of gptbert/, or a file beside the wings."""
+    """A module's wing of gptbert/, or its own name if it is outside the wings."""
     return module.split(".")[1]
 
 
@@ -113,7 +113,7 @@ def test_no_import_leads_back_and_none_is_far_from_the_ground():
         return chains[module]
 
     longest = max(map(chain, graph), key=len)
-    # A package counts where its own name is imported, as gptbert.model is for GPTBert.
+    # A package counts if its own name is imported, such as gptbert.model for GPTBert.
     assert len(longest) <= 11, " -> ".join(longest)
 
 
@@ -137,7 +137,7 @@ def test_a_wing_says_what_each_of_its_files_is(wing):
     assert sorted(named) == sorted(file.stem for file in folder.glob("*.py") if file.stem != "__init__")
 
 
-# The files of an operation's folder; what else three of them need; and the one whose function has a longer name.
+# The files of an operation's folder; extra files of three of them; and the operation whose function has a longer name.
 NEEDED = {"__init__.py", "op.py", "reference.py", "check.py", "README.md"}
 BACKENDS = {"eager.py", "kernel.py", "cpp.py", "kernel.cpp"}
 FURTHER = {
@@ -171,7 +171,7 @@ def test_sizes_that_python_and_cpp_share_are_the_same():
 
 
 def test_only_the_demo_of_gptbert_uses_the_scripts():
-    """The demo makes its data as a user would; nothing else in the package knows of the scripts."""
+    """The demo makes its data like a user; no other module of the package may depend on the scripts."""
     users = {
         file.name
         for file in (ROOT / "gptbert").glob("*.py")

@@ -1,4 +1,4 @@
-"""Attention's own functions against autograd's derivative of the formulas of docs/model.md#attention."""
+"""Attention's own autograd functions against autograd's derivative of the formulas of docs/model.md#attention."""
 
 import pytest
 import torch
@@ -55,7 +55,7 @@ def test_a_query_that_sees_nothing_gives_zeros_and_takes_no_gradient():
 
 
 def test_only_the_probabilities_are_kept():
-    """Of everything with T × T entries a head."""
+    """Of all tensors with T × T elements per head, only probabilities may be saved for the backward."""
     tensors, documents = arguments()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda t: t):

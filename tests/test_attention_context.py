@@ -1,4 +1,4 @@
-"""Attention's C++ kernels against the formulas in fp64, over odd sizes, masks and seeds."""
+"""Attention's C++ kernels against the formulas in fp64, across odd sizes, masks and seeds."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def table():
 
 
 def make_case(length, rows=3, heads=2, *, causal=False, size=2.0):
-    """Scores by content, query and key; a mask of documents, where the last row ends in padding; and a gradient."""
+    """Content, query and key scores; a document mask whose last row ends in padding; and a gradient."""
     generator = torch.Generator().manual_seed(length)
     square = (heads, rows, length, length)
     shapes = [square, (*square[:3], BUCKETS), (heads, BUCKETS, rows, length), square]
@@ -143,7 +143,7 @@ def test_what_is_not_a_number_stays_none_in_its_row_alone(table):
     assert after[0][1, 0, 4].isnan().all()
     assert after[1][1, 0, 4, table(21)[4]].isnan().all()
     assert same([tensor[others] for tensor in after[:2]], [tensor[others] for tensor in gradients[:2]])
-    # of a key, a bucket may hold other queries' gradients alone
+    # a key's bucket may hold gradients of other queries only
     assert after[2][1, table(21)[4], 0, torch.arange(21)].isnan().all()
     assert (after[2][1, :, 0].isnan().sum(dim=0) == 1).all()
     assert not after[2][0].isnan().any()

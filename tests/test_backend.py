@@ -1,4 +1,4 @@
-"""Which implementation runs: by argument, process, environment or device; and what a training run chooses."""
+"""Choice of the implementation: by argument, process, environment or device; and a training run's choice."""
 
 import dataclasses
 import json
@@ -63,7 +63,7 @@ def test_the_predicate_is_read_again_by_compiled_code(fresh_compiler):
 
 @pytest.fixture
 def chosen(make_config, monkeypatch):
-    """The backend of a run with these settings."""
+    """Returns a function that gives the backend of a run with these settings."""
 
     def choose(*, is_compiled=True, world=ALONE, **settings):
         config = make_config(**settings)
@@ -116,13 +116,13 @@ def test_a_kernel_that_differs_from_its_reference_stops_the_run(chosen, monkeypa
 
 @pytest.mark.parametrize("mixed_precision", [False, True])
 def test_a_run_that_is_not_compiled_can_use_cpp(tmp_path, monkeypatch, mixed_precision):
-    """Its losses are near those of PyTorch, its LAMB is the kernel's, and the run's files say which it was."""
+    """Losses are close to those with torch, LAMB uses the kernel, and the run's files name the backend."""
     taken, own = [], cpp_lamb.lamb_step
     monkeypatch.setattr(cpp_lamb, "lamb_step", lambda *args, **settings: taken.append(1) or own(*args, **settings))
     inputs, losses = write_inputs(tmp_path), {}
     for kernels in ("torch", "cpp"):
         settings = {"mixed_precision": mixed_precision, "max_steps": 4, "log_every": 1, "validation_steps": 1}
-        settings["kernel_check"] = "off"  # which would count as steps
+        settings["kernel_check"] = "off"  # the check would count as steps
         fit(parse(TrainConfig, flags(inputs, name=kernels, kernels=kernels, no_compile=True, **settings)))
         folder = inputs / "runs" / kernels
         assert json.loads((folder / "config.json").read_text())["kernels"] == kernels
@@ -130,4 +130,4 @@ def test_a_run_that_is_not_compiled_can_use_cpp(tmp_path, monkeypatch, mixed_pre
         losses[kernels] = torch.tensor([record["train/loss"] for record in records if "train/loss" in record])
         assert len(taken) == (4 if kernels == "cpp" else 0)
     torch.testing.assert_close(*losses.values(), rtol=1e-2 if mixed_precision else 1e-5, atol=0)
-    assert torch.equal(*losses.values()) is False  # the kernels round elsewhere
+    assert torch.equal(*losses.values()) is False  # the kernels round at different places

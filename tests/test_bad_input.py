@@ -1,4 +1,4 @@
-"""Bad input ends a run with one clear line, a non-zero status, no traceback and nothing written."""
+"""Bad input ends a run with one clear line, a non-zero status, no traceback, and no files written."""
 
 import json
 import shutil
@@ -193,7 +193,7 @@ def test_resume_from_an_older_checkpoint_needs_another_name(finished, capfd):
 
 def test_resume_of_a_finished_run_says_so(finished, capfd):
     records = (finished / "runs/finished/metrics.jsonl").read_text()
-    run(flags(finished, name="finished", resume="auto", max_steps=2))  # what a batch system does once too often
+    run(flags(finished, name="finished", resume="auto", max_steps=2))  # a batch system may start a finished run again
     assert "finished already" in capfd.readouterr().err
     assert (finished / "runs/finished/metrics.jsonl").read_text() == records
     with pytest.raises(SystemExit):

@@ -1,4 +1,4 @@
-"""Benchmarks of operations refuse to report wrong numbers, compare with the reference in turns, and keep their file."""
+"""Benchmarks refuse to report wrong results, alternate with the reference, and keep their results file intact."""
 
 import csv
 import json
@@ -31,7 +31,7 @@ MCE = bench_masked_cross_entropy
 
 
 class FakeBenchmark:
-    """Runs what pytest-benchmark would, and lets the test decide how long it took."""
+    """Stands in for pytest-benchmark, with durations set by the test."""
 
     def __init__(self, times):
         self.disabled, self.extra_info, self._times = False, {}, times
@@ -76,7 +76,7 @@ def test_no_comparison_is_no_proof(measurement):
 
 
 def test_ratio_is_the_median_of_neighbors(measurement, results, monkeypatch):
-    # the machine slows down fivefold after the first of three rounds: ratios 2, 4, 4, but medians' ratio 20 / 5 differs
+    # the machine slows down fivefold after the first of three rounds: ratios are 2, 4, 4; that of the medians is 20 / 5
     reference_times = iter([2.0, 20.0, 20.0])
     warm_up = iter([1.0, 1.0])
     monkeypatch.setattr(machine, "seconds", lambda action: next(warm_up, None) or next(reference_times))

@@ -1,4 +1,4 @@
-"""Sums by bucket against a scatter, over lengths, types and pieces."""
+"""Bucket sums against scatter_add, across lengths, dtypes and chunk sizes."""
 
 import dataclasses
 

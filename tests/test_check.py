@@ -1,4 +1,4 @@
-"""The check before training: right kernels pass, planted bugs and exceptions are rows that fail."""
+"""The kernel check: correct kernels pass; planted bugs and exceptions become failed rows."""
 
 import dataclasses
 import importlib
@@ -20,7 +20,7 @@ from tests.mutation import mutated
 
 @pytest.fixture
 def one_row(monkeypatch):
-    """Checks of one comparison each, so that a test need not run the kernels; returns a way to change one."""
+    """Replaces each check by a single comparison, so that no kernel runs; returns a function that changes one."""
 
     def change(op, comparisons):
         monkeypatch.setattr(importlib.import_module(f"kernels.{op}.check"), "comparisons", comparisons)
@@ -71,7 +71,7 @@ RUN = Run(
 
 
 def checked(device, **changes):
-    """The names of all comparisons for a run."""
+    """Names of all comparisons for a run, by operation."""
     rows = check.run_checks(device, "torch", dataclasses.replace(RUN, **changes))
     assert failed(rows) == []
     return {op: "\n".join(row.name for row in rows if row.op == op) for op in TRITON_OPERATIONS}
@@ -116,7 +116,7 @@ def test_a_run_is_the_same_after_a_command_line():
 
 
 def test_operations_are_checked_at_the_same_time(device, one_row, monkeypatch):
-    """Each waits for all the others; one after another they would wait for ever."""
+    """Each check waits for all others, so running them one after another would deadlock."""
     monkeypatch.setattr(check, "interpreted", lambda: False)
     barrier = threading.Barrier(len(TRITON_OPERATIONS), timeout=60)
 
@@ -178,7 +178,7 @@ def test_whatever_goes_wrong_in_a_check_is_a_row_that_failed(comparisons, messag
     assert len(failed(rows)) == 1
     assert str(failed(rows)[0]).startswith(message)
     assert check.first_failure(rows) == f"kernel check failed: {failed(rows)[0]}; {check.WAY_ON}"
-    assert {row.op for row in rows} == set(TRITON_OPERATIONS)  # the others were checked all the same
+    assert {row.op for row in rows} == set(TRITON_OPERATIONS)  # the other operations were still checked
 
 
 def command(*arguments):
@@ -194,7 +194,7 @@ def command(*arguments):
 
 
 def test_the_command_interprets_kernels_where_there_is_no_gpu():
-    done = command("--device", "cpu", "--run", RUN.to_json())  # everything is checked above
+    done = command("--device", "cpu", "--run", RUN.to_json())  # the full set is checked above
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("backend triton on cpu in its interpreter")
     for op in TRITON_OPERATIONS:

@@ -1,4 +1,4 @@
-"""Checkpoints: complete or absent, the newest kept, found again, and refused in one line when damaged."""
+"""Checkpoints: complete or absent, the newest kept, found again; a damaged one is refused with a one-line error."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ RANDOM_STATE = torch.Generator().manual_seed(3).get_state()
 
 @pytest.fixture(scope="module")
 def trained(tiny):
-    """A model, its average and an optimizer with state."""
+    """A model, its EMA and an optimizer with state."""
     torch.manual_seed(0)
     model, ema = GPTBert(tiny), GPTBert(tiny)
     optimizer = Lamb(model.parameters())
@@ -45,7 +45,7 @@ def trained(tiny):
 
 @pytest.fixture
 def run(make_config, tmp_path):
-    """A run's settings, with its folder as the trainer leaves it before the first save."""
+    """A run's settings, with its folder in the state before the first save."""
     config = make_config(output_dir=tmp_path, name="run", keep_checkpoints=2)
     config.run_dir.mkdir()
     (config.run_dir / "tokenizer.json").write_text('{"a": 1}', encoding="utf-8")
@@ -111,7 +111,7 @@ def test_steps_are_ordered_as_numbers(run, save):
 
 
 def test_a_run_that_went_back_keeps_what_it_saves(run, save):
-    """Resumed from step 1 of three, its next checkpoint is not the newest by number."""
+    """A run resumed from step 10 saves step 15, which is not the highest number and must still be kept."""
     for step in (10, 20):
         save(step)
     one_kept = dataclasses.replace(run, keep_checkpoints=1)
@@ -175,7 +175,7 @@ def test_a_save_killed_half_way_is_no_checkpoint_and_is_cleaned_up(run, save, mo
             save(2)
     assert list_checkpoints(run.run_dir) == [run.run_dir / "checkpoints" / "step_00000001"]
     assert find(dataclasses.replace(run, resume="auto")).name == "step_00000001"
-    save(3)  # another step than the one that was cut short
+    save(3)  # a different step from the interrupted one
     assert names(run) == ["step_00000001", "step_00000003"]
 
 
@@ -197,7 +197,7 @@ def test_a_deletion_killed_half_way_is_cleaned_up(run, save, monkeypatch):
         with pytest.raises(Killed):
             save(3)
     assert [path.name for path in list_checkpoints(run.run_dir)] == ["step_00000002", "step_00000003"]
-    # the same step is deleted once more: what the first deletion left must not stand in the way
+    # a later deletion must not fail on what the killed one left
     save(1, config=dataclasses.replace(run, keep_checkpoints=9))
     save(4)
     assert names(run) == ["step_00000003", "step_00000004"]

@@ -1,4 +1,4 @@
-"""Two trees in turns: ratios of neighbors, and one line where a commit cannot be measured."""
+"""Comparing two trees in alternation: per-round ratios, and one line if a commit cannot be measured."""
 
 import subprocess
 from itertools import count
@@ -14,7 +14,7 @@ def figures(speed):
 
 
 def test_ratios_are_of_neighbors_and_turns_alternate():
-    order, slowdown = [], {0: 1, 1: 5, 2: 2}  # the machine's, in each round
+    order, slowdown = [], {0: 1, 1: 5, 2: 2}  # of the machine, by round
 
     def turn(name, speed):
         rounds = count()
@@ -47,7 +47,7 @@ def test_cases_are_names_or_objects():
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
-    """Two commits: the first without the benchmark."""
+    """A repository of two commits: the first lacks the benchmark."""
     monkeypatch.setattr(compare, "ROOT", tmp_path)
     identity = ("-c", "user.name=a", "-c", "user.email=a@b")
     for arguments in (["init", "-q"], [*identity, "commit", "-q", "--allow-empty", "-m", "first"]):

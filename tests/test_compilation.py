@@ -1,4 +1,4 @@
-"""Compiled blocks: what eager computes, and no compilation after the first steps of a run."""
+"""Compiled blocks equal eager ones, and nothing recompiles after a run's first steps."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def make_batch(rows, length):
 
 
 def run(model, rows, *, causal, dtype=None, length=16):
-    """Loss and gradients; the same seeds of dropout each time."""
+    """Loss and gradients; each call uses the same dropout seeds."""
     model.zero_grad()
     torch.manual_seed(9)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -56,7 +56,7 @@ def run(model, rows, *, causal, dtype=None, length=16):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_is_eager_forward_and_gradients_with_dropout(dtype):
-    """In bf16 by the numerics rule: both round, at different places."""
+    """In bf16 by the numerics rule: the two round at different places."""
     model = make_model()
     exact = run(make_model().double(), 3, causal=False)
     eager = run(model, 3, causal=False, dtype=dtype)
@@ -108,7 +108,7 @@ def even_short_runs(monkeypatch):
 
 
 def test_a_whole_run_compiles_its_shapes_once(tmp_path, even_short_runs):
-    """Rows, mask shares and row lengths move, both objectives alternate, and validations come in between."""
+    """Batch size, mask fraction and row length change, objectives alternate, and validation runs in between."""
     inputs = write_inputs(tmp_path)
     settings = {"mixed_precision": True, "seq_length_growth": True, "seq_length": 8}
     config = parse(TrainConfig, flags(inputs, **settings, max_steps=40, hybrid_denominator=2, hybrid_mode="batch"))

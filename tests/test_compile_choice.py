@@ -1,4 +1,4 @@
-"""Whether a run is compiled: what it saves against what it takes, kept where a run goes on, and said at the start."""
+"""The choice to compile a run: savings against cost, kept on resuming, and printed at startup."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ from tests.runs import MODEL, flags, write_inputs
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 SMALL = ModelConfig.from_json("configs/small.json")
-ANCIENT_GREEK = ModelConfig(  # the shape of a real run, which was not compiled once
+ANCIENT_GREEK = ModelConfig(  # the shape of a real run that was once left uncompiled
     **{**MODEL, "hidden_size": 256, "intermediate_size": 640, "num_attention_heads": 4, "num_hidden_layers": 6}
     | {"vocab_size": 32768, "position_bucket_size": 32, "max_position_embeddings": 512}
 )
@@ -87,10 +87,10 @@ def test_the_reason_is_in_figures(chosen):
     [
         (True, 3, True, True, True),  # shorter now
         (False, 100_000, True, True, False),  # longer now
-        (None, 3, True, True, False),  # a former version's, by its rule
+        (None, 3, True, True, False),  # an earlier version's checkpoint, by its rule
         (None, 100_000, True, True, True),
         (None, 400, True, True, False),
-        (False, 100_000, False, True, True),  # --no_compile was taken back
+        (False, 100_000, False, True, True),  # --no_compile was removed
         (True, 100_000, True, False, False),  # --no_compile was added
     ],
 )
@@ -109,7 +109,7 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture
 def taken(monkeypatch):
-    """Whether each Trainer that was made compiles, with no compiler to wait for."""
+    """Calls of compile_blocks: whether each Trainer compiles, without running the compiler."""
     decided = []
     monkeypatch.setattr(trainer, "compile_blocks", lambda blocks, **_: decided.append(blocks))
     monkeypatch.setattr("gptbert.fit.prepare_cpp_kernels", lambda *_, **__: "torch")
@@ -122,7 +122,7 @@ def run(inputs, **changes):
 
 @pytest.mark.parametrize("compiled", [True, False])
 def test_a_checkpoint_holds_the_decision_and_the_screen_says_it(inputs, taken, monkeypatch, capsys, compiled):
-    """With the other decision at the same command line, and another --max_steps, a resumed run keeps it."""
+    """A resumed run keeps the checkpoint's decision, even if its --max_steps would change it."""
     name = f"decision-{compiled}"
     monkeypatch.setitem(compile_choice.COMPILE_SECONDS, "cpu", 0.0 if compiled else 30.0)
     run(inputs, name=name, max_steps=2)

@@ -1,4 +1,4 @@
-"""The model's JSON file and the command line: what they accept, and one line that names what they do not."""
+"""The model's JSON file and the command line: accepted values, and one-line errors that name the rejected ones."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from gptbert.config import ModelConfig, TrainConfig
 from gptbert.errors import InputError, LostProcessError, SharedError, StoppedError
 
 ROOT = Path(__file__).parents[1]
-# the flags of the command line that users have in their scripts, with the values they give
+# flags in users' scripts, with their values
 USERS_FLAGS = {
     "train_path": "../bin/train_tokenized.bin",
     "valid_path": "../bin/val_tokenized.bin",
@@ -298,7 +298,7 @@ def test_names_with_spaces_are_a_folder(make_config):
     ],
 )
 def test_commands_end_with_a_status_and_one_line(capsys, monkeypatch, error, status, speakers):
-    """What all processes know, one says; what one alone knows, that one says."""
+    """An error common to all processes is printed once; an error of one process is printed by that process."""
 
     def fail(_):
         raise error

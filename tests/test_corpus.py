@@ -1,4 +1,4 @@
-"""Reading documents: every kind of file, one document at a time, and bad lines by file and number."""
+"""Reading documents: every file type, one document at a time; errors give file and line number."""
 
 import gzip
 import tracemalloc

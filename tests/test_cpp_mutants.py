@@ -1,4 +1,4 @@
-"""Planted bugs in the kernels in C++, each of which the check before a run must find."""
+"""Planted bugs in the C++ kernels; the check before a run must find each of them."""
 
 from pathlib import Path
 
@@ -120,7 +120,7 @@ MUTANTS = {
 
 
 def operations_with(text):
-    """Those whose kernels have a piece of source; all of them where it is in the header that they share."""
+    """Operations whose kernel source contains the text; all of them if it is in the shared header."""
     files = {op: Path(kernels.__file__).parent / op / "kernel.cpp" for op in operations("cpp")}
     sources = {op: "".join(file.read_text(encoding="utf-8").split()) for op, file in files.items()}
     return [op for op, source in sources.items() if "".join(text.split()) in source] or list(files)

@@ -1,6 +1,6 @@
-"""What masked cross-entropy asks of a GPU, counted without one: launches of a call and the most memory that it holds.
+"""Masked cross-entropy's launches and peak memory on a GPU, counted without one.
 
-Tensors are on the meta device, which takes the GPU's path and has sizes only; Triton's kernels are counted, not run.
+Tensors are on the meta device, which takes the GPU's code path without data; Triton kernels are counted, not run.
 """
 
 import functools
@@ -23,7 +23,7 @@ MOST_LAUNCHES = 12
 
 
 class Launches(TorchDispatchMode):
-    """Names of the operations that compute or move something: all but those that only make a view or memory."""
+    """Names of operations that compute or copy: all except views and allocations."""
 
     def __init__(self):
         super().__init__()
@@ -38,7 +38,7 @@ class Launches(TorchDispatchMode):
 
 
 class PeakMemory(TorchDispatchMode):
-    """Follows the bytes of storages that operations create beside the inputs; `peak` is the most that lived at once."""
+    """Tracks bytes of storages allocated by operations, without the inputs; `peak` is the maximum allocated at once."""
 
     def __init__(self, inputs):
         super().__init__()
@@ -64,7 +64,7 @@ class PeakMemory(TorchDispatchMode):
 
 
 class Kernel:
-    """Stands for a Triton kernel: notes each launch."""
+    """Replaces a Triton kernel: counts launches."""
 
     def __init__(self, name, launches):
         self.name, self.launches = name, launches
@@ -75,7 +75,7 @@ class Kernel:
 
 @pytest.fixture
 def launches(monkeypatch):
-    """Names of all launches, with the operations' own code in place of what stands for it on the meta device."""
+    """Names of all launches; operations run their own code instead of their fake implementation."""
     counted = Launches()
     kernel = importlib.import_module("kernels.masked_cross_entropy.kernel")
     for module, name in ((kernel, "rows_kernel"), (sum_kernel, "sum_kernel"), (sum_kernel, "multiply_kernel")):
@@ -91,14 +91,14 @@ def meta(*shape, dtype=torch.bfloat16):
 
 
 def inputs_of(shape):
-    """As the trainer has them: hidden states in bf16, weight and bias in fp32."""
+    """As in the trainer: hidden states in bf16, weight and bias in fp32."""
     rows, hidden_size, vocab = SHAPES[shape]
     wide = functools.partial(meta, dtype=torch.float32)
     return meta(rows, hidden_size), wide(vocab, hidden_size), meta(rows, dtype=torch.long), wide(vocab)
 
 
 def forward_and_backward(inputs, monkeypatch):
-    """A call as the trainer makes it, under autocast to bf16; the backward is called as autograd would."""
+    """A call as in the trainer, under bf16 autocast; the backward is called as by autograd."""
     hidden, weight, labels, bias = inputs
     package = importlib.import_module("kernels.masked_cross_entropy")
     monkeypatch.setattr(package, "_compute_dtype", lambda _: torch.bfloat16)
@@ -123,7 +123,7 @@ def forward_and_backward(inputs, monkeypatch):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_call_takes_a_dozen_launches(launches, monkeypatch, shape):
     inputs = inputs_of(shape)
-    op._one(inputs[0].device)  # which stays
+    op._one(inputs[0].device)  # allocate the cached scalar first
     with launches:
         gradients = forward_and_backward(inputs, monkeypatch)
     assert [tensor.dtype for tensor in gradients] == [torch.bfloat16, torch.float32, torch.float32]
@@ -143,7 +143,7 @@ def test_more_logits_than_a_chunk_holds_go_through_in_chunks_of_one_size(launche
 
 @pytest.mark.parametrize(("shape", "share"), [("N=4096 V=32768", 0.14), ("N=32768 V=8192", 0.11)])
 def test_memory_is_about_a_tenth_of_plain_pytorchs(launches, monkeypatch, shape, share):
-    """Nearly all of it logits in bf16, of which PyTorch holds several copies in fp32; and the weight's gradient."""
+    """Ours is nearly all bf16 logits, of which PyTorch holds several fp32 copies; and the weight's gradient."""
     inputs = inputs_of(shape)
     with PeakMemory(inputs) as memory:
         forward_and_backward(inputs, monkeypatch)

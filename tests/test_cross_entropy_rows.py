@@ -1,4 +1,4 @@
-"""Rows of logits by the C++ kernel against PyTorch's cross-entropy in fp64."""
+"""The C++ kernel for rows of logits against PyTorch's cross-entropy in fp64."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ ONE = torch.ones(())
 
 
 def make_case(count, classes, *, size=2.0):
-    """Logits and labels, of which a third are ignored, and one is the last class."""
+    """Logits and labels: a third are ignored, and one is the last class."""
     generator = torch.Generator().manual_seed(count + classes)
     logits = (size * torch.randn(count, classes, generator=generator)).bfloat16()
     labels = torch.randint(classes, (count,), generator=generator)
@@ -25,7 +25,7 @@ def make_case(count, classes, *, size=2.0):
 
 
 def expected(logits, labels, scale, z_loss_weight, dtype):
-    """Loss and z-loss a row, and the gradient of their sum."""
+    """Loss and z-loss per row, and the gradient of their sum."""
     logits = logits.detach().to(dtype).requires_grad_()
     loss = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
     z_loss = logits.logsumexp(dim=-1).square().where(labels != IGNORED, 0.0)
@@ -128,7 +128,7 @@ def test_what_is_not_a_number_stays_none_in_its_row_alone(content, place, label)
     gradients = [torch.empty_like(logits) for _ in range(2)]
     before = rows(logits, labels, gradients[0], SCALE, IGNORED, 0.1)
     logits[2, place] = content
-    logits[1, place] = torch.nan  # which is ignored
+    logits[1, place] = torch.nan  # an ignored row
     after = rows(logits, labels, gradients[1], SCALE, IGNORED, 0.1)
     assert after[0][2].isnan()
     assert after[1][2].isnan()

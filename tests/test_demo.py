@@ -1,4 +1,4 @@
-"""What `make demo` shows of a run."""
+"""What `make demo` prints about a run."""
 
 import math
 

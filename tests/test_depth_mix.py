@@ -1,4 +1,4 @@
-"""Mixes of representations by the C++ kernels against sums written out in fp64."""
+"""The C++ kernels for layer weighting against explicit sums in fp64."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ UNTOUCHED = 55.0
 
 
 def make_values(rows):
-    """[capacity, N] in bf16 to the kernel's pieces, with a number of their own where no representation is."""
+    """Pack [capacity, N] into the kernel's bf16 tiles; unused elements get the marker value UNTOUCHED."""
     size = rows.shape[1]
     values = torch.full((-(-size // PIECE), len(rows), PIECE), UNTOUCHED, dtype=torch.bfloat16)
     for first in range(0, size, PIECE):
@@ -25,7 +25,7 @@ def make_values(rows):
 
 
 def make_case(size, seed=0):
-    """Rows [capacity, N] in bf16; a newest in fp32; weights [capacity, capacity]."""
+    """Rows [capacity, N] in bf16; the newest in fp32; weights [capacity, capacity]."""
     generator = torch.Generator().manual_seed(size + seed)
     rows = torch.randn(CAPACITY, size, generator=generator).bfloat16()
     newest = torch.randn(size, generator=generator)
@@ -33,7 +33,7 @@ def make_case(size, seed=0):
 
 
 def with_row(rows, depth, row):
-    """Rows with another in a place, rounded as all of them."""
+    """Rows with the one at `depth` replaced, rounded like the others."""
     return torch.cat([rows[:depth], row.bfloat16()[None], rows[depth + 1 :]])
 
 
@@ -83,7 +83,7 @@ def test_the_newest_takes_part_in_full_precision(depth):
 
 
 def test_a_pass_forward_and_back_over_all_depths():
-    """x_n and the gradients of Σ x_n·c_n with respect to all y_n and α_n; only what is older is rounded."""
+    """x_n and the gradients of Σ x_n·c_n with respect to all y_n and α_n; only older representations are rounded."""
     size = PIECE + 300
     _, _, alphas = make_case(size)
     generator = torch.Generator().manual_seed(2)
@@ -95,7 +95,7 @@ def test_a_pass_forward_and_back_over_all_depths():
     y, weights = newest.double().requires_grad_(), alphas.double().requires_grad_()
     exact = weights @ y
     of_y, of_weights = torch.autograd.grad((exact * grads).sum(), (y, weights))
-    rounding = {"rtol": 0, "atol": 0.05}  # some halves of 2⁻⁸ of entries up to 4
+    rounding = {"rtol": 0, "atol": 0.05}  # a few roundings of 2⁻⁹ relative, of elements up to 4
     torch.testing.assert_close(torch.stack(mixed).double(), exact, **rounding)
     torch.testing.assert_close(torch.stack([gradient for gradient, _ in gradients]).double(), of_y, **rounding)
     for n, (_, of_alpha) in enumerate(gradients):
@@ -124,7 +124,7 @@ def test_whatever_its_bits_it_is_kept_as_no_number(bits):
 
 @pytest.mark.parametrize("size", [3, 5 * PIECE + 77])
 def test_two_calls_and_two_threads_give_the_same_bits(size):
-    """Except ∂/∂α, of which each thread has a part: there the same number of threads does."""
+    """Except ∂/∂α, which sums a part per thread: bitwise equal for the same number of threads only."""
     rows, newest, alphas = make_case(size)
 
     def forward():

@@ -1,4 +1,4 @@
-"""The pages of docs/: in the index, with links that lead somewhere, and with commands that run."""
+"""The pages of docs/: listed in the index, with valid links and working commands."""
 
 import os
 import re
@@ -21,7 +21,7 @@ PAGES = sorted(page for folder in FOLDERS for page in ROOT.glob(f"{folder}/*.md"
 
 
 def blocks(page, section=""):
-    """The shell of a page, or of the section of that title."""
+    """Shell code blocks of a page, or of one section of it."""
     text = page.read_text(encoding="utf-8")
     if section:
         text = text.split(f"\n## {section}\n", 1)[1].split("\n## ")[0]
@@ -37,7 +37,7 @@ def test_every_page_is_in_the_index():
 
 
 def anchors(page):
-    """What links to the headings of a page end in, as GitHub makes them."""
+    """Link anchors of a page's headings, as GitHub generates them."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -56,12 +56,12 @@ def test_links_lead_somewhere_and_training_commands_are_known(page):
             assert not anchor or anchor in anchors(target), link
     for block in blocks(page):
         for line in block.replace("\\\n", " ").splitlines():
-            if "train_distributed.py --train_path" in re.sub(" +", " ", line) and "…" not in line:  # the whole of it
+            if "train_distributed.py --train_path" in re.sub(" +", " ", line) and "…" not in line:  # complete only
                 parse(TrainConfig, shlex.split(line.split("train_distributed.py", 1)[1], comments=True))
 
 
 def test_headings_of_the_model_that_are_cited_exist():
-    """Docstrings and pages cite them as links do: docs/model.md#position-buckets."""
+    """Docstrings and pages cite headings like links: docs/model.md#position-buckets."""
     known, cited = anchors(DOCS / "model.md"), set()
     for folder in ("gptbert", "kernels", "tests", "docs", "benchmarks", "tokenize_scripts"):
         for file in (file for kind in ("py", "md", "cpp", "h") for file in (ROOT / folder).rglob(f"*.{kind}")):
@@ -73,7 +73,7 @@ def test_headings_of_the_model_that_are_cited_exist():
 
 
 def test_flags_that_stayed_the_same_exist():
-    """And every flag that the page names for something else."""
+    """So does every flag that the page gives as a replacement."""
     table = (DOCS / "upstream.md").read_text(encoding="utf-8").split("\n## Flags\n")[1].split("\n## ")[0]
     rows = [[cell.strip() for cell in row.split("|")] for row in re.findall(r"^\| (`--.*)\|$", table, re.MULTILINE)]
     assert len(rows) > 15
@@ -85,7 +85,7 @@ def test_flags_that_stayed_the_same_exist():
 
 
 def test_the_quick_start_runs_as_it_stands(tmp_path):
-    """But for the number of steps, and of rows to evaluate."""
+    """Except for the number of steps, and of rows to evaluate."""
     page = DOCS / "quick-start.md"
     script = "\n".join([*blocks(page, "On a laptop"), *blocks(page, "Look at it")])
     short = script.replace("--max_steps=500", "--max_steps=2 --cpu_threads=1 --validation_steps=1")

@@ -1,4 +1,4 @@
-"""The shuffle in two levels: every document once, any block from its number, no table that grows with the corpus."""
+"""The two-level shuffle: every document once, random access to blocks, and memory independent of corpus size."""
 
 import gc
 from collections import Counter
@@ -63,7 +63,7 @@ def test_any_row_can_be_made_from_its_number(make_store, lengths, sizes, seq_len
 
 
 def order_before_blocks(store, seed, epoch):
-    """What runs were trained on when an epoch was one permutation of all documents."""
+    """The order of earlier versions, in which an epoch was one permutation of all documents."""
     starts, lengths = store.documents()
     documents = np.flatnonzero(lengths)
     documents = np.random.Generator(np.random.Philox(np.random.SeedSequence([*seed, epoch]))).permutation(documents)
@@ -101,7 +101,7 @@ def test_chunks_and_documents_are_both_shuffled(make_store):
 
 
 def test_each_block_has_a_permutation_of_its_own(make_store):
-    """Also where its chunks are the same: one permutation for all blocks of an epoch would show in where they go."""
+    """Even with the same chunks: a permutation shared by the blocks of an epoch would repeat within the epoch."""
     order = DocumentOrder(make_store([1] * 64), (1,), True, ShuffleSizes(4, 16))
     permutations = set()
     for epoch in (0, 1):
@@ -114,7 +114,7 @@ def test_each_block_has_a_permutation_of_its_own(make_store):
 
 
 def held(owner):
-    """Bytes of the arrays that hang on an object, but for its store's files."""
+    """Bytes of the arrays reachable from an object, without the store's files."""
     files = {id(array) for array in [*owner.store.shards, *owner.store.document_offsets]}
     seen, bytes_held, waiting = set(), 0, [owner]
     while waiting:

@@ -1,4 +1,4 @@
-"""Dropout by counting: rates, independence of places and seeds, and the same mask forward, backward and compiled."""
+"""Dropout statistics: rates, independent positions and seeds; the same mask forward, backward and compiled."""
 
 import re
 
@@ -67,7 +67,7 @@ def test_compiled_drops_the_same_entries(seeds, dtype):
 
 
 def test_compiled_behind_a_padding_all_numbers_have_32_bits(seeds):
-    """Triton takes no others; Inductor multiplies an index, the padding's offset too, by a number beforehand."""
+    """Triton accepts only 32-bit literals, and Inductor folds a multiplier times the padding's offset into one."""
 
     def padded(x, seed):
         return F.pad(dropout(x, seed, 0.25), (0, 0, 1, 0))

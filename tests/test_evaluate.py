@@ -1,4 +1,4 @@
-"""Evaluation after a run: the numbers that the run logged, texts as token files, and domains."""
+"""Evaluation after a run: the run's own logged values, text and token files, and domains."""
 
 import json
 import math
@@ -29,7 +29,7 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run_dir(inputs):
-    """A run whose settings of validation are none of the usual ones."""
+    """A run with non-default validation settings."""
     settings = {"validation_mask_p": 0.4, "mask_keep_p": 0.3, "mask_random_p": 0.2, "seq_length": 24}
     fit(parse(TrainConfig, flags(inputs, name="run", max_steps=6, ema_decay=0.5, mixed_precision=True, **settings)))
     return inputs / "runs/run"
@@ -88,7 +88,7 @@ def test_settings_of_the_command_line(inputs, run_dir, tmp_path):
 
 
 def test_domains_are_evaluated_apart_and_together(run_dir, trained, tmp_path, capsys):
-    """The tiny one has fewer tokens than a row."""
+    """The tiny domain has fewer tokens than a row."""
     texts = {
         "news": ["The first statement. " * 9, "It returns a value."],
         "all": ["The name of a file " * 12],
@@ -112,7 +112,7 @@ def test_domains_are_evaluated_apart_and_together(run_dir, trained, tmp_path, ca
         assert together["perplexity"] == pytest.approx(math.exp(loss))
     assert found["all"]["num_documents"] == 4
     assert "genre" in capsys.readouterr().out
-    # the tiny one by hand
+    # the tiny domain, computed directly
     ids = torch.tensor([[BOS_ID]])
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         logits = trained.model.logits(trained.model.encode(ids, torch.zeros_like(ids), causal=True))
@@ -173,7 +173,7 @@ def test_token_files_of_another_tokenizer_are_refused(run_dir, tmp_path, capfd):
 
 
 def with_settings(run_dir, folder, settings):
-    """A copy of the run's checkpoint with other settings."""
+    """A copy of the run's checkpoint with different settings."""
     (newest,) = (run_dir / "checkpoints").iterdir()
     shutil.copytree(newest, folder)
     (folder / "train_config.json").write_text(json.dumps(settings))
@@ -190,7 +190,7 @@ def test_settings_that_a_folder_does_not_say_are_the_usual_ones(inputs, run_dir,
 @pytest.mark.parametrize("settings", [[], {"seq_length": "long"}, None])
 def test_damaged_settings_of_the_run_are_named(run_dir, tmp_path, capfd, settings):
     copy = with_settings(run_dir, tmp_path / "copy", settings)
-    if settings is None:  # and against the manifest
+    if settings is None:  # and inconsistent with the manifest
         (copy / "train_config.json").write_text("{}")
     with pytest.raises(SystemExit):
         run_command(EvaluateSettings, evaluate, [str(copy), str(tmp_path / "any.jsonl")])

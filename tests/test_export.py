@@ -1,4 +1,4 @@
-"""Exported folders in the real transformers: `make test` runs this file with the newest release and with 4.51."""
+"""Exported folders in real transformers: `make test` runs this file with the newest release and with 4.51."""
 
 import json
 import shutil
@@ -24,13 +24,13 @@ from tests.exported import SHAPE, write_checkpoint
 from tests.runs import train
 
 LENGTH = 40  # beyond max_position_embeddings
-# other releases add up in another order
+# other releases sum in a different order
 CLOSE = {"rtol": 1e-5, "atol": 1e-5 if torch.__version__ >= "2.13" else 3e-5}
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """The folder, and the models that it and a folder of the plain weights were made of."""
+    """The exported folders of EMA and plain weights, and the models that they come from."""
     folder = tmp_path_factory.mktemp("export")
     checkpoint, models = write_checkpoint(folder)
     export(ExportConfig(checkpoint, folder / "ema"))
@@ -78,7 +78,7 @@ def test_logits_are_the_trainers(exported, weights):
     torch.testing.assert_close(causal, expected_logits(models[weights], ids, causal=True), **CLOSE)
     raw = expected_logits(models[weights], ids, causal=False)
     masked = load(AutoModelForMaskedLM, folder / weights)(ids).logits
-    torch.testing.assert_close(masked[:, 1:], raw[:, :-1], **CLOSE)  # those of token t at position t
+    torch.testing.assert_close(masked[:, 1:], raw[:, :-1], **CLOSE)  # logits that predict token t are at position t
     as_computed = load(AutoModelForMaskedLM, folder / weights, shift_masked_logits=False)(ids).logits
     torch.testing.assert_close(as_computed, raw, **CLOSE)
 
@@ -117,7 +117,7 @@ def test_padding_stands_on_either_side(folder, auto):
 @torch.no_grad()
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_mask_of_pairs_of_positions(folder, model, causal):
-    """Packed documents, and padding that sees nothing and is not seen."""
+    """Packed documents, and padding that attends to nothing and is attended by nothing."""
     ids = some_ids(rows=1)
     document_ids = torch.tensor([[0] * 11 + [1] * 20 + [-1] * 9])
     mask = (document_ids[:, :, None] == document_ids[:, None, :]) & (document_ids >= 0)[:, None, :]
@@ -244,7 +244,7 @@ def test_what_transformers_saves_again_is_the_same(folder, tmp_path):
         loaded = load(auto, folder)
         loaded.save_pretrained(tmp_path / auto.__name__)
         ids = some_ids()
-        for other in (AutoModelForMaskedLM, AutoModelForCausalLM):  # the code comes along, for every class
+        for other in (AutoModelForMaskedLM, AutoModelForCausalLM):  # the code is saved too, for every class
             again = load(other, tmp_path / auto.__name__)
             assert torch.equal(load(other, folder)(ids).logits, again(ids).logits)
         weights = (load_file(path / "model.safetensors") for path in (folder, tmp_path / auto.__name__))
@@ -265,8 +265,8 @@ def test_a_run_says_on_its_card_what_it_was(exported, tmp_path):
                  ", 1 process |", "train.safetensors", "bf16", "after step 4"):  # fmt: skip
         assert part in card, part
     assert "nan" not in card.lower()
-    assert (tmp_path / "out" / "model.safetensors").stat().st_mode & 0o044  # others may read it
-    by_words = tmp_path / "out" / "chck_120"  # a checkpoint by words stands on its own, as a branch will
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mode & 0o044  # readable by other users
+    by_words = tmp_path / "out" / "chck_120"  # a checkpoint by words is complete on its own, as it will become a branch
     words = json.loads((run_dir / "words" / "chck_120" / "words.json").read_text())
     card = (by_words / "README.md").read_text()
     assert f"step {words['step']} of 4 ({words['words']:,} words seen)" in card

@@ -1,4 +1,4 @@
-"""What befalls a run of weeks, done to real runs: docs/faults.md says what is promised of each."""
+"""Faults of long runs, inflicted on real runs; docs/faults.md states the guarantee for each."""
 
 import os
 import random
@@ -29,7 +29,7 @@ SETTINGS = {
     "validation_steps": 1,
     "log_every": 1,
 }
-RANDOM = random.Random(20)  # the same moments and places whenever this file runs
+RANDOM = random.Random(20)  # the same times and places in every run of this file
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(inputs):
-    """The folders of runs that nothing befell, by number of processes."""
+    """Folders of uninterrupted runs, by number of processes."""
     for world_size in (1, 2):
         train(inputs, f"undisturbed-{world_size}", world_size, **SETTINGS)
     return {world_size: inputs / "runs" / f"undisturbed-{world_size}" for world_size in (1, 2)}
@@ -47,7 +47,7 @@ def undisturbed(inputs):
 
 @pytest.fixture
 def launch(inputs):
-    """Starts runs; whatever is left of them at the end is killed."""
+    """Returns a function that starts runs; kills all their remaining processes at the end."""
     started = []
 
     def launch(name, world_size=1, *torchrun, variables=None, **changes):
@@ -96,7 +96,7 @@ def test_a_signal_saves_at_the_next_step_and_the_run_goes_on(inputs, undisturbed
 
 @pytest.mark.parametrize("target", ["one rank", "torchrun"])
 def test_all_ranks_stop_at_the_same_step(inputs, undisturbed, launch, target):
-    """A signal that one rank gets stops all; torchrun, told to end, hands the signal on to all."""
+    """A signal to any one rank stops all ranks; a signal to torchrun is forwarded to all of them."""
     name = f"signal to {target}"
     run = inputs / "runs" / name
     process = launch(name, 2, resume="auto")
@@ -153,7 +153,7 @@ def test_damaged_checkpoints_are_named_and_the_one_before_is_used(inputs, undist
 
 @pytest.fixture
 def full_disk(tmp_path, undisturbed):
-    """A disk for two checkpoints and a half."""
+    """A disk with room for two and a half checkpoints."""
     (one, *_) = list_checkpoints(undisturbed[1])
     with small_disk(tmp_path, int(2.5 * sum(file.stat().st_size for file in one.iterdir()))) as disk:
         yield disk
@@ -187,16 +187,16 @@ def test_a_rank_that_hangs_ends_the_others_with_a_line_each(inputs, launch):
     os.kill(hung, signal.SIGSTOP)
     stopped_at = time.monotonic()
     while any(rank in ranks for rank in workers("hangs")):
-        assert time.monotonic() < stopped_at + timeout + 30  # machines here are shared
+        assert time.monotonic() < stopped_at + timeout + 30  # CI machines are shared
         time.sleep(0.1)
-    os.kill(hung, signal.SIGKILL)  # as torchrun does after half a minute
+    os.kill(hung, signal.SIGKILL)  # torchrun does so after half a minute
     output, _ = process.communicate(timeout=60)
     said = re.findall(r"error: rank (\d): another process .*--timeout 5 s.*--resume auto", output)
     assert sorted(map(int, said)) == sorted(ranks), output
 
 
 def wandb_services(pid):
-    """Process ids of the children that are wandb's."""
+    """Process ids of wandb's child processes."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [int(child) for child in children if b"wandb" in Path(f"/proc/{child}/cmdline").read_bytes()]
 

@@ -1,4 +1,4 @@
-"""The worked example of fine-tuning, on small generated data and through transformers' own Trainer."""
+"""The fine-tuning example, on small generated data and with transformers' own Trainer."""
 
 import json
 import random
@@ -15,7 +15,7 @@ ANIMALS, PLACES, VERBS = ("cat", "dog", "horse", "mouse"), ("house", "garden", "
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """A model that has been trained for a few steps."""
+    """A model trained for a few steps, exported."""
     folder = tmp_path_factory.mktemp("finetune")
     write_inputs(folder, train_characters=20_000)
     train(folder, "base", config_file=folder / "no_dropout.json", max_steps=30, validate_every=0)
@@ -24,7 +24,7 @@ def exported(tmp_path_factory):
 
 
 def sentences(count, seed):
-    """Who did what to where or whom: the label is whether an animal comes first."""
+    """Sentences of who did what to where or whom; the label is whether an animal comes first."""
     generator = random.Random(seed)
     for _ in range(count):
         nouns = [generator.choice(generator.choice((ANIMALS, PLACES))) for _ in range(2)]

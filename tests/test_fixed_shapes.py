@@ -1,4 +1,4 @@
-"""Training steps by a GPU's rules, on a device without values: what a CUDA graph of a step asks for."""
+"""Training steps under the GPU's rules, on a device without data: requirements of capturing a step in a CUDA graph."""
 
 from contextlib import nullcontext
 
@@ -15,9 +15,9 @@ from gptbert.trainer import Trainer
 from tests.operations import Operations
 from tests.runs import flags, write_inputs
 
-# on a GPU they are Triton's, whose launches depend on their arguments' shapes alone
+# Triton on a GPU; its launches depend on argument shapes only
 CLOSED = ("kernels::lamb_step", "kernels::span_mask")
-# waits for the device or its driver; takes numbers of the host's along; has results whose shape depends on values
+# operations that sync, copy from the host, or have data-dependent result shapes
 FORBIDDEN = {
     "from host", "aten::_local_scalar_dense", "aten::pin_memory", "aten::nonzero", "aten::nonzero_numpy",
     "aten::masked_select", "aten::_unique2", "aten::unique_dim", "aten::equal", "aten::repeat_interleave.Tensor",
@@ -31,9 +31,9 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture
 def make_trainer(inputs, monkeypatch):
-    """A trainer whose device has shapes and no values, so that whatever reads some is an error."""
+    """Makes trainers whose device has shapes but no data, so that reading a value is an error."""
     monkeypatch.setattr(training_record, "measure_matmul_flops", lambda *args, **options: 1.0)
-    # PyTorch has no mixed precision for the device
+    # PyTorch has no autocast for the meta device
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *args: False)
     monkeypatch.setattr(torch, "autocast", lambda *args, **options: nullcontext())
 
@@ -45,14 +45,14 @@ def make_trainer(inputs, monkeypatch):
         trainer.micro_batches.has_fixed_shapes = True
         trainer.step = 1
         with Operations(lambda *_: None, closed=CLOSED):
-            trainer.train_step(trainer.rows.load(1))  # what is made once and kept
+            trainer.train_step(trainer.rows.load(1))  # one-time allocations
         return trainer
 
     return make
 
 
 def operations_of(trainer, step):
-    """Name, and shape, type and device of the tensors, of each operation of a step, and what loaded rows are."""
+    """A step's operations with tensor shapes, dtypes and devices; and those on host tensors other than rows."""
     trainer.step = step
     rows = trainer.rows.load(step)
     loaded = {id(tensor) for _, tensors in rows for tensor in tensors.values()}

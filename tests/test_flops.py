@@ -1,4 +1,4 @@
-"""FLOPs by the formula against those that PyTorch counts."""
+"""The FLOP formula against PyTorch's FLOP counter."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ ROWS, LENGTH = 3, 24
 def test_the_formula_is_what_the_encoder_does():
     model = GPTBert(TINY)
     ids = torch.zeros(ROWS, LENGTH, dtype=torch.long)
-    with FlopCounterMode(display=False) as counter:  # which knows no matrix–vector products, those of the mixes
+    with FlopCounterMode(display=False) as counter:  # without layer weighting's matrix-vector products
         model.encode(ids, ids, causal=True)
     positions = 2 * TINY.position_bucket_size - 1
     vectors = 2 * TINY.num_hidden_layers * positions * TINY.hidden_size * 2 * TINY.hidden_size  # once for all tokens
@@ -30,7 +30,7 @@ def test_the_head_counts_for_labeled_tokens_only():
 
 @pytest.mark.parametrize("quick", [False, True])
 def test_the_best_rate_of_products_is_2n3_over_the_shortest_time(monkeypatch, quick):
-    """The clock goes on by what a product of its size is said to take, so that only the best of them counts."""
+    """Each product advances the clock by a set time, and only the fastest of each size may count."""
     clock, products = [0.0], []
 
     def product(left, right):

@@ -1,4 +1,4 @@
-"""Starts of a run that share one store must not read each other's keys."""
+"""Launches that share a store must not read each other's keys."""
 
 import threading
 from datetime import timedelta
@@ -12,7 +12,7 @@ TIMEOUT = timedelta(seconds=20)
 
 
 def join(store, ranks, world_size):
-    """Parts of the store that ranks of one start get, in threads."""
+    """Join ranks of one launch in threads; returns each rank's part of the store, and the threads."""
     parts = {}
 
     def join_as(rank):
@@ -26,7 +26,7 @@ def join(store, ranks, world_size):
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
 def test_each_start_has_a_part_of_its_own(order):
-    """Also where later ranks come first, and find what the start before has left."""
+    """Even if later ranks arrive first and find keys of the previous launch."""
     store = dist.HashStore()
     for start in range(3):
         parts, threads = join(store, order, 3)
@@ -39,7 +39,7 @@ def test_each_start_has_a_part_of_its_own(order):
 
 
 def test_ranks_that_die_on_the_way_leave_nothing_behind():
-    """One start in which rank 1 never comes, and then a whole one: those who wait for the first join the second."""
+    """An incomplete launch without rank 1, then a complete one: ranks waiting for the first join the second."""
     store = dist.HashStore()
     with pytest.raises(dist.DistStoreError):
         fresh_store(store, 0, 3, timedelta(seconds=0.2))

@@ -1,4 +1,4 @@
-"""Sharded data parallelism: what one process computes, with a part of the weights on each rank."""
+"""FSDP: the results of one process, with the weights sharded over ranks."""
 
 import traceback
 from functools import partialmethod
@@ -33,7 +33,7 @@ from gptbert.unshard import UnshardConfig, unshard
 from tests.runs import flags, losses, on_ranks, train, write_inputs
 
 CPU = torch.device("cpu")
-# ranks with more micro-batches than others, in training and in validation
+# ranks have different numbers of micro-batches, in training and in validation
 UNEVEN = {"local_batch_size": 3, "global_batch_size": 13, "validation_steps": 1}
 
 
@@ -44,7 +44,7 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(inputs):
-    """Records of a run of one process, whose checkpoints others go on from."""
+    """Records of a single-process run; other tests resume from its checkpoints."""
     settings = {"name": "one", "config_file": inputs / "no_dropout.json", "hybrid_mode": "batch", "save_every": 10}
     fit(parse(TrainConfig, flags(inputs, **UNEVEN | settings)))
     records = read_records(inputs / "runs" / "one" / "metrics.jsonl")
@@ -77,7 +77,7 @@ def test_a_run_does_not_depend_on_sharding(inputs, one, ranks, settings):
     ours, theirs = (whole(list_checkpoints(inputs / "runs" / run)[-1], config) for run in (name, "one"))
     for weights in ("model", "ema"):
         for key, tensor in getattr(theirs, weights).items():
-            # before 2.13 sums are in another order, and an α's gradient is one that nearly cancels: 1.42e-4 was seen
+            # earlier releases sum in a different order, and α's gradient nearly cancels: 1.42e-4 was observed
             atol = 4e-4 if key.endswith("alpha") and torch.__version__ < "2.13" else 1e-4
             torch.testing.assert_close(getattr(ours, weights)[key], tensor, rtol=1e-3, atol=atol, msg=key)
     for index, state in theirs.optimizer["state"].items():
@@ -85,7 +85,7 @@ def test_a_run_does_not_depend_on_sharding(inputs, one, ranks, settings):
 
 
 def whole(path, config):
-    """What a checkpoint holds, on one process."""
+    """A checkpoint's full content on one process."""
     loaded = load(path, config)
     if loaded.shards is None:
         return loaded
@@ -98,7 +98,7 @@ def whole(path, config):
     ("ranks", "settings"), [(1, {}), (4, {"shard_size": 2, "parallel": "fsdp"})], ids=["one process", "2 copies"]
 )
 def test_shards_are_taken_up_in_other_numbers(inputs, one, ranks, settings):
-    """The first half by two ranks that share one copy, the second by others."""
+    """The first half on two ranks with one copy of the weights, the second on other numbers of ranks."""
     common = UNEVEN | {"config_file": inputs / "no_dropout.json", "hybrid_mode": "batch", "save_every": 10}
     half_way = inputs / "runs" / "halves" / "checkpoints" / "step_00000010"
     if not half_way.exists():
@@ -110,7 +110,7 @@ def test_shards_are_taken_up_in_other_numbers(inputs, one, ranks, settings):
 
 
 def test_a_sharded_checkpoint_becomes_an_ordinary_one(inputs, one, capfd):
-    """By two ranks; its weights can be used as they are, too."""
+    """Sharded by two ranks; the weights can also be loaded directly."""
     run = inputs / "runs" / "to-unshard"
     settings = {"config_file": inputs / "no_dropout.json", "max_steps": 2, "hybrid_mode": "batch", "parallel": "fsdp"}
     train(inputs, run.name, 2, **UNEVEN | settings)
@@ -148,7 +148,7 @@ def test_damaged_shards_are_named(inputs, one):
         file.write_bytes(damage)
         with pytest.raises(InputError, match=r"damaged \(shards/shard-00002-.*safetensors: "):
             load_model(path)
-        manifest.write(path)  # as if it had been meant
+        manifest.write(path)  # make the manifest match the damage
         with pytest.raises(InputError, match=r"damaged .*shards: "):
             load_model(path)
         with pytest.raises(InputError, match="shards: "):
@@ -160,13 +160,13 @@ def test_damaged_shards_are_named(inputs, one):
 
 
 def on_rank(rank, check, arguments, results):
-    """A target of `on_ranks`: run the check of that name, and say what went wrong, or "right"."""
+    """Target of `on_ranks`: run a check; its result is "right" or a traceback."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     try:
         check(World(rank, 2, CPU), arguments)
         results.put((rank, "right"))
-    except Exception:  # noqa: BLE001  whatever it is, the test shows it
+    except Exception:  # noqa: BLE001  the test shows any exception
         results.put((rank, traceback.format_exc()))
     dist.barrier()
     dist.destroy_process_group()
@@ -226,7 +226,7 @@ def groups_wait_as_long_as_the_run_does(world, arguments):
 
 
 def everything_at_once_is_ddp(world, arguments):
-    """In bf16 too: autocast makes of whole weights what is gathered. Inductor is left out, which takes minutes."""
+    """In bf16 too: autocast casts whole weights, FSDP gathers cast ones. Without Inductor, which takes minutes."""
     compile_choice.COMPILE_SECONDS["cpu"] = 0
     nn.Module.compile = partialmethod(nn.Module.compile, backend="aot_eager")
     Trainer._warm_up_evaluation = lambda self: None
@@ -236,7 +236,7 @@ def everything_at_once_is_ddp(world, arguments):
     for step in range(3):
         norms = []
         for trainer in (ddp, fsdp):
-            torch.manual_seed(step)  # of dropout
+            torch.manual_seed(step)  # for dropout
             norms.append(trainer.train_step(trainer.rows.load(step)))
         torch.testing.assert_close(norms[1], norms[0], rtol=1e-4, atol=0)
         torch.testing.assert_close(fsdp.sums.sums, ddp.sums.sums, rtol=1e-4, atol=0)

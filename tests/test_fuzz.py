@@ -1,6 +1,6 @@
-"""Files from elsewhere: whatever is in them, they are read or refused in one line, in bounded memory, and run nothing.
+"""Arbitrary external files are read or refused in one line, in bounded memory, without executing anything.
 
-`make test` reads the same two thousand files each time; `make fuzz` reads 100,000 others.
+`make test` reads the same two thousand files each time; `make fuzz` reads 100,000 random ones.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ PAIR = {"sentence_good": "One é.", "sentence_bad": "Ones.", "UID": "number"}
 
 
 def examples(share: float = 1.0):
-    """Settings of a test that reads this share of the files."""
+    """Hypothesis settings for a test that reads this fraction of the files."""
     checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
     number = settings.default.max_examples if LONG else 200
     return settings(
@@ -92,7 +92,7 @@ def valid(tmp_path_factory, tiny, make_config):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Where a damaged file goes; the one that broke something stays there."""
+    """Folder of the damaged file; a file that fails a test stays there."""
     return tmp_path_factory.mktemp("damaged")
 
 
@@ -102,13 +102,13 @@ def read(sandbox, reader, path):
 
 def put(place, name, content):
     path = place / name
-    path.unlink(missing_ok=True)  # a thread of the child may still read the one before, which it has mapped
+    path.unlink(missing_ok=True)  # the child may still have the previous file mapped, so do not overwrite it
     path.write_bytes(content)
     return path
 
 
 def damaged_checkpoint(valid, place, name, content):
-    """A checkpoint of which one file is another one, with a manifest that says so unless it is the manifest."""
+    """A checkpoint with one file replaced, and a matching manifest unless that file is the manifest."""
     folder = place / "checkpoint"
     if not folder.exists():
         shutil.copytree(valid / "checkpoint", folder)

@@ -1,4 +1,4 @@
-"""The gated product's C++ kernels against the formula in fp64, with autograd's own derivative."""
+"""The gated product's C++ kernels against the formula in fp64 and autograd's derivative of it."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ SEPARATE = pytest.mark.parametrize("separate", [False, True], ids=["one matrix",
 
 
 def make_case(batch, length, heads, width, *, separate, size=1.0):
-    """Gate, linear or None, and a gradient; the gate of a separate linear is the second half of a wider tensor."""
+    """Gate, linear or None, and a gradient; with a separate linear, the gate is the second half of a wider tensor."""
     generator = torch.Generator().manual_seed(length + width)
     both = size * torch.randn(batch, length, 2 * heads * width, generator=generator)
     linear = 0.3 + torch.randn(heads, batch, length, width, generator=generator)
@@ -35,7 +35,7 @@ def formula(gate, linear, is_tanh):
 
 
 def expected(case, is_tanh, dtype):
-    """Results and gradients in a precision: of the gate, of linear where there is one."""
+    """Results and gradients in one dtype: of the gate, and of the linear if there is one."""
     gate, linear, grad = (None if tensor is None else tensor.detach().to(dtype) for tensor in case)
     inputs = [tensor.requires_grad_() for tensor in (gate, linear) if tensor is not None]
     results = formula(gate, linear, is_tanh)
@@ -77,7 +77,7 @@ def test_gates_of_any_size(is_tanh, separate, size):
 
 @GELUS
 def test_the_activation_of_every_gate_in_bf16(is_tanh):
-    """The mean of one entry is the product itself, in fp32."""
+    """With one element per row, the mean is the product itself, in fp32."""
     every = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
     gates = every[every.abs() <= 1e4].view(1, -1, 1)
     _, mean, _ = gated_norm(gates, torch.ones(1, *gates.shape, dtype=torch.bfloat16), is_tanh, EPS)
@@ -87,7 +87,7 @@ def test_the_activation_of_every_gate_in_bf16(is_tanh):
 
 @GELUS
 def test_the_slope_where_it_is_almost_zero(is_tanh):
-    """There the approximation by tanh differs by more than bf16 hides."""
+    """There GELU's tanh approximation differs by more than a bf16 rounding."""
     gate, linear, grad = make_case(2, 9, 3, 20, separate=True)
     check((torch.full_like(gate, -0.75), linear, grad), is_tanh)
 
@@ -137,7 +137,7 @@ LAYOUTS = {
 @pytest.mark.parametrize(("batch", "length"), [(3, 5), (1, 5), (3, 1), (1, 1)])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_memory_that_is_not_contiguous(separate, batch, length, layout):
-    """Also where a dimension of one entry has any stride, which PyTorch calls contiguous."""
+    """Also if a dimension of size 1 has an arbitrary stride, which PyTorch calls contiguous."""
     gate, linear, grad = make_case(batch, length, 3, 8, separate=separate)
     first = gated_norm(gate.contiguous(), linear, True, EPS)
     gradients = gated_norm_backward(grad, gate.contiguous(), linear, *first[1:], True)

@@ -1,4 +1,4 @@
-"""Continuing a text and filling its masks: what is shown to the model, which tokens may come out, and the commands."""
+"""Continuing texts and filling masks: the model's inputs, the tokens that may be chosen, and the commands."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from tests.runs import flags, write_inputs
 
 
 class AddOne:
-    """A stand-in for the model: it predicts token id + 1 from each position, and remembers what it was shown."""
+    """A fake model: predicts token id + 1 at each position, and records its inputs."""
 
     def __init__(self, vocab_size):
         self.vocab_size = vocab_size
@@ -35,7 +35,7 @@ class AddOne:
 
 
 class SpecialFirst(AddOne):
-    """Its likeliest tokens are the special ones, and those that the tokenizer does not have."""
+    """Its likeliest tokens are special ones and ones that the tokenizer lacks."""
 
     def logits(self, hidden):
         scores = torch.zeros(*hidden.shape[:-1], self.vocab_size + 8)
@@ -136,7 +136,7 @@ def test_special_tokens_in_a_prompt_are_plain_text(tokenizer):
         ({"top_p": 0.95}, [0.1, 0.4, 0.2, 0.3]),
         # of the three likeliest, 4/9 and 3/9 are 7/9; of all, 0.4 and 0.3 would not reach 0.75
         ({"top_k": 3, "top_p": 0.75}, [0, 4 / 7, 0, 3 / 7]),
-        # squares 1, 16, 4 and 9 of 30: the first is above one half, at temperature 1 it is not
+        # squares are 1, 16, 4 and 9 of 30: the largest is above one half; at temperature 1 it is not
         ({"temperature": 0.5}, [1 / 30, 16 / 30, 4 / 30, 9 / 30]),
         ({"temperature": 0.5, "top_p": 0.5}, [0, 1, 0, 0]),
     ],

@@ -1,4 +1,4 @@
-"""The page of a GPU: every figure is on it, bars are judged, and pages that people wrote are made the same way."""
+"""The GPU results page: every value is on it, thresholds are checked, and the repository's pages match their data."""
 
 import json
 
@@ -98,7 +98,7 @@ def test_a_report_that_has_just_begun_is_a_page_too(report):
 
 
 def test_pages_in_the_repository_are_those_of_their_files(tmp_path):
-    """`python -m benchmarks.report` makes them."""
+    """Regenerate with `python -m benchmarks.report`."""
     files = [path for path in machine.RESULTS.glob("*.json") if not path.name.endswith(machine.STEPS)]
     assert len(files) >= 2
     for path in files:

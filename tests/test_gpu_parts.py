@@ -1,4 +1,4 @@
-"""Each part of a measurement on a GPU, rehearsed on the CPU at toy sizes; what a GPU alone answers has a stand-in."""
+"""Each part of a GPU measurement, rehearsed on the CPU at toy sizes; GPU-only queries are replaced by stubs."""
 
 import json
 import os
@@ -30,13 +30,13 @@ REHEARSED = (
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
-    """With time enough on any machine."""
+    """With a time budget that suffices on any machine."""
     return Settings(minutes=60.0, rehearse=True, work=tmp_path_factory.mktemp("work"))
 
 
 @pytest.fixture(scope="module")
 def report(settings):
-    """Of a rehearsal by the command's own processes; one training case of five, and nothing compiled."""
+    """Report of a rehearsal in the command's own processes; one training case of five, nothing compiled."""
     report = Report(settings.work / "out", "rehearsal", hardware.labels(settings))
     stages = [[part for part in stage if part.name in REHEARSED] for stage in plan.stages()]
     runner.run([stage for stage in stages if stage], settings, report)
@@ -154,13 +154,13 @@ def test_a_profile_is_of_one_step_and_of_kernels_alone():
 
 
 def test_the_profiler_tells_pytorchs_events_apart():
-    """Those that `figures` reads."""
+    """The event kinds that `figures` reads."""
     weight = torch.nn.Parameter(torch.ones(8, 8))
     optimizer = torch.optim.SGD([weight])
 
     def action():
         (weight @ weight).sum().backward()
-        optimizer.step()  # a range of the program
+        optimizer.step()  # a user annotation, not an operation
 
     found = profile(action, times=2)
     names = {kernel["name"]: kernel["calls"] for kernel in found["kernels"]}
@@ -200,7 +200,7 @@ def test_a_gpus_properties_and_data_sheet_are_found(monkeypatch):
 
 @pytest.fixture
 def gpu_memory(monkeypatch):
-    """PyTorch's own functions on a GPU's memory, with numbers in place of a GPU."""
+    """Replaces PyTorch's GPU memory functions by fixed numbers."""
     monkeypatch.setattr(machine, "device", lambda: torch.device("cuda"))
     for name, value in {"memory_allocated": 10, "max_memory_allocated": 30, "memory_reserved": 40}.items():
         monkeypatch.setattr(torch.cuda, name, create_autospec(getattr(torch.cuda, name), return_value=value))

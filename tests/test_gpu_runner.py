@@ -1,4 +1,4 @@
-"""A measurement on a GPU survives parts that crash, hang or cannot run, and leaves what it has when it is cut short."""
+"""A GPU measurement survives parts that crash, hang or cannot run, and keeps partial results when interrupted."""
 
 import json
 import os
@@ -122,7 +122,7 @@ def test_repetitions_follow_the_minutes():
 
 @pytest.fixture
 def hanging_measurement(tmp_path):
-    """A measurement whose second part has begun and hangs; with the file that has the number of a process of it."""
+    """A measurement whose second part hangs; with its output folder and the id of the part's child process."""
     pid_file, out = tmp_path / "pid", tmp_path / "out"
     stages = [[part("right")], [part("hanging", seconds=500.0, pid_file=str(pid_file))]]
     code = (
@@ -142,7 +142,7 @@ def hanging_measurement(tmp_path):
 
 
 def test_results_are_on_the_disk_while_a_part_still_runs_and_a_signal_ends_all(hanging_measurement):
-    """As a machine does that takes itself back."""
+    """As if the machine were taken back."""
     process, out, beside = hanging_measurement
     file = out / "rehearsal.json"
     wait_until(lambda: json.loads(file.read_text())["parts"].get("hanging", {}).get("result"))
@@ -224,7 +224,7 @@ def test_without_a_gpu_one_line_names_the_rehearsal(monkeypatch):
 
 
 def test_the_command_needs_only_torch_and_numpy(tmp_path):
-    """On a bare machine the parts that need more are left out."""
+    """On a bare machine, parts that need other packages are skipped."""
     blocked = tmp_path / "blocked"
     blocked.mkdir()
     hidden = ("tyro", "pytest", "tokenizers", "safetensors", "tqdm", "wandb", "triton", "jinja2", "matplotlib")

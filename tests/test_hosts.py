@@ -1,4 +1,4 @@
-"""A run over two hosts ends as on one, also where the link is lost in between, or one of them and comes back."""
+"""A run over two hosts ends like one on a single host, even if the link or a host fails and comes back."""
 
 import re
 import time
@@ -10,8 +10,8 @@ from gptbert.monitoring.records import read_records
 from tests.hosts import two_hosts
 from tests.runs import assert_same_end, flags, train, wait_for_record, write_inputs
 
-TIMEOUT = 15  # seconds, above what four processes on two busy cores keep each other waiting
-MARGIN = 45  # until torchrun too has noticed
+TIMEOUT = 15  # seconds; more than four processes on two busy cores delay each other
+MARGIN = 45  # seconds until torchrun has noticed too
 SETTINGS = {
     "hybrid_mode": "rank",
     "hybrid_denominator": 4,
@@ -35,7 +35,7 @@ def hosts():
 
 @pytest.fixture(scope="module")
 def undisturbed(hosts, inputs):
-    """Folder of the run of four processes on one host; asks for `hosts` so that it runs only where they do."""
+    """Folder of a four-process run on one host; depends on `hosts` so that it is skipped with them."""
     train(inputs, "one-host", 4, **SETTINGS)
     return inputs / "runs" / "one-host"
 
@@ -45,7 +45,7 @@ def start(hosts, inputs, name):
 
 
 def end(hosts, processes, logs, seconds):
-    """Exit statuses and words of both hosts, where nothing may run any more after so many seconds."""
+    """Exit statuses and output of both hosts; every process must have ended after this many seconds."""
     deadline = time.monotonic() + seconds
     while hosts.process_ids() and time.monotonic() < deadline:
         time.sleep(0.2)

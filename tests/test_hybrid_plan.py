@@ -1,4 +1,4 @@
-"""The hybrid plan: every rank's part of every step, without gaps or overlaps."""
+"""The hybrid plan: every rank's rows in every step, without gaps or overlaps."""
 
 from fractions import Fraction
 
@@ -45,7 +45,7 @@ def test_the_ranks_shares_partition_every_step_without_gaps(make_config, run):
         assert all(share.num_rows > 0 and share.length_factor == factor for share in shares)
         for objective in Objective:
             for share in sorted((s for s in shares if s.objective is objective), key=lambda s: s.first_slot):
-                assert share.first_slot == next_slot[objective]  # no slot twice, none left out
+                assert share.first_slot == next_slot[objective]  # no slot twice, no slot skipped
                 next_slot[objective] += share.num_rows * factor
             rows = sum(share.num_rows for share in shares if share.objective is objective)
             assert rows == plan.num_rows(objective, step)
@@ -119,7 +119,7 @@ def test_auto_mode_uses_ranks_where_they_fit(make_config, world_size, mode):
 
 
 def rows_of_a_step(config, step):
-    """(MLM rows, CLM rows, length factor) as written for one step, with Python's own numbers."""
+    """(MLM rows, CLM rows, length factor) of one step, computed directly in Python."""
     factor = 1
     if config.seq_length_growth and step >= 0.7 * config.max_steps:
         factor = 2 if step < 0.9 * config.max_steps else 4

@@ -1,4 +1,4 @@
-"""Published weights to a folder that a run starts from, and the run that does."""
+"""Importing published weights, and a run that starts from them."""
 
 import collections
 import json
@@ -23,14 +23,14 @@ from tests.runs import flags, start
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A checkpoint, what `export` makes of it, and upstream's own files."""
+    """A checkpoint, its export, and files in upstream's format."""
     folder = tmp_path_factory.mktemp("import")
     checkpoint, _ = write_checkpoint(folder)
     export(ExportConfig(checkpoint, folder / "exported"))
     (folder / "config.json").write_text(json.dumps(asdict(SHAPE)))
     published = {name: to_upstream(random_model(seed).state_dict(), SHAPE) for name, seed in (("model", 1), ("ema", 2))}
     bin_file = collections.OrderedDict(published["model"])
-    bin_file._metadata = {"": {"version": 1}}  # as a module's state_dict has
+    bin_file._metadata = {"": {"version": 1}}  # as in a module's state_dict
     torch.save(bin_file, folder / "upstream.bin")
     state = {
         "model": {f"module.{name}": tensor for name, tensor in published["model"].items()},
@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
         "global_step": 7,
     }
     torch.save(state, folder / "upstream_state_dict.bin")
-    hub = folder / "hub"  # as published: more keys, a head for another task, and no safetensors
+    hub = folder / "hub"  # as published: extra keys, a different head, and no safetensors
     hub.mkdir()
     (hub / "config.json").write_text(json.dumps(asdict(SHAPE) | {"temperature": 2.65, "architectures": ["X"]}))
     torch.save(published["model"] | {"head.nonlinearity.1.weight": torch.ones(2)}, hub / "pytorch_model.bin")
@@ -123,7 +123,7 @@ def test_the_command_ends_with_one_line(folder, tmp_path, capsys):
 
 
 def test_a_run_starts_from_the_weights(folder, tmp_path):
-    """At a learning rate of 0 they are still there at the end; and a run that has a checkpoint goes on from that."""
+    """At learning rate 0 the weights are unchanged at the end; a run with a checkpoint resumes from that instead."""
     inputs = folder / "inputs"
     import_hf(ImportConfig(folder / "exported", tmp_path / "imported"))
     settings = {"config_file": folder / "config.json", "output_dir": tmp_path, "log_every": 1, "max_steps": 2}

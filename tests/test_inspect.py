@@ -1,7 +1,7 @@
-"""Ahead-of-time builds: the kernels' bars on every target, and planted kernels that the bars must reject.
+"""Ahead-of-time builds: the kernels meet their limits on every target, and planted kernels must violate them.
 
-All configurations for all targets take many minutes where nothing is cached, so `python -m kernels.inspect` does that;
-here are the common ones for sm_90 and the widest of them for the other targets.
+Without a cache, all configurations for all targets take many minutes, so `python -m kernels.inspect` builds those; here
+are the common ones for sm_90 and the widest of them for the other targets.
 """
 
 import json
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 COMMON = r"cross_entropy/.*(bf16|fp32)|lamb/|span_mask/.*i64 .* spans to 3\b"
 WIDEST = r"cross_entropy/rows bf16 V=(16384|32768)$|lamb/[^(]*$|span_mask/.*i64 T=(512|4096) spans to 3\b[^(]*$"
 
-# Kernels that break the bars, and one that does not.
+# Kernels that violate the limits, and one that does not.
 PLANTED = """
     import triton
     import triton.language as tl
@@ -76,7 +76,7 @@ PLANTED = """
 
 
 def run(*command, cwd=ROOT, **environment):
-    """A process without TRITON_INTERPRET, which kernels' decorators would obey."""
+    """Runs Python without TRITON_INTERPRET, which would make the kernels interpreted."""
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(
         [sys.executable, *command], cwd=cwd, env=inherited | environment, capture_output=True, text=True, check=False
@@ -85,7 +85,7 @@ def run(*command, cwd=ROOT, **environment):
 
 @pytest.fixture(scope="module")
 def inspected():
-    """The kernels' own builds, and the two processes that made them."""
+    """Builds of the repository's kernels, and the two processes that made them."""
     others = [target for target in kernels_inspect.TARGETS if target != "sm_90"]
     commands = (["--match", COMMON, "--target", "sm_90"], ["--match", WIDEST, "--target", *others])
     done = [run("-m", "kernels.inspect", "--json", *command) for command in commands]
@@ -93,7 +93,7 @@ def inspected():
 
 
 def test_no_kernel_breaks_a_bar(inspected):
-    """With the Triton of constraints.txt; others may spill a few bytes, see docs/library-faults.md."""
+    """With the Triton of constraints.txt; other versions may spill a few bytes, see docs/library-faults.md."""
     builds, processes = inspected
     problems = {problem for build in builds for problem in build["problems"]}
     if version("triton").startswith("3.7."):
@@ -111,7 +111,7 @@ def test_every_operation_is_built_for_every_target(inspected):
 
 
 def test_the_main_case_streams_in_wide_words_without_spills(inspected):
-    """Independent of the bars: the main case streams in wide words, without spills, on every target."""
+    """Independent of the limits: the main case has wide loads and stores and no spills, on every target."""
     builds, _ = inspected
     name = "masked_cross_entropy/rows bf16 V=16384"
     found = [build for build in builds if build["configuration"] == name]
@@ -141,7 +141,7 @@ def planted(tmp_path_factory):
 
 
 def test_what_is_cached_measures_the_same(tmp_path):
-    """Cold, from the cache, and from a cache that a launch filled, which keeps nothing of what ptxas says."""
+    """Cold, from the cache, and from a cache filled by a launch, which does not keep ptxas's output."""
     (tmp_path / "planted.py").write_text(textwrap.dedent(PLANTED))
     script = (
         "import pathlib, planted\nfrom kernels.inspect import build\n"
@@ -230,7 +230,7 @@ def test_what_does_not_compile_is_a_problem_of_its_own(planted, target):
 def test_a_broken_bar_is_a_line_and_the_exit_status(monkeypatch, capsys):
     build = kernels_inspect.Build("lamb/norm", "sm_90", 40, loads={128: 2, 32: 1}, problems=["spills 8 bytes a thread"])
     good = kernels_inspect.Build("lamb/norm", "sm_80", 41, loads={128: 2, 32: 1})
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # main takes it away, and it must come back for the other tests
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # main removes it, and it must be restored for other tests
     for argument in ([], ["--json"]):
         for builds, status in (([good], 0), ([good, build], 1)):
             monkeypatch.setattr(sys, "argv", ["inspect", *argument])

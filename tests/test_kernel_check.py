@@ -1,4 +1,4 @@
-"""The check before a run, in its own process: whatever befalls it is one line, and the run does not begin."""
+"""The check before a run, in its own process: any failure becomes one line, and the run does not start."""
 
 import time
 
@@ -17,7 +17,7 @@ from kernels.run import Run
 from tests.runs import MODEL, flags, write_inputs
 
 SMALL = Run("float32", 40, (9,), 9, mask_history=False, lamb=True, buckets=False)
-PLANTS = {  # run by Python before the check's own module
+PLANTS = {  # executed by Python before the check's own module
     "wrong": "import kernels.lamb.kernel as kernel\nkernel._log = lambda beta: -1.0\n",
     "crash": "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n",
     "abort": "import os\nos.abort()\n",
@@ -29,7 +29,7 @@ PLANTS = {  # run by Python before the check's own module
 
 @pytest.fixture
 def plant(monkeypatch, tmp_path):
-    """Has the check's process run some lines first; no other process of Python's does."""
+    """Returns a function that injects code at the start of the check's process, and of no other Python process."""
 
     def plant(name):
         lines = "".join(f"    {line}\n" for line in PLANTS[name].splitlines())

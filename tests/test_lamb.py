@@ -1,4 +1,4 @@
-"""LAMB against its reference and against its own promises; `gptbert.optim.Lamb` has a file of its own."""
+"""LAMB against its reference and its specification; tests/test_lamb_optimizer.py covers `gptbert.optim.Lamb`."""
 
 import math
 
@@ -17,7 +17,7 @@ SHAPES = ((7, 5), (33,), (1,), (16, 24))
 
 @pytest.fixture
 def poisoned_memory():
-    """Memory from torch.empty is full of NaN."""
+    """Fills memory from torch.empty with NaN."""
     torch.use_deterministic_algorithms(True)
     assert torch.empty(3).isnan().all()
     yield
@@ -51,7 +51,7 @@ def test_a_zero_update_changes_nothing_and_is_no_nan(backend, device):
 
 
 def test_a_zero_gradient_leaves_only_the_decay(backend, device):
-    """u = wd·p, so the ratio is 1/wd and p loses lr of itself."""
+    """u = wd·p, so the ratio is 1/wd and p shrinks by lr·p."""
     moved = one_step(torch.tensor([1.0, -2.0, 4.0]), torch.zeros(3), 0.1, backend, device)
     torch.testing.assert_close(moved, torch.tensor([0.5, -1.0, 2.0]))
 
@@ -63,7 +63,7 @@ def test_the_ratio_is_not_clamped(backend, device):
 
 
 class Model:
-    """Parameters and the state that goes with them, the same for the same seed."""
+    """Parameters and optimizer state, deterministic by seed."""
 
     def __init__(self, device, shapes=SHAPES, seed=0, dtype=torch.float32):
         generator = torch.Generator().manual_seed(seed)
@@ -101,7 +101,7 @@ def test_every_case_obeys_the_numerics_rule(backend, device, poison, request):
 
 
 def test_clips_as_torch_does(backend, device):
-    """The same as clipping first, for gradients too long and short enough; the gradients themselves stay."""
+    """Equals clipping first, both above and below the norm limit; gradients are not modified."""
     for max_norm in (1.0, 1e3):
         fused, separate = Model(device), Model(device)
         parameters = [torch.zeros_like(grad) for grad in separate.grads]
@@ -119,7 +119,7 @@ def test_clips_as_torch_does(backend, device):
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("moment_type", [torch.float32, torch.bfloat16])
 def test_a_step_whose_gradients_are_not_finite_is_skipped(backend, device, bad, moment_type):
-    """With bf16 moments, which the reference computes on CPUs, roundings afterwards are those of the steps taken."""
+    """Also with bf16 moments (in the reference on CPUs): skipped steps must not advance stochastic rounding."""
     seed = 3 if moment_type == torch.bfloat16 else None
     skipping, straight = Model(device), Model(device)
     for model in (skipping, straight):
@@ -150,7 +150,7 @@ def test_without_clipping_no_step_is_skipped(backend, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_norm_that_is_given_is_the_one_that_clips(backend, device, dtype):
-    """Of gradients in several calls, for which one call's own norm is too small."""
+    """The norm over several calls' gradients; clipping by one call's own norm would be too weak."""
     given, separate = Model(device, dtype=dtype), Model(device, dtype=dtype)
     separate.grads = [0.25 * grad for grad in separate.grads]
     norm = torch.tensor(8.0 - 1e-6, device=device, dtype=torch.float64)
@@ -164,7 +164,7 @@ def test_a_norm_that_is_given_is_the_one_that_clips(backend, device, dtype):
 
 
 def test_the_reference_waits_for_no_device():
-    """GPUs run it in fp64. A fake tensor has nothing to read, and raises when somebody tries."""
+    """GPUs run the reference in fp64. Fake tensors have no data, so a device sync raises."""
     with FakeTensorMode():
         model = Model(torch.device("cpu"))
         state = (model.params, model.grads, model.exp_avgs, model.exp_avg_sqs, model.steps, model.averages)
@@ -175,7 +175,7 @@ def test_the_reference_waits_for_no_device():
 
 
 def test_stochastic_rounding_is_right_on_average(backend, device):
-    """m = 0.1·g lies between two numbers of bf16; where rounding to the nearest always errs the same way."""
+    """m = 0.1·g is between two bf16 numbers, where round to nearest always errs in the same direction."""
     size, grad = 20_000, 1.0 + 2**-7
     means, moments = [], []
     for seed in (None, 1, 2):
@@ -241,7 +241,7 @@ def test_blocks_give_the_same_bits_on_any_number_of_threads():
 
 
 def test_tensors_that_moved_are_found_again(device):
-    """Gradients are made anew at each step, and lie wherever there was room."""
+    """Gradients are reallocated at each step, at varying addresses."""
     moving, still = Model(device), Model(device)
     chunk_table.make_chunk_table.cache_clear()
     places = [moving.grads] + [[grad.clone() for grad in moving.grads] for _ in range(2)]
@@ -255,7 +255,7 @@ def test_tensors_that_moved_are_found_again(device):
 
 
 def test_a_graph_is_captured_with_tables_that_stay(device, monkeypatch):
-    """Capture is played: only what the host does for it can be seen without a GPU."""
+    """Capture is simulated: without a GPU, only the host's side of it can be tested."""
     monkeypatch.setattr(chunk_table, "_captured", [])
     model, other = Model(device), Model(device)
     model.step("triton", max_grad_norm=1.0)
@@ -368,7 +368,7 @@ def test_chunks_of_tensors_of_any_size_are_few_and_short_enough_to_count_in_32_b
 
 
 def test_elements_beyond_32_bits_are_found(device):
-    """A chunk of which the table says that it begins 2³² elements behind an address, which is as far before it."""
+    """A chunk that starts 2³² elements after the table's address, which is as many elements before the data."""
     grad, beginning, chunk_size = torch.arange(5000.0, device=device), 2**32, 2**22
     row = torch.zeros(1, chunk_table.COLUMNS, dtype=torch.int64)
     row[0, chunk_table.GRAD] = grad.data_ptr() - beginning * grad.itemsize
@@ -381,7 +381,7 @@ def test_elements_beyond_32_bits_are_found(device):
 
 
 class Launches:
-    """Stands in for a kernel, and notes its launches."""
+    """Wraps a kernel and records its launches."""
 
     def __init__(self, kernel, noted):
         self.kernel, self.noted = kernel, noted
@@ -396,7 +396,7 @@ class Launches:
 
 @pytest.fixture
 def launches(monkeypatch):
-    """The kernels that run, with their options, in their order."""
+    """Kernel launches with their options, in order."""
     noted = []
     for name in ("norm_kernel", "clip_kernel", "moments_kernel", "update_kernel"):
         monkeypatch.setattr(kernel, name, Launches(getattr(kernel, name), noted))
@@ -416,7 +416,7 @@ def test_a_model_of_many_tensors_takes_four_launches(device, launches):
 
 
 def test_configurations_are_what_is_launched(device, launches, monkeypatch):
-    """Every case of the check and every combination of moments and averages."""
+    """Every case of the check, and every combination of moments and averages."""
     for _ in check.comparisons(device, "triton"):
         pass
     for moments, offset, averaged in ((torch.float32, 0, False), (torch.float32, 1, False), (torch.bfloat16, 1, False)):

@@ -1,4 +1,4 @@
-"""LAMB in C++: which tensors it takes, and that threads change no bit; `kernels/lamb/check.py` has the rest."""
+"""LAMB in C++: which tensors it takes, and bitwise equality across thread counts; see also `kernels/lamb/check.py`."""
 
 import copy
 
@@ -30,7 +30,7 @@ def step(tensors, **changes):
 
 @pytest.fixture
 def steps_taken(monkeypatch):
-    """Which implementation each step was taken by."""
+    """Records the implementation that each step used."""
     taken = []
     for module in (eager, cpp):
         own = module.lamb_step

@@ -1,4 +1,4 @@
-"""Planted bugs in LAMB's kernels, each of which the operation's check must find."""
+"""Planted bugs in LAMB's kernels; the operation's check must find each of them."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""`gptbert.optim.Lamb` on both backends: recorded steps, another library's LAMB, and state that is restored."""
+"""`gptbert.optim.Lamb` on both backends: recorded steps, another library's LAMB, and restored state."""
 
 import io
 from pathlib import Path
@@ -18,7 +18,7 @@ BETAS = (0.9, 0.98)
 
 @pytest.fixture
 def chosen(backend, monkeypatch):
-    """A backend for optimizers, which choose their own."""
+    """Sets the backend that optimizers use."""
     monkeypatch.setenv("KERNELS_BACKEND", backend)
     return backend
 
@@ -53,13 +53,13 @@ def set_gradients(params, step, scale=1.0):
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-5)])
 def test_agrees_with_pytorch_optimizer(chosen, device, dtype, tolerance, weight_decay):
-    """That library's Lamb leaves the bias corrections out of the update, so they are given to it by other ways.
+    """pytorch_optimizer's Lamb omits bias correction from the update, so the test supplies it through other settings.
 
-    Settings that make it ours: `weight_decouple=False` (decay inside the update, under the trust ratio), the default
-    `grad_averaging` (1 − β1) and `pre_norm` (no clipping of its own), `adam_debias=True` (the learning rate is left as
-    it is), eps so small that it does not matter where it is added, `clamp` (a class attribute) out of reach,
-    `adam=True` for the group without decay. The correction c = √(1 − β2ᵗ) / (1 − β1ᵗ) multiplies the update: without
-    decay the learning rate is multiplied by it, with decay the decay is divided by it, since the trust ratio takes the
+    Settings that make it equal to ours: `weight_decouple=False` (decay inside the update, under the trust ratio), the
+    default `grad_averaging` (1 − β1) and `pre_norm` (no clipping of its own), `adam_debias=True` (unchanged learning
+    rate), eps so small that its place does not matter, `clamp` (a class attribute) out of reach, `adam=True` for the
+    group without decay. The correction c = √(1 − β2ᵗ) / (1 − β1ᵗ) scales the update: without decay the learning rate is
+    multiplied by c; with decay the decay is divided by c, since the trust ratio cancels the scale of the whole update.
     scale of the whole update out again.
     """
     ours, theirs = make_params(device, dtype), make_params(device, torch.float64)
@@ -91,7 +91,7 @@ def test_agrees_with_pytorch_optimizer(chosen, device, dtype, tolerance, weight_
 
 
 def test_the_first_step_has_the_length_that_the_trust_ratio_says(chosen, device):
-    """‖Δp‖ = lr·‖p‖ with decay, whatever the gradient's scale; lr per entry without."""
+    """‖Δp‖ = lr·‖p‖ with decay, whatever the gradient's scale; lr per element without."""
     for scale in (1e-6, 1.0, 1e6):
         decayed, plain = make_params(device, shapes=[(50,), (50,)])
         before = decayed.detach().clone(), plain.detach().clone()
@@ -169,7 +169,7 @@ def test_two_runs_give_the_same_bits(chosen, device):
 
 
 def test_a_parameter_without_gradient_is_skipped_and_ages_later(chosen, device):
-    """Its first update is a first update, bias correction and all, though the others are older."""
+    """Its first update is bias-corrected as step 1, even though other parameters are at later steps."""
     params, alone = make_params(device), make_params(device)[3]
     optimizer = Lamb(params, lr=0.02, weight_decay=0.1)
     before = params[3].detach().clone()

@@ -1,4 +1,4 @@
-"""LAMB's prepared step: the same launches and bits as the operation's, and what makes it look at tensors again."""
+"""LAMB's prepared step: the operation's launches and bits, and the changes that make it inspect tensors again."""
 
 from itertools import product
 
@@ -17,7 +17,7 @@ DECAYS = [0.1, 0.0, 0.3, 0.0]
 
 
 class Recorder:
-    """Stands where a kernel is: notes grid, arguments and options, and starts nothing."""
+    """Replaces a kernel: records grid, arguments and options, and launches nothing."""
 
     def __init__(self, name, launches):
         self.name, self.launches = name, launches
@@ -32,7 +32,7 @@ class Recorder:
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """The launches, of which none is made; memory from torch.empty is the same each time."""
+    """Recorded launches, not executed; torch.empty returns zeros, so that contents are deterministic."""
     launches = []
     for name in KERNELS:
         monkeypatch.setattr(kernel, name, Recorder(name, launches))
@@ -64,7 +64,7 @@ def make_model(device, grads=torch.float32, moments=torch.float32):
 
 
 def test_the_launches_are_the_operations(device, recorded):
-    """Grids, arguments (tables with addresses among them) and options, in their order."""
+    """Grids, arguments (including tables of addresses) and options, in order."""
     for averaged, given, grads, moments in product((True, False), CLIPPING, TYPES, TYPES):
         model, clipping = make_model(device, grads, moments), dict(given)
         if "gradient_norm" in given:
@@ -80,7 +80,7 @@ def test_the_launches_are_the_operations(device, recorded):
 
 
 def test_steps_are_those_of_the_operation_to_the_bit(device):
-    """New gradients at each step, in new places; one step is skipped."""
+    """Gradients are reallocated at each step; one step is skipped."""
     models = [Model(device) for _ in "ab"]
     prepared = prepare(models[0])
     for step in range(4):
@@ -99,7 +99,7 @@ def test_steps_are_those_of_the_operation_to_the_bit(device):
 
 @pytest.fixture
 def checks(monkeypatch):
-    """One entry for each time that tensors were looked through."""
+    """One entry for each time that tensors are inspected."""
     made, own = [], op.check_tensors
     monkeypatch.setattr(op, "check_tensors", lambda *lists: made.append(1) or own(*lists))
     return made
@@ -153,7 +153,7 @@ def narrow_moment(model):
 )
 @pytest.mark.parametrize("later", [False, True])
 def test_what_does_not_fit_is_one_clear_error(device, recorded, change, settings, message, later):
-    """At the first step, and where it changes on the way."""
+    """At the first step, and if it changes during a run."""
     model = Model(device)
     prepared = prepare(model)
     if later:
@@ -188,7 +188,7 @@ def test_a_graph_is_captured_with_tables_that_stay(device, recorded, monkeypatch
 
 
 def test_a_backward_that_needs_the_old_weights_is_an_error(device, recorded):
-    """As after any other change in place."""
+    """As after any other in-place change."""
     weight = torch.ones(3, device=device, requires_grad=True)
     loss = (weight * weight).sum()
     state = [[torch.zeros(3, device=device)] for _ in range(2)]
@@ -208,7 +208,7 @@ def triton(monkeypatch):
 
 @pytest.fixture
 def preparations(monkeypatch):
-    """One entry for each time that the optimizer arranged its calls."""
+    """One entry for each time that the optimizer rebuilds its calls."""
     made, own = [], Lamb._make_calls
     monkeypatch.setattr(Lamb, "_make_calls", lambda self, *args: made.append(1) or own(self, *args))
     return made
@@ -251,7 +251,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_an_optimizer_notices_what_changes_between_steps(device, triton, preparations, change):
-    """It then takes the steps of one that looks at everything each time."""
+    """Its steps must equal those of an optimizer that inspects everything at each step."""
     modules = [make_module(device) for _ in "ab"]
     optimizers, averages = [make_optimizer(module) for module in modules], [WeightAverage(m, 0.9) for m in modules]
     for step in range(4):

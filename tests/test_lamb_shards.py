@@ -1,4 +1,4 @@
-"""LAMB, AdamW and the moving average over shards: a step of all processes is the step of the whole tensors."""
+"""LAMB, AdamW and the EMA on sharded tensors: a step of all ranks equals the step of the whole tensors."""
 
 import copy
 import math
@@ -23,10 +23,10 @@ from kernels.backend import BACKENDS
 from tests.numerics import relative_error, same
 from tests.runs import on_ranks
 
-# Shards of 16,384 elements and more, first dimensions that ranks do not divide, and fewer rows than ranks.
+# Shards of 16,384 elements and more, dim 0 not divisible by the number of ranks, and fewer rows than ranks.
 SHAPES = ((6557, 5), (7, 5), (33,), (1, 40), (3,), (16, 24))
 DECAYS = (0.1, 0.1, 0.0, 0.3, 0.1, 0.1)
-STEPS, SKIPPED = 4, 2  # steps, and which of them meets a NaN
+STEPS, SKIPPED = 4, 2  # number of steps, and the step with a NaN
 SETTINGS = {"lr": 0.1, "beta1": 0.9, "beta2": 0.98, "eps": 1e-8, "max_grad_norm": 2.0, "average_decay": 0.9}
 OPTIMIZERS = {
     "lamb": lambda groups: Lamb(groups, lr=0.1),
@@ -36,18 +36,18 @@ OPTIMIZERS = {
 
 
 def operations(world_size):
-    """Backends and types of moments; the interpreter is slow, so that two processes must do for it."""
+    """Backends and moment dtypes; the interpreter is slow, so it runs on two ranks only."""
     backends = BACKENDS if world_size == 2 else ["torch"]
     return [(backend, moment_type) for backend in backends for moment_type in (torch.float32, torch.bfloat16)]
 
 
 def meshes(world_size):
-    """Sizes by name; the first of two dimensions is the one along which fully_shard repeats the shards."""
+    """Mesh shapes by name; fully_shard replicates shards along the first of two dimensions."""
     return {"1-D": (2,)} if world_size == 2 else {"1-D": (4,), "2-D": (2, 2)}
 
 
 def shard(tensor, rank, world_size):
-    """This rank's rows, as fully_shard deals them out."""
+    """This rank's rows in fully_shard's layout."""
     chunks = tensor.chunk(world_size)
     return (chunks[rank] if rank < len(chunks) else tensor[:0]).clone()
 
@@ -58,7 +58,7 @@ def randoms(seed):
 
 
 def operation(rank, world_size, backend, moment_type):
-    """Largest error of a rank's shards after each step, norms included; whether the bad step left them alone."""
+    """Largest error of a rank's shards after each step, norms included; whether a skipped step left them unchanged."""
     part = lambda tensors: [shard(tensor, rank, world_size) for tensor in tensors]  # noqa: E731
     moments = [[torch.zeros(shape, dtype=moment_type) for shape in SHAPES] for _ in "mv"]
     complete = [randoms(0), *moments, [torch.zeros(()) for _ in SHAPES], randoms(1)]
@@ -67,7 +67,7 @@ def operation(rank, world_size, backend, moment_type):
     for step in range(STEPS):
         grads = randoms(10 + step)
         if step == SKIPPED:
-            grads[0][0, 0] = math.nan  # on the first rank alone
+            grads[0][0, 0] = math.nan  # on the first rank only
             before = copy.deepcopy(parts)
         norms = []
         for state, own, group in ((complete, grads, None), (parts, part(grads), dist.group.WORLD)):
@@ -106,7 +106,7 @@ def make_sharded_average(mesh):
 
 
 def shard_layers(model, mesh):
-    for layer in model[:2]:  # the others are the outermost module's
+    for layer in model[:2]:  # the root module owns the other parameters
         fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
@@ -119,11 +119,11 @@ def set_gradients(model, step, bad=None):
             grad[0, 0] = bad
         if isinstance(param, DTensor):
             grad = distribute_tensor(grad, param.device_mesh, param.placements)
-        param.grad = None if index == 3 and step % 2 else grad  # an idle parameter, whose average moves
+        param.grad = None if index == 3 and step % 2 else grad  # a parameter without gradient, whose EMA still moves
 
 
 def optimizer(mesh, name):
-    """Largest error of parameters, averages and norms after each step; whether the bad steps left no trace."""
+    """Largest error of parameters, EMA and norms after each step; whether skipped steps changed nothing."""
     models = [make_model(), make_sharded(mesh)]
     averages = [WeightAverage(models[0], 0.9), make_sharded_average(mesh)]
     optimizers = [OPTIMIZERS[name](parameter_groups(model, 0.1)) for model in models]
@@ -139,7 +139,7 @@ def optimizer(mesh, name):
             stayed = stayed and not norm.isfinite() and all(map(torch.equal, before, after))
         norms = []
         with torch.no_grad():
-            averages[1].model(torch.ones(1, 7))  # as a validation does, which leaves its outermost parameters whole
+            averages[1].model(torch.ones(1, 7))  # as validation does, which leaves the root parameters unsharded
         for model, average, each in zip(models, averages, optimizers, strict=True):
             set_gradients(model, step)
             norms.append(update_weights(each, model, average, 2.0))
@@ -158,7 +158,7 @@ def optimizer(mesh, name):
 
 
 def restored(mesh, name, folder):
-    """Whether a run goes on to the bit from a state that torch.distributed.checkpoint wrote and read."""
+    """Whether a run resumes bit for bit from a state saved and loaded by torch.distributed.checkpoint."""
     model = make_sharded(mesh)
     own = OPTIMIZERS[name](parameter_groups(model, 0.1))
     average = make_sharded_average(mesh)
@@ -207,18 +207,18 @@ def everything(rank, world_size, folder, results):
         mesh = init_device_mesh("cpu", (world_size,))
         params = [nn.Parameter(distribute_tensor(torch.ones(4), mesh, [kind])) for kind in (Shard(0), Replicate())]
         said["refused"] = refusal(params)
-        dist.barrier()  # nobody leaves while others still talk
-    except Exception:  # noqa: BLE001 - the test waits for what this rank says
+        dist.barrier()  # no rank exits while others still communicate
+    except Exception:  # noqa: BLE001 - the test reports this rank's error
         said["raised"] = traceback.format_exc()
     results.put((rank, said))
     results.close()
-    results.join_thread()  # sent, whatever becomes of this process below
+    results.join_thread()  # flush, in case this process crashes below
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module", params=[2, 4])
 def said(request, tmp_path_factory):
-    """What each rank found, in one start of the processes."""
+    """Results of every rank, from one launch of the processes."""
     return on_ranks(request.param, everything, request.param, tmp_path_factory.mktemp("shards"))
 
 
@@ -230,7 +230,7 @@ def nothing_raised(request):
 
 
 def test_shards_take_the_step_of_the_whole(said):
-    """Sums in another order differ by roundings; with bf16 moments by some of theirs."""
+    """Sums in a different order differ by rounding; with bf16 moments, by some of their roundings."""
     for found in said.values():
         for backend, moment_type in operations(len(said)):
             error, stayed = found[backend, moment_type]
@@ -240,7 +240,7 @@ def test_shards_take_the_step_of_the_whole(said):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_sharded_models_take_the_step_of_whole_ones(said, name):
-    """Also where a second dimension of the mesh repeats the shards."""
+    """Also if a second mesh dimension replicates the shards."""
     for found in said.values():
         for shape in meshes(len(said)):
             error, stayed = found[shape, name]

@@ -1,4 +1,4 @@
-"""Which lane runs where: no test but the GPU's own sees a GPU, and those say where there is none."""
+"""Test lanes: only the GPU lane's tests see a GPU, and they are skipped if there is none."""
 
 import os
 import subprocess
@@ -27,7 +27,7 @@ def test_no_gpu_is_seen_here_and_in_processes_that_tests_start():
 
 
 def test_gpus_are_hidden_before_anything_looks_for_them():
-    """And Triton is told to interpret before anything looks for it."""
+    """Likewise, Triton is set to interpret before it is first imported."""
     code = (
         "import os, sys, torch\n"
         "def hidden(*_):\n"
@@ -63,5 +63,5 @@ def test_a_device_that_is_none_is_refused():
 
 @pytest.mark.parametrize("file", sorted((ROOT / "tests" / "gpu").glob("test_*.py")), ids=lambda file: file.name)
 def test_the_lanes_files_can_be_told_apart(file):
-    """Pytest imports test files by name alone."""
+    """Pytest imports test files by base name only, so names must differ."""
     assert not (ROOT / "tests" / file.name).exists()

@@ -1,4 +1,4 @@
-"""Triton's own launch path, up to the driver: launchers work outside the interpreter and choose what is inspected."""
+"""Triton's own launch path, up to the driver: launchers work outside the interpreter, and launch inspected kernels."""
 
 import importlib
 import json
@@ -27,7 +27,7 @@ def launches(operation):
 
 
 def matches(launch, configuration):
-    """Whether inspecting the configuration says what the launch compiles, or less aligned, so no better."""
+    """Whether the inspected configuration is what the launch compiles, or a less aligned (no faster) variant."""
     ones = launch["constants"].keys() & configuration.types.keys()  # a size of 1 becomes a constant, which costs less
     constants = {name: value for name, value in launch["constants"].items() if name not in ones}
     return (

@@ -1,4 +1,4 @@
-"""Layer weighting against the sums written out, with autograd's own derivative."""
+"""Layer weighting against explicit sums, with autograd's derivative."""
 
 import gc
 
@@ -88,7 +88,7 @@ def test_a_loss_that_lives_on_keeps_no_representations(weightings):
     def count():
         gc.collect()
         shapes = (each.shape for each in gc.get_objects() if type(each) is torch.Tensor)
-        known = (shape for shape in shapes if all(isinstance(size, int) for size in shape))  # not a compiler's own
+        known = (shape for shape in shapes if all(isinstance(size, int) for size in shape))  # no symbolic sizes
         return sum(shape == (DEPTH + 1, first.numel()) for shape in known)
 
     loss = ours(first, weightings).sum()

@@ -1,4 +1,4 @@
-"""Scores of sentences against a plain loop: one sentence, one mask and one temperature at a time, without padding."""
+"""Sentence scores against a plain loop: one sentence, one mask and one temperature at a time, without padding."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def model(tiny):
     torch.manual_seed(1)
     model = GPTBert(tiny).eval()
     for param in model.parameters():
-        torch.nn.init.normal_(param, std=0.3)  # or all tokens are about equally likely, whatever is read
+        torch.nn.init.normal_(param, std=0.3)  # otherwise all tokens would be about equally likely, whatever the input
     return model
 
 
@@ -32,7 +32,7 @@ def sentences():
 
 @torch.no_grad()
 def plain_score(model, sentence, objective, temperature, offset=-1):
-    """The definition; `offset` says where a token is read, from its own position."""
+    """The definition; `offset` is the position of a token's logits, relative to the token."""
     total = 0.0
     for position in range(1, len(sentence)):
         ids = torch.tensor([sentence[:position] if objective.causal else sentence])
@@ -47,7 +47,7 @@ def plain_score(model, sentence, objective, temperature, offset=-1):
 @pytest.mark.parametrize("objective", Objective)
 @pytest.mark.parametrize("batch_tokens", [1, 50, 10_000])
 def test_scores_are_those_of_the_plain_loop(model, sentences, objective, batch_tokens, monkeypatch):
-    monkeypatch.setattr(likelihood, "_LOGITS", 64 * 5)  # several pieces, the last of them smaller
+    monkeypatch.setattr(likelihood, "_LOGITS", 64 * 5)  # several chunks, the last of them smaller
     made = []
     scores = log_likelihoods(model, sentences, objective, TEMPERATURES, batch_tokens, made.append)
     expected = [[plain_score(model, sentence, objective, each) for each in TEMPERATURES] for sentence in sentences]
@@ -57,7 +57,7 @@ def test_scores_are_those_of_the_plain_loop(model, sentences, objective, batch_t
 
 
 def test_reading_the_mask_itself_would_be_another_score(model, sentences):
-    """What the test above must be able to see."""
+    """The test above must be able to detect an off-by-one."""
     wrong = [plain_score(model, sentence, Objective.MLM, 1.0, offset=0) for sentence in sentences if len(sentence) > 1]
     right = [plain_score(model, sentence, Objective.MLM, 1.0) for sentence in sentences if len(sentence) > 1]
     assert min(abs(one - other) for one, other in zip(wrong, right, strict=True)) > 1e-2

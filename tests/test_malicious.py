@@ -1,4 +1,4 @@
-"""Files made by hand to run code, to take all memory or all time, or to be no files at all."""
+"""Files crafted to run code, to exhaust memory or time, or that are not regular files."""
 
 import gzip
 import io
@@ -30,7 +30,7 @@ def sandbox(tmp_path_factory):
 
 
 class Payload:
-    """Pickles as a call."""
+    """An object that pickles as a call."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -40,7 +40,7 @@ class Payload:
 
 
 def payloads(proof):
-    """Calls that make the file `proof`."""
+    """Calls that create the file `proof`."""
     code = f"__import__('pathlib').Path({str(proof)!r}).touch()"
     yield "system", Payload(os.system, f"touch {proof}")
     yield "eval", Payload(eval, code)
@@ -53,7 +53,7 @@ def payloads(proof):
 
 
 def packed(content, form):
-    """A pickle as each of the files that torch has known."""
+    """A pickle in each of torch's file formats."""
     if form == "bare":
         return content
     if form == "zip":
@@ -107,7 +107,7 @@ def text(value):
 
 
 def tensor(offset=0, size=4, stride=1, numel=4, key="0"):
-    """Opcodes of a tensor of int64."""
+    """Opcodes of an int64 tensor."""
     storage = b"(" + text("storage") + name("torch", "LongStorage") + text(key) + text("cpu") + number(numel) + b"tQ"
     shape = number(offset) + number(size) + b"\x85" + number(stride) + b"\x85"
     hooks = name("collections", "OrderedDict") + b")R"
@@ -118,12 +118,12 @@ FOUR_IDS = np.arange(4).tobytes()
 
 
 def file_of(*opcodes, storage=FOUR_IDS):
-    """An archive of a list of what these opcodes make."""
+    """An archive with a list of the objects that these opcodes create."""
     content = b"\x80\x02](" + b"".join(opcodes) + b"e."
     return archive({"a/data.pkl": content, "a/data/0": storage})
 
 
-DOUBLED = b"q\x00h\x00\x86"  # a pair of twice the same
+DOUBLED = b"q\x00h\x00\x86"  # a pair of the previous object with itself
 BOMBS = {
     "bytearray of a terabyte": file_of(name("builtins", "bytearray") + number(10**12) + b"\x85R"),
     "tensor of a terabyte": file_of(name("torch", "Tensor") + number(10**11) + b"\x85R"),
@@ -183,7 +183,7 @@ def test_an_archive_with_wrong_sizes_is_refused(sandbox, tmp_path):
     path.write_bytes(content)
     assert sandbox.read("tokens", path) == ""
     place = content.index(b"PK\x01\x02")
-    for offset in (20, 24, 42):  # of the compressed size, the size and the place, in the list of entries
+    for offset in (20, 24, 42):  # compressed size, uncompressed size and offset, in the central directory
         for value in (0, 1, 10**6, 2**31, 2**32 - 2):
             damaged = content.copy()
             damaged[place + offset : place + offset + 4] = value.to_bytes(4, "little")
@@ -203,7 +203,7 @@ def test_token_files_take_no_more_than_they_hold(sandbox, tmp_path):
     assert sandbox.read("tokens", token_file(path, ids, [0, 3])) == ""
     assert "offsets" in sandbox.read(
         "tokens", token_file(path, ids, [0, 2**63 - 1, -2, 3])
-    )  # whose differences overflow
+    )  # their differences overflow
     for size in ("-5", "0", "١٢", "1e3", "1_000", "9" * 21, "9" * 5000, ""):
         assert "vocab_size" in sandbox.read("tokens", token_file(path, ids, [0, 3], vocab_size=size))
     assert sandbox.read("tokens", token_file(path, np.zeros(10**7, np.uint8), np.arange(10**7 + 1))) == ""
@@ -276,7 +276,7 @@ def test_files_that_are_too_large_to_be_meant_are_not_read(sandbox, tmp_path):
 def test_lines_that_gzip_made_small_are_refused(sandbox, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(gzip.compress(b'"' + b"a" * (200 << 20) + b'"\n"next"\n', compresslevel=1))
-    with pytest.raises(AssertionError, match="bytes for a file"):  # the longest line that is allowed is that long
+    with pytest.raises(AssertionError, match="bytes for a file"):  # the longest allowed line already takes that much
         sandbox.read("corpus", path)
 
 

@@ -1,4 +1,4 @@
-"""A manifest finds any damage to any file, and names the file."""
+"""A manifest detects any damage to any file, and names the file."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def test_what_was_written_is_as_it_was(folder):
     assert {name: entry["bytes"] for name, entry in entries.items()} == {
         name: len(content) for name, content in CONTENTS.items()
     }
-    (folder / "another").touch()  # which nobody reads
+    (folder / "another").touch()  # ignored by the check
     manifest.check(folder)
 
 
@@ -55,7 +55,7 @@ def test_missing_files_are_named(folder):
     (folder / "empty").unlink()
     with pytest.raises(InputError, match=r"^empty: no such file"):
         manifest.check(folder)
-    os.mkfifo(folder / "empty")  # which never ends
+    os.mkfifo(folder / "empty")  # reading it would block
     with pytest.raises(InputError, match=r"^empty: no such file"):
         manifest.check(folder)
     with pytest.raises(InputError, match=r"^other: not in manifest\.json"):

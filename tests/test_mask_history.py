@@ -1,4 +1,4 @@
-"""Counting how often each token was masked."""
+"""Counts of how often each token was masked."""
 
 import torch
 

@@ -13,7 +13,7 @@ from kernels.masked_cross_entropy.check import comparisons, random_logits
 from tests.numerics import assert_accurate, scattered
 
 IGNORED = -100
-Z_WEIGHT = 0.1  # large, so that a z-loss that is missing somewhere shows even in bf16
+Z_WEIGHT = 0.1  # large, so that a missing z-loss shows even in bf16
 DIM = 32
 
 
@@ -50,19 +50,19 @@ def make_case(rows, vocab, dtype, *, ignored=0.4, bias=True, seed=0):
         labels,
     )
     if bias:
-        case.bias[-1] = 4.0  # the last class is likely, so that its absence shows
+        case.bias[-1] = 4.0  # the last class is likely, so that omitting it shows
     return case.to(dtype)
 
 
 def expected_sums(logits, labels, z_weight):
-    """The definition, in the precision of `logits`: total, loss, z_loss."""
+    """The definition, in the dtype of `logits`: total, loss, z_loss."""
     loss = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
     z_loss = logits.logsumexp(-1)[labels != IGNORED].square().sum()
     return loss + z_weight * z_loss, loss, z_loss
 
 
 def run_expected(case, dtype, z_weight, scale, *, bias_in_fp32=False):
-    """The C++ kernel adds the bias in fp32, so that the product is rounded to bf16 and not the sum."""
+    """`bias_in_fp32` is the C++ kernel's rounding: the product is rounded to bf16, the bias is added in fp32."""
     case = case.to(dtype)
     wide = dtype if dtype == torch.float64 else torch.float32
     if bias_in_fp32 and case.bias is not None:
@@ -84,7 +84,7 @@ def test_sums_and_all_gradients_are_accurate(backend, dtype, vocab, rows, ignore
     result = masked_cross_entropy(
         case.hidden, case.weight, case.labels, case.bias, z_loss_weight=Z_WEIGHT, backend=backend
     )
-    (result.total * 3).backward()  # grad_output is honoured
+    (result.total * 3).backward()  # grad_output must be applied
     reference, reference_gradients = run_expected(case, torch.float64, Z_WEIGHT, 3)
     plain, plain_gradients = run_expected(case, dtype, Z_WEIGHT, 3, bias_in_fp32=backend == "cpp")
     for name, actual, exact, rough in zip(("total", "loss", "z_loss"), result[:3], reference, plain, strict=True):
@@ -127,7 +127,7 @@ def test_logits_of_odd_shapes(backend, device, dtype, rows, vocab, ignored):
 @pytest.mark.parametrize("width", [2016, 2017])
 @pytest.mark.parametrize("reuse", [False, True])
 def test_logits_may_lie_anywhere_in_memory(backend, dtype, vocab, first, width, reuse):
-    """A part of a wider matrix: the result is that of a matrix alone, and what stands around it is not touched."""
+    """A view of a wider matrix gives the result of a contiguous one, and memory around it is not modified."""
     logits, labels = random_logits(9, vocab, dtype, torch.device("cpu"))
     options = {"z_loss_weight": Z_WEIGHT, "backend": backend}
     alone = logits.clone().requires_grad_()
@@ -163,7 +163,7 @@ def test_chunks_of_any_size_add_up_to_the_whole(backend, monkeypatch, chunk_rows
 
 
 def test_uninitialized_memory_is_overwritten(backend, monkeypatch):
-    """Everything that torch.empty returns is NaN or the largest integer here."""
+    """torch.empty returns NaN or the largest integer here, so reading it before writing changes the result."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     monkeypatch.setattr(op, "CHUNK_BYTES", dict.fromkeys(op.CHUNK_BYTES, 50 * 1009 * 2))
     torch.use_deterministic_algorithms(True)
@@ -177,7 +177,7 @@ def test_uninitialized_memory_is_overwritten(backend, monkeypatch):
 
 
 def run_both(case, backend, function=lambda f: f):
-    """Sums and gradients of both public functions, through `function` (torch.compile, say)."""
+    """Sums and gradients of both public functions, each passed through `function` (torch.compile, say)."""
     case = case.to(case.hidden.dtype)
     hidden_loss = function(lambda *a: masked_cross_entropy(*a, z_loss_weight=Z_WEIGHT, backend=backend))
     logits_loss = function(lambda *a: cross_entropy_from_logits(*a, z_loss_weight=Z_WEIGHT, scale=0.5, backend=backend))
@@ -253,7 +253,7 @@ def test_reusing_the_logits_changes_no_result_and_is_declared(backend):
         assert torch.equal(own, logits) is not reuse
     assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
     leaf = logits.clone().requires_grad_()
-    own = leaf.exp()  # needs its own output in its backward
+    own = leaf.exp()  # exp's backward needs its own output
     total = cross_entropy_from_logits(own, labels, reuse_logits=True, backend=backend).total
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         total.backward()
@@ -391,7 +391,7 @@ def test_extreme_logits_stay_finite(backend, dtype):
 
 
 def test_confident_predictions_keep_their_small_loss(backend):
-    """The loss is e^−12 a row, less than one rounding of the logits: lse − logit would lose it."""
+    """The loss is e^−12 per row, less than one rounding of the logits, so lse − logit would round it away."""
     logits = torch.tensor([100.0, 112.0]).repeat(4, 1)
     result = cross_entropy_from_logits(logits, torch.ones(4, dtype=torch.long), backend=backend)
     exact = expected_sums(logits.double(), torch.ones(4, dtype=torch.long), 0)[1]
@@ -442,7 +442,7 @@ def ignored_mask_forgotten(logits, labels):
 
 
 def last_class_forgotten(logits, labels):
-    """Only in the softmax: the target entries of the last class stay right."""
+    """Only in the softmax: the last class's target entries stay correct."""
     gradient = gradient_of(logits, labels)
     smaller = F.pad(gradient_of(logits[:, :-1], torch.where(labels == logits.shape[1] - 1, 0, labels)), (0, 1))
     return torch.where(torch.arange(logits.shape[1]) == labels[:, None], gradient, smaller)

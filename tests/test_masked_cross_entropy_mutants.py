@@ -1,4 +1,4 @@
-"""Planted bugs in masked cross-entropy's kernels, each of which the operation's check must find."""
+"""Planted bugs in masked cross-entropy's kernels; the operation's check must find each of them."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from kernels.masked_cross_entropy import op
 from kernels.masked_cross_entropy.check import comparisons
 from tests.mutation import mutated
 
-# None writes outside the tensors that the check makes: that would end the tests, not fail them.
+# No bug writes out of bounds: that would crash the tests, not fail them.
 MUTANTS = {
     "ignored row has a loss": ("tl.store(loss_ptr + row, 0.0)", "tl.store(loss_ptr + row, 1.0)"),
     "ignored row has a z-loss": ("tl.store(z_loss_ptr + row, 0.0)", "tl.store(z_loss_ptr + row, 1.0)"),
@@ -138,7 +138,7 @@ WRONG_LABELS_MISSED = {
 
 
 def wrong_labels_are_found():
-    """Of 5,000 rows, in two blocks: one row in each, and one label too many or too few."""
+    """5,000 rows in two blocks: one row in each has one label too many or too few."""
     found = []
     for row, label in ((7, 11), (7, -1), (4999, 11), (4999, -99)):
         labels = torch.full((5000,), -100)

@@ -1,4 +1,4 @@
-"""Freed memory that stays with the process."""
+"""The process keeps freed memory instead of returning it to the system."""
 
 import platform
 import subprocess

@@ -1,4 +1,4 @@
-"""Loss sums, what a training record makes of them, and throughput."""
+"""Loss sums, the training record computed from them, and throughput."""
 
 import math
 
@@ -44,7 +44,7 @@ def test_many_small_losses_are_not_lost_beside_a_large_sum():
     sums = LossSums(ALONE.device)
     sums.add(Objective.CLM, result(2.0**24, 0.0, 0, 2**24))
     for _ in range(10):
-        sums.add(Objective.CLM, result(0.25, 0.0, 0, 0))  # fp32 would round each away
+        sums.add(Objective.CLM, result(0.25, 0.0, 0, 0))  # fp32 would round each of them away
     assert sums.means(ALONE)[Objective.CLM]["loss"] * 2**24 == 2**24 + 2.5
 
 

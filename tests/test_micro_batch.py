@@ -1,4 +1,4 @@
-"""How many rows go through the model at once, and in which shapes."""
+"""The number of rows in a micro-batch, and its shapes."""
 
 from pathlib import Path
 
@@ -40,7 +40,7 @@ MLM, CLM = Objective.MLM, Objective.CLM
 
 
 def fixed(make_config, rank=0, world_size=1, **changes):
-    """Micro-batches of one shape, and the plan that they are of."""
+    """Micro-batches with fixed shapes, and their plan."""
     config = make_config(max_steps=100, seq_length=16, **changes)
     plan = HybridPlan(config, world_size)
     return MicroBatches(config, plan, World(rank, world_size, GPU)), plan
@@ -69,7 +69,7 @@ def test_the_rows_of_each_objective_are_as_many_as_ever_and_fit(make_config, wor
 
 
 def batch(objective, rows, length=16):
-    """Rows that are numbered through."""
+    """Rows filled with their own index."""
     numbers = torch.arange(rows)[:, None].expand(rows, length)
     return Batch(objective, numbers, torch.zeros_like(numbers), numbers)
 
@@ -95,7 +95,7 @@ def test_room_for_labels_does_not_depend_on_the_step_and_is_enough(make_config):
 
 
 def test_all_ranks_have_as_many_pieces(make_config):
-    """With a model in shards, each forward is one of all ranks."""
+    """With FSDP, every forward is a collective, so ranks need equal numbers of micro-batches."""
     for mode in ("rank", "batch"):
         for step in (0, 30, 99):
             counts = set()

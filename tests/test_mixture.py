@@ -1,4 +1,4 @@
-"""Several corpora in one stream of rows: exact shares, every token once an epoch, and rows known by their number."""
+"""Several corpora in one stream of rows: exact fractions, every token once per epoch, random access by row number."""
 
 import dataclasses
 from pathlib import Path
@@ -25,11 +25,11 @@ from tests.test_packing import FIELDS, assert_equal, lengths, seq_lengths
 CPU = torch.device("cpu")
 weights = st.floats(1e-3, 1e3)
 corpora = st.lists(lengths, min_size=1, max_size=5)
-growths = st.lists(st.integers(0, 9), min_size=3, max_size=3).filter(any)  # rows of one, two and four slots
+growths = st.lists(st.integers(0, 9), min_size=3, max_size=3).filter(any)  # numbers of rows of one, two and four slots
 
 
 class Sized:
-    """What a mixture asks of a stream before it asks for rows."""
+    """The part of a stream's interface that a mixture uses before it requests rows."""
 
     def __init__(self, slots_per_epoch):
         self.slots_per_epoch = slots_per_epoch
@@ -59,14 +59,14 @@ def test_rows_are_dealt_to_corpora_by_their_shares(weights, expected):
 @settings(max_examples=200, deadline=None)
 @given(st.lists(weights, min_size=1, max_size=40), st.integers(0, 2**31) | st.integers(0, 2**50))
 def test_shares_hold_after_any_number_of_rows(weights, first):
-    """Each row goes to one corpus, and none is far from its share of the rows so far."""
+    """Each row goes to one corpus, and every corpus stays close to its fraction of the rows so far."""
     mixture, rows = sized(weights), first + np.arange(100)
     counts = mixture._dealt(rows)
     one_more = np.diff(counts, axis=1)
     assert set(one_more.ravel()) <= {0, 1}
     assert (one_more.sum(axis=0) == 1).all()
-    rounding = 0.5 + 0.5 * sum(1 / number for number in range(1, len(weights)))  # its own, and of those before it
-    units = len(weights) * rows / 2**30  # in which shares are counted
+    rounding = 0.5 + 0.5 * sum(1 / number for number in range(1, len(weights)))  # its own and earlier corpora's
+    units = len(weights) * rows / 2**30  # resolution of the stored fractions
     assert (np.abs(counts - rows * mixture.shares[:, None]) <= rounding + units).all()
 
 
@@ -89,7 +89,7 @@ def growing(counts):
 
 
 def all_rows(mixture, counts):
-    """So many rows of one, two and four slots, each length in one call."""
+    """These numbers of rows of one, two and four slots, one call for each length."""
     starts = growing(counts)
     return [mixture.rows(slot, count, factor) for (slot, factor), count in zip(starts, counts, strict=True) if count]
 
@@ -97,7 +97,7 @@ def all_rows(mixture, counts):
 @settings(max_examples=150, deadline=None)
 @given(corpora, seq_lengths, growths, st.data())
 def test_each_corpus_hands_out_its_own_rows_and_no_row_has_two(make_store, corpora, seq_length, counts, data):
-    """Slot after slot what its stream has, nothing twice or left out, also where rows grow at odd slots."""
+    """Each corpus's slots come in order, without gaps or repetitions, even if rows grow at odd slots."""
     shares = data.draw(st.just(()) | st.tuples(*[weights] * len(corpora)))
     streams = make_streams(make_store, corpora, seq_length)
     mixture = Mixture(streams, shares, growing(counts))
@@ -122,7 +122,7 @@ def test_each_corpus_hands_out_its_own_rows_and_no_row_has_two(make_store, corpo
 @settings(max_examples=60, deadline=None)
 @given(corpora, seq_lengths, st.integers(0, 3))
 def test_every_token_once_an_epoch(make_store, corpora, seq_length, epoch):
-    """Mixed by size, all corpora's epochs are over after as many slots as all have; each token was there once then."""
+    """Mixed by size, all corpora's epochs end together, after the sum of their slots, with each token seen once."""
     streams = make_streams(make_store, corpora, seq_length)
     total = sum(stream.slots_per_epoch for stream in streams)
     positions = Mixture(streams).rows(epoch * total, total).positions
@@ -152,7 +152,7 @@ def test_one_corpus_is_its_own_stream(make_store, lengths, seq_length, counts):
 
 
 def test_words_of_all_corpora_add_up_by_hand(make_store):
-    """Epochs of 4 slots with 10 words and of 2 slots with 7, two rows of the one to one of the other, long ones too."""
+    """Epochs of 4 slots with 10 words and 2 slots with 7 words, rows 2 to 1, including long rows."""
 
     def mixture(*num_words):
         parts = zip(((9, 5), (7,)), num_words, strict=True)
@@ -175,7 +175,7 @@ def test_rows_of_another_length_or_place_are_refused(make_store):
 
 
 def test_ranks_together_train_what_a_run_mixes(make_store, make_config, tiny):
-    """Over a growing run three ranks train each corpus's slots from the first on, none twice, in both objectives."""
+    """In a growing run, three ranks together train each corpus's slots in order, none twice, for both objectives."""
     stores = tuple(make_store([length] * 9, tokens=16 + np.arange(9 * length) % 40) for length in (30, 7, 11))
     mixed = {"train_path": tuple(map(Path, "abc")), "train_weights": (1.0, 5.0, 2.0), "mask_history": True}
     growth = {"seq_length": 8, "seq_length_growth": True, "max_steps": 33, "global_batch_size": 17}
@@ -224,7 +224,7 @@ def test_names_tell_files_apart(tmp_path):
 
 
 def test_the_look_at_the_start_is_shared_by_the_corpora(make_store, tiny, monkeypatch):
-    """Of 60 and 40 tokens, ten are read: six and four."""
+    """Ten tokens are checked of corpora with 60 and 40: six and four."""
     monkeypatch.setattr(run_inputs, "CHECKED_TOKENS", 10)
 
     def check(*bad):

@@ -1,4 +1,4 @@
-"""The model against upstream's numbers (tests/golden), and what no number there shows: leaks, padding, shapes."""
+"""The model against upstream's numbers (tests/golden), and properties they do not cover: leaks, padding, shapes."""
 
 import dataclasses
 import json
@@ -81,7 +81,7 @@ def test_matrices_begin_at_upstreams_standard_deviations():
     config = dataclasses.replace(TINY, hidden_size=96, intermediate_size=200, num_hidden_layers=3)
     model = GPTBert(config)
     std = (2 / (5 * 96)) ** 0.5
-    truncated = 0.8796 * std  # standard deviation of a normal cut at ±2 std
+    truncated = 0.8796 * std  # standard deviation of a normal truncated at ±2 std
     matrices = {name: param for name, param in model.named_parameters() if param.ndim == 2}
     assert len(matrices) == 3 * 5 + 3
     for name, param in matrices.items():
@@ -103,7 +103,7 @@ def batch():
 
 
 def randomize(model):
-    """Weights far from their start, so that every path shows in the output."""
+    """Move weights far from their initial values, so that every path affects the output."""
     with torch.no_grad():
         for param in model.parameters():
             param.normal_(std=0.3)

@@ -1,4 +1,4 @@
-"""Muon with AdamW: which parameters are whose, updates as PyTorch's own, and whole runs."""
+"""Muon with AdamW: assignment of parameters, updates equal to PyTorch's own, and whole runs."""
 
 import copy
 import math
@@ -65,7 +65,7 @@ def test_matrices_between_layers_are_muons_and_all_else_adamws(model, make_confi
 
 
 def test_a_step_is_that_of_pytorchs_two_optimizers(model, make_config):
-    """Also with a learning rate that changes, and after its state went to disk and back."""
+    """Also with a varying learning rate, and after saving and loading the state."""
     config = make_config(optimizer="muon", learning_rate=0.02, weight_decay=0.2, optimizer_eps=1e-6)
     apart, optimizer = copy.deepcopy(model), build_optimizer(config, model)
     named = dict(apart.named_parameters())
@@ -117,7 +117,7 @@ def test_a_run_that_is_resumed_is_the_run_that_went_on(inputs):
 
 
 def test_only_muon_has_muons_state(inputs):
-    """A state of another optimizer is damage, and so is one that lacks a part."""
+    """A different optimizer's state is refused as damaged, and so is an incomplete one."""
     fit(parse(TrainConfig, flags(inputs, name="damaged", optimizer="muon", max_steps=1)))
     (path,) = list_checkpoints(inputs / "runs" / "damaged")
     model = ModelConfig.from_json(inputs / "model.json")

@@ -1,4 +1,4 @@
-"""Planted bugs are found in the source however it is indented, and only where they are meant."""
+"""Planted bugs replace source text at any indentation, and only if it occurs exactly once."""
 
 import pytest
 

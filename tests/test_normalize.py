@@ -1,4 +1,4 @@
-"""LayerNorm before matrix products: the formula in fp32, two bytes and little kept under autocast."""
+"""LayerNorm before matrix products: fp32 arithmetic, bf16 output and few saved activations under autocast."""
 
 import pytest
 import torch

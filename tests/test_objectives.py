@@ -1,4 +1,4 @@
-"""What each objective makes of rows: inputs, labels, and micro-batches of both."""
+"""Inputs and labels of each objective, and micro-batches of both."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def test_causal_labels_are_the_next_tokens_of_the_same_piece(some_rows):
             else:
                 seen += 1
                 assert batch.labels[row, position] == following
-                assert document_ids[row, position] == document_ids[row, position + 1]  # predicted from its own piece
+                assert document_ids[row, position] == document_ids[row, position + 1]  # predicted from its own document
     assert seen == batch.label_count == 39
 
 
@@ -46,7 +46,7 @@ def test_masked_labels_are_masked_one_position_later(some_rows):
     assert hidden.any()
     assert (batch.input_ids[hidden] == MASK_ID).all()
     assert torch.equal(batch.document_ids, document_ids[:, :-1])
-    # all inputs but the first are predicted where they are masked, and the last label masks no input
+    # every masked input but the first is a label one position earlier; the last label's input is cut off
     assert torch.equal(hidden[:, 1:], batch.labels[:, :-1] != -100)
     labeled = batch.labels != -100
     assert torch.equal(batch.labels[labeled], tokens[:, 1:][labeled])

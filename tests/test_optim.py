@@ -1,4 +1,4 @@
-"""Parameter groups, the optimizer that the flags name, what a step does with them, and the moving average."""
+"""Parameter groups, the optimizer chosen by flags, its steps, and the EMA."""
 
 import copy
 import math
@@ -89,7 +89,7 @@ def test_weight_average_is_its_formula():
 
 
 def test_weight_average_moves_by_small_steps():
-    """At decay 0.999 a step is a thousandth of the difference, which bf16 would lose."""
+    """At decay 0.999 a step is a thousandth of the difference, which bf16 would round away."""
     model = nn.Linear(1, 1, bias=False)
     average = WeightAverage(model, 0.999)
     start = average.model.weight.item()
@@ -124,7 +124,7 @@ def set_gradients(model, step):
 
 @pytest.fixture
 def chosen(backend, monkeypatch):
-    """A backend for optimizers, which choose their own."""
+    """Sets the backend that optimizers use."""
     monkeypatch.setenv("KERNELS_BACKEND", backend)
     return backend
 
@@ -150,7 +150,7 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("max_norm", [0.5, 1e3])
 def test_a_step_clips_updates_and_averages(chosen, name, max_norm):
-    """The same as the three one after another, with the global norm of all groups."""
+    """Equals clipping, step and EMA update in sequence, with the global norm of all groups."""
     together, apart = small_model(), small_model()
     averages = [WeightAverage(model, 0.9) for model in (together, apart)]
     optimizers = [OPTIMIZERS[name](model) for model in (together, apart)]
@@ -158,7 +158,7 @@ def test_a_step_clips_updates_and_averages(chosen, name, max_norm):
         for model in (together, apart):
             set_gradients(model, step)
             if step == 1:
-                model[0].bias.grad = None  # its average must move all the same
+                model[0].bias.grad = None  # its EMA must still move
         expected = nn.utils.clip_grad_norm_(apart.parameters(), max_norm)
         assert (expected > max_norm) == (max_norm == 0.5)
         optimizers[1].step()
@@ -173,13 +173,13 @@ def test_a_step_clips_updates_and_averages(chosen, name, max_norm):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_steps_whose_gradients_are_not_finite_leave_no_trace(chosen, name, bad):
-    """The first of all, before there is any state, and a later one."""
+    """The very first step, before any state exists, and a later one."""
     skipping, straight = small_model(), small_model()
     averages = [WeightAverage(model, 0.9) for model in (skipping, straight)]
     optimizers = [OPTIMIZERS[name](model) for model in (skipping, straight)]
     for step in range(6):
         set_gradients(skipping, step)
-        skipping[0].bias.grad = None  # its average must stay too
+        skipping[0].bias.grad = None  # its EMA must not move either
         skipping[0].bias.data.fill_(step)
         is_skipped = step in {0, 3}
         if is_skipped:
@@ -202,7 +202,7 @@ def test_steps_whose_gradients_are_not_finite_leave_no_trace(chosen, name, bad):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_step_by_itself_remembers_no_skipped_one(chosen, name):
-    """An optimizer that was told to skip once takes plain steps as before."""
+    """After a skipped step, a direct `optimizer.step()` must not be skipped."""
     model = small_model()
     optimizer, average = OPTIMIZERS[name](model), WeightAverage(model, 0.9)
     set_gradients(model, 0)
@@ -215,7 +215,7 @@ def test_a_step_by_itself_remembers_no_skipped_one(chosen, name):
 
 
 def test_lamb_is_one_call_for_all_groups(monkeypatch):
-    """Groups that differ in the decay alone share it."""
+    """Groups that differ only in weight decay share one call."""
     calls = []
     monkeypatch.setattr(
         "gptbert.optim.lamb_step", lambda params, *_, **settings: calls.append(settings["weight_decay"])
@@ -240,7 +240,7 @@ def test_a_step_without_any_gradient():
 
 @pytest.mark.parametrize("step", [torch.tensor(3.0), torch.tensor(3), 3])
 def test_a_state_of_earlier_versions_can_be_loaded(device, step):
-    """Its step was on the CPU; other optimizers' may be integers."""
+    """Earlier versions kept LAMB's step on the CPU; other optimizers' steps may be integers."""
     params = [torch.ones(4, device=device, requires_grad=True)]
     optimizer = Lamb(params)
     params[0].grad = torch.ones_like(params[0])

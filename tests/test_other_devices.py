@@ -1,4 +1,4 @@
-"""What can be seen without a GPU of its ways: checkpoints that were written on one, and kernels' launches."""
+"""GPU behavior that can be tested without one: loading a GPU's checkpoints, and devices of kernel launches."""
 
 import dataclasses
 import importlib
@@ -21,11 +21,11 @@ from gptbert.trainer import Trainer
 from kernels.configuration import TRITON_OPERATIONS
 from tests.runs import assert_same, flags, write_inputs
 
-CUDA_STATE = torch.arange(16, dtype=torch.uint8)  # as long as that of a GPU's generator
+CUDA_STATE = torch.arange(16, dtype=torch.uint8)  # stands in for the state of a GPU's generator
 
 
 def test_tensors_of_a_gpu_are_read_onto_the_cpu(tmp_path, monkeypatch):
-    """Written with the place that torch.save notes for a GPU's."""
+    """Saved with the location tag that torch.save writes for a GPU."""
     monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
     saved = {"step": torch.tensor(3.0), "moments": [torch.randn(4, 5), torch.randn(7, dtype=torch.bfloat16).float()]}
     torch.save(saved, tmp_path / "state.pt")
@@ -36,7 +36,7 @@ def test_tensors_of_a_gpu_are_read_onto_the_cpu(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """Of a run that has a checkpoint of its second step."""
+    """Config of a run with a checkpoint at step 2."""
     inputs = write_inputs(tmp_path_factory.mktemp("devices"), train_characters=10_000)
     config = parse(TrainConfig, flags(inputs, name="run", max_steps=2, log_every=3))
     fit(config)
@@ -44,7 +44,7 @@ def config(tmp_path_factory):
 
 
 def resumed_generators(config, change):
-    """PyTorch's random state after going on from a checkpoint with another one, and what the checkpoint has."""
+    """PyTorch's random state after resuming from a checkpoint with changed states, and the unchanged one."""
     inputs = Inputs.open(config)
     loaded = checkpoint.load(list_checkpoints(config.run_dir)[-1], inputs.model_config)
     states = [{"random": change(state["random"]), "sums": torch.ones(2, 4)} for state in loaded.rank_states]
@@ -61,7 +61,7 @@ def test_the_same_kind_of_device_goes_on_with_its_random_numbers(config):
 
 
 def test_another_kind_of_device_goes_on_with_new_random_numbers(config):
-    """On a GPU dropout draws from its generator, so that the CPU's in the checkpoint still stands at the beginning."""
+    """On a GPU dropout uses the GPU's generator, so the checkpoint's CPU state is still the initial one."""
     restored, saved = resumed_generators(config, lambda random: random | {"cuda": CUDA_STATE})
     assert not torch.equal(restored, saved)
     torch.manual_seed(99)
@@ -72,7 +72,7 @@ def test_another_kind_of_device_goes_on_with_new_random_numbers(config):
 
 @pytest.mark.parametrize("operation", TRITON_OPERATIONS)
 def test_kernels_are_launched_on_the_device_of_their_tensors(operation, monkeypatch):
-    """Triton launches on the current device, which need not be theirs; seen in the interpreter, where there is one."""
+    """Triton launches on the current device, which may differ from the tensors'; tested in the interpreter."""
     inside, launches = [], []
 
     @contextmanager

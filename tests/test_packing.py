@@ -1,4 +1,4 @@
-"""Rows: every token once an epoch, pieces that never mix, and a pure function of the row's number."""
+"""Rows: every token once per epoch, documents that never mix, and a pure function of the row number."""
 
 import threading
 import time
@@ -55,8 +55,8 @@ def test_an_epoch_has_every_token_once_and_in_order(make_store, lengths, seq_len
     assert (rows.tokens[content] == 100 + positions).all()
     document = document_of_position(store)[positions]
     steps, same = np.diff(positions), np.diff(document) == 0
-    assert (steps[same] == 1).all()  # a document's tokens follow each other
-    assert (~same).sum() == np.count_nonzero(lengths) - 1  # and each document comes in one go
+    assert (steps[same] == 1).all()  # tokens of a document are consecutive
+    assert (~same).sum() == np.count_nonzero(lengths) - 1  # and no document is split
 
 
 @settings(max_examples=120, deadline=None)
@@ -99,7 +99,7 @@ def test_padding_is_only_in_an_epochs_last_row(make_store, lengths, seq_length):
     assert not padded[~last].any()
     fill = -(sum(lengths) + np.count_nonzero(lengths)) % seq_length
     assert ((rows.document_ids < 0).sum(axis=1)[last] == fill).all()
-    assert (rows.tokens[last, -1] == BOS_ID).all()  # that leads the next epoch
+    assert (rows.tokens[last, -1] == BOS_ID).all()  # the next epoch's first document starts with it
 
 
 @settings(max_examples=120, deadline=None)
@@ -143,7 +143,7 @@ def test_epochs_seeds_and_objectives_shuffle_differently(make_store):
 
 
 def test_a_shuffle_is_a_fair_one(make_store):
-    """Each document comes first about as often as any other."""
+    """Each document comes first about equally often."""
     stream = RowStream(make_store([7] * 5), 8, (9,))
     first = [stream.rows(epoch * stream.slots_per_epoch, 1).positions[0, 1] // 7 for epoch in range(500)]
     assert np.bincount(first, minlength=5).min() > 60
@@ -200,7 +200,7 @@ def test_prefetcher_works_ahead_but_not_past_the_end():
         return step
 
     with Prefetcher(compute, 0, 3, depth=8) as prefetcher:
-        assert free.wait(5)  # nobody asked for step 2 yet
+        assert free.wait(5)  # step 2 is computed before it is requested
         assert prefetcher.get(0) == 0
     assert started == [0, 1, 2]
 

@@ -1,4 +1,4 @@
-"""Sizes that recur, so that what a library keeps for each of them does not fill the memory."""
+"""Sizes are rounded to a few values, so that per-shape caches of libraries stay small."""
 
 import ctypes
 import platform
@@ -19,7 +19,7 @@ class _Heap(ctypes.Structure):
 
 
 def heap_in_use():
-    """Bytes that glibc has handed out."""
+    """Bytes that glibc has allocated."""
     mallinfo2 = ctypes.CDLL(None).mallinfo2
     mallinfo2.restype = _Heap
     heap = mallinfo2()
@@ -42,7 +42,7 @@ def test_rows_that_are_selected_recur():
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc")
 def test_memory_stays_whatever_the_number_of_labels():
-    """oneDNN keeps code for each shape of a product: half a megabyte and more for each number of rows."""
+    """oneDNN caches code per matmul shape: half a megabyte or more for each number of rows."""
     torch.manual_seed(0)
     hidden, weight = torch.randn(2048, 128), torch.randn(1024, 128)
     hidden, weight = hidden.bfloat16().requires_grad_(), weight.bfloat16().requires_grad_()
@@ -52,7 +52,7 @@ def test_memory_stays_whatever_the_number_of_labels():
         labels[:count] = 3
         masked_cross_entropy(hidden, weight, labels, backend="torch").total.backward()
 
-    for count in range(64, 1024, 64):  # all numbers of rows there are
+    for count in range(64, 1024, 64):  # every number of rows after rounding
         step(count)
     before = heap_in_use()
     for count in range(101, 1000, 11):

@@ -1,4 +1,4 @@
-"""The simulation of planning: the store is as large as it says, and the phases are where they are said to be."""
+"""The planning simulation: the store has its stated size, and phases are at their stated steps."""
 
 import statistics
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The matrix products of a training step: sizes that libraries have fast code for, and memory that they may read."""
+"""The matrix products of a training step: sizes with fast library code, and finite padding."""
 
 import json
 from collections import Counter
@@ -19,7 +19,7 @@ from kernels.padding import rows_apart
 from tests.operations import Operations, is_product
 from tests.runs import MODEL, flags, write_inputs
 
-WORD = 16  # bytes, which a GPU's fast kernels load at once
+WORD = 16  # bytes per vectorized load of a GPU's fast kernels
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture
 def nothing_is_written(monkeypatch):
-    """Memory that PyTorch hands out holds no numbers, as memory may."""
+    """PyTorch fills uninitialized memory with NaN."""
     monkeypatch.setattr(deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True)
     yield
@@ -39,7 +39,7 @@ def nothing_is_written(monkeypatch):
 
 
 def train(inputs, look, steps=1, *, has_fixed_shapes=False, **changes):
-    """Steps of a hybrid run in mixed precision, whose operations a function looks at; returns the trainer."""
+    """Train steps of a hybrid run in mixed precision while `look` observes operations; returns the trainer."""
     settings = {"mixed_precision": True, "hybrid_numerator": 1, "hybrid_denominator": 2, "batch_reduction": 1}
     config = parse(TrainConfig, flags(inputs, **settings | changes))
     trainer = Trainer(config, Inputs.open(config), HybridPlan(config, 1), World(0, 1, torch.device("cpu")))
@@ -52,15 +52,15 @@ def train(inputs, look, steps=1, *, has_fixed_shapes=False, **changes):
 
 
 def odd_places(tensor):
-    """Sizes and distances of a matrix, or of each in a batch, that are no multiple of a word, in bytes."""
+    """Sizes and strides of the last two dimensions whose bytes are not a multiple of WORD."""
     places = [*tensor.shape[-2:], *(stride for stride in tensor.stride() if stride != 1)]
     return [place for place in places if place * tensor.element_size() % WORD]
 
 
 def test_on_a_gpu_all_sizes_are_multiples_of_a_word(inputs, monkeypatch):
-    """Where a size is odd, rows begin at odd addresses, and cuBLAS falls back to kernels many times slower.
+    """With odd sizes rows are misaligned, and cuBLAS falls back to kernels that are many times slower.
 
-    Products with a vector, of the layer weighting, are bound by memory, and their sizes are those of depths.
+    Layer weighting's matrix-vector products are memory-bound, and their sizes are depths, so they are left out.
     """
     odd, seen = [], Counter()
 
@@ -89,7 +89,7 @@ def test_zeros_stand_between_rows(nothing_is_written, vocab_size):
 
 
 def behind_rows(matrix):
-    """The entries that stand between the rows of a matrix, or its columns where those are contiguous."""
+    """The padding between rows of a matrix, or between its columns if those are contiguous."""
     rows = matrix if matrix.stride(-1) == 1 else matrix.mT
     length, stride = rows.shape[-1], rows.stride(0)
     if rows.stride(-1) != 1 or stride <= length:
@@ -98,7 +98,7 @@ def behind_rows(matrix):
 
 
 def test_what_stands_behind_rows_that_a_product_reads_is_finite(inputs, nothing_is_written):
-    """On CPUs with AMX a product reads it; this looks at the memory itself, so that it fails on any CPU."""
+    """On CPUs with AMX a matmul reads the padding; this test inspects the memory, so it fails on any CPU."""
     apart, wrong = [], []
 
     def look(name, tensors):
@@ -116,7 +116,7 @@ def test_what_stands_behind_rows_that_a_product_reads_is_finite(inputs, nothing_
 
 @pytest.mark.parametrize("row_size", [144, 149])
 def test_zeros_stand_behind_rows_of_the_gradient_of_logits(nothing_is_written, row_size):
-    """Whatever made the logits multiplies their gradient next."""
+    """The gradient's next use is a matmul, in the backward of whatever computed the logits."""
     logits = torch.zeros(7, row_size, dtype=torch.bfloat16)[:, :131].requires_grad_()
     gradients = []
     logits.register_hook(gradients.append)

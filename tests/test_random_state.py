@@ -1,4 +1,4 @@
-"""Random numbers of dropout: of each rank its own, going on where a checkpoint was saved."""
+"""Dropout's random numbers: different on each rank, and resumed from a checkpoint."""
 
 import torch
 

@@ -1,9 +1,9 @@
-"""Recipes of whole runs: shell that bash reads, flags that the commands know, and a Slurm job that goes on later.
+"""Recipes of whole runs: valid bash, flags that the commands accept, and a Slurm job that is requeued and resumes.
 
-And what a run is told whose batch and learning rate are no recipe's.
+Also the warning for a batch size and learning rate far from every recipe.
 
-Slurm's own commands are stand-ins here: `srun` starts its command on this machine, `scontrol` notes what it was asked.
-tests/test_hosts.py follows the recipe for several hosts on two of them.
+Slurm's commands are stubs: `srun` starts its command on this machine, `scontrol` records its arguments.
+tests/test_hosts.py runs the multi-host recipe on two hosts.
 """
 
 import json
@@ -46,7 +46,7 @@ def add_command(folder, name, script):
 
 @pytest.fixture
 def commands(tmp_path):
-    """Folder of the stand-ins."""
+    """Folder of the stubs."""
     for name, script in STAND_INS.items():
         add_command(tmp_path, name, script)
     return tmp_path
@@ -111,7 +111,7 @@ def test_a_slurm_job_near_its_limit_is_requeued_and_goes_on(commands):
     run = inputs / "runs" / "slurm"
     job = submit()
     wait_for_record(job, run, 12)
-    job.send_signal(signal.SIGUSR1)  # to the script alone, as Slurm does with --signal=B:
+    job.send_signal(signal.SIGUSR1)  # to the script only, as Slurm does with --signal=B:
     output, _ = job.communicate(timeout=120)
     assert job.returncode != 0, output
     assert read_records(run / "metrics.jsonl")[-1]["step"] < 40, "signalled too late to show anything"
@@ -130,7 +130,7 @@ def test_a_slurm_job_near_its_limit_is_requeued_and_goes_on(commands):
 
 @pytest.fixture(scope="module")
 def documents(tmp_path_factory):
-    """A folder with documents to train and validate on, a small model, and what the recipes make of them."""
+    """A folder with documents to train and validate on, a small model, and the recipes' output."""
     folder = tmp_path_factory.mktemp("documents")
     texts = [topics[name][:3000] for name in sorted(topics)[:30]]
     (folder / "train.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
@@ -150,7 +150,7 @@ def run_recipe(name, documents, **variables):
 
 @pytest.mark.parametrize(("name", "processes"), [("babylm_10m", 2), ("babylm_100m", 1), ("four_gpus", 1)])
 def test_a_recipe_is_the_whole_path(commands, documents, name, processes):
-    """At a toy's size; the first prepares the corpus, the others find it."""
+    """At toy size; the first recipe prepares the corpus, the others reuse it."""
     shared = environment(commands, GPUS=str(processes), MAX_STEPS="4")
     made = {file: file.stat().st_mtime_ns for file in (documents / "out").glob("*.*")}
     done = run_recipe(name, documents, **shared)
@@ -166,7 +166,7 @@ def test_a_recipe_is_the_whole_path(commands, documents, name, processes):
 
 
 def full_size(commands, documents, name):
-    """Torchrun's and the trainer's arguments, of a recipe that is told nothing but its documents."""
+    """Arguments of torchrun and the trainer for a recipe that is given only its documents."""
     add_command(commands, "torchrun", 'printf "%s\\n" "$@"')
     add_command(commands, "python", 'echo "$@" >> "$(dirname "$0")/python.log"')
     done = subprocess.run(
@@ -220,30 +220,30 @@ def test_the_four_gpus_are_the_users(commands, documents, make_config, page):
         ({"learning_rate": 4.1e-3}, "from 0.00025 to below 0.004 would be in range"),
         ({"learning_rate": 1.41e-2}, "the nearest recipe, configs/runs/four_gpus.sh, has 0.001 at 128 x 128"),
         ({"learning_rate": 2.4e-4}, "from 0.00025"),
-        # four times the batch is twice the rate, whichever of rows and tokens makes it
+        # four times the batch is twice the rate, whether rows or tokens grow
         ({"seq_length": 512, "learning_rate": 7.9e-3}, None),
         ({"global_batch_size": 512, "learning_rate": 8.1e-3}, "to below 0.008 would"),
-        # a recipe's rate for much smaller steps and for much larger ones
+        # a recipe's rate for much smaller batches and for much larger ones
         ({"global_batch_size": 32, "learning_rate": 1e-3}, None),
         ({"global_batch_size": 4, "learning_rate": 1e-3}, "--global_batch_size 4 x --seq_length 128"),
         ({"global_batch_size": 32768, "learning_rate": 1e-3}, "babylm_100m.sh, has 0.01 at 32768 x 128"),
-        # known to diverge, and so with noisier gradients too; by the square root where there are more tokens
+        # known to diverge, so also with noisier gradients; scaled by the square root for more tokens
         ({"global_batch_size": 32768, "learning_rate": 1.99e-2}, None),
         ({"global_batch_size": 32768, "learning_rate": 2e-2}, "the nearest recipe, configs/runs/babylm_10m.sh"),
         ({"global_batch_size": 16384, "learning_rate": 2e-2}, "to below 0.02"),
         ({"global_batch_size": 131072, "learning_rate": 3.9e-2}, None),
         ({"global_batch_size": 131072, "learning_rate": 4.1e-2}, "to below 0.04"),
-        # LAMB's rates are none of AdamW's
+        # AdamW has its own rates
         ({"optimizer": "adamw"}, None),
         ({"optimizer": "adamw", "global_batch_size": 32768, "learning_rate": 1.41e-2}, "RoBERTa-base, has 0.0006"),
         ({"optimizer": "adamw", "global_batch_size": 256, "seq_length": 512, "learning_rate": 1.1e-3}, "ELECTRA-Base"),
-        # Muon's are
+        # Muon uses AdamW's
         ({"optimizer": "muon", "learning_rate": 5e-4}, None),
         ({"optimizer": "muon", "learning_rate": 2e-2}, "--optimizer muon at --global_batch_size 128"),
-        # trained weights go on with small steps
+        # pretrained weights need small rates
         ({"initial_weights": "somewhere", "learning_rate": 1e-5}, None),
         ({"initial_weights": "somewhere", "learning_rate": 5e-3}, "--learning_rate 0.005 is far"),
-        # what somebody tries for a moment
+        # a short trial
         ({"learning_rate": 1.0, "max_steps": 999}, None),
         ({"learning_rate": 1.0, "max_steps": 1000}, "--learning_rate 1 is far from"),
         ({"learning_rate": 0.0}, "--learning_rate 0 is far from"),
@@ -261,7 +261,7 @@ def test_a_warning_where_batch_and_rate_together_are_no_recipes(make_config, cha
 
 
 def test_the_demo_is_a_trial_that_is_not_warned_about(make_config):
-    """Its rate is far above the recipes': for 500 steps of a model of a million parameters, which learns by it."""
+    """Its rate is far above the recipes', but works for 500 steps of a model with a million parameters."""
     command = (ROOT / "Makefile").read_text(encoding="utf-8").split("train_distributed.py", 1)[1].split("\n\t$(BIN)")[0]
     config = parse(TrainConfig, shlex.split(command.replace("\\\n", " ")))
     assert config.max_steps == 500

@@ -1,4 +1,4 @@
-"""The files of records across kills."""
+"""Record files that survive kills."""
 
 import json
 import math
@@ -29,7 +29,7 @@ def test_records_of_steps_that_come_again_are_dropped(tmp_path):
 
 @pytest.mark.parametrize("cut", range(1, 27))
 def test_a_record_torn_by_a_kill_spoils_no_other(tmp_path, cut):
-    """Whatever part of the last line was written, also all of it but its end."""
+    """For a last line truncated anywhere, even if only its newline is missing."""
     path = tmp_path / "metrics.jsonl"
     log(path, 0, [10, 20])
     content = path.read_bytes()

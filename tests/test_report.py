@@ -1,4 +1,4 @@
-"""Pages of results: every figure is there, and charts are drawn."""
+"""Result pages: every value is included, and charts are drawn."""
 
 import csv
 import dataclasses

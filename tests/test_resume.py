@@ -1,4 +1,4 @@
-"""A run killed with SIGKILL on the way and resumed is, to the bit, the run that was never killed."""
+"""A run killed with SIGKILL and resumed is bitwise equal to an uninterrupted run."""
 
 import random
 
@@ -40,7 +40,7 @@ def test_killed_and_resumed_equals_undisturbed(inputs, optimizer, world_size, mo
     undisturbed = train(inputs, f"{optimizer}-{world_size}-whole", world_size, **settings)
     name = f"{optimizer}-{world_size}-killed"
     run = inputs / "runs" / name
-    # in the first half, so that a slow machine still kills it long before its end
+    # in the first half, so that even a slow machine kills it long before its end
     records_at_kill = random.Random(optimizer).randint(2, len(undisturbed) // 2)
     process = start(flags(inputs, name=name, **settings), world_size)
     wait_for_record(process, run, records_at_kill)
@@ -52,7 +52,7 @@ def test_killed_and_resumed_equals_undisturbed(inputs, optimizer, world_size, mo
 
 
 def test_the_number_of_ranks_may_change_on_the_way(inputs):
-    """4 → 2 → 1 → 4: each goes on from a checkpoint of the one before, to the end, with the losses of the first."""
+    """4 → 2 → 1 → 4: each run resumes from the one before, trains to the end, and has the first run's losses."""
     settings = {
         "config_file": inputs / "no_dropout.json",
         "hybrid_mode": "batch",
@@ -61,7 +61,7 @@ def test_the_number_of_ranks_may_change_on_the_way(inputs):
         "keep_checkpoints": 9,
         "validate_every": 4,
         "validation_steps": 1,
-        "log_every": 3,  # sums of losses are carried over, too
+        "log_every": 3,  # checkpoints fall between records, so loss sums must be saved too
     }
     expected = train(inputs, "ranks-4", 4, **settings)
     previous, first_step = "ranks-4", 0

@@ -1,4 +1,4 @@
-"""Counts of FLOPs and bytes: against the model's own formula, and by hand where that is short."""
+"""Counts of FLOPs and bytes, against the model's formula and against short sums by hand."""
 
 import dataclasses
 from pathlib import Path
@@ -33,8 +33,8 @@ def test_nothing_takes_less_than_the_fewest():
 
 
 def test_layer_weighting_by_hand():
-    # one layer, two mixes: x_1 of 2 representations, x_2 of 3; then the gradients of α read 2 and 3 and a gradient,
-    # those of y_1 and y_2 read 2 and 1 gradients
+    # one layer, two mixes: x_1 reads 2 representations, x_2 reads 3; then α's gradients read 2 and 3 and a gradient,
+    # and those of y_1 and y_2 read 2 and 1 gradients
     step = TrainingStep(dataclasses.replace(TINY, num_hidden_layers=1), rows=2, seq_length=8, labeled_fraction=1.0)
     entries = 4 * 16 * TINY.hidden_size
     forward = (2 + 1) + (3 + 1)

@@ -1,4 +1,4 @@
-"""A run's page: what it says, what it makes of runs that are not whole, and what a browser shows of it."""
+"""A run's report page: its content, incomplete runs, and rendering in a browser."""
 
 import json
 import math
@@ -58,7 +58,7 @@ def sample(step, text="The<mask> sat\non the<mask>.", answers=(" cat", " mat"), 
 
 @pytest.fixture(scope="session")
 def write_run(make_config):
-    """A function that makes a run's folder as the trainer would leave it."""
+    """Returns a function that writes a run's folder like the trainer."""
 
     def write(run_dir, records, samples=(), **changes):
         run_dir.mkdir()
@@ -74,12 +74,12 @@ def write_run(make_config):
 
 
 def texts_of(page):
-    """What a reader sees, with one space between elements."""
+    """The page's visible text, with one space between elements."""
     return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", re.sub(r"(?s)<style>.*?</style>|<title>.*?</title>", "", page)))
 
 
 def test_the_page_in_a_browser(write_run, tmp_path_factory):
-    """Everything is there and can be seen, nothing runs, nothing is asked of a network, nothing is too wide."""
+    """Everything is visible; no scripts, no network requests, no horizontal overflow."""
     folder = tmp_path_factory.mktemp("browser")
     records = [training_record(step) for step in range(10, 3001, 10)]
     records[40] |= {"train/mlm/loss": math.nan, "train/gradient_norm": math.inf}
@@ -89,7 +89,7 @@ def test_the_page_in_a_browser(write_run, tmp_path_factory):
     ]
     run = write_run(folder / "run", records, samples, max_steps=3000, wandb_project=HOSTILE)
     content = json.loads((run / "config.json").read_text())
-    content["train"]["name"] = HOSTILE  # TrainConfig takes no such name, a file may hold it
+    content["train"]["name"] = HOSTILE  # TrainConfig refuses such a name, but a file may contain it
     (run / "config.json").write_text(json.dumps(content))
     page = write_report(run)
 
@@ -150,7 +150,7 @@ def test_the_page_says_progress_losses_and_settings(write_run, tmp_path):
 
 
 def test_runs_that_are_not_whole_have_a_page_too(write_run, tmp_path):
-    """On its way, killed in the middle of a line, without validation, without any record, with damaged samples."""
+    """Unfinished, killed in the middle of a line, without validation, without records, with damaged samples."""
     run = write_run(tmp_path / "killed", [training_record(10), training_record(20)], max_steps=40)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 30, "train/lo')

@@ -1,4 +1,4 @@
-"""What a run's model fills into fixed texts: which texts and masks, and what becomes of the guesses."""
+"""Sample predictions: choice of texts and masks, and the records made of the answers."""
 
 from contextlib import nullcontext
 
@@ -22,7 +22,7 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 
 class AfterTheLast(torch.nn.Module):
-    """A stand-in for the model: from each position it predicts the next higher id, with a probability near 1."""
+    """A fake model: predicts the next higher id at each position, with probability near 1."""
 
     def encode(self, input_ids, document_ids, causal):
         self.seen = (input_ids, document_ids, causal, self.training)
@@ -74,7 +74,7 @@ def test_masks_hide_a_few_ordinary_tokens_of_the_middle_of_documents(inputs):
 
 
 def test_special_tokens_and_short_documents(inputs, make_store):
-    """Long documents come first; what has no ordinary token is no text; a row may be shorter than a text."""
+    """Long documents come first; documents of special tokens only are left out; a row may be shorter than a text."""
     lengths = [2, 0, 3, 30, 1, 9]
     tokens = [7, 8, *(100, 9, 101), *range(200, 230), 5, *range(50, 59)]
     model = AfterTheLast()

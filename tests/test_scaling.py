@@ -1,4 +1,4 @@
-"""Predictions for many GPUs: the formulas by hand, the real model's parameters, and what must hold between methods."""
+"""Scaling predictions: formulas checked by hand, real parameter counts, and relations between methods."""
 
 import dataclasses
 from pathlib import Path
@@ -21,7 +21,7 @@ ROUND = Cluster(
 
 
 def test_ring_bytes_by_hand():
-    # of 12 bytes, two GPUs cut two halves: each sends one to be added, then one sum; three send 4 bytes, 2 + 2 times
+    # 12 bytes on two GPUs: each sends one half to be added, then one sum; three GPUs send 4 bytes 2 + 2 times
     assert Group(ROUND, 2, 2).reduce_bytes(12) == 12
     assert Group(ROUND, 2, 2).gather_bytes(12) == 6
     assert Group(ROUND, 3, 3).reduce_bytes(12) == 16
@@ -104,7 +104,7 @@ def test_activations_by_hand():
 
 
 def test_exposed_by_hand():
-    """Nothing hides where no pass takes time; all but the first and the last pieces do where passes take forever."""
+    """Nothing is hidden if passes take no time; all but the first and last transfers are if passes take forever."""
     slow = dataclasses.replace(ROUND, hidden=0.0)
     ddp = Setup(TINY, Method.DDP, 4, cluster=slow, bucket_bytes=1e9)
     everywhere, count = ddp.everywhere, ddp.parameters

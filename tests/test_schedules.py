@@ -1,4 +1,4 @@
-"""Schedules: recorded learning rates, known values, and what holds for any settings."""
+"""Schedules: recorded learning rates, known values, and properties for arbitrary settings."""
 
 import itertools
 import json
@@ -20,7 +20,7 @@ def test_recorded_learning_rates(name):
     warmup, cooldown, steps = (int(shape[key]) for key in ("warmup", "cooldown", "steps"))
     for step, expected in GOLDEN[name].items():
         if int(step) == steps and cooldown == 0:
-            continue  # past the end: a step that no run takes
+            continue  # past the end of the run
         assert learning_rate_factor(int(step), warmup, cooldown, steps) == pytest.approx(expected, rel=0, abs=1e-12)
 
 

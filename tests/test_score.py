@@ -1,4 +1,4 @@
-"""Minimal pairs: files read, accuracies by group, and the command on a run's checkpoint."""
+"""Minimal pairs: reading files, accuracy by group, and the command on a run's checkpoint."""
 
 import gzip
 import json
@@ -49,7 +49,7 @@ def trained(run_dir):
 
 
 def test_accuracies_by_hand():
-    """Three of five are right; a tie and a lower score are wrong."""
+    """Three of five are right; a tie or a lower score is wrong."""
     uids, fields = "xxyyz", "pqqqq"
     pairs = [MinimalPair("", "", {"UID": u, "field": f}, None, 1) for u, f in zip(uids, fields, strict=True)]
     good, bad = np.array([-1.0, -2.0, -3.0, -4.0, -5.0]), np.array([-2.0, -2.0, -4.0, -3.0, -6.0])

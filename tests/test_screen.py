@@ -1,4 +1,4 @@
-"""Tables on the screen."""
+"""Tables printed to the terminal."""
 
 from gptbert.io.screen import table, table_row
 

@@ -1,4 +1,4 @@
-"""Counting steps whose gradients were not finite."""
+"""Counts of steps with non-finite gradients."""
 
 import math
 
@@ -13,7 +13,7 @@ NORMS = st.sampled_from([1.0, 0.0, math.inf, math.nan])
 
 @given(st.lists(st.tuples(NORMS, st.booleans()), max_size=40))
 def test_counts_are_those_of_the_list(steps):
-    """Each step has a norm, and may have a record after it."""
+    """Each step has a norm, and may be followed by a record."""
     skipped = SkippedSteps(torch.device("cpu"))
     row = longest = total = 0
     for norm, is_recorded in steps:

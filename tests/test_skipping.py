@@ -1,4 +1,4 @@
-"""Steps with NaN or infinite gradients: skipped on every rank, counted, and not too often in a row."""
+"""Steps with NaN or infinite gradients: skipped on all ranks, counted, and limited in a row."""
 
 import copy
 import math
@@ -24,7 +24,7 @@ def inputs(tmp_path_factory):
 
 
 def state_of(trainer):
-    """All that a skipped step leaves alone."""
+    """The state that a skipped step must not change."""
     return copy.deepcopy(
         {
             "model": dict(trainer.model.state_dict()),
@@ -36,7 +36,7 @@ def state_of(trainer):
 
 
 def skip_on_two_ranks(rank, inputs, optimizer, bad, results):
-    """Rank 1 alone has bad gradients in its second and third step."""
+    """Only rank 1 has bad gradients, in its second and third step."""
     config = parse(TrainConfig, flags(inputs, optimizer=optimizer, hybrid_mode="batch", timeout=60))
     said = []
     with connect(config) as world:
@@ -67,7 +67,7 @@ def test_bad_gradients_of_one_rank_are_skipped_by_all(inputs, optimizer, bad):
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """A set of steps; the gradients of those in it are NaN."""
+    """A set of steps whose gradients are replaced by NaN."""
     steps, train_step = set(), Trainer.train_step
 
     def poisoned_step(trainer, rows):
@@ -116,7 +116,7 @@ def test_too_many_in_a_row_stop_the_run_at_good_weights(inputs, poisoned, capfd)
     assert last.name == "step_00000010"
     for weights in ("model", "ema"):
         assert all(param.isfinite().all() for param in load_model(last, weights).parameters())
-    poisoned.clear()  # as if rows were better, or the learning rate lower
+    poisoned.clear()  # as if the data were better or the learning rate lower
     fit(parse(TrainConfig, flags(inputs, name="stopped", resume="auto", **settings | {"max_steps": 14})))
     record = read_records(run / "metrics.jsonl")[-2]
     assert record["train/skipped_steps"] == 6
@@ -124,6 +124,6 @@ def test_too_many_in_a_row_stop_the_run_at_good_weights(inputs, poisoned, capfd)
 
 
 def test_without_a_limit_reached_the_run_goes_on(inputs, poisoned):
-    poisoned |= set(range(2, 11))  # nine in a row; the default stops at ten
+    poisoned |= set(range(2, 11))  # nine in a row; the default limit is ten
     fit(parse(TrainConfig, flags(inputs, name="goes-on", max_steps=14, validate_every=0)))
     assert read_records(inputs / "runs" / "goes-on" / "metrics.jsonl")[-1]["step"] == 14

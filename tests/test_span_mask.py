@@ -1,4 +1,4 @@
-"""Span masking: known Philox answers, a and a sequential oracle that must agree exactly."""
+"""Span masking: known Philox outputs, and bitwise agreement with a sequential reference."""
 
 import importlib
 import math
@@ -21,7 +21,7 @@ EXAMPLES = {"torch": 60, "triton": 20}
 
 @pytest.fixture(params=EXAMPLES)
 def backend(request):
-    """There is no kernel in C++."""
+    """Without C++: span masking has no C++ kernel."""
     return request.param
 
 
@@ -49,7 +49,7 @@ def philox_of_one(seed, position, stream, row_id):
 
 
 def sequential(tokens, seed, row_id, *, mask_p, random_p, keep_p, max_span_length=3, counts=None, vocab_size=VOCAB):
-    """One row, from the left: docs/model.md#masked-objective as a loop."""
+    """One row, left to right: docs/model.md#masked-objective as a loop."""
     draws = [philox_of_one(seed, position, 0, row_id) for position in range(len(tokens))]
     scores, kinds = [], []
     while len(scores) < len(tokens):
@@ -62,7 +62,7 @@ def sequential(tokens, seed, row_id, *, mask_p, random_p, keep_p, max_span_lengt
         return list(tokens), [-100] * len(tokens)
     if counts:
         fewest = min(counts[position] for position in selectable)
-        # the softmax without its divisor, in fixed point so that it does not depend on the device
+        # softmax without the denominator, in fixed point so that it does not depend on the device
         weights = [round(128 * math.exp(min(max(count - fewest, 0), 16))) for count in counts]
         scores = [score * weight for score, weight in zip(scores, weights, strict=False)]
     uniform = philox_of_one(seed, 0, 1, row_id)[0]
@@ -191,13 +191,13 @@ def test_tokens_masked_more_often_are_selected_later(backend):
 
 
 def test_every_token_gets_its_turn(backend):
-    """Masking a tenth of the tokens fourteen times over, with history, reaches nearly all of them."""
+    """With history, masking a tenth of the tokens fourteen times reaches nearly all of them."""
     tokens = torch.full({"torch": (200, 60), "triton": (3, 3000)}[backend], 50)
     counts = torch.zeros(tokens.shape, dtype=torch.uint8)
     for epoch in range(14):
         row_ids = torch.arange(len(tokens)) + 200 * epoch
         counts += mask(tokens, row_ids, mask_p=0.1, mask_counts=counts, backend=backend)[1] != -100
-    assert (counts == 0).double().mean() < 0.08  # without history 0.9¹⁴ = 23 % are left out
+    assert (counts == 0).double().mean() < 0.08  # without history 0.9¹⁴ = 23 % would never be masked
     assert (counts > 5).double().mean() < 0.001
 
 
@@ -215,7 +215,7 @@ LENGTHS = (1, 2, 3, 31, 127, 128, 129, 255, 256, 257, 513, 1000, 2048, 4095, 409
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_odd_lengths_types_and_seeds_agree_with_the_loop(backend, length):
-    """One row of each length, with everything else different from length to length."""
+    """One row of each length; dtypes, seeds and settings vary with the length."""
     index = LENGTHS.index(length)
     tokens = some_tokens(1, length, lowest=0).to((torch.int64, torch.int32, torch.int16)[index % 3])
     counts_type = (None, torch.uint8, torch.int32, torch.uint32, torch.int64)[index % 5]
@@ -268,7 +268,7 @@ EDGES = (0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 2**
 
 @pytest.mark.parametrize("seed", EDGES)
 def test_numbers_at_the_edges_of_their_types(backend, seed):
-    """Those where an implementation with too few bits, or a sign too many, goes wrong."""
+    """Values that fail if an implementation uses too few bits or the wrong signedness."""
     index, half = EDGES.index(seed), 2**-1 + 2**-32
     tokens = some_tokens(1, 60, lowest=0)
     settings = {
@@ -331,7 +331,7 @@ def test_what_the_kernel_cannot_hold_is_computed_by_pytorch(length, spans):
 
 
 def test_uninitialized_memory_is_overwritten(backend, monkeypatch):
-    """Everything that torch.empty returns is the type's largest integer here."""
+    """torch.empty returns the dtype's largest integer here, so reading it before writing changes the result."""
     expected = [mask(some_tokens(3, length), vocab_size=500) for length in (1, 129, 600)]
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True)
@@ -346,7 +346,7 @@ def test_uninitialized_memory_is_overwritten(backend, monkeypatch):
 
 @pytest.mark.parametrize("length", [127, 128, 129, 130])
 def test_memory_around_the_results_is_left_alone(monkeypatch, length):
-    """Only the rest of a row's last word of 128 bits, two tokens, is written beside the row."""
+    """Beside a row, only the rest of its last 128-bit word (two tokens) may be written."""
     padded, whole_words = -(-length // 16) * 16, -(-length // 2) * 2
     blocks = []
 
@@ -366,7 +366,7 @@ def test_memory_around_the_results_is_left_alone(monkeypatch, length):
 
 
 def test_what_stands_between_padded_rows_changes_nothing(backend):
-    """Ordinary tokens and large counts there: they may be loaded, but must not be selected or counted."""
+    """The padding has ordinary tokens and large counts: they may be loaded, but must not be selected or counted."""
     tokens, counts = some_tokens(3, 144), torch.full((3, 144), 200, dtype=torch.uint8)
     counts[:, :129] = (some_tokens(3, 129, lowest=0) % 5).to(torch.uint8)
     counts[:, 129:] = torch.tensor([0, 200, 3], dtype=torch.uint8)[:, None]
@@ -416,7 +416,7 @@ def test_compiled_equals_eager_in_every_output(backend, counts):
 
 
 class Recorder:
-    """Stands in for the kernel: remembers launches instead of making them."""
+    """Replaces the kernel: records launches without executing them."""
 
     def __init__(self):
         self.launches = []
@@ -426,13 +426,13 @@ class Recorder:
 
 
 def test_one_launch_whose_kernel_is_compiled_once_for_all_numbers(monkeypatch):
-    """Triton compiles per specialization of the arguments' values; here is the one of each launch, as on a GPU."""
+    """Triton compiles once per specialization of argument values; computed here for each launch, as on a GPU."""
     jit = importlib.import_module("triton.runtime.jit")
     target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
     backend = importlib.import_module("triton.compiler").make_backend(target)
     kernel = importlib.import_module("kernels.span_mask.kernel")
     function = kernel.span_mask_kernel
-    if not isinstance(function, jit.JITFunction):  # but the interpreter's, which was given the same options
+    if not isinstance(function, jit.JITFunction):  # interpreted: rebuild the JITFunction with the same options
         function = jit.JITFunction(function.fn, do_not_specialize=function.kwargs["do_not_specialize"])
     bind = jit.create_function_from_signature(function.signature, function.params, backend)
     recorder = Recorder()
@@ -442,7 +442,7 @@ def test_one_launch_whose_kernel_is_compiled_once_for_all_numbers(monkeypatch):
         recorder.launches.clear()
         settings = {"seed": 1, "row_ids": torch.arange(rows), "max_span_length": 3, "backend": "triton"}
         mask(some_tokens(rows, length), **{**settings, **changes})
-        ((grid, args, kwargs),) = recorder.launches  # one launch, a program a row
+        ((grid, args, kwargs),) = recorder.launches  # one launch, with one program per row
         assert grid == (rows,)
         _, specialized, options = bind(*args, **kwargs)
         return specialized, options

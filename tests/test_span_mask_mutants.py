@@ -1,4 +1,4 @@
-"""Planted bugs in span masking's kernel, each of which the operation's check must find."""
+"""Planted bugs in span masking's kernel; the operation's check must find each of them."""
 
 import pytest
 

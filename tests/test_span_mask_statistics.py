@@ -1,4 +1,4 @@
-"""Statistics of span masking on a million tokens: rates, kinds, lengths, positions, and that no two masks are alike."""
+"""Statistics of span masking on a million tokens: rates, replacements, lengths, positions, and independent masks."""
 
 import math
 
@@ -11,12 +11,12 @@ from tests.masking import MASK, SPECIAL, VOCAB, mask, some_tokens
 pytestmark = pytest.mark.usefixtures("parallel_scans")
 
 
-MANY_ROWS = {"torch": 34_000, "triton": 60}  # the interpreter takes about 0.04 s a row
+MANY_ROWS = {"torch": 34_000, "triton": 60}  # the interpreter takes about 0.04 s per row
 
 
 @pytest.fixture(scope="module", params=[("torch", (8000, 128)), ("triton", (250, 4096))], ids=BACKENDS)
 def million(request):
-    """A million ordinary tokens, and what became of them."""
+    """A million ordinary tokens and their masking result."""
     backend, shape = request.param
     tokens = some_tokens(*shape, lowest=SPECIAL, seed=3)
     return tokens, *mask(tokens, backend=backend)
@@ -40,7 +40,7 @@ def test_backends_agree_on_a_million_tokens(million):
 def test_rate_and_kinds_of_replacement(million):
     tokens, inputs, labels = million
     selected = labels != -100
-    # the span at the limit is taken whole: at most two tokens a row above n·p
+    # the span at the limit is taken whole: at most two tokens per row above n·p
     rate = selected.double().mean().item()
     assert 0.3 <= rate < 0.3 + 2 / tokens.shape[1]
     share_masked = (inputs[selected] == MASK).double().mean().item()
@@ -52,7 +52,7 @@ def test_rate_and_kinds_of_replacement(million):
 def test_rate_is_unbiased_when_spans_are_single_tokens(backend):
     rows = MANY_ROWS[backend]
     selected = mask(torch.full((rows, 33), 50), mask_p=0.15, max_span_length=1, backend=backend)[1] != -100
-    assert set(selected.sum(1).tolist()) == {4, 5}  # 33 · 0.15 = 4.95, rounded up and down at random
+    assert set(selected.sum(1).tolist()) == {4, 5}  # 33 · 0.15 = 4.95, rounded up or down at random
     assert selected.double().sum(1).mean().item() == pytest.approx(4.95, abs=5 * math.sqrt(0.95 * 0.05 / rows))
 
 
@@ -69,7 +69,7 @@ def test_random_tokens_are_uniform_over_ordinary_tokens(backend):
 
 
 def test_span_lengths_are_uniform(backend):
-    """With k = 1 exactly one span is selected, and nothing hides its length. A million tokens on torch."""
+    """With k = 1 exactly one span is selected, so its length is visible. A million tokens with torch."""
     labels = mask(torch.full((MANY_ROWS[backend], 30), 50), mask_p=0.0, backend=backend)[1]
     lengths = (labels != -100).sum(1)
     inner = (labels[:, 0] == -100) & (labels[:, -1] == -100)  # spans at the edges are cut
@@ -87,7 +87,7 @@ def test_positions_are_selected_equally(million):
     assert abs(selected[:3].mean() - selected.mean()) < 4 * sigma
     assert abs(selected[-3:].mean() - selected.mean()) < 4 * sigma
     eighths = selected.view(8, -1).mean(1)
-    spans = 7 / 3  # E[length²]/E[length]: tokens of a span go together, so there are fewer independent ones
+    spans = 7 / 3  # E[length²]/E[length]: tokens of a span are masked together, so fewer are independent
     assert (eighths - selected.mean()).abs().max() < 4 * sigma * math.sqrt(spans / (len(selected) / 8))
 
 
@@ -100,5 +100,5 @@ def test_two_rows_two_steps_or_two_seeds_never_share_a_mask(million):
     next_seed = mask(tokens, seed=2, backend=backend)[1] != -100
     for others in (next_step, next_seed):
         agree = (masks[:20] & others).double().mean() / others.double().mean()
-        assert agree == pytest.approx(0.3, abs=5 * math.sqrt(0.3 * 0.7 * 7 / 3 / others.sum()))  # as often as chance
+        assert agree == pytest.approx(0.3, abs=5 * math.sqrt(0.3 * 0.7 * 7 / 3 / others.sum()))  # as often as by chance
     assert len(torch.cat([masks, next_step, next_seed]).unique(dim=0)) == len(masks) + 40

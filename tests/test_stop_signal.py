@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: remembered, agreed upon, and out of the way afterwards."""
+"""Stop signals: remembered, agreed on by all ranks, and handlers restored afterwards."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 def should_stop(stop, total):
-    """The answer at the end of a step whose requests have this sum over ranks."""
+    """The decision at the end of a step, given the sum of stop requests over ranks."""
     stop.note(total)
     return stop.should_stop()
 

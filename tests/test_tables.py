@@ -1,4 +1,4 @@
-"""Documents out of Parquet and Arrow files and Hugging Face datasets: every kind of column, and what is damaged."""
+"""Documents from Parquet and Arrow files and Hugging Face datasets: every column type, and damaged files."""
 
 import random
 import sys
@@ -144,7 +144,7 @@ def test_a_column_may_hold_domains(tmp_path, column):
 
 
 def test_reading_holds_a_few_rows_at_a_time(tmp_path, monkeypatch):
-    """Row groups of 10 MB each in pages of 1 MB, and a column as large that nobody asked for."""
+    """Row groups of 10 MB each in pages of 1 MB, and an unrequested column of the same size."""
     monkeypatch.setattr(tables, "BATCH_BYTES", 1_000_000)
     generator = random.Random(0)
     texts = [generator.randbytes(10_000).hex() for _ in range(1000)]
@@ -195,7 +195,7 @@ def test_damaged_folders_of_datasets(saved):
 
 
 def test_a_dataset_by_name_is_streamed(tmp_path):
-    """A folder of data files stands for a name on the Hub."""
+    """A folder of data files stands in for a name on the Hub."""
     for name in ("train", "test"):
         parquet(tmp_path / "hub" / f"{name}.parquet", [name, None, "x"], column="body")
     (tmp_path / "json").mkdir()

@@ -1,4 +1,4 @@
-"""A token id outside the vocabulary never trains: ranks look before the first step, and at every row they make."""
+"""Token ids outside the vocabulary never train: ranks check before the first step, and in every row they read."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ from tests.runs import flags, on_ranks, write_inputs
     st.data(),
 )
 def test_the_parts_cover_the_store(lengths, parts, most, data):
-    """A store whose only bad token is anywhere is refused by exactly the part that holds it, if it looks that far."""
+    """A store with one bad token at any position is refused by exactly the part that contains it, if it is checked."""
     cuts = sorted(data.draw(st.lists(st.integers(0, len(lengths)), max_size=3)))
     total = sum(lengths)
     bad = data.draw(st.integers(0, total - 1), label="position")
@@ -45,7 +45,7 @@ def test_the_parts_cover_the_store(lengths, parts, most, data):
 
 
 def damaged(path, tokens, digest, shard_tokens=40):
-    """Documents of ten tokens in shards, of which one token is not below the vocabulary of the file."""
+    """Shards of ten-token documents, with one token id not below the files' vocabulary size."""
     with TokenStoreWriter(path, 2**9, digest, shard_tokens=shard_tokens) as writer:
         writer.append(tokens, np.full(len(tokens) // 10, 10))
     for file in writer.files:
@@ -72,7 +72,7 @@ def test_a_piece_that_is_read_is_looked_at(tmp_path, bad):
         )
 
 
-BAD = 4870  # a row of step 17
+BAD = 4870  # position of the bad token, in a row of step 17
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def unlucky_run(inputs, **changes):
 
 
 def first_step_with(config, position):
-    """The first step one of whose rows has the token that stands there in the store."""
+    """The first step with a row that contains the token at this position of the store."""
     store = TokenStore.open(*config.train_path)
     store = TokenStore(store.shards, store.document_offsets, 2**16, None)
     plan = HybridPlan(config, world_size=1)

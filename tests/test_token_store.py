@@ -1,4 +1,4 @@
-"""The token store: what goes in comes out, through any number of shards; what cannot be used is refused by name."""
+"""The token store: a lossless round trip through any number of shards; unusable files are refused by name."""
 
 import re
 import tempfile
@@ -248,7 +248,7 @@ def test_opening_maps_the_file_and_reads_only_what_is_asked_for(tmp_path):
     path = tmp_path / "t.safetensors"
     with TokenStoreWriter(path, 256, "abc", shard_tokens=2 * size) as writer:
         writer.append(np.full(size, 7, dtype=np.uint8), np.array([size]))
-    TokenStore.open(path)  # imports what it needs
+    TokenStore.open(path)  # trigger lazy imports first
     before = _resident_bytes()
     store = TokenStore.open(path)
     tokens, _ = store.gather(np.array([size // 2]), np.array([1000]))

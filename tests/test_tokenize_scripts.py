@@ -47,7 +47,7 @@ def tokenizer_path(tmp_path_factory):
 
 @pytest.fixture
 def run_each(tmp_path, tokenizer_path):
-    """The three scripts that read a corpus, as functions of its flags; all of them write into tmp_path/out."""
+    """The three scripts that read a corpus, as functions of their flags; all of them write to tmp_path/out."""
     out = tmp_path / "out"
 
     def run(script, **flags):
@@ -82,7 +82,7 @@ def decoded(store_path, tokenizer_path):
     ],
 )
 def test_every_kind_of_input_round_trips(tmp_path, tokenizer_path, name, content, packed):
-    file = tmp_path / name  # gzip keeps the name: it is recognized by content
+    file = tmp_path / name  # gzip files keep the name: they are recognized by content
     file.write_bytes(gzip.compress(content) if packed else content)
     assert list(Corpus(CorpusConfig(input=(file,)))) == DOCUMENTS
     output = tmp_path / "new" / "t.safetensors"
@@ -389,7 +389,7 @@ def test_signals_leave_nothing(tmp_path, sent):
     os.mkfifo(pipe)
     command = [sys.executable, "-m", "tokenize_scripts.split_corpus", "--input", pipe, f"--output_dir={tmp_path}/out"]
     process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
-    with pipe.open("wb") as stream:  # opens once the script reads
+    with pipe.open("wb") as stream:  # blocks until the script reads
         stream.write(jsonl(DOCUMENTS))
         stream.flush()
         deadline = time.monotonic() + 10

@@ -1,4 +1,4 @@
-"""Private names of PyTorch are in one file, and a PyTorch without one of them is still of use."""
+"""PyTorch's private names are used in one file only, and a PyTorch that lacks one of them still works."""
 
 import ast
 import platform
@@ -15,9 +15,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def private_names(source):
-    """What a file uses of PyTorch under names with an underscore in front: imported, reached through, or named."""
+    """Private PyTorch names (leading underscore) that a file imports, accesses as attributes, or imports by string."""
     tree = ast.parse(source)
-    bound, found = {}, set()  # names in the file, and what they stand for
+    bound, found = {}, set()  # names bound in the file, and their full paths
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
@@ -37,7 +37,7 @@ def private_names(source):
 
 
 def _path(node, bound):
-    """The dotted name that an attribute ends, from the module on that its first name was imported from; or nothing."""
+    """The dotted path of an attribute, starting at the module that its first name was imported from; "" if unknown."""
     parts = []
     while isinstance(node, ast.Attribute):
         parts.append(node.attr)

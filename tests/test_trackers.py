@@ -1,4 +1,4 @@
-"""Where records go, across kills and failures."""
+"""Destinations of records, across kills and failures."""
 
 import math
 import sys
@@ -64,7 +64,7 @@ def test_a_full_disk_costs_records_and_not_the_run(make_config, tiny_disk, capfd
     ballast = tiny_disk / "ballast"
     with Trackers(config, World(0, 1, torch.device("cpu")), {}, 0) as trackers:
         trackers.log(1, {"loss": 2.0})
-        ballast.write_bytes(bytes(8 << 10))  # two of its four pages; the file of records has one
+        ballast.write_bytes(bytes(8 << 10))  # two of the disk's four pages; the records file has one
         for step in range(2, 9):
             trackers.log(step, {"x" * 1000: float(step)})
         trackers.log(9, {"y" * 5000: 9.0})
@@ -100,7 +100,7 @@ def test_a_tracker_that_fails_does_not_keep_others_from_records(make_config, tmp
 
 
 def scalars(path):
-    """What TensorBoard shows of a folder or file of events: {name: [(step, value)]}."""
+    """Scalars in a TensorBoard event file or folder: {name: [(step, value)]}."""
     events = EventAccumulator(str(path), size_guidance={"scalars": 0})
     events.Reload()
     return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
@@ -112,7 +112,7 @@ def test_trackers_of_a_run_that_was_killed_hold_each_record_once(tmp_path):
     arguments += ["--trackers", "wandb", "tensorboard"]
     run = inputs / "runs" / "both"
     process = start(arguments)
-    wait_for_record(process, run, 25)  # one of them of a validation
+    wait_for_record(process, run, 25)  # includes a validation record
     kill(process, "both")
     (first_events,) = (run / "tensorboard").iterdir()
     assert scalars(first_events)["train/loss"][-1][0] > 20, "killed too early to show anything"

@@ -1,4 +1,4 @@
-"""Bytes in the interpreter: the counter against kernels counted by hand, and the bars on small jobs."""
+"""Bytes moved in the interpreter: the counter against hand-counted kernels, and limits on small jobs."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not interpreted(), reason="counts in Triton's in
 
 @triton.jit
 def copy_kernel(source, target, length, block: tl.constexpr):
-    """Reads and writes what lies inside, each entry once."""
+    """Reads and writes each element inside the mask once."""
     lanes = tl.program_id(0) * block + tl.arange(0, block)
     tl.store(target + lanes, tl.load(source + lanes, mask=lanes < length), mask=lanes < length)
 
@@ -32,7 +32,7 @@ def twice_kernel(source, target, length, block: tl.constexpr):
 
 @triton.jit
 def sundry_kernel(source, target, counter, block: tl.constexpr):
-    """One number; a block without a mask, one through a descriptor whose end is outside; and two atomics."""
+    """A scalar; an unmasked block; a block through a descriptor with its end out of bounds; and two atomics."""
     scalar = tl.load(counter)
     values = tl.load(source + tl.arange(0, block))
     tl.make_tensor_descriptor(target, (block - 3,), (1,), (block,)).store((0,), values.to(tl.int16))
@@ -58,7 +58,7 @@ def test_only_lanes_inside_the_mask_count(dtype):
 
 def test_a_kernel_that_reads_twice_moves_half_as_much_again():
     counted, target = run(twice_kernel, torch.float32)
-    assert (target == 2).all()  # counting does not change what it does
+    assert (target == 2).all()  # counting does not change the result
     job = traffic._job("twice", counted, 2 * 4000, 1.05)
     assert job.ratio == 1.5
     assert job.broken_bars() == ["twice: 1.5000 of the fewest bytes, at most 1.05 allowed"]
@@ -126,7 +126,7 @@ def test_cross_entropy_reads_each_logit_once(vocab_size, dtype):
     ],
 )
 def test_pytorch_moves_nothing_beside_the_kernels(shape, job, monkeypatch):
-    """What it does is not counted, so it must leave tensors of that size alone."""
+    """PyTorch's operations are not counted, so none may touch tensors of that size."""
     monkeypatch.setattr(traffic, "has_liger", lambda: False)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
         job()
@@ -141,7 +141,7 @@ def test_pytorch_moves_nothing_beside_the_kernels(shape, job, monkeypatch):
 @pytest.mark.skipif(not traffic.has_liger(), reason="needs Liger-Kernel, extra [bench]")
 @pytest.mark.parametrize("weight", [1.0, 0.25])
 def test_liger_computes_the_same_and_moves_what_its_source_says(weight):
-    """Two reads and a write a logit, and a read and a write more where the gradient is multiplied afterwards."""
+    """Two reads and one write per logit, and one more read and write if the gradient is scaled afterwards."""
     labels = traffic._labels(5, 2, 8192)
     theirs, ours = traffic._logits(5, 8192, torch.float32), traffic._logits(5, 8192, torch.float32)
     with traffic.Counted() as counted:

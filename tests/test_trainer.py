@@ -1,4 +1,4 @@
-"""One training step and the run around it, looked at from inside."""
+"""White-box tests of a training step and of the run around it."""
 
 import json
 
@@ -41,7 +41,7 @@ def make_trainer(inputs, world=World(0, 1, CPU), **changes):  # noqa: B008  a fr
 
 def test_the_step_is_the_formula(inputs):
     """Clipped gradient of (num/den)·mean MLM + (1−num/den)·mean CLM + z-loss, from one plain forward over all rows."""
-    settings = {"optimizer": "adamw", "local_batch_size": 3, "max_gradient": 0.5}  # LAMB clips out of sight
+    settings = {"optimizer": "adamw", "local_batch_size": 3, "max_gradient": 0.5}  # LAMB clips inside its kernel
     trainer = make_trainer(inputs, config_file=inputs / "no_dropout.json", **settings)
     rows = trainer.rows.load(0)
     batches = {batch.objective: batch for batch in trainer.rows.batches(rows, 0)}
@@ -79,7 +79,7 @@ def test_averages_and_learning_rate_follow_every_step(inputs):
 
 
 class HostReads(TorchDispatchMode):
-    """Operations for which a GPU would have to be waited for."""
+    """Records operations that would sync with a GPU."""
 
     FORBIDDEN = ("_local_scalar_dense", "nonzero.default", "masked_select", "unique", "equal.default")
 
@@ -255,7 +255,7 @@ def test_validation_is_the_same_every_time_and_leaves_training_alone(inputs):
 
 
 def run_with_kernels(inputs, kernels, **changes):
-    """A short run on a backend; its losses and its last checkpoint."""
+    """A short run with a backend; returns its losses and its last checkpoint."""
     settings = {"name": kernels, "kernels": kernels, "config_file": inputs / "no_dropout.json", "max_steps": 4}
     fit(
         parse(TrainConfig, flags(inputs, **settings, seq_length=16, global_batch_size=8, validation_steps=1, **changes))
@@ -266,7 +266,7 @@ def run_with_kernels(inputs, kernels, **changes):
 
 
 def test_both_backends_train_the_same(inputs):
-    """Masks are equal to the bit, so the losses can only differ by rounding; the optimizers' states have one form."""
+    """Masks are bitwise equal, so losses differ only by rounding; optimizer states have the same format."""
     torch_losses, torch_checkpoint = run_with_kernels(inputs, "torch")
     triton_losses, triton_checkpoint = run_with_kernels(inputs, "triton", kernel_check="off")
     assert len(torch_losses) > 10

@@ -1,4 +1,4 @@
-"""Published parameter names, both ways."""
+"""Published parameter names, in both directions."""
 
 import json
 from pathlib import Path

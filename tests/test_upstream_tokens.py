@@ -1,4 +1,4 @@
-"""Upstream's token files: read as meant, and never run."""
+"""Upstream's token files: read correctly, and never executed."""
 
 import itertools
 import pickle
@@ -69,7 +69,7 @@ def test_code_in_a_token_file_is_refused_and_not_run(tmp_path, protocol):
     else:
         torch.save(content, path, _use_new_zipfile_serialization=protocol == "zip")
     pickle.loads(pickle.dumps(Malicious(proof)))
-    assert proof.exists()  # the trap works
+    assert proof.exists()  # the payload works
     proof.unlink()
     with pytest.raises(InputError, match=r"t\.bin: refused") as error:
         read_token_file(path)

@@ -1,4 +1,4 @@
-"""Checkpoints by words seen: at the right step, under the right name, once, and the same after any kill."""
+"""Checkpoints by words seen: at the right step, with the right name, once, and unaffected by kills."""
 
 import dataclasses
 import json
@@ -47,7 +47,7 @@ def streams_of(store, num_words, seq_length=4):
 
 
 def test_words_of_a_slot_by_hand(make_store):
-    """Two documents of 9 and 5 tokens and an `<s>` behind each: 16 positions, 4 slots, of 10 words."""
+    """Documents of 9 and 5 tokens, each followed by an `<s>`: 16 positions, 4 slots, 10 words."""
     (stream, _) = streams_of(make_store([9, 5]), 10).values()
     assert stream.slots_per_epoch == 4
     assert [stream.words_before(slot) for slot in range(9)] == [0, 2, 5, 7, 10, 12, 15, 17, 20]
@@ -59,7 +59,7 @@ def test_words_of_a_slot_by_hand(make_store):
 
 
 def test_a_threshold_is_due_once_at_the_first_step_that_reaches_it(make_store, make_config):
-    """4 rows a step, 1 masked and 3 causal, so that a step sees 2.5 and 7.5 of 10 words, rounded down each."""
+    """4 rows per step, 1 masked and 3 causal: a step sees 2.5 and 7.5 of 10 words, each rounded down."""
     config = make_config(
         seq_length=4, max_steps=4, global_batch_size=4, batch_reduction=1, checkpoint_words=("9", "19", "20", "27", "3")
     )
@@ -124,7 +124,7 @@ def run(inputs, name, *thresholds, **settings):
 
 
 def folders(run_dir):
-    """Content of every file of the folders by words; the settings have the run's name in them."""
+    """Content of every file in the word checkpoints, except settings and manifests, which contain the run's name."""
     return {
         path.relative_to(run_dir).as_posix(): path.read_bytes()
         for path in (run_dir / "words").rglob("*")
@@ -137,7 +137,7 @@ def test_a_run_saves_the_weights_of_the_step_for_good(inputs):
     num_words = TokenStore.open(inputs / "train.safetensors").num_words
     assert num_words == sum(len(json.loads(line).split()) for line in (inputs / "train.jsonl").open())
     records = {record["step"]: record for record in read_records(run_dir / "metrics.jsonl") if "train/loss" in record}
-    # 32 tokens a row, and an epoch has every word of the file
+    # 32 tokens per row, and an epoch has every word of the file
     epoch_tokens = 32 * RowStream(TokenStore.open(inputs / "train.safetensors"), 32).slots_per_epoch
     for record in records.values():
         assert record["train/words"] == pytest.approx(record["train/tokens"] / epoch_tokens * num_words, abs=2)
@@ -163,7 +163,7 @@ def test_a_run_saves_the_weights_of_the_step_for_good(inputs):
 
 @pytest.fixture(scope="module")
 def plain(inputs):
-    """A run that was never killed; it reaches a threshold at step 8, where a checkpoint is due, too."""
+    """An uninterrupted run that reaches a threshold at step 8, where a checkpoint is due too."""
     run_dir = run(inputs, "plain", "200", "0.5K")
     assert json.loads((run_dir / "words" / "chck_500" / "words.json").read_text())["step"] == 8
     return run_dir
@@ -196,7 +196,7 @@ def test_a_run_that_was_killed_has_each_of_them_once_and_the_same(inputs, plain,
     killed = inputs / "runs" / name
     assert [path.name for path in list_checkpoints(killed)] == ["step_00000004"]
     assert (killed / "words" / "chck_500").is_dir() == (moment != "in the folder")
-    (killed / "words" / ".chck_500.incomplete").mkdir(exist_ok=True)  # of a kill that runs no `finally`
+    (killed / "words" / ".chck_500.incomplete").mkdir(exist_ok=True)  # as left by SIGKILL, which runs no `finally`
     (killed / "words" / ".chck_500.deleted").mkdir()
     run(inputs, name, "200", "0.5K", resume="auto")
     assert folders(killed) == folders(plain)
@@ -214,7 +214,7 @@ def test_two_sharded_ranks_killed_and_resumed(inputs):
     }
     process = start(flags(inputs, name="sharded", **settings), 2)
     run_dir = inputs / "runs" / "sharded"
-    wait_for_record(process, run_dir, 11)  # a record a step, and the threshold is reached at the eighth
+    wait_for_record(process, run_dir, 11)  # one record per step; the threshold is reached at step 8
     kill(process, run_dir.name)
     assert not list_checkpoints(run_dir), "killed too late to show anything"
     (folder,) = list_word_checkpoints(run_dir)

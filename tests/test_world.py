@@ -1,4 +1,4 @@
-"""Runs over several processes: the result must not depend on how the rows were divided."""
+"""Runs on several processes: results must not depend on the number of ranks."""
 
 import socket
 import subprocess
@@ -35,7 +35,7 @@ def test_batch_mode_does_not_depend_on_ranks_or_local_batch_size(inputs):
 
 
 def test_every_option_of_the_step_at_once_does_not_depend_on_ranks(inputs):
-    """Two corpora, longer rows, one mean over all labels, masking history over several epochs, ranks without rows."""
+    """Two corpora, row growth, token-weighted loss, mask history over several epochs, ranks without rows."""
     common = {
         "train_path": [inputs / "train.safetensors", inputs / "valid.safetensors"],
         "train_weights": [2, 1],
@@ -44,7 +44,7 @@ def test_every_option_of_the_step_at_once_does_not_depend_on_ranks(inputs):
         "hybrid_numerator": 1,
         "hybrid_denominator": 2,
         "global_batch_size": 128,
-        "batch_reduction": 64,  # two rows in the first step: one for each objective, none for some ranks
+        "batch_reduction": 64,  # two rows in the first step, one for each objective, so some ranks have none
         "seq_length_growth": True,
         "token_weighted_loss": True,
         "mask_history": True,
@@ -72,7 +72,7 @@ def test_a_run_of_one_objective_trains_that_one_and_validates_both(inputs, numer
 
 
 def test_the_users_own_command(inputs):
-    """The command of the project's description, flag by flag, on four CPU processes, with fewer steps."""
+    """The project description's command, flag by flag, on four CPU processes, with fewer steps."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -3,29 +3,30 @@
 #
 #     DATA=train_10M.jsonl VALIDATION=dev.jsonl configs/runs/babylm_10m.sh [further flags of train_distributed.py]
 #
-# It makes tokenizer and token files, and trains, with validation every 1,000 steps and at the end, and with the weights
-# saved for good at each of BabyLM's numbers of words. The same command goes on where it was stopped. Further flags come
-# last and so replace those below.
+# Builds the tokenizer and token files, then trains, with validation every 1,000 steps and at the end, and with weights
+# kept permanently at each of BabyLM's word counts. The same command resumes an interrupted run. Further flags come last
+# and override those below.
 #
-# Published are shape, optimizer, schedules and batch: Charpentier & Samuel 2024 (arXiv 2410.24159), by the defaults of
-# pretraining/train_10m.py of github.com/ltgoslo/gpt-bert; with its corpus, ltg/babylm-2024-baby-cosmo-fine-10m, BLiMP
-# was 81.2. The last steps have 32,768 rows of 128 tokens, 4.2 million, the first a quarter of that: 20 billion tokens
-# in all, more than a thousand passes. BabyLM allows ten since 2025; docs/choosing.md says what to change for that.
+# Architecture, optimizer, schedules and batch size are those of Charpentier & Samuel 2024 (arXiv 2410.24159), from the
+# defaults of pretraining/train_10m.py in github.com/ltgoslo/gpt-bert; with its corpus,
+# ltg/babylm-2024-baby-cosmo-fine-10m, BLiMP was 81.2. The last steps have 32,768 rows of 128 tokens (4.2 million), the
+# first a quarter of that: 20 billion tokens in total, more than a thousand epochs. BabyLM allows ten since 2025;
+# docs/choosing.md explains the changes for that.
 set -euo pipefail
 
 DATA=${DATA:?the documents to train on: JSONL or text, a file or a folder}
-VALIDATION=${VALIDATION:-}                   # documents to validate on; without it 5 % of DATA's
-OUT=${OUT:-babylm_10m}                       # folder of tokenizer, token files and runs
-CONFIG=${CONFIG:-configs/small.json}         # published; it sets the tokenizer's size too, 8,192
-GPUS=${GPUS:-auto}                           # all of this machine; on one without, the number of processes
+VALIDATION=${VALIDATION:-}                   # documents to validate on; default: 5 % of those in DATA
+OUT=${OUT:-babylm_10m}                       # folder for tokenizer, token files and runs
+CONFIG=${CONFIG:-configs/small.json}         # published; also sets the tokenizer's size, 8,192
+GPUS=${GPUS:-auto}                           # default: all of this machine; without GPUs, the number of processes
 MAX_STEPS=${MAX_STEPS:-7812}                 # published: 31,250 / 4
-LOCAL_BATCH_SIZE=${LOCAL_BATCH_SIZE:-256}    # rows at once on a GPU; published, and of no effect on what is learnt
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # torchrun would set it too, and say so
+LOCAL_BATCH_SIZE=${LOCAL_BATCH_SIZE:-256}    # rows per micro-batch on a GPU; published; does not affect the result
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # torchrun's default; set here, it prints no warning
 
 configs/runs/prepare.sh "$DATA" "$OUT" "$CONFIG" "$VALIDATION"
 
-# 15/16 masked is published, there with whole GPUs for either objective; where 16 does not divide their number, each
-# trains both here, and the loss is the same. Ours: validation on the whole file, --checkpoint_words, --resume.
+# 15/16 masked is published, there with each GPU training one objective; here each GPU trains both if the number of GPUs
+# is not divisible by 16, with the same loss. Ours: validation on the whole file, --checkpoint_words, --resume.
 exec torchrun --standalone --nproc_per_node="$GPUS" train_distributed.py \
     --train_path="$OUT/train.safetensors" \
     --valid_path="$OUT/validation.safetensors" \

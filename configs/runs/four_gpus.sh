@@ -1,26 +1,26 @@
 #!/usr/bin/env bash
-# The run of four GPUs on one machine that README.md shows, from documents on. From the repository's root:
+# README.md's run on four GPUs of one machine, starting from documents. From the repository's root:
 #
 #     DATA=corpus.jsonl configs/runs/four_gpus.sh [further flags of train_distributed.py]
 #
-# It makes tokenizer and token files, and trains, with validation every 1,000 steps and at the end, and with the weights
-# saved for good at each of BabyLM's numbers of words. The same command goes on where it was stopped. Further flags come
-# last and so replace those below.
+# Builds the tokenizer and token files, then trains, with validation every 1,000 steps and at the end, and with weights
+# kept permanently at each of BabyLM's word counts. The same command resumes an interrupted run. Further flags come last
+# and override those below.
 #
-# All flags from --hybrid_numerator to --seed but --checkpoint_words are README.md's: one masked GPU, three causal ones.
-# What it does not name keeps its default: rows grow from a quarter of the batch, and stay of one length. No paper has
-# this run; by the square root of the batch, its rate is 0.016 at that of babylm_10m.sh, which has 0.0141
-# (docs/choosing.md).
+# All flags from --hybrid_numerator to --seed except --checkpoint_words are README.md's: one masked GPU, three causal
+# ones. Other flags keep their defaults: the batch grows from a quarter of its size, rows have a constant length. These
+# settings are from no paper; scaled by the square root of the batch size to that of babylm_10m.sh, the learning rate is
+# 0.016, against 0.0141 there (docs/choosing.md).
 set -euo pipefail
 
 DATA=${DATA:?the documents to train on: JSONL or text, a file or a folder}
-VALIDATION=${VALIDATION:-}                   # documents to validate on; without it 5 % of DATA's
-OUT=${OUT:-four_gpus}                        # folder of tokenizer, token files and runs
-CONFIG=${CONFIG:-configs/base_32k.json}      # base with twice the vocabulary; it sets the tokenizer's size too
-GPUS=${GPUS:-4}                              # on a machine without, the number of processes
+VALIDATION=${VALIDATION:-}                   # documents to validate on; default: 5 % of those in DATA
+OUT=${OUT:-four_gpus}                        # folder for tokenizer, token files and runs
+CONFIG=${CONFIG:-configs/base_32k.json}      # base with twice the vocabulary; also sets the tokenizer's size
+GPUS=${GPUS:-4}                              # on a machine without GPUs, the number of processes
 MAX_STEPS=${MAX_STEPS:-40000}
-LOCAL_BATCH_SIZE=${LOCAL_BATCH_SIZE:-32}     # rows at once on a GPU, of no effect on what is learnt
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # torchrun would set it too, and say so
+LOCAL_BATCH_SIZE=${LOCAL_BATCH_SIZE:-32}     # rows per micro-batch on a GPU; does not affect the result
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # torchrun's default; set here, it prints no warning
 
 configs/runs/prepare.sh "$DATA" "$OUT" "$CONFIG" "$VALIDATION"
 

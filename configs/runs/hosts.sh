@@ -1,32 +1,32 @@
 #!/usr/bin/env bash
-# One run over several hosts: the same command on each of them, in a checkout of this repository, within a minute.
+# One run over several hosts: start the same command on each, in a checkout of this repository, within a minute.
 #
 #     configs/runs/hosts.sh ADDRESS [further flags of train_distributed.py]
 #
-# ADDRESS is the first host's, as the others reach it; there torchrun keeps the rendezvous. --output_dir is one folder
-# that all hosts see. Further flags come last and so replace those below.
+# ADDRESS is the first host's address as seen by the others; that host runs torchrun's rendezvous. --output_dir is a
+# folder shared by all hosts. Further flags come last and override those below.
 #
-# Where a process fails, torchrun starts all of them again on all hosts, MAX_RESTARTS times, and --resume auto goes on
-# from the newest checkpoint. Where a host fails, this same command starts it again; torchrun waits ten minutes.
-# The first host takes the rendezvous with it, so there the command is for all of them.
+# If a process fails, torchrun restarts all processes on all hosts, up to MAX_RESTARTS times, and --resume auto resumes
+# from the newest checkpoint. If a host fails, start this same command there again; torchrun waits ten minutes.
+# If the first host fails, the rendezvous is lost: start the command again on all hosts.
 #
-# A host that is cut off ends its processes after --timeout, but torchrun itself waits until the kernel gives up the
+# A disconnected host ends its processes after --timeout, but torchrun itself waits until the kernel gives up the
 # connection to the first host: more than ten minutes by Linux's defaults, half a minute with net.ipv4.tcp_retries2 = 6.
 set -euo pipefail
 
 address=${1:?the address of the first host, as the other hosts reach it}
 shift
 
-# This host's own address on that network, and its interface: host names may stand for another network, or for loopback.
+# This host's own address on that network, and its interface: host names may resolve to a different network or loopback.
 route=$(ip -o route get "$address")
 own=$(sed 's/.* src \([^ ]*\).*/\1/' <<<"$route")
 interface=$(ip -o address show to "$own" | awk '{ print $2; exit }')
 export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$interface} GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface}
 [[ $own == "$address" ]] && is_host=1 || is_host=0
-# With a store that torchrun shares with its processes, a host that comes back waits in vain for that store's address.
+# If torchrun shared its store with its processes, a host that rejoins would wait forever for the store's address.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
-# USR1 is Slurm's word before the time limit (slurm.sh). The trainer then saves, which takes a while for large models.
+# Slurm sends USR1 before the time limit (slurm.sh). The trainer then saves, which takes a while for large models.
 exec torchrun \
     --nnodes="${NNODES:-2}" \
     --nproc_per_node="${NPROC_PER_NODE:-gpu}" \

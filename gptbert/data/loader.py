@@ -1,4 +1,4 @@
-"""The rows of each step, as one rank trains them: loaded ahead, moved to the device, and masked there."""
+"""One rank's rows of each step: prefetched on the host, moved to the device, and masked there."""
 
 from collections.abc import Mapping
 
@@ -26,7 +26,7 @@ LoadedShare = tuple[Share, dict[str, Tensor]]  # the fields of `Rows`, on the ho
 
 
 def training_streams(config: TrainConfig, inputs: Inputs, plan: HybridPlan) -> dict[Objective, RowStream | Mixture]:
-    """By objective, the rows of the training documents, mixed where there are several corpora."""
+    """The stream of training rows of each objective; a mixture if there are several corpora."""
     if len(inputs.train_stores) == 1:
         return {
             objective: RowStream(*inputs.train_stores, config.seq_length, (config.seed, index))
@@ -44,11 +44,11 @@ def training_streams(config: TrainConfig, inputs: Inputs, plan: HybridPlan) -> d
 
 
 class BatchLoader:
-    """Rows and batches of every step of a run.
+    """Loads one rank's rows of a step and turns them into batches.
 
     Attributes:
-        streams: by objective, the rows of the training documents, mixed where there are several corpora.
-        mask_history: how often each token was masked, or None.
+        streams: the stream of training rows of each objective; see `training_streams`.
+        mask_history: mask counts of the training tokens, or None without `--mask_history`.
     """
 
     def __init__(
@@ -59,18 +59,18 @@ class BatchLoader:
         self._plan = plan
         self._world = world
         self._micro_batches = micro_batches
-        self._refusal: str | None = None  # why a row of this rank cannot be trained
+        self._refusal: str | None = None  # load error of this rank, kept until `raise_load_errors`
         self.mask_history = MaskHistory(inputs.num_train_tokens, world) if config.mask_history else None
         self.streams = training_streams(config, inputs, plan)
         self._corpora = dict(zip(corpus_names(config.train_path), inputs.train_stores, strict=True))
 
     def load(self, step: int) -> list[LoadedShare]:
-        """This rank's rows of a step, on the host, padded for `span_mask`; called ahead of time on another thread.
+        """This rank's rows of a step, on the host, padded for `span_mask`; runs ahead of the step on another thread.
 
-        Where micro-batches have fixed shapes, rows of padding fill them up, of each objective.
+        If micro-batches have fixed shapes, padding rows fill them up for each objective.
 
-        Rows that cannot be trained are left out. The other ranks are in the middle of a step then, so the reason waits
-        for the next record or checkpoint, where all of them meet: see `raise_load_errors`.
+        Invalid rows are left out. Raising here would deadlock the other ranks, so the error is kept until the next
+        collective, at a record or checkpoint; see `raise_load_errors`.
         """
         padded_rows = self._micro_batches.padded_rows(step)
         shares = {share.objective: share for share in self._plan.shares(step, self._world.rank)}
@@ -85,7 +85,7 @@ class BatchLoader:
         return loaded
 
     def _read(self, share: Share) -> Rows:
-        """The rows of a share; none where they cannot be trained."""
+        """The rows of a share; empty if they are invalid."""
         try:
             with prefix_errors("--train_path"):
                 if share.num_rows:
@@ -96,7 +96,7 @@ class BatchLoader:
         return Rows(nothing, nothing, nothing[:, 0], nothing)
 
     def _on_host(self, rows: Rows, num_rows: int) -> dict[str, Tensor]:
-        """The fields of rows, with padding behind the last one and behind each."""
+        """The fields of `Rows`, padded to `num_rows` rows and to the row stride of `span_mask`; pinned for a GPU."""
         names = ["tokens", "document_ids", "row_ids", *(["positions"] if self.mask_history else [])]
         columns = padded_length(rows.tokens.shape[1]) - rows.tokens.shape[1]
         tensors = {}
@@ -112,12 +112,12 @@ class BatchLoader:
         return {"mask_counts": self.mask_history.counts if self.mask_history else None}
 
     def load_state_dict(self, state: Mapping[str, Tensor | None]) -> None:
-        """Take what `state_dict` returned; a history that only one of the two has starts at zero or is dropped."""
+        """Restore a `state_dict`; a history absent from it starts at zero, one not used by this run is dropped."""
         if self.mask_history and state["mask_counts"] is not None:
             self.mask_history.counts.copy_(state["mask_counts"])
 
     def raise_load_errors(self) -> None:
-        """End the run if any rank has left rows out; every rank must call it.
+        """Raise the load errors of all ranks on all ranks; every rank must call it.
 
         Raises:
             InputError: a token id is outside the vocabulary.
@@ -127,14 +127,14 @@ class BatchLoader:
                 raise InputError(self._refusal)
 
     def epochs_before(self, step: int) -> dict[str, float]:
-        """How often each of several corpora was trained on in the steps before `step`, both objectives together."""
+        """Epochs of each corpus before `step`, over both objectives; empty if there is only one corpus."""
         if len(self._corpora) == 1:
             return {}
         epochs = sum(stream.epochs_before(self._plan.slots_before(key, step)) for key, stream in self.streams.items())
         return dict(zip(self._corpora, epochs.tolist(), strict=True))
 
     def describe_corpora(self) -> str:
-        """A line for the screen: shares, sizes and repetitions of several corpora."""
+        """One line to print: fraction, size and epochs of each of several corpora."""
         epochs = self.epochs_before(self._config.max_steps)
         shares = self.streams[Objective.CLM].shares
         parts = [
@@ -144,7 +144,7 @@ class BatchLoader:
         return f"training on {', '.join(parts)}"
 
     def batches(self, loaded: list[LoadedShare], step: int) -> list[Batch]:
-        """Move rows to the device and make the objectives' inputs and labels of them there."""
+        """Move rows to the device and build each objective's inputs and labels there."""
         device = self._world.device
         batches, masked_positions = [], None
         for share, tensors in loaded:
@@ -168,7 +168,7 @@ class BatchLoader:
         return Masking.of(self._config, self._vocab_size, mask_p=mask_p, seed=self._config.seed)
 
     def _count_masks(self, batches: list[Batch], positions: Tensor | None, step: int) -> None:
-        """Tell the masking history what this step masks, on all ranks."""
+        """Add this step's masked tokens of all ranks to the mask history; every rank must call it."""
         length = schedules.sequence_length(self._config, step)
         capacity = self._micro_batches.most_rows(Objective.MLM, step)
         labels = next((batch.labels for batch in batches if batch.objective is Objective.MLM), None)

@@ -1,4 +1,4 @@
-"""The two objectives: what each makes of rows of tokens."""
+"""The two objectives: inputs and labels of each, built from rows of tokens."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -12,20 +12,20 @@ from kernels import IGNORE_INDEX, span_mask
 
 
 class Objective(Enum):
-    """Both predict the next token; they differ in what a position may see and which tokens are labels."""
+    """Both predict the next token; they differ in the attention mask and in which tokens are labels."""
 
     MLM = "mlm"
     CLM = "clm"
 
     @property
     def causal(self) -> bool:
-        """Whether attention looks only backwards."""
+        """Whether attention is causal."""
         return self is Objective.CLM
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What the model's forward takes: three [B, T] tensors, and the objective they are for."""
+    """Inputs of the model's forward: three [B, T] tensors and their objective."""
 
     objective: Objective
     input_ids: Tensor
@@ -34,17 +34,17 @@ class Batch:
 
     @property
     def label_count(self) -> Tensor:
-        """Scalar int64."""
+        """Scalar int64, on the device."""
         return (self.labels != IGNORE_INDEX).sum()
 
     @property
     def is_causal(self) -> Tensor:
-        """[B] bool: the objective's attention, for each row."""
+        """[B] bool: whether each row's attention is causal."""
         return torch.full_like(self.labels[:, 0], self.objective.causal, dtype=torch.bool)
 
     @classmethod
     def padding(cls, length: int, device: torch.device) -> "Batch":
-        """A row of padding: a rank without rows must still take part in what all ranks do together."""
+        """A row of padding: a rank without rows must still take part in the collectives."""
         return cls(
             Objective.MLM,
             input_ids=torch.full((1, length), PAD_ID, device=device),
@@ -53,16 +53,16 @@ class Batch:
         )
 
     def rows(self, first: int, last: int) -> "Batch":
-        """Rows from `first` to the one before `last`, of those that there are."""
+        """Rows [first, last), clipped to the batch."""
         tensors = (self.input_ids, self.document_ids, self.labels)
         return Batch(self.objective, *(tensor[max(0, first) : max(0, last)] for tensor in tensors))
 
 
 def micro_batches(batches: list[Batch], most_rows: int) -> list[list[Batch]]:
-    """Cut consecutive rows into pieces of at most `most_rows`, as equal as possible.
+    """Split consecutive rows into micro-batches of at most `most_rows`, as equal as possible.
 
     Returns:
-        The parts of each piece: of a batch those rows that are in it, if there are any.
+        The parts of each micro-batch: the rows it takes from each batch; batches that give it no row are left out.
     """
     total = sum(len(batch.labels) for batch in batches)
     pieces = -(-total // most_rows)
@@ -91,7 +91,7 @@ class Masking:
 
     @classmethod
     def of(cls, config: TrainConfig, vocab_size: int, *, mask_p: float, seed: int) -> "Masking":
-        """The run's replacements, with the share of a step."""
+        """The run's settings, with the mask fraction and the seed of a step."""
         return cls(mask_p, config.mask_random_p, config.mask_keep_p, vocab_size, config.n_special_tokens, seed)
 
 
@@ -109,13 +109,13 @@ def causal_batch(tokens: Tensor, document_ids: Tensor) -> Batch:
 def masked_batch(
     tokens: Tensor, document_ids: Tensor, row_ids: Tensor, masking: Masking, mask_counts: Tensor | None = None
 ) -> Batch:
-    """MLM with span masking: the selected tokens are labels, predicted from the position before them.
+    """MLM with span masking: selected tokens are labels, each predicted from the position before it.
 
     Args:
         tokens: [B, T + 1].
         document_ids: [B, T + 1].
         row_ids: [B], keys of the masks' random numbers.
-        masking: what to mask.
+        masking: fractions, vocabulary and seed.
         mask_counts: [B, T + 1], how often each token was masked before, or None.
     """
     inputs, labels = span_mask(

@@ -1,4 +1,4 @@
-"""The random numbers of dropout: PyTorch's generators of one rank."""
+"""Dropout's random state: one rank's PyTorch generators."""
 
 from typing import Any
 
@@ -9,29 +9,29 @@ from gptbert.distributed.world import World
 
 
 class RandomState:
-    """Seeds the generators, each rank's in its own way, and saves and restores their state."""
+    """Seeds the generators differently on each rank, and saves and restores their state."""
 
     def __init__(self, seed: int, world: World) -> None:
         self._seed = seed
         self._world = world
 
     def start(self) -> None:
-        """Different dropout on every rank."""
+        """Seed the generators, with a different seed on each rank."""
         torch.manual_seed((self._seed << 20) + self._world.rank)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Of this rank: {"random": the state of each generator, uint8 on the CPU}."""
+        """This rank's {"random": the state of each generator, uint8 on the CPU}."""
         state = {"cpu": torch.get_rng_state()}
         if self._world.device.type == "cuda":
             state["cuda"] = torch.cuda.get_rng_state(self._world.device)
         return {"random": state}
 
     def load_rank_states(self, states: list[dict[str, Any]], step: int) -> None:
-        """Go on with the random numbers of a checkpoint, or with new ones if ranks or devices differ.
+        """Restore a checkpoint's generator state; reseed if the number of ranks or the devices differ.
 
         Args:
-            states: of each rank that saved, from `state_dict`.
-            step: steps completed.
+            states: `state_dict` of each rank of the run that saved.
+            step: steps completed; part of the new seed.
         """
         generators = {"cpu", self._world.device.type}
         if [set(state["random"]) for state in states] == [generators] * self._world.world_size:

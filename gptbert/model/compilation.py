@@ -1,6 +1,6 @@
-"""torch.compile of a model's blocks: what is compiled, how, and what a compiler must be told.
+"""torch.compile for a model's blocks: its scope, its settings, and dynamic dimensions.
 
-The compiler itself is imported where it is used: that takes seconds, and brings Triton along.
+The compiler is imported lazily: importing it takes seconds and loads Triton.
 """
 
 from collections.abc import Iterator
@@ -12,30 +12,30 @@ from gptbert.errors import InputError
 from kernels import torch_private
 from kernels.backend import choose_backend
 
-# activation_memory_budget: fraction of saved activations to keep; the partitioner recomputes the rest. C++ kernels
-# recompute what is cheap themselves, and must not run twice
+# activation_memory_budget: fraction of saved activations to keep; the partitioner recomputes the rest. With C++ kernels
+# it keeps all: the kernels do their own cheap recomputation, and must not be recomputed themselves
 _ACTIVATION_MEMORY, _ACTIVATION_MEMORY_WITH_CPP = 0.8, 1.0
 
-# dropout's masks are drawn again in the backward: to write and read them takes ten times as long on a CPU
+# let the backward recompute dropout masks: saving and loading them takes ten times as long on a CPU
 _AUTOGRAD_SETTINGS = {"ban_recompute_long_fusible_chains": False}
 
-# shapes and addresses of tensors are not checked again at each of a hundred calls in a step
+# skip size and alignment asserts, which would run in each of about a hundred calls a step
 _INDUCTOR_OPTIONS = {"size_asserts": False, "alignment_asserts": False, "scalar_asserts": False}
 
 
 def compile_blocks(blocks: nn.ModuleList, *, mixed_precision: bool = True) -> None:
-    """Compile the attention and the feed-forward of each block, in place; parameters keep their names.
+    """Compile each block's attention and feed-forward in place; parameter names do not change.
 
-    All blocks share two graphs, since compiled code takes parameters as arguments. Layer weighting between them is one
-    library call; the head and the loss see another number of labels at each step. Compilation happens at the first
-    forward and backward of each row length, and at the first forward in eval mode, which has separate graphs; never for
-    another number of rows (see `any_number_of_rows`) or the other objective. Code for any row length was a tenth
-    slower. Inductor caches its output on the disk, so that the next run starts in seconds (the environment's
-    TORCHINDUCTOR_CACHE_DIR names the folder).
+    All blocks share two graphs, since compiled code takes parameters as arguments. The rest stays eager: layer
+    weighting is one library call, and the head and the loss see a different number of labels at each step. Compilation
+    happens at the first forward and backward of each row length, and at the first forward in eval mode, which has
+    separate graphs; a different number of rows (see `any_number_of_rows`) or objective does not recompile. Code with
+    dynamic row lengths was 10 % slower. Inductor caches its output on disk (in TORCHINDUCTOR_CACHE_DIR), so the next
+    run starts in seconds.
 
     Args:
-        blocks: of the model, on their device.
-        mixed_precision: whether they run under autocast to bf16.
+        blocks: the model's blocks, on their device.
+        mixed_precision: whether they run under bf16 autocast.
     """
     uses_cpp = mixed_precision and choose_backend(None, next(blocks.parameters()).device) == "cpp"
     budget = _ACTIVATION_MEMORY_WITH_CPP if uses_cpp else _ACTIVATION_MEMORY
@@ -48,16 +48,16 @@ def compile_blocks(blocks: nn.ModuleList, *, mixed_precision: bool = True) -> No
 
 
 def restored_settings() -> AbstractContextManager[None]:
-    """A block after which process-wide settings of PyTorch that `compile_blocks` makes are as they were before it."""
+    """Context manager: on exit, restores the process-wide PyTorch settings that `compile_blocks` changes."""
     return torch_private.restored_autograd_compiler("activation_memory_budget", *_AUTOGRAD_SETTINGS)
 
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """A block in which models are compiled: what the compiler has to say becomes one line.
+    """Context manager for compilation: turns compiler errors into a one-line InputError.
 
     Raises:
-        InputError: the model cannot be compiled here.
+        InputError: the model cannot be compiled on this machine.
     """
     try:
         yield
@@ -70,6 +70,6 @@ def compiling() -> Iterator[None]:
 
 
 def any_number_of_rows(tensor: Tensor) -> Tensor:
-    """Mark dimension 0 as dynamic, and as ≥ 1, for torch.compile; returns the tensor."""
+    """Mark dim 0 as dynamic (≥ 1) for torch.compile; returns the tensor."""
     torch_private.mark_any_size(tensor, 0)
     return tensor

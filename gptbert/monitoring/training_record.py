@@ -1,4 +1,4 @@
-"""The record of training steps: losses, schedules and speed since the last one."""
+"""Training records: losses, schedule values and speed since the last record."""
 
 import torch
 from torch import Tensor
@@ -28,19 +28,19 @@ class TrainingRecord:
         self._matmul_flops = measure_matmul_flops(world.device, dtype, quick=True)
 
     def is_due(self, step: int) -> bool:
-        """Whether there is a record after `step` steps."""
+        """Whether a record is due after `step` steps."""
         return step == self._config.max_steps or step % self._config.log_every == 0
 
     def __call__(
         self, step: int, means: dict[Objective, dict[str, float]], gradient_norm: Tensor, throughput: Throughput
     ) -> dict[str, float]:
-        """The record after `step` steps; waits for the device.
+        """The record after `step` steps; syncs with the device.
 
         Args:
             step: steps completed.
-            means: since the last record, see `LossSums.means`.
-            gradient_norm: of the last step, before clipping.
-            throughput: of the run.
+            means: means since the last record; see `LossSums.means`.
+            gradient_norm: the last step's gradient norm before clipping.
+            throughput: the run's token counter and timer.
         """
         weights = {objective: self._plan.weight(objective) for objective in means}
         if self._config.token_weighted_loss:

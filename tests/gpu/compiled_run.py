@@ -1,6 +1,6 @@
-"""Train as train_distributed.py does, compiled however short: `python -m tests.gpu.compiled_run FLAGS…`.
+"""Train like train_distributed.py, compiled even if the run is short: `python -m tests.gpu.compiled_run FLAGS…`.
 
-A process of its own, since what one run compiled serves the next in the same process. Prints the number of graphs.
+Runs in its own process, since runs in one process share compiled code. Prints the number of graphs.
 """
 
 import sys
@@ -17,7 +17,7 @@ from tests.lanes import DEVICE
 
 
 def always_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compile runs of any length; in the rehearsal only trace, without Inductor, which takes minutes."""
+    """Compile runs of any length; the rehearsal only traces, since Inductor takes minutes."""
     for device in compile_choice.COMPILE_SECONDS:
         monkeypatch.setitem(compile_choice.COMPILE_SECONDS, device, 0.0)
     if DEVICE == "cpu":

@@ -1,4 +1,4 @@
-"""The GPU's own lane, and its rehearsal on the CPU: the same tests at toy sizes, interpreted; see tests/README.md."""
+"""Fixtures of the GPU lane and its CPU rehearsal: the same tests at toy sizes, interpreted; see tests/README.md."""
 
 import importlib
 import importlib.util
@@ -9,7 +9,7 @@ import torch
 from tests.gpu.tracing import trace_only
 
 NEED_TYRO = ["test_gpu_after_training.py", "test_gpu_step.py", "test_gpu_training.py"]
-# without it, a bare machine with a GPU can still tell everything about kernels and model
+# without tyro, a bare machine with a GPU can still run the tests of kernels and model
 collect_ignore = [] if importlib.util.find_spec("tyro") else NEED_TYRO
 
 
@@ -20,14 +20,14 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(autouse=True, scope="session")
 def a_gpu(device):
-    """What every test here needs, unless it is rehearsed."""
+    """Every test here needs a GPU, except in the rehearsal."""
     if device.type == "cuda" and not torch.cuda.is_available():
         pytest.skip("there is no GPU here")
 
 
 @pytest.fixture(autouse=True, scope="module")
 def no_interpreter_unless_asked_for(device):
-    """In the rehearsal, tests that are not about Triton's kernels do without them, and without C++ in compiled code."""
+    """In the rehearsal, tests that do not name Triton run PyTorch's operations, and no C++ in compiled code."""
     with pytest.MonkeyPatch.context() as patch:
         if device.type == "cpu":
             patch.setenv("KERNELS_BACKEND", "torch")
@@ -36,19 +36,19 @@ def no_interpreter_unless_asked_for(device):
 
 @pytest.fixture(scope="session")
 def sized(device):
-    """Chooses between a size for a GPU and one for the rehearsal."""
+    """Returns a function that chooses between a size for the GPU and one for the rehearsal."""
     return lambda on_gpu, rehearsed: on_gpu if device.type == "cuda" else rehearsed
 
 
 @pytest.fixture
 def compiler(device, fresh_compiler, monkeypatch):
-    """torch.compile as a GPU has it; in the rehearsal it traces, and leaves Inductor out, which takes minutes."""
+    """torch.compile as on a GPU; in the rehearsal it only traces, since Inductor takes minutes."""
     if device.type == "cpu":
         trace_only(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """Tokenizer, token files and models' shapes; see `tests.runs.write_inputs`."""
-    runs = importlib.import_module("tests.runs")  # not above, since the command line that it reads needs tyro
+    """Tokenizer, token files and model configurations; see `tests.runs.write_inputs`."""
+    runs = importlib.import_module("tests.runs")  # imported here, since its command line needs tyro
     return runs.write_inputs(tmp_path_factory.mktemp("gpu"))

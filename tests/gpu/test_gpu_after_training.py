@@ -1,4 +1,4 @@
-"""What is done with a checkpoint that was written on the device: it holds nothing of the device, and serves on any."""
+"""A checkpoint written on the device is independent of it, and works on any other device."""
 
 import json
 
@@ -122,7 +122,7 @@ def test_pairs_are_scored(run_dir, device, tmp_path):
 
 @torch.no_grad()
 def test_an_exported_folder_holds_the_average(run_dir, device, tmp_path):
-    """And computes the same in transformers on the device, where that is installed."""
+    """The export gives the same results in transformers on the device, if transformers is installed."""
     export(ExportConfig(run_dir, tmp_path / "exported"))
     model = load_model(run_dir)
     weights = from_upstream(load_file(tmp_path / "exported" / "model.safetensors"))
@@ -138,7 +138,7 @@ def test_an_exported_folder_holds_the_average(run_dir, device, tmp_path):
 
 @pytest.mark.parametrize("name", ["cuda", "cpu"])
 def test_a_run_goes_on_on_another_kind_of_device(name, run_dir, inputs, settings, device):
-    """Without dropout: the losses are those of the run, whichever machine goes on with it."""
+    """Without dropout: resuming on a different kind of device gives the losses of the uninterrupted run."""
     if name == "cuda" != device.type:
         pytest.skip("rehearsed with the CPU's")
     again = settings | {"device": name, "config_file": inputs / "no_dropout.json", "cpu_threads": 1}

@@ -1,4 +1,4 @@
-"""Triton's kernels against their references, and the registered operations, with tensors on the device."""
+"""Triton kernels against their references, and registered operations, with tensors on the device."""
 
 import importlib
 import itertools
@@ -20,7 +20,7 @@ from kernels.span_mask import op as masking
 from kernels.span_mask import reference as masking_reference
 from tests.numerics import assert_accurate, assert_near, same
 
-REHEARSED = 6  # comparisons of each check, which tests/test_check.py runs whole
+REHEARSED = 6  # comparisons of each check; tests/test_check.py runs all of them
 IGNORED = -100
 MASKING = {
     "mask_p": 0.15, "random_p": 0.1, "keep_p": 0.1, "mask_token_id": 4, "vocab_size": 30_000, "num_special_tokens": 16,
@@ -47,7 +47,7 @@ def test_everything_that_is_checked_before_a_run(operation, device, sized):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cross_entropy_at_a_models_size(device, sized, dtype):
-    """More than 2²⁸ logits, of an odd vocabulary; in autocast as in training; twice, with the same bits."""
+    """More than 2²⁸ logits and an odd vocabulary, under autocast as in training; two calls give the same bits."""
     rows, vocab_size, hidden_size = sized((10_000, 32_771, 128), (20, 131, 32))
     inputs = {
         "hidden": random(rows, hidden_size, device=device, dtype=torch.bfloat16),
@@ -76,7 +76,7 @@ def test_cross_entropy_at_a_models_size(device, sized, dtype):
 
 
 def test_cross_entropy_from_logits_at_a_models_size(device, sized):
-    """In the logits' own memory, as an exported model would be trained."""
+    """The gradient overwrites the logits, as in training an exported model."""
     logits = random(*sized((4096, 32_768), (8, 128)), device=device, dtype=torch.bfloat16)
     labels = random_ids(logits.shape[1], len(logits), device=device)
     gradients, losses = [], []
@@ -114,7 +114,7 @@ def test_masks_of_a_training_step_are_the_cpus(device, sized, with_history):
 
 
 def test_lamb_takes_the_steps_of_its_reference(device, sized):
-    """Of a model's tensors, some so large that their chunks are; three steps, twice."""
+    """A model's tensors, some large enough for large chunks; two runs of three steps are bitwise equal."""
     shapes = sized([(9_000_001,), (2560, 768), (768,), (127, 1), ()], [(40_001,), (25, 7), (7,), (1,), ()])
     runs = []
     for backend, dtype in (("triton", torch.float32), ("triton", torch.float32), ("torch", torch.float64)):
@@ -212,7 +212,7 @@ def test_is_a_well_made_operation(name, device):
 
 
 def test_these_are_all_operations_for_gpus():
-    """Those of the C++ kernels are for CPUs, and registered in another way (`kernels.cpp.operation`)."""
+    """C++ operations are for CPUs, and registered separately (`kernels.cpp.operation`)."""
     files = Path(kernels.__file__).parent.rglob("*.py")
     found = {name for file in files for name in re.findall(r'custom_op\(\s*"kernels::(\w+)"', file.read_text())}
     assert found == set(OPERATIONS_REGISTERED)

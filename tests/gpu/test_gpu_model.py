@@ -1,4 +1,4 @@
-"""The model on the device: as on the CPU, and compiled as eager, forward and backward."""
+"""The model on the device against the CPU, and compiled against eager, forward and backward."""
 
 import dataclasses
 
@@ -35,7 +35,7 @@ def shape(sized):
 
 
 def make_model(shape, device, dtype=torch.float32):
-    """With weights that are none of the first ones, and the same dropout wherever it computes."""
+    """A model with randomized weights, and the same dropout seeds on every device."""
     torch.manual_seed(5)
     model = GPTBert(shape)
     for param in model.parameters():
@@ -46,7 +46,7 @@ def make_model(shape, device, dtype=torch.float32):
 
 
 def run(model, shape, rows, device, *, length=24, autocast=False):
-    """Loss and gradients of rows of both objectives, of several documents and with padding."""
+    """Loss and gradients of rows of both objectives, with several documents and padding."""
     generator = torch.Generator().manual_seed(rows)
     ids = torch.randint(16, shape.vocab_size, (rows, length), generator=generator)
     documents = (torch.arange(length) >= length // 2).long().repeat(rows, 1)
@@ -76,7 +76,7 @@ def test_the_device_computes_what_the_cpu_does(shape, device):
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_compiled_is_eager_for_any_number_of_rows(shape, device, autocast, compiler):
-    """By the error of eager, to the fp64 of the CPU: both round, at different places."""
+    """Compiled error against fp64 on the CPU is bounded by eager's error: the two round at different places."""
     model = make_model(shape, device)
     numbers = (5, 2, 1, 8)
     eager = {rows: run(model, shape, rows, device, autocast=autocast) for rows in numbers}

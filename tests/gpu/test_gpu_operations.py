@@ -1,4 +1,4 @@
-"""What the model is made of, in the forms that run on a GPU, against the same in fp64 on the CPU, with gradients."""
+"""The model's operations in the form that runs on a GPU, against fp64 on the CPU, with gradients."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ SEED = (77, -5)
 
 
 def attention(query, key, position_query, position_key, value):
-    """With documents, padding, a row of each objective and dropout."""
+    """Attention over documents with padding, rows of both objectives, and dropout."""
     rows, length = query.shape[1:3]
     documents = (torch.arange(length) >= length // 3).long().repeat(rows, 1)
     documents[-1, -2:] = -1
@@ -54,7 +54,7 @@ def dropped(x):
 
 
 def mixed(first, *changes):
-    """A mix behind each change; weights that are none of the first ones."""
+    """A layer weighting after each change, with weights away from their initial values."""
     representations = Representations(len(changes) + 1)
     state = representations.start(first)
     for index, change in enumerate(changes):
@@ -65,7 +65,7 @@ def mixed(first, *changes):
 
 
 HEADS = (4, 3, 17, 8)  # [H, B, T, d]
-# function; shapes of what it takes; whether in two bytes too
+# function; input shapes; whether it is tested in bf16 too
 CASES = {
     "attention": (attention, [HEADS, HEADS, (4, BUCKETS, 8), (4, BUCKETS, 8), HEADS], True),
     "gated feed-forward": (gated_feed_forward, [(3, 17, 96), (32, 48)], True),
@@ -78,7 +78,7 @@ CASES = {
 
 
 def outcome(function, tensors, device, dtype):
-    """Result and gradients, as training has them: of fp32 leaves, in autocast for two bytes."""
+    """Result and gradients as in training: fp32 leaves, under autocast for bf16."""
     in_autocast = dtype == torch.bfloat16
     leaf_dtype = torch.float32 if in_autocast and function is not attention else dtype
     leaves = [tensor.to(device, leaf_dtype).requires_grad_() for tensor in tensors]
@@ -129,7 +129,7 @@ def test_the_random_words_are_the_cpus(device, shape):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_drops_the_same_entries_also_behind_padding(device, dtype, sized):
-    """Inductor may compute with an entry's index what it likes; the bits must stay. Forward and backward."""
+    """Inductor may transform an element's index; forward and backward must still drop the same elements."""
     backend = sized("inductor", "aot_eager")
 
     def padded(x):

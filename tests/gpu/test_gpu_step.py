@@ -1,6 +1,6 @@
-"""What the host does in a step on the device: it waits for nothing, and nothing keeps a CUDA graph from recording it.
+"""Host work in a step on the device: no device sync, and nothing that prevents capture in a CUDA graph.
 
-`no_waiting` and `recorded` are all that a rehearsal on the CPU leaves out.
+The rehearsal on the CPU leaves out only `no_waiting` and `recorded`.
 """
 
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ WARM_UPS = 3
 
 @contextmanager
 def no_waiting(device):
-    """A block in which it is an error to wait for the GPU."""
+    """Context manager: a device sync is an error."""
     if device.type == "cpu":
         yield
         return
@@ -36,7 +36,7 @@ def no_waiting(device):
 
 
 def recorded(function, device):
-    """Run a function WARM_UPS times, then record it in a CUDA graph, without running it; returns the graph's replay."""
+    """Run a function WARM_UPS times, then capture it in a CUDA graph without running it; returns the graph's replay."""
     if device.type == "cpu":
         for _ in range(WARM_UPS):
             function()
@@ -58,7 +58,7 @@ def make_trainer(inputs, device, **changes):
     sizes = {"seq_length": 16, "global_batch_size": 8, "local_batch_size": 4}
     config = parse(TrainConfig, flags(inputs, **settings | sizes | changes))
     trainer = Trainer(config, Inputs.open(config), HybridPlan(config, 1), World(0, 1, torch.device(device.type, 0)))
-    trainer.micro_batches.has_fixed_shapes = True  # as on a GPU in the rehearsal too
+    trainer.micro_batches.has_fixed_shapes = True  # as on a GPU, so that the rehearsal has them too
     return trainer
 
 
@@ -67,7 +67,7 @@ def make_trainer(inputs, device, **changes):
     [("lamb", {}), ("lamb", {"mask_history": True}), ("adamw", {"activation_checkpointing": True}), ("muon", {})],
 )
 def test_a_step_waits_for_nothing(inputs, device, optimizer, more):
-    """From rows on the host to moved weights; the first two steps may wait, since they compile and allocate."""
+    """From rows on the host to updated weights; the first two steps may sync, since they compile and allocate."""
     trainer = make_trainer(inputs, device, optimizer=optimizer, **more)
     rows = [trainer.rows.load(step) for step in range(4)]
     for step in range(2):
@@ -87,10 +87,10 @@ def test_waiting_is_an_error_where_it_is_looked_for(device):
 
 
 def fixed_step(trainer, device):
-    """A step on the same rows each time, as a function without arguments, and where it leaves the loss.
+    """A step on the same rows each time: a function without arguments, and the tensor that receives the loss.
 
-    All that a step does on the device but the masking: forward and backward of each micro-batch, clipping, the
-    optimizer, the average. The learning rate is the first step's, in a tensor.
+    All of a step's work on the device except masking: forward and backward of each micro-batch, clipping, the
+    optimizer, the EMA. The learning rate is the first step's, in a tensor.
     """
     batches = trainer.rows.batches(trainer.rows.load(0), 0)
     pieces, scales = trainer.micro_batches.cut(batches, 0), trainer._loss_scales(batches)[0]
@@ -117,7 +117,7 @@ def fixed_step(trainer, device):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_step_in_a_cuda_graph_is_the_step(inputs, device, compiled, fresh_compiler, monkeypatch):
-    """Without dropout, so that both have the same losses: as many steps one by one, and as replays."""
+    """Without dropout, so that losses agree: the same number of eager steps and of replays."""
     if compiled:
         always_compile(monkeypatch)
     ends = []

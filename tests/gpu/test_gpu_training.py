@@ -1,4 +1,4 @@
-"""Whole runs on the device: both backends, the command itself, and going on to the bit."""
+"""Whole runs on the device: both backends, the command line, and bitwise resuming."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from tests.runs import MODEL, ROOT, assert_same_checkpoint, flags, losses, train
 
 @pytest.fixture(scope="module")
 def settings(inputs, device, sized):
-    """Flags of a run with a checkpoint half-way; on a GPU of a model that is wide enough for its tensor cores."""
+    """Flags of a run with a checkpoint half-way; on a GPU the model is wide enough for tensor cores."""
     shape = sized(
         {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_hidden_layers": 3},
         {"num_hidden_layers": 1},
@@ -40,14 +40,14 @@ def settings(inputs, device, sized):
 
 
 def run(inputs, name, settings):
-    """Train in this process; the records and the folder."""
+    """Train in this process; returns the records and the run's folder."""
     fit(parse(TrainConfig, flags(inputs, name=name, **settings)))
     folder = inputs / "runs" / name
     return read_records(folder / "metrics.jsonl"), folder
 
 
 def assert_went_on_to_the_bit(whole, other):
-    """Records and folders of a run, and of one from its first checkpoint to its end."""
+    """A run and one resumed from its first checkpoint are bitwise equal; each is given as records and folder."""
     later = [record for record in whole[0] if record["step"] >= other[0][0]["step"]]
     assert losses(other[0]) == losses(later)
     assert_same_checkpoint(list_checkpoints(other[1])[-1], list_checkpoints(whole[1])[-1])
@@ -55,7 +55,7 @@ def assert_went_on_to_the_bit(whole, other):
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 1e-2)])
 def test_both_backends_train_the_same(inputs, settings, sized, precision, tolerance):
-    """Masks and dropout are equal to the bit; the rest differs by rounding, in bf16 by that of logits' gradients."""
+    """Masks and dropout are bitwise equal; the rest differs by rounding, in bf16 by that of the logits' gradient."""
     if DEVICE == "cpu" and precision == "fp32":
         pytest.skip("tests/test_trainer.py does the same on a CPU")
     settings = settings | {"mixed_precision": precision == "bf16", "max_steps": sized(8, 2)}
@@ -84,7 +84,7 @@ def test_a_run_goes_on_to_the_bit(inputs, settings, optimizer, more):
 
 
 def test_the_command_trains_as_the_function_does(inputs, settings, sized):
-    """In a process of its own, and after the check of its kernels, which must not change the run."""
+    """In its own process, after the kernel check, which must not change the run."""
     settings = settings | {"mixed_precision": True, "max_steps": settings["save_every"]}
     expected, folder = run(inputs, "function", settings)
     records = train(inputs, "command", **settings | {"kernel_check": sized("on", "off")})
@@ -93,7 +93,7 @@ def test_the_command_trains_as_the_function_does(inputs, settings, sized):
 
 
 def run_compiled(inputs, name, settings):
-    """Train in a process of its own, compiled; the records and the folder."""
+    """Train in a separate process, compiled; returns the records and the run's folder."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.gpu.compiled_run", *flags(inputs, name=name, **settings)],
         cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
