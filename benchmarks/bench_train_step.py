@@ -175,7 +175,7 @@ def _run(case: Case, config: StepBenchConfig, rank: int, port: int) -> Result:
     with connect(train_config) as world:
         with watch.installed():
             trainer = random_trainer(train_config, model_config, world)
-            with Prefetcher(trainer.rows.load, 0, train_config.max_steps) as rows:
+            with Prefetcher(trainer.loader.load, 0, train_config.max_steps) as rows:
                 for step in range(train_config.max_steps):
                     steps.append(watch.step(lambda step=step: trainer.train_step(rows.get(step))))
                     if step == 0:
@@ -243,7 +243,7 @@ def cross_entropy_share(config: ModelConfig, length: int, labeled: float) -> flo
 
 def labeled_fraction(trainer: Trainer, step: int) -> float:
     """Fraction of labeled positions."""
-    batches = trainer.rows.batches(trainer.rows.load(step), step)
+    batches = trainer.loader.batches(trainer.loader.load(step), step)
     labels = torch.cat([batch.labels.flatten() for batch in batches])
     return (labels != IGNORE_INDEX).double().mean().item()
 

@@ -77,7 +77,7 @@ def _fit(config: TrainConfig, world: World) -> None:
             log(f"starting from the weights of {config.initial_weights}")
     trainer = Trainer(config, inputs, plan, world, initial_weights, is_compiled=choice.is_compiled)
     if world.is_main and len(inputs.train_stores) > 1:
-        log(trainer.rows.describe_corpora())
+        log(trainer.loader.describe_corpora())
     if resumed:
         trainer.restore(resumed)
         del resumed  # as large as the run's own state

@@ -79,8 +79,8 @@ class Trainer:
         self.skipped_steps = SkippedSteps(world.device)
         self.stop_signal = StopSignal(world)
         self.micro_batches = MicroBatches(config, plan, world)
-        self.rows = BatchLoader(config, inputs, plan, world, self.micro_batches)
-        self.words = WordCheckpoints(config, self.rows.streams, plan)
+        self.loader = BatchLoader(config, inputs, plan, world, self.micro_batches)
+        self.words = WordCheckpoints(config, self.loader.streams, plan)
         self.validation = Validation(ValidationSettings.of(config), inputs.valid_store, world, inputs.vocab_size)
         self.step = 0
         self._record = TrainingRecord(config, inputs.model_config, plan, world)
@@ -101,7 +101,7 @@ class Trainer:
             with self.world.errors_on_all_ranks():
                 trackers = stack.enter_context(Trackers(config, self.world, settings, self.step))
                 samples = Samples(config, self.inputs.valid_store, self.world)
-            rows = stack.enter_context(Prefetcher(self.rows.load, self.step, config.max_steps))
+            rows = stack.enter_context(Prefetcher(self.loader.load, self.step, config.max_steps))
             bar = stack.enter_context(progress_bar(config, self.world, self.step))
             throughput = Throughput(self.plan.tokens_before(self.step))
             while self.step < config.max_steps:
@@ -144,7 +144,7 @@ class Trainer:
         Returns:
             The global gradient norm before clipping, a scalar on the device.
         """
-        batches = self.rows.batches(rows, self.step)
+        batches = self.loader.batches(rows, self.step)
         scales, stop_requests = self._loss_scales(batches)
         self.stop_signal.note(stop_requests)
         pieces = self.micro_batches.cut(batches, self.step)
@@ -170,10 +170,10 @@ class Trainer:
         Raises:
             InputError: too many consecutive steps were skipped, or a rank failed to load rows.
         """
-        self.rows.raise_load_errors()
+        self.loader.raise_load_errors()
         self.skipped_steps.raise_if_too_many(self.config.max_skipped_steps, self.step)
         means, self.sums = self.sums.means(self.world), LossSums(self.world.device)
-        epochs = {f"train/corpus/{name}/epochs": count for name, count in self.rows.epochs_before(self.step).items()}
+        epochs = {f"train/corpus/{name}/epochs": count for name, count in self.loader.epochs_before(self.step).items()}
         return (
             self._record(self.step, means, gradient_norm, throughput)
             | {"train/skipped_steps": self.skipped_steps.total()}
@@ -201,7 +201,7 @@ class Trainer:
             rank_states=self.world.all_gather(self.random_state.state_dict() | self.sums.state_dict()),
             is_compiled=self.is_compiled,
             **self.skipped_steps.state_dict(),
-            **self.rows.state_dict(),
+            **self.loader.state_dict(),
         )
         checkpoint.save(state, self.config, self.inputs.model_config, self.world)
 
@@ -216,7 +216,7 @@ class Trainer:
 
     def _agree_to_save(self) -> None:
         """Raise InputError on all ranks if weights are not finite or a rank failed to load rows."""
-        self.rows.raise_load_errors()
+        self.loader.raise_load_errors()
         norm = full_tensor(get_total_norm(self.model.parameters()))
         with self.world.errors_on_all_ranks():
             if not norm.isfinite():
@@ -240,7 +240,7 @@ class Trainer:
         load_weights(self.ema.model, resumed.ema)
         load_moments(self.optimizer, resumed.optimizer["state"])
         self.skipped_steps.load_state_dict({"skipped_steps": resumed.skipped_steps})
-        self.rows.load_state_dict({"mask_counts": resumed.mask_counts})
+        self.loader.load_state_dict({"mask_counts": resumed.mask_counts})
         self.random_state.load_rank_states(resumed.rank_states, self.step)
         self.sums.load_rank_states(resumed.rank_states, self.world)
 

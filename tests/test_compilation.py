@@ -117,7 +117,7 @@ def test_a_whole_run_compiles_its_shapes_once(tmp_path, even_short_runs):
     samples = Samples(config, trainer.inputs.valid_store, trainer.world)
     graphs, shapes = [counters["stats"]["unique_graphs"]], []
     for step in range(config.max_steps):
-        trainer.train_step(trainer.rows.load(step))
+        trainer.train_step(trainer.loader.load(step))
         if step in {0, 30, 37}:
             trainer.validation_record()
             assert samples(trainer.model, trainer._precision())

@@ -45,7 +45,7 @@ def make_trainer(inputs, monkeypatch):
         trainer.micro_batches.has_fixed_shapes = True
         trainer.step = 1
         with Operations(lambda *_: None, closed=CLOSED):
-            trainer.train_step(trainer.rows.load(1))  # one-time allocations
+            trainer.train_step(trainer.loader.load(1))  # one-time allocations
         return trainer
 
     return make
@@ -54,7 +54,7 @@ def make_trainer(inputs, monkeypatch):
 def operations_of(trainer, step):
     """A step's operations with tensor shapes, dtypes and devices; and those on host tensors other than rows."""
     trainer.step = step
-    rows = trainer.rows.load(step)
+    rows = trainer.loader.load(step)
     loaded = {id(tensor) for _, tensors in rows for tensor in tensors.values()}
     seen, from_host = [], []
 
@@ -95,7 +95,7 @@ def test_all_micro_batches_are_the_same_operations(make_trainer, monkeypatch):
     monkeypatch.setattr(trainer, "_forward", watched)
     for step in (2, 99):
         trainer.step = step
-        trainer.train_step(trainer.rows.load(step))
+        trainer.train_step(trainer.loader.load(step))
     assert len(seen) == 1 + 4
     assert len(seen[0]) > 300
     assert all(own == seen[0] for own in seen)
@@ -146,7 +146,7 @@ def test_padding_changes_no_gradient(inputs, monkeypatch, local_batch_size):
         trainer = Trainer(config, Inputs.open(config), HybridPlan(config, 1), World(0, 1, torch.device("cpu")))
         trainer.micro_batches.has_fixed_shapes = has_fixed_shapes
         monkeypatch.setattr(trainer.optimizer, "zero_grad", lambda: None)
-        norm = trainer.train_step(trainer.rows.load(0))
+        norm = trainer.train_step(trainer.loader.load(0))
         gradients = {name: param.grad for name, param in trainer.model.named_parameters()}
         results.append(gradients | {"norm": norm, "sums": trainer.sums.sums})
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-7)

@@ -179,7 +179,7 @@ def make_trainer(world, arguments):
 
 def a_rank_holds_its_part(world, arguments):
     trainer = make_trainer(world, arguments)
-    batch = trainer.rows.batches(trainer.rows.load(0), 0)[0]
+    batch = trainer.loader.batches(trainer.loader.load(0), 0)[0]
     params = list(trainer.model.parameters())
     with trainer.world.gradient_sync(trainer.parallel_model, is_on=False):
         trainer._forward([batch])[0].total.backward()
@@ -188,7 +188,7 @@ def a_rank_holds_its_part(world, arguments):
         trainer._forward([batch])[0].total.backward()
     trainer.optimizer.zero_grad()
     for step in range(2):
-        norm = trainer.train_step(trainer.rows.load(step))
+        norm = trainer.train_step(trainer.loader.load(step))
         assert not isinstance(norm, DTensor)
         trainer.validation_record()
     trainer._warm_up_evaluation()
@@ -237,7 +237,7 @@ def everything_at_once_is_ddp(world, arguments):
         norms = []
         for trainer in (ddp, fsdp):
             torch.manual_seed(step)  # for dropout
-            norms.append(trainer.train_step(trainer.rows.load(step)))
+            norms.append(trainer.train_step(trainer.loader.load(step)))
         torch.testing.assert_close(norms[1], norms[0], rtol=1e-4, atol=0)
         torch.testing.assert_close(fsdp.sums.sums, ddp.sums.sums, rtol=1e-4, atol=0)
     assert counters["stats"]["unique_graphs"] == 2 + 2
@@ -284,4 +284,4 @@ def test_ranks_must_divide_into_copies(inputs, make_config):
 def test_one_process_has_nothing_to_shard(inputs):
     trainer = make_trainer(World(0, 1, CPU), flags(inputs, parallel="fsdp"))
     assert not any(isinstance(param, DTensor) for param in trainer.model.parameters())
-    assert trainer.train_step(trainer.rows.load(0)) > 0
+    assert trainer.train_step(trainer.loader.load(0)) > 0

@@ -144,7 +144,7 @@ def train_on_rank(rank, world_size, inputs, results):
     with connect(config) as world:
         trainer = Trainer(config, Inputs.open(config), HybridPlan(config, world_size), world)
         for trainer.step in range(6):
-            trainer.train_step(trainer.rows.load(trainer.step))
+            trainer.train_step(trainer.loader.load(trainer.step))
         loss = trainer.validation_record()["validation/mlm/loss"]
         results.put((rank, (loss, {name: param.tolist() for name, param in trainer.model.named_parameters()})))
 

@@ -45,7 +45,7 @@ def train(inputs, look, steps=1, *, has_fixed_shapes=False, **changes):
     trainer = Trainer(config, Inputs.open(config), HybridPlan(config, 1), World(0, 1, torch.device("cpu")))
     trainer.micro_batches.has_fixed_shapes = has_fixed_shapes
     for step in range(steps):
-        rows = trainer.rows.load(step)
+        rows = trainer.loader.load(step)
         with Operations(look):
             trainer.train_step(rows)
     return trainer

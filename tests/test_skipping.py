@@ -45,7 +45,7 @@ def skip_on_two_ranks(rank, inputs, optimizer, bad, results):
             before, is_bad = state_of(trainer), trainer.step in {1, 2}
             if rank == 1 and is_bad:
                 hook = trainer.model.head.bias.register_hook(lambda gradient: gradient + bad)
-            norm = trainer.train_step(trainer.rows.load(trainer.step))
+            norm = trainer.train_step(trainer.loader.load(trainer.step))
             if rank == 1 and is_bad:
                 hook.remove()
             try:

@@ -43,8 +43,8 @@ def test_the_step_is_the_formula(inputs):
     """Clipped gradient of (num/den)·mean MLM + (1−num/den)·mean CLM + z-loss, from one plain forward over all rows."""
     settings = {"optimizer": "adamw", "local_batch_size": 3, "max_gradient": 0.5}  # LAMB clips inside its kernel
     trainer = make_trainer(inputs, config_file=inputs / "no_dropout.json", **settings)
-    rows = trainer.rows.load(0)
-    batches = {batch.objective: batch for batch in trainer.rows.batches(rows, 0)}
+    rows = trainer.loader.load(0)
+    batches = {batch.objective: batch for batch in trainer.loader.batches(rows, 0)}
     loss = 0.0
     for objective, weight in ((Objective.MLM, 1 / 4), (Objective.CLM, 3 / 4)):
         batch = batches[objective]
@@ -70,7 +70,7 @@ def test_averages_and_learning_rate_follow_every_step(inputs):
     trainer = make_trainer(inputs, ema_decay=0.9)
     expected = [param.detach().clone() for param in trainer.model.parameters()]
     for step in range(3):
-        trainer.train_step(trainer.rows.load(step))
+        trainer.train_step(trainer.loader.load(step))
         rates = {group["lr"] for group in trainer.optimizer.param_groups}
         assert rates == {learning_rate(trainer.config, step)}
         expected = [0.9 * mean + 0.1 * param for mean, param in zip(expected, trainer.model.parameters(), strict=True)]
@@ -100,7 +100,7 @@ def test_a_step_reads_nothing_back_from_the_device(inputs, mask_history):
     trainer = make_trainer(inputs, mask_history=mask_history, mixed_precision=True, local_batch_size=2)
     trainer.micro_batches.has_fixed_shapes = True
     steps_on_host = lambda: {id(state["step"]) for state in trainer.optimizer.state.values() if state}  # noqa: E731
-    rows = [trainer.rows.load(step) for step in range(2)]
+    rows = [trainer.loader.load(step) for step in range(2)]
     with HostReads(steps_on_host) as reads:
         for row in rows:
             trainer.train_step(row)
@@ -123,7 +123,7 @@ def test_longer_rows_come_in_fewer_at_a_time(inputs, monkeypatch):
     widest = []
     for trainer.step in (0, 7, 9):
         shapes.clear()
-        trainer.train_step(trainer.rows.load(trainer.step))
+        trainer.train_step(trainer.loader.load(trainer.step))
         widest.append(max(shapes))
     length = trainer.config.seq_length
     assert widest == [(8, length), (4, 2 * length), (2, 4 * length)]
@@ -133,7 +133,7 @@ def test_rows_of_both_objectives_go_through_the_model_together(inputs, monkeypat
     trainer = make_trainer(inputs, local_batch_size=8, global_batch_size=12, batch_reduction=1)
     forward, pieces = trainer._forward, []
     monkeypatch.setattr(trainer, "_forward", lambda parts: pieces.append(parts) or forward(parts))
-    trainer.train_step(trainer.rows.load(0))
+    trainer.train_step(trainer.loader.load(0))
     assert [[(part.objective.value, len(part.labels)) for part in parts] for parts in pieces] == [
         [("mlm", 3), ("clm", 3)],
         [("clm", 6)],
@@ -171,7 +171,7 @@ def test_gradients_are_reduced_once_a_step_however_many_micro_batches(inputs, pr
     trainer.parallel_model.register_comm_hook(None, hook)
     for step in range(2):
         reduced.clear()
-        trainer.train_step(trainer.rows.load(step))
+        trainer.train_step(trainer.loader.load(step))
         assert sorted(reduced) == sorted(id(param) for param in trainer.model.parameters())
 
 

@@ -92,7 +92,7 @@ class TrainingSteps:
         self._world = connect(self.config)
         with without_code() if self._rehearse else nullcontext():
             self.trainer = random_trainer(self.config, self.model_config, self._world.__enter__())
-        self._rows = Prefetcher(self.trainer.rows.load, 0, self.number_of_steps)
+        self._rows = Prefetcher(self.trainer.loader.load, 0, self.number_of_steps)
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -69,7 +69,7 @@ def make_trainer(inputs, device, **changes):
 def test_a_step_waits_for_nothing(inputs, device, optimizer, more):
     """From rows on the host to updated weights; the first two steps may sync, since they compile and allocate."""
     trainer = make_trainer(inputs, device, optimizer=optimizer, **more)
-    rows = [trainer.rows.load(step) for step in range(4)]
+    rows = [trainer.loader.load(step) for step in range(4)]
     for step in range(2):
         trainer.train_step(rows[step])
     with no_waiting(device):
@@ -92,7 +92,7 @@ def fixed_step(trainer, device):
     All of a step's work on the device except masking: forward and backward of each micro-batch, clipping, the
     optimizer, the EMA. The learning rate is the first step's, in a tensor.
     """
-    batches = trainer.rows.batches(trainer.rows.load(0), 0)
+    batches = trainer.loader.batches(trainer.loader.load(0), 0)
     pieces, scales = trainer.micro_batches.cut(batches, 0), trainer._loss_scales(batches)[0]
     loss = torch.zeros((), device=device)
     rate = torch.tensor(schedules.learning_rate(trainer.config, 1), dtype=torch.float32, device=device)
