@@ -36,10 +36,11 @@ def library() -> ctypes.CDLL:
     return compiled(source())
 
 
-def source() -> str:
-    """The source of all kernels, after `numbers.h`."""
+def source(*operations: str) -> str:
+    """The source of all kernels, or of some operations', after `numbers.h`."""
     folder = Path(__file__).parent
-    files = [folder / "numbers.h", *sorted(folder.glob("*/kernel.cpp"))]
+    kernels = [folder / op / "kernel.cpp" for op in operations] or folder.glob("*/kernel.cpp")
+    files = [folder / "numbers.h", *sorted(kernels)]
     return "\n".join(file.read_text(encoding="utf-8") for file in files)
 
 
