@@ -156,9 +156,14 @@ def test_a_checkpoint_that_does_not_say_can_be_resumed(inputs, taken):
 
 
 def test_a_run_leaves_the_settings_of_pytorchs_compiler_as_they_were(monkeypatch, make_config):
-    before = torch._functorch.config.activation_memory_budget
-    blocks = torch.nn.ModuleList([Block(SMALL, 0)])
-    monkeypatch.setattr("gptbert.fit._fit", lambda config, world: compile_blocks(blocks))
-    fit(make_config())
-    assert blocks[0].is_compiled
-    assert torch._functorch.config.activation_memory_budget == before != 0.8
+    settings, inside = torch._functorch.config, []
+
+    def compiles(config, world):
+        compile_blocks(torch.nn.ModuleList([Block(SMALL, 0)]))
+        inside.append(settings.activation_memory_budget)
+
+    monkeypatch.setattr("gptbert.fit._fit", compiles)
+    with settings.patch(activation_memory_budget=0.625):
+        fit(make_config())
+        assert inside == [0.8]
+        assert settings.activation_memory_budget == 0.625
