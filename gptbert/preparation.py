@@ -57,7 +57,8 @@ def prepare_cpp_kernels(config: TrainConfig, world: World, *, is_compiled: bool)
         return backend
     reasons = [reason for reason in world.all_gather(cpp.unavailable()) if reason]
     if reasons and is_asked:
-        raise InputError(f"--kernels cpp: the kernels cannot be compiled here ({reasons[0]}); --kernels torch works")
+        asked = "--kernels cpp" if config.kernels == "cpp" else "KERNELS_BACKEND=cpp"
+        raise InputError(f"{asked}: the kernels cannot be compiled here ({reasons[0]}); --kernels torch works")
     if reasons:
         if world.is_main:
             log(f"kernels in C++ cannot be compiled here ({reasons[0]}); this run does without")

@@ -10,7 +10,7 @@ A sum of many terms may also differ from plain PyTorch's by the effect of a diff
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,6 +77,22 @@ def compare(
             bound = FACTOR * _error(plain[mask], reference[mask]) + floor + rounding
             comparisons.append(Comparison(group, _error(actual[mask], reference[mask]), bound))
     return comparisons
+
+
+def compare_all(names: str, *results: Sequence[Tensor]) -> Iterator[Comparison]:
+    """Apply the rule to several tensors.
+
+    Args:
+        names: of the tensors, separated by ", ".
+        results: three sequences of tensors: the kernel's, the fp64 reference's, plain PyTorch's.
+    """
+    for name, *tensors in zip(names.split(", "), *results, strict=True):
+        yield from compare(name, *tensors)
+
+
+def random_bf16(*shape: int) -> Tensor:
+    """Standard normal numbers in bf16 on the CPU; a function of the shape."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).bfloat16()
 
 
 def compare_exactly(name: str, actual: Tensor, expected: Tensor) -> Comparison:

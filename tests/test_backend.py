@@ -95,6 +95,9 @@ def test_without_a_compiler_a_run_does_without_and_says_so(chosen, monkeypatch, 
     assert "kernels in C++ cannot be compiled here (there is no g++)" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"^--kernels cpp: .*there is no g\+\+.*--kernels torch works"):
         chosen(kernels="cpp")
+    monkeypatch.setenv("KERNELS_BACKEND", "cpp")
+    with pytest.raises(InputError, match=r"^KERNELS_BACKEND=cpp: .*there is no g\+\+.*--kernels torch works"):
+        chosen()
 
 
 def test_all_ranks_use_the_same(chosen, monkeypatch):

@@ -18,7 +18,7 @@ SHARDS = "shards"  # a sharded checkpoint's tensors
 CHECKPOINTS = "checkpoints"  # a run's checkpoints
 WORD_CHECKPOINTS = "words"  # those saved by words seen
 
-_SETTINGS_BYTES = 1 << 20
+SETTINGS_BYTES = 1 << 20  # the largest TRAIN_CONFIG that is read
 
 
 def write_settings(folder: Path, config: TrainConfig, model_config: ModelConfig) -> None:
@@ -35,7 +35,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         InputError: they are missing or damaged.
     """
     try:
-        settings = read_json(path / TRAIN_CONFIG, _SETTINGS_BYTES)
+        settings = read_json(path / TRAIN_CONFIG, SETTINGS_BYTES)
     except (OSError, ValueError) as error:
         raise InputError(f"--resume {path}: its train_config.json is missing or damaged") from error
     if not isinstance(settings, dict):

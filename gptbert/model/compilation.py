@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 from torch import Tensor, nn
 
-from gptbert.errors import InputError
+from gptbert.errors import InputError, first_line
 from kernels import torch_private
 from kernels.backend import choose_backend
 
@@ -62,7 +62,7 @@ def compiling() -> Iterator[None]:
     try:
         yield
     except torch_private.compile_errors() as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error) or type(error).__name__
         raise InputError(
             f"--compile: the model cannot be compiled here ({reason}); on CPUs that takes a C++ compiler; "
             "--no_compile trains without"

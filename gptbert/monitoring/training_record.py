@@ -29,7 +29,7 @@ class TrainingRecord:
 
     def is_due(self, step: int) -> bool:
         """Whether a record is due after `step` steps."""
-        return step == self._config.max_steps or step % self._config.log_every == 0
+        return schedules.is_due(step, self._config.log_every, self._config.max_steps)
 
     def __call__(
         self, step: int, means: dict[Objective, dict[str, float]], gradient_norm: Tensor, throughput: Throughput

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gptbert.checkpoint import manifest
-from gptbert.checkpoint.folder import TRAIN_CONFIG
+from gptbert.checkpoint.folder import SETTINGS_BYTES, TRAIN_CONFIG
 from gptbert.config import TrainConfig
 from gptbert.data.objectives import Batch, Masking, Objective, causal_batch, masked_batch
 from gptbert.data.packing import RowStream
@@ -22,7 +22,6 @@ from gptbert.io.json_file import read_json
 from gptbert.model import GPTBert
 from gptbert.monitoring.metrics import LossSums
 
-_SETTINGS_BYTES = 1 << 20
 _MASK_SEED = 0x5EED_0F_7A11D  # independent of the run's seed, so that runs are compared on the same masks
 
 
@@ -58,7 +57,7 @@ class ValidationSettings:
         file = path / TRAIN_CONFIG
         try:
             manifest.check(path, [file.name])
-            content = read_json(file, _SETTINGS_BYTES)
+            content = read_json(file, SETTINGS_BYTES)
             settings = cls(**{name: content.get(name, getattr(TrainConfig, name)) for name in cls.__annotations__})
         except (InputError, OSError, ValueError, AttributeError) as error:
             raise InputError(f"{file}: missing or damaged ({first_line(error)})") from error

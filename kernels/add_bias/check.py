@@ -3,24 +3,18 @@
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
 from kernels.add_bias import add_bias, reference
 from kernels.add_bias.cpp import column_sums
-from kernels.numerics import Comparison, compare, compare_function
+from kernels.numerics import Comparison, compare, compare_function, random_bf16
 from kernels.run import Run
 
 
 def comparisons(device: torch.device, backend: str, run: Run | None = None) -> Iterator[Comparison]:
     """Forward and backward in bf16, at sizes that are not multiples of a SIMD vector; always on the CPU."""
     del device, run
-    x = _random(45, 300)
+    x = random_bf16(45, 300)
     if backend == "cpp":
         yield from compare("column_sums", column_sums(x), x.double().sum(0), x.sum(0, dtype=torch.float32))
-    inputs = {"product": _random(3, 15, 37), "bias": _random(37).float()}
+    inputs = {"product": random_bf16(3, 15, 37), "bias": random_bf16(37).float()}
     yield from compare_function("bf16", lambda **each: add_bias(**each, backend=backend), reference.add_bias, inputs)
-
-
-def _random(*shape: int) -> Tensor:
-    """bf16; a function of the shape."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).bfloat16()

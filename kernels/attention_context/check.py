@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernels.attention_context import attention_context, cpp, eager, reference
 from kernels.dropout import dropout
-from kernels.numerics import Comparison, compare, compare_exactly, compare_function
+from kernels.numerics import Comparison, compare_all, compare_exactly, compare_function, random_bf16
 from kernels.run import Run
 
 _SEED = torch.tensor([77, -5], dtype=torch.int32)
@@ -21,17 +21,6 @@ def comparisons(device: torch.device, backend: str, run: Run | None = None) -> I
         yield from _kernels(length)
     for seed in (None, _SEED):
         yield from _operation(seed, backend)
-
-
-def _random(*shape: int) -> Tensor:
-    """bf16; a function of the shape."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).bfloat16()
-
-
-def _compare_all(names: str, *results: tuple[Tensor, ...]) -> Iterator[Comparison]:
-    """Named results of the kernel, the fp64 reference and plain PyTorch in the kernel's precision."""
-    for name, *tensors in zip(names.split(", "), *results, strict=True):
-        yield from compare(name, *tensors)
 
 
 def _buckets(length: int) -> Tensor:
@@ -53,7 +42,7 @@ def _operation(seed: Tensor | None, backend: str) -> Iterator[Comparison]:
         "position_key": (heads, 7, width),
         "value": (heads, batch, length, width),
     }
-    inputs = {name: _random(*shape, index)[..., 0] for index, (name, shape) in enumerate(shapes.items(), start=1)}
+    inputs = {name: random_bf16(*shape, index)[..., 0] for index, (name, shape) in enumerate(shapes.items(), start=1)}
     rest = {
         "buckets": _buckets(length),
         "mask": mask,
@@ -74,13 +63,13 @@ def _kernels(length: int) -> Iterator[Comparison]:
     position, bucket_of = torch.arange(length), _buckets(length)
     documents = torch.stack([position // 7, torch.where(position < 4, 0, -1)])
     mask = (documents[:, :, None] == documents[:, None, :]) & (documents >= 0)[:, None, :]
-    scores, grad = _random(heads, batch, length, length), _random(heads, batch, length, length) / 8
-    inputs = (scores, _random(heads, batch, length, buckets), _random(heads, buckets, batch, length))
+    scores, grad = random_bf16(heads, batch, length, length), random_bf16(heads, batch, length, length) / 8
+    inputs = (scores, random_bf16(heads, batch, length, buckets), random_bf16(heads, buckets, batch, length))
     rest = (bucket_of, mask, _SEED, _DROPOUT)
     actual = cpp.attention_weights(*inputs, *rest)
     exact = eager.attention_weights(*(tensor.double() for tensor in inputs), *rest)
     plain = eager.attention_weights(*inputs, *rest)
-    yield from _compare_all(f"T={length}: probabilities, dropped", actual, exact, plain)
+    yield from compare_all(f"T={length}: probabilities, dropped", actual, exact, plain)
     yield compare_exactly(f"T={length}: mask", actual[1], dropout(actual[0], _SEED, _DROPOUT))
     rest = (bucket_of, buckets, _SEED, _DROPOUT)
     results = [
@@ -91,4 +80,4 @@ def _kernels(length: int) -> Iterator[Comparison]:
             (eager.attention_weights_backward, (grad, actual[0])),
         )
     ]
-    yield from _compare_all(f"T={length}: ∂scores, ∂by_query, ∂by_key, dropped again", *results)
+    yield from compare_all(f"T={length}: ∂scores, ∂by_query, ∂by_key, dropped again", *results)

@@ -9,21 +9,9 @@ from kernels.attention_context import cpp, eager
 from kernels.backend import uses_cpp
 
 
-def attention_context(
-    query: Tensor,
-    key: Tensor,
-    position_query: Tensor,
-    position_key: Tensor,
-    value: Tensor,
-    buckets: Tensor,
-    mask: Tensor,
-    seed: Tensor | None,
-    dropout_prob: float,
-    backend: str | None,
-) -> Tensor:
-    """See `kernels.attention_context`."""
-    tensors = (query, key, position_query, position_key, value, buckets, mask, seed)
-    return _AttentionContext.apply(*tensors, dropout_prob, backend)
+def attention_context(*arguments: Any) -> Tensor:
+    """See `kernels.attention_context`: its arguments in order, the backend last."""
+    return _AttentionContext.apply(*arguments)
 
 
 class _AttentionContext(torch.autograd.Function):

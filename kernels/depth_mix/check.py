@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernels.depth_mix import buffer, depth_mix, depth_mix_backward, reference
 from kernels.depth_mix.cpp import PIECE
-from kernels.numerics import Comparison, compare, sum_rounding
+from kernels.numerics import Comparison, compare, random_bf16, sum_rounding
 from kernels.run import Run
 
 
@@ -18,16 +18,11 @@ def comparisons(device: torch.device, backend: str, run: Run | None = None) -> I
         yield from _mixes(size, backend)
 
 
-def _random(*shape: int) -> Tensor:
-    """bf16; a function of the shape."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).bfloat16()
-
-
 def _mixes(size: int, backend: str) -> Iterator[Comparison]:
     """Four representations, forward and backward. The reference gets older ones as the buffer rounds them (bf16)."""
     count, name = 4, f"N={size}"
-    y = [_random(size, m + 2).float().sum(1) for m in range(count)]  # not exact in bf16
-    alphas = _random(count, count + 1)[:, :count].float().tril().contiguous()
+    y = [random_bf16(size, m + 2).float().sum(1) for m in range(count)]  # not exact in bf16
+    alphas = random_bf16(count, count + 1)[:, :count].float().tril().contiguous()
     with torch.autocast("cpu", torch.bfloat16):
         values = buffer(count, y[0], backend=backend).fill_(torch.nan)
     old = [values_of.to(values.dtype).double() for values_of in y]
@@ -37,7 +32,7 @@ def _mixes(size: int, backend: str) -> Iterator[Comparison]:
         yield from compare(f"{name}: x_{n}", mixed, expected, expected.float())
     grads: dict[int, Tensor] = {}
     for n in reversed(range(count)):
-        grad = _random(size, 9 + n).float()[:, 0]
+        grad = random_bf16(size, 9 + n).float()[:, 0]
         later = sum(alphas[k, n].double() * grads[k].to(values.dtype).double() for k in grads)
         expected = alphas[n, n].double() * grad.double() + later
         terms = torch.stack([old[m] * grad.double() for m in range(n + 1)])

@@ -30,8 +30,8 @@ def depth_mix_backward(values: Tensor, grad: Tensor, alphas: Tensor, depth: int,
 
 def _check(values: Tensor, newest: Tensor) -> None:
     """Raise TypeError unless the buffer is bf16, the other tensor fp32, and both on the CPU."""
-    kinds = {(tensor.device.type, tensor.dtype) for tensor in (values, newest)}
-    if kinds != {("cpu", torch.bfloat16), ("cpu", torch.float32)} or newest.dtype != torch.float32:
+    is_on_cpu = values.device.type == newest.device.type == "cpu"
+    if not is_on_cpu or (values.dtype, newest.dtype) != (torch.bfloat16, torch.float32):
         raise TypeError(
             f"depth_mix: a buffer of {values.dtype} on {values.device} takes fp32 on a CPU, not {newest.dtype} on "
             f"{newest.device}"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.masked_cross_entropy import cpp, cross_entropy_from_logits, eager, masked_cross_entropy, op, reference
-from kernels.numerics import Comparison, compare, compare_exactly
+from kernels.numerics import Comparison, compare, compare_exactly, random_bf16
 from kernels.run import Run
 
 _IGNORED = -100
@@ -168,17 +168,12 @@ def _compare_sums(name: str, results: dict[str, reference.MaskedCrossEntropy]) -
         yield compare_exactly(f"{name} {field}", getattr(results["actual"], field), getattr(results["plain"], field))
 
 
-def _random(*shape: int) -> Tensor:
-    """bf16; a function of the shape."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).bfloat16()
-
-
 def _cpp_rows(classes: int) -> Iterator[Comparison]:
     """The C++ kernel: seven rows, one ignored, two with a tie whose first or last class is the label."""
-    logits, labels = 3 * _random(7, classes), torch.arange(7) % classes
+    logits, labels = 3 * random_bf16(7, classes), torch.arange(7) % classes
     labels[2] = -100
     logits[4, [4, 9]] = logits[5, [2, 5]] = 30.0
-    bias = _random(classes).float()
+    bias = random_bf16(classes).float()
     bias[[2, 4, 5, 9]] = 0.5
     is_label = torch.arange(classes) == labels[:, None]
     for name, addend in (("", None), (" with bias", bias)):
@@ -198,7 +193,7 @@ def _cpp_rows(classes: int) -> Iterator[Comparison]:
 
 def _accumulated_product() -> Iterator[Comparison]:
     """The C++ kernel: two bf16 products, the first into a total of NaN."""
-    products, total = (_random(3, 2999), _random(3, 2999).flip(0)), torch.full((3, 2999), torch.nan)
+    products, total = (random_bf16(3, 2999), random_bf16(3, 2999).flip(0)), torch.full((3, 2999), torch.nan)
     for index, product in enumerate(products):
         cpp.accumulate_product(total, product, is_first=index == 0)
     exact = products[0].double() + products[1].double()
