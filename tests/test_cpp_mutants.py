@@ -94,7 +94,9 @@ MUTANTS = {
     "a product overwritten": ("total[i] += wide(product[i])", "total[i] = wide(product[i])"),
     "a product added to what is no number": ("if (is_first)", "if (false)"),
     "the last of a product left out": ("std::min(size, first + BLOCK)", "std::min(size - 1, first + BLOCK)"),
-    "no gradient of the z-loss": ("*scale * (1.0 + of_z_loss) / sum", "*scale / sum"),
+    "every row has the first segment's scale": ("scales[segments[index * segment_stride]]", "scales[segments[0]]"),
+    "every segment has the first one's scale": ("scales[segments[index * segment_stride]]", "scales[0]"),
+    "no gradient of the z-loss": ("scale * (1.0 + of_z_loss) / sum", "scale / sum"),
     "not clipped": ("g = grad[i] * clip", "g = grad[i]"),
     "moments exchanged": (
         "exp_avg[i] = m;\nexp_avg_sq[i] = v;",

@@ -106,7 +106,7 @@ def forward_and_backward(inputs, monkeypatch):
     sum_rows = op.sum_rows
 
     def keeping(*arguments):
-        kept["inputs"], kept["gradients"] = arguments[5:7]
+        kept["inputs"], kept["gradients"] = arguments[6:8]
         return sum_rows(*arguments)
 
     monkeypatch.setattr(op, "sum_rows", keeping)
@@ -117,7 +117,7 @@ def forward_and_backward(inputs, monkeypatch):
         in_place=False,
         backend="triton",
     )
-    return op._scaled_gradients(context, torch.ones_like(result.total), None, None)[5]
+    return op._scaled_gradients(context, torch.ones_like(result.total), None, None)[6]
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -224,13 +224,13 @@ def test_another_number_of_rows_does_not_recompile(backend):
 def test_operations_are_registered_rightly(backend):
     case = make_case(9, 131, torch.float32)
     hidden, weight, bias = (tensor.detach() for tensor in case.inputs.values())
-    logits, scale = F.linear(hidden, weight, bias), torch.tensor(0.5)
+    logits, scale = F.linear(hidden, weight, bias), torch.tensor([0.5])
     for with_gradient in (True, False):
-        rows = (logits, case.labels, scale, IGNORED, Z_WEIGHT)
+        rows = (logits, case.labels, None, scale, IGNORED, Z_WEIGHT)
         torch.library.opcheck(op.cross_entropy, (*rows, with_gradient, backend))
-        masked = (hidden, weight, case.labels, bias, IGNORED, Z_WEIGHT, torch.float32, [with_gradient] * 3, backend)
-        torch.library.opcheck(op.masked_cross_entropy, masked)
-    torch.library.opcheck(op.cross_entropy_, (logits.clone(), case.labels, scale, IGNORED, Z_WEIGHT, backend))
+        masked = (hidden, weight, case.labels, bias, None, None, IGNORED, Z_WEIGHT, torch.float32)
+        torch.library.opcheck(op.masked_cross_entropy, (*masked, [with_gradient] * 3, backend))
+    torch.library.opcheck(op.cross_entropy_, (logits.clone(), case.labels, None, scale, IGNORED, Z_WEIGHT, backend))
     torch.library.opcheck(op.multiply_, (logits.clone(), scale, backend))
     inputs = [case.hidden, case.weight]
     gradients = [torch.randn_like(tensor) for tensor in inputs]
@@ -238,7 +238,7 @@ def test_operations_are_registered_rightly(backend):
     rows = torch.randn(9), torch.randn(9), torch.ones(9, dtype=torch.int32)
     settings = (IGNORED, Z_WEIGHT, 131, False, backend)
     for attached in ((inputs, gradients), ([], [])):
-        torch.library.opcheck(op.sum_rows, (*rows, case.labels, scale, *attached, *settings))
+        torch.library.opcheck(op.sum_rows, (*rows, case.labels, None, scale, *attached, *settings))
 
 
 def test_reusing_the_logits_changes_no_result_and_is_declared(backend):

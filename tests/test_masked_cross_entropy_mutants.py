@@ -60,6 +60,9 @@ MUTANTS = {
     "z-loss has no gradient": ("(1 + 2 * z_loss_weight * lse)", "1"),
     "derivative of a square without its 2": ("(1 + 2 * z_loss_weight * lse)", "(1 + z_loss_weight * lse)"),
     "softmax not normalized": ("* lse) / total", "* lse)"),
+    "every row has the first segment's scale": ("scales_ptr + segment,", "scales_ptr,"),
+    "every row is in the first row's segment": ("row * segment_stride", "row * 0"),
+    "the last segment has no scale": ("segment < num_segments", "segment < num_segments - 1"),
     "scale left out of the softmax": ("factor = scale * (", "factor = ("),
     "scale left out at the label": ("entries - scale, entries)", "entries - 1, entries)"),
     "label's entry forgotten": ("entries - scale, entries)", "entries, entries)"),
@@ -79,20 +82,28 @@ MUTANTS_BESIDE_ROWS = {
     "loss of the last rows only": ("loss += tl.load(loss_ptr", "loss = tl.load(loss_ptr"),
     "z-loss of the last rows only": ("z_loss += tl.load(z_loss_ptr", "z_loss = tl.load(z_loss_ptr"),
     "correct among the last rows only": ("correct += tl.load(correct_ptr", "correct = tl.load(correct_ptr"),
-    "labeled among the last rows only": ("labeled += is_labeled", "labeled = is_labeled"),
+    "labeled among the last rows only": (
+        "labeled += (is_member & is_labeled)",
+        "labeled = (is_member & is_labeled)",
+    ),
     "every block is the first": ("rows = first + lanes", "rows = lanes"),
-    "rows that are none": ("inside & (labels != ignore_index)", "labels != ignore_index"),
-    "ignored rows are labeled": ("labeled += is_labeled.to", "labeled += inside.to"),
+    "rows that are none": ("labeled += (is_member & is_labeled)", "labeled += ((is_member | ~inside) & is_labeled)"),
+    "ignored rows are labeled": ("labeled += (is_member & is_labeled)", "labeled += is_member"),
+    "labeled rows of all segments": ("labeled += (is_member & is_labeled)", "labeled += (inside & is_labeled)"),
+    "rows of all segments": ("is_member = segments == segment", "is_member = segments >= 0"),
+    "every row is in the first row's segment": ("rows * segment_stride", "rows * 0"),
+    "every segment has the first one's scale": ("tl.load(scales_ptr + segment)", "tl.load(scales_ptr)"),
+    "total of the last segment alone": ("total += tl.load(scales_ptr", "total = tl.load(scales_ptr"),
     "the last row left out": ("inside = rows < num_rows", "inside = rows < num_rows - 1"),
     "z-loss not in the total": ("(loss_sum + z_loss_weight * z_loss_sum)", "loss_sum"),
-    "total without its scale": ("tl.load(scale_ptr) * (loss_sum", "(loss_sum"),
+    "total without its scale": ("tl.load(scales_ptr + segment) * (loss_sum", "(loss_sum"),
     "loss and z-loss exchanged": (
-        "tl.store(sums_ptr, loss_sum)\ntl.store(sums_ptr + 1, z_loss_sum)",
-        "tl.store(sums_ptr, z_loss_sum)\ntl.store(sums_ptr + 1, loss_sum)",
+        "tl.store(sums_ptr + segment, loss_sum)\ntl.store(sums_ptr + num_segments + segment, z_loss_sum)",
+        "tl.store(sums_ptr + segment, z_loss_sum)\ntl.store(sums_ptr + num_segments + segment, loss_sum)",
     ),
     "correct and labeled exchanged": (
-        "tl.store(counts_ptr, tl.sum(correct, axis=0).to(tl.int64))\ntl.store(counts_ptr + 1, tl.sum(labeled",
-        "tl.store(counts_ptr + 1, tl.sum(correct, axis=0).to(tl.int64))\ntl.store(counts_ptr, tl.sum(labeled",
+        "segment, tl.sum(correct, axis=0).to(tl.int64))\ntl.store(counts_ptr + num_segments + segment, tl.sum(labeled",
+        "segment, tl.sum(labeled, axis=0).to(tl.int64))\ntl.store(counts_ptr + num_segments + segment, tl.sum(correct",
     ),
     "grad_output forgotten": ("scale = tl.load(scale_ptr)", "scale = 1.0"),
     "grad_output not in full blocks": (
@@ -129,33 +140,35 @@ def test_the_check_rejects_mutants_beside_rows(device, tmp_path, mutant):
         assert any(not result.passed for result in comparisons(device, "triton"))
 
 
-WRONG_LABELS_MISSED = {
+WRONG_ROWS_MISSED = {
     "negative ones": ("(labels < 0) | (labels >= vocab_size)", "labels >= vocab_size"),
     "too large ones": ("(labels < 0) | (labels >= vocab_size)", "labels < 0"),
-    "all but in the last block": ("wrong += (is_labeled", "wrong = (is_labeled"),
+    "negative segments": ("| (segments < 0)", ""),
+    "too large segments": ("(is_wrong | (segments >= num_segments))", "is_wrong"),
+    "all but in the last block": ("wrong += (inside", "wrong = (inside"),
     "all": ("tl.sum(wrong, axis=0) == 0", "tl.sum(wrong, axis=0) >= 0"),
 }
 
 
-def wrong_labels_are_found():
-    """5,000 rows in two blocks: one row in each has one label too many or too few."""
+def wrong_rows_are_found():
+    """5,000 rows in two blocks: one row in each has a label or a segment that is too small or too large."""
     found = []
-    for row, label in ((7, 11), (7, -1), (4999, 11), (4999, -99)):
-        labels = torch.full((5000,), -100)
-        labels[row] = label
+    for row, label, segment in ((7, 11, 0), (7, -1, 1), (4999, 11, 1), (4999, -99, 0), (7, 3, -1), (4999, -100, 2)):
+        labels, segments = torch.full((5000,), -100), torch.zeros(5000, dtype=torch.long)
+        labels[row], segments[row] = label, segment
         rows = (torch.zeros(5000), torch.zeros(5000), torch.zeros(5000, dtype=torch.int32))
         try:
-            op.sum_rows(*rows, labels, None, [], [], -100, 0.0, 11, False, "triton")
+            op.sum_rows(*rows, labels, segments, torch.ones(2), [], [], -100, 0.0, 11, False, "triton")
         except RuntimeError as error:
-            found.append("0 … 10" in str(error))
-    return found == [True] * 4
+            found.append("0 … 10" in str(error) and "0 … 1" in str(error))
+    return found == [True] * 6
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a device assert would end the tests")
-@pytest.mark.parametrize("mutant", [None, *WRONG_LABELS_MISSED])
-def test_wrong_labels_are_found_wherever_they_are(tmp_path, mutant):
+@pytest.mark.parametrize("mutant", [None, *WRONG_ROWS_MISSED])
+def test_wrong_labels_and_segments_are_found_wherever_they_are(tmp_path, mutant):
     if mutant is None:
-        assert wrong_labels_are_found()
+        assert wrong_rows_are_found()
         return
-    with mutated("kernels.masked_cross_entropy.sum_kernel", *WRONG_LABELS_MISSED[mutant], tmp_path):
-        assert not wrong_labels_are_found()
+    with mutated("kernels.masked_cross_entropy.sum_kernel", *WRONG_ROWS_MISSED[mutant], tmp_path):
+        assert not wrong_rows_are_found()

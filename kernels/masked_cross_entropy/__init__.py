@@ -16,6 +16,8 @@ def masked_cross_entropy(
     labels: Tensor,
     bias: Tensor | None = None,
     *,
+    segments: Tensor | None = None,
+    scales: Tensor | None = None,
     ignore_index: int = -100,
     z_loss_weight: float = 0.0,
     backend: str | None = None,
@@ -33,18 +35,24 @@ def masked_cross_entropy(
         weight: [V, D], often tied to the embedding; its dtype may differ.
         labels: [N] integers; rows with `ignore_index` do not count.
         bias: [V] or None.
+        segments: [N] integers in 0 … S − 1, of each row the segment that it is summed in; None: all rows together.
+        scales: [S], factors of the segments in `total`, without a gradient; given with `segments` only. They are part
+            of the gradients from the start, so they cost nothing, and stay on the device.
         ignore_index: label of ignored rows.
         z_loss_weight: weight of logsumexp² in `total`.
         backend: see `kernels.backend.choose_backend`.
 
     Returns:
-        Sums over the labeled rows. Without labeled rows, zeros, with zero gradients of every input.
+        Sums over the labeled rows, with segments [S] of each. Without labeled rows, zeros, with zero gradients of every
+        input.
 
     Raises:
         ValueError: shapes do not match.
-        RuntimeError: a label is neither `ignore_index` nor in 0 … V − 1 (on a GPU: a device assert).
+        RuntimeError: a label is neither `ignore_index` nor in 0 … V − 1, or a segment not in 0 … S − 1 (on a GPU: a
+            device assert).
     """
     _check_shapes(hidden, weight, labels, bias)
+    segments, scales = _checked_segments(segments, scales, labels)
     backend = choose_backend(backend, hidden.device)
     with_gradient = torch.is_grad_enabled()
     needs = [with_gradient and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)]
@@ -53,6 +61,8 @@ def masked_cross_entropy(
         weight.detach(),
         labels,
         None if bias is None else bias.detach(),
+        segments,
+        scales,
         ignore_index,
         z_loss_weight,
         _compute_dtype(hidden),
@@ -62,13 +72,16 @@ def masked_cross_entropy(
     inputs = [tensor for tensor, needed in zip((hidden, weight, bias), needs, strict=True) if needed]
     gradients = [tensor for tensor, needed in zip(gradients, needs, strict=True) if needed]
     settings = (ignore_index, z_loss_weight, weight.shape[0])
-    return _summed(op.sum_rows(loss, z_loss, correct, labels, None, inputs, gradients, *settings, False, backend))
+    rows = (loss, z_loss, correct, labels, segments, scales)
+    return _summed(op.sum_rows(*rows, inputs, gradients, *settings, False, backend), segments)
 
 
 def cross_entropy_from_logits(
     logits: Tensor,
     labels: Tensor,
     *,
+    segments: Tensor | None = None,
+    scales: Tensor | None = None,
     ignore_index: int = -100,
     z_loss_weight: float = 0.0,
     scale: float | Tensor = 1.0,
@@ -79,45 +92,71 @@ def cross_entropy_from_logits(
 
     The gradient is computed in the forward. A backward with `grad_output` 1 returns it unchanged; any other value costs
     a pass over it, in place, so factors that are known beforehand (one over the number of labels, say) belong in
-    `scale`, and a second backward through the same result is an error.
+    `scale` or `scales`, and a second backward through the same result is an error.
 
     Args:
         logits: [N, V] fp32, bf16 or fp16 (fp64, and vocabularies above 65,536: computed by PyTorch).
         labels: [N] integers; rows with `ignore_index` are not read, and their gradients are zero.
+        segments: see `masked_cross_entropy`.
+        scales: see `masked_cross_entropy`.
         ignore_index: label of ignored rows.
         z_loss_weight: weight of logsumexp² in `total`.
-        scale: factor of `total` only: a number, or an fp32 scalar on the device.
+        scale: factor of `total` only, without segments: a number, or an fp32 scalar on the device.
         reuse_logits: write the gradient over the logits. Only for logits with no other use, such as the output of a
             linear layer.
         backend: see `kernels.backend.choose_backend`.
 
     Raises:
-        ValueError: shapes do not match.
-        RuntimeError: a label is neither `ignore_index` nor in 0 … V − 1 (on a GPU: a device assert), or a second
-            backward.
+        ValueError: shapes do not match, or both `scale` and `scales` are given.
+        RuntimeError: a label is neither `ignore_index` nor in 0 … V − 1, or a segment not in 0 … S − 1 (on a GPU: a
+            device assert), or a second backward.
     """
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)}: expected [N, V] and [N]")
     backend = choose_backend(backend, logits.device)
     with_gradient = torch.is_grad_enabled() and logits.requires_grad
-    if not isinstance(scale, Tensor):
-        scale = torch.full((), scale, dtype=torch.float32, device=logits.device)  # no copy from the host
-    scale = scale.to(device=logits.device, dtype=torch.float32)
-    settings = (ignore_index, z_loss_weight)
+    segments, scales = _checked_segments(segments, scales, labels)
+    if segments is None:
+        scales = _as_scales(scale, logits.device)
+    elif isinstance(scale, Tensor) or scale != 1:
+        raise ValueError("scale: rows with segments have scales [S] alone")
+    settings = (segments, scales, ignore_index, z_loss_weight)
     if reuse_logits and with_gradient:
         gradient = logits.detach()
-        rows = op.cross_entropy_(gradient, labels, scale, *settings, backend)
+        rows = op.cross_entropy_(gradient, labels, *settings, backend)
     else:
-        *rows, gradient = op.cross_entropy(logits.detach(), labels, scale, *settings, with_gradient, backend)
+        *rows, gradient = op.cross_entropy(logits.detach(), labels, *settings, with_gradient, backend)
     inputs, gradients = ([logits], [gradient]) if with_gradient else ([], [])
-    settings = (*settings, logits.shape[1])
-    return _summed(op.sum_rows(*rows, labels, scale, inputs, gradients, *settings, True, backend))
+    settings = (ignore_index, z_loss_weight, logits.shape[1])
+    sums = op.sum_rows(*rows, labels, segments, scales, inputs, gradients, *settings, True, backend)
+    return _summed(sums, segments)
 
 
-def _summed(results: tuple[Tensor, Tensor, Tensor]) -> MaskedCrossEntropy:
+def _summed(results: tuple[Tensor, Tensor, Tensor], segments: Tensor | None) -> MaskedCrossEntropy:
     total, sums, counts = results
     sums = sums.detach()
+    if segments is None:
+        sums, counts = sums.squeeze(1), counts.squeeze(1)  # [2, 1] to [2]
     return MaskedCrossEntropy(total, sums[0], sums[1], counts[0], counts[1])
+
+
+def _as_scales(scale: float | Tensor, device: torch.device) -> Tensor:
+    """[1] fp32 on the device, without a copy of a number from the host."""
+    if not isinstance(scale, Tensor):
+        return torch.full((1,), scale, dtype=torch.float32, device=device)
+    return scale.detach().to(device=device, dtype=torch.float32).reshape(1)
+
+
+def _checked_segments(
+    segments: Tensor | None, scales: Tensor | None, labels: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Segments [N] in int64 and scales [S] in fp32, contiguous, or None for both."""
+    if segments is None and scales is None:
+        return None, None
+    if segments is None or scales is None or segments.shape != labels.shape or scales.ndim != 1 or not len(scales):
+        shapes = ", ".join("None" if tensor is None else str(tuple(tensor.shape)) for tensor in (segments, scales))
+        raise ValueError(f"segments and scales are {shapes}: expected {tuple(labels.shape)} and [S], or neither")
+    return segments.long().contiguous(), scales.detach().float().contiguous()
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:

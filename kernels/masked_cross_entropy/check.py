@@ -1,8 +1,11 @@
 """Masked cross-entropy against its fp64 reference: its part of `python -m kernels.check`."""
 
+import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.masked_cross_entropy import cpp, cross_entropy_from_logits, eager, masked_cross_entropy, op, reference
@@ -12,6 +15,7 @@ from kernels.run import Run
 _IGNORED = -100
 _Z_LOSS_WEIGHT = 0.1  # large, so that a missing z-loss shows even in bf16
 _VOCAB_SIZES = (5, 131, 2048, 4500, 16384, 32769)  # every number of pieces; rows of odd V begin and end inside words
+_SCALES = (0.5, 3.0, 7.0, 0.3)  # of four segments, of which the third has no rows
 _SUMS = ("total", "loss", "z_loss")
 _COUNTS = ("correct", "count")
 
@@ -25,17 +29,20 @@ def comparisons(device: torch.device, backend: str, run: Run | None = None) -> I
         run: check only `masked_cross_entropy` with this run's vocabulary and dtype; None checks everything.
     """
     if run is not None:
-        yield from _from_hidden(device, backend, run.logits_type, run.vocab_size)
+        yield from _from_hidden(device, backend, run.logits_type, run.vocab_size, has_segments=True)
         return
     if backend == "cpp":
         for vocab_size in (131, 4500):
             yield from _cpp_rows(vocab_size)
         yield from _accumulated_product()
         yield from _from_logits(device, backend, torch.bfloat16, 131)
+        yield from _from_logits(device, backend, torch.bfloat16, 131, has_segments=True)
         yield from _from_hidden(device, backend, torch.bfloat16)
+        yield from _from_hidden(device, backend, torch.bfloat16, has_segments=True)
         return
     for num_rows in (0, 4096, 9001):
         yield from _sums(device, backend, num_rows)
+        yield from _sums(device, backend, num_rows, has_segments=True)
     yield from _multiplied(device, backend)
     for dtype in (torch.float32, torch.bfloat16):
         for vocab_size in _VOCAB_SIZES:
@@ -43,8 +50,16 @@ def comparisons(device: torch.device, backend: str, run: Run | None = None) -> I
     yield from _from_logits(device, backend, torch.float16, 4500)
     for row_size in (160, 165):
         yield from _from_logits(device, backend, torch.bfloat16, 131, row_size)
+    yield from _from_logits(device, backend, torch.bfloat16, 4500, has_segments=True)
     for dtype in (torch.float32, torch.bfloat16):
         yield from _from_hidden(device, backend, dtype)
+        yield from _from_hidden(device, backend, dtype, has_segments=True)
+
+
+def random_segments(num_rows: int, device: torch.device) -> dict[str, Tensor]:
+    """Arguments `segments` [N], not in order, and `scales` [4] of four segments; the third has no rows."""
+    segments = torch.tensor([0, 1, 3])[torch.randint(3, (num_rows,), generator=torch.Generator().manual_seed(num_rows))]
+    return {"segments": segments.to(device), "scales": torch.tensor(_SCALES, device=device)}
 
 
 def random_logits(num_rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -65,37 +80,45 @@ def random_logits(num_rows: int, vocab_size: int, dtype: torch.dtype, device: to
 
 
 def _from_logits(
-    device: torch.device, backend: str, dtype: torch.dtype, vocab_size: int, row_size: int | None = None
+    device: torch.device,
+    backend: str,
+    dtype: torch.dtype,
+    vocab_size: int,
+    row_size: int | None = None,
+    *,
+    has_segments: bool = False,
 ) -> Iterator[Comparison]:
     """Contiguous logits, or the first columns of a matrix with rows of `row_size` elements."""
     logits, labels = random_logits(9, vocab_size, dtype, device)
+    segments = random_segments(9, device) if has_segments else {}
     results, gradients = {}, {}
     for kind, run_dtype in (("actual", dtype), ("reference", torch.float64), ("plain", dtype)):
         function = cross_entropy_from_logits if kind == "actual" else reference.cross_entropy_from_logits
         memory = torch.empty(len(logits), row_size or vocab_size, dtype=run_dtype, device=device)
         inputs = memory[:, :vocab_size].copy_(logits).requires_grad_()
         options = {"backend": backend} if kind == "actual" else {}
-        results[kind] = function(inputs, labels, z_loss_weight=_Z_LOSS_WEIGHT, **options)
+        results[kind] = function(inputs, labels, z_loss_weight=_Z_LOSS_WEIGHT, **segments, **options)
         (results[kind].total * 3).backward()
         gradients[kind] = inputs.grad
     name = f"from_logits {str(dtype).removeprefix('torch.')} V={vocab_size}{f' of {row_size}' if row_size else ''}"
+    name += " segments" if has_segments else ""
     yield from _compare_sums(name, results)
     off_target = torch.arange(vocab_size, device=device) != labels[:, None]
     yield from compare(f"{name} gradient", **gradients, off_target=off_target)
-    loss_only = cross_entropy_from_logits(logits, labels, z_loss_weight=_Z_LOSS_WEIGHT, backend=backend)
+    options = {"z_loss_weight": _Z_LOSS_WEIGHT, "backend": backend}
+    loss_only = cross_entropy_from_logits(logits, labels, **segments, **options)
     yield compare_exactly(f"{name} loss without gradient", loss_only.loss, results["actual"].loss)
     inputs = logits.clone().requires_grad_()
-    in_place = cross_entropy_from_logits(
-        inputs * 1, labels, z_loss_weight=_Z_LOSS_WEIGHT, scale=3.0, reuse_logits=True, backend=backend
-    )
+    factor = segments | {"scales": 3 * segments["scales"]} if has_segments else {"scale": 3.0}
+    in_place = cross_entropy_from_logits(inputs * 1, labels, **factor, reuse_logits=True, **options)
     in_place.total.backward()
     yield from compare(f"{name} in place", **{**gradients, "actual": inputs.grad}, off_target=off_target)
 
 
 def _from_hidden(
-    device: torch.device, backend: str, dtype: torch.dtype, vocab_size: int = 1009
+    device: torch.device, backend: str, dtype: torch.dtype, vocab_size: int = 1009, *, has_segments: bool = False
 ) -> Iterator[Comparison]:
-    hidden_size = 32
+    hidden_size, segments = 32, random_segments(64, device) if has_segments else {}
     generator = torch.Generator().manual_seed(1)
     tensors = {
         "hidden": torch.randn(64, hidden_size, generator=generator),
@@ -106,24 +129,36 @@ def _from_hidden(
     labels[::3] = _IGNORED
     labels = labels.to(device)
     results, gradients = {}, {}
-    for kind, run_dtype in (("actual", dtype), ("reference", torch.float64), ("plain", dtype)):
-        function = masked_cross_entropy if kind == "actual" else reference.masked_cross_entropy
+    functions = {
+        "actual": (functools.partial(masked_cross_entropy, backend=backend), dtype),
+        "reference": (reference.masked_cross_entropy, torch.float64),
+        "plain": (_with_rounded_products if backend == "cpp" else reference.masked_cross_entropy, dtype),
+    }
+    for kind, (function, run_dtype) in functions.items():
         inputs = {
             name: tensor.to(dtype).to(device=device, dtype=run_dtype, copy=True).requires_grad_()
             for name, tensor in tensors.items()
         }
-        options = {"backend": backend} if kind == "actual" else {}
-        results[kind] = function(**inputs, labels=labels, z_loss_weight=_Z_LOSS_WEIGHT, **options)
+        results[kind] = function(**inputs, labels=labels, z_loss_weight=_Z_LOSS_WEIGHT, **segments)
         (results[kind].total * 3).backward()
         gradients[kind] = {name: tensor.grad for name, tensor in inputs.items()}
-    name = f"masked {str(dtype).removeprefix('torch.')} V={vocab_size}"
+    name = f"masked {str(dtype).removeprefix('torch.')} V={vocab_size}{' segments' if has_segments else ''}"
     yield from _compare_sums(name, results)
     for tensor in tensors:
         yield from compare(f"{name} gradient of {tensor}", **{kind: all_[tensor] for kind, all_ in gradients.items()})
     with torch.no_grad():  # a different variant of the kernels, which validation launches
         inputs = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
-        results["actual"] = masked_cross_entropy(**inputs, labels=labels, z_loss_weight=_Z_LOSS_WEIGHT, backend=backend)
+        options = {"z_loss_weight": _Z_LOSS_WEIGHT, "backend": backend, **segments}
+        results["actual"] = masked_cross_entropy(**inputs, labels=labels, **options)
     yield from _compare_sums(f"{name} without gradient", results)
+
+
+def _with_rounded_products(
+    hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, **options: Any
+) -> reference.MaskedCrossEntropy:
+    """The reference, rounding where C++ does: products to bf16, then the bias in fp32."""
+    logits = F.linear(hidden, weight).float() + bias.float()
+    return reference.cross_entropy_from_logits(logits, labels, **options)
 
 
 def _multiplied(device: torch.device, backend: str) -> Iterator[Comparison]:
@@ -139,25 +174,28 @@ def _multiplied(device: torch.device, backend: str) -> Iterator[Comparison]:
                 yield from compare(f"multiplied {name}: {index}", actual, exact, exact.to(actual.dtype))
 
 
-def _sums(device: torch.device, backend: str, num_rows: int) -> Iterator[Comparison]:
+def _sums(device: torch.device, backend: str, num_rows: int, *, has_segments: bool = False) -> Iterator[Comparison]:
     """Sums over more rows than the other comparisons have."""
     generator = torch.Generator().manual_seed(num_rows)
     loss, z_loss = (torch.rand(num_rows, generator=generator, dtype=torch.float64) for _ in range(2))
     correct = torch.randint(2, (num_rows,), generator=generator, dtype=torch.int32).to(device)
     labels = torch.randint(11, (num_rows,), generator=generator)
     labels[::3] = _IGNORED
-    scale, labels = torch.tensor(0.7, device=device), labels.to(device)
+    labels, segments = labels.to(device), {"segments": None, "scales": torch.tensor([0.7], device=device)}
+    if has_segments:
+        segments = random_segments(num_rows, device)
     results = []
     for dtype in (torch.float32, torch.float64, torch.float32):
         rows = (loss.float().to(device, dtype), z_loss.float().to(device, dtype), correct)
         chosen = "torch" if results else backend
         total, sums, counts = op.sum_rows(
-            *rows, labels, scale.to(dtype), [], [], _IGNORED, _Z_LOSS_WEIGHT, 11, False, chosen
+            *rows, labels, *segments.values(), [], [], _IGNORED, _Z_LOSS_WEIGHT, 11, False, chosen
         )
         results.append((total, sums[0], sums[1], counts))
+    name = f"of {num_rows} rows{' in segments' if has_segments else ''}"
     for index, field in enumerate(_SUMS):
-        yield from compare(f"{field} of {num_rows} rows", *(result[index] for result in results))
-    yield compare_exactly(f"counts of {num_rows} rows", results[0][3], results[1][3])
+        yield from compare(f"{field} {name}", *(result[index] for result in results))
+    yield compare_exactly(f"counts {name}", results[0][3], results[1][3])
 
 
 def _compare_sums(name: str, results: dict[str, reference.MaskedCrossEntropy]) -> Iterator[Comparison]:
@@ -176,13 +214,17 @@ def _cpp_rows(classes: int) -> Iterator[Comparison]:
     bias = random_bf16(classes).float()
     bias[[2, 4, 5, 9]] = 0.5
     is_label = torch.arange(classes) == labels[:, None]
+    segments, scales = (
+        torch.tensor([[0, 5], [3, 5], [0, 5], [1, 5], [3, 5], [0, 5], [1, 5]])[:, 0],
+        torch.tensor(_SCALES),
+    )
     for name, addend in (("", None), (" with bias", bias)):
         results = []
         for function, dtype in ((cpp.rows, None), (eager.rows, torch.float64), (eager.rows, torch.float32)):
             x = logits if dtype is None else logits.to(dtype) + (0 if addend is None else addend)
             gradient = torch.full_like(x, torch.nan)
             options = {"bias": addend} if dtype is None else {}
-            loss, z_loss, correct = function(x, labels, gradient, torch.tensor(0.7), -100, 0.1, **options)
+            loss, z_loss, correct = function(x, labels, segments, scales, gradient, -100, 0.1, **options)
             results.append((loss, z_loss, gradient.to(torch.bfloat16 if dtype == torch.float32 else x.dtype), correct))
         for index, part in enumerate(("loss", "z_loss", "gradient")):
             off_target = ~is_label if part == "gradient" else None

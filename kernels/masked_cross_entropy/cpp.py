@@ -17,8 +17,9 @@ def supports(logits: Tensor) -> bool:
 def rows(
     logits: Tensor,
     labels: Tensor,
+    segments: Tensor,
+    scales: Tensor,
     gradient: Tensor | None,
-    scale: Tensor,
     ignore_index: int,
     z_loss_weight: float,
     bias: Tensor | None = None,
@@ -28,8 +29,9 @@ def rows(
     loss, z_loss = (logits.new_empty(count, dtype=torch.float32) for _ in range(2))
     correct = logits.new_empty(count, dtype=torch.int32)
     bias = None if bias is None else bias.float().contiguous()
-    strides = (logits.stride(0), 0 if gradient is None else gradient.stride(0))
-    tensors = (logits, labels.long().contiguous(), bias, gradient, scale.float(), loss, z_loss, correct)
+    strides = (logits.stride(0), 0 if gradient is None else gradient.stride(0), segments.stride(0))
+    labels, scales = labels.long().contiguous(), scales.float().contiguous()
+    tensors = (logits, labels, segments, scales, bias, gradient, loss, z_loss, correct)
     cpp.call("cross_entropy_rows", (*tensors, ignore_index, float(z_loss_weight), count, classes, *strides))
     return loss, z_loss, correct
 

@@ -9,15 +9,22 @@ BLOCK_ELEMENTS = 2**20  # logits per block: intermediate results stay in a CPU's
 
 
 def rows(
-    logits: Tensor, labels: Tensor, gradient: Tensor | None, scale: Tensor, ignore_index: int, z_loss_weight: float
+    logits: Tensor,
+    labels: Tensor,
+    segments: Tensor,
+    scales: Tensor,
+    gradient: Tensor | None,
+    ignore_index: int,
+    z_loss_weight: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy of each row.
 
     Args:
         logits: [N, V].
         labels: [N] integers in 0 … V − 1 or `ignore_index`.
+        segments: [N] int64, of each row the index of its scale.
+        scales: [S] fp32.
         gradient: [N, V], output, scale · ∂(loss + z_loss_weight · z_loss)/∂logits; may be `logits`. None if not needed.
-        scale: fp32 scalar on the device.
         ignore_index: label of ignored rows; all their results are 0.
         z_loss_weight: weight of logsumexp².
 
@@ -27,15 +34,18 @@ def rows(
     block = max(1, BLOCK_ELEMENTS // logits.shape[1])
     gradients = itertools.repeat(None) if gradient is None else gradient.split(block)
     blocks = [
-        _block(*tensors, scale, ignore_index, z_loss_weight)
-        for tensors in zip(logits.split(block), labels.split(block), gradients, strict=False)
+        _block(*tensors, ignore_index, z_loss_weight)
+        for tensors in zip(
+            logits.split(block), labels.split(block), scales[segments].split(block), gradients, strict=False
+        )
     ]
     return tuple(torch.cat(results) for results in zip(*blocks, strict=True))
 
 
 def _block(
-    logits: Tensor, labels: Tensor, gradient: Tensor | None, scale: Tensor, ignore_index: int, z_loss_weight: float
+    logits: Tensor, labels: Tensor, scales: Tensor, gradient: Tensor | None, ignore_index: int, z_loss_weight: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """A block of rows, with the scale of each, [N]."""
     labeled = labels != ignore_index
     classes = torch.where(labeled, labels, 0).long().unsqueeze(-1)  # [N, 1]
     largest, predicted = logits.max(dim=-1, keepdim=True)
@@ -47,8 +57,9 @@ def _block(
     total = entries.exp_().sum(dim=-1, keepdim=True)
     loss, lse = total.log() - target, largest + total.log()
     if gradient is not None:
-        entries *= scale * (1 + 2 * z_loss_weight * lse) / total
-        entries.scatter_add_(-1, classes, (-scale).to(wide).expand_as(classes))
+        scales = scales.to(wide).unsqueeze(-1)  # [N, 1]
+        entries *= scales * (1 + 2 * z_loss_weight * lse) / total
+        entries.scatter_add_(-1, classes, -scales)
         gradient.copy_(entries.masked_fill_(~labeled.unsqueeze(-1), 0.0))
     loss = torch.where(labeled, loss.squeeze(-1), 0.0)
     z_loss = torch.where(labeled, lse.squeeze(-1).square(), 0.0)
@@ -58,28 +69,34 @@ def _block(
 def sums(
     rows: tuple[Tensor, Tensor, Tensor],
     labels: Tensor,
-    scale: Tensor,
+    segments: Tensor,
+    scales: Tensor,
     ignore_index: int,
     z_loss_weight: float,
     vocab_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums over rows.
+    """Sums over the rows of each segment.
 
     Args:
         rows: the result of `rows`.
         labels: [N], its argument.
-        scale: factor of the total.
+        segments: [N], its argument.
+        scales: [S], its argument.
         ignore_index: label of ignored rows.
         z_loss_weight: weight of the z-loss in the total.
         vocab_size: V; unused, as labels were checked before.
 
     Returns:
-        The total; [loss, z_loss]; [correct, labeled] in int64.
+        The total []; [2, S] loss and z-loss; [2, S] correct and labeled, in int64.
     """
     del vocab_size
-    loss, z_loss, correct = (tensor.sum() for tensor in rows)
-    total = scale * (loss + z_loss_weight * z_loss)
-    return total, torch.stack([loss, z_loss]), torch.stack([correct, (labels != ignore_index).sum()])
+    members = segments == torch.arange(len(scales), device=segments.device)[:, None]  # [S, N]
+    # torch.where, not a product: a row that is not finite belongs to its own segment alone
+    loss, z_loss, correct, labeled = (
+        torch.where(members, tensor, 0).sum(dim=1) for tensor in (*rows, (labels != ignore_index).int())
+    )
+    total = (scales.to(loss.dtype) * (loss + z_loss_weight * z_loss)).sum()
+    return total, torch.stack([loss, z_loss]), torch.stack([correct, labeled])
 
 
 def multiply(gradient: Tensor, scale: Tensor) -> None:

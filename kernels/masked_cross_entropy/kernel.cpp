@@ -1,14 +1,16 @@
 // Loss, accuracy and gradient of rows of bf16 logits, in two passes over a cached row; see eager.py. And fp32
 // accumulation of bf16 products.
 
-// Inputs: logits [rows, classes] with `stride` elements between rows, labels [rows], bias [classes] or null, scale [1].
+// Inputs: logits [rows, classes] with `stride` elements between rows, labels [rows], segments [rows] with
+// `segment_stride` elements between them, of each row the index of its scale, scales [S], bias [classes] or null.
 // Outputs: gradient [rows, classes] of scale · (loss + z_loss_weight · z_loss), null if not needed, may be `logits`;
 // losses, z_losses, corrects [rows]. Online softmax: each block of 512 classes is exponentiated relative to its own
 // maximum while it is in the L1 cache; e^(block maximum − row maximum) is a factor of the block in the second pass.
-extern "C" void cross_entropy_rows(const bf16* logits, const int64_t* labels, const float* bias, bf16* gradient,
-                                   const float* scale, float* losses, float* z_losses, int32_t* corrects,
-                                   int64_t ignore_index, float z_loss_weight, int64_t rows, int64_t classes,
-                                   int64_t stride, int64_t gradient_stride) {
+extern "C" void cross_entropy_rows(const bf16* logits, const int64_t* labels, const int64_t* segments,
+                                   const float* scales, const float* bias, bf16* gradient, float* losses,
+                                   float* z_losses, int32_t* corrects, int64_t ignore_index, float z_loss_weight,
+                                   int64_t rows, int64_t classes, int64_t stride, int64_t gradient_stride,
+                                   int64_t segment_stride) {
     constexpr int64_t BLOCK = 512;  // 2 KB of fp32; bounds the length of fp32 sums
     const int64_t blocks = (classes + BLOCK - 1) / BLOCK;
     const std::vector<float> zeros(bias ? 0 : classes);
@@ -69,15 +71,16 @@ extern "C" void cross_entropy_rows(const bf16* logits, const int64_t* labels, co
             z_losses[index] = static_cast<float>(lse * lse);
             if (!out) continue;
             // 6. Gradient: one factor per block; the label's entry from the sum of the others, without cancellation.
+            const float scale = scales[segments[index * segment_stride]];
             const double of_z_loss = 2.0 * z_loss_weight * lse;
-            const float factor = static_cast<float>(*scale * (1.0 + of_z_loss) / sum);
+            const float factor = static_cast<float>(scale * (1.0 + of_z_loss) / sum);
             for (int64_t block = 0; block < blocks; block++) {
                 const int64_t first = block * BLOCK, count = std::min(BLOCK, classes - first);
                 const float of_block = factor * largest[block];
 #pragma omp simd
                 for (int64_t i = first; i < first + count; i++) out[i] = narrow(row[i] * of_block);
             }
-            out[label] = narrow(static_cast<float>(*scale * (own_share * of_z_loss - others) / sum));
+            out[label] = narrow(static_cast<float>(scale * (own_share * of_z_loss - others) / sum));
         }
     }
 }

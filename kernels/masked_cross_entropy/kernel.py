@@ -51,17 +51,20 @@ def layout(vocab_size: int, is_aligned: bool = True) -> Layout:
     return Layout(block, choices[choice], full_pieces, num_warps, 128 if num_warps < 32 else 64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["segment_stride", "num_segments"])
 def rows_kernel(
     logits_ptr,
     labels_ptr,
+    segments_ptr,
+    scales_ptr,
     gradient_ptr,
-    scale_ptr,
     loss_ptr,
     z_loss_ptr,
     correct_ptr,
     logits_stride,
     gradient_stride,
+    segment_stride,
+    num_segments,
     vocab_size,
     ignore_index: tl.int64,
     z_loss_weight: tl.float32,
@@ -137,8 +140,11 @@ def rows_kernel(
     tl.store(z_loss_ptr + row, lse * lse)
 
     if WRITE_GRADIENT:
-        # 6. Gradient from the registers, scale · (softmax · (1 + 2λ·logsumexp) − [label]), one store per piece.
-        scale = tl.load(scale_ptr)
+        # 6. Gradient from the registers, scale · (softmax · (1 + 2λ·logsumexp) − [label]), one store per piece. The
+        #    scale is that of the row's segment; `sum_kernel` reports segments out of range.
+        segment = tl.load(segments_ptr + row * segment_stride)
+        is_segment = (segment >= 0) & (segment < num_segments)
+        scale = tl.load(scales_ptr + segment, mask=is_segment, other=float("nan"))
         factor = scale * (1 + 2 * z_loss_weight * lse) / total
         head = _entries(head, largest, factor, scale, head_lanes == column)
         tl.store(gradient_ptr + head_lanes, head.to(element), mask=in_head)
@@ -188,14 +194,21 @@ def supports(logits: Tensor) -> bool:
 
 
 def rows(
-    logits: Tensor, labels: Tensor, gradient: Tensor | None, scale: Tensor, ignore_index: int, z_loss_weight: float
+    logits: Tensor,
+    labels: Tensor,
+    segments: Tensor,
+    scales: Tensor,
+    gradient: Tensor | None,
+    ignore_index: int,
+    z_loss_weight: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch `rows_kernel`; same results as `eager.rows`."""
     num_rows, vocab_size = logits.shape
     target = logits if gradient is None else gradient
     if not _in_same_words(logits, target):
         moved = logits.clone(memory_format=torch.contiguous_format)
-        results = rows(moved, labels, None if gradient is None else moved, scale, ignore_index, z_loss_weight)
+        target = None if gradient is None else moved
+        results = rows(moved, labels, segments, scales, target, ignore_index, z_loss_weight)
         if gradient is not None:
             gradient.copy_(moved)
         return results
@@ -208,13 +221,16 @@ def rows(
             rows_kernel[(num_rows,)](
                 logits,
                 labels,
+                segments,
+                scales,
                 target,
-                scale,
                 loss,
                 z_loss,
                 correct,
                 logits.stride(0),
                 target.stride(0),
+                segments.stride(0),
+                len(scales),
                 vocab_size,
                 ignore_index,
                 z_loss_weight,
@@ -271,15 +287,16 @@ def _rows_configuration(
 ) -> Configuration:
     """`is_even`: the vocabulary is a multiple of 16; `is_aligned`: rows start at multiples of 16 elements."""
     block, pieces, full_pieces, num_warps, max_registers = layout(width, is_aligned)
-    pointers = {"logits_ptr": f"*{dtype}", "labels_ptr": "*i64", "gradient_ptr": f"*{dtype}", "scale_ptr": "*fp32"}
-    pointers |= {"loss_ptr": "*fp32", "z_loss_ptr": "*fp32", "correct_ptr": "*i32"}
+    pointers = {"logits_ptr": f"*{dtype}", "labels_ptr": "*i64", "segments_ptr": "*i64", "scales_ptr": "*fp32"}
+    pointers |= {"gradient_ptr": f"*{dtype}", "loss_ptr": "*fp32", "z_loss_ptr": "*fp32", "correct_ptr": "*i32"}
     strides = {"logits_stride": "i32", "gradient_stride": "i32"}
+    numbers = {"segment_stride": "i32", "num_segments": "i32", "vocab_size": "i32"}
     kind = "" if write_gradient else " loss only"
     kind += ("" if is_even else " odd V") if is_aligned else " unaligned"
     return Configuration(
         f"masked_cross_entropy/rows {dtype} V={width}{kind}",
         rows_kernel,
-        {**pointers, **strides, "vocab_size": "i32", "ignore_index": "i64", "z_loss_weight": "fp32"},
+        {**pointers, **strides, **numbers, "ignore_index": "i64", "z_loss_weight": "fp32"},
         {
             "ALIGNED": is_aligned,
             "BLOCK": block,

@@ -24,40 +24,50 @@ Rows = tuple[Tensor, Tensor, Tensor]  # loss, z-loss and correct [N]
 def cross_entropy(
     logits: Tensor,
     labels: Tensor,
-    scale: Tensor,
+    segments: Tensor | None,
+    scales: Tensor,
     ignore_index: int,
     z_loss_weight: float,
     with_gradient: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, z-loss and correct of each row [N], and scale · the gradient of logits [N, V] (empty if not wanted)."""
+    """Loss, z-loss and correct of each row [N], and scale · the gradient of logits [N, V] (empty if not wanted).
+
+    `scales` [S] are those of `segments` [N]; without segments it has one entry, for all rows.
+    """
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
     gradient = _empty_gradient(logits) if with_gradient else None
-    rows = _cross_entropy(logits, labels, gradient, scale, ignore_index, z_loss_weight, backend)
+    rows = _cross_entropy(logits, labels, segments, scales, gradient, ignore_index, z_loss_weight, backend)
     return *rows, logits.new_empty(0) if gradient is None else gradient
 
 
 @cross_entropy.register_fake
-def _(logits, labels, scale, ignore_index, z_loss_weight, with_gradient, backend):
+def _(logits, labels, segments, scales, ignore_index, z_loss_weight, with_gradient, backend):
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
     return *_fake_rows(logits, logits.shape[0]), _empty_gradient(logits) if with_gradient else logits.new_empty(0)
 
 
 @torch.library.custom_op("kernels::cross_entropy_", mutates_args={"logits"})
 def cross_entropy_(
-    logits: Tensor, labels: Tensor, scale: Tensor, ignore_index: int, z_loss_weight: float, backend: str
+    logits: Tensor,
+    labels: Tensor,
+    segments: Tensor | None,
+    scales: Tensor,
+    ignore_index: int,
+    z_loss_weight: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `cross_entropy`; the gradient overwrites the logits."""
     if logits.stride(-1) != 1:
         gradient = logits.contiguous()
-        results = _cross_entropy(gradient, labels, gradient, scale, ignore_index, z_loss_weight, backend)
+        results = _cross_entropy(gradient, labels, segments, scales, gradient, ignore_index, z_loss_weight, backend)
         logits.copy_(gradient)
         return results
-    return _cross_entropy(logits, labels, logits, scale, ignore_index, z_loss_weight, backend)
+    return _cross_entropy(logits, labels, segments, scales, logits, ignore_index, z_loss_weight, backend)
 
 
 @cross_entropy_.register_fake
-def _(logits, labels, scale, ignore_index, z_loss_weight, backend):
+def _(logits, labels, segments, scales, ignore_index, z_loss_weight, backend):
     return _fake_rows(logits, logits.shape[0])
 
 
@@ -67,6 +77,8 @@ def masked_cross_entropy(
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None,
+    segments: Tensor | None,
+    scales: Tensor | None,
     ignore_index: int,
     z_loss_weight: float,
     compute_dtype: torch.dtype,
@@ -80,6 +92,8 @@ def masked_cross_entropy(
         weight: [V, D].
         labels: [N].
         bias: [V] or None.
+        segments: [N] integers in 0 … S − 1, or None.
+        scales: [S] fp32, factors of the segments' gradients, or None without segments.
         ignore_index: label of ignored rows.
         z_loss_weight: weight of logsumexp² in the gradients.
         compute_dtype: of the matrix products.
@@ -87,15 +101,16 @@ def masked_cross_entropy(
         backend: see `kernels.backend`.
 
     Returns:
-        Loss and z-loss of each row in fp32 or wider, correct in int32, [N] each; gradients of Σ loss + z_loss_weight ·
-        z_loss with respect to hidden (its dtype), weight and bias (fp32 or wider), empty if not needed.
+        Loss and z-loss of each row in fp32 or wider, correct in int32, [N] each; gradients of Σ scale · (loss +
+        z_loss_weight · z_loss) with respect to hidden (its dtype), weight and bias (fp32 or wider), empty if not needed.
     """
-    labels = _checked(labels, ignore_index, len(weight), backend)
+    labels, segments, scales = _checked(labels, segments, scales, ignore_index, len(weight), backend)
     num_rows, kept = len(labels), None
     if labels.device.type == "cpu":  # a GPU would need a device sync; callers gather labeled rows instead
         kept = _labeled_rows(labels, ignore_index, backend)
     # 1. Inputs in compute_dtype, [N, D], [V, D] and [V]; on the CPU only labeled rows, padded to a recurring number.
-    states, labels = (hidden, labels) if kept is None else (hidden[kept], labels[kept])
+    states = hidden if kept is None else hidden[kept]
+    labels, segments = (labels, segments) if kept is None else (labels[kept], segments[kept])
     states, matrix = states.to(compute_dtype), weight.to(compute_dtype)
     offset = None if bias is None else bias.to(compute_dtype)
     needs_hidden, needs_weight, needs_bias = needs
@@ -107,17 +122,17 @@ def masked_cross_entropy(
     buffer = _aligned_rows(min(chunk, len(states)), len(weight), compute_dtype, hidden.device)
     by_cpp = backend == "cpp" and cpp.supports(buffer)
     rows = functools.partial(cpp.rows, bias=offset) if by_cpp else _implementation(buffer, backend).rows
-    parts, one = [], _one(hidden.device)
+    results = []
     for first in range(0, max(1, len(states)), chunk):
         # 3. Logits of the chunk; loss, accuracy and gradient of its rows; accumulate the gradients of all inputs.
-        part, part_labels = states[first : first + chunk], labels[first : first + chunk]
+        part, part_labels, part_segments = (each[first : first + chunk] for each in (states, labels, segments))
         logits = buffer[: len(part)]
         if offset is None or by_cpp:  # C++ adds the bias itself; addmm first broadcasts it to a matrix
             torch.mm(part, matrix.T, out=logits)
         else:
             torch.addmm(offset, part, matrix.T, out=logits)
         gradient = logits if any(needs) else None
-        parts.append(rows(logits, part_labels, gradient, one, ignore_index, z_loss_weight))
+        results.append(rows(logits, part_labels, part_segments, scales, gradient, ignore_index, z_loss_weight))
         if needs_hidden:
             torch.mm(gradient, matrix, out=grad_hidden[first : first + chunk])
         if first + chunk >= len(states):
@@ -127,7 +142,7 @@ def masked_cross_entropy(
         if needs_bias:
             grad_bias = _plus_column_sums(grad_bias, gradient, by_cpp=by_cpp)
     # 4. Concatenate the chunks; scatter rows back to [N].
-    rows = parts[0] if len(parts) == 1 else tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    rows = results[0] if len(results) == 1 else tuple(torch.cat(tensors) for tensors in zip(*results, strict=True))
     grad_hidden = grad_hidden.to(hidden.dtype)
     if kept is not None:
         rows = tuple(_spread(tensor, kept, num_rows) for tensor in rows)
@@ -137,7 +152,7 @@ def masked_cross_entropy(
 
 
 @masked_cross_entropy.register_fake
-def _(hidden, weight, labels, bias, ignore_index, z_loss_weight, compute_dtype, needs, backend):
+def _(hidden, weight, labels, bias, segments, scales, ignore_index, z_loss_weight, compute_dtype, needs, backend):
     wide = torch.promote_types(compute_dtype, torch.float32)
     shapes = [
         shape if needed else (0,) for shape, needed in zip((weight.shape, (len(weight),)), needs[1:], strict=True)
@@ -175,7 +190,8 @@ def sum_rows(
     z_loss: Tensor,
     correct: Tensor,
     labels: Tensor,
-    scale: Tensor | None,
+    segments: Tensor | None,
+    scales: Tensor | None,
     inputs: list[Tensor],
     gradients: list[Tensor],
     ignore_index: int,
@@ -184,27 +200,26 @@ def sum_rows(
     in_place: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Total [], sums [loss, z_loss] and counts [correct, labeled] over rows.
+    """Total [], [2, S] sums of loss and z-loss, [2, S] counts of correct and labeled rows; S is 1 without segments.
 
     `gradients` are those of the total with respect to `inputs`. With `in_place` a backward multiplies them by
     `grad_output` in place, so there can be only one: autograd rejects a second, as saved tensors have changed.
     """
     del inputs, gradients, in_place
-    scale = _one(loss.device) if scale is None else scale
+    segments, scales = _segments(labels, segments, scales)
     sums = _implementation(loss, backend, takes_rows=False).sums
-    return sums((loss, z_loss, correct), labels.contiguous(), scale, ignore_index, z_loss_weight, vocab_size)
+    return sums((loss, z_loss, correct), labels.contiguous(), segments, scales, ignore_index, z_loss_weight, vocab_size)
 
 
 @sum_rows.register_fake
-def _(
-    loss, z_loss, correct, labels, scale, inputs, gradients, ignore_index, z_loss_weight, vocab_size, in_place, backend
-):
-    return loss.new_empty(()), loss.new_empty(2), loss.new_empty(2, dtype=torch.int64)
+def _(loss, z_loss, correct, labels, segments, scales, *_):
+    shape = (2, 1 if scales is None else len(scales))
+    return loss.new_empty(()), loss.new_empty(shape), loss.new_empty(shape, dtype=torch.int64)
 
 
 def _keep_gradients(ctx, inputs, output) -> None:
     del output
-    _, _, _, _, _, tensors, gradients, _, _, _, ctx.in_place, ctx.backend = inputs
+    *_, tensors, gradients, _, _, _, ctx.in_place, ctx.backend = inputs
     ctx.dtypes = [tensor.dtype for tensor in tensors]
     ctx.save_for_backward(*gradients)
     ctx.set_materialize_grads(False)  # no zero tensors for the sums, which have no gradient
@@ -221,14 +236,16 @@ def _scaled_gradients(ctx, grad_total, grad_sums, grad_counts):
     elif gradients:
         gradients = multiplied(list(gradients), grad_total, ctx.backend)
     gradients = [gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)]
-    return *[None] * 5, gradients, [None] * len(gradients), *[None] * 5
+    return *[None] * 6, gradients, [None] * len(gradients), *[None] * 5
 
 
 sum_rows.register_autograd(_scaled_gradients, setup_context=_keep_gradients)
 
 
-def _checked(labels: Tensor, ignore_index: int, vocab_size: int, backend: str) -> Tensor:
-    """Contiguous labels, checked against the vocabulary, except on Triton, whose kernels check them.
+def _checked(
+    labels: Tensor, segments: Tensor | None, scales: Tensor | None, ignore_index: int, vocab_size: int, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Contiguous labels, and segments and scales, all checked, except on Triton, whose kernels check them.
 
     Raises:
         RuntimeError: on the CPU immediately; on a GPU a device assert, reported at the next synchronization.
@@ -238,7 +255,17 @@ def _checked(labels: Tensor, ignore_index: int, vocab_size: int, backend: str) -
         torch_private.assert_async(
             valid.all(), f"labels: one is neither ignore_index {ignore_index} nor in 0 … {vocab_size - 1}"
         )
-    return labels.contiguous()
+        if segments is not None:
+            valid = (segments >= 0) & (segments < len(scales))
+            torch_private.assert_async(valid.all(), f"segments: one is not in 0 … {len(scales) - 1}")
+    return labels.contiguous(), *_segments(labels, segments, scales)
+
+
+def _segments(labels: Tensor, segments: Tensor | None, scales: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Segments [N] and scales [S]; without segments all rows are in one."""
+    if segments is None:
+        segments = _zero(labels.device).expand(len(labels))  # stride 0, so no memory
+    return segments, _one(labels.device) if scales is None else scales
 
 
 def _labeled_rows(labels: Tensor, ignore_index: int, backend: str) -> Tensor | None:
@@ -259,14 +286,16 @@ def _chunk_rows(num_rows: int, vocab_size: int, dtype: torch.dtype, device: torc
 def _cross_entropy(
     logits: Tensor,
     labels: Tensor,
+    segments: Tensor | None,
+    scales: Tensor,
     gradient: Tensor | None,
-    scale: Tensor,
     ignore_index: int,
     z_loss_weight: float,
     backend: str,
 ) -> Rows:
-    labels = _checked(labels, ignore_index, logits.shape[1], backend)
-    return _implementation(logits, backend).rows(logits, labels, gradient, scale, ignore_index, z_loss_weight)
+    labels, segments, scales = _checked(labels, segments, scales, ignore_index, logits.shape[1], backend)
+    rows = _implementation(logits, backend).rows
+    return rows(logits, labels, segments, scales, gradient, ignore_index, z_loss_weight)
 
 
 def _implementation(tensor: Tensor, backend: str, *, takes_rows: bool = True) -> ModuleType:
@@ -283,8 +312,14 @@ def _implementation(tensor: Tensor, backend: str, *, takes_rows: bool = True) ->
 
 @functools.cache
 def _one(device: torch.device) -> Tensor:
-    """The scale 1, cached: creating it would be one of a dozen launches."""
-    return torch.ones((), device=device)
+    """The scale 1, [1], cached: creating it would be one of a dozen launches."""
+    return torch.ones(1, device=device)
+
+
+@functools.cache
+def _zero(device: torch.device) -> Tensor:
+    """The only segment where there are none, [1] int64, cached like `_one`."""
+    return torch.zeros(1, dtype=torch.int64, device=device)
 
 
 def _aligned_rows(num_rows: int, row_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -14,51 +14,62 @@ _MOST_GRADIENTS = 3  # of hidden, weight and bias
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-@triton.jit(do_not_specialize=["num_rows", "vocab_size"])
+@triton.jit(do_not_specialize=["num_rows", "segment_stride", "num_segments", "vocab_size"])
 def sum_kernel(
     loss_ptr,
     z_loss_ptr,
     correct_ptr,
     labels_ptr,
-    scale_ptr,
+    segments_ptr,
+    scales_ptr,
     total_ptr,
     sums_ptr,
     counts_ptr,
     is_valid_ptr,
     num_rows,
+    segment_stride,
+    num_segments,
     vocab_size,
     ignore_index: tl.int64,
     z_loss_weight: tl.float32,
     BLOCK: tl.constexpr,
 ):
-    """One program for all rows [N], so that the order of additions is fixed.
+    """One program for all rows [N] and segments S, so that the order of additions is fixed.
 
-    Writes total [], sums [loss, z_loss] in fp32, counts [correct, labeled] in int64, and whether all labels are valid.
+    Writes total [], sums [2, S] of loss and z-loss in fp32, counts [2, S] of correct and labeled rows in int64, and
+    whether all labels and segments are valid.
     """
-    # 1. Each lane accumulates every BLOCK-th row: 20 bytes per row.
     lanes = tl.arange(0, BLOCK)
-    loss = tl.zeros([BLOCK], tl.float32)
-    z_loss = tl.zeros([BLOCK], tl.float32)
-    correct = tl.zeros([BLOCK], tl.int32)
-    labeled = tl.zeros([BLOCK], tl.int32)
-    wrong = tl.zeros([BLOCK], tl.int32)  # labels that are neither a class nor ignore_index
-    for first in range(0, num_rows, BLOCK):
-        rows = first + lanes
-        inside = rows < num_rows
-        loss += tl.load(loss_ptr + rows, mask=inside, other=0.0)
-        z_loss += tl.load(z_loss_ptr + rows, mask=inside, other=0.0)
-        correct += tl.load(correct_ptr + rows, mask=inside, other=0)
-        labels = tl.load(labels_ptr + rows, mask=inside, other=0).to(tl.int64)
-        is_labeled = inside & (labels != ignore_index)
-        labeled += is_labeled.to(tl.int32)
-        wrong += (is_labeled & ((labels < 0) | (labels >= vocab_size))).to(tl.int32)
-    # 2. Reduce the lanes [BLOCK] to scalars, and store.
-    loss_sum, z_loss_sum = tl.sum(loss, axis=0), tl.sum(z_loss, axis=0)
-    tl.store(total_ptr, tl.load(scale_ptr) * (loss_sum + z_loss_weight * z_loss_sum))
-    tl.store(sums_ptr, loss_sum)
-    tl.store(sums_ptr + 1, z_loss_sum)
-    tl.store(counts_ptr, tl.sum(correct, axis=0).to(tl.int64))
-    tl.store(counts_ptr + 1, tl.sum(labeled, axis=0).to(tl.int64))
+    total = 0.0
+    wrong = tl.zeros([BLOCK], tl.int32)  # rows whose label or segment is out of range
+    # Segments are few, and 28 bytes per row stay in the cache, so every segment reads all rows.
+    for segment in range(num_segments):
+        # 1. Each lane accumulates every BLOCK-th row of the segment.
+        loss = tl.zeros([BLOCK], tl.float32)
+        z_loss = tl.zeros([BLOCK], tl.float32)
+        correct = tl.zeros([BLOCK], tl.int32)
+        labeled = tl.zeros([BLOCK], tl.int32)
+        for first in range(0, num_rows, BLOCK):
+            rows = first + lanes
+            inside = rows < num_rows
+            segments = tl.load(segments_ptr + rows * segment_stride, mask=inside, other=-1)
+            is_member = segments == segment
+            loss += tl.load(loss_ptr + rows, mask=is_member, other=0.0)
+            z_loss += tl.load(z_loss_ptr + rows, mask=is_member, other=0.0)
+            correct += tl.load(correct_ptr + rows, mask=is_member, other=0)
+            labels = tl.load(labels_ptr + rows, mask=inside, other=0).to(tl.int64)
+            is_labeled = labels != ignore_index
+            labeled += (is_member & is_labeled).to(tl.int32)
+            is_wrong = (is_labeled & ((labels < 0) | (labels >= vocab_size))) | (segments < 0)
+            wrong += (inside & (is_wrong | (segments >= num_segments))).to(tl.int32)
+        # 2. Reduce the lanes [BLOCK] to scalars; store the segment's, and add its share to the total.
+        loss_sum, z_loss_sum = tl.sum(loss, axis=0), tl.sum(z_loss, axis=0)
+        total += tl.load(scales_ptr + segment) * (loss_sum + z_loss_weight * z_loss_sum)
+        tl.store(sums_ptr + segment, loss_sum)
+        tl.store(sums_ptr + num_segments + segment, z_loss_sum)
+        tl.store(counts_ptr + segment, tl.sum(correct, axis=0).to(tl.int64))
+        tl.store(counts_ptr + num_segments + segment, tl.sum(labeled, axis=0).to(tl.int64))
+    tl.store(total_ptr, total)
     tl.store(is_valid_ptr, (tl.sum(wrong, axis=0) == 0).to(tl.int32))
 
 
@@ -109,30 +120,35 @@ def _multiply_block(source_ptr, target_ptr, scale, block, size, BLOCK: tl.conste
 def sums(
     rows: tuple[Tensor, Tensor, Tensor],
     labels: Tensor,
-    scale: Tensor,
+    segments: Tensor,
+    scales: Tensor,
     ignore_index: int,
     z_loss_weight: float,
     vocab_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch `sum_kernel`; same results as `eager.sums`. Checks labels too.
+    """Launch `sum_kernel`; same results as `eager.sums`. Checks labels and segments too.
 
     Raises:
-        RuntimeError: a label is neither `ignore_index` nor in 0 … V − 1; on a GPU it is a device assert.
+        RuntimeError: a label is neither `ignore_index` nor in 0 … V − 1, or a segment not in 0 … S − 1; on a GPU it is
+            a device assert.
     """
     total = torch.empty((), dtype=torch.float32, device=labels.device)
-    loss_sums = torch.empty(2, dtype=torch.float32, device=labels.device)
-    counts = torch.empty(2, dtype=torch.int64, device=labels.device)
+    loss_sums = torch.empty(2, len(scales), dtype=torch.float32, device=labels.device)
+    counts = torch.empty(2, len(scales), dtype=torch.int64, device=labels.device)
     is_valid = torch.empty((), dtype=torch.int32, device=labels.device)
     with torch.cuda.device_of(labels):
         sum_kernel[(1,)](
             *rows,
             labels,
-            scale,
+            segments,
+            scales,
             total,
             loss_sums,
             counts,
             is_valid,
             len(labels),
+            segments.stride(0),
+            len(scales),
             vocab_size,
             ignore_index,
             z_loss_weight,
@@ -140,7 +156,9 @@ def sums(
             num_warps=launch_warps(_SUM_WARPS),
         )
     torch_private.assert_async(
-        is_valid, f"labels: one is neither ignore_index {ignore_index} nor in 0 … {vocab_size - 1}"
+        is_valid,
+        f"labels: one is neither ignore_index {ignore_index} nor in 0 … {vocab_size - 1}, or one of the segments is "
+        f"not in 0 … {len(scales) - 1}",
     )
     return total, loss_sums, counts
 
@@ -170,10 +188,11 @@ def multiplied(gradients: list[Tensor], scale: Tensor) -> list[Tensor]:
 
 def configurations() -> list[Configuration]:
     """Every variant of a kernel that `sums` and `multiplied` can start."""
-    pointers = {"loss_ptr": "*fp32", "z_loss_ptr": "*fp32", "correct_ptr": "*i32", "labels_ptr": "*i64"}
-    pointers |= dict.fromkeys(("scale_ptr", "total_ptr", "sums_ptr"), "*fp32")
-    pointers |= {"counts_ptr": "*i64", "is_valid_ptr": "*i32"}
-    numbers = {"num_rows": "i32", "vocab_size": "i32", "ignore_index": "i64", "z_loss_weight": "fp32"}
+    pointers = {"loss_ptr": "*fp32", "z_loss_ptr": "*fp32", "correct_ptr": "*i32"}
+    pointers |= dict.fromkeys(("labels_ptr", "segments_ptr", "counts_ptr"), "*i64")
+    pointers |= dict.fromkeys(("scales_ptr", "total_ptr", "sums_ptr"), "*fp32") | {"is_valid_ptr": "*i32"}
+    numbers = dict.fromkeys(("num_rows", "segment_stride", "num_segments", "vocab_size"), "i32")
+    numbers |= {"ignore_index": "i64", "z_loss_weight": "fp32"}
     found = [
         Configuration(
             "masked_cross_entropy/sum fp32",
@@ -182,7 +201,7 @@ def configurations() -> list[Configuration]:
             {"BLOCK": _SUM_BLOCK},
             num_warps=_SUM_WARPS,
             aligned=frozenset(pointers),
-            streams=False,  # 20 bytes per row
+            streams=False,  # 28 bytes per row
         )
     ]
     # dtypes of hidden's gradient, and of those of weight and bias; or of hidden's alone

@@ -152,7 +152,8 @@ def opcheck_lamb(device):
 def opcheck_rows(name):
     def arguments(device):
         logits, labels = random(9, 131, device=device), random_ids(131, 9, device=device)
-        rows = (logits, labels, torch.tensor(0.5, device=device), IGNORED, 0.1)
+        segments, scales = random_ids(2, 9, device=device), torch.tensor([0.5, 0.1], device=device)
+        rows = (logits, labels, segments, scales, IGNORED, 0.1)
         if name == "cross_entropy_":
             return cross_entropy.cross_entropy_, [(*rows, "triton")]
         return cross_entropy.cross_entropy, [(*rows, needed, "triton") for needed in (True, False)]
@@ -165,7 +166,9 @@ def opcheck_masked_cross_entropy(device):
     labels = random_ids(131, 9, device=device)
     products = (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,)
     return cross_entropy.masked_cross_entropy, [
-        (hidden, weight, labels, bias, IGNORED, 0.1, dtype, [True] * 3, "triton") for dtype in products
+        (hidden, weight, labels, bias, *segments, IGNORED, 0.1, dtype, [True] * 3, "triton")
+        for segments in ((None, None), (random_ids(2, 9, device=device), torch.tensor([0.5, 0.1], device=device)))
+        for dtype in products
     ]
 
 
@@ -183,7 +186,7 @@ def opcheck_sum_rows(device):
     inputs = [random(9, 8, device=device).requires_grad_(), random(131, 8, device=device).requires_grad_()]
     gradients = [torch.ones_like(tensor) for tensor in inputs]
     rows = (loss, z_loss, torch.ones(9, dtype=torch.int32, device=device), random_ids(131, 9, device=device))
-    return cross_entropy.sum_rows, [(*rows, None, inputs, gradients, IGNORED, 0.1, 131, False, "triton")]
+    return cross_entropy.sum_rows, [(*rows, None, None, inputs, gradients, IGNORED, 0.1, 131, False, "triton")]
 
 
 def opcheck_bucket_sums(device):
