@@ -243,8 +243,7 @@ def cross_entropy_share(config: ModelConfig, length: int, labeled: float) -> flo
 
 def labeled_fraction(trainer: Trainer, step: int) -> float:
     """Fraction of labeled positions."""
-    batches = trainer.loader.batches(trainer.loader.load(step), step)
-    labels = torch.cat([batch.labels.flatten() for batch in batches])
+    labels = trainer.loader.batch(trainer.loader.load(step), step).labels
     return (labels != IGNORE_INDEX).double().mean().item()
 
 

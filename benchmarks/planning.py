@@ -23,10 +23,10 @@ from benchmarks.markdown import markdown
 from gptbert.command_line import run_command
 from gptbert.config import TrainConfig
 from gptbert.data.hybrid_plan import HybridPlan
-from gptbert.data.objectives import Objective
 from gptbert.data.packing import RowStream
 from gptbert.data.token_store import SHARD_TOKENS, TokenStore, TokenStoreWriter
 from gptbert.distributed.hardware import usable_cores
+from gptbert.model.objective import Objective
 
 T = TypeVar("T")
 

@@ -43,7 +43,7 @@ class Stopwatch:
         """Context manager: time the functions that are parts of the step."""
         parts = [
             ("waiting", Prefetcher, "get"),
-            ("masking", BatchLoader, "batches"),
+            ("masking", BatchLoader, "batch"),
             ("forward", Trainer, "_forward"),
             ("cross-entropy", model_module, "masked_cross_entropy"),
             ("cross-entropy", cross_entropy_op, "multiplied"),  # its backward

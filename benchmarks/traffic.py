@@ -219,23 +219,23 @@ def liger_cross_entropy(logits: Tensor, labels: Tensor, weight: float) -> Tensor
 
 
 def masked_cross_entropy_job(rows: int = 20, hidden_size: int = 32, vocab_size: int = 8192) -> CountedJob:
-    """The kernels' part of masked cross-entropy: chunks of logits, between PyTorch's matrix products.
+    """The kernels' part of masked cross-entropy: chunks of logits, between PyTorch's matrix products; two objectives.
 
-    Minimum: n·V·s twice (logits read, gradient written, of the n labeled rows) + 8·n (labels) + 12 (three sums);
-    and the gradients of hidden and weight, read and written when the backward multiplies them: 2·s·D·(N + V).
+    Minimum: n·V·s twice (logits read, gradient written, of the n labeled rows) + 16·n (labels and segments) + 20 (scales
+    and three sums); and the gradients of hidden and weight, read and written when the backward multiplies them:
+    2·s·D·(N + V).
     """
     ignored = 2 * rows // 5
     generator = torch.Generator().manual_seed(1)
     hidden, weight = (
         torch.randn(size, hidden_size, generator=generator).requires_grad_() for size in (rows, vocab_size)
     )
+    segments, scales = torch.arange(rows) % 2, torch.tensor([0.25, 0.75])
+    options = {"segments": segments, "scales": scales, "z_loss_weight": Z_LOSS_WEIGHT, "backend": "triton"}
     with Counted() as counted:
-        result = masked_cross_entropy(
-            hidden, weight, _labels(rows, ignored, vocab_size), z_loss_weight=Z_LOSS_WEIGHT, backend="triton"
-        )
-        result.total.backward()
+        masked_cross_entropy(hidden, weight, _labels(rows, ignored, vocab_size), **options).total.backward()
     labeled = rows - ignored
-    fewest = labeled * (2 * vocab_size * hidden.itemsize + 8) + 12
+    fewest = labeled * (2 * vocab_size * hidden.itemsize + 16) + 20
     fewest += 2 * hidden.itemsize * hidden_size * (rows + vocab_size)
     job = _job(f"masked_cross_entropy N={rows} V={vocab_size} float32", counted, fewest, CROSS_ENTROPY_BAR)
     job.launch_bar = MASKED_LAUNCHES

@@ -12,12 +12,12 @@ import tyro
 
 from gptbert.checkpoint.folder import list_checkpoints
 from gptbert.command_line import run_command
-from gptbert.data.objectives import Objective
 from gptbert.data.token_store import TokenStore
 from gptbert.errors import InputError
 from gptbert.fill_mask import fill_masks
 from gptbert.generate import continue_text
 from gptbert.io.screen import table
+from gptbert.model.objective import Objective
 from gptbert.monitoring.records import read_records
 from gptbert.monitoring.validation import unigram_entropy
 from gptbert.report import write_report

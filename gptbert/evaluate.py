@@ -19,12 +19,12 @@ from tqdm import tqdm
 
 from gptbert.checkpoint.folder import TOKENIZER
 from gptbert.command_line import run_command
-from gptbert.data.objectives import Objective
 from gptbert.data.token_store import TokenStore, token_dtype
 from gptbert.distributed.world import World
 from gptbert.errors import InputError
 from gptbert.io.outputs import check_outputs, staged_outputs
 from gptbert.io.screen import table
+from gptbert.model.objective import Objective
 from gptbert.monitoring.metrics import LossSums
 from gptbert.monitoring.validation import Validation, ValidationSettings
 from gptbert.scoring.trained_model import ModelChoice, TrainedModel

@@ -19,10 +19,10 @@ import tyro
 from tqdm import tqdm
 
 from gptbert.command_line import run_command
-from gptbert.data.objectives import Objective
 from gptbert.errors import InputError
 from gptbert.io.outputs import check_outputs, staged_outputs
 from gptbert.io.screen import table
+from gptbert.model.objective import Objective
 from gptbert.scoring.likelihood import log_likelihoods, num_predictions
 from gptbert.scoring.minimal_pairs import BLIMP_GROUP, Accuracy, MinimalPair, members, read_pairs
 from gptbert.scoring.trained_model import ModelChoice, TrainedModel

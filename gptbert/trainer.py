@@ -16,7 +16,6 @@ from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.data.inputs import Inputs
 from gptbert.data.loader import BatchLoader, LoadedShare
 from gptbert.data.micro_batch import MicroBatches
-from gptbert.data.objectives import Batch, Objective
 from gptbert.data.packing import Prefetcher
 from gptbert.distributed.fsdp import full_tensor, load_moments, load_weights, new_moments, reshard, shard
 from gptbert.distributed.random_state import RandomState
@@ -25,7 +24,9 @@ from gptbert.distributed.world import World
 from gptbert.errors import InputError, StoppedError
 from gptbert.io.screen import log
 from gptbert.model import GPTBert
+from gptbert.model.batch import Batch
 from gptbert.model.compilation import compile_blocks, compiling
+from gptbert.model.objective import Objective
 from gptbert.monitoring.metrics import LossSums, Throughput
 from gptbert.monitoring.progress import progress_bar, summary
 from gptbert.monitoring.samples import Samples
@@ -75,6 +76,8 @@ class Trainer:
             shard([self.model, self.ema.model], config, world)
         self.parallel_model = world.wrap(self.model)
         self.optimizer = build_optimizer(config, self.model)
+        weights = [1.0 if config.token_weighted_loss else plan.weight(objective) for objective in Objective]
+        self._loss_weights = torch.tensor(weights, device=world.device)
         self.sums = LossSums(world.device)
         self.skipped_steps = SkippedSteps(world.device)
         self.stop_signal = StopSignal(world)
@@ -144,18 +147,16 @@ class Trainer:
         Returns:
             The global gradient norm before clipping, a scalar on the device.
         """
-        batches = self.loader.batches(rows, self.step)
-        scales, stop_requests = self._loss_scales(batches)
+        batch = self.loader.batch(rows, self.step)
+        scales, stop_requests = self._loss_scales(batch)
         self.stop_signal.note(stop_requests)
-        pieces = self.micro_batches.cut(batches, self.step)
+        micro_batches = self.micro_batches.cut(batch, self.step)
         sums = LossSums(self.world.device)
-        for index, parts in enumerate(pieces):
-            with self.world.gradient_sync(self.parallel_model, is_on=index == len(pieces) - 1):
-                results = self._forward(parts)
-                totals = [result.total * scales[part.objective] for part, result in zip(parts, results, strict=True)]
-                sum(totals[1:], totals[0]).backward()
-            for part, result in zip(parts, results, strict=True):
-                sums.add(part.objective, result)
+        for index, micro_batch in enumerate(micro_batches):
+            with self.world.gradient_sync(self.parallel_model, is_on=index == len(micro_batches) - 1):
+                result = self._forward(micro_batch, scales)
+                result.total.backward()
+            sums.add(result)
         for group in self.optimizer.param_groups:
             group["lr"] = schedules.learning_rate(self.config, self.step)
         gradient_norm = update_weights(self.optimizer, self.model, self.ema, self.config.max_gradient)
@@ -244,26 +245,19 @@ class Trainer:
         self.random_state.load_rank_states(resumed.rank_states, self.step)
         self.sums.load_rank_states(resumed.rank_states, self.world)
 
-    def _loss_scales(self, batches: list[Batch]) -> tuple[dict[Objective, Tensor], Tensor]:
-        """Scale of each objective's loss sum on this rank (docs/model.md#loss), and the number of stop requests.
+    def _loss_scales(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """[objectives] scales of the loss sums on this rank (docs/model.md#loss), and the number of stop requests.
 
         Means are over the labels of all ranks, so label counts are all-reduced first: two integers, and a third for
         `StopSignal`, which saves it an all-reduce of its own. The factor world_size cancels data parallelism's
         averaging of gradients over ranks.
         """
-        counts = {objective: torch.zeros((), dtype=torch.int64, device=self.world.device) for objective in Objective}
-        for batch in batches:
-            counts[batch.objective] = batch.label_count
-        sums = [*(counts[objective] for objective in Objective), self.stop_signal.requests()]
-        *totals, stop_requests = self.world.all_reduce_sum(torch.stack(sums)).unbind()
-        totals = torch.stack(totals).clamp(min=1)
+        counts = torch.cat([batch.label_counts, self.stop_signal.requests().reshape(1)])
+        counts = self.world.all_reduce_sum(counts)
+        totals, stop_requests = counts[:-1], counts[-1]
         if self.config.token_weighted_loss:
-            return dict.fromkeys(Objective, self.world.world_size / totals.sum()), stop_requests
-        scales = {
-            objective: self.plan.weight(objective) * self.world.world_size / total
-            for objective, total in zip(Objective, totals, strict=True)
-        }
-        return scales, stop_requests
+            totals = totals.sum().expand_as(totals)
+        return self._loss_weights * self.world.world_size / totals.clamp(min=1), stop_requests
 
     @torch.no_grad()
     def _warm_up_evaluation(self) -> None:
@@ -271,21 +265,13 @@ class Trainer:
         batch = Batch.padding(self.config.seq_length, self.world.device)
         for model in (self.model.eval(), self.ema.model):
             with self._precision():
-                model.encode(batch.input_ids, batch.document_ids, batch.objective.causal)
+                model.encode(batch.input_ids, batch.document_ids, batch.is_causal)
             reshard(model)
         self.model.train()
 
-    def _forward(self, parts: list[Batch]) -> list[MaskedCrossEntropy]:
-        """The loss sums of each part, from a single forward over all of them."""
+    def _forward(self, batch: Batch, scales: Tensor | None = None) -> MaskedCrossEntropy:
         with self._precision():
-            return self.parallel_model(
-                torch.cat([part.input_ids for part in parts]),
-                torch.cat([part.document_ids for part in parts]),
-                torch.cat([part.labels for part in parts]),
-                torch.cat([part.is_causal for part in parts]),
-                self.config.z_loss_weight,
-                parts=[(len(part.labels), self.micro_batches.label_capacity(part)) for part in parts],
-            )
+            return self.parallel_model(batch, scales, self.config.z_loss_weight)
 
     def _precision(self) -> AbstractContextManager:
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.config.mixed_precision)
@@ -304,7 +290,7 @@ class Trainer:
         with compiling():
             for factor in sorted(self.plan.length_factors if self.is_compiled else {1}):
                 batch = Batch.padding(factor * self.config.seq_length, self.world.device)
-                self._forward([batch])[0].total.backward()
+                self._forward(batch).total.backward()
             if self.is_compiled:
                 self._warm_up_evaluation()
         self.optimizer.zero_grad()

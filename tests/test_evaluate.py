@@ -10,9 +10,9 @@ import torch
 from gptbert.checkpoint import manifest
 from gptbert.command_line import parse, run_command
 from gptbert.config import TrainConfig
-from gptbert.data.objectives import Objective
 from gptbert.evaluate import EvaluateSettings, encode_domains, evaluate
 from gptbert.fit import fit
+from gptbert.model.objective import Objective
 from gptbert.monitoring.records import read_records
 from gptbert.scoring.trained_model import ModelChoice, TrainedModel
 from gptbert.text.corpus import CorpusConfig

@@ -85,12 +85,12 @@ def test_all_micro_batches_are_the_same_operations(make_trainer, monkeypatch):
     trainer = make_trainer(local_batch_size=4)
     forward, seen = trainer._forward, []
 
-    def watched(parts):
+    def watched(*args):
         own = []
         seen.append(own)
         look = lambda name, tensors: own.append((name, tuple(tensor.shape for tensor in tensors)))  # noqa: E731
         with Operations(look, closed=CLOSED):
-            return forward(parts)
+            return forward(*args)
 
     monkeypatch.setattr(trainer, "_forward", watched)
     for step in (2, 99):
@@ -123,7 +123,7 @@ def test_a_cuda_graph_could_record_every_operation(make_trainer, mask_history):
 def test_what_comes_from_the_host_is_seen(make_trainer, monkeypatch, what):
     trainer = make_trainer()
     forward = trainer._forward
-    monkeypatch.setattr(trainer, "_forward", lambda parts: (what(trainer.world.device), forward(parts))[1])
+    monkeypatch.setattr(trainer, "_forward", lambda *args: (what(trainer.world.device), forward(*args))[1])
     seen, from_host = operations_of(trainer, 50)
     assert from_host or {name for name, _ in seen} & FORBIDDEN
 
@@ -132,7 +132,7 @@ def test_what_comes_from_the_host_is_seen(make_trainer, monkeypatch, what):
 def test_what_waits_for_the_device_is_an_error(make_trainer, monkeypatch, what):
     trainer = make_trainer()
     forward = trainer._forward
-    monkeypatch.setattr(trainer, "_forward", lambda parts: (what(trainer.sums.sums[0, 0]), forward(parts))[1])
+    monkeypatch.setattr(trainer, "_forward", lambda *args: (what(trainer.sums.sums[0, 0]), forward(*args))[1])
     with pytest.raises((RuntimeError, NotImplementedError)):
         operations_of(trainer, 50)
 

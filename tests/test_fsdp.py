@@ -77,8 +77,8 @@ def test_a_run_does_not_depend_on_sharding(inputs, one, ranks, settings):
     ours, theirs = (whole(list_checkpoints(inputs / "runs" / run)[-1], config) for run in (name, "one"))
     for weights in ("model", "ema"):
         for key, tensor in getattr(theirs, weights).items():
-            # earlier releases sum in a different order, and α's gradient nearly cancels: 1.42e-4 was observed
-            atol = 4e-4 if key.endswith("alpha") and torch.__version__ < "2.13" else 1e-4
+            # α's gradient nearly cancels, and LAMB divides by its size, rounding errors included: 1.42e-4 was observed
+            atol = 4e-4 if key.endswith("alpha") else 1e-4
             torch.testing.assert_close(getattr(ours, weights)[key], tensor, rtol=1e-3, atol=atol, msg=key)
     for index, state in theirs.optimizer["state"].items():
         torch.testing.assert_close(ours.optimizer["state"][index], state, rtol=1e-2, atol=1e-4, msg=str(index))
@@ -179,13 +179,13 @@ def make_trainer(world, arguments):
 
 def a_rank_holds_its_part(world, arguments):
     trainer = make_trainer(world, arguments)
-    batch = trainer.loader.batches(trainer.loader.load(0), 0)[0]
+    batch = trainer.loader.batch(trainer.loader.load(0), 0)
     params = list(trainer.model.parameters())
     with trainer.world.gradient_sync(trainer.parallel_model, is_on=False):
-        trainer._forward([batch])[0].total.backward()
+        trainer._forward(batch).total.backward()
     assert all(param.grad is None for param in params), "gradients wait for the last micro-batch"
     with trainer.world.gradient_sync(trainer.parallel_model, is_on=True):
-        trainer._forward([batch])[0].total.backward()
+        trainer._forward(batch).total.backward()
     trainer.optimizer.zero_grad()
     for step in range(2):
         norm = trainer.train_step(trainer.loader.load(step))

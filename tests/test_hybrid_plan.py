@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptbert.data.hybrid_plan import HybridPlan
-from gptbert.data.objectives import Objective
 from gptbert.errors import InputError
+from gptbert.model.objective import Objective
 from gptbert.schedules import batch_size, length_factor
 
 MLM, CLM = Objective.MLM, Objective.CLM

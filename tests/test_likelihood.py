@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from gptbert.data.objectives import Objective
 from gptbert.model import GPTBert
+from gptbert.model.objective import Objective
 from gptbert.scoring import likelihood
 from gptbert.scoring.likelihood import log_likelihoods, num_predictions
 from gptbert.text.special_tokens import BOS_ID, MASK_ID

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from gptbert.data.objectives import Objective
 from gptbert.distributed.world import World
+from gptbert.model.objective import Objective
 from gptbert.monitoring.metrics import LossSums, Throughput, perplexity, training_losses
 from kernels import MaskedCrossEntropy
 
@@ -15,16 +15,16 @@ CPU = torch.device("cpu")
 ALONE = World(0, 1, torch.device("cpu"))
 
 
-def result(loss, z_loss, correct, count):
-    loss, z_loss = torch.tensor(loss), torch.tensor(z_loss)
-    return MaskedCrossEntropy(loss + z_loss, loss, z_loss, torch.tensor(correct), torch.tensor(count))
+def result(mlm=(0.0, 0.0, 0, 0), clm=(0.0, 0.0, 0, 0)):
+    """Loss, z-loss, correct and count of each objective."""
+    loss, z_loss, correct, count = (torch.tensor(pair) for pair in zip(mlm, clm, strict=True))
+    return MaskedCrossEntropy((loss + z_loss).sum(), loss, z_loss, correct, count)
 
 
 def test_means_are_over_labels_not_over_calls():
     sums = LossSums(ALONE.device)
-    sums.add(Objective.MLM, result(2.0, 8.0, 1, 1))
-    sums.add(Objective.MLM, result(3.0, 4.0, 0, 3))
-    sums.add(Objective.CLM, result(70.0, 0.0, 5, 10))
+    sums.add(result(mlm=(2.0, 8.0, 1, 1)))
+    sums.add(result(mlm=(3.0, 4.0, 0, 3), clm=(70.0, 0.0, 5, 10)))
     means = sums.means(ALONE)
     expected = {"loss": 1.25, "perplexity": math.exp(1.25), "accuracy": 0.25, "z_loss": 3.0, "count": 4}
     assert means[Objective.MLM] == pytest.approx(expected)
@@ -35,16 +35,16 @@ def test_means_are_over_labels_not_over_calls():
 def test_an_objective_without_labels_has_no_means():
     sums = LossSums(ALONE.device)
     assert sums.means(ALONE) == {}
-    sums.add(Objective.CLM, result(0.0, 0.0, 0, 0))
-    sums.add(Objective.MLM, result(1.0, 1.0, 0, 2))
+    sums.add(result())
+    sums.add(result(mlm=(1.0, 1.0, 0, 2)))
     assert set(sums.means(ALONE)) == {Objective.MLM}
 
 
 def test_many_small_losses_are_not_lost_beside_a_large_sum():
     sums = LossSums(ALONE.device)
-    sums.add(Objective.CLM, result(2.0**24, 0.0, 0, 2**24))
+    sums.add(result(clm=(2.0**24, 0.0, 0, 2**24)))
     for _ in range(10):
-        sums.add(Objective.CLM, result(0.25, 0.0, 0, 0))  # fp32 would round each of them away
+        sums.add(result(clm=(0.25, 0.0, 0, 0)))  # fp32 would round each of them away
     assert sums.means(ALONE)[Objective.CLM]["loss"] * 2**24 == 2**24 + 2.5
 
 

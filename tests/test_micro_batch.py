@@ -8,8 +8,9 @@ import torch
 from gptbert.config import TrainConfig
 from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.data.micro_batch import MicroBatches, micro_batch_rows
-from gptbert.data.objectives import Batch, Objective
 from gptbert.distributed.world import World
+from gptbert.model.batch import Batch
+from gptbert.model.objective import Objective
 from kernels.padding import ROWS
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -68,30 +69,37 @@ def test_the_rows_of_each_objective_are_as_many_as_ever_and_fit(make_config, wor
         assert micro_batches.padded_rows(step) == {key: rows * pieces for key, rows in composition.items()}
 
 
-def batch(objective, rows, length=16):
+def batch(masked, causal, length=16):
     """Rows filled with their own index."""
-    numbers = torch.arange(rows)[:, None].expand(rows, length)
-    return Batch(objective, numbers, torch.zeros_like(numbers), numbers)
+    numbers = torch.arange(masked + causal)[:, None].expand(-1, length)
+    return Batch(numbers, torch.zeros_like(numbers), numbers, num_masked=masked)
 
 
 @pytest.mark.parametrize("step", [0, 60, 99])
 def test_all_pieces_have_one_shape_and_every_row_is_in_one(make_config, step):
     micro_batches, _ = fixed(make_config, global_batch_size=32, local_batch_size=8)
     rows = micro_batches.padded_rows(step)
-    pieces = micro_batches.cut([batch(objective, count) for objective, count in rows.items()], step)
-    assert {tuple((part.objective, len(part.labels)) for part in parts) for parts in pieces} == {((MLM, 2), (CLM, 6))}
-    for objective, count in rows.items():
-        seen = [part.labels[:, 0] for parts in pieces for part in parts if part.objective is objective]
-        assert torch.cat(seen).tolist() == list(range(count))
+    pieces = micro_batches.cut(batch(*(rows[objective] for objective in Objective)), step)
+    assert {(piece.num_masked, len(piece) - piece.num_masked, piece.most_labels) for piece in pieces} == {(2, 6, 128)}
+    seen = torch.cat([piece.labels[:, 0] for piece in pieces])
+    assert sorted(seen.tolist()) == list(range(rows[MLM] + rows[CLM]))
 
 
 def test_room_for_labels_does_not_depend_on_the_step_and_is_enough(make_config):
-    micro_batches, _ = fixed(make_config, global_batch_size=8, mask_p_start=0.15, mask_p_end=0.3)
-    assert micro_batches.label_capacity(batch(CLM, 3)) == 3 * 16
-    capacity = micro_batches.label_capacity(batch(MLM, 30, 100))
+    micro_batches, _ = fixed(make_config, global_batch_size=64, local_batch_size=64, mask_p_start=0.15, mask_p_end=0.3)
+
+    def room(masked, causal, length):
+        seen = {micro_batches.cut(batch(masked, causal, length), step)[0].most_labels for step in (0, 99)}
+        return seen.pop() if len(seen) == 1 else seen
+
+    assert room(0, 3, 16) == 3 * 16
+    capacity = room(30, 0, 100)
     assert 0 <= capacity - 30 * (int(101 * 0.3) + 3) < ROWS
     assert capacity % ROWS == 0
-    assert micro_batches.label_capacity(batch(MLM, 3, 4)) == 3 * 4
+    assert room(30, 2, 100) == capacity + 2 * 100
+    assert room(3, 0, 4) == 3 * 4
+    micro_batches.has_fixed_shapes = False
+    assert room(30, 2, 100) is None, "counted"
 
 
 def test_all_ranks_have_as_many_pieces(make_config):
@@ -103,13 +111,12 @@ def test_all_ranks_have_as_many_pieces(make_config):
                 changes = {"global_batch_size": 51, "local_batch_size": 4, "hybrid_mode": mode}
                 micro_batches, _ = fixed(make_config, rank, 4, **changes)
                 rows = micro_batches.padded_rows(step)
-                batches = [batch(objective, count) for objective, count in rows.items()]
-                counts.add(len(micro_batches.cut(batches, step)))
+                counts.add(len(micro_batches.cut(batch(rows.get(MLM, 0), rows.get(CLM, 0)), step)))
             assert len(counts) == 1
 
 
 def test_where_one_row_fits_it_is_of_one_objective_or_the_other(make_config):
     micro_batches, _ = fixed(make_config, global_batch_size=6, local_batch_size=1)
     assert micro_batches.padded_rows(99) == {}
-    pieces = micro_batches.cut([batch(MLM, 2), batch(CLM, 4)], 99)
-    assert [[part.objective for part in parts] for parts in pieces] == [[MLM]] * 2 + [[CLM]] * 4
+    pieces = micro_batches.cut(batch(2, 4), 99)
+    assert [(piece.num_masked, len(piece)) for piece in pieces] == [(1, 1)] * 2 + [(0, 1)] * 4

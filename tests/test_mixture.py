@@ -15,10 +15,10 @@ from gptbert.data.inputs import Inputs, corpus_names
 from gptbert.data.loader import BatchLoader
 from gptbert.data.micro_batch import MicroBatches
 from gptbert.data.mixture import Mixture
-from gptbert.data.objectives import Objective
 from gptbert.data.packing import RowStream
 from gptbert.distributed.world import World
 from gptbert.errors import InputError
+from gptbert.model.objective import Objective
 from gptbert.text.special_tokens import BOS_ID
 from tests.test_packing import FIELDS, assert_equal, lengths, seq_lengths
 

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptbert.config import ModelConfig
 from gptbert.model import GPTBert
+from gptbert.model.batch import Batch
 from gptbert.model.gptbert import position_bucket, select_labeled
 from gptbert.upstream import from_upstream, to_upstream
 from kernels import IGNORE_INDEX
@@ -42,7 +43,9 @@ def test_parity_with_upstream(golden, objective):
     inputs = (tensors[f"{objective}.input_ids"], tensors["document_ids"])
     hidden = model.encode(*inputs, causal=objective == "causal")
     assert relative_error(hidden, tensors[f"{objective}.hidden"]) < 1e-5
-    result = model(*inputs, tensors[f"{objective}.labels"], causal=objective == "causal", z_loss_weight=z_loss_weight)
+    result = model.sums(
+        *inputs, tensors[f"{objective}.labels"], causal=objective == "causal", z_loss_weight=z_loss_weight
+    )
     assert result.count == tensors[f"{objective}.num_tokens"]
     assert relative_error(result.loss / result.count, tensors[f"{objective}.loss"]) < 1e-5
     assert relative_error(result.z_loss / result.count, tensors[f"{objective}.z_loss"]) < 1e-5
@@ -137,7 +140,7 @@ def test_padding_gives_finite_numbers_and_changes_nothing(batch, causal):
 def test_no_labels_gives_zero_loss_that_touches_every_parameter(batch):
     ids, documents = batch
     model = GPTBert(TINY)
-    result = model(ids, documents, torch.full_like(ids, IGNORE_INDEX), causal=False, z_loss_weight=1e-4)
+    result = model.sums(ids, documents, torch.full_like(ids, IGNORE_INDEX), causal=False, z_loss_weight=1e-4)
     assert result.total == 0
     assert result.count == 0
     result.total.backward()
@@ -150,8 +153,9 @@ def test_capacity_above_the_number_of_labels_changes_nothing(batch, capacity):
     model = randomize(GPTBert(TINY))
     labels = torch.full_like(ids, IGNORE_INDEX)
     labels[0, [1, 4, 6]], labels[1, [0, 7]] = 20, 33
-    exact = model(ids, documents, labels, causal=False, z_loss_weight=1e-2)
-    roomy = model(ids, documents, labels, causal=False, z_loss_weight=1e-2, label_capacity=capacity)
+    rows = Batch(ids, documents, labels, num_masked=1)
+    exact = model(rows, z_loss_weight=1e-2)
+    roomy = model(dataclasses.replace(rows, most_labels=capacity), z_loss_weight=1e-2)
     for name, value in exact._asdict().items():
         torch.testing.assert_close(getattr(roomy, name), value, msg=name)
 
@@ -160,26 +164,30 @@ def test_rows_of_both_objectives_together_are_as_each_alone(batch):
     ids, documents = batch
     labels = torch.where(documents >= 0, ids.roll(-1, dims=1), IGNORE_INDEX)
     model = randomize(GPTBert(TINY))
-    causal = torch.tensor([False, True])
-    together = model(ids, documents, labels, causal, z_loss_weight=0.1, parts=[(1, None), (1, 10)])
-    sum(result.total for result in together).backward()
+    scales = torch.tensor([0.5, 3.0])
+    together = model(Batch(ids, documents, labels, num_masked=1), scales, z_loss_weight=0.1)
+    together.total.backward()
     gradients = {name: param.grad.clone() for name, param in model.named_parameters()}
     model.zero_grad()
-    for row, result in enumerate(together):
+    total = 0.0
+    for row, scale in enumerate(scales):
         rows = slice(row, row + 1)
-        alone = model(ids[rows], documents[rows], labels[rows], row == 1, z_loss_weight=0.1)
-        torch.testing.assert_close(tuple(result), tuple(alone))
-        alone.total.backward()
+        alone = model.sums(ids[rows], documents[rows], labels[rows], row == 1, z_loss_weight=0.1)
+        torch.testing.assert_close([sums[row] for sums in together[1:]], list(alone[1:]))
+        (scale * alone.total).backward()
+        total += scale * alone.total.detach()
+    torch.testing.assert_close(together.total, total)
     for name, param in model.named_parameters():
         assert relative_error(gradients[name], param.grad) < 1e-5, name
 
 
 def test_select_labeled_keeps_order_and_fills_with_unlabeled_rows():
-    hidden = torch.arange(12.0).view(6, 2)
-    labels = torch.tensor([IGNORE_INDEX, 3, IGNORE_INDEX, 5, IGNORE_INDEX, IGNORE_INDEX])
-    rows, chosen = select_labeled(hidden, labels, 4)
+    hidden = torch.arange(12.0).view(2, 3, 2)
+    labels = torch.tensor([[IGNORE_INDEX, 3, IGNORE_INDEX], [5, IGNORE_INDEX, IGNORE_INDEX]])
+    rows, chosen, objectives = select_labeled(hidden, Batch(labels, labels, labels, num_masked=1, most_labels=4))
     assert chosen.tolist() == [3, 5, IGNORE_INDEX, IGNORE_INDEX]
-    assert rows[:2].tolist() == hidden[[1, 3]].tolist()
+    assert rows[:2].tolist() == hidden.flatten(0, 1)[[1, 3]].tolist()
+    assert objectives[:2].tolist() == [0, 1]
 
 
 def test_nothing_as_large_as_a_vector_per_pair_of_positions():
@@ -196,7 +204,7 @@ def test_nothing_as_large_as_a_vector_per_pair_of_positions():
 
     ids = torch.randint(16, config.vocab_size, (1, length))
     with Largest():
-        GPTBert(config)(ids, torch.zeros_like(ids), ids, causal=True).total.backward()
+        GPTBert(config).sums(ids, torch.zeros_like(ids), ids, causal=True).total.backward()
     assert length * length <= largest < length * length * config.hidden_size / 4
 
 
@@ -205,8 +213,8 @@ def test_bf16_autocast_stays_near_fp32(batch, causal):
     ids, documents = batch
     torch.manual_seed(0)
     model = GPTBert(TINY)
-    exact = model(ids, documents, ids, causal)
+    exact = model.sums(ids, documents, ids, causal)
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = model(ids, documents, ids, causal)
+        rounded = model.sums(ids, documents, ids, causal)
     assert rounded.loss.dtype == torch.float32
     assert relative_error(rounded.loss, exact.loss) < 1e-2

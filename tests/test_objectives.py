@@ -1,11 +1,9 @@
-"""Inputs and labels of each objective, and micro-batches of both."""
+"""Inputs and labels of each objective."""
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from gptbert.data.objectives import Batch, Masking, Objective, causal_batch, masked_batch, micro_batches
+from gptbert.data.objectives import Masking, causal_batch, masked_batch
 from gptbert.data.packing import RowStream
 from gptbert.text.special_tokens import BOS_ID, MASK_ID, PAD_ID
 
@@ -19,7 +17,7 @@ def some_rows(make_store):
 def test_causal_labels_are_the_next_tokens_of_the_same_piece(some_rows):
     _, tokens, document_ids, _ = some_rows
     batch = causal_batch(tokens, document_ids)
-    assert batch.objective.causal
+    assert batch.is_causal.all()
     rows, width = tokens.shape
     assert batch.input_ids.shape == batch.document_ids.shape == batch.labels.shape == (rows, width - 1)
     seen = 0
@@ -34,14 +32,15 @@ def test_causal_labels_are_the_next_tokens_of_the_same_piece(some_rows):
                 seen += 1
                 assert batch.labels[row, position] == following
                 assert document_ids[row, position] == document_ids[row, position + 1]  # predicted from its own document
-    assert seen == batch.label_count == 39
+    assert seen == 39
+    assert batch.label_counts.tolist() == [0, 39]
 
 
 def test_masked_labels_are_masked_one_position_later(some_rows):
     _, tokens, document_ids, row_ids = some_rows
     masking = Masking(mask_p=0.4, random_p=0.0, keep_p=0.0, vocab_size=300, num_special_tokens=16, seed=5)
     batch = masked_batch(tokens, document_ids, row_ids, masking)
-    assert not batch.objective.causal
+    assert not batch.is_causal.any()
     hidden = tokens[:, :-1] != batch.input_ids
     assert hidden.any()
     assert (batch.input_ids[hidden] == MASK_ID).all()
@@ -52,24 +51,3 @@ def test_masked_labels_are_masked_one_position_later(some_rows):
     assert torch.equal(batch.labels[labeled], tokens[:, 1:][labeled])
     again = masked_batch(tokens, document_ids, row_ids, masking)
     assert torch.equal(again.labels, batch.labels)
-
-
-@settings(max_examples=80, deadline=None)
-@given(st.integers(0, 40), st.integers(0, 40), st.integers(1, 50))
-def test_micro_batches_keep_every_row_of_both_objectives_in_even_pieces(masked, causal, limit):
-    ids = torch.arange((masked + causal) * 3).view(-1, 3)
-    batches = [
-        Batch(objective, *(rows + number for number in (0, 1000, 2000)))
-        for objective, rows in zip(Objective, ids.split([masked, causal]), strict=True)
-    ]
-    pieces = micro_batches(batches, limit)
-    sizes = [sum(len(part.labels) for part in parts) for parts in pieces]
-    assert len(pieces) == -(-(masked + causal) // limit)
-    assert all(0 < size <= limit for size in sizes)
-    assert not sizes or max(sizes) - min(sizes) <= 1
-    assert all(len(part.labels) for parts in pieces for part in parts)
-    for batch in batches:
-        found = [part for parts in pieces for part in parts if part.objective is batch.objective]
-        for name in ("input_ids", "document_ids", "labels"):
-            joined = [getattr(part, name) for part in found]
-            assert torch.equal(torch.cat([ids[:0], *joined]), getattr(batch, name))

@@ -6,6 +6,7 @@ import platform
 import pytest
 import torch
 
+from gptbert.model.batch import Batch
 from gptbert.model.gptbert import select_labeled
 from kernels import IGNORE_INDEX, masked_cross_entropy
 from kernels.padding import ROWS, rounded_rows
@@ -31,11 +32,12 @@ def test_labeled_rows_are_rounded_up_to_a_multiple():
 
 
 def test_rows_that_are_selected_recur():
-    hidden_states = torch.randn(300, 4)
+    hidden_states = torch.randn(3, 100, 4)
     for count in (1, 64, 65, 290):
         labels = torch.full((300,), IGNORE_INDEX)
         labels[torch.randperm(300)[:count]] = 5
-        rows, chosen = select_labeled(hidden_states, labels, None)
+        labels = labels.view(3, 100)
+        rows, chosen, _ = select_labeled(hidden_states, Batch(labels, labels, labels, num_masked=3))
         assert len(rows) == len(chosen) == min(300, rounded_rows(count))
         assert torch.equal(rows[chosen == 5], hidden_states[labels == 5])
 

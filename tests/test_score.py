@@ -8,9 +8,9 @@ import pytest
 
 from gptbert.command_line import parse, run_command
 from gptbert.config import TrainConfig
-from gptbert.data.objectives import Objective
 from gptbert.errors import InputError
 from gptbert.fit import fit
+from gptbert.model.objective import Objective
 from gptbert.score import SWEEP, BackendScores, ScoreSettings, score
 from gptbert.scoring.likelihood import log_likelihoods
 from gptbert.scoring.minimal_pairs import Accuracy, MinimalPair, read_pairs

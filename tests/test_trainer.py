@@ -15,11 +15,11 @@ from gptbert.command_line import parse
 from gptbert.config import TrainConfig
 from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.data.inputs import Inputs
-from gptbert.data.objectives import Objective
 from gptbert.data.token_store import TokenStore
 from gptbert.distributed.world import World
 from gptbert.errors import InputError
 from gptbert.fit import fit
+from gptbert.model.objective import Objective
 from gptbert.monitoring.records import read_records
 from gptbert.schedules import learning_rate
 from gptbert.text.special_tokens import BOS_ID
@@ -44,11 +44,12 @@ def test_the_step_is_the_formula(inputs):
     settings = {"optimizer": "adamw", "local_batch_size": 3, "max_gradient": 0.5}  # LAMB clips inside its kernel
     trainer = make_trainer(inputs, config_file=inputs / "no_dropout.json", **settings)
     rows = trainer.loader.load(0)
-    batches = {batch.objective: batch for batch in trainer.loader.batches(rows, 0)}
+    batch = trainer.loader.batch(rows, 0)
+    of_objective = {Objective.MLM: slice(batch.num_masked), Objective.CLM: slice(batch.num_masked, None)}
     loss = 0.0
     for objective, weight in ((Objective.MLM, 1 / 4), (Objective.CLM, 3 / 4)):
-        batch = batches[objective]
-        result = trainer.model(batch.input_ids, batch.document_ids, batch.labels, objective.causal, 1e-4)
+        own = batch[of_objective[objective]]
+        result = trainer.model.sums(own.input_ids, own.document_ids, own.labels, objective.causal, 1e-4)
         loss = loss + weight * result.total / result.count
     expected = torch.autograd.grad(loss, list(trainer.model.parameters()))
     norm = torch.stack([gradient.norm() for gradient in expected]).norm()
@@ -115,9 +116,9 @@ def test_longer_rows_come_in_fewer_at_a_time(inputs, monkeypatch):
     trainer = make_trainer(inputs, seq_length_growth=True, **settings)
     forward, shapes = trainer._forward, []
 
-    def watched(parts):
-        shapes.append((sum(len(part.labels) for part in parts), parts[0].labels.shape[1]))
-        return forward(parts)
+    def watched(batch, scales):
+        shapes.append(tuple(batch.labels.shape))
+        return forward(batch, scales)
 
     monkeypatch.setattr(trainer, "_forward", watched)
     widest = []
@@ -131,13 +132,10 @@ def test_longer_rows_come_in_fewer_at_a_time(inputs, monkeypatch):
 
 def test_rows_of_both_objectives_go_through_the_model_together(inputs, monkeypatch):
     trainer = make_trainer(inputs, local_batch_size=8, global_batch_size=12, batch_reduction=1)
-    forward, pieces = trainer._forward, []
-    monkeypatch.setattr(trainer, "_forward", lambda parts: pieces.append(parts) or forward(parts))
+    forward, seen = trainer._forward, []
+    monkeypatch.setattr(trainer, "_forward", lambda batch, scales: seen.append(batch) or forward(batch, scales))
     trainer.train_step(trainer.loader.load(0))
-    assert [[(part.objective.value, len(part.labels)) for part in parts] for parts in pieces] == [
-        [("mlm", 3), ("clm", 3)],
-        [("clm", 6)],
-    ]
+    assert [(batch.num_masked, len(batch) - batch.num_masked) for batch in seen] == [(2, 4), (1, 5)]
 
 
 def test_resumed_moments_follow_the_settings_of_the_command_line(inputs):
@@ -255,18 +253,22 @@ def test_validation_is_the_same_every_time_and_leaves_training_alone(inputs):
 
 
 def run_with_kernels(inputs, kernels, **changes):
-    """A short run with a backend; returns its losses and its last checkpoint."""
+    """A short run with a backend; returns its losses and the checkpoint of its first step."""
     settings = {"name": kernels, "kernels": kernels, "config_file": inputs / "no_dropout.json", "max_steps": 4}
+    settings |= {"save_every": 1, "keep_checkpoints": 4}
     fit(
         parse(TrainConfig, flags(inputs, **settings, seq_length=16, global_batch_size=8, validation_steps=1, **changes))
     )
     run_dir = inputs / "runs" / kernels
     assert json.loads((run_dir / "config.json").read_text())["kernels"] == kernels
-    return losses(read_records(run_dir / "metrics.jsonl")), list_checkpoints(run_dir)[-1]
+    return losses(read_records(run_dir / "metrics.jsonl")), list_checkpoints(run_dir)[0]
 
 
 def test_both_backends_train_the_same(inputs):
-    """Masks are bitwise equal, so losses differ only by rounding; optimizer states have the same format."""
+    """Masks are bitwise equal, so losses differ only by rounding; optimizer states have the same format.
+
+    States are compared after the first step: its update divides rounding errors by gradients that are as small.
+    """
     torch_losses, torch_checkpoint = run_with_kernels(inputs, "torch")
     triton_losses, triton_checkpoint = run_with_kernels(inputs, "triton", kernel_check="off")
     assert len(torch_losses) > 10
@@ -279,7 +281,7 @@ def test_both_backends_train_the_same(inputs):
         assert [(key, value.dtype, value.shape) for key, value in ours.items()] == [
             (key, value.dtype, value.shape) for key, value in theirs.items()
         ]
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-7)
 
 
 def test_triton_without_a_gpu_is_one_line(inputs, monkeypatch):

@@ -17,11 +17,11 @@ from gptbert.checkpoint.word_checkpoints import BABYLM, WordCheckpoints, checkpo
 from gptbert.command_line import parse
 from gptbert.config import TrainConfig
 from gptbert.data.hybrid_plan import HybridPlan
-from gptbert.data.objectives import Objective
 from gptbert.data.packing import RowStream
 from gptbert.data.token_store import TokenStore, TokenStoreWriter
 from gptbert.errors import InputError
 from gptbert.fit import fit
+from gptbert.model.objective import Objective
 from gptbert.monitoring.records import read_records
 from gptbert.text.tokenizer import tokenizer_hash
 from gptbert.trainer import Trainer

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptbert.data.objectives import Objective
 from gptbert.errors import InputError
 from gptbert.io.torch_file import load_torch_file
+from gptbert.model.objective import Objective
 
 STATE_KEYS = ("step", "optimizer", "rank_states", "skipped_steps", "mask_counts", "is_compiled")
 _LATER_KEYS = {"is_compiled"}  # not written by earlier versions

@@ -16,7 +16,6 @@ from gptbert.checkpoint.weights import write_weights
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.data.mixture import Mixture
-from gptbert.data.objectives import Objective
 from gptbert.data.packing import RowStream
 from gptbert.distributed.fsdp import full_weights
 from gptbert.distributed.world import World
@@ -24,6 +23,7 @@ from gptbert.errors import InputError
 from gptbert.io.files import new_folder
 from gptbert.io.json_file import write_json
 from gptbert.model import GPTBert
+from gptbert.model.objective import Objective
 
 BABYLM = tuple(10**6 * millions for millions in (*range(1, 10), *range(10, 100, 10), *range(100, 1001, 100)))
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}

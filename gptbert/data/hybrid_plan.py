@@ -7,8 +7,8 @@ from functools import lru_cache
 import numpy as np
 
 from gptbert.config import TrainConfig
-from gptbert.data.objectives import Objective
 from gptbert.errors import InputError
+from gptbert.model.objective import Objective
 from gptbert.schedules import batch_sizes, length_factor, length_factors
 
 _BLOCK = 2**12  # steps planned at once, unless that makes more blocks than this

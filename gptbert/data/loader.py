@@ -14,12 +14,13 @@ from gptbert.data.inputs import Inputs, corpus_names
 from gptbert.data.mask_history import MaskHistory
 from gptbert.data.micro_batch import MicroBatches
 from gptbert.data.mixture import Mixture
-from gptbert.data.objectives import Batch, Masking, Objective, causal_batch, masked_batch
+from gptbert.data.objectives import Masking, causal_batch, masked_batch
 from gptbert.data.packing import Rows, RowStream
 from gptbert.distributed.world import World
 from gptbert.errors import InputError, prefix_errors
+from gptbert.model.batch import Batch
+from gptbert.model.objective import Objective
 from gptbert.text.special_tokens import PAD_ID
-from kernels import IGNORE_INDEX
 from kernels.padding import padded_length
 
 LoadedShare = tuple[Share, dict[str, Tensor]]  # the fields of `Rows`, on the host
@@ -44,7 +45,7 @@ def training_streams(config: TrainConfig, inputs: Inputs, plan: HybridPlan) -> d
 
 
 class BatchLoader:
-    """Loads one rank's rows of a step and turns them into batches.
+    """Loads one rank's rows of a step and turns them into a batch.
 
     Attributes:
         streams: the stream of training rows of each objective; see `training_streams`.
@@ -143,8 +144,8 @@ class BatchLoader:
         ]
         return f"training on {', '.join(parts)}"
 
-    def batches(self, loaded: list[LoadedShare], step: int) -> list[Batch]:
-        """Move rows to the device and build each objective's inputs and labels there."""
+    def batch(self, loaded: list[LoadedShare], step: int) -> Batch:
+        """Move rows to the device and build their inputs and labels there; without any, a row of padding."""
         device = self._world.device
         batches, masked_positions = [], None
         for share, tensors in loaded:
@@ -159,19 +160,20 @@ class BatchLoader:
                 masked_positions = on_device["positions"][:, 1:width]
                 counts = self.mask_history.lookup(on_device["positions"])[:, :width]
             batches.append(masked_batch(tokens, document_ids, on_device["row_ids"], self._masking(step), counts))
+        batch = Batch.cat(batches or [Batch.padding(schedules.sequence_length(self._config, step), device)])
         if self.mask_history:
-            self._count_masks(batches, masked_positions, step)
-        return batches
+            self._count_masks(batch, masked_positions, step)
+        return batch
 
     def _masking(self, step: int) -> Masking:
         mask_p = schedules.mask_probability(self._config, step)
         return Masking.of(self._config, self._vocab_size, mask_p=mask_p, seed=self._config.seed)
 
-    def _count_masks(self, batches: list[Batch], positions: Tensor | None, step: int) -> None:
-        """Add this step's masked tokens of all ranks to the mask history; every rank must call it."""
-        length = schedules.sequence_length(self._config, step)
-        capacity = self._micro_batches.most_rows(Objective.MLM, step)
-        labels = next((batch.labels for batch in batches if batch.objective is Objective.MLM), None)
-        if labels is None:
-            labels = positions = torch.full((0, length), IGNORE_INDEX, device=self._world.device)
-        self.mask_history.update(positions, labels, capacity)
+    def _count_masks(self, batch: Batch, positions: Tensor | None, step: int) -> None:
+        """Add this step's masked tokens of all ranks to the mask history; every rank must call it.
+
+        `positions` [num_masked, T] are those of the labels; None: no row is masked.
+        """
+        labels = batch.labels[: batch.num_masked if positions is not None else 0]
+        positions = labels if positions is None else positions
+        self.mask_history.update(positions, labels, self._micro_batches.most_rows(Objective.MLM, step))

@@ -1,5 +1,6 @@
-"""Micro-batches: how a rank's rows of a step are split, and the label capacity of each part."""
+"""Micro-batches: how a rank's rows of a step are split, and how many labels each can have."""
 
+import dataclasses
 from functools import cache
 
 import torch
@@ -7,8 +8,9 @@ import torch
 from gptbert import schedules
 from gptbert.config import TrainConfig
 from gptbert.data.hybrid_plan import HybridPlan
-from gptbert.data.objectives import Batch, Objective, micro_batches
 from gptbert.distributed.world import World
+from gptbert.model.batch import Batch
+from gptbert.model.objective import Objective
 from kernels.padding import rounded_rows
 from kernels.span_mask import most_selected
 
@@ -34,7 +36,7 @@ def micro_batch_rows(config: TrainConfig, length: int, device: torch.device) -> 
 
 
 class MicroBatches:
-    """Splits one rank's rows of each step into micro-batches.
+    """Splits one rank's rows of each step into micro-batches, each with both objectives in about the step's ratio.
 
     On a CPU they are as equal as possible, and labels are counted. On a GPU shapes are fixed for each row length,
     whatever the schedules do: every micro-batch has the same number of rows of each objective, filled up with padding,
@@ -71,36 +73,31 @@ class MicroBatches:
         fixed = [rows[objective] for own in self._every if objective in (rows := self._fixed(own, step))]
         return fixed[0] * self._count(step) if fixed else self._plan.rows_of_a_rank(objective, step)
 
-    def cut(self, batches: list[Batch], step: int) -> list[list[Batch]]:
-        """Split a step's batches into micro-batches.
+    def cut(self, batch: Batch, step: int) -> list[Batch]:
+        """Split a step's rows into micro-batches: the first takes rows 0, n, 2n, … of n micro-batches, and so on.
 
         Args:
-            batches: this rank's, one for each objective with rows, padded to `padded_rows`.
+            batch: this rank's rows, padded to `padded_rows`.
             step: the step they belong to.
-
-        Returns:
-            The parts of each micro-batch, one for each objective in it.
         """
-        if fixed := self._fixed(self._own, step):
-            return [
-                [batch.rows(piece * fixed[batch.objective], (piece + 1) * fixed[batch.objective]) for batch in batches]
-                for piece in range(self._count(step))
-            ]
         length = schedules.sequence_length(self._config, step)
         most_rows = micro_batch_rows(self._config, length, self._device)
-        pieces = micro_batches(batches, most_rows)
-        # FSDP all-gathers weights in each micro-batch, so every rank needs the same number of them
-        fewest = self._plan.most_micro_batches(step, most_rows) if self._is_sharded else 1
-        return pieces + [[Batch.padding(length, self._device)] for _ in range(fewest - len(pieces))]
+        is_fixed = bool(self._fixed(self._own, step))
+        count = self._count(step) if is_fixed else -(-len(batch) // most_rows)
+        pieces = [batch[first::count] for first in range(count)]
+        if self._is_sharded and not is_fixed:
+            # FSDP all-gathers weights in each micro-batch, so every rank needs the same number of them
+            missing = self._plan.most_micro_batches(step, most_rows) - count
+            pieces += [Batch.padding(length, self._device) for _ in range(missing)]
+        return [dataclasses.replace(piece, most_labels=self._most_labels(piece)) for piece in pieces]
 
-    def label_capacity(self, batch: Batch) -> int | None:
+    def _most_labels(self, batch: Batch) -> int | None:
         """An upper bound on the number of labels, without a device sync; None on a CPU, where counting is free."""
         if not self.has_fixed_shapes:
             return None
-        rows, length = batch.labels.shape
-        if batch.objective is Objective.CLM:
-            return rows * length
-        return min(rows * length, rounded_rows(rows * most_selected(length + 1, self._most_masked)))
+        num_rows, length = batch.labels.shape
+        masked = rounded_rows(batch.num_masked * most_selected(length + 1, self._most_masked))
+        return min(masked, batch.num_masked * length) + (num_rows - batch.num_masked) * length
 
     def _fixed(self, objectives: tuple[Objective, ...], step: int) -> dict[Objective, int]:
         """Rows of each objective per micro-batch at this step's row length; empty if shapes are not fixed."""

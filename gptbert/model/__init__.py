@@ -1,6 +1,7 @@
 """The transformer (Charpentier & Samuel 2024, arXiv 2410.24159).
 
 - `gptbert`: `GPTBert`: its embedding, blocks and head.
+- `batch`, `objective`: the rows that it takes, and the objective of each.
 - `attention`: attention with relative positions.
 - `layer_weighting`: the depth-weighted average of all representations so far.
 - `norm`, `dropout`: LayerNorm and dropout as modules.

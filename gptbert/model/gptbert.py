@@ -5,7 +5,6 @@ P = 2S−1 distinct position vectors, N labeled positions.
 """
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,10 +15,12 @@ from torch.utils.checkpoint import checkpoint
 from gptbert.config import ModelConfig
 from gptbert.model.attention import SEEDS as ATTENTION_SEEDS
 from gptbert.model.attention import Attention
+from gptbert.model.batch import Batch
 from gptbert.model.compilation import any_number_of_rows
 from gptbert.model.dropout import Dropout, random_seeds
 from gptbert.model.layer_weighting import LayerWeighting, Representations
 from gptbert.model.norm import InputNorm, layer_norm
+from gptbert.model.objective import Objective
 from kernels import IGNORE_INDEX, MaskedCrossEntropy, masked_cross_entropy
 from kernels.gated_norm import gated_norm
 from kernels.padding import padded_length, rounded_rows
@@ -92,52 +93,47 @@ class GPTBert(nn.Module):
         seeds = random_seeds(BLOCK_SEEDS * len(self.blocks) + 2, device)
         return DropoutSeeds(seeds[0], list(seeds[1:-1].split(BLOCK_SEEDS)), seeds[-1])
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        document_ids: Tensor,
-        labels: Tensor,
-        causal: bool | Tensor,
-        z_loss_weight: float = 0.0,
-        label_capacity: int | None = None,
-        parts: Sequence[tuple[int, int | None]] | None = None,
-    ) -> MaskedCrossEntropy | list[MaskedCrossEntropy]:
-        """Cross-entropy at labeled positions.
+    def forward(self, batch: Batch, scales: Tensor | None = None, z_loss_weight: float = 0.0) -> MaskedCrossEntropy:
+        """Cross-entropy at labeled positions, summed for each objective.
 
         Args:
-            input_ids: [B, T] integers.
-            document_ids: [B, T] integers, −1 for padding.
-            labels: [B, T] integers, −100 for no label; already shifted: position t predicts labels[t].
-            causal: the objective's attention, or [B] bool, per row.
+            batch: rows of both objectives.
+            scales: [objectives] fp32, each objective's factor in `total`; None: 1.
             z_loss_weight: weight of logsumexp² in `total`.
-            label_capacity: an upper bound on the number of labels, which avoids a device sync to count them.
-            parts: numbers of consecutive rows to sum separately, with each part's upper bound.
 
         Returns:
-            Sums over the labeled positions, see `kernels.MaskedCrossEntropy`; with `parts`, one per part.
+            Sums over the labeled positions, see `kernels.MaskedCrossEntropy`, [objectives] in the order of `Objective`.
         """
-        seeds = self._dropout_seeds(input_ids.device)
-        hidden_states = self._encode(input_ids, document_ids, causal, seeds)
-        rows, capacities = zip(*(parts or [(len(labels), label_capacity)]), strict=True)
+        seeds = self._dropout_seeds(batch.labels.device)
+        hidden_states = self._encode(batch.input_ids, batch.document_ids, batch.is_causal, seeds)
         # [B·T, D] to [N, D]: the head sees labeled positions only
-        selected = [
-            select_labeled(states.flatten(0, 1), part.flatten(), capacity)
-            for states, part, capacity in zip(hidden_states.split(rows), labels.split(rows), capacities, strict=True)
-        ]
-        numbers = [len(labels) for _, labels in selected]
-        states = self.head(torch.cat([states for states, _ in selected]), seeds.head).split(numbers)
-        results = [
-            masked_cross_entropy(
-                states,
-                self.embedding.word_embedding.weight,
-                labels,
-                self.head.bias,
-                ignore_index=IGNORE_INDEX,
-                z_loss_weight=z_loss_weight,
-            )
-            for states, (_, labels) in zip(states, selected, strict=True)
-        ]
-        return results if parts else results[0]
+        states, labels, objectives = select_labeled(hidden_states, batch)
+        return masked_cross_entropy(
+            self.head(states, seeds.head),
+            self.embedding.word_embedding.weight,
+            labels,
+            self.head.bias,
+            segments=objectives,
+            scales=torch.ones(len(Objective), device=labels.device) if scales is None else scales,
+            ignore_index=IGNORE_INDEX,
+            z_loss_weight=z_loss_weight,
+        )
+
+    def sums(
+        self, input_ids: Tensor, document_ids: Tensor, labels: Tensor, causal: bool, z_loss_weight: float = 0.0
+    ) -> MaskedCrossEntropy:
+        """As `forward`, of rows of one objective: scalars.
+
+        Args:
+            input_ids: see `Batch`.
+            document_ids: see `Batch`.
+            labels: see `Batch`.
+            causal: whether the objective is causal.
+            z_loss_weight: weight of logsumexp² in `total`.
+        """
+        batch = Batch(input_ids, document_ids, labels, num_masked=0 if causal else len(labels))
+        total, *sums = self(batch, None, z_loss_weight)
+        return MaskedCrossEntropy(total, *(each[int(causal)] for each in sums))
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Scores [..., V] of the next token for representations [..., D] from `encode`."""
@@ -275,22 +271,22 @@ def attention_mask(document_ids: Tensor, causal: bool | Tensor) -> Tensor:
     return mask.tril() if causal else mask
 
 
-def select_labeled(hidden_states: Tensor, labels: Tensor, capacity: int | None) -> tuple[Tensor, Tensor]:
-    """The labeled rows of `hidden_states`.
+def select_labeled(hidden_states: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """The labeled positions of a batch.
 
     Args:
-        hidden_states: [B·T, D].
-        labels: [B·T].
-        capacity: number of rows to return, at least the number of labels; the rest is filled with unlabeled rows.
-            None counts the labels, which needs a device sync, and rounds up.
+        hidden_states: [B, T, D].
+        batch: its labels, their upper bound (without one they are counted, and the number rounded up), and objectives.
 
     Returns:
-        [N, D] and [N].
+        [N, D], and labels and objectives [N]. N is at least the number of labels; unlabeled positions fill it up.
     """
+    objectives = batch.objectives[:, None].expand_as(batch.labels)
+    positions = (hidden_states.flatten(0, 1), batch.labels.flatten(), objectives.flatten())  # [B·T, D], [B·T], [B·T]
+    hidden_states, labels, objectives = positions
     labeled = labels != IGNORE_INDEX
-    if capacity is None:
-        capacity = rounded_rows(int(labeled.sum()))
-    if capacity >= len(labels):
-        return hidden_states, labels
-    rows = labeled.nonzero_static(size=capacity, fill_value=-1).squeeze(-1)
-    return hidden_states[rows], torch.where(rows >= 0, labels[rows], IGNORE_INDEX)
+    count = rounded_rows(int(labeled.sum())) if batch.most_labels is None else batch.most_labels
+    if count >= len(labels):
+        return positions
+    rows = labeled.nonzero_static(size=count, fill_value=-1).squeeze(-1)  # [N]
+    return hidden_states[rows], torch.where(rows >= 0, labels[rows], IGNORE_INDEX), objectives[rows]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptbert.data.objectives import Objective
 from gptbert.distributed.world import World
+from gptbert.model.objective import Objective
 from kernels import MaskedCrossEntropy
 
 
@@ -24,12 +24,10 @@ class LossSums:
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(len(Objective), 4, dtype=torch.float64, device=device)
 
-    def add(self, objective: Objective, result: MaskedCrossEntropy) -> None:
-        """Add the sums of one forward pass."""
-        row = list(Objective).index(objective)
-        self.sums[row] += torch.stack(
-            [value.double() for value in (result.loss, result.z_loss, result.correct, result.count)]
-        )
+    def add(self, result: MaskedCrossEntropy) -> None:
+        """Add the sums [objectives] of one forward pass."""
+        sums = (result.loss, result.z_loss, result.correct, result.count)
+        self.sums += torch.stack([each.double() for each in sums], dim=1)
 
     def add_where(self, condition: Tensor, other: "LossSums") -> None:
         """Add the sums of `other` if the condition, a bool scalar on the device, holds."""

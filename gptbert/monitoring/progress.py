@@ -9,9 +9,9 @@ from gptbert.checkpoint.word_checkpoints import WordCheckpoints
 from gptbert.config import TrainConfig
 from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.data.inputs import Inputs
-from gptbert.data.objectives import Objective
 from gptbert.distributed.world import World
 from gptbert.io.screen import log
+from gptbert.model.objective import Objective
 from gptbert.monitoring import recipes
 
 

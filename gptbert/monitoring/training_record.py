@@ -6,9 +6,9 @@ from torch import Tensor
 from gptbert import schedules
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.data.hybrid_plan import HybridPlan
-from gptbert.data.objectives import Objective
 from gptbert.distributed.memory import peak_memory
 from gptbert.distributed.world import World
+from gptbert.model.objective import Objective
 from gptbert.monitoring.flops import measure_matmul_flops, training_flops
 from gptbert.monitoring.metrics import Throughput, training_losses
 

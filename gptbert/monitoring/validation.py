@@ -12,7 +12,7 @@ from torch import Tensor
 from gptbert.checkpoint import manifest
 from gptbert.checkpoint.folder import SETTINGS_BYTES, TRAIN_CONFIG
 from gptbert.config import TrainConfig
-from gptbert.data.objectives import Batch, Masking, Objective, causal_batch, masked_batch
+from gptbert.data.objectives import Masking, causal_batch, masked_batch
 from gptbert.data.packing import RowStream
 from gptbert.data.token_store import TokenStore
 from gptbert.distributed.fsdp import reshard
@@ -20,6 +20,8 @@ from gptbert.distributed.world import World
 from gptbert.errors import InputError, first_line
 from gptbert.io.json_file import read_json
 from gptbert.model import GPTBert
+from gptbert.model.batch import Batch
+from gptbert.model.objective import Objective
 from gptbert.monitoring.metrics import LossSums
 
 _MASK_SEED = 0x5EED_0F_7A11D  # independent of the run's seed, so that runs are compared on the same masks
@@ -131,8 +133,7 @@ class Validation:
         for row in range(first, first + most, step):
             for batch in self._batches(row, min(step, end - row)):
                 with precision:
-                    result = model(batch.input_ids, batch.document_ids, batch.labels, batch.objective.causal)
-                sums.add(batch.objective, result)
+                    sums.add(model(batch))
             advance(max(0, min(step, end - row)))
         reshard(model)
         model.train(was_training)

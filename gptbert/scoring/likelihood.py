@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gptbert.data.objectives import Objective
 from gptbert.model import GPTBert
+from gptbert.model.objective import Objective
 from gptbert.text.special_tokens import MASK_ID, PAD_ID
 
 _LOGITS = 1 << 24  # logits in memory at once: 64 MB in fp32

@@ -102,7 +102,8 @@ def masked_cross_entropy(
 
     Returns:
         Loss and z-loss of each row in fp32 or wider, correct in int32, [N] each; gradients of Σ scale · (loss +
-        z_loss_weight · z_loss) with respect to hidden (its dtype), weight and bias (fp32 or wider), empty if not needed.
+        z_loss_weight · z_loss) with respect to hidden (its dtype), weight and bias (fp32 or wider), each empty if not
+        needed.
     """
     labels, segments, scales = _checked(labels, segments, scales, ignore_index, len(weight), backend)
     num_rows, kept = len(labels), None
@@ -212,7 +213,21 @@ def sum_rows(
 
 
 @sum_rows.register_fake
-def _(loss, z_loss, correct, labels, segments, scales, *_):
+def _(
+    loss,
+    z_loss,
+    correct,
+    labels,
+    segments,
+    scales,
+    inputs,
+    gradients,
+    ignore_index,
+    z_loss_weight,
+    vocab_size,
+    in_place,
+    backend,
+):
     shape = (2, 1 if scales is None else len(scales))
     return loss.new_empty(()), loss.new_empty(shape), loss.new_empty(shape, dtype=torch.int64)
 

@@ -11,12 +11,12 @@ from gptbert.checkpoint.folder import list_checkpoints
 from gptbert.checkpoint.saved_model import load_model
 from gptbert.command_line import parse
 from gptbert.config import ModelConfig, TrainConfig
-from gptbert.data.objectives import Objective
 from gptbert.evaluate import EvaluateSettings, evaluate
 from gptbert.export import ExportConfig, export
 from gptbert.fill_mask import fill_masks
 from gptbert.fit import fit
 from gptbert.generate import continue_text
+from gptbert.model.objective import Objective
 from gptbert.monitoring.records import read_records
 from gptbert.score import ScoreSettings, score
 from gptbert.scoring.likelihood import log_likelihoods

@@ -7,6 +7,7 @@ import torch
 
 from gptbert.config import ModelConfig
 from gptbert.model import GPTBert
+from gptbert.model.batch import Batch
 from gptbert.model.compilation import compile_blocks
 from gptbert.model.dropout import random_seeds
 from gptbert.model.gptbert import BLOCK_SEEDS, DropoutSeeds
@@ -52,11 +53,11 @@ def run(model, shape, rows, device, *, length=24, autocast=False):
     documents = (torch.arange(length) >= length // 2).long().repeat(rows, 1)
     documents[-1, -3:] = -1
     labels = torch.where(torch.rand(rows, length, generator=generator) < 0.3, ids, IGNORE_INDEX)
-    causal = torch.arange(rows) % 2 == 1
     model.zero_grad()
     with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-        batch = [tensor.to(device) for tensor in (ids, documents, labels, causal)]
-        (result,) = model(*batch, 1e-4, parts=[(rows, rows * length // 2)])
+        tensors = [tensor.to(device) for tensor in (ids, documents, labels)]
+        batch = Batch(*tensors, num_masked=rows // 2, most_labels=rows * length // 2)
+        result = model(batch, torch.tensor([2.0, 0.5], device=device), 1e-4)
     result.total.backward()
     return [result.loss.detach(), *(param.grad for param in model.parameters())]
 

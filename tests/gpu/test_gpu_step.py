@@ -92,8 +92,8 @@ def fixed_step(trainer, device):
     All of a step's work on the device except masking: forward and backward of each micro-batch, clipping, the
     optimizer, the EMA. The learning rate is the first step's, in a tensor.
     """
-    batches = trainer.loader.batches(trainer.loader.load(0), 0)
-    pieces, scales = trainer.micro_batches.cut(batches, 0), trainer._loss_scales(batches)[0]
+    batch = trainer.loader.batch(trainer.loader.load(0), 0)
+    micro_batches, scales = trainer.micro_batches.cut(batch, 0), trainer._loss_scales(batch)[0]
     loss = torch.zeros((), device=device)
     rate = torch.tensor(schedules.learning_rate(trainer.config, 1), dtype=torch.float32, device=device)
     for group in trainer.optimizer.param_groups:
@@ -105,9 +105,8 @@ def fixed_step(trainer, device):
         for param in trainer.model.parameters():
             param.grad.zero_()
         loss.zero_()
-        for parts in pieces:
-            results = trainer._forward(parts)
-            total = sum(result.total * scales[part.objective] for part, result in zip(parts, results, strict=True))
+        for micro_batch in micro_batches:
+            total = trainer._forward(micro_batch, scales).total
             total.backward()
             loss.add_(total.detach())
         update_weights(trainer.optimizer, trainer.model, trainer.ema, trainer.config.max_gradient)
