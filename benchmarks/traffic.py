@@ -221,9 +221,9 @@ def liger_cross_entropy(logits: Tensor, labels: Tensor, weight: float) -> Tensor
 def masked_cross_entropy_job(rows: int = 20, hidden_size: int = 32, vocab_size: int = 8192) -> CountedJob:
     """The kernels' part of masked cross-entropy: chunks of logits, between PyTorch's matrix products; two objectives.
 
-    Minimum: n·V·s twice (logits read, gradient written, of the n labeled rows) + 16·n (labels and segments) + 20 (scales
-    and three sums); and the gradients of hidden and weight, read and written when the backward multiplies them:
-    2·s·D·(N + V).
+    Minimum: n·V·s twice (logits read, gradient written, of the n labeled rows) + 16·n (labels and segments) + 20
+    (scales and three sums); and the gradients of hidden and weight, read and written when the backward multiplies
+    them: 2·s·D·(N + V).
     """
     ignored = 2 * rows // 5
     generator = torch.Generator().manual_seed(1)
