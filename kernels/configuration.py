@@ -44,10 +44,12 @@ class Configuration:
         types: Triton type of each run-time argument: "*bf16", "i64", "fp32".
         constants: value of each `tl.constexpr` argument.
         num_warps: per program, in warps of 32 threads; see `fitting_warps`.
+        num_stages: of loops that the compiler pipelines; None: Triton's default.
         max_registers: limit per thread on NVIDIA GPUs (Triton's `maxnreg`), or None.
         aligned: run-time arguments divisible by 16 (pointers: bytes), as the JIT detects at launch.
         streams: whether it is bound by memory traffic, so that 128-bit loads and stores are required.
-        may_spill: whether registers may spill; the code must state a reason.
+        most_spilled: bytes of spill stores and loads allowed per thread, by target; "any" is for all others. A number
+            above 0 must have a reason in the code.
     """
 
     name: str
@@ -55,10 +57,11 @@ class Configuration:
     types: Mapping[str, str]
     constants: Mapping[str, Any] = field(default_factory=dict)
     num_warps: int = 4
+    num_stages: int | None = None
     max_registers: int | None = None
     aligned: frozenset[str] = frozenset()
     streams: bool = True
-    may_spill: bool = False
+    most_spilled: Mapping[str, float] = field(default_factory=dict)
 
 
 def fitting_warps(num_warps: int, warp_size: int) -> int:

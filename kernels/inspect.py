@@ -185,6 +185,8 @@ def _compile(configuration: Configuration, target: Target) -> tuple[Any, str]:
         {(names.index(name),): [["tt.divisibility", 16]] for name in sorted(configuration.aligned)},
     )
     options = {"num_warps": fitting_warps(configuration.num_warps, target.warp_size)}
+    if configuration.num_stages is not None:
+        options["num_stages"] = configuration.num_stages
     if target.backend == "cuda" and configuration.max_registers is not None:
         options["maxnreg"] = configuration.max_registers
     gpu_target = importlib.import_module("triton.backends.compiler").GPUTarget(*target[:3])
@@ -209,8 +211,9 @@ def _broken_bars(configuration: Configuration, target: Target, result: Build, tt
         problems.append(f"cannot start: takes {allocated} registers of {NVIDIA_REGISTERS}")
     if result.shared_bytes > target.shared_bytes:
         problems.append(f"cannot start: takes {result.shared_bytes} bytes of shared memory of {target.shared_bytes}")
-    if target.backend == "cuda" and result.spill_bytes and not configuration.may_spill:
-        problems.append(f"spills {result.spill_bytes} bytes a thread")
+    most_spilled = configuration.most_spilled.get(result.target, configuration.most_spilled.get("any", 0))
+    if target.backend == "cuda" and result.spill_bytes > most_spilled:
+        problems.append(f"spills {result.spill_bytes} bytes a thread, of {most_spilled} allowed")
     if configuration.streams:
         for kind, widths in (("load", result.loads), ("store", result.stores)):
             # scalars, such as a row's loss, do not count: only loads and stores of blocks must be wide

@@ -5,6 +5,7 @@ are the common ones for sm_90 and the widest of them for the other targets.
 """
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -17,6 +18,8 @@ import pytest
 
 import kernels.inspect as kernels_inspect
 from kernels.configuration import TRITON_OPERATIONS, Configuration
+
+ANY = {"any": math.inf}
 
 ROOT = Path(__file__).parents[1]
 
@@ -64,9 +67,9 @@ PLANTED = """
             Configuration("unaligned but no stream", copy_kernel, types, wide, streams=False),
             Configuration("narrow store", copy_kernel, types, wide, aligned=pointers - {"target"} | {"length"}),
             Configuration("spills", row_kernel, row, row_block, aligned=pointers),
-            Configuration("spills and may", row_kernel, row, row_block, aligned=pointers, may_spill=True),
+            Configuration("spills and may", row_kernel, row, row_block, aligned=pointers, most_spilled=ANY),
             Configuration("capped", row_kernel, row, {"BLOCK": 8192}, aligned=pointers, max_registers=32),
-            Configuration("crowded", row_kernel, row, {"BLOCK": 131072}, 32, 128, aligned=pointers, may_spill=True),
+            Configuration("crowded", row_kernel, row, {"BLOCK": 131072}, 32, 128, aligned=pointers, most_spilled=ANY),
             Configuration("product", product_kernel, products, {"SIZE": 64}, aligned=frozenset(products)),
             Configuration("forgotten", copy_kernel, {"source": "*fp32", "target": "*fp32"}, wide),
             Configuration("misspelt", copy_kernel, types, wide, aligned=frozenset({"sorce"})),

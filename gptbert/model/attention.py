@@ -4,18 +4,46 @@ Letters of shapes: B rows, T positions, D hidden, H heads, d = D/H, S bucket siz
 """
 
 import math
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptbert.config import ModelConfig
+from gptbert.model.compilation import any_number_of_rows
 from gptbert.model.dropout import Dropout
 from gptbert.model.norm import InputNorm
 from kernels.add_bias import add_bias
-from kernels.attention_context import attention_context
+from kernels.attention_context import attention_context, fused_attention
+from kernels.attention_context.fused import DistanceTables
 from kernels.gated_norm import gated_norm
 
 SEEDS = 3  # of dropout, per attention
+
+
+class Visibility(NamedTuple):
+    """Which positions attend to which, and in which bucket of distances; the same for all layers.
+
+    Attributes:
+        mask: [B, T, T] bool, True where query i may see key j; None for fused attention.
+        buckets: [T, T], β(i, j); None for fused attention.
+        document_ids: [B, T] int32, for fused attention.
+        is_causal: [B] bool, for fused attention.
+        tables: β by distance, for fused attention; None otherwise.
+    """
+
+    mask: Tensor | None = None
+    buckets: Tensor | None = None
+    document_ids: Tensor | None = None
+    is_causal: Tensor | None = None
+    tables: DistanceTables | None = None
+
+    def of_any_number_of_rows(self) -> "Visibility":
+        """Itself, with the number of rows marked as dynamic for torch.compile."""
+        for tensor in (self.mask, self.document_ids, self.is_causal):
+            if tensor is not None:
+                any_number_of_rows(tensor)
+        return self
 
 
 class Attention(nn.Module):
@@ -34,16 +62,13 @@ class Attention(nn.Module):
         self.dropout = Dropout(config.hidden_dropout_prob)
         self.attention_dropout_prob = config.attention_probs_dropout_prob
 
-    def forward(
-        self, hidden_states: Tensor, relative: Tensor, buckets: Tensor, mask: Tensor, seeds: Tensor | None
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, relative: Tensor, visibility: Visibility, seeds: Tensor | None) -> Tensor:
         """X [B, T, D] to x + attention(x).
 
         Args:
             hidden_states: [B, T, D].
             relative: [P, D] or more rows, normalized position vectors.
-            buckets: [T, T], β(i, j).
-            mask: [B, T, T] bool, True where query i may see key j.
+            visibility: of all rows.
             seeds: [SEEDS, 2] of dropout, or None.
         """
         relative_seed, probability_seed, output_seed = (None,) * SEEDS if seeds is None else seeds.unbind()
@@ -55,17 +80,22 @@ class Attention(nn.Module):
         value, gate = add_bias(value_gate, self.value_gate.bias).chunk(2, dim=-1)
         relative = self.dropout(relative, relative_seed)
         position_query, position_key = add_bias(F.linear(relative, weight), bias).chunk(2, dim=-1)
-        context = attention_context(
-            self.heads(query * self.scale),  # [H, B, T, d]
-            self.heads(key),
-            self.heads(position_query * self.scale),  # [H, P, d]
-            self.heads(position_key),
-            self.heads(value),
-            buckets,
-            mask,
-            probability_seed,
-            self.attention_dropout_prob if self.training else 0.0,
-        )  # [H, B, T, d]
+        dropout = (probability_seed, self.attention_dropout_prob if self.training else 0.0)
+        if visibility.tables is None:
+            context = attention_context(
+                self.heads(query * self.scale),  # [H, B, T, d]
+                self.heads(key),
+                self.heads(position_query * self.scale),  # [H, P, d]
+                self.heads(position_key),
+                self.heads(value),
+                visibility.buckets,
+                visibility.mask,
+                *dropout,
+            )  # [H, B, T, d]
+        else:
+            rows = (visibility.tables, visibility.document_ids, visibility.is_causal)
+            tensors = (query, key, position_query, position_key, value)
+            context = fused_attention(*tensors, *rows, *dropout, scale=self.scale, num_heads=self.num_heads)
         output = gated_norm(gate, context, self.output.weight, approximate="none", eps=self.eps)
         return hidden_states + self.dropout(add_bias(output, self.output.bias), output_seed)
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gptbert.config import ModelConfig
 from gptbert.model.attention import SEEDS as ATTENTION_SEEDS
-from gptbert.model.attention import Attention
+from gptbert.model.attention import Attention, Visibility
 from gptbert.model.batch import Batch
 from gptbert.model.compilation import any_number_of_rows
 from gptbert.model.dropout import Dropout, random_seeds
@@ -22,8 +22,10 @@ from gptbert.model.layer_weighting import LayerWeighting, Representations
 from gptbert.model.norm import InputNorm, layer_norm
 from gptbert.model.objective import Objective
 from kernels import IGNORE_INDEX, MaskedCrossEntropy, masked_cross_entropy
+from kernels.attention_context.fused import distance_tables, is_fused
+from kernels.backend import choose_backend
 from kernels.gated_norm import gated_norm
-from kernels.padding import padded_length, rounded_rows
+from kernels.padding import rounded_rows
 
 BLOCK_SEEDS = ATTENTION_SEEDS + 1
 
@@ -76,14 +78,29 @@ class GPTBert(nn.Module):
         return self._encode(input_ids, document_ids, causal, self._dropout_seeds(input_ids.device))
 
     def _encode(self, input_ids: Tensor, document_ids: Tensor, causal: bool | Tensor, seeds: DropoutSeeds) -> Tensor:
-        mask = attention_mask(document_ids, causal)
-        buckets = self.position_buckets(input_ids.shape[1])
         hidden_states, relative = self.embedding(input_ids, seeds.embedding)
+        visibility = self._visibility(document_ids, causal, len(relative), hidden_states.dtype)
         representations = Representations(2 * len(self.blocks) + 1)
         hidden_states = representations.start(hidden_states)
         for block, block_seeds in zip(self.blocks, seeds.blocks, strict=True):
-            hidden_states = block(hidden_states, representations, relative, buckets, mask, block_seeds)
+            hidden_states = block(hidden_states, representations, relative, visibility, block_seeds)
         return hidden_states
+
+    def _visibility(
+        self, document_ids: Tensor, causal: bool | Tensor, num_position_vectors: int, dtype: torch.dtype
+    ) -> Visibility:
+        """What attention needs: mask and buckets of all pairs, or for the fused kernels ids and tables by distance."""
+        length, device = document_ids.shape[1], document_ids.device
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        head_size = self.config.hidden_size // self.config.num_attention_heads
+        if not is_fused(dtype, device, length, head_size, num_position_vectors):
+            return Visibility(attention_mask(document_ids, causal), self.position_buckets(length))
+        if not isinstance(causal, Tensor):
+            causal = torch.full_like(document_ids[:, 0], causal, dtype=torch.bool)  # [B]
+        buckets = self._buckets(torch.arange(1 - length, length, device=device))
+        tables = distance_tables(buckets, num_position_vectors, dtype)
+        return Visibility(document_ids=document_ids.int(), is_causal=causal, tables=tables)
 
     def _dropout_seeds(self, device: torch.device) -> DropoutSeeds:
         """New seeds for each forward; None without dropout."""
@@ -142,9 +159,12 @@ class GPTBert(nn.Module):
     def position_buckets(self, length: int) -> Tensor:
         """[T, T] int64: β(i, j) of query i and key j."""
         position = torch.arange(length, device=self.bucket_of_distance.device)
+        return self._buckets(position[:, None] - position[None, :])
+
+    def _buckets(self, distance: Tensor) -> Tensor:
+        """Bucket of distances of any size and shape, int64."""
         farthest = self.config.max_position_embeddings - 1
-        distance = (position[:, None] - position[None, :]).clamp(-farthest, farthest)
-        return self.bucket_of_distance[distance + farthest]
+        return self.bucket_of_distance[distance.clamp(-farthest, farthest) + farthest]
 
 
 class Embedding(nn.Module):
@@ -183,22 +203,21 @@ class Block(nn.Module):
         hidden_states: Tensor,
         representations: Representations,
         relative: Tensor,
-        buckets: Tensor,
-        mask: Tensor,
+        visibility: Visibility,
         seeds: Tensor | None,
     ) -> Tensor:
         """x_{2l} [B, T, D] to x_{2l+2}; appends y_{2l+1} and y_{2l+2} to `representations`."""
         attention_seeds, feed_forward_seed = (None, None) if seeds is None else (seeds[:-1], seeds[-1])
         if self.is_compiled:
-            hidden_states, mask = any_number_of_rows(hidden_states), any_number_of_rows(mask)
-        newest = self._run(self.attention, hidden_states, relative, buckets, mask, attention_seeds)
+            hidden_states, visibility = any_number_of_rows(hidden_states), visibility.of_any_number_of_rows()
+        newest = self._run(self.attention, hidden_states, relative, visibility, attention_seeds)
         hidden_states = self.attention_mix(newest, representations)
         if self.is_compiled:
             hidden_states = any_number_of_rows(hidden_states)
         newest = self._run(self.feed_forward, hidden_states, feed_forward_seed)
         return self.feed_forward_mix(newest, representations)
 
-    def _run(self, sub_layer: nn.Module, *inputs: Tensor | None) -> Tensor:
+    def _run(self, sub_layer: nn.Module, *inputs: Tensor | Visibility | None) -> Tensor:
         """The sub-layer's output. Only the sub-layer is checkpointed, since `representations` takes each y_m once."""
         if not (self.is_checkpointed and torch.is_grad_enabled()):
             return sub_layer(*inputs)
@@ -241,12 +260,14 @@ class Head(nn.Module):
 
 
 def position_rows(count: int, device: torch.device) -> int:
-    """`count` position vectors, padded on GPUs; no distance maps to an added row.
+    """`count` position vectors, padded on GPUs to a power of two; no distance maps to an added row.
 
-    The count, 2S − 1, is odd, and GPU libraries have only old, slow kernels for matrices with unaligned rows. On a CPU
-    rows of 64 elements evict each other from the cache: uncompiled steps took 7 % longer.
+    The count, 2S − 1, is odd, and GPU libraries have only old, slow kernels for matrices with unaligned rows; tiles of
+    the fused kernels are powers of two. On a CPU rows of 64 elements evict each other from the cache: uncompiled steps
+    took 7 % longer.
     """
-    return count if device.type == "cpu" else padded_length(count)
+    uses_kernels = device.type != "cpu" or choose_backend(None, device) == "triton"
+    return max(16, 1 << (count - 1).bit_length()) if uses_kernels else count
 
 
 def position_bucket(distance: Tensor, config: ModelConfig) -> Tensor:

@@ -3,6 +3,9 @@
 from torch import Tensor
 
 from kernels.attention_context import op
+from kernels.attention_context.fused import fused_attention
+
+__all__ = ["attention_context", "fused_attention"]
 
 
 def attention_context(

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kernels.attention_context import attention_context, cpp, eager, reference
+from kernels.attention_context import attention_context, cpp, eager, fused_attention, reference
+from kernels.attention_context.fused import distance_tables
 from kernels.dropout import dropout
 from kernels.numerics import Comparison, compare_all, compare_exactly, compare_function, random_bf16
 from kernels.run import Run
@@ -15,12 +16,75 @@ _DROPOUT = 0.3
 
 
 def comparisons(device: torch.device, backend: str, run: Run | None = None) -> Iterator[Comparison]:
-    """Forward and backward in bf16, with and without dropout, at odd sizes; always on the CPU."""
-    del device, run
+    """Forward and backward, with and without dropout, at odd sizes.
+
+    Args:
+        device: where the Triton kernels run; the others run on the CPU.
+        backend: the implementation to compare with the reference; see `kernels.backend`.
+        run: check the Triton kernels only for this run's heads and row lengths; None checks several of each.
+    """
+    if backend == "triton":
+        yield from _fused_kernels(device, run)
+        return
     for length in (1, 19, 150) if backend == "cpp" else ():
         yield from _kernels(length)
     for seed in (None, _SEED):
         yield from _operation(seed, backend)
+
+
+def _fused_kernels(device: torch.device, run: Run | None) -> Iterator[Comparison]:
+    """Whole and partial tiles, one and several of them, every head size; rows of both objectives."""
+    cases = [(1, 32, 16, 32), (2, 64, 64, 64), (2, 32, 50, 16), (3, 64, 128, 64), (1, 64, 150, 64), (1, 128, 200, 32)]
+    if run is not None:
+        num_heads, head_size, num_position_vectors = run.attention
+        lengths = {length - 1 for length in (*run.row_lengths, run.validation_length)}
+        cases = [(num_heads, head_size, length, num_position_vectors) for length in sorted(lengths)]
+    for case in cases:
+        for seed in (None, _SEED):
+            yield from _fused(device, *case, seed)
+
+
+def _fused(
+    device: torch.device, num_heads: int, head_size: int, length: int, num_position_vectors: int, seed: Tensor | None
+) -> Iterator[Comparison]:
+    """Three rows, two of them causal: of many short documents, of two, and of one with padding."""
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16  # bf16 products are wrong in the interpreter
+    width, positions = num_heads * head_size, torch.arange(length)
+    documents = torch.stack([positions // 7, positions // (length - 5), torch.where(positions < length - 3, 2, -1)])
+    is_causal = torch.tensor([False, True, True])
+    distances = torch.arange(1 - length, length)
+    last = num_position_vectors - 1  # the last vector is padding
+    buckets = (distances.sign() * (distances.abs() + 1).float().log2().mul(4).ceil().long()).clamp(-8, 8) + 8
+    buckets = buckets.clamp(max=last - 1)
+    query_key, value_gate = (random_bf16(3, length, 2 * width, index)[..., 0] for index in (1, 2))
+    vectors = random_bf16(num_position_vectors, 2 * width, 3)[..., 0]
+    inputs = {"query_key": query_key, "value_gate": value_gate, "vectors": vectors}
+    inputs = {name: tensor.to(device, dtype) for name, tensor in inputs.items()}
+    scale, dropout_prob = (3 * head_size) ** -0.5, 0.0 if seed is None else _DROPOUT
+    seed = None if seed is None else seed.to(device)
+    documents, is_causal, buckets = documents.int().to(device), is_causal.to(device), buckets.to(device)
+
+    def fused(query_key: Tensor, value_gate: Tensor, vectors: Tensor) -> Tensor:
+        tables = distance_tables(buckets, num_position_vectors, dtype)
+        rows = (tables, documents, is_causal, seed, dropout_prob)
+        tensors = (*query_key.chunk(2, -1), *vectors.chunk(2, -1), value_gate[..., :width])
+        return fused_attention(*tensors, *rows, scale=scale, num_heads=num_heads)
+
+    def by_definition(query_key: Tensor, value_gate: Tensor, vectors: Tensor) -> Tensor:
+        index = positions.to(device)
+        matrix = buckets[index[:, None] - index + length - 1]
+        mask = (documents[:, :, None] == documents[:, None, :]) & (documents >= 0)[:, None, :]
+        mask = torch.where(is_causal[:, None, None], mask.tril(), mask)
+        heads = [
+            each.unflatten(-1, (num_heads, -1)).movedim(-2, 0)
+            for each in (*query_key.chunk(2, -1), *vectors.chunk(2, -1), value_gate[..., :width])
+        ]
+        query, key, position_query, position_key, value = heads
+        tensors = (query * scale, key, position_query * scale, position_key, value)
+        return reference.attention_context(*tensors, matrix, mask, seed, dropout_prob)
+
+    name = f"fused H={num_heads} d={head_size} T={length} P={num_position_vectors}"
+    yield from compare_function(f"{name}{'' if seed is None else ' dropout'}", fused, by_definition, inputs)
 
 
 def _buckets(length: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Loss, accuracy and gradient of rows of logits. A row stays in registers: read once, its gradient written once."""
 
 import itertools
+import math
 from typing import NamedTuple
 
 import torch
@@ -310,7 +311,7 @@ def _rows_configuration(
             ["logits_ptr", "gradient_ptr", *(strides if is_aligned else ()), *(["vocab_size"] if is_even else ())]
         ),
         streams=(is_aligned and is_even) or full_pieces > 0,
-        may_spill=width > 32768,  # see `layout`
+        most_spilled={"any": math.inf if width > 32768 else 0},  # see `layout`
     )
 
 

@@ -1,0 +1,268 @@
+"""Attention in one Triton kernel forward and two backward, as registered operations; no [H, B, T, T] is stored."""
+
+import importlib
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.backend import choose_backend
+
+TILE = 64  # queries and keys at a time; shorter rows have smaller tiles
+HEAD_SIZES = (32, 64, 128)
+LENGTHS = range(16, 2049)
+POSITION_VECTORS = (16, 32, 64, 128)
+
+_is_wanted = True
+
+
+class DistanceTables(NamedTuple):
+    """Buckets by distance; the same for all layers. 2L distances: L is T rounded up to whole tiles.
+
+    Attributes:
+        buckets: [2L] int64, the bucket of the distances 1 − L … L (beyond ±(T − 1): any).
+        bucket_rows: [2L, P], 0-1: whether a distance, −L … L − 1, is in a bucket.
+    """
+
+    buckets: Tensor
+    bucket_rows: Tensor
+
+
+def use_fused_attention(is_wanted: bool) -> None:
+    """Whether this process may run the fused kernels; a run whose check found them wrong does without."""
+    global _is_wanted  # noqa: PLW0603 - process-wide, like `kernels.backend.set_default_backend`
+    _is_wanted = is_wanted
+
+
+def is_fused(
+    dtype: torch.dtype,
+    device: torch.device,
+    length: int,
+    head_size: int,
+    num_position_vectors: int,
+    backend: str | None = None,
+) -> bool:
+    """Whether attention of these sizes runs in the fused kernels: backend "triton", in bf16 (interpreted: in fp32).
+
+    Args:
+        dtype: of queries, keys and values.
+        device: theirs.
+        length: T.
+        head_size: d.
+        num_position_vectors: P.
+        backend: see `kernels.backend.choose_backend`.
+    """
+    return (
+        _is_wanted
+        and choose_backend(backend, device) == "triton"
+        and dtype == (torch.float32 if device.type == "cpu" else torch.bfloat16)
+        and length in LENGTHS
+        and head_size in HEAD_SIZES
+        and num_position_vectors in POSITION_VECTORS
+    )
+
+
+def tile_size(length: int) -> int:
+    """Queries and keys in a tile of rows of this length: a power of two, at least 16."""
+    return min(TILE, max(16, 1 << (length - 1).bit_length()))
+
+
+def distance_tables(buckets: Tensor, num_position_vectors: int, dtype: torch.dtype) -> DistanceTables:
+    """The tables of a row length.
+
+    Args:
+        buckets: [2T − 1] integers, the bucket of the distances 1 − T … T − 1.
+        num_position_vectors: P.
+        dtype: of the queries.
+    """
+    length = (len(buckets) + 1) // 2
+    missing = -length % tile_size(length)
+    # 1 − L … L, and −L … L − 1, in no bucket where a distance does not occur
+    of_distance, shifted = F.pad(buckets, (missing, missing + 1)), F.pad(buckets, (missing + 1, missing), value=-1)
+    columns = torch.arange(num_position_vectors, device=buckets.device)
+    return DistanceTables(of_distance, (shifted[:, None] == columns).to(dtype))
+
+
+def fused_attention(
+    query: Tensor,
+    key: Tensor,
+    position_query: Tensor,
+    position_key: Tensor,
+    value: Tensor,
+    tables: DistanceTables,
+    document_ids: Tensor,
+    is_causal: Tensor,
+    seed: Tensor | None,
+    dropout_prob: float,
+    *,
+    scale: float,
+    num_heads: int,
+) -> Tensor:
+    """As `kernels.attention_context`, from what the projections leave, for sizes of which `is_fused` is true.
+
+    The score of query i and key j is scale · (q_i·k_j + q_i·pk_β(i,j) + pq_β(i,j)·k_j) if both are of one document, and
+    in causal rows j ≤ i. The backward computes scores again. The same input gives the same bits: no atomics.
+
+    Args:
+        query: [B, T, D], not scaled; rows may stand apart, as halves of a projection do.
+        key: [B, T, D].
+        position_query: [P, D], not scaled.
+        position_key: [P, D].
+        value: [B, T, D].
+        tables: `distance_tables` of T, P and the dtype.
+        document_ids: [B, T] int32, −1 for padding.
+        is_causal: [B] bool.
+        seed: [2] int32, of dropout, or None; masks are those of `kernels.dropout` for weights [H, B, T, T].
+        dropout_prob: probability of a zero.
+        scale: factor of the scores.
+        num_heads: H.
+
+    Returns:
+        [H, B, T, d], a view of [B, T, D].
+    """
+    tensors = (query, key, position_query, position_key, value, *tables, document_ids, is_causal)
+    seed = seed if dropout_prob else None
+    output = forward(*tensors, seed, dropout_prob, scale, num_heads)[0]
+    return output.unflatten(-1, (num_heads, -1)).movedim(-2, 0)
+
+
+@torch.library.custom_op("kernels::fused_attention", mutates_args=())
+def forward(
+    query: Tensor,
+    key: Tensor,
+    position_query: Tensor,
+    position_key: Tensor,
+    value: Tensor,
+    buckets: Tensor,
+    bucket_rows: Tensor,
+    document_ids: Tensor,
+    is_causal: Tensor,
+    seed: Tensor | None,
+    dropout_prob: float,
+    scale: float,
+    num_heads: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output [B, T, D], log-sum-exp of the scores [H, B, T], and the tables by distance of the position vectors.
+
+    The tables, position_query[buckets] and position_key[buckets] [2L, D], are for the backward.
+    """
+    del bucket_rows
+    query_table, key_table = (vectors.index_select(0, buckets) for vectors in (position_query, position_key))
+    inputs = (*map(_readable, (query, key, value)), query_table, key_table)
+    results = _kernel().forward(*inputs, document_ids, is_causal, seed, dropout_prob, scale, num_heads)
+    return *results, query_table, key_table
+
+
+@forward.register_fake
+def _(
+    query,
+    key,
+    position_query,
+    position_key,
+    value,
+    buckets,
+    bucket_rows,
+    document_ids,
+    is_causal,
+    seed,
+    dropout_prob,
+    scale,
+    num_heads,
+):
+    rows, length, width = query.shape
+    tables = (vectors.new_empty(len(buckets), width) for vectors in (position_query, position_key))
+    return query.new_empty(rows, length, width), query.new_empty(num_heads, rows, length, dtype=torch.float32), *tables
+
+
+@torch.library.custom_op("kernels::fused_attention_backward", mutates_args=())
+def backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    position_query: Tensor,
+    position_key: Tensor,
+    value: Tensor,
+    query_table: Tensor,
+    key_table: Tensor,
+    bucket_rows: Tensor,
+    document_ids: Tensor,
+    is_causal: Tensor,
+    seed: Tensor | None,
+    output: Tensor,
+    lse: Tensor,
+    dropout_prob: float,
+    scale: float,
+    num_heads: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key [B, T, D], position_query, position_key [P, D] and value [B, T, D], in their dtypes."""
+    of_query, of_key, of_value, *of_positions = _kernel().backward(
+        grad.contiguous(),
+        *map(_readable, (query, key, value)),
+        query_table,
+        key_table,
+        position_query.contiguous(),
+        position_key.contiguous(),
+        bucket_rows,
+        document_ids,
+        is_causal,
+        seed,
+        output,
+        lse,
+        dropout_prob,
+        scale,
+        num_heads,
+    )
+    return of_query, of_key, *(sums.to(query.dtype) for sums in of_positions), of_value
+
+
+@backward.register_fake
+def _(
+    grad,
+    query,
+    key,
+    position_query,
+    position_key,
+    value,
+    query_table,
+    key_table,
+    bucket_rows,
+    document_ids,
+    is_causal,
+    seed,
+    output,
+    lse,
+    dropout_prob,
+    scale,
+    num_heads,
+):
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (query, key, position_query, position_key, value))
+
+
+def _keep_inputs(ctx, inputs, output) -> None:
+    *tensors, _, bucket_rows, document_ids, is_causal, seed, ctx.dropout_prob, ctx.scale, ctx.num_heads = inputs
+    context, lse, query_table, key_table = output
+    ctx.mark_non_differentiable(lse, query_table, key_table)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, query_table, key_table, bucket_rows, document_ids, is_causal, seed, context, lse)
+
+
+def _gradients(ctx, grad, of_lse, of_query_table, of_key_table):
+    del of_lse, of_query_table, of_key_table
+    gradients = backward(grad, *ctx.saved_tensors, ctx.dropout_prob, ctx.scale, ctx.num_heads)
+    return *gradients, *[None] * 8
+
+
+forward.register_autograd(_gradients, setup_context=_keep_inputs)
+
+
+def _readable(x: Tensor) -> Tensor:
+    """X [B, T, D], or a copy if the kernels cannot read it: rows equally far apart, from an address of 16 bytes on."""
+    distance = x.stride(1) * x.element_size()
+    is_regular = x.stride(2) == 1 and x.stride(0) == len(x[0]) * x.stride(1)
+    return x if is_regular and distance % 16 == 0 and x.data_ptr() % 16 == 0 else x.contiguous()
+
+
+def _kernel():
+    """Imported at the first use, since Triton may be missing."""
+    return importlib.import_module("kernels.attention_context.kernel")

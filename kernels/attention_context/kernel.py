@@ -1,0 +1,296 @@
+"""Attention in one pass over tiles of scores, which stay on chip: the forward kernel, and the launches of all three.
+
+Letters of shapes: B rows, T positions, H heads, d head size, D = H·d, P position vectors, N tile, 2L distances, where L
+is T rounded up to whole tiles.
+"""
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.attention_context import backward_kernel
+from kernels.attention_context.fused import tile_size
+from kernels.attention_context.tiles import (
+    columns_in_reach,
+    load_rows,
+    position_scores,
+    store_rows,
+    visible,
+)
+from kernels.configuration import Configuration, launch_warps
+from kernels.dropout import keep_threshold
+from kernels.dropout_hash import first_words, is_kept
+
+NUM_WARPS = 4
+_PROGRAMS = 264  # of each backward kernel, over all heads; a constant, since it fixes the order of additions
+_LOG2_E = tl.constexpr(math.log2(math.e))
+
+
+@triton.jit(do_not_specialize=["threshold", "B"])
+def forward_kernel(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    query_table_ptr,
+    key_table_ptr,
+    document_ids_ptr,
+    is_causal_ptr,
+    seed_ptr,
+    output_ptr,
+    lse_ptr,
+    scale: tl.float32,
+    keep_scale: tl.float32,
+    threshold: tl.int32,
+    B: tl.int32,
+    T: tl.constexpr,
+    H: tl.constexpr,
+    d: tl.constexpr,
+    QUERY_STRIDE: tl.constexpr,
+    KEY_STRIDE: tl.constexpr,
+    VALUE_STRIDE: tl.constexpr,
+    L: tl.constexpr,
+    N: tl.constexpr,
+    SPAN: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+):
+    """One program per tile of N queries, row and head; grid [L / N, B, H].
+
+    Writes output [B, T, D] and lse [H, B, T], the base-2 logarithm of Σ exp(score), for the backward; 0 where a query
+    sees no key, whose output is zeros.
+    """
+    D: tl.constexpr = H * d
+    EVEN: tl.constexpr = T == L
+    SKIPS: tl.constexpr = L > 2 * N  # in short rows looking for documents takes longer than their tiles
+    first = tl.program_id(0) * N
+    b, h = tl.program_id(1), tl.program_id(2)
+    row = tl.cast(b, tl.int64) * T
+    document_ids_ptr += row
+    query_ptr += row * QUERY_STRIDE + h * d
+    key_ptr += row * KEY_STRIDE + h * d
+    value_ptr += row * VALUE_STRIDE + h * d
+    is_causal = tl.load(is_causal_ptr + b) != 0
+    positions = first + tl.arange(0, N)
+    row_of_lse = (h * B + b) * T
+
+    # 1. The tile's queries [N, d]; running maximum, sum and output of each query, as in FlashAttention-2 (Dao 2023).
+    query = load_rows(query_ptr, first, QUERY_STRIDE, N, d, T, EVEN)
+    largest = tl.full([N], float("-inf"), tl.float32)
+    total = tl.zeros([N], tl.float32)
+    output = tl.zeros([N, d], tl.float32)
+    # 2. The keys that the tile can see.
+    start, end = 0, tl.where(is_causal, first + N, L)
+    if SKIPS:
+        start, end = columns_in_reach(document_ids_ptr, first, is_causal, False, N, T, EVEN, SPAN)
+        start = start // N * N
+    for column in range(start, end, N):
+        zero = column >> 30
+        # 3. Scores [N, N], in units of ln 2: content and position scores, −∞ where not visible.
+        key = load_rows(key_ptr, column, KEY_STRIDE, N, d, T, EVEN)
+        table_row = first - column + (L - N)
+        scores = position_scores(
+            query, key, key_table_ptr + h * d, query_table_ptr + h * d, table_row, zero, False, N, d, D
+        ).to(tl.float32)
+        scores = tl.dot(query, tl.trans(key), scores)
+        seen = visible(document_ids_ptr, first, column, zero, is_causal, False, N, T, EVEN)
+        scores = tl.where(seen, scores * (scale * _LOG2_E), float("-inf"))
+        # 4. Rescale what there is to the new maximum; add the tile.
+        new_largest = tl.maximum(largest, tl.max(scores, 1))
+        shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+        weights = tl.exp2(scores - shift[:, None])
+        rescale = tl.exp2(largest - shift)
+        total = total * rescale + tl.sum(weights, 1)
+        if HAS_DROPOUT:
+            words = first_words((row_of_lse + positions) * T, seed_ptr)
+            kept = is_kept(words, column + zero + tl.arange(0, N), seed_ptr, threshold)
+            weights = tl.where(kept, weights, 0.0)
+        value = load_rows(value_ptr, column, VALUE_STRIDE, N, d, T, EVEN)
+        output = tl.dot(weights.to(value.dtype), value, output * rescale[:, None])
+        largest = new_largest
+    # 5. Normalize; a query that has seen no key gets zeros.
+    sees_any = total > 0
+    total = tl.where(sees_any, total, 1.0)
+    output *= (keep_scale / total)[:, None]
+    store_rows(output_ptr + row * D + h * d, first, D, output, T, EVEN)
+    lse = tl.where(sees_any, largest, 0.0) + tl.log2(total)
+    if EVEN:
+        tl.store(lse_ptr + row_of_lse + positions, lse)
+    else:
+        tl.store(lse_ptr + row_of_lse + positions, lse, mask=positions < T)
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_table: Tensor,
+    key_table: Tensor,
+    document_ids: Tensor,
+    is_causal: Tensor,
+    seed: Tensor | None,
+    dropout_prob: float,
+    scale: float,
+    num_heads: int,
+) -> tuple[Tensor, Tensor]:
+    """Launch `forward_kernel`.
+
+    Args:
+        query: [B, T, D]; rows may stand apart, as halves of a projection do.
+        key: [B, T, D].
+        value: [B, T, D].
+        query_table: [2L, D], `position_query[DistanceTables.buckets]`.
+        key_table: [2L, D].
+        document_ids: [B, T] integers.
+        is_causal: [B] bool.
+        seed: [2] int32, or None.
+        dropout_prob: probability of a zero.
+        scale: factor of the scores.
+        num_heads: H.
+
+    Returns:
+        Output [B, T, D]; base-2 log-sum-exp of the scores [H, B, T] in fp32.
+    """
+    num_rows, length, hidden_size = query.shape
+    tile = tile_size(length)
+    padded = len(query_table) // 2
+    output = torch.empty(num_rows, length, hidden_size, dtype=query.dtype, device=query.device)
+    lse = torch.empty(num_heads, num_rows, length, dtype=torch.float32, device=query.device)
+    if num_rows:
+        with torch.cuda.device_of(query):
+            forward_kernel[(padded // tile, num_rows, num_heads)](
+                query, key, value, query_table, key_table, document_ids, is_causal,
+                is_causal if seed is None else seed, output, lse,
+                *_numbers(seed, dropout_prob, scale), num_rows,
+                **_constants(query, key, value, seed, num_heads), num_warps=launch_warps(NUM_WARPS), num_stages=1,
+            )  # fmt: skip
+    return output, lse
+
+
+def backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_table: Tensor,
+    key_table: Tensor,
+    position_query: Tensor,
+    position_key: Tensor,
+    bucket_rows: Tensor,
+    document_ids: Tensor,
+    is_causal: Tensor,
+    seed: Tensor | None,
+    output: Tensor,
+    lse: Tensor,
+    dropout_prob: float,
+    scale: float,
+    num_heads: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Launch the kernels of `backward_kernel`.
+
+    Args: as `forward`, and
+        grad: [B, T, D], contiguous, of the output.
+        position_query: [P, D], contiguous.
+        position_key: [P, D], contiguous.
+        bucket_rows: [2L, P], of `DistanceTables`.
+        output: [B, T, D], of the forward.
+        lse: [H, B, T], of the forward.
+
+    Returns:
+        Gradients of query, key and value [B, T, D] in their dtype, of position_query and position_key [P, D] in fp32.
+    """
+    num_rows, length, hidden_size = query.shape
+    tile, num_buckets = tile_size(length), len(position_query)
+    tiles = num_rows * (len(query_table) // 2 // tile)
+    groups = max(1, min(_PROGRAMS // num_heads, tiles))
+    of_query, of_key, of_value = (torch.empty_like(grad) for _ in range(3))
+    parts = [torch.zeros(groups, num_buckets, hidden_size, dtype=torch.float32, device=grad.device) for _ in range(2)]
+    delta = torch.empty_like(lse)
+    seed_or_any = is_causal if seed is None else seed
+    rows = (document_ids, is_causal, seed_or_any)
+    settings = {
+        **_constants(query, key, value, seed, num_heads), "P": num_buckets,
+        "num_warps": launch_warps(NUM_WARPS), "num_stages": 1,
+    }  # fmt: skip
+    numbers = (*_numbers(seed, dropout_prob, scale), num_rows)
+    if num_rows:
+        with torch.cuda.device_of(query):
+            backward_kernel.queries_kernel[(groups, num_heads)](
+                query, key, value, query_table, key_table, bucket_rows, position_key, *rows, output, lse, grad,
+                delta, of_query, parts[1], *numbers, **settings,
+            )  # fmt: skip
+            backward_kernel.keys_kernel[(groups, num_heads)](
+                query, key, value, query_table, key_table, bucket_rows, position_query, *rows, lse, grad,
+                delta, of_key, of_value, parts[0], *numbers, **settings,
+            )  # fmt: skip
+    return of_query, of_key, of_value, *(part.sum(dim=0) for part in parts)
+
+
+def _numbers(seed: Tensor | None, dropout_prob: float, scale: float) -> tuple[float, float, int]:
+    probability = 0.0 if seed is None else dropout_prob
+    return scale, 1 / (1 - probability), min(keep_threshold(probability), 2**31 - 1)
+
+
+def _constants(query: Tensor, key: Tensor, value: Tensor, seed: Tensor | None, num_heads: int) -> dict[str, int | bool]:
+    length, hidden_size = query.shape[1:]
+    tile = tile_size(length)
+    return {
+        "T": length,
+        "H": num_heads,
+        "d": hidden_size // num_heads,
+        "QUERY_STRIDE": query.stride(1),
+        "KEY_STRIDE": key.stride(1),
+        "VALUE_STRIDE": value.stride(1),
+        "L": triton.cdiv(length, tile) * tile,
+        "N": tile,
+        "SPAN": triton.next_power_of_2(length),
+        "HAS_DROPOUT": seed is not None,
+    }
+
+
+def configurations() -> list[Configuration]:
+    """Variants of all three kernels: published shapes, whole and partial tiles, short and long rows."""
+    cases = [
+        (12, 64, 128, True),
+        (12, 64, 512, True),
+        (6, 64, 128, False),
+        (6, 64, 200, True),
+        (8, 32, 128, True),
+        (8, 128, 256, True),
+        (1, 32, 16, True),
+    ]
+    kernels = (forward_kernel, backward_kernel.queries_kernel, backward_kernel.keys_kernel)
+    return [
+        _configuration(kernel, *case, has_dropout=has_dropout) for *case, has_dropout in cases for kernel in kernels
+    ]
+
+
+def _configuration(kernel: Any, num_heads: int, head_size: int, length: int, *, has_dropout: bool) -> Configuration:
+    tile = tile_size(length)
+    stride = 2 * num_heads * head_size  # of the halves of a projection
+    constants = {
+        "T": length,
+        "H": num_heads,
+        "d": head_size,
+        **dict.fromkeys(("QUERY_STRIDE", "KEY_STRIDE", "VALUE_STRIDE"), stride),
+        "L": triton.cdiv(length, tile) * tile,
+        "N": tile,
+        "SPAN": triton.next_power_of_2(length),
+        "HAS_DROPOUT": has_dropout,
+        "P": 64,
+    }
+    kinds = {"document_ids_ptr": "*i32", "is_causal_ptr": "*i1", "seed_ptr": "*i32" if has_dropout else "*i1"}
+    kinds |= dict.fromkeys(("lse_ptr", "delta_ptr", "of_position_key_ptr", "of_position_query_ptr"), "*fp32")
+    kinds |= {"scale": "fp32", "keep_scale": "fp32", "threshold": "i32", "B": "i32"}
+    types = {name: kinds.get(name, "*bf16") for name in kernel.arg_names if name not in constants}
+    return Configuration(
+        f"attention_context/{kernel.__name__.removesuffix('_kernel')} d={head_size} T={length}",
+        kernel,
+        types,
+        {name: value for name, value in constants.items() if name in kernel.arg_names},
+        num_warps=NUM_WARPS,
+        num_stages=1,
+        aligned=frozenset(name for name in types if name.endswith("_ptr")),
+    )

@@ -1,0 +1,174 @@
+"""What the attention kernels do with a tile of N queries and N keys of one row and head (Triton device functions).
+
+Letters of shapes: N tile, d head size, P position vectors, T positions of a row, 2L distances, with L = T rounded up to
+whole tiles. Tables by distance have row δ + L − 1 for the distance δ = i − j of query i and key j, −L < δ ≤ L.
+
+A tile's rows are its queries and its columns its keys, or with KEYS the other way round: each of the two backward
+kernels accumulates for the rows of its tiles.
+
+Three tricks keep these kernels on chip; `README.md` has the counts:
+
+- **Position scores by distance.** A tile meets 2N − 1 distances. C[r, δ] = row r · table[δ] are plain products, and the
+  score of row r and column c is the entry at their distance: a gather along a diagonal, with indices that are the same
+  for every tile.
+- **8 × 8 after 8 × 8.** The products are stored in blocks of 8 × 8, as a tensor core's accumulator lays out its rows
+  over threads, and gathered in that layout: two indices for each thread, the rest constants, no bank conflicts.
+- **Zeros the compiler cannot see.** An index plus a number that is always 0, but computed from the loop's variable, is
+  computed again in each iteration; otherwise it would stay in a register all the time.
+"""
+
+import os
+
+import triton
+import triton.language as tl
+
+_COMPILED = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")  # the interpreter has no inline assembler
+
+
+@triton.jit
+def load_rows(
+    pointer, first, stride: tl.constexpr, N: tl.constexpr, d: tl.constexpr, T: tl.constexpr, EVEN: tl.constexpr
+):
+    """[N, d], rows first … first + N − 1 of a matrix with T rows; zeros beyond it. EVEN: tiles end where it does."""
+    rows = tl.arange(0, N)[:, None]
+    pointers = pointer + first * stride + (rows * stride + tl.arange(0, d)[None, :])
+    if EVEN:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=first + rows < T, other=0.0)
+
+
+@triton.jit
+def store_rows(pointer, first, stride: tl.constexpr, tile, T: tl.constexpr, EVEN: tl.constexpr):
+    """The inverse of `load_rows`, in the matrix's dtype."""
+    rows = tl.arange(0, tile.shape[0])[:, None]
+    pointers = pointer + first * stride + (rows * stride + tl.arange(0, tile.shape[1])[None, :])
+    tile = tile.to(pointer.dtype.element_ty)
+    if EVEN:
+        tl.store(pointers, tile)
+    else:
+        tl.store(pointers, tile, mask=first + rows < T)
+
+
+@triton.jit
+def load_positions(pointer, first, other: tl.constexpr, N: tl.constexpr, T: tl.constexpr, EVEN: tl.constexpr):
+    """[N], one number for each position."""
+    positions = first + tl.arange(0, N)
+    if EVEN:
+        return tl.load(pointer + positions)
+    return tl.load(pointer + positions, mask=positions < T, other=other)
+
+
+@triton.jit
+def visible(document_ids_ptr, row, column, zero, is_causal, KEYS: tl.constexpr, N: tl.constexpr, T: tl.constexpr,
+            EVEN: tl.constexpr):  # fmt: skip
+    """Mask [N, N]: whether the query may see the key, for rows and columns that begin at these positions."""
+    own = load_positions(document_ids_ptr, row, -1, N, T, EVEN)
+    own = tl.where(own < 0, -2, own)  # padding sees nothing, not even padding
+    same = own[:, None] == load_positions(document_ids_ptr, column, -1, N, T, EVEN)[None, :]
+    rows = row + tl.arange(0, N)
+    columns = (column + zero + tl.arange(0, N))[None, :]
+    if KEYS:
+        return same & (columns >= tl.where(is_causal, rows, 0)[:, None])
+    return same & (columns <= tl.where(is_causal, rows, T)[:, None])
+
+
+@triton.jit
+def columns_in_reach(document_ids_ptr, row, is_causal, KEYS: tl.constexpr, N: tl.constexpr, T: tl.constexpr,
+                     EVEN: tl.constexpr, SPAN: tl.constexpr):  # fmt: skip
+    """First and one more than the last of the columns whose documents meet those of a tile's rows; SPAN ≥ T.
+
+    Documents are consecutive, so all columns between belong to the rows' documents or to none that they see.
+    """
+    own = load_positions(document_ids_ptr, row, -1, N, T, EVEN)
+    positions = tl.arange(0, SPAN)
+    every = tl.load(document_ids_ptr + positions, mask=positions < T, other=-1)
+    meets = (every >= tl.min(tl.where(own >= 0, own, 2147483647), 0)) & (every <= tl.max(own, 0)) & (every >= 0)
+    if KEYS:
+        meets = meets & ((positions >= row) | ~is_causal)
+    else:
+        meets = meets & ((positions < row + N) | ~is_causal)
+    return tl.min(tl.where(meets, positions, SPAN), 0), tl.max(tl.where(meets, positions + 1, 0), 0)
+
+
+@triton.jit
+def position_scores(rows, columns, rows_table_ptr, columns_table_ptr, first, zero, KEYS: tl.constexpr, N: tl.constexpr,
+                    d: tl.constexpr, STRIDE: tl.constexpr):  # fmt: skip
+    """Position scores [N, N] in the inputs' dtype, unscaled.
+
+    `rows` [N, d] are queries, or keys with KEYS, and `columns` [N, d] the others. The pointers are to the head's
+    columns of the tables by distance that each is multiplied with, whose rows are STRIDE apart; `first` is their row of
+    the tile's least distance, of its first query and last key.
+    """
+    r1, r0, c1, c0 = _blocks(N)
+    r0 += zero
+    # distance, counted from the tile's least: queries − keys + N − 1; in blocks of 8 and the rest
+    if KEYS:
+        low, high = c0 - r0 + 7, c1 - r1 + (N // 8 - 1)
+    else:
+        low, high = r0 - c0 + 7, r1 - c1 + (N // 8 - 1)
+    low = low // 8 * 64 + low % 8
+    block_row: tl.constexpr = 16 * N  # of 8 rows and 2N distances
+    at = tl.reshape((r1 * block_row + high * 64) + (low + r0 * 8), [N * N])
+    of_rows = tl.gather(_by_distance(rows, rows_table_ptr, first, N, d, STRIDE), at, 0)
+    at = tl.reshape((c1 * block_row + high * 64) + (low + c0 * 8), [N * N])
+    of_columns = tl.gather(_by_distance(columns, columns_table_ptr, first, N, d, STRIDE), at, 0)
+    return tl.reshape(of_rows + of_columns, [N, N])
+
+
+@triton.jit
+def _by_distance(x, table_ptr, first, N: tl.constexpr, d: tl.constexpr, STRIDE: tl.constexpr):
+    """X [N, d] times 2N rows of a table by distance, [N · 2N] in blocks; in halves, which hold fewer registers."""
+    near = tl.dot(x, tl.trans(load_rows(table_ptr, first, STRIDE, N, d, 0, True))).to(x.dtype)
+    far = tl.dot(x, tl.trans(load_rows(table_ptr, first + N, STRIDE, N, d, 0, True)))
+    return _in_blocks(near, far.to(x.dtype), N)
+
+
+@triton.jit
+def _in_blocks(left, right, N: tl.constexpr):
+    """[N, 2N], `left` beside `right`, flat: 8 × 8 after 8 × 8."""
+    both = tl.reshape(tl.join(left, right), [N // 8, 8, N // 8, 8, 2])
+    return tl.reshape(tl.permute(both, (0, 4, 2, 1, 3)), [2 * N * N])
+
+
+@triton.jit
+def _blocks(N: tl.constexpr):
+    """Of each entry of [N, N]: row // 8, row % 8, column // 8, column % 8, along four dimensions."""
+    high, low = tl.arange(0, N // 8), tl.arange(0, 8)
+    return high[:, None, None, None], low[None, :, None, None], high[None, None, :, None], low[None, None, None, :]
+
+
+@triton.jit
+def add_by_bucket(
+    sums, grad_scores, bucket_rows_ptr, middle, zero, KEYS: tl.constexpr, N: tl.constexpr, P: tl.constexpr
+):
+    """Sums [N, P] + Σ over columns c of grad_scores[r, c]·[β = p]: the backward of a row's gather.
+
+    Laid out by distance, the sum is a product with the 0-1 rows of `bucket_rows` [2L, P]; a gather beyond the tile
+    meets zeros put beside it. `middle` is the row of the distance 0 within the tile (its first query and key).
+    """
+    r1, r0, c1, c0 = _blocks(N)
+    r0 += zero
+    zeros = tl.zeros_like(grad_scores)
+    for turn in tl.static_range(2):  # distances 0 … N − 1, then −N … −1
+        if (turn == 1) == KEYS:  # a row reads columns r + δ − N … or r + δ …, and zeros on the other side
+            pair = _in_blocks(zeros, grad_scores, N)
+        else:
+            pair = _in_blocks(grad_scores, zeros, N)
+        if KEYS:
+            low, high = r0 + c0, r1 + c1
+        else:
+            low, high = r0 - c0 + 8, r1 - c1 - 1 + N // 8
+        low = low // 8 * 64 + low % 8
+        at = tl.reshape((r1 * (16 * N) + high * 64) + (low + r0 * 8), [N * N])
+        by_distance = _laid_out_as(tl.reshape(tl.gather(pair, at, 0), [N, N]), grad_scores)
+        buckets = load_rows(bucket_rows_ptr, middle - turn * N, P, N, P, 0, True)
+        sums = tl.dot(by_distance, buckets, sums)
+    return sums
+
+
+@triton.jit
+def _laid_out_as(x, like):
+    """x; the compiler is made to lay it out over threads as `like`, which costs no instruction."""
+    if _COMPILED:
+        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r", [x, like], dtype=x.dtype, is_pure=True, pack=2)
+    return x

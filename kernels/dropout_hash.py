@@ -1,0 +1,29 @@
+"""Dropout's mask for kernels that draw it themselves: the hash of `kernels/dropout/reference.py` in Triton."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def first_words(index, seed_ptr):
+    """The part of the hash's first step that is a sum over an index's summands: index · 2³²/φ + seed[0], in uint32."""
+    return index.to(tl.uint32) * 0x9E3779B1 + tl.load(seed_ptr).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def is_kept(first_words, second_index, seed_ptr, keep_threshold):
+    """Mask [M, N] of elements with index a_m + b_n.
+
+    Args:
+        first_words: [M] `first_words` of a.
+        second_index: [N] integers b.
+        seed_ptr: [2] int32.
+        keep_threshold: int32, see `kernels.dropout.keep_threshold`.
+    """
+    second_word = tl.load(seed_ptr + 1).to(tl.uint32, bitcast=True)
+    words = first_words[:, None] + (second_index.to(tl.uint32) * 0x9E3779B1)[None, :]
+    words = ((words ^ (words >> 15)) * 0x2C1B3C6D) ^ second_word
+    words = (words ^ (words >> 16)) * 0x85EBCA6B
+    words = (words ^ (words >> 13)) * 0xC2B2AE35
+    words = words ^ (words >> 16)
+    return words.to(tl.int32, bitcast=True) >= keep_threshold
