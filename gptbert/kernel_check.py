@@ -9,8 +9,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TextIO
@@ -22,46 +22,77 @@ from gptbert.config import ModelConfig, TrainConfig
 from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.distributed.world import World
 from gptbert.errors import InputError
+from gptbert.io.screen import log
+from gptbert.model.gptbert import position_rows
+from kernels.attention_context.fused import is_fused, use_fused_attention
 from kernels.check import WAY_ON
 from kernels.run import Run
 
+ATTENTION = "attention_context"
 SECONDS = 300  # timeout; it takes some five without a compile cache
 
 
 def run_of(config: TrainConfig, model_config: ModelConfig, plan: HybridPlan, world: World) -> Run:
     """The settings that the kernels of a run must work with."""
+    dtype = torch.bfloat16 if config.mixed_precision else torch.float32
     return Run(
-        dtype="bfloat16" if config.mixed_precision else "float32",
+        dtype=str(dtype).removeprefix("torch."),
         vocab_size=model_config.vocab_size,
         row_lengths=tuple(sorted({factor * config.seq_length + 1 for factor in plan.length_factors})),
         validation_length=config.seq_length + 1,
         mask_history=config.mask_history,
         lamb=config.optimizer == "lamb",
         buckets=world.world_size > 1,
+        attention=_fused_attention(config, model_config, plan, world, dtype),
     )
 
 
-@contextmanager
-def kernel_check(run: Run | None, device: torch.device) -> Iterator[Callable[[], None]]:
-    """Context manager: the check runs in parallel to the block; its process is killed at the end.
+def _fused_attention(
+    config: TrainConfig, model_config: ModelConfig, plan: HybridPlan, world: World, dtype: torch.dtype
+) -> tuple[int, int, int] | None:
+    """`Run.attention`: None if no row length has fused attention."""
+    num_heads = model_config.num_attention_heads
+    head_size = model_config.hidden_size // num_heads
+    num_vectors = position_rows(2 * model_config.position_bucket_size - 1, world.device)
+    lengths = [factor * config.seq_length for factor in plan.length_factors]
+    is_used = any(is_fused(dtype, world.device, length, head_size, num_vectors) for length in lengths)
+    return (num_heads, head_size, num_vectors) if is_used else None
 
-    Every rank checks its own GPU: any of them may be faulty.
+
+@contextmanager
+def kernel_check(run: Run | None, device: torch.device) -> Iterator[Callable[[], str | None]]:
+    """Context manager: the check runs in parallel to the block; its processes are killed at the end.
+
+    Every rank checks its own GPU: any of them may be faulty. Fused attention has a process of its own, since a run can
+    do without it.
 
     Args:
         run: the settings to check; None for a run without Triton kernels.
         device: this process's device.
 
     Yields:
-        A function that waits for the result, and raises InputError if a kernel differs from its reference or the check
-        does not finish.
+        A function that waits for the result. It returns why this run must do without fused attention, or None, and
+        raises InputError if another kernel differs from its reference or the check does not finish.
     """
     if run is None:
         yield lambda: None
         return
+    with ExitStack() as stack:
+        needed = [op for op in run.operations if op != ATTENTION]
+        checks = [stack.enter_context(_process(run, device, needed))]
+        if run.attention:
+            checks.append(stack.enter_context(_process(run, device, [ATTENTION])))
+        yield partial(_finish_all, *checks)
+
+
+@contextmanager
+def _process(run: Run, device: torch.device, ops: Sequence[str]) -> Iterator[Callable[[], None]]:
+    """Context manager: a check of these operations; yields a function that waits for it, and raises InputError."""
     paths = [str(Path(kernels.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    command = [sys.executable, "-P", "-m", "kernels.check", "--device", str(device), "--run", run.to_json()]
     with tempfile.TemporaryFile("w+") as errors:  # not a pipe, which would have to be drained
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "kernels.check", "--device", str(device), "--run", run.to_json()],
+            [*command, "--op", *ops],
             env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -72,6 +103,16 @@ def kernel_check(run: Run | None, device: torch.device) -> Iterator[Callable[[],
         finally:
             process.kill()
             process.wait()
+
+
+def _finish_all(finish_needed: Callable[[], None], finish_attention: Callable[[], None] | None = None) -> str | None:
+    finish_needed()
+    if finish_attention is not None:
+        try:
+            finish_attention()
+        except InputError as error:
+            return str(error).removesuffix(f"; {WAY_ON}")
+    return None
 
 
 def _finish(process: subprocess.Popen, errors: TextIO) -> None:
@@ -87,3 +128,16 @@ def _finish(process: subprocess.Popen, errors: TextIO) -> None:
         lines = [line.strip() for line in errors if line.strip()] or [f"exit status {status}"]
         last = lines[-1].removeprefix("kernels.check: ")  # its own message, or the last line of a traceback
         raise InputError(last if last.startswith("kernel check failed") else f"kernel check failed: {last}; {WAY_ON}")
+
+
+def agree_on_attention(reason: str | None, world: World) -> None:
+    """If fused attention failed its check on any rank, all ranks do without it; every rank must call it.
+
+    Args:
+        reason: what `kernel_check` found on this rank.
+        world: the run's processes.
+    """
+    reason = next(filter(None, world.all_gather(reason)), None)
+    use_fused_attention(reason is None)
+    if reason and world.is_main:
+        log(f"attention is not fused in this run: {reason}")

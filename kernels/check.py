@@ -19,7 +19,7 @@ import torch
 import tyro
 
 from kernels.backend import BACKENDS, interpreted
-from kernels.configuration import operations
+from kernels.configuration import OPERATIONS, operations
 from kernels.numerics import Comparison
 from kernels.run import Run
 
@@ -55,13 +55,16 @@ class Row:
         return f"{self.op}, {self.name}: " + (self.message or f"error {self.error:.2e}, allowed {self.bound:.2e}")
 
 
-def run_checks(device: torch.device, backend: str = "triton", run: Run | None = None) -> list[Row]:
+def run_checks(
+    device: torch.device, backend: str = "triton", run: Run | None = None, ops: Sequence[str] = OPERATIONS
+) -> list[Row]:
     """Compare every operation with its reference, several in parallel: most of the time is compilation.
 
     Args:
         device: where the kernels run.
         backend: the implementation to check; see `kernels.backend`.
-        run: check only its dtypes and sizes; None checks everything.
+        run: check only its operations, dtypes and sizes; None checks everything.
+        ops: check only these operations.
 
     Returns:
         One row per comparison. An exception in a check becomes a failed row; none is raised.
@@ -71,7 +74,7 @@ def run_checks(device: torch.device, backend: str = "triton", run: Run | None = 
         with suppress(Exception):  # once, before threads import it; the checks report its errors
             importlib.import_module("triton")
     with torch.random.fork_rng(devices):  # a run's random numbers must not depend on the check
-        chosen = [op for op in operations(backend) if run is None or op in run.operations]
+        chosen = [op for op in operations(backend) if op in ops and (run is None or op in run.operations)]
         check = partial(_check_operation, device, backend, run)
         # threads only for Triton, which compiles for long; its interpreter has global state
         checked = _on_threads(check, chosen) if backend == "triton" and not interpreted() else map(check, chosen)
@@ -124,6 +127,8 @@ class CheckConfig:
     """Which implementation; see kernels.backend."""
     run: str | None = None
     """Check only what one training run launches, given as `kernels.run.Run` in JSON; the trainer does so."""
+    op: tuple[Literal[OPERATIONS], ...] = OPERATIONS
+    """Operations to check."""
 
 
 def main() -> None:
@@ -142,7 +147,7 @@ def main() -> None:
         run = None if config.run is None else Run.from_json(config.run)
     except ValueError as error:
         sys.exit(f"kernels.check: --run: {error}")
-    rows = run_checks(device, config.backend, run)
+    rows = run_checks(device, config.backend, run, config.op)
     print(_heading(device, config.backend))
     print_table(rows)
     if failure := first_failure(rows):

@@ -19,6 +19,7 @@ class Run:
         mask_history: whether `span_mask` gets counts of how often tokens were masked.
         lamb: whether LAMB is the optimizer, with fp32 state, clipping and averages.
         buckets: whether gradients may be unaligned, as views of DDP's buckets are.
+        attention: heads, head size and number of position vectors of fused attention, or None without.
     """
 
     dtype: str
@@ -28,6 +29,7 @@ class Run:
     mask_history: bool
     lamb: bool
     buckets: bool
+    attention: tuple[int, int, int] | None = None
 
     @property
     def logits_type(self) -> torch.dtype:
@@ -37,7 +39,8 @@ class Run:
     @property
     def operations(self) -> tuple[str, ...]:
         """The folders of kernels/ whose Triton kernels the run launches."""
-        return ("masked_cross_entropy", "span_mask", *(("lamb",) if self.lamb else ()))
+        always = ("masked_cross_entropy", "span_mask")
+        return (*always, *(("lamb",) if self.lamb else ()), *(("attention_context",) if self.attention else ()))
 
     def to_json(self) -> str:
         """One line of JSON, for a command line."""
@@ -52,6 +55,7 @@ class Run:
         """
         try:
             values = json.loads(text)
-            return cls(**values | {"row_lengths": tuple(values["row_lengths"])})
+            lists = {name: tuple(values[name]) for name in ("row_lengths", "attention") if values.get(name) is not None}
+            return cls(**values | lists)
         except (TypeError, KeyError) as error:
             raise ValueError(f"no description of a run ({error})") from error

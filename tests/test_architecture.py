@@ -141,7 +141,7 @@ def test_a_wing_says_what_each_of_its_files_is(wing):
 NEEDED = {"__init__.py", "op.py", "reference.py", "check.py", "README.md"}
 BACKENDS = {"eager.py", "kernel.py", "cpp.py", "kernel.cpp"}
 FURTHER = {
-    "attention_context": {"bucket_sums.py"},
+    "attention_context": {"backward_kernel.py", "bucket_sums.py", "fused.py", "tiles.py"},
     "lamb": {"chunk_table.py", "prepared.py", "shards.py"},
     "masked_cross_entropy": {"sum_kernel.py"},
 }

@@ -1,5 +1,7 @@
 """The check before a run, in its own process: any failure becomes one line, and the run does not start."""
 
+import dataclasses
+import re
 import time
 
 import pytest
@@ -19,6 +21,9 @@ from tests.runs import MODEL, flags, write_inputs
 SMALL = Run("float32", 40, (9,), 9, mask_history=False, lamb=True, buckets=False)
 PLANTS = {  # executed by Python before the check's own module
     "wrong": "import kernels.lamb.kernel as kernel\nkernel._log = lambda beta: -1.0\n",
+    "wrong attention": (
+        "import kernels.attention_context.kernel as kernel\nkernel._LOG2_E = kernel.tl.constexpr(1.0)\n"
+    ),
     "crash": "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n",
     "abort": "import os\nos.abort()\n",
     "hang": "import time\ntime.sleep(600)\n",
@@ -43,12 +48,19 @@ def plant(monkeypatch, tmp_path):
 def finish(run=SMALL):
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     with kernel_check(run, device) as finish_check:
-        finish_check()
+        return finish_check()
 
 
 def test_right_kernels_pass(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     finish()
+
+
+def test_fused_attention_that_fails_is_a_reason_to_do_without_it(plant):
+    run = dataclasses.replace(SMALL, row_lengths=(17,), validation_length=17, attention=(1, 32, 16))
+    assert finish(run) is None
+    plant("wrong attention")
+    assert re.match("kernel check failed: attention_context, fused .*: error [^;]*$", finish(run))
 
 
 def test_without_kernels_of_tritons_there_is_no_process(monkeypatch):

@@ -42,21 +42,28 @@ def _fused_kernels(device: torch.device, run: Run | None) -> Iterator[Comparison
     for case in cases:
         for seed in (None, _SEED):
             yield from _fused(device, *case, seed)
+    yield from _fused(device, *cases[0], _SEED, repeats=100)  # more tiles than programs
 
 
 def _fused(
-    device: torch.device, num_heads: int, head_size: int, length: int, num_position_vectors: int, seed: Tensor | None
+    device: torch.device,
+    num_heads: int,
+    head_size: int,
+    length: int,
+    num_position_vectors: int,
+    seed: Tensor | None,
+    repeats: int = 1,
 ) -> Iterator[Comparison]:
-    """Three rows, two of them causal: of many short documents, of two, and of one with padding."""
+    """Three rows, two of them causal: of many short documents, of two, and of one with padding; or repeats of them."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16  # bf16 products are wrong in the interpreter
     width, positions = num_heads * head_size, torch.arange(length)
     documents = torch.stack([positions // 7, positions // (length - 5), torch.where(positions < length - 3, 2, -1)])
-    is_causal = torch.tensor([False, True, True])
+    documents, is_causal = documents.repeat(repeats, 1), torch.tensor([False, True, True]).repeat(repeats)
     distances = torch.arange(1 - length, length)
     last = num_position_vectors - 1  # the last vector is padding
     buckets = (distances.sign() * (distances.abs() + 1).float().log2().mul(4).ceil().long()).clamp(-8, 8) + 8
     buckets = buckets.clamp(max=last - 1)
-    query_key, value_gate = (random_bf16(3, length, 2 * width, index)[..., 0] for index in (1, 2))
+    query_key, value_gate = (random_bf16(3 * repeats, length, 2 * width, index)[..., 0] for index in (1, 2))
     vectors = random_bf16(num_position_vectors, 2 * width, 3)[..., 0]
     inputs = {"query_key": query_key, "value_gate": value_gate, "vectors": vectors}
     inputs = {name: tensor.to(device, dtype) for name, tensor in inputs.items()}
@@ -83,7 +90,7 @@ def _fused(
         tensors = (query * scale, key, position_query * scale, position_key, value)
         return reference.attention_context(*tensors, matrix, mask, seed, dropout_prob)
 
-    name = f"fused H={num_heads} d={head_size} T={length} P={num_position_vectors}"
+    name = f"fused B={len(documents)} H={num_heads} d={head_size} T={length} P={num_position_vectors}"
     yield from compare_function(f"{name}{'' if seed is None else ' dropout'}", fused, by_definition, inputs)
 
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.assembler import choose_assembler
 from kernels.attention_context import backward_kernel
 from kernels.attention_context.fused import tile_size
 from kernels.attention_context.tiles import (
@@ -24,6 +25,8 @@ from kernels.attention_context.tiles import (
 from kernels.configuration import Configuration, launch_warps
 from kernels.dropout import keep_threshold
 from kernels.dropout_hash import first_words, is_kept
+
+choose_assembler()
 
 NUM_WARPS = 4
 _PROGRAMS = 264  # of each backward kernel, over all heads; a constant, since it fixes the order of additions
@@ -286,7 +289,8 @@ def _configuration(kernel: Any, num_heads: int, head_size: int, length: int, *, 
     kinds |= {"scale": "fp32", "keep_scale": "fp32", "threshold": "i32", "B": "i32"}
     types = {name: kinds.get(name, "*bf16") for name in kernel.arg_names if name not in constants}
     return Configuration(
-        f"attention_context/{kernel.__name__.removesuffix('_kernel')} d={head_size} T={length}",
+        f"attention_context/{kernel.__name__.removesuffix('_kernel')} d={head_size} T={length}"
+        + (" dropout" if has_dropout else ""),
         kernel,
         types,
         {name: value for name, value in constants.items() if name in kernel.arg_names},
