@@ -1,8 +1,10 @@
-"""The assembler of Triton's kernels on NVIDIA GPUs: not a release that is known to make wrong code."""
+"""The assembler of Triton kernels with matrix products: not a release that is known to make wrong code of them."""
 
+import functools
 import importlib
 import os
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # ptxas 12.8 loses a descriptor of a Hopper matrix product where registers are scarce: an illegal memory access, seen on
 # an H200 with Triton 3.6. Later releases, on the same PTX, do not. Triton's wheels have one of those, for Blackwell.
@@ -10,28 +12,37 @@ _WRONG = ("12.8",)
 _VARIABLE = "TRITON_PTXAS_PATH"
 
 
-def choose_assembler() -> None:
-    """Make Triton use its assembler for Blackwell if the other one is wrong; call it before anything is compiled.
+@contextmanager
+def right_assembler() -> Iterator[str | None]:
+    """Context manager: kernels compiled in the block are assembled by Triton's later assembler if its first is wrong.
 
-    An assembler named in the environment is left alone.
+    Around launches, the first of which compiles. An assembler named in the environment is left alone.
+
+    Yields:
+        The release for GPUs up to Hopper, such as "12.9"; None without Triton or its NVIDIA backend.
     """
-    own, later = _tool("ptxas"), _tool("ptxas_blackwell")
-    if _VARIABLE in os.environ or own is None or later is None:
+    path, release = _choice()
+    if path is None or _VARIABLE in os.environ:
+        yield _release_of("ptxas") if _VARIABLE in os.environ else release
         return
-    if own[1].startswith(_WRONG) and not later[1].startswith(_WRONG):
-        os.environ[_VARIABLE] = str(later[0])
-
-
-def assembler_version() -> str | None:
-    """The release that assembles for GPUs up to Hopper, such as "12.9"; None without Triton or its NVIDIA backend."""
-    tool = _tool("ptxas")
-    return None if tool is None else tool[1]
-
-
-def _tool(name: str) -> tuple[Path, str] | None:
-    """Path and release of an assembler that Triton knows."""
+    os.environ[_VARIABLE] = path
     try:
-        tool = getattr(importlib.import_module("triton.knobs").nvidia, name)
-        return Path(tool.path), str(tool.version)
+        yield release
+    finally:
+        os.environ.pop(_VARIABLE, None)
+
+
+@functools.cache
+def _choice() -> tuple[str | None, str | None]:
+    """Path of the assembler to use instead of Triton's first, or None; and the release that is used."""
+    first, later = _release_of("ptxas"), _release_of("ptxas_blackwell")
+    if first is None or later is None or not first.startswith(_WRONG) or later.startswith(_WRONG):
+        return None, first
+    return importlib.import_module("triton.knobs").nvidia.ptxas_blackwell.path, later
+
+
+def _release_of(name: str) -> str | None:
+    try:
+        return str(getattr(importlib.import_module("triton.knobs").nvidia, name).version)
     except (ImportError, AttributeError, RuntimeError, OSError):
         return None

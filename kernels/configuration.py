@@ -44,12 +44,14 @@ class Configuration:
         types: Triton type of each run-time argument: "*bf16", "i64", "fp32".
         constants: value of each `tl.constexpr` argument.
         num_warps: per program, in warps of 32 threads; see `fitting_warps`.
-        num_stages: of loops that the compiler pipelines; None: Triton's default.
         max_registers: limit per thread on NVIDIA GPUs (Triton's `maxnreg`), or None.
         aligned: run-time arguments divisible by 16 (pointers: bytes), as the JIT detects at launch.
         streams: whether it is bound by memory traffic, so that 128-bit loads and stores are required.
+        has_products: whether it has matrix products; see `kernels.assembler`.
+        targets: the keys of `kernels.inspect.TARGETS` that it can start on; None: all.
         most_spilled: bytes of spill stores and loads allowed per thread, by target; "any" is for all others. A number
             above 0 must have a reason in the code.
+        num_stages: of loops that the compiler pipelines; None: Triton's default.
     """
 
     name: str
@@ -57,11 +59,13 @@ class Configuration:
     types: Mapping[str, str]
     constants: Mapping[str, Any] = field(default_factory=dict)
     num_warps: int = 4
-    num_stages: int | None = None
     max_registers: int | None = None
     aligned: frozenset[str] = frozenset()
     streams: bool = True
+    has_products: bool = False
+    targets: frozenset[str] | None = None
     most_spilled: Mapping[str, float] = field(default_factory=dict)
+    num_stages: int | None = None
 
 
 def fitting_warps(num_warps: int, warp_size: int) -> int:

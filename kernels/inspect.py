@@ -23,13 +23,14 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import tyro
 from tqdm import tqdm
 
+from kernels.assembler import right_assembler
 from kernels.configuration import TRITON_OPERATIONS, Configuration, fitting_warps
 
 WIDE = 128  # bits, the widest load of one instruction on all targets
@@ -71,6 +72,7 @@ class Build:
         loads: number of global load instructions, by width in bits.
         stores: the same for stores.
         tensor_cores: whether there are matrix instructions.
+        assembler: release of ptxas, for kernels with matrix products up to sm_90; see `kernels.assembler`.
         problems: the bars that do not hold, or why it was not built.
     """
 
@@ -82,6 +84,7 @@ class Build:
     loads: dict[int, int] = field(default_factory=dict)
     stores: dict[int, int] = field(default_factory=dict)
     tensor_cores: bool = False
+    assembler: str | None = None
     problems: list[str] = field(default_factory=list)
 
 
@@ -107,6 +110,7 @@ def inspect_modules(modules: Iterable[str], targets: Iterable[str] = TARGETS, ma
         for index, configuration in enumerate(_configurations(module))
         if re.search(match, configuration.name)
         for target in targets
+        if configuration.targets is None or target in configuration.targets
     ]
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
     with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as workers:
@@ -153,6 +157,9 @@ def build(configuration: Configuration, target_name: str) -> Build:
     else:
         measured = _measure_amd(compiled.asm["amdgcn"])
     result = Build(configuration.name, target_name, shared_bytes=compiled.metadata.shared, **measured)
+    if configuration.has_products and target.backend == "cuda" and target.arch < 100:
+        with right_assembler() as release:
+            result = replace(result, assembler=release)
     result.problems.extend(_broken_bars(configuration, target, result, compiled.asm["ttir"]))
     return result
 
@@ -190,7 +197,9 @@ def _compile(configuration: Configuration, target: Target) -> tuple[Any, str]:
     if target.backend == "cuda" and configuration.max_registers is not None:
         options["maxnreg"] = configuration.max_registers
     gpu_target = importlib.import_module("triton.backends.compiler").GPUTarget(*target[:3])
-    with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(io.StringIO()) as printed:
+    assembler = right_assembler() if configuration.has_products else contextlib.nullcontext()
+    printed = io.StringIO()
+    with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(printed), assembler:
         knobs.nvidia.dump_ptxas_log = True
         compiled = compiler.compile(source, target=gpu_target, options=options)
         cache = importlib.import_module("triton.runtime.cache").get_cache_manager(compiled.hash)
@@ -295,6 +304,8 @@ def main() -> None:
         print(json.dumps({"builds": [asdict(built) for built in builds], "problems": problems}))
     else:
         print_table(builds)
+        for release in sorted({built.assembler for built in builds if built.assembler}):
+            print(f"Matrix products up to sm_90 are assembled by ptxas {release}.")
     for problem in problems:
         print(problem, file=sys.stderr)
     sys.exit(1 if problems else 0)

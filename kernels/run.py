@@ -57,5 +57,5 @@ class Run:
             values = json.loads(text)
             lists = {name: tuple(values[name]) for name in ("row_lengths", "attention") if values.get(name) is not None}
             return cls(**values | lists)
-        except (TypeError, KeyError) as error:
+        except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"no description of a run ({error})") from error

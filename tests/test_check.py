@@ -67,6 +67,7 @@ RUN = Run(
     mask_history=False,
     lamb=True,
     buckets=False,
+    attention=(1, 32, 16),
 )
 
 

@@ -81,7 +81,7 @@ def assert_near(*results):
         assert_accurate(*tensors, name=name)
 
 
-@pytest.mark.parametrize(("rows", "length"), [(1, 16), (3, 17), (2, 33), (3, 48), (2, 63)])
+@pytest.mark.parametrize(("rows", "length"), [(1, 16), (3, 17), (2, 33), (2, 48), (1, 63)])
 @pytest.mark.parametrize("documents", [1, 4, 40])
 def test_results_and_gradients_are_those_of_the_definition(rows, length, documents):
     case = make_case(rows, length, documents=documents)
@@ -110,7 +110,7 @@ def test_a_position_that_sees_nothing_has_zeros():
 
 
 def test_two_calls_give_the_same_bits_whatever_the_other_rows():
-    case = make_case(3, 40)
+    case = make_case(3, 24)
     first, again = run(case), run(case)
     assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
     tensors, *rest = case
@@ -149,7 +149,7 @@ def test_an_address_elsewhere_is_seen(tmp_path):
 
 
 def test_operations_are_registered_rightly():
-    tensors, buckets, ids, is_causal = make_case(2, 20)
+    tensors, buckets, ids, is_causal = make_case(1, 16)
     tables = fused.distance_tables(buckets, VECTORS, torch.float32)
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
     for seed in (None, SEED):
@@ -295,5 +295,5 @@ def test_the_check_rejects_mutants(tmp_path, mutant):
 def test_the_whole_check_passes(monkeypatch):
     monkeypatch.setattr(fused, "TILE", 64)
     results = list(comparisons(CPU, "triton"))
-    assert len(results) == 52
+    assert len(results) == 24
     assert [result for result in results if not result.passed] == []

@@ -23,7 +23,10 @@ ROOT = Path(__file__).parents[1]
 COMMON = (
     r"attention_context/.* d=64 T=(128|512) dropout$|cross_entropy/.*(bf16|fp32)|lamb/|span_mask/.*i64 .* spans to 3\b"
 )
-WIDEST = r"cross_entropy/rows bf16 V=(16384|32768)$|lamb/[^(]*$|span_mask/.*i64 T=(512|4096) spans to 3\b[^(]*$"
+WIDEST = (
+    r"attention.* d=64 T=128 dropout$|cross_entropy/rows bf16 V=(16384|32768)$|lamb/[^(]*$|"
+    r"span_mask/.*i64 T=(512|4096) spans to 3\b[^(]*$"
+)
 
 # Kernels that violate the limits, and one that does not.
 PLANTED = """
@@ -103,13 +106,16 @@ def test_no_kernel_breaks_a_bar(inspected):
     if version("triton").startswith("3.7."):
         assert [(process.returncode, process.stderr) for process in processes] == [(0, "")] * 2
         assert not problems
-    assert {problem for problem in problems if not re.fullmatch(r"spills [1-5]?\d bytes a thread", problem)} == set()
+    assert {
+        problem for problem in problems if not re.fullmatch(r"spills [1-5]?\d bytes a thread, of 0 allowed", problem)
+    } == set()
 
 
 def test_every_operation_is_built_for_every_target(inspected):
     builds, _ = inspected
     built = {(build["configuration"].split("/")[0], build["target"]) for build in builds if build["registers"]}
-    assert built == {(op, target) for op in TRITON_OPERATIONS for target in kernels_inspect.TARGETS}
+    every = {(op, target) for op in TRITON_OPERATIONS for target in kernels_inspect.TARGETS}
+    assert built == every - {("attention_context", "gfx942")}
     names = [(build["configuration"], build["target"]) for build in builds]
     assert len(set(names)) == len(names)
 
@@ -180,7 +186,7 @@ def test_narrow_streams_are_rejected(planted, target):
 def test_spills_are_rejected_on_nvidia(planted, target):
     spills = planted["spills", target]
     assert spills["spill_bytes"] > 0
-    assert spills["problems"] == [f"spills {spills['spill_bytes']} bytes a thread"]
+    assert spills["problems"] == [f"spills {spills['spill_bytes']} bytes a thread, of 0 allowed"]
     assert planted["spills and may", target]["spill_bytes"] == spills["spill_bytes"]
     assert planted["capped", target]["registers"] <= 32
     assert planted["capped", target]["spill_bytes"] > 0

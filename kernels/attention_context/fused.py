@@ -55,6 +55,7 @@ def is_fused(
     """
     return (
         _is_wanted
+        and not torch.version.hip  # the kernels have a line of PTX
         and choose_backend(backend, device) == "triton"
         and dtype == (torch.float32 if device.type == "cpu" else torch.bfloat16)
         and length in LENGTHS

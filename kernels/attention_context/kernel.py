@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.assembler import choose_assembler
+from kernels.assembler import right_assembler
 from kernels.attention_context import backward_kernel
-from kernels.attention_context.fused import tile_size
+from kernels.attention_context.fused import TILE, tile_size
 from kernels.attention_context.tiles import (
     columns_in_reach,
     load_rows,
@@ -26,10 +26,15 @@ from kernels.configuration import Configuration, launch_warps
 from kernels.dropout import keep_threshold
 from kernels.dropout_hash import first_words, is_kept
 
-choose_assembler()
-
 NUM_WARPS = 4
 _PROGRAMS = 264  # of each backward kernel, over all heads; a constant, since it fixes the order of additions
+# What was reached for heads of 64: three accumulators, two tiles of scores and their tables take more than 255
+# registers. On sm_80, without asynchronous products from shared memory, their operands are in registers too.
+_MOST_SPILLED = {
+    "forward_kernel": {"sm_90": 0, "sm_100": 0, "any": math.inf},
+    "queries_kernel": {"sm_90": 376, "sm_100": 64, "any": math.inf},
+    "keys_kernel": {"sm_90": 620, "sm_100": 0, "any": math.inf},
+}
 _LOG2_E = tl.constexpr(math.log2(math.e))
 
 
@@ -162,7 +167,7 @@ def forward(
     output = torch.empty(num_rows, length, hidden_size, dtype=query.dtype, device=query.device)
     lse = torch.empty(num_heads, num_rows, length, dtype=torch.float32, device=query.device)
     if num_rows:
-        with torch.cuda.device_of(query):
+        with torch.cuda.device_of(query), right_assembler():
             forward_kernel[(padded // tile, num_rows, num_heads)](
                 query, key, value, query_table, key_table, document_ids, is_causal,
                 is_causal if seed is None else seed, output, lse,
@@ -219,7 +224,7 @@ def backward(
     }  # fmt: skip
     numbers = (*_numbers(seed, dropout_prob, scale), num_rows)
     if num_rows:
-        with torch.cuda.device_of(query):
+        with torch.cuda.device_of(query), right_assembler():
             backward_kernel.queries_kernel[(groups, num_heads)](
                 query, key, value, query_table, key_table, bucket_rows, position_key, *rows, output, lse, grad,
                 delta, of_query, parts[1], *numbers, **settings,
@@ -297,4 +302,8 @@ def _configuration(kernel: Any, num_heads: int, head_size: int, length: int, *, 
         num_warps=NUM_WARPS,
         num_stages=1,
         aligned=frozenset(name for name in types if name.endswith("_ptr")),
+        streams=tile == TILE,
+        has_products=True,
+        targets=frozenset({"sm_80", "sm_90", "sm_100"}),  # see `is_fused`
+        most_spilled=_MOST_SPILLED[kernel.__name__] if head_size <= 64 else {"any": math.inf},
     )

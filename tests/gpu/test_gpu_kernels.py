@@ -10,6 +10,7 @@ import torch
 
 import kernels
 from kernels import cross_entropy_from_logits, masked_cross_entropy, span_mask
+from kernels.attention_context import fused
 from kernels.attention_context.bucket_sums import bucket_sums
 from kernels.configuration import TRITON_OPERATIONS
 from kernels.lamb import lamb_step
@@ -194,7 +195,31 @@ def opcheck_bucket_sums(device):
     return bucket_sums, [(random(2, 3, 7, 7, device=device), position[:, None] - position + 6, 13)]
 
 
+def attention_inputs(device):
+    """Two rows of 24 positions, one causal, with two heads of 32 and 16 position vectors."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    query, key, value = (random(2, 24, 64, device=device, seed=seed).to(dtype) for seed in range(3))
+    vectors = [random(16, 64, device=device, seed=seed).to(dtype) for seed in (3, 4)]
+    tables = fused.distance_tables(torch.arange(47, device=device) // 4, 16, dtype)
+    ids = (torch.arange(24, device=device) // 9).int().repeat(2, 1)
+    seed = torch.tensor([77, -5], dtype=torch.int32, device=device)
+    return (query, key, *vectors, value, *tables, ids, torch.tensor([False, True], device=device), seed, 0.1, 0.2, 2)
+
+
+def opcheck_fused_attention(device):
+    return fused.forward, [attention_inputs(device)]
+
+
+def opcheck_fused_attention_backward(device):
+    inputs = attention_inputs(device)
+    output, lse, *of_vectors = fused.forward(*inputs)
+    saved = (*inputs[:5], *of_vectors, *inputs[6:10], output, lse)
+    return fused.backward, [(torch.ones_like(output), *saved, *inputs[10:])]
+
+
 OPERATIONS_REGISTERED = {
+    "fused_attention": opcheck_fused_attention,
+    "fused_attention_backward": opcheck_fused_attention_backward,
     "span_mask": opcheck_masking,
     "lamb_step": opcheck_lamb,
     "cross_entropy": opcheck_rows("cross_entropy"),
