@@ -1,7 +1,12 @@
-"""Softmax of content and position scores, forward and backward, without matmuls: half the rows of a training step."""
+"""Attention, forward and backward: the softmax between its matmuls, and as a whole, fused or not.
 
-from collections.abc import Iterator
+The softmax: half the rows of a training step. The whole: from what the projections leave to the context.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -9,7 +14,8 @@ from torch import Tensor
 
 from benchmarks import machine, peers
 from benchmarks.measurement import BASELINE, Measurement
-from kernels.attention_context import cpp, eager
+from kernels.attention_context import attention_context, check, cpp, eager, fused_attention
+from kernels.attention_context.fused import distance_tables
 from kernels.numerics import Comparison, compare
 
 DROPOUT = 0.1
@@ -89,3 +95,99 @@ def proof(results: tuple[Tensor, ...], inputs: Inputs) -> Iterator[Comparison]:
     names = ("probabilities", "dropped", "∂scores", "∂by_query", "∂by_key", "dropped again")
     for name, *tensors in zip(names, results, exact, _reference(*inputs), strict=True):
         yield from compare(name, *tensors)
+
+
+class Whole(NamedTuple):
+    """B rows, T positions, H heads of d, P position vectors."""
+
+    B: int
+    T: int
+    H: int
+    d: int = 64
+    P: int = 64
+
+    def __str__(self) -> str:
+        return f"B={self.B} T={self.T} H={self.H} d={self.d}"
+
+
+WHOLE = [Whole(32, 128, 6), Whole(4, 512, 6)]
+TINY_WHOLE = Whole(1, 16, 1, 32, 32)
+
+
+class WholeInputs(NamedTuple):
+    """[B, T, 2D] queries and keys, values and gates; [P, 2D] position vectors; buckets [2T − 1]; [B, T] documents."""
+
+    query_key: Tensor
+    value_gate: Tensor
+    vectors: Tensor
+    buckets: Tensor
+    document_ids: Tensor
+    num_heads: int
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Query, key, position_query, position_key, value."""
+        value = self.value_gate[..., : self.value_gate.shape[-1] // 2]
+        return *self.query_key.chunk(2, -1), *self.vectors.chunk(2, -1), value
+
+
+def _fused(inputs: WholeInputs) -> Tensor:
+    tables = distance_tables(inputs.buckets, len(inputs.vectors), inputs.vectors.dtype)
+    is_causal = torch.zeros_like(inputs.document_ids[:, 0], dtype=torch.bool)
+    rows = (tables, inputs.document_ids, is_causal, SEED.to(is_causal.device), DROPOUT)
+    return fused_attention(*inputs.tensors, *rows, scale=0.07, num_heads=inputs.num_heads)
+
+
+def _unfused(inputs: WholeInputs) -> Tensor:
+    length = inputs.document_ids.shape[1]
+    position = torch.arange(length, device=inputs.buckets.device)
+    buckets = inputs.buckets[position[:, None] - position + length - 1]
+    mask = inputs.document_ids[:, :, None] == inputs.document_ids[:, None, :]
+    query, key, position_query, position_key, value = (
+        tensor.unflatten(-1, (inputs.num_heads, -1)).movedim(-2, 0).contiguous() for tensor in inputs.tensors
+    )
+    tensors = (query * 0.07, key, position_query * 0.07, position_key, value)
+    return attention_context(*tensors, buckets, mask, SEED.to(mask.device), DROPOUT, backend="torch")
+
+
+WHOLE_IMPLEMENTATIONS = {"triton": _fused, BASELINE: _unfused, "reference_compiled": _unfused}
+
+
+@pytest.mark.parametrize("impl", WHOLE_IMPLEMENTATIONS)
+@pytest.mark.parametrize("shape", WHOLE, ids=str)
+def test_whole_attention(measurement: Measurement, impl: str, shape: Whole) -> None:
+    """From projections to the context, and back, in bf16."""
+    peers.skip_unless_possible(impl)
+    shape = shape if measurement.enabled else TINY_WHOLE
+    function = WHOLE_IMPLEMENTATIONS[impl]
+    function = measurement.compile(function) if impl == "reference_compiled" else function
+    inputs = make_whole_inputs(shape)
+    measurement.prove(whole_proof(impl, shape))
+    baseline = None if impl == BASELINE else functools.partial(whole_gradients, _unfused, inputs)
+    measurement.time(functools.partial(whole_gradients, function, inputs), baseline)
+
+
+def make_whole_inputs(shape: Whole) -> WholeInputs:
+    """Two documents per row."""
+    generator, width = torch.Generator().manual_seed(shape.T), shape.H * shape.d
+    sizes = ((shape.B, shape.T, 2 * width), (shape.B, shape.T, 2 * width), (shape.P, 2 * width))
+    tensors = [torch.randn(size, generator=generator).bfloat16().to(machine.device()) for size in sizes]
+    distance = torch.arange(1 - shape.T, shape.T)
+    most = shape.P // 2 - 1
+    buckets = (distance.sign() * distance.abs().float().sqrt().mul(3).ceil().long()).clamp(-most, most) + most
+    documents = (torch.arange(shape.T) > shape.T // 3).int().repeat(shape.B, 1)
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    return WholeInputs(*leaves, buckets.to(machine.device()), documents.to(machine.device()), shape.H)
+
+
+def whole_gradients(function: Callable[[WholeInputs], Tensor], inputs: WholeInputs) -> tuple[Tensor, ...]:
+    """The context's sum, differentiated by the three inputs."""
+    return torch.autograd.grad(function(inputs).sum(), inputs[:3])
+
+
+def whole_proof(impl: str, shape: Whole) -> Iterator[Comparison]:
+    """The operation's check at this shape; the other implementations are what it is compared with, or checked apart."""
+    if impl == "triton":
+        yield from check.fused_at(machine.device(), shape.H, shape.d, shape.T, shape.P)
+    else:
+        yield from check.comparisons(torch.device("cpu"), "torch")

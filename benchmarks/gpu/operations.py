@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import bench_attention_context as bench_attention
 from benchmarks import bench_lamb, bench_span_mask, machine, peers
 from benchmarks import bench_masked_cross_entropy as bench_cross_entropy
 from benchmarks.gpu.profile import profile
@@ -30,6 +31,12 @@ FROM_LOGITS = (  # D is unused
     bench_cross_entropy.Shape(4096, 384, 8192),
     bench_cross_entropy.Shape(16384, 768, 16384),
     bench_cross_entropy.Shape(8192, 768, 32768),
+)
+ATTENTION = (  # B, T, H: base and small
+    bench_attention.Whole(256, 128, 12),
+    bench_attention.Whole(64, 512, 12),
+    bench_attention.Whole(256, 128, 6),
+    bench_attention.Whole(32, 128, 12),
 )
 SPAN_MASK = (bench_span_mask.Shape(32, 136), bench_span_mask.Shape(256, 520))
 LAMB = ("small", "base_32k")
@@ -103,7 +110,8 @@ def compile_first(settings: Settings) -> Iterator[dict[str, Any]]:
 
 def jobs(settings: Settings) -> Iterator[Job]:
     """All jobs: those of bars first, those that take minutes to compile last."""
-    found = [*_cross_entropy(settings), *_from_logits(settings), *_lamb(settings), *_span_mask(settings)]
+    kinds = (_cross_entropy, _attention, _from_logits, _lamb, _span_mask)
+    found = [job for kind in kinds for job in kind(settings)]
     yield from sorted(found, key=lambda job: job.is_slow_to_compile)
 
 
@@ -126,6 +134,23 @@ def _make_cross_entropy(
     own = inputs if implementation.has_bias else bench.replace(inputs, bias=None)
     proof = functools.partial(bench.hidden_proof, loss, shape, implementation.has_bias, implementation.has_z_loss)
     return functools.partial(bench.gradients_of, loss, own), proof
+
+
+def _attention(settings: Settings) -> Iterator[Job]:
+    bench = bench_attention
+    for shape in (bench.TINY_WHOLE,) if settings.rehearse else ATTENTION:
+        for impl, function in bench.WHOLE_IMPLEMENTATIONS.items():
+            make = functools.partial(_make_attention, shape, impl, function, settings)
+            yield Job(f"attention {shape}", impl, make)
+
+
+def _make_attention(
+    shape: bench_attention.Whole, impl: str, function: Callable, settings: Settings
+) -> tuple[Run, Proof]:
+    bench = bench_attention
+    function = _compiled(function, settings) if impl == COMPILED else function
+    run = functools.partial(bench.whole_gradients, function, bench.make_whole_inputs(shape))
+    return run, functools.partial(bench.whole_proof, impl, shape)
 
 
 def _from_logits(settings: Settings) -> Iterator[Job]:

@@ -49,6 +49,13 @@ def _fused_kernels(device: torch.device, run: Run | None) -> Iterator[Comparison
     yield from _fused(device, *cases[0], _SEED, repeats=100)  # more tiles than programs
 
 
+def fused_at(
+    device: torch.device, num_heads: int, head_size: int, length: int, num_position_vectors: int
+) -> Iterator[Comparison]:
+    """The fused kernels at one size, with dropout."""
+    yield from _fused(device, num_heads, head_size, length, num_position_vectors, _SEED)
+
+
 def _fused(
     device: torch.device,
     num_heads: int,
