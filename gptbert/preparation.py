@@ -30,7 +30,7 @@ def prepare_kernels(config: TrainConfig, world: World) -> str:
     """
     try:
         set_default_backend(None if config.kernels == "auto" else config.kernels)
-        use_fused_attention(True)  # until a check says otherwise; see `gptbert.kernel_check`
+        use_fused_attention(True)  # unless `gptbert.kernel_check` finds it wrong
         return choose_backend(None, world.device)
     except ValueError as error:
         raise InputError(f"--kernels {config.kernels}: {error}") from None

@@ -1,16 +1,19 @@
 """Attention's Triton kernels in the interpreter, against attention over explicit masks in fp64."""
 
+import dataclasses
 import sys
 from contextlib import contextmanager
 
 import pytest
 import torch
 
+from gptbert.model import GPTBert
 from kernels.attention_context import check, fused, fused_attention, kernel
 from kernels.attention_context.check import comparisons
 from kernels.backend import set_default_backend
+from tests.conftest import TINY
 from tests.mutation import mutated
-from tests.numerics import assert_accurate
+from tests.numerics import assert_accurate, relative_error
 from tests.sanitizer import checked_addresses
 
 CPU = torch.device("cpu")
@@ -190,20 +193,71 @@ def test_compiled_equals_eager():
         ("the backend", {"backend": "torch"}),
     ],
 )
-def test_sizes_that_the_kernels_do_not_take_are_known(wrong, changes):
+def test_sizes_that_the_kernels_do_not_take_are_known(monkeypatch, wrong, changes):
+    monkeypatch.setattr(fused, "_is_wanted", True)
     sizes = {"dtype": torch.float32, "device": CPU, "length": 16, "head_size": 64, "num_position_vectors": 64}
     assert fused.is_fused(**sizes | {"backend": "triton"} | changes) is (wrong == "nothing")
 
 
-def test_a_process_can_do_without():
+@pytest.fixture
+def triton():
+    """The fused kernels for models that the test makes."""
+    set_default_backend("triton")
+    fused.use_fused_attention(True)
+    yield
+    fused.use_fused_attention(False)
+    set_default_backend(None)
+
+
+def test_a_process_can_do_without(triton):
     sizes = (torch.float32, CPU, 16, 64, 64)
+    assert fused.is_fused(*sizes)
+    fused.use_fused_attention(False)
+    assert not fused.is_fused(*sizes)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_model_is_the_same_fused_and_not(triton, monkeypatch, causal):
+    """Loss and all gradients, with dropout, several documents and padding; checkpointed, the backward runs it again."""
+    shape = {
+        "hidden_size": 64,
+        "num_attention_heads": 2,
+        "hidden_dropout_prob": 0.1,
+        "attention_probs_dropout_prob": 0.1,
+    }
+    torch.manual_seed(0)
+    model = GPTBert(dataclasses.replace(TINY, **shape))
+    for param in model.parameters():
+        param.data += 0.05 * torch.randn_like(param)
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(16, TINY.vocab_size, (2, 20), generator=generator)
+    documents = (torch.arange(20) // 7).repeat(2, 1)
+    documents[1, -4:] = -1
+    calls, own = [], kernel.forward
+    monkeypatch.setattr(kernel, "forward", lambda *args: (calls.append(1), own(*args))[1])
+    results = []
+    for is_wanted, is_checkpointed in ((False, False), (True, False), (True, True)):
+        fused.use_fused_attention(is_wanted)
+        for block in model.blocks:
+            block.is_checkpointed = is_checkpointed
+        model.zero_grad()
+        torch.manual_seed(5)  # of dropout
+        result = model.sums(ids, documents, ids, causal, 1e-2)
+        result.total.backward()
+        results.append([result.total.detach(), *(param.grad.clone() for param in model.parameters())])
+    layers = len(model.blocks)
+    assert len(calls) == layers + 2 * layers
+    names = ["total", *(name for name, _ in model.named_parameters())]
+    for name, unfused, once, checkpointed in zip(names, *results, strict=True):
+        assert relative_error(once, unfused) < 1e-5, name
+        assert torch.equal(once, checkpointed), name
+
+
+def test_scoring_does_not_take_them():
     set_default_backend("triton")
     try:
-        assert fused.is_fused(*sizes)
-        fused.use_fused_attention(False)
-        assert not fused.is_fused(*sizes)
+        assert not fused.is_fused(torch.float32, CPU, 16, 64, 64)
     finally:
-        fused.use_fused_attention(True)
         set_default_backend(None)
 
 

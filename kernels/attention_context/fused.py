@@ -14,7 +14,7 @@ HEAD_SIZES = (32, 64, 128)
 LENGTHS = range(16, 2049)
 POSITION_VECTORS = (16, 32, 64, 128)
 
-_is_wanted = True
+_is_wanted = False
 
 
 class DistanceTables(NamedTuple):
@@ -30,7 +30,11 @@ class DistanceTables(NamedTuple):
 
 
 def use_fused_attention(is_wanted: bool) -> None:
-    """Whether this process may run the fused kernels; a run whose check found them wrong does without."""
+    """Whether this process wants the fused kernels; not by default.
+
+    Each row length has code of its own, which takes seconds to compile. So training wants them, unless a check finds
+    them wrong, and scoring, with rows of any length, does not.
+    """
     global _is_wanted  # noqa: PLW0603 - process-wide, like `kernels.backend.set_default_backend`
     _is_wanted = is_wanted
 
@@ -43,7 +47,7 @@ def is_fused(
     num_position_vectors: int,
     backend: str | None = None,
 ) -> bool:
-    """Whether attention of these sizes runs in the fused kernels: backend "triton", in bf16 (interpreted: in fp32).
+    """Whether attention of these sizes runs in the fused kernels: wanted, backend "triton", bf16 (interpreted: fp32).
 
     Args:
         dtype: of queries, keys and values.
