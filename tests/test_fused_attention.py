@@ -331,19 +331,23 @@ MUTANTS = {
 }  # fmt: skip
 
 
-def a_check():
-    """A part of the operation's check: two and three tiles, the last one partial, with dropout."""
-    return [result for length in (20, 40) for result in check._fused(CPU, 1, 32, length, 16, SEED)]
+IN_SHORT_ROWS = {"a causal row ends a tile early"}  # longer ones look for their documents
 
 
-def test_the_part_of_the_check_passes():
-    assert all(result.passed for result in a_check())
+def a_check(length):
+    """A part of the operation's check: two or three tiles, the last one partial, with dropout."""
+    return list(check._fused(CPU, 1, 32, length, 16, SEED))
+
+
+@pytest.mark.parametrize("length", [20, 40])
+def test_the_part_of_the_check_passes(length):
+    assert all(result.passed for result in a_check(length))
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_the_check_rejects_mutants(tmp_path, mutant):
     with planted(*MUTANTS[mutant], tmp_path):
-        assert any(not result.passed for result in a_check())
+        assert any(not result.passed for result in a_check(20 if mutant in IN_SHORT_ROWS else 40))
 
 
 def test_the_whole_check_passes(monkeypatch):

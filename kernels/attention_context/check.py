@@ -1,6 +1,6 @@
 """Attention against its reference: the operation with its gradients, and the softmax kernels alone."""
 
-import itertools
+import importlib
 from collections.abc import Iterator
 
 import torch
@@ -14,6 +14,7 @@ from kernels.run import Run
 
 _SEED = torch.tensor([77, -5], dtype=torch.int32)
 _DROPOUT = 0.3
+FUSED_TYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}  # products in bf16 are wrong in Triton's interpreter
 
 
 def comparisons(device: torch.device, backend: str, run: Run | None = None) -> Iterator[Comparison]:
@@ -43,14 +44,11 @@ def _fused_kernels(device: torch.device, run: Run | None) -> Iterator[Comparison
             yield from _fused(device, num_heads, head_size, length, num_position_vectors, None)
             yield from _fused(device, num_heads, head_size, length, num_position_vectors, _SEED, repeats=repeats)
         return
-    cases = [(1, 32, 16, 32), (2, 64, 64, 64), (2, 32, 50, 16), (1, 64, 100, 64), (1, 32, 150, 64), (1, 128, 70, 32)]
-    if device.type == "cpu":  # the interpreter is slow
-        for case, seed in zip(cases, itertools.cycle((None, _SEED)), strict=False):
-            yield from _fused(device, *case, seed)
-        return
-    for case, seed in itertools.product(cases, (None, _SEED)):
-        yield from _fused(device, *case, seed)
-    yield from _fused(device, *cases[0], _SEED, repeats=100)
+    cases = importlib.import_module("kernels.attention_context.kernel").CHECKED
+    for *case, has_dropout in cases:
+        yield from _fused(device, *case, _SEED if has_dropout else None)
+    if device.type == "cuda":  # the interpreter is slow
+        yield from _fused(device, *cases[0][:4], _SEED, repeats=100)
 
 
 def fused_at(
@@ -70,7 +68,7 @@ def _fused(
     repeats: int = 1,
 ) -> Iterator[Comparison]:
     """Three rows, two of them causal: of many short documents, of two, and of one with padding; or repeats of them."""
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16  # bf16 products are wrong in the interpreter
+    dtype = FUSED_TYPES[device.type]
     width, positions = num_heads * head_size, torch.arange(length)
     documents = torch.stack([positions // 7, positions // (length - 5), torch.where(positions < length - 3, 2, -1)])
     documents, is_causal = documents.repeat(repeats, 1), torch.tensor([False, True, True]).repeat(repeats)

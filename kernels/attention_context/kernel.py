@@ -35,6 +35,15 @@ _MOST_SPILLED = {
     "queries_kernel": {"sm_90": 376, "sm_100": 64, "any": math.inf},
     "keys_kernel": {"sm_90": 620, "sm_100": 0, "any": math.inf},
 }
+# what `check.py` runs, in any case: heads, head size, length, position vectors, whether there is dropout
+CHECKED = (
+    (1, 32, 16, 32, False),
+    (2, 64, 64, 64, True),
+    (2, 32, 50, 16, False),
+    (1, 64, 100, 64, True),
+    (1, 32, 150, 64, True),
+    (1, 128, 70, 32, False),
+)
 _LOG2_E = tl.constexpr(math.log2(math.e))
 
 
@@ -259,15 +268,14 @@ def _constants(query: Tensor, key: Tensor, value: Tensor, seed: Tensor | None, n
 
 
 def configurations() -> list[Configuration]:
-    """Variants of all three kernels: published shapes, whole and partial tiles, short and long rows."""
+    """Variants of all three kernels: published shapes and those of the check; each model and row length has its own."""
     cases = [
-        (12, 64, 128, True),
-        (12, 64, 512, True),
-        (6, 64, 128, False),
-        (6, 64, 200, True),
-        (8, 32, 128, True),
-        (8, 128, 256, True),
-        (1, 32, 16, True),
+        (12, 64, 128, 64, True),
+        (12, 64, 512, 64, True),
+        (6, 64, 128, 64, False),
+        (8, 32, 128, 64, True),
+        (8, 128, 256, 64, True),
+        *CHECKED,
     ]
     kernels = (forward_kernel, backward_kernel.queries_kernel, backward_kernel.keys_kernel)
     return [
@@ -275,7 +283,9 @@ def configurations() -> list[Configuration]:
     ]
 
 
-def _configuration(kernel: Any, num_heads: int, head_size: int, length: int, *, has_dropout: bool) -> Configuration:
+def _configuration(
+    kernel: Any, num_heads: int, head_size: int, length: int, num_position_vectors: int, *, has_dropout: bool
+) -> Configuration:
     tile = tile_size(length)
     stride = 2 * num_heads * head_size  # of the halves of a projection
     constants = {
@@ -287,9 +297,9 @@ def _configuration(kernel: Any, num_heads: int, head_size: int, length: int, *, 
         "N": tile,
         "SPAN": triton.next_power_of_2(length),
         "HAS_DROPOUT": has_dropout,
-        "P": 64,
+        "P": num_position_vectors,
     }
-    kinds = {"document_ids_ptr": "*i32", "is_causal_ptr": "*i1", "seed_ptr": "*i32" if has_dropout else "*i1"}
+    kinds = {"document_ids_ptr": "*i32", "is_causal_ptr": "*u1", "seed_ptr": "*i32" if has_dropout else "*u1"}
     kinds |= dict.fromkeys(("lse_ptr", "delta_ptr", "of_position_key_ptr", "of_position_query_ptr"), "*fp32")
     kinds |= {"scale": "fp32", "keep_scale": "fp32", "threshold": "i32", "B": "i32"}
     types = {name: kinds.get(name, "*bf16") for name in kernel.arg_names if name not in constants}
