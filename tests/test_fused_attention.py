@@ -1,4 +1,7 @@
-"""Attention's Triton kernels in the interpreter, against attention over explicit masks in fp64."""
+"""Attention's Triton kernels in the interpreter, against attention over explicit masks in fp64.
+
+Their whole check runs in tests/test_check.py.
+"""
 
 import dataclasses
 import sys
@@ -9,7 +12,6 @@ import torch
 
 from gptbert.model import GPTBert
 from kernels.attention_context import check, fused, fused_attention, kernel
-from kernels.attention_context.check import comparisons
 from kernels.backend import set_default_backend
 from tests.conftest import TINY
 from tests.mutation import mutated
@@ -348,10 +350,3 @@ def test_the_part_of_the_check_passes(length):
 def test_the_check_rejects_mutants(tmp_path, mutant):
     with planted(*MUTANTS[mutant], tmp_path):
         assert any(not result.passed for result in a_check(20 if mutant in IN_SHORT_ROWS else 40))
-
-
-def test_the_whole_check_passes(monkeypatch):
-    monkeypatch.setattr(fused, "TILE", 64)
-    results = list(comparisons(CPU, "triton"))
-    assert len(results) == 24
-    assert [result for result in results if not result.passed] == []
