@@ -6,7 +6,7 @@ The softmax: half the rows of a training step. The whole: from what the projecti
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks import machine, peers
 from benchmarks.measurement import BASELINE, Measurement
-from kernels.attention_context import attention_context, check, cpp, eager, fused_attention
+from kernels.attention_context import attention_context, check, cpp, eager, fused_attention, reference
 from kernels.attention_context.fused import distance_tables
 from kernels.numerics import Comparison, compare
 
@@ -130,24 +130,25 @@ class WholeInputs(NamedTuple):
         value = self.value_gate[..., : self.value_gate.shape[-1] // 2]
         return *self.query_key.chunk(2, -1), *self.vectors.chunk(2, -1), value
 
+    @property
+    def rest(self) -> tuple[Tensor, Tensor, Tensor, float]:
+        """Documents, no causal row, seed and probability of dropout."""
+        is_causal = torch.zeros_like(self.document_ids[:, 0], dtype=torch.bool)
+        return self.document_ids, is_causal, SEED.to(is_causal.device), DROPOUT
+
 
 def _fused(inputs: WholeInputs) -> Tensor:
     tables = distance_tables(inputs.buckets, len(inputs.vectors), inputs.vectors.dtype)
-    is_causal = torch.zeros_like(inputs.document_ids[:, 0], dtype=torch.bool)
-    rows = (tables, inputs.document_ids, is_causal, SEED.to(is_causal.device), DROPOUT)
-    return fused_attention(*inputs.tensors, *rows, scale=0.07, num_heads=inputs.num_heads)
+    return fused_attention(*inputs.tensors, tables, *inputs.rest, scale=0.07, num_heads=inputs.num_heads)
 
 
 def _unfused(inputs: WholeInputs) -> Tensor:
-    length = inputs.document_ids.shape[1]
-    position = torch.arange(length, device=inputs.buckets.device)
-    buckets = inputs.buckets[position[:, None] - position + length - 1]
-    mask = inputs.document_ids[:, :, None] == inputs.document_ids[:, None, :]
-    query, key, position_query, position_key, value = (
-        tensor.unflatten(-1, (inputs.num_heads, -1)).movedim(-2, 0).contiguous() for tensor in inputs.tensors
-    )
-    tensors = (query * 0.07, key, position_query * 0.07, position_key, value)
-    return attention_context(*tensors, buckets, mask, SEED.to(mask.device), DROPOUT, backend="torch")
+    def attention(*arguments: Any) -> Tensor:
+        heads, rest = arguments[:5], arguments[5:]
+        return attention_context(*(tensor.contiguous() for tensor in heads), *rest, backend="torch")
+
+    settings = {"scale": 0.07, "num_heads": inputs.num_heads, "attention": attention}
+    return reference.fused_attention(*inputs.tensors, inputs.buckets, *inputs.rest, **settings)
 
 
 WHOLE_IMPLEMENTATIONS = {"triton": _fused, BASELINE: _unfused, "reference_compiled": _unfused}
@@ -188,6 +189,6 @@ def whole_gradients(function: Callable[[WholeInputs], Tensor], inputs: WholeInpu
 def whole_proof(impl: str, shape: Whole) -> Iterator[Comparison]:
     """The operation's check at this shape; the other implementations are what it is compared with, or checked apart."""
     if impl == "triton":
-        yield from check.fused_at(machine.device(), shape.H, shape.d, shape.T, shape.P)
+        yield from check.compare_fused(machine.device(), shape.H, shape.d, shape.T, shape.P)
     else:
         yield from check.comparisons(torch.device("cpu"), "torch")

@@ -21,12 +21,13 @@ def right_assembler() -> Iterator[str | None]:
     Yields:
         The release for GPUs up to Hopper, such as "12.9"; None without Triton or its NVIDIA backend.
     """
-    path, release = _choice()
-    if path is None or _VARIABLE in os.environ:
-        yield _release_of("ptxas") if _VARIABLE in os.environ else release
+    if _VARIABLE in os.environ:
+        yield _release_of("ptxas")
         return
-    os.environ[_VARIABLE] = path
+    path, release = _choice()
     try:
+        if path is not None:
+            os.environ[_VARIABLE] = path
         yield release
     finally:
         os.environ.pop(_VARIABLE, None)

@@ -19,8 +19,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-import kernels.attention_context.check as attention_check
 import kernels.backend
+from kernels.attention_context import fused
 from kernels.configuration import TRITON_OPERATIONS
 
 launches = {}
@@ -61,7 +61,7 @@ def main() -> None:
     triton.runtime.driver.set_active(stand_in)
     kernels.backend.interpreted = lambda: True  # treat CPU tensors like a GPU's
     torch._assert_async = lambda *_: None  # kernels have not written the values that it asserts on
-    attention_check.FUSED_TYPES["cpu"] = torch.bfloat16
+    fused.DTYPES["cpu"] = torch.bfloat16
     for op in sys.argv[1:] or TRITON_OPERATIONS:
         for _ in importlib.import_module(f"kernels.{op}.check").comparisons(torch.device("cpu"), "triton"):
             pass

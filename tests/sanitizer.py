@@ -1,6 +1,7 @@
 """Triton's interpreter with every address checked: lanes of loads and stores lie in a tensor given to the launch."""
 
 from contextlib import contextmanager
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -11,10 +12,9 @@ import torch
 def checked_addresses():
     """Context manager: yields a list that collects faults, and counts what it looked at in `seen`."""
     interpreter = pytest.importorskip("triton.runtime.interpreter")
-    builder = interpreter.InterpreterBuilder
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    own = executor._init_args_hst, builder.create_masked_load, builder.create_masked_store, builder.create_gather
     ranges, faults = [], Faults()
-    own = interpreter.GridExecutor._init_args_hst, builder.create_masked_load, builder.create_masked_store
-    own_gather = builder.create_gather
 
     def start(self, args, kwargs):
         moved = own[0](self, args, kwargs)
@@ -46,15 +46,11 @@ def checked_addresses():
     def gather(self, source, indices, axis):
         if (indices.data < 0).any() or (indices.data >= source.data.shape[axis]).any():
             faults.append("gather")
-        return own_gather(self, source, indices, axis)
+        return own[3](self, source, indices, axis)
 
-    interpreter.GridExecutor._init_args_hst = start
-    builder.create_masked_load, builder.create_masked_store, builder.create_gather = load, store, gather
-    try:
+    looking = {"create_masked_load": load, "create_masked_store": store, "create_gather": gather}
+    with patch.object(executor, "_init_args_hst", start), patch.multiple(builder, **looking):
         yield faults
-    finally:
-        interpreter.GridExecutor._init_args_hst, builder.create_masked_load, builder.create_masked_store = own
-        builder.create_gather = own_gather
 
 
 class Faults(list):

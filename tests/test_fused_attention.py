@@ -283,7 +283,7 @@ def planted(module, old, new, folder):
 
 # No bug writes out of bounds: that would crash the tests, not fail them.
 MUTANTS = {
-    "scores without their factor": ("kernel", "scores * (scale * _LOG2_E)", "scores * _LOG2_E"),
+    "scores without their factor": ("kernel", "scores * (scale * LOG2_E)", "scores * LOG2_E"),
     "sums not rescaled": ("kernel", "rescale = tl.exp2(largest - shift)", "rescale = tl.exp2(shift - shift)"),
     "sum of the last tile": ("kernel", "total = total * rescale + tl.sum", "total = tl.sum"),
     "what is kept not scaled": ("kernel", "(keep_scale / total)", "(1.0 / total)"),
@@ -338,7 +338,7 @@ IN_SHORT_ROWS = {"a causal row ends a tile early"}  # longer ones look for their
 
 def a_check(length):
     """A part of the operation's check: two or three tiles, the last one partial, with dropout."""
-    return list(check._fused(CPU, 1, 32, length, 16, SEED))
+    return list(check.compare_fused(CPU, 1, 32, length, 16, SEED))
 
 
 @pytest.mark.parametrize("length", [20, 40])

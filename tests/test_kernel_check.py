@@ -22,7 +22,7 @@ SMALL = Run("float32", 40, (9,), 9, mask_history=False, lamb=True, buckets=False
 PLANTS = {  # executed by Python before the check's own module
     "wrong": "import kernels.lamb.kernel as kernel\nkernel._log = lambda beta: -1.0\n",
     "wrong attention": (
-        "import kernels.attention_context.kernel as kernel\nkernel._LOG2_E = kernel.tl.constexpr(1.0)\n"
+        "import kernels.attention_context.kernel as kernel\nkernel.LOG2_E = kernel.tl.constexpr(1.0)\n"
     ),
     "crash": "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n",
     "abort": "import os\nos.abort()\n",

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -42,7 +43,7 @@ class Batch:
         """[B] int64: of each row its objective's index in `Objective`."""
         return self.is_causal.long()
 
-    @property
+    @cached_property
     def is_causal(self) -> Tensor:
         """[B] bool: whether each row's attention is causal."""
         return torch.arange(len(self), device=self.labels.device) >= self.num_masked

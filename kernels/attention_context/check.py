@@ -1,5 +1,6 @@
 """Attention against its reference: the operation with its gradients, and the softmax kernels alone."""
 
+import functools
 import importlib
 from collections.abc import Iterator
 
@@ -7,14 +8,13 @@ import torch
 from torch import Tensor
 
 from kernels.attention_context import attention_context, cpp, eager, fused_attention, reference
-from kernels.attention_context.fused import LENGTHS, distance_tables
+from kernels.attention_context.fused import DTYPES, LENGTHS, distance_tables
 from kernels.dropout import dropout
 from kernels.numerics import Comparison, compare_all, compare_exactly, compare_function, random_bf16
 from kernels.run import Run
 
 _SEED = torch.tensor([77, -5], dtype=torch.int32)
 _DROPOUT = 0.3
-FUSED_TYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}  # products in bf16 are wrong in Triton's interpreter
 
 
 def comparisons(device: torch.device, backend: str, run: Run | None = None) -> Iterator[Comparison]:
@@ -41,34 +41,30 @@ def _fused_kernels(device: torch.device, run: Run | None) -> Iterator[Comparison
         num_heads, head_size, num_position_vectors = run.attention
         lengths = {length - 1 for length in (*run.row_lengths, run.validation_length)}.intersection(LENGTHS)
         for length in sorted(lengths):  # few rows, then more tiles than a head has programs
-            yield from _fused(device, num_heads, head_size, length, num_position_vectors, None)
-            yield from _fused(device, num_heads, head_size, length, num_position_vectors, _SEED, repeats=repeats)
+            yield from compare_fused(device, num_heads, head_size, length, num_position_vectors, None)
+            yield from compare_fused(device, num_heads, head_size, length, num_position_vectors, _SEED, repeats=repeats)
         return
     cases = importlib.import_module("kernels.attention_context.kernel").CHECKED
     for *case, has_dropout in cases:
-        yield from _fused(device, *case, _SEED if has_dropout else None)
+        yield from compare_fused(device, *case, _SEED if has_dropout else None)
     if device.type == "cuda":  # the interpreter is slow
-        yield from _fused(device, *cases[0][:4], _SEED, repeats=100)
+        yield from compare_fused(device, *cases[0][:4], _SEED, repeats=100)
 
 
-def fused_at(
-    device: torch.device, num_heads: int, head_size: int, length: int, num_position_vectors: int
-) -> Iterator[Comparison]:
-    """The fused kernels at one size, with dropout."""
-    yield from _fused(device, num_heads, head_size, length, num_position_vectors, _SEED)
-
-
-def _fused(
+def compare_fused(
     device: torch.device,
     num_heads: int,
     head_size: int,
     length: int,
     num_position_vectors: int,
-    seed: Tensor | None,
+    seed: Tensor | None = _SEED,
     repeats: int = 1,
 ) -> Iterator[Comparison]:
-    """Three rows, two of them causal: of many short documents, of two, and of one with padding; or repeats of them."""
-    dtype = FUSED_TYPES[device.type]
+    """The fused kernels at one size; dropout with a seed.
+
+    Three rows, two of them causal: of many short documents, of two, and of one with padding; or `repeats` of them.
+    """
+    dtype = DTYPES[device.type]
     width, positions = num_heads * head_size, torch.arange(length)
     documents = torch.stack([positions // 7, positions // (length - 5), torch.where(positions < length - 3, 2, -1)])
     documents, is_causal = documents.repeat(repeats, 1), torch.tensor([False, True, True]).repeat(repeats)
@@ -84,27 +80,20 @@ def _fused(
     seed = None if seed is None else seed.to(device)
     documents, is_causal, buckets = documents.int().to(device), is_causal.to(device), buckets.to(device)
 
-    def fused(query_key: Tensor, value_gate: Tensor, vectors: Tensor) -> Tensor:
-        tables = distance_tables(buckets, num_position_vectors, dtype)
-        rows = (tables, documents, is_causal, seed, dropout_prob)
-        tensors = (*query_key.chunk(2, -1), *vectors.chunk(2, -1), value_gate[..., :width])
-        return fused_attention(*tensors, *rows, scale=scale, num_heads=num_heads)
+    rest = (documents, is_causal, seed, dropout_prob)
+    settings = {"scale": scale, "num_heads": num_heads}
+    is_short = length <= 256 and repeats == 1
+    attention = reference.attention_context if is_short else functools.partial(attention_context, backend="torch")
 
-    def by_definition(query_key: Tensor, value_gate: Tensor, vectors: Tensor) -> Tensor:
-        index = positions.to(device)
-        matrix = buckets[index[:, None] - index + length - 1]
-        mask = (documents[:, :, None] == documents[:, None, :]) & (documents >= 0)[:, None, :]
-        mask = torch.where(is_causal[:, None, None], mask.tril(), mask)
-        heads = [
-            each.unflatten(-1, (num_heads, -1)).movedim(-2, 0)
-            for each in (*query_key.chunk(2, -1), *vectors.chunk(2, -1), value_gate[..., :width])
-        ]
-        query, key, position_query, position_key, value = heads
-        tensors = (query * scale, key, position_query * scale, position_key, value)
-        rest = (*tensors, matrix, mask, seed, dropout_prob)
-        # the reference has vectors of all pairs of positions; what PyTorch computes in fp64 fits for long rows too
-        is_short = length <= 256 and repeats == 1
-        return reference.attention_context(*rest) if is_short else attention_context(*rest, backend="torch")
+    def tensors(query_key: Tensor, value_gate: Tensor, vectors: Tensor) -> tuple[Tensor, ...]:
+        return *query_key.chunk(2, -1), *vectors.chunk(2, -1), value_gate[..., :width]
+
+    def fused(**inputs: Tensor) -> Tensor:
+        tables = distance_tables(buckets, num_position_vectors, dtype)
+        return fused_attention(*tensors(**inputs), tables, *rest, **settings)
+
+    def by_definition(**inputs: Tensor) -> Tensor:
+        return reference.fused_attention(*tensors(**inputs), buckets, *rest, **settings, attention=attention)
 
     name = f"fused B={len(documents)} H={num_heads} d={head_size} T={length} P={num_position_vectors}"
     yield from compare_function(f"{name}{'' if seed is None else ' dropout'}", fused, by_definition, inputs)

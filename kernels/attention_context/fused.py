@@ -13,6 +13,7 @@ TILE = 64  # queries and keys at a time; shorter rows have smaller tiles
 HEAD_SIZES = (32, 64, 128)
 LENGTHS = range(16, 2049)
 POSITION_VECTORS = (16, 32, 64, 128)
+DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}  # products in bf16 are wrong in Triton's interpreter
 
 _is_wanted = False
 
@@ -61,7 +62,7 @@ def is_fused(
         _is_wanted
         and not torch.version.hip  # the kernels have a line of PTX
         and choose_backend(backend, device) == "triton"
-        and dtype == (torch.float32 if device.type == "cpu" else torch.bfloat16)
+        and dtype == DTYPES.get(device.type, torch.bfloat16)
         and length in LENGTHS
         and head_size in HEAD_SIZES
         and num_position_vectors in POSITION_VECTORS

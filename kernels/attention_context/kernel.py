@@ -16,6 +16,7 @@ from kernels.assembler import right_assembler
 from kernels.attention_context import backward_kernel
 from kernels.attention_context.fused import TILE, tile_size
 from kernels.attention_context.tiles import (
+    LOG2_E,
     columns_in_reach,
     load_rows,
     position_scores,
@@ -26,7 +27,7 @@ from kernels.configuration import Configuration, launch_warps
 from kernels.dropout import keep_threshold
 from kernels.dropout_hash import first_words, is_kept
 
-NUM_WARPS = 4
+NUM_WARPS, NUM_STAGES = 4, 1
 _PROGRAMS = 264  # of each backward kernel, over all heads; a constant, since it fixes the order of additions
 # What was reached for heads of 64: three accumulators, two tiles of scores and their tables take more than 255
 # registers. On sm_80, without asynchronous products from shared memory, their operands are in registers too.
@@ -44,7 +45,6 @@ CHECKED = (
     (1, 32, 150, 64, True),
     (1, 128, 70, 32, False),
 )
-_LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit(do_not_specialize=["threshold", "B"])
@@ -113,7 +113,7 @@ def forward_kernel(
         ).to(tl.float32)
         scores = tl.dot(query, tl.trans(key), scores)
         seen = visible(document_ids_ptr, first, column, zero, is_causal, False, N, T, EVEN)
-        scores = tl.where(seen, scores * (scale * _LOG2_E), float("-inf"))
+        scores = tl.where(seen, scores * (scale * LOG2_E), float("-inf"))
         # 4. Rescale what there is to the new maximum; add the tile.
         new_largest = tl.maximum(largest, tl.max(scores, 1))
         shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)
@@ -181,7 +181,7 @@ def forward(
                 query, key, value, query_table, key_table, document_ids, is_causal,
                 is_causal if seed is None else seed, output, lse,
                 *_numbers(seed, dropout_prob, scale), num_rows,
-                **_constants(query, key, value, seed, num_heads), num_warps=launch_warps(NUM_WARPS), num_stages=1,
+                **_settings(query, key, value, seed, num_heads),
             )  # fmt: skip
     return output, lse
 
@@ -225,12 +225,8 @@ def backward(
     of_query, of_key, of_value = (torch.empty_like(grad) for _ in range(3))
     parts = [torch.zeros(groups, num_buckets, hidden_size, dtype=torch.float32, device=grad.device) for _ in range(2)]
     delta = torch.empty_like(lse)
-    seed_or_any = is_causal if seed is None else seed
-    rows = (document_ids, is_causal, seed_or_any)
-    settings = {
-        **_constants(query, key, value, seed, num_heads), "P": num_buckets,
-        "num_warps": launch_warps(NUM_WARPS), "num_stages": 1,
-    }  # fmt: skip
+    rows = (document_ids, is_causal, is_causal if seed is None else seed)
+    settings = _settings(query, key, value, seed, num_heads) | {"P": num_buckets}
     numbers = (*_numbers(seed, dropout_prob, scale), num_rows)
     if num_rows:
         with torch.cuda.device_of(query), right_assembler():
@@ -250,20 +246,28 @@ def _numbers(seed: Tensor | None, dropout_prob: float, scale: float) -> tuple[fl
     return scale, 1 / (1 - probability), min(keep_threshold(probability), 2**31 - 1)
 
 
-def _constants(query: Tensor, key: Tensor, value: Tensor, seed: Tensor | None, num_heads: int) -> dict[str, int | bool]:
+def _settings(query: Tensor, key: Tensor, value: Tensor, seed: Tensor | None, num_heads: int) -> dict[str, int]:
+    """Keyword arguments of a launch."""
     length, hidden_size = query.shape[1:]
+    strides = tuple(tensor.stride(1) for tensor in (query, key, value))
+    constants = _constants(length, num_heads, hidden_size // num_heads, strides, has_dropout=seed is not None)
+    return {**constants, "num_warps": launch_warps(NUM_WARPS), "num_stages": NUM_STAGES}
+
+
+def _constants(
+    length: int, num_heads: int, head_size: int, strides: tuple[int, int, int], *, has_dropout: bool
+) -> dict[str, int]:
+    """Constants of all three kernels."""
     tile = tile_size(length)
     return {
         "T": length,
         "H": num_heads,
-        "d": hidden_size // num_heads,
-        "QUERY_STRIDE": query.stride(1),
-        "KEY_STRIDE": key.stride(1),
-        "VALUE_STRIDE": value.stride(1),
+        "d": head_size,
+        **dict(zip(("QUERY_STRIDE", "KEY_STRIDE", "VALUE_STRIDE"), strides, strict=True)),
         "L": triton.cdiv(length, tile) * tile,
         "N": tile,
         "SPAN": triton.next_power_of_2(length),
-        "HAS_DROPOUT": seed is not None,
+        "HAS_DROPOUT": has_dropout,
     }
 
 
@@ -286,19 +290,9 @@ def configurations() -> list[Configuration]:
 def _configuration(
     kernel: Any, num_heads: int, head_size: int, length: int, num_position_vectors: int, *, has_dropout: bool
 ) -> Configuration:
-    tile = tile_size(length)
-    stride = 2 * num_heads * head_size  # of the halves of a projection
-    constants = {
-        "T": length,
-        "H": num_heads,
-        "d": head_size,
-        **dict.fromkeys(("QUERY_STRIDE", "KEY_STRIDE", "VALUE_STRIDE"), stride),
-        "L": triton.cdiv(length, tile) * tile,
-        "N": tile,
-        "SPAN": triton.next_power_of_2(length),
-        "HAS_DROPOUT": has_dropout,
-        "P": num_position_vectors,
-    }
+    strides = (2 * num_heads * head_size,) * 3  # of the halves of a projection
+    constants = _constants(length, num_heads, head_size, strides, has_dropout=has_dropout)
+    constants["P"] = num_position_vectors
     kinds = {"document_ids_ptr": "*i32", "is_causal_ptr": "*u1", "seed_ptr": "*i32" if has_dropout else "*u1"}
     kinds |= dict.fromkeys(("lse_ptr", "delta_ptr", "of_position_key_ptr", "of_position_query_ptr"), "*fp32")
     kinds |= {"scale": "fp32", "keep_scale": "fp32", "threshold": "i32", "B": "i32"}
@@ -310,9 +304,9 @@ def _configuration(
         types,
         {name: value for name, value in constants.items() if name in kernel.arg_names},
         num_warps=NUM_WARPS,
-        num_stages=1,
+        num_stages=NUM_STAGES,
         aligned=frozenset(name for name in types if name.endswith("_ptr")),
-        streams=tile == TILE,
+        streams=tile_size(length) == TILE,
         has_products=True,
         targets=frozenset({"sm_80", "sm_90", "sm_100"}),  # see `is_fused`
         most_spilled=_MOST_SPILLED[kernel.__name__] if head_size <= 64 else {"any": math.inf},

@@ -17,11 +17,13 @@ Three tricks keep these kernels on chip; `README.md` has the counts:
   computed again in each iteration; otherwise it would stay in a register all the time.
 """
 
+import math
 import os
 
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(math.log2(math.e))  # scores are multiplied with it, since exp2 is one instruction
 _COMPILED = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")  # the interpreter has no inline assembler
 
 
