@@ -210,6 +210,8 @@ class TrainConfig:
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """ddp: every process has all weights. fsdp: weights, their average and optimizer state are sharded over processes,
     and a block's weights are gathered when needed; the results are the same."""
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Precision of gradients on their way between processes. bf16: half the bytes, sums of about three digits."""
     shard_size: int = 0
     """With fsdp, the number of processes that one copy of the weights is sharded over, such as those of one host; the
     number of all processes must be a multiple of it. 0: all of them."""
@@ -221,6 +223,10 @@ class TrainConfig:
     kernels: Literal["auto", "torch", "triton", "cpp"] = "auto"
     """Implementation of the operations in kernels/. auto: triton on a GPU; on a CPU cpp in compiled runs, else torch.
     cpp needs a C++ compiler; it has kernels for LAMB and, with --mixed_precision, for all else but masking."""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """Record a step's kernels in CUDA graphs, which launches them at once: steps of the same bits, several times as
+    fast where batches are small. auto: on GPUs, except with fsdp. on: on a CPU too, where the same operations run
+    without a recording, to try out what a GPU will do. off: operation by operation, with DDP."""
     kernel_check: Literal["on", "off"] = "on"
     """on: before the first step, compare the kernels with their references on this device (seconds)."""
     cpu_threads: int = 0
@@ -316,6 +322,8 @@ class TrainConfig:
             raise InputError("--mask_random_p and --mask_keep_p together are above 1")
         if self.shard_size and self.parallel != "fsdp":
             raise InputError(f"--shard_size {self.shard_size} is for --parallel fsdp, not {self.parallel}")
+        if self.cuda_graph == "on" and self.parallel == "fsdp":
+            raise InputError("--cuda_graph on: steps with --parallel fsdp cannot be recorded; use auto or off, or ddp")
         if self.optimizer == "muon" and self.parallel == "fsdp":
             raise InputError("--optimizer muon needs whole matrices, which no rank has with --parallel fsdp; use ddp")
         if self.max_gradient == 0:
@@ -328,6 +336,12 @@ class TrainConfig:
             raise InputError(
                 f"--name {found} must be the name of one folder inside --output_dir, of printable characters"
             )
+
+    def is_recorded(self, device_type: str) -> bool:
+        """Whether steps on a device of this type, "cuda" or "cpu", are recorded in CUDA graphs; see `cuda_graph`."""
+        if self.cuda_graph == "auto":
+            return device_type == "cuda" and self.parallel != "fsdp"
+        return self.cuda_graph == "on"
 
     @property
     def run_dir(self) -> Path:

@@ -321,8 +321,14 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
-def build_optimizer(config: TrainConfig, model: nn.Module) -> Optimizer:
-    """The optimizer that `--optimizer` names."""
+def build_optimizer(config: TrainConfig, model: nn.Module, *, is_recorded: bool = False) -> Optimizer:
+    """The optimizer that `--optimizer` names.
+
+    Args:
+        config: the run's settings.
+        model: its parameters are updated.
+        is_recorded: whether a CUDA graph records the steps.
+    """
     settings = {
         "lr": config.learning_rate,
         "betas": (config.optimizer_beta1, config.optimizer_beta2),
@@ -334,4 +340,6 @@ def build_optimizer(config: TrainConfig, model: nn.Module) -> Optimizer:
         taken = {id(matrix) for matrix in matrices}
         rest = [{**group, "params": [p for p in group["params"] if id(p) not in taken]} for group in groups]
         return MuonWithAdamW(matrices, rest, weight_decay=config.weight_decay, **settings)
-    return Lamb(groups, **settings) if config.optimizer == "lamb" else AdamW(groups, fused=True, **settings)
+    if config.optimizer == "lamb":
+        return Lamb(groups, **settings)
+    return AdamW(groups, fused=True, capturable=is_recorded, **settings)

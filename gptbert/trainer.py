@@ -1,7 +1,7 @@
 """The training loop: a single step, and the run around it."""
 
 import dataclasses
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
@@ -27,15 +27,15 @@ from gptbert.model import GPTBert
 from gptbert.model.batch import Batch
 from gptbert.model.compilation import compile_blocks, compiling
 from gptbert.model.objective import Objective
-from gptbert.monitoring.metrics import LossSums, Throughput
+from gptbert.monitoring.metrics import Throughput
 from gptbert.monitoring.progress import progress_bar, summary
 from gptbert.monitoring.samples import Samples
-from gptbert.monitoring.skipped_steps import SkippedSteps
 from gptbert.monitoring.trackers import Trackers
 from gptbert.monitoring.training_record import TrainingRecord
 from gptbert.monitoring.validation import Validation, ValidationSettings
-from gptbert.optim import WeightAverage, build_optimizer, update_weights
-from kernels import MaskedCrossEntropy
+from gptbert.optim import WeightAverage, build_optimizer
+from gptbert.training.eager_step import EagerStep, autocast
+from gptbert.training.recorded_step import RecordedStep
 
 
 class Trainer:
@@ -74,12 +74,13 @@ class Trainer:
                     compile_blocks(model.blocks, mixed_precision=config.mixed_precision)
         if is_sharded:
             shard([self.model, self.ema.model], config, world)
-        self.parallel_model = world.wrap(self.model)
-        self.optimizer = build_optimizer(config, self.model)
+        is_recorded = config.is_recorded(world.device.type)
+        self.optimizer = build_optimizer(config, self.model, is_recorded=is_recorded)
+        step = RecordedStep if is_recorded else EagerStep
+        self.training_step = step(config, self.model, self.ema, self.optimizer, world)
         weights = [1.0 if config.token_weighted_loss else plan.weight(objective) for objective in Objective]
         self._loss_weights = torch.tensor(weights, device=world.device)
-        self.sums = LossSums(world.device)
-        self.skipped_steps = SkippedSteps(world.device)
+        self.sums, self.skipped_steps = self.training_step.sums, self.training_step.skipped_steps
         self.stop_signal = StopSignal(world)
         self.micro_batches = MicroBatches(config, plan, world)
         self.loader = BatchLoader(config, inputs, plan, world, self.micro_batches)
@@ -122,7 +123,7 @@ class Trainer:
                     if schedules.is_due(self.step, config.validate_every, config.max_steps):
                         record = self.validation_record()
                         trackers.log(self.step, record)
-                        trackers.log_samples(self.step, samples(self.model, self._precision()))
+                        trackers.log_samples(self.step, samples(self.model, autocast(self.config, self.world.device)))
                         if self.world.is_main:
                             log(f"step {self.step}: validation {summary(record, 'validation')}")
                     if self.words.due(self.step):
@@ -151,17 +152,8 @@ class Trainer:
         scales, stop_requests = self._loss_scales(batch)
         self.stop_signal.note(stop_requests)
         micro_batches = self.micro_batches.cut(batch, self.step)
-        sums = LossSums(self.world.device)
-        for index, micro_batch in enumerate(micro_batches):
-            with self.world.gradient_sync(self.parallel_model, is_on=index == len(micro_batches) - 1):
-                result = self._forward(micro_batch, scales)
-                result.total.backward()
-            sums.add(result)
-        for group in self.optimizer.param_groups:
-            group["lr"] = schedules.learning_rate(self.config, self.step)
-        gradient_norm = update_weights(self.optimizer, self.model, self.ema, self.config.max_gradient)
-        self.optimizer.zero_grad()
-        self.sums.add_where(self.skipped_steps.add(gradient_norm), sums)
+        self.training_step.accumulate(micro_batches, scales)
+        gradient_norm = self.training_step.update(schedules.learning_rate(self.config, self.step))
         self.step += 1
         return gradient_norm
 
@@ -173,7 +165,8 @@ class Trainer:
         """
         self.loader.raise_load_errors()
         self.skipped_steps.raise_if_too_many(self.config.max_skipped_steps, self.step)
-        means, self.sums = self.sums.means(self.world), LossSums(self.world.device)
+        means = self.sums.means(self.world)
+        self.sums.reset()
         epochs = {f"train/corpus/{name}/epochs": count for name, count in self.loader.epochs_before(self.step).items()}
         return (
             self._record(self.step, means, gradient_norm, throughput)
@@ -185,7 +178,7 @@ class Trainer:
     def validation_record(self) -> dict[str, float]:
         """Loss, perplexity and accuracy of the weights and of the EMA; every rank must call it."""
         models = {"validation": self.model, "validation_ema": self.ema.model}
-        return self.validation.record(models, self._precision())
+        return self.validation.record(models, autocast(self.config, self.world.device))
 
     def save(self) -> None:
         """Write a checkpoint; every rank must call it, and returns once it is complete.
@@ -249,32 +242,25 @@ class Trainer:
         """[objectives] scales of the loss sums on this rank (docs/model.md#loss), and the number of stop requests.
 
         Means are over the labels of all ranks, so label counts are all-reduced first: two integers, and a third for
-        `StopSignal`, which saves it an all-reduce of its own. The factor world_size cancels data parallelism's
-        averaging of gradients over ranks.
+        `StopSignal`, which saves it an all-reduce of its own. A factor cancels data parallelism's averaging of
+        gradients over ranks.
         """
         counts = torch.cat([batch.label_counts, self.stop_signal.requests().reshape(1)])
         counts = self.world.all_reduce_sum(counts)
         totals, stop_requests = counts[:-1], counts[-1]
         if self.config.token_weighted_loss:
             totals = totals.sum().expand_as(totals)
-        return self._loss_weights * self.world.world_size / totals.clamp(min=1), stop_requests
+        return self._loss_weights * self.training_step.averaged_ranks / totals.clamp(min=1), stop_requests
 
     @torch.no_grad()
     def _warm_up_evaluation(self) -> None:
         """Run the weights and the EMA once in eval mode, which compiles separate graphs."""
         batch = Batch.padding(self.config.seq_length, self.world.device)
         for model in (self.model.eval(), self.ema.model):
-            with self._precision():
+            with autocast(self.config, self.world.device):
                 model.encode(batch.input_ids, batch.document_ids, batch.is_causal)
             reshard(model)
         self.model.train()
-
-    def _forward(self, batch: Batch, scales: Tensor | None = None) -> MaskedCrossEntropy:
-        with self._precision():
-            return self.parallel_model(batch, scales, self.config.z_loss_weight)
-
-    def _precision(self) -> AbstractContextManager:
-        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.config.mixed_precision)
 
     def _warm_up(self) -> None:
         """Before the first step, compile every graph that the run needs and let DDP rebuild its buckets.
@@ -285,12 +271,12 @@ class Trainer:
         Raises:
             InputError: the model cannot be compiled on this machine.
         """
-        if not self.is_compiled and self.world.world_size == 1:
+        has_buckets = self.world.world_size > 1 and not isinstance(self.training_step, RecordedStep)
+        if not self.is_compiled and not has_buckets:
             return
         with compiling():
             for factor in sorted(self.plan.length_factors if self.is_compiled else {1}):
                 batch = Batch.padding(factor * self.config.seq_length, self.world.device)
-                self._forward(batch).total.backward()
+                self.training_step.warm_up(batch)
             if self.is_compiled:
                 self._warm_up_evaluation()
-        self.optimizer.zero_grad()

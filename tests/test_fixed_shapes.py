@@ -83,7 +83,7 @@ def test_steps_far_apart_in_the_schedules_are_the_same_operations(make_trainer, 
 
 def test_all_micro_batches_are_the_same_operations(make_trainer, monkeypatch):
     trainer = make_trainer(local_batch_size=4)
-    forward, seen = trainer._forward, []
+    forward, seen = trainer.training_step.forward, []
 
     def watched(*args):
         own = []
@@ -92,7 +92,7 @@ def test_all_micro_batches_are_the_same_operations(make_trainer, monkeypatch):
         with Operations(look, closed=CLOSED):
             return forward(*args)
 
-    monkeypatch.setattr(trainer, "_forward", watched)
+    monkeypatch.setattr(trainer.training_step, "forward", watched)
     for step in (2, 99):
         trainer.step = step
         trainer.train_step(trainer.loader.load(step))
@@ -122,8 +122,8 @@ def test_a_cuda_graph_could_record_every_operation(make_trainer, mask_history):
 )
 def test_what_comes_from_the_host_is_seen(make_trainer, monkeypatch, what):
     trainer = make_trainer()
-    forward = trainer._forward
-    monkeypatch.setattr(trainer, "_forward", lambda *args: (what(trainer.world.device), forward(*args))[1])
+    forward = trainer.training_step.forward
+    monkeypatch.setattr(trainer.training_step, "forward", lambda *args: (what(trainer.world.device), forward(*args))[1])
     seen, from_host = operations_of(trainer, 50)
     assert from_host or {name for name, _ in seen} & FORBIDDEN
 
@@ -131,8 +131,10 @@ def test_what_comes_from_the_host_is_seen(make_trainer, monkeypatch, what):
 @pytest.mark.parametrize("what", [lambda x: x.item(), lambda x: x.nonzero(), lambda x: bool(x.isfinite())])
 def test_what_waits_for_the_device_is_an_error(make_trainer, monkeypatch, what):
     trainer = make_trainer()
-    forward = trainer._forward
-    monkeypatch.setattr(trainer, "_forward", lambda *args: (what(trainer.sums.sums[0, 0]), forward(*args))[1])
+    forward = trainer.training_step.forward
+    monkeypatch.setattr(
+        trainer.training_step, "forward", lambda *args: (what(trainer.sums.sums[0, 0]), forward(*args))[1]
+    )
     with pytest.raises((RuntimeError, NotImplementedError)):
         operations_of(trainer, 50)
 

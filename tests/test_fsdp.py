@@ -181,11 +181,11 @@ def a_rank_holds_its_part(world, arguments):
     trainer = make_trainer(world, arguments)
     batch = trainer.loader.batch(trainer.loader.load(0), 0)
     params = list(trainer.model.parameters())
-    with trainer.world.gradient_sync(trainer.parallel_model, is_on=False):
-        trainer._forward(batch).total.backward()
+    with trainer.world.gradient_sync(trainer.training_step.parallel_model, is_on=False):
+        trainer.training_step.forward(batch).total.backward()
     assert all(param.grad is None for param in params), "gradients wait for the last micro-batch"
-    with trainer.world.gradient_sync(trainer.parallel_model, is_on=True):
-        trainer._forward(batch).total.backward()
+    with trainer.world.gradient_sync(trainer.training_step.parallel_model, is_on=True):
+        trainer.training_step.forward(batch).total.backward()
     trainer.optimizer.zero_grad()
     for step in range(2):
         norm = trainer.train_step(trainer.loader.load(step))

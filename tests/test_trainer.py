@@ -157,7 +157,7 @@ def process_group():
 
 def test_gradients_are_reduced_once_a_step_however_many_micro_batches(inputs, process_group):
     trainer = make_trainer(inputs, local_batch_size=1, global_batch_size=12, batch_reduction=1)
-    trainer.parallel_model = DistributedDataParallel(trainer.model)
+    trainer.training_step.parallel_model = DistributedDataParallel(trainer.model)
     reduced = []
 
     def hook(state, bucket):
@@ -166,7 +166,7 @@ def test_gradients_are_reduced_once_a_step_however_many_micro_batches(inputs, pr
         future.set_result(bucket.buffer())
         return future
 
-    trainer.parallel_model.register_comm_hook(None, hook)
+    trainer.training_step.parallel_model.register_comm_hook(None, hook)
     for step in range(2):
         reduced.clear()
         trainer.train_step(trainer.loader.load(step))

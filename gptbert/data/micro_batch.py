@@ -38,16 +38,16 @@ def micro_batch_rows(config: TrainConfig, length: int, device: torch.device) -> 
 class MicroBatches:
     """Splits one rank's rows of each step into micro-batches, each with both objectives in about the step's ratio.
 
-    On a CPU they are as equal as possible, and labels are counted. On a GPU shapes are fixed for each row length,
-    whatever the schedules do: every micro-batch has the same number of rows of each objective, filled up with padding,
-    and room for the most labels that the largest mask fraction can select. So nothing is autotuned, compiled or
-    captured (as a CUDA graph) again, and counting labels needs no device sync.
+    On a CPU they are as equal as possible, and labels are counted. On a GPU, and where steps are recorded
+    (`--cuda_graph`), shapes are fixed for each row length, whatever the schedules do: every micro-batch has the same
+    number of rows of each objective, filled up with padding, and room for the most labels that the largest mask
+    fraction can select. So nothing is autotuned, compiled or recorded again, and counting labels needs no device sync.
 
     Args:
         config: the run's settings.
         plan: the rows of each step.
         world: this rank and its device.
-        has_fixed_shapes: whether shapes are fixed; by default on a GPU only.
+        has_fixed_shapes: whether shapes are fixed; by default as above.
     """
 
     def __init__(
@@ -61,7 +61,9 @@ class MicroBatches:
         self._every = {plan.objectives(rank) for rank in (0, world.world_size - 1)}
         self._is_sharded = config.parallel == "fsdp" and world.world_size > 1
         self._most_masked = max(config.mask_p_start, config.mask_p_end)
-        self.has_fixed_shapes = world.device.type == "cuda" if has_fixed_shapes is None else has_fixed_shapes
+        if has_fixed_shapes is None:
+            has_fixed_shapes = world.device.type == "cuda" or config.is_recorded(world.device.type)
+        self.has_fixed_shapes = has_fixed_shapes
         self._composition = cache(self._compose)
 
     def padded_rows(self, step: int) -> dict[Objective, int]:

@@ -2,6 +2,7 @@
 
 - `world`: torchrun's environment, the process group, reductions, errors raised on all ranks.
 - `fsdp`: sharded weights, gradients, averages and moments (`--parallel fsdp`).
+- `flat_gradients`: gradients in one buffer, summed over ranks in large pieces (`--cuda_graph`).
 - `fresh_store`: a separate key-value store for each start under `torchrun --max_restarts`.
 - `random_state`: the random numbers of dropout on a rank.
 - `stop_signal`: signals that ask a run to save and stop.

@@ -4,6 +4,7 @@ PyTorch's `fully_shard` (FSDP2; Zhao et al. 2023, arXiv 2304.11277) all-gathers 
 forward and again before its backward, reshards them after both, and reduce-scatters averaged gradients.
 """
 
+import dataclasses
 from datetime import timedelta
 
 import torch
@@ -15,7 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from gptbert.config import TrainConfig
-from gptbert.distributed.world import World
+from gptbert.distributed.world import REDUCE_DTYPES, World
 from gptbert.errors import InputError
 from gptbert.model import GPTBert
 
@@ -44,7 +45,7 @@ def shard(models: list[GPTBert], config: TrainConfig, world: World) -> None:
     """
     mesh = _mesh(shard_size(config, world), config, world)
     for model in models:
-        _shard(model, mesh, mixed_precision=config.mixed_precision)
+        _shard(model, mesh, REDUCE_DTYPES[config.reduce_dtype], mixed_precision=config.mixed_precision)
 
 
 def _mesh(size: int, config: TrainConfig, world: World) -> DeviceMesh:
@@ -58,20 +59,20 @@ def _mesh(size: int, config: TrainConfig, world: World) -> DeviceMesh:
     return DeviceMesh.from_group(groups, device, mesh=ranks, mesh_dim_names=("replicate", "shard"))
 
 
-def _shard(model: GPTBert, mesh: DeviceMesh, *, mixed_precision: bool) -> None:
+def _shard(model: GPTBert, mesh: DeviceMesh, reduce_dtype: torch.dtype, *, mixed_precision: bool) -> None:
     """In mixed precision the blocks' matrices are gathered in bf16, to which autocast would cast them anyway.
 
-    Weights that autocast leaves in fp32 (mixes and embedding) are gathered in fp32, and gradients are reduced in fp32,
-    so the step equals DDP's.
+    Weights that autocast leaves in fp32 (mixes and embedding) are gathered in fp32, and gradients are reduced as with
+    DDP, so the step equals DDP's.
     """
-    products = MixedPrecisionPolicy()
-    if mixed_precision:
-        products = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    exact = MixedPrecisionPolicy(reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+    products = dataclasses.replace(exact, param_dtype=torch.bfloat16) if mixed_precision else exact
     # the mix weights, a few numbers, form one group: an FSDP group has one dtype
-    fully_shard([mix for block in model.blocks for mix in (block.attention_mix, block.feed_forward_mix)], mesh=mesh)
+    mixes = [mix for block in model.blocks for mix in (block.attention_mix, block.feed_forward_mix)]
+    fully_shard(mixes, mesh=mesh, mp_policy=exact)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=products)
-    fully_shard(model, mesh=mesh)  # embedding and head, whose matrix is tied
+    fully_shard(model, mesh=mesh, mp_policy=exact)  # embedding and head, whose matrix is tied
     register_fsdp_forward_method(model, "encode")
     if mesh.device_type == "cpu":
         for module in model.modules():

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,6 +22,8 @@ from gptbert.distributed.fresh_store import fresh_store, shares_its_store
 from gptbert.distributed.hardware import usable_cores
 from gptbert.distributed.memory import keep_freed_memory
 from gptbert.errors import InputError, LostProcessError, SharedError, first_line
+
+REDUCE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of `--reduce_dtype`
 
 
 @dataclass(frozen=True)
@@ -50,17 +53,25 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def wrap(self, model: nn.Module) -> nn.Module:
+    def wrap(self, model: nn.Module, reduce_dtype: torch.dtype = torch.float32) -> nn.Module:
         """Wrap the model in DDP: gradients are averaged over ranks during the synchronized backward.
 
         A sharded model is returned as it is: FSDP does so itself (`gptbert.distributed.fsdp`).
+
+        Args:
+            model: on this rank's device.
+            reduce_dtype: fp32, or bf16: gradients are rounded to it on their way between ranks.
         """
         if self.world_size == 1 or isinstance(model, FSDPModule):
             return model
         devices = [self.device.index] if self.device.type == "cuda" else None
         known = inspect.signature(DistributedDataParallel).parameters
         sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # torch<2.13
-        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **{sync_buffers: False})
+        options = {"device_ids": devices, "gradient_as_bucket_view": True, sync_buffers: False}
+        parallel_model = DistributedDataParallel(model, **options)
+        if reduce_dtype == torch.bfloat16:
+            parallel_model.register_comm_hook(None, bf16_compress_hook)
+        return parallel_model
 
     def gradient_sync(self, model: nn.Module, *, is_on: bool) -> AbstractContextManager:
         """A block whose backward reduces gradients over ranks, or only accumulates them.

@@ -1,7 +1,7 @@
 """A batch: rows of both objectives, as the model takes them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -37,6 +37,21 @@ class Batch:
         tensors = (self.input_ids, self.document_ids, self.labels)
         tensors = [tensor[rows].contiguous() for tensor in tensors]  # so that every micro-batch is the same operations
         return Batch(*tensors, num_masked=len(range(self.num_masked)[rows]))
+
+    def clone(self) -> "Batch":
+        """A batch of the same contents in tensors of its own."""
+        return replace(
+            self,
+            input_ids=self.input_ids.clone(),
+            document_ids=self.document_ids.clone(),
+            labels=self.labels.clone(),
+        )
+
+    def copy_(self, other: "Batch") -> None:
+        """Take the contents of a batch of the same shape, number of masked rows and most labels."""
+        self.input_ids.copy_(other.input_ids)
+        self.document_ids.copy_(other.document_ids)
+        self.labels.copy_(other.labels)
 
     @property
     def objectives(self) -> Tensor:

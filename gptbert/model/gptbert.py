@@ -5,6 +5,7 @@ P = 2S−1 distinct position vectors, N labeled positions.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,8 +35,15 @@ class DropoutSeeds(NamedTuple):
     """Seeds of one forward's masks: [2] of the embedding, [BLOCK_SEEDS, 2] of each block, [2] of the head; or None."""
 
     embedding: Tensor | None
-    blocks: list[Tensor | None]
+    blocks: Sequence[Tensor | None]
     head: Tensor | None
+
+    @classmethod
+    def split(cls, seeds: Tensor | None, num_layers: int) -> "DropoutSeeds":
+        """The parts of `GPTBert.dropout_seeds`."""
+        if seeds is None:
+            return cls(None, [None] * num_layers, None)
+        return cls(seeds[0], seeds[1:-1].split(BLOCK_SEEDS), seeds[-1])
 
 
 class GPTBert(nn.Module):
@@ -75,7 +83,8 @@ class GPTBert(nn.Module):
         Returns:
             [B, T, D].
         """
-        return self._encode(input_ids, document_ids, causal, self._dropout_seeds(input_ids.device))
+        seeds = DropoutSeeds.split(self.dropout_seeds(input_ids.device), len(self.blocks))
+        return self._encode(input_ids, document_ids, causal, seeds)
 
     def _encode(self, input_ids: Tensor, document_ids: Tensor, causal: bool | Tensor, seeds: DropoutSeeds) -> Tensor:
         hidden_states, relative = self.embedding(input_ids, seeds.embedding)
@@ -102,26 +111,34 @@ class GPTBert(nn.Module):
         tables = distance_tables(buckets, num_position_vectors, dtype)
         return Visibility(document_ids=document_ids.int(), is_causal=causal, tables=tables)
 
-    def _dropout_seeds(self, device: torch.device) -> DropoutSeeds:
-        """New seeds for each forward; None without dropout."""
+    def dropout_seeds(self, device: torch.device) -> Tensor | None:
+        """New seeds of one forward's dropout masks, [masks, 2] int32; None without dropout."""
         probabilities = (self.config.hidden_dropout_prob, self.config.attention_probs_dropout_prob)
         if not self.training or not any(probabilities):
-            return DropoutSeeds(None, [None] * len(self.blocks), None)
-        seeds = random_seeds(BLOCK_SEEDS * len(self.blocks) + 2, device)
-        return DropoutSeeds(seeds[0], list(seeds[1:-1].split(BLOCK_SEEDS)), seeds[-1])
+            return None
+        return random_seeds(BLOCK_SEEDS * len(self.blocks) + 2, device)
 
-    def forward(self, batch: Batch, scales: Tensor | None = None, z_loss_weight: float = 0.0) -> MaskedCrossEntropy:
+    def forward(
+        self,
+        batch: Batch,
+        scales: Tensor | None = None,
+        z_loss_weight: float = 0.0,
+        dropout_seeds: Tensor | None = None,
+    ) -> MaskedCrossEntropy:
         """Cross-entropy at labeled positions, summed for each objective.
 
         Args:
             batch: rows of both objectives.
             scales: [objectives] fp32, each objective's factor in `total`; None: 1.
             z_loss_weight: weight of logsumexp² in `total`.
+            dropout_seeds: from the method of that name; None: new ones.
 
         Returns:
             Sums over the labeled positions, see `kernels.MaskedCrossEntropy`, [objectives] in the order of `Objective`.
         """
-        seeds = self._dropout_seeds(batch.labels.device)
+        if dropout_seeds is None:
+            dropout_seeds = self.dropout_seeds(batch.labels.device)
+        seeds = DropoutSeeds.split(dropout_seeds, len(self.blocks))
         hidden_states = self._encode(batch.input_ids, batch.document_ids, batch.is_causal, seeds)
         # [B·T, D] to [N, D]: the head sees labeled positions only
         states, labels, objectives = select_labeled(hidden_states, batch)

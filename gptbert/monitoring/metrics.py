@@ -18,7 +18,7 @@ class LossSums:
     """Per objective: summed loss, z-loss, correct predictions and labels, in one fp64 tensor on the device.
 
     Attributes:
-        sums: [objectives, 4] fp64; not read back before `means`.
+        sums: [objectives, 4] fp64; always the same tensor, and not read back before `means`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -32,6 +32,10 @@ class LossSums:
     def add_where(self, condition: Tensor, other: "LossSums") -> None:
         """Add the sums of `other` if the condition, a bool scalar on the device, holds."""
         self.sums += torch.where(condition, other.sums, 0.0)
+
+    def reset(self) -> None:
+        """Set all sums to zero."""
+        self.sums.zero_()
 
     def state_dict(self) -> dict[str, Tensor]:
         """This rank's: {"sums": [objectives, 4] fp64 on the CPU}."""

@@ -12,8 +12,8 @@ class SkippedSteps:
     """Counters on the device; the same on every rank, since the gradient norm is.
 
     Attributes:
-        counts: [3] int64: skipped steps of the whole run, of the streak that ends with the newest step, and of the
-            longest streak since `longest_row` was last called.
+        counts: [3] int64, always the same tensor: skipped steps of the whole run, of the streak that ends with the
+            newest step, and of the longest streak since `longest_row` was last called.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -36,7 +36,7 @@ class SkippedSteps:
         is_taken = gradient_norm.isfinite()
         total, row, longest = self.counts.unbind()
         row = torch.where(is_taken, 0, row + 1)
-        self.counts = torch.stack([total + ~is_taken, row, torch.maximum(longest, row)])
+        self.counts.copy_(torch.stack([total + ~is_taken, row, torch.maximum(longest, row)]))
         return is_taken
 
     def total(self) -> int:

@@ -10,7 +10,7 @@ from gptbert.model import GPTBert
 from gptbert.model.batch import Batch
 from gptbert.model.compilation import compile_blocks
 from gptbert.model.dropout import random_seeds
-from gptbert.model.gptbert import BLOCK_SEEDS, DropoutSeeds
+from gptbert.model.gptbert import BLOCK_SEEDS
 from kernels import IGNORE_INDEX
 from tests.numerics import assert_near, relative_error
 
@@ -42,7 +42,7 @@ def make_model(shape, device, dtype=torch.float32):
     for param in model.parameters():
         param.data += 0.05 * torch.randn_like(param)
     seeds = random_seeds(BLOCK_SEEDS * shape.num_hidden_layers + 2, CPU).to(device)
-    model._dropout_seeds = lambda _: DropoutSeeds(seeds[0], list(seeds[1:-1].split(BLOCK_SEEDS)), seeds[-1])
+    model.dropout_seeds = lambda _: seeds
     return model.to(device, dtype)
 
 
@@ -94,7 +94,7 @@ def test_compiled_is_eager_for_any_number_of_rows(shape, device, autocast, compi
 @torch.no_grad()
 def test_compiled_evaluation_is_eager(shape, device, compiler):
     model = make_model(shape, device).eval()
-    model._dropout_seeds = lambda _: DropoutSeeds(None, [None] * shape.num_hidden_layers, None)
+    model.dropout_seeds = lambda _: None
     ids = torch.randint(16, shape.vocab_size, (3, 24), generator=torch.Generator().manual_seed(1)).to(device)
     states = [model.encode(ids, torch.zeros_like(ids), causal=True)]
     compile_blocks(model.blocks)

@@ -1,0 +1,53 @@
+"""All gradients in one buffer, where they stay, summed over ranks in a few large pieces."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from gptbert.distributed.world import World
+
+_ALIGNMENT = 32  # elements, 128 bytes: a parameter's gradient begins at a cache line, as an allocation of its own would
+_PIECE = 2**24  # elements, 64 MB in fp32: enough to use a network's whole rate, and a few pieces to overlap copies with
+
+
+class FlatGradients:
+    """The gradients of parameters as views of one fp32 buffer, which autograd adds to.
+
+    For CUDA graphs, which record addresses. They must not be set to None: `zero_` takes the place of
+    `Optimizer.zero_grad`.
+
+    Attributes:
+        buffer: [elements, with padding] fp32, zeros at first.
+
+    Args:
+        params: fp32, on the rank's device, in the same order on every rank; their `grad` is set.
+        world: the ranks to sum over.
+        dtype: fp32, or bf16 to send half the bytes; sums are rounded to it on the way.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], world: World, dtype: torch.dtype = torch.float32) -> None:
+        params = list(params)
+        spaces = [-(-param.numel() // _ALIGNMENT) * _ALIGNMENT for param in params]
+        self.buffer = torch.zeros(sum(spaces), dtype=torch.float32, device=world.device)
+        for param, space in zip(params, self.buffer.split(spaces), strict=True):
+            param.grad = space[: param.numel()].view_as(param)
+        self._world = world
+        self._dtype = dtype
+
+    def zero_(self) -> None:
+        """Set all gradients to zero."""
+        self.buffer.zero_()
+
+    def all_reduce(self) -> None:
+        """Sum over all ranks, in place and without a device sync; every rank must call it."""
+        if self._world.world_size == 1:
+            return
+        pieces = self.buffer.split(_PIECE)
+        sent = [piece.to(self._dtype) for piece in pieces]  # the pieces themselves in fp32
+        works = [dist.all_reduce(each, async_op=True) for each in sent]
+        for piece, received, work in zip(pieces, sent, works, strict=True):
+            work.wait()
+            if received is not piece:
+                piece.copy_(received)

@@ -1,0 +1,99 @@
+"""CUDA graphs: a function's kernels, launched by the host once and replayed from then on.
+
+A step of GPT-BERT has thousands of kernels, each of which takes the host 10 to 46 µs to launch; a replay is one launch.
+A recorded function has no arguments and no result, reads and writes tensors that stay where they are, and never waits
+for the device: kernels get the addresses and numbers of the recording at each replay.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from gptbert.errors import first_line
+from gptbert.io.screen import log
+
+
+class Recorder:
+    """What the recorded functions of a run share: a stream, and memory for what they compute on the way.
+
+    They share memory because none reads another's intermediate results.
+
+    Attributes:
+        is_on: whether functions are recorded: on GPUs, until a recording fails.
+
+    Args:
+        device: of the tensors; on a CPU, functions run as they are.
+        is_main: whether this process says why a recording failed.
+    """
+
+    def __init__(self, device: torch.device, *, is_main: bool = True) -> None:
+        self.is_on = device.type == "cuda"
+        self._is_main = is_main
+        if self.is_on:
+            self._stream = torch.cuda.Stream(device)
+            self._pool = torch.cuda.graph_pool_handle()
+
+    def run(self, function: Callable[[], None]) -> None:
+        """Run a function on the recordings' stream, where all that it does once (compiling, allocating) is done."""
+        if not self.is_on:
+            function()
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            function()
+        torch.cuda.current_stream().wait_stream(self._stream)
+
+    def record(self, function: Callable[[], None], name: str) -> Callable[[], None] | None:
+        """Record a function that `run` has run, without running it.
+
+        Returns:
+            The replay; None if it cannot be recorded: then a line says why, and nothing is recorded any more.
+        """
+        if not self.is_on:
+            return None
+        try:
+            return self._capture(function)
+        except RuntimeError as error:
+            self.is_on = False
+            if self._is_main:
+                reason = first_line(error.__context__ or error)  # the first error, not that of the recording's end
+                log(f"--cuda_graph: {name} cannot be recorded ({reason}); this run goes on without, in the same bits")
+            return None
+
+    def _capture(self, function: Callable[[], None]) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        # The outer context restores the stream, which torch.cuda.graph does not where a recording fails.
+        # "thread_local": the thread that prepares rows allocates pinned memory meanwhile, which "global" forbids.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),
+            torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+        ):
+            function()
+        return graph.replay
+
+
+class Recorded:
+    """A function that runs as it is at its first call, is recorded at its second, and is replayed from then on.
+
+    Args:
+        function: see above.
+        name: what it is, for the line that says why it cannot be recorded.
+        recorder: the run's.
+    """
+
+    def __init__(self, function: Callable[[], None], name: str, recorder: Recorder) -> None:
+        self._function = function
+        self._name = name
+        self._recorder = recorder
+        self._has_run = False
+        self._replay: Callable[[], None] | None = None
+
+    def __call__(self) -> None:
+        """Run or replay it."""
+        if self._replay is None and self._has_run:
+            self._replay = self._recorder.record(self._function, self._name)
+        if self._replay is None:
+            self._recorder.run(self._function)
+        else:
+            self._replay()
+        self._has_run = True
