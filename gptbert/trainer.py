@@ -34,8 +34,7 @@ from gptbert.monitoring.trackers import Trackers
 from gptbert.monitoring.training_record import TrainingRecord
 from gptbert.monitoring.validation import Validation, ValidationSettings
 from gptbert.optim import WeightAverage, build_optimizer
-from gptbert.training.eager_step import EagerStep, autocast
-from gptbert.training.recorded_step import RecordedStep
+from gptbert.training.step import EagerStep, RecordedStep, autocast
 
 
 class Trainer:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from gptbert.training import recorded_step
+from gptbert.training import step
 from gptbert.training.cuda_graph import Recorder
 
 READS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero"}
@@ -104,11 +104,12 @@ class _Operations(TorchDispatchMode):
         return result
 
     def _keep_what_is_written(self, function, args, kwargs):
-        for argument, value in zip(function._schema.arguments, (*args, *kwargs.values()), strict=False):
-            value = kwargs.get(argument.name, value)
+        names = [argument.name for argument in function._schema.arguments]
+        values = dict(zip(names, args, strict=False)) | kwargs
+        for argument in function._schema.arguments:
             if argument.alias_info is None or not argument.alias_info.is_write:
                 continue
-            for tensor in tree_leaves(value):
+            for tensor in tree_leaves(values.get(argument.name)):
                 if isinstance(tensor, Tensor) and _storage(tensor) not in self._made | self._before.keys():
                     whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
                     self._before[_storage(tensor)] = whole, whole.clone()
@@ -137,4 +138,4 @@ def _storage(tensor: Tensor) -> int:
 
 def emulate(monkeypatch) -> None:
     """Make recorded steps use emulated graphs."""
-    monkeypatch.setattr(recorded_step, "Recorder", EmulatedRecorder)
+    monkeypatch.setattr(step, "Recorder", EmulatedRecorder)

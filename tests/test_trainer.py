@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -73,7 +74,7 @@ def test_averages_and_learning_rate_follow_every_step(inputs):
     for step in range(3):
         trainer.train_step(trainer.loader.load(step))
         rates = {group["lr"] for group in trainer.optimizer.param_groups}
-        assert rates == {learning_rate(trainer.config, step)}
+        assert rates == {np.float32(learning_rate(trainer.config, step)).item()}
         expected = [0.9 * mean + 0.1 * param for mean, param in zip(expected, trainer.model.parameters(), strict=True)]
     torch.testing.assert_close(list(trainer.ema.model.parameters()), expected)
     assert all(param.dtype == torch.float32 for param in trainer.ema.model.parameters())
@@ -114,13 +115,13 @@ def test_a_step_reads_nothing_back_from_the_device(inputs, mask_history):
 def test_longer_rows_come_in_fewer_at_a_time(inputs, monkeypatch):
     settings = {"local_batch_size": 8, "global_batch_size": 64, "batch_reduction": 1, "max_steps": 10}
     trainer = make_trainer(inputs, seq_length_growth=True, **settings)
-    forward, shapes = trainer._forward, []
+    forward, shapes = trainer.training_step.forward, []
 
-    def watched(batch, scales):
+    def watched(batch, *others):
         shapes.append(tuple(batch.labels.shape))
-        return forward(batch, scales)
+        return forward(batch, *others)
 
-    monkeypatch.setattr(trainer, "_forward", watched)
+    monkeypatch.setattr(trainer.training_step, "forward", watched)
     widest = []
     for trainer.step in (0, 7, 9):
         shapes.clear()
@@ -132,8 +133,9 @@ def test_longer_rows_come_in_fewer_at_a_time(inputs, monkeypatch):
 
 def test_rows_of_both_objectives_go_through_the_model_together(inputs, monkeypatch):
     trainer = make_trainer(inputs, local_batch_size=8, global_batch_size=12, batch_reduction=1)
-    forward, seen = trainer._forward, []
-    monkeypatch.setattr(trainer, "_forward", lambda batch, scales: seen.append(batch) or forward(batch, scales))
+    forward, seen = trainer.training_step.forward, []
+    watched = lambda batch, *others: seen.append(batch) or forward(batch, *others)  # noqa: E731
+    monkeypatch.setattr(trainer.training_step, "forward", watched)
     trainer.train_step(trainer.loader.load(0))
     assert [(batch.num_masked, len(batch) - batch.num_masked) for batch in seen] == [(2, 4), (1, 5)]
 

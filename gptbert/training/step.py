@@ -1,0 +1,214 @@
+"""A training step: gradients of micro-batches, then one update; operation by operation, or recorded in CUDA graphs."""
+
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gptbert.config import TrainConfig
+from gptbert.distributed.flat_gradients import FlatGradients
+from gptbert.distributed.world import REDUCE_DTYPES, World
+from gptbert.model.batch import Batch
+from gptbert.monitoring.metrics import LossSums
+from gptbert.monitoring.skipped_steps import SkippedSteps
+from gptbert.muon import MuonWithAdamW
+from gptbert.optim import WeightAverage, update_weights
+from gptbert.training.cuda_graph import Recorded, Recorder
+from kernels import MaskedCrossEntropy
+
+
+class TrainingStep(ABC):
+    """Forward and backward of micro-batches, then clipping, optimizer and average of the weights.
+
+    Attributes:
+        parallel_model: the model, wrapped for data parallelism where that takes a wrapper.
+        sums: losses of the steps taken since they were last reset.
+        skipped_steps: counts the others.
+        averaged_ranks: number of ranks whose gradients are averaged, not summed.
+
+    Args:
+        config: the run's settings.
+        model: compiled or not, on the rank's device or sharded.
+        average: of its weights.
+        optimizer: of its parameters.
+        world: the run's processes.
+    """
+
+    def __init__(
+        self, config: TrainConfig, model: nn.Module, average: WeightAverage, optimizer: Optimizer, world: World
+    ) -> None:
+        self.parallel_model = model
+        self.sums = LossSums(world.device)
+        self.skipped_steps = SkippedSteps(world.device)
+        self.averaged_ranks = 1
+        self._config = config
+        self._model = model
+        self._average = average
+        self._optimizer = optimizer
+        self._world = world
+        self._step_sums = LossSums(world.device)  # of this step's micro-batches so far
+
+    @abstractmethod
+    def accumulate(self, micro_batches: list[Batch], scales: Tensor) -> None:
+        """Compute the gradients of a step, without a device sync.
+
+        Args:
+            micro_batches: this rank's rows; the same number of them on every rank if the model is sharded.
+            scales: [objectives] fp32, factors of the loss sums.
+        """
+
+    @abstractmethod
+    def update(self, learning_rate: float) -> Tensor:
+        """Update weights, average and sums once by the gradients, and clear those; without a device sync.
+
+        If the gradient norm is not finite on any rank, all but the count of skipped steps is left unchanged.
+
+        Args:
+            learning_rate: rounded to fp32, as a tensor holds it.
+
+        Returns:
+            The global gradient norm before clipping, a scalar on the device.
+        """
+
+    def warm_up(self, batch: Batch) -> None:
+        """Run forward and backward once, with no effect but compiled code and DDP's buckets."""
+        self.forward(batch).total.backward()
+        self._clear_gradients()
+
+    def forward(
+        self, batch: Batch, scales: Tensor | None = None, dropout_seeds: Tensor | None = None
+    ) -> MaskedCrossEntropy:
+        """`GPTBert.forward` in the run's precision."""
+        with autocast(self._config, self._world.device):
+            return self.parallel_model(batch, scales, self._config.z_loss_weight, dropout_seeds)
+
+    def _clear_gradients(self) -> None:
+        self._optimizer.zero_grad()
+
+    def _add_gradients(self, batch: Batch, scales: Tensor, dropout_seeds: Tensor | None = None) -> None:
+        result = self.forward(batch, scales, dropout_seeds)
+        result.total.backward()
+        self._step_sums.add(result)
+
+    def _update(self, learning_rate: float | Tensor) -> Tensor:
+        """The update; returns the gradient norm."""
+        self._set_learning_rate(learning_rate)
+        gradient_norm = update_weights(self._optimizer, self._model, self._average, self._config.max_gradient)
+        self.sums.add_where(self.skipped_steps.add(gradient_norm), self._step_sums)
+        self._step_sums.reset()
+        self._clear_gradients()
+        return gradient_norm
+
+    def _set_learning_rate(self, learning_rate: float | Tensor) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+
+
+class EagerStep(TrainingStep):
+    """Operation by operation, as the host launches them.
+
+    Gradients are reduced over ranks by DDP or FSDP, during the backward of the last micro-batch.
+    """
+
+    def __init__(
+        self, config: TrainConfig, model: nn.Module, average: WeightAverage, optimizer: Optimizer, world: World
+    ) -> None:
+        super().__init__(config, model, average, optimizer, world)
+        self.parallel_model = world.wrap(model, REDUCE_DTYPES[config.reduce_dtype])
+        self.averaged_ranks = world.world_size
+
+    def accumulate(self, micro_batches: list[Batch], scales: Tensor) -> None:
+        """See `TrainingStep.accumulate`."""
+        for index, micro_batch in enumerate(micro_batches):
+            with self._world.gradient_sync(self.parallel_model, is_on=index == len(micro_batches) - 1):
+                self._add_gradients(micro_batch, scales)
+
+    def update(self, learning_rate: float) -> Tensor:
+        """See `TrainingStep.update`."""
+        return self._update(_fp32(learning_rate))
+
+
+class RecordedStep(TrainingStep):
+    """As `EagerStep`, with the same bits, over tensors that stay where they are, in two CUDA graphs.
+
+    One has the forward and backward of a micro-batch, which adds to the gradients; the other has the update, which
+    clears them. What changes from step to step (rows, scales of the losses, dropout's seeds, the learning rate) is
+    copied into tensors that a graph reads. Between the two, gradients are summed over ranks: in a few large pieces, for
+    which DDP's overlap with the backward is given up. Graphs are recorded at the second micro-batch of a shape, and at
+    the second update; `MicroBatches` has one shape for each row length. Muon's update is not recorded: PyTorch's takes
+    its learning rate from the host.
+
+    On a CPU the operations are the same, and nothing is recorded.
+    """
+
+    def __init__(
+        self, config: TrainConfig, model: nn.Module, average: WeightAverage, optimizer: Optimizer, world: World
+    ) -> None:
+        super().__init__(config, model, average, optimizer, world)
+        self._gradients = FlatGradients(model.parameters(), world, REDUCE_DTYPES[config.reduce_dtype])
+        self._recorder = Recorder(world.device, is_main=world.is_main)
+        self._passes: dict[tuple, tuple[Batch, Recorded]] = {}  # by a micro-batch's shape
+        self._scales: Tensor | None = None  # made by the first step, as are the seeds
+        self._seeds: Tensor | None = None
+        self._learning_rate = torch.zeros((), device=world.device)
+        self._gradient_norm = torch.zeros((), device=world.device)
+        take_step = partial(self._take_step, self._learning_rate)
+        self._recorded_update = Recorded(take_step, "the update of the weights", self._recorder)
+
+    def accumulate(self, micro_batches: list[Batch], scales: Tensor) -> None:
+        """See `TrainingStep.accumulate`."""
+        self._scales = _refilled(self._scales, scales)
+        for micro_batch in micro_batches:
+            seeds = self._model.dropout_seeds(self._world.device)
+            self._seeds = None if seeds is None else _refilled(self._seeds, seeds)
+            self._passes_of(micro_batch)()
+
+    def update(self, learning_rate: float) -> Tensor:
+        """See `TrainingStep.update`."""
+        self._gradients.all_reduce()
+        if isinstance(self._optimizer, MuonWithAdamW):
+            self._take_step(_fp32(learning_rate))
+        else:
+            self._learning_rate.fill_(learning_rate)
+            self._recorded_update()
+            self._set_learning_rate(_fp32(learning_rate))  # for checkpoints
+        return self._gradient_norm.clone()  # the next step overwrites it
+
+    def _passes_of(self, micro_batch: Batch) -> Recorded:
+        """Forward and backward of a micro-batch, with its contents filled in."""
+        shape = (*micro_batch.labels.shape, micro_batch.num_masked, micro_batch.most_labels)
+        if shape not in self._passes:
+            batch = micro_batch.clone()
+            name = f"forward and backward of {len(batch)} rows"
+            self._passes[shape] = batch, Recorded(partial(self._add_recorded, batch), name, self._recorder)
+        batch, passes = self._passes[shape]
+        batch.copy_(micro_batch)
+        return passes
+
+    def _add_recorded(self, batch: Batch) -> None:
+        self._add_gradients(batch, self._scales, self._seeds)
+
+    def _take_step(self, learning_rate: float | Tensor) -> None:
+        self._gradient_norm.copy_(self._update(learning_rate))
+
+    def _clear_gradients(self) -> None:
+        self._gradients.zero_()
+
+
+def _fp32(number: float) -> float:
+    """The number as an fp32 tensor holds it."""
+    return float(np.float32(number))
+
+
+def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager:
+    """Context manager of the run's precision, `--mixed_precision`."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision)
+
+
+def _refilled(tensor: Tensor | None, values: Tensor) -> Tensor:
+    """The tensor with these values; a new one if there is none."""
+    return values.clone() if tensor is None else tensor.copy_(values)
