@@ -70,7 +70,7 @@ class World:
         options = {"device_ids": devices, "gradient_as_bucket_view": True, sync_buffers: False}
         parallel_model = DistributedDataParallel(model, **options)
         if reduce_dtype == torch.bfloat16:
-            parallel_model.register_comm_hook(None, bf16_compress_hook)
+            parallel_model.register_comm_hook(None, _in_bf16)
         return parallel_model
 
     def gradient_sync(self, model: nn.Module, *, is_on: bool) -> AbstractContextManager:
@@ -171,6 +171,11 @@ def _join(backend: str, timeout: timedelta) -> None:
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
     store = fresh_store(store, rank, world_size, timeout)
     dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
+
+
+def _in_bf16(group: dist.ProcessGroup | None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """PyTorch's hook under another name, as DDP refuses that one without NCCL, though gloo takes bf16."""
+    return bf16_compress_hook(group, bucket)
 
 
 def _reason(error: RuntimeError) -> str:

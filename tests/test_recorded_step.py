@@ -1,0 +1,306 @@
+"""Recorded steps: the bits of eager ones, in emulated CUDA graphs; and gradients in one buffer, summed over ranks."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from gptbert import schedules
+from gptbert.checkpoint.folder import list_checkpoints
+from gptbert.command_line import parse
+from gptbert.config import TrainConfig
+from gptbert.data.hybrid_plan import HybridPlan
+from gptbert.data.inputs import Inputs
+from gptbert.distributed import flat_gradients
+from gptbert.distributed.flat_gradients import FlatGradients
+from gptbert.distributed.world import World, connect
+from gptbert.errors import InputError
+from gptbert.fit import fit
+from gptbert.model.batch import Batch
+from gptbert.trainer import Trainer
+from gptbert.training import step as step_module
+from gptbert.training.step import EagerStep, RecordedStep
+from kernels.backend import set_default_backend
+from tests.emulated_graph import emulate
+from tests.runs import assert_same, assert_same_checkpoint, flags, on_ranks, train, write_inputs
+
+ALONE = World(0, 1, torch.device("cpu"))
+UPDATE = "the update of the weights"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("recorded"), train_characters=30_000)
+
+
+def make_trainer(inputs, *, recorded, **changes):
+    settings = {"global_batch_size": 16, "local_batch_size": 4, "batch_reduction": 4, "no_compile": True}
+    mode = "on" if recorded else "off"
+    config = parse(TrainConfig, flags(inputs, cuda_graph=mode, **settings | changes))
+    trainer = Trainer(config, Inputs.open(config), HybridPlan(config, 1), ALONE)
+    trainer.micro_batches.has_fixed_shapes = True  # for both, so that they run the same operations
+    return trainer
+
+
+def steps_of(trainer, steps):
+    """Gradient norms, loss sums and final weights of some steps."""
+    norms = []
+    for trainer.step in steps:
+        norms.append(trainer.train_step(trainer.loader.load(trainer.step)))
+    weights = [*trainer.model.parameters(), *trainer.ema.model.parameters()]
+    counts = trainer.skipped_steps.counts
+    return [torch.stack(norms).nan_to_num(), trainer.sums.sums, counts, *weights], trainer.optimizer.state_dict()[
+        "state"
+    ]
+
+
+def poison(trainer, step):
+    """Make the loss infinite at one step, without a change of what a graph has recorded."""
+    scales = trainer._loss_scales
+
+    def poisoned(batch):
+        factors, requests = scales(batch)
+        return factors * (math.inf if trainer.step == step else 1.0), requests
+
+    trainer._loss_scales = poisoned
+
+
+@pytest.mark.parametrize("optimizer", ["lamb", "adamw", "muon"])
+def test_recorded_steps_have_the_bits_of_eager_ones(inputs, monkeypatch, optimizer):
+    """Over growing batches, two row lengths, changing masks and a skipped step."""
+    emulate(monkeypatch)
+    ends = []
+    for recorded in (True, False):
+        settings = {"optimizer": optimizer, "seq_length_growth": True, "max_steps": 10, "mask_history": True}
+        trainer = make_trainer(inputs, recorded=recorded, **settings)
+        poison(trainer, 4)
+        ends.append(steps_of(trainer, (2, 3, 4, 5, 7, 8)))
+        if recorded:
+            recorder = trainer.training_step._recorder
+    assert_same(*ends)
+    assert ends[0][0][2].tolist() == [1, 0, 1], "one step was skipped"
+    passes = [name for name in recorder.recorded if name != UPDATE]
+    assert passes == ["forward and backward of 4 rows", "forward and backward of 2 rows"]
+    assert recorder.recorded.count(UPDATE) == (optimizer != "muon")
+    assert recorder.replays > 15
+
+
+def test_tritons_launches_are_recorded(inputs, monkeypatch):
+    emulate(monkeypatch)
+    set_default_backend("triton")
+    ends = []
+    for recorded in (True, False):
+        trainer = make_trainer(inputs, recorded=recorded, seq_length=16, global_batch_size=4, batch_reduction=1)
+        ends.append(steps_of(trainer, range(3)))
+        if recorded:
+            recorder = trainer.training_step._recorder
+    assert_same(*ends)
+    assert recorder.recorded == ["forward and backward of 4 rows", UPDATE]
+    assert recorder.replays == 4
+
+
+@pytest.mark.parametrize(
+    "changes", [{"activation_checkpointing": True}, {"local_batch_size": 1}, {"hybrid_numerator": 4}]
+)
+def test_recorded_steps_of_other_kinds(inputs, monkeypatch, changes):
+    emulate(monkeypatch)
+    ends = [steps_of(make_trainer(inputs, recorded=recorded, **changes), range(3)) for recorded in (True, False)]
+    assert_same(*ends)
+
+
+def keep_rows(step, monkeypatch):
+    monkeypatch.setattr(Batch, "copy_", lambda self, other: None)
+
+
+def keep(is_kept):
+    """Never fill in later values of some tensors."""
+
+    def plant(step, monkeypatch):
+        refilled = step_module._refilled
+        planted = lambda tensor, new: tensor if tensor is not None and is_kept(new) else refilled(tensor, new)  # noqa: E731
+        monkeypatch.setattr(step_module, "_refilled", planted)
+
+    return plant
+
+
+def rate_as_number(step, monkeypatch):
+    set_rate = step._set_learning_rate
+    numbers = iter(schedules.learning_rate(step._config, number) for number in range(99))
+    planted = lambda rate: set_rate(next(numbers) if isinstance(rate, torch.Tensor) else rate)  # noqa: E731
+    monkeypatch.setattr(step, "_set_learning_rate", planted)
+
+
+def new_gradients(step, monkeypatch):
+    monkeypatch.setattr(step, "_clear_gradients", step._optimizer.zero_grad)
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [keep_rows, keep(lambda new: new.ndim == 2), keep(lambda new: new.ndim == 1), rate_as_number, new_gradients],
+    ids=["rows", "seeds", "scales", "learning rate", "gradients"],
+)
+def test_what_a_recording_would_not_follow_is_found(inputs, monkeypatch, plant):
+    """The last two are right wherever nothing is recorded."""
+    emulate(monkeypatch)
+    right = steps_of(make_trainer(inputs, recorded=False), range(4))
+    trainer = make_trainer(inputs, recorded=True)
+    plant(trainer.training_step, monkeypatch)
+    wrong = steps_of(trainer, range(4))
+    assert trainer.training_step._recorder.recorded
+    with pytest.raises(AssertionError):
+        assert_same(wrong, right)
+
+
+def waiting(function):
+    """The function, after a read from the device."""
+    return lambda batch, *others: (batch.labels.sum().item(), function(batch, *others))
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_where_a_recording_fails_the_run_goes_on(inputs, monkeypatch, capfd, is_main):
+    """For instance where an operation waits for the device."""
+    emulate(monkeypatch)
+    ends = []
+    for recorded in (True, False):
+        trainer = make_trainer(inputs, recorded=recorded)
+        step = trainer.training_step
+        if recorded:
+            recorder = step._recorder
+            recorder._is_main = is_main
+            monkeypatch.setattr(step, "_add_gradients", waiting(step._add_gradients))
+        ends.append(steps_of(trainer, range(4)))
+    assert_same(*ends)
+    assert recorder.recorded == []
+    said = capfd.readouterr().err.splitlines()
+    expected = (
+        "--cuda_graph: forward and backward of 4 rows cannot be recorded (aten::_local_scalar_dense: operation not "
+        "permitted when stream is capturing); this run goes on without, in the same bits"
+    )
+    assert said == [expected] * is_main
+
+
+def test_a_recorded_run_is_resumed_to_the_bit(inputs, monkeypatch):
+    emulate(monkeypatch)
+    settings = {"max_steps": 8, "save_every": 4, "no_compile": True, "keep_checkpoints": 9, "kernels": "torch"}
+    for name in ("whole", "again"):
+        resumed = {"resume": inputs / "runs" / "whole" / "checkpoints" / "step_00000004"} if name == "again" else {}
+        fit(parse(TrainConfig, flags(inputs, name=name, cuda_graph="on", **settings, **resumed)))
+    ends = [list_checkpoints(inputs / "runs" / name)[-1] for name in ("whole", "again")]
+    assert_same_checkpoint(*ends)
+    state = torch.load(ends[0] / "training_state.pt", weights_only=True)
+    assert {type(group["lr"]) for group in state["optimizer"]["param_groups"]} == {float}
+
+
+@pytest.mark.parametrize(
+    ("changes", "device", "is_recorded"),
+    [({}, "cuda", True), ({}, "cpu", False), ({"parallel": "fsdp"}, "cuda", False), ({"cuda_graph": "on"}, "cpu", True),
+     ({"cuda_graph": "off"}, "cuda", False)],
+)  # fmt: skip
+def test_steps_are_recorded_on_gpus(make_config, changes, device, is_recorded):
+    assert make_config(**changes).is_recorded(device) is is_recorded
+
+
+def test_sharded_steps_cannot_be_recorded(make_config):
+    with pytest.raises(InputError, match=r"^--cuda_graph on: .* --parallel fsdp .*; use auto or off, or ddp$"):
+        make_config(cuda_graph="on", parallel="fsdp")
+
+
+def make_params(sizes):
+    torch.manual_seed(len(sizes))
+    return [torch.nn.Parameter(torch.randn(size)) for size in sizes]
+
+
+def test_gradients_are_views_that_begin_at_cache_lines():
+    params = make_params([(3, 5), (1,), (32,), (7, 9)])
+    gradients = FlatGradients(params, ALONE)
+    assert gradients.buffer.shape == (32 + 32 + 32 + 64,)
+    assert gradients.buffer.count_nonzero() == 0
+    for _ in range(2):
+        sum((param * (index + 1)).sum() for index, param in enumerate(params)).backward()
+    for index, param in enumerate(params):
+        assert torch.equal(param.grad, torch.full_like(param, 2.0 * (index + 1)))
+        assert (param.grad.data_ptr() - gradients.buffer.data_ptr()) % 128 == 0
+    assert gradients.buffer.count_nonzero() == sum(param.numel() for param in params), "between them are zeros"
+    gradients.zero_()
+    assert all(param.grad.count_nonzero() == 0 for param in params)
+
+
+def sums_on_ranks(rank, dtype, results):
+    with connect(parse(TrainConfig, ["--device=cpu", "--cpu_threads=1", *REQUIRED])) as world:
+        params = make_params([(10, 10), (3,), (50,)])
+        gradients = FlatGradients(params, world, dtype)
+        for index, param in enumerate(params):
+            param.grad += param.detach() * (rank + 1) + index
+        flat_gradients._PIECE = 64  # several pieces, with parameters across their borders
+        gradients.all_reduce()
+        results.put((rank, [param.grad.tolist() for param in params]))
+
+
+REQUIRED = [f"--{name}=none" for name in ("train_path", "valid_path", "config_file", "tokenizer_path")]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_gradients_are_summed_over_ranks(dtype, tolerance):
+    said = on_ranks(3, sums_on_ranks, dtype)
+    assert said[0] == said[1] == said[2]
+    params = make_params([(10, 10), (3,), (50,)])
+    for index, (param, found) in enumerate(zip(params, said[0], strict=True)):
+        expected = sum(param.detach() * (rank + 1) + index for rank in range(3))
+        torch.testing.assert_close(torch.tensor(found), expected, rtol=tolerance, atol=tolerance)
+
+
+def ranks_of_both_kinds(rank, inputs, settings, results):
+    """Gradient norms and weights after three steps: recorded twice, and with DDP."""
+    ends = []
+    configs = [
+        parse(TrainConfig, flags(inputs, cuda_graph=mode, no_compile=True, timeout=60, **settings))
+        for mode in ("on", "on", "off")
+    ]
+    with connect(configs[0]) as world:
+        for config in configs:
+            trainer = Trainer(config, Inputs.open(config), HybridPlan(config, world.world_size), world)
+            trainer.micro_batches.has_fixed_shapes = True
+            is_recorded = config.cuda_graph == "on"
+            assert isinstance(trainer.training_step, RecordedStep if is_recorded else EagerStep)
+            assert isinstance(trainer.training_step.parallel_model, DistributedDataParallel) is not is_recorded
+            norms, *weights = steps_of(trainer, range(3))[0]
+            ends.append(
+                [norms.tolist(), torch.cat([weight.detach().double().flatten() for weight in weights]).tolist()]
+            )
+            del trainer  # before the process group is destroyed
+    results.put((rank, ends))
+
+
+@pytest.mark.parametrize("settings", [{"hybrid_mode": "batch"}, {"hybrid_numerator": 1, "hybrid_denominator": 2}])
+def test_ranks_with_gradients_in_one_buffer_do_what_ddp_does(inputs, settings):
+    settings |= {"config_file": inputs / "no_dropout.json", "optimizer": "lamb", "local_batch_size": 4}
+    said = on_ranks(2, ranks_of_both_kinds, inputs, settings)
+    assert said[0][0] == said[0][1], "the same bits between runs"
+    for recorded, ddp in itertools.chain(*(zip(said[rank][0], said[rank][2], strict=True) for rank in said)):
+        torch.testing.assert_close(torch.tensor(recorded), torch.tensor(ddp), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"cuda_graph": "on"}, {"cuda_graph": "off"}, {"parallel": "fsdp"}], ids=["buffer", "ddp", "fsdp"]
+)
+def test_gradients_may_travel_in_bf16(inputs, changes):
+    ends = {}
+    settings = {"hybrid_mode": "batch", "max_steps": 4, "no_compile": True, "optimizer": "adamw"}
+    for dtype in ("fp32", "bf16"):
+        name = f"travel-{dtype}-{'-'.join(changes.values())}"
+        records = train(inputs, name, 2, reduce_dtype=dtype, **settings, **changes)
+        ends[dtype] = [record["train/gradient_norm"] for record in records if "train/gradient_norm" in record]
+    assert ends["bf16"] != ends["fp32"]
+    torch.testing.assert_close(ends["bf16"], ends["fp32"], rtol=0.02, atol=0)
+
+
+def test_recorded_ranks_are_resumed_to_the_bit(inputs):
+    settings = {"hybrid_mode": "batch", "cuda_graph": "on", "no_compile": True, "max_steps": 6, "save_every": 3}
+    settings |= {"validate_every": 2, "seq_length_growth": True, "keep_checkpoints": 9}
+    train(inputs, "whole-ranks", 2, **settings)
+    middle = inputs / "runs" / "whole-ranks" / "checkpoints" / "step_00000003"
+    train(inputs, "resumed-ranks", 2, **settings, resume=middle)
+    ends = [list_checkpoints(inputs / "runs" / name)[-1] for name in ("whole-ranks", "resumed-ranks")]
+    assert_same_checkpoint(*ends)
