@@ -170,6 +170,7 @@ def _run(case: Case, config: StepBenchConfig, rank: int, port: int) -> Result:
         compile=config.compile,
         activation_checkpointing=config.activation_checkpointing,
         cpu_threads=config.cpu_threads,
+        cuda_graph="off",  # a graph has no parts
     )
     watch, steps = Stopwatch(), []
     with connect(train_config) as world:

@@ -15,19 +15,19 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import machine
-from gptbert import trainer as trainer_module
 from gptbert.data.loader import BatchLoader
 from gptbert.data.packing import Prefetcher
 from gptbert.distributed.world import World
 from gptbert.model import gptbert as model_module
-from gptbert.trainer import Trainer
+from gptbert.training import step as step_module
+from gptbert.training.step import TrainingStep
 from kernels.masked_cross_entropy import op as cross_entropy_op
 
 PARTS = ("waiting", "masking", "forward", "cross-entropy", "backward", "reduction", "optimizer", "rest")
 
 
 class Stopwatch:
-    """Use `installed` around a trainer's life, and `step` around each of its steps.
+    """Use `installed` around a trainer's life, and `step` around each of its steps, which must not be recorded.
 
     Attributes:
         rows: seconds to build each step's rows, on the background thread; "waiting" is the step's wait for them.
@@ -44,11 +44,11 @@ class Stopwatch:
         parts = [
             ("waiting", Prefetcher, "get"),
             ("masking", BatchLoader, "batch"),
-            ("forward", Trainer, "_forward"),
+            ("forward", TrainingStep, "forward"),
             ("cross-entropy", model_module, "masked_cross_entropy"),
             ("cross-entropy", cross_entropy_op, "multiplied"),  # its backward
             ("reduction", World, "all_reduce_sum"),
-            ("optimizer", trainer_module, "update_weights"),
+            ("optimizer", step_module, "update_weights"),
         ]
         with ExitStack() as stack:
             for part, owner, name in parts:

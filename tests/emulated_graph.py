@@ -24,14 +24,12 @@ class EmulatedRecorder(Recorder):
     """A `Recorder` that is on where there is no GPU.
 
     Attributes:
-        recorded: the names of what was recorded.
         replays: their number so far.
     """
 
     def __init__(self, device: torch.device, *, is_main: bool = True) -> None:
         super().__init__(device, is_main=is_main)
         self.is_on = True
-        self.recorded: list[str] = []
         self.replays = 0
 
     def run(self, function: Callable[[], None]) -> None:
@@ -49,12 +47,6 @@ class EmulatedRecorder(Recorder):
             self.replays += 1
             operations.replay()
 
-        return replay
-
-    def record(self, function: Callable[[], None], name: str) -> Callable[[], None] | None:
-        replay = super().record(function, name)
-        if replay is not None:
-            self.recorded.append(name)
         return replay
 
 

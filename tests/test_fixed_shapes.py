@@ -39,10 +39,10 @@ def make_trainer(inputs, monkeypatch):
 
     def make(**changes):
         settings = {"global_batch_size": 16, "batch_reduction": 4, "max_steps": 100, "no_compile": True}
+        settings["cuda_graph"] = "on"
         config = parse(TrainConfig, flags(inputs, **settings | changes))
         world = World(0, 1, torch.device("meta"))
         trainer = Trainer(config, Inputs.open(config), HybridPlan(config, 1), world)
-        trainer.micro_batches.has_fixed_shapes = True
         trainer.step = 1
         with Operations(lambda *_: None, closed=CLOSED):
             trainer.train_step(trainer.loader.load(1))  # one-time allocations

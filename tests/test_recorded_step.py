@@ -78,7 +78,7 @@ def test_recorded_steps_have_the_bits_of_eager_ones(inputs, monkeypatch, optimiz
         poison(trainer, 4)
         ends.append(steps_of(trainer, (2, 3, 4, 5, 7, 8)))
         if recorded:
-            recorder = trainer.training_step._recorder
+            recorder = trainer.training_step.recorder
     assert_same(*ends)
     assert ends[0][0][2].tolist() == [1, 0, 1], "one step was skipped"
     passes = [name for name in recorder.recorded if name != UPDATE]
@@ -95,7 +95,7 @@ def test_tritons_launches_are_recorded(inputs, monkeypatch):
         trainer = make_trainer(inputs, recorded=recorded, seq_length=16, global_batch_size=4, batch_reduction=1)
         ends.append(steps_of(trainer, range(3)))
         if recorded:
-            recorder = trainer.training_step._recorder
+            recorder = trainer.training_step.recorder
     assert_same(*ends)
     assert recorder.recorded == ["forward and backward of 4 rows", UPDATE]
     assert recorder.replays == 4
@@ -148,7 +148,7 @@ def test_what_a_recording_would_not_follow_is_found(inputs, monkeypatch, plant):
     trainer = make_trainer(inputs, recorded=True)
     plant(trainer.training_step, monkeypatch)
     wrong = steps_of(trainer, range(4))
-    assert trainer.training_step._recorder.recorded
+    assert trainer.training_step.recorder.recorded
     with pytest.raises(AssertionError):
         assert_same(wrong, right)
 
@@ -167,7 +167,7 @@ def test_where_a_recording_fails_the_run_goes_on(inputs, monkeypatch, capfd, is_
         trainer = make_trainer(inputs, recorded=recorded)
         step = trainer.training_step
         if recorded:
-            recorder = step._recorder
+            recorder = step.recorder
             recorder._is_main = is_main
             monkeypatch.setattr(step, "_add_gradients", waiting(step._add_gradients))
         ends.append(steps_of(trainer, range(4)))

@@ -1,4 +1,4 @@
-"""The measured training steps, by name."""
+"""The measured training steps, by name, and the ways of each."""
 
 from dataclasses import dataclass
 
@@ -35,4 +35,9 @@ CASES = {
         StepCase("base", "MLM", 64, 512),
         StepCase("small", "hybrid", 32, 128),
     )
+}
+WAYS = {  # whether to compile, the kernels' backend (None: by device), CUDA graphs, and the fraction of a round's steps
+    "ours": {"compile": True, "backend": None, "cuda_graph": "on", "share": 1.0},
+    "launched": {"compile": True, "backend": None, "cuda_graph": "off", "share": 0.5},
+    "plain": {"compile": False, "backend": "torch", "cuda_graph": "off", "share": 0.5},
 }

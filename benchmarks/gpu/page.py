@@ -3,7 +3,7 @@
 from collections.abc import Callable, Container
 from typing import Any
 
-from benchmarks.gpu.cases import CASES
+from benchmarks.gpu.cases import CASES, WAYS
 from benchmarks.markdown import markdown
 
 NAME_LETTERS = 110
@@ -32,10 +32,10 @@ OPERATION_FIGURES: dict[str, Callable[[float], str]] = {
 OPERATION_TITLES = ("ms", "host ms", "busy ms", "launches", "peak MB")
 UNKNOWN = "–"
 STEPS_TEXT = """\
-bf16, dropout 0.1, everything of a step included, random documents. *ours*: the trainer as it comes; *plain*:
-`--kernels torch --no_compile`, in the same process. *ms*: back to back; *host*: until a step that begins on an idle GPU
-is launched (it waits where the GPU's queue is full); *busy*: sum of the kernels' times; *first step*: the model,
-compilation from the shared caches, warm-up."""
+bf16, dropout 0.1, everything of a step included, random documents. *ours*: the trainer as it comes; *launched*: with
+`--cuda_graph off`; *plain*: with `--kernels torch --no_compile` as well; all in one process. *ms*: back to back;
+*host*: until a step that begins on an idle GPU is launched (it waits where the GPU's queue is full); *busy*: sum of the
+kernels' times; *first step*: the model, compilation from the shared caches, warm-up."""
 OPERATIONS_TEXT = """\
 Launched one by one from Python, as who uses them would, so small ones measure the host. Forward and backward, where
 there is one."""
@@ -117,13 +117,13 @@ def _steps(parts: dict[str, Entry]) -> list[str]:
     ]
     rows = []
     for name, result in found.items():
-        for way in ("ours", "plain"):
+        for way in WAYS:
             if figures := result.get(way):
                 cells = (shown(figures.get(key), how) for key, how in FIGURES.items())
                 rows.append((name, way, *cells))
     lines += table(("case (rows × T)", "", *FIGURE_TITLES), rows, text_columns=(0, 1))
     for name, result in found.items():
-        for way in ("ours", "plain"):
+        for way in WAYS:
             lines += _kernels(f"{name}, {way}", result.get(way, {}))
     return lines
 

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import machine
 from benchmarks.bench_train_step import Case, labeled_fraction, random_trainer, training
-from benchmarks.gpu.cases import CASES, StepCase
+from benchmarks.gpu.cases import CASES, README_COMMAND, WAYS, StepCase
 from benchmarks.gpu.hardware import ROOT, data_sheet_flops
 from benchmarks.gpu.profile import profile
 from benchmarks.gpu.settings import Settings
@@ -29,10 +29,7 @@ from kernels.backend import set_default_backend
 WARM_UPS = 3  # after the first step
 ROUNDS, ROUND_STEPS = 3, 8
 HOST_STEPS, PROFILED_STEPS = 4, 3
-WAYS = {  # whether to compile, the kernels' backend (None: by device), and the fraction of a round's steps
-    "ours": {"compile": True, "backend": None, "share": 1.0},
-    "plain": {"compile": False, "backend": "torch", "share": 0.5},
-}
+ALSO_LAUNCHED = README_COMMAND.name  # the only case measured in all ways, for lack of time
 TOY_CHANGES = {
     "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 256,
     "position_bucket_size": 8,
@@ -41,10 +38,15 @@ TOY_ROWS = 4
 
 
 def measure(settings: Settings, name: str) -> Iterator[dict[str, Any]]:
-    """Figures of a case: `ours`, compiled and with the device's kernels, then `plain`, with neither."""
+    """Figures of a case: `ours`, compiled, with the device's kernels and CUDA graphs; then `plain`, with none of them.
+
+    Of one case also `launched`, as ours without CUDA graphs.
+    """
     case = CASES[name]
     found: dict[str, Any] = {"case": dataclasses.asdict(case)}
     for way in WAYS:
+        if way == "launched" and name != ALSO_LAUNCHED:
+            continue
         found[way] = figures(case, settings, way)
         if way == "ours":
             found["summary"] = f"{found[way]['ms']:.1f} ms, {found[way]['tokens_per_second']:,.0f} tokens/s"
@@ -82,7 +84,7 @@ class TrainingSteps:
         set_default_backend(options["backend"])
         self.config = training(
             self.case, steps=steps, compile=options["compile"], kernels=options["backend"] or "auto",
-            cpu_threads=1 if settings.rehearse else 0,
+            cuda_graph=options["cuda_graph"], cpu_threads=1 if settings.rehearse else 0,
         )  # fmt: skip
         self.number_of_steps = steps
         self._rehearse = settings.rehearse
@@ -113,7 +115,7 @@ class TrainingSteps:
 
 
 def figures(case: StepCase, settings: Settings, way: str) -> dict[str, Any]:
-    """Figures of a case in one of the two ways.
+    """Figures of a case in one of the ways.
 
     Returns:
         `ms`: per step, in the median round of several steps without a device sync; `rounds_ms`: per step of each round;

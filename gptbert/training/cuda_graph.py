@@ -20,6 +20,7 @@ class Recorder:
 
     Attributes:
         is_on: whether functions are recorded: on GPUs, until a recording fails.
+        recorded: the names of those recorded so far.
 
     Args:
         device: of the tensors; on a CPU, functions run as they are.
@@ -28,6 +29,7 @@ class Recorder:
 
     def __init__(self, device: torch.device, *, is_main: bool = True) -> None:
         self.is_on = device.type == "cuda"
+        self.recorded: list[str] = []
         self._is_main = is_main
         if self.is_on:
             self._stream = torch.cuda.Stream(device)
@@ -52,13 +54,15 @@ class Recorder:
         if not self.is_on:
             return None
         try:
-            return self._capture(function)
+            replay = self._capture(function)
         except RuntimeError as error:
             self.is_on = False
             if self._is_main:
                 reason = first_line(error.__context__ or error)  # the first error, not that of the recording's end
                 log(f"--cuda_graph: {name} cannot be recorded ({reason}); this run goes on without, in the same bits")
             return None
+        self.recorded.append(name)
+        return replay
 
     def _capture(self, function: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()

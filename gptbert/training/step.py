@@ -143,6 +143,9 @@ class RecordedStep(TrainingStep):
     its learning rate from the host.
 
     On a CPU the operations are the same, and nothing is recorded.
+
+    Attributes:
+        recorder: of both graphs.
     """
 
     def __init__(
@@ -150,14 +153,14 @@ class RecordedStep(TrainingStep):
     ) -> None:
         super().__init__(config, model, average, optimizer, world)
         self._gradients = FlatGradients(model.parameters(), world, REDUCE_DTYPES[config.reduce_dtype])
-        self._recorder = Recorder(world.device, is_main=world.is_main)
+        self.recorder = Recorder(world.device, is_main=world.is_main)
         self._passes: dict[tuple, tuple[Batch, Recorded]] = {}  # by a micro-batch's shape
         self._scales: Tensor | None = None  # made by the first step, as are the seeds
         self._seeds: Tensor | None = None
         self._learning_rate = torch.zeros((), device=world.device)
         self._gradient_norm = torch.zeros((), device=world.device)
         take_step = partial(self._take_step, self._learning_rate)
-        self._recorded_update = Recorded(take_step, "the update of the weights", self._recorder)
+        self._recorded_update = Recorded(take_step, "the update of the weights", self.recorder)
 
     def accumulate(self, micro_batches: list[Batch], scales: Tensor) -> None:
         """See `TrainingStep.accumulate`."""
@@ -184,7 +187,7 @@ class RecordedStep(TrainingStep):
         if shape not in self._passes:
             batch = micro_batch.clone()
             name = f"forward and backward of {len(batch)} rows"
-            self._passes[shape] = batch, Recorded(partial(self._add_recorded, batch), name, self._recorder)
+            self._passes[shape] = batch, Recorded(partial(self._add_recorded, batch), name, self.recorder)
         batch, passes = self._passes[shape]
         batch.copy_(micro_batch)
         return passes
