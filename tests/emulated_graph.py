@@ -35,6 +35,9 @@ class EmulatedRecorder(Recorder):
     def run(self, function: Callable[[], None]) -> None:
         function()
 
+    def wait(self) -> None:
+        pass
+
     def _capture(self, function: Callable[[], None]) -> Callable[[], None]:
         operations = _Operations()
         try:

@@ -72,13 +72,21 @@ def operations_of(trainer, step):
     [{}, {"hybrid_numerator": 0}, {"hybrid_numerator": 4}, {"mask_history": True}],
     ids=["hybrid", "causal", "masked", "history"],
 )
-def test_steps_far_apart_in_the_schedules_are_the_same_operations(make_trainer, changes):
+def test_steps_of_the_same_shapes_are_the_same_operations(make_trainer, changes):
+    """And a run has few shapes, whatever its schedules do."""
     trainer = make_trainer(local_batch_size=16, **changes)
-    plan = trainer.plan
-    assert sum(plan.num_rows(objective, 2) for objective in plan.objectives(0)) < 5, "or nothing has changed"
-    (early, _), (late, _) = operations_of(trainer, 2), operations_of(trainer, 99)
-    assert len(early) > 1000
-    assert early == late
+    found, calls = {}, {}
+    for step in range(2, 100):
+        trainer.step = step
+        batch = trainer.loader.batch(trainer.loader.load(step), step)
+        shapes = tuple(micro_batch.shape for micro_batch in trainer.micro_batches.cut(batch, step))
+        found.setdefault(shapes, []).append(step)
+    assert len(found) <= 12
+    first, second, *_, last = max(found.values(), key=len)
+    for step in (first, second, last):
+        calls[step], _ = operations_of(trainer, step)  # the first makes the tensors that graphs read
+    assert len(calls[second]) > 1000
+    assert calls[second] == calls[last]
 
 
 def test_all_micro_batches_are_the_same_operations(make_trainer, monkeypatch):
@@ -93,10 +101,10 @@ def test_all_micro_batches_are_the_same_operations(make_trainer, monkeypatch):
             return forward(*args)
 
     monkeypatch.setattr(trainer.training_step, "forward", watched)
-    for step in (2, 99):
+    for step in (90, 99):
         trainer.step = step
         trainer.train_step(trainer.loader.load(step))
-    assert len(seen) == 1 + 4
+    assert len(seen) == 4 + 4
     assert len(seen[0]) > 300
     assert all(own == seen[0] for own in seen)
 

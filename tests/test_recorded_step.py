@@ -78,13 +78,14 @@ def test_recorded_steps_have_the_bits_of_eager_ones(inputs, monkeypatch, optimiz
         poison(trainer, 4)
         ends.append(steps_of(trainer, (2, 3, 4, 5, 7, 8)))
         if recorded:
-            recorder = trainer.training_step.recorder
+            recorder, kept = trainer.training_step.recorder, len(trainer.training_step._passes)
     assert_same(*ends)
     assert ends[0][0][2].tolist() == [1, 0, 1], "one step was skipped"
     passes = [name for name in recorder.recorded if name != UPDATE]
     assert passes == ["forward and backward of 4 rows", "forward and backward of 2 rows"]
     assert recorder.recorded.count(UPDATE) == (optimizer != "muon")
     assert recorder.replays > 15
+    assert kept == 1, "graphs of former shapes are dropped"
 
 
 def test_tritons_launches_are_recorded(inputs, monkeypatch):

@@ -1,6 +1,7 @@
 """Micro-batches: how a rank's rows of a step are split, and how many labels each can have."""
 
 import dataclasses
+import math
 from functools import cache
 
 import torch
@@ -39,9 +40,10 @@ class MicroBatches:
     """Splits one rank's rows of each step into micro-batches, each with both objectives in about the step's ratio.
 
     On a CPU they are as equal as possible, and labels are counted. On a GPU, and where steps are recorded
-    (`--cuda_graph`), shapes are fixed for each row length, whatever the schedules do: every micro-batch has the same
-    number of rows of each objective, filled up with padding, and room for the most labels that the largest mask
-    fraction can select. So nothing is autotuned, compiled or recorded again, and counting labels needs no device sync.
+    (`--cuda_graph`), a run has few shapes: the micro-batches of a step have equal numbers of rows of each objective,
+    and room for labels, each of which is a multiple of an eighth of the largest at this row length, filled up with
+    padding. So a growing batch and a changing mask fraction are recorded anew at most some twelve times in a run, and
+    counting labels needs no device sync.
 
     Args:
         config: the run's settings.
@@ -60,7 +62,6 @@ class MicroBatches:
         # every rank's objectives: MLM ranks come first, CLM ranks last, unless each rank trains both
         self._every = {plan.objectives(rank) for rank in (0, world.world_size - 1)}
         self._is_sharded = config.parallel == "fsdp" and world.world_size > 1
-        self._most_masked = max(config.mask_p_start, config.mask_p_end)
         if has_fixed_shapes is None:
             has_fixed_shapes = world.device.type == "cuda" or config.is_recorded(world.device.type)
         self.has_fixed_shapes = has_fixed_shapes
@@ -84,25 +85,34 @@ class MicroBatches:
         """
         length = schedules.sequence_length(self._config, step)
         most_rows = micro_batch_rows(self._config, length, self._device)
-        is_fixed = bool(self._fixed(self._own, step))
+        is_fixed = bool(self._largest(self._own, step))
         count = self._count(step) if is_fixed else -(-len(batch) // most_rows)
         pieces = [batch[first::count] for first in range(count)]
         if self._is_sharded and not is_fixed:
             # FSDP all-gathers weights in each micro-batch, so every rank needs the same number of them
             missing = self._plan.most_micro_batches(step, most_rows) - count
             pieces += [Batch.padding(length, self._device) for _ in range(missing)]
-        return [dataclasses.replace(piece, most_labels=self._most_labels(piece)) for piece in pieces]
+        return [dataclasses.replace(piece, most_labels=self._most_labels(piece, step)) for piece in pieces]
 
-    def _most_labels(self, batch: Batch) -> int | None:
+    def _most_labels(self, batch: Batch, step: int) -> int | None:
         """An upper bound on the number of labels, without a device sync; None on a CPU, where counting is free."""
         if not self.has_fixed_shapes:
             return None
         num_rows, length = batch.labels.shape
-        masked = rounded_rows(batch.num_masked * most_selected(length + 1, self._most_masked))
+        largest = max(self._config.mask_p_start, self._config.mask_p_end)
+        mask_p = largest and largest * _eighths(schedules.mask_probability(self._config, step) / largest) / 8
+        masked = rounded_rows(batch.num_masked * most_selected(length + 1, mask_p))
         return min(masked, batch.num_masked * length) + (num_rows - batch.num_masked) * length
 
     def _fixed(self, objectives: tuple[Objective, ...], step: int) -> dict[Objective, int]:
-        """Rows of each objective per micro-batch at this step's row length; empty if shapes are not fixed."""
+        """Rows of each objective per micro-batch of `step`; empty if shapes are not fixed."""
+        largest = self._largest(objectives, step)
+        needed = {key: -(-self._plan.rows_of_a_rank(key, step) // self._count(step)) for key in largest}
+        eighths = max((_eighths(needed[key] / rows) for key, rows in largest.items()), default=8)
+        return {key: -(-rows * eighths // 8) for key, rows in largest.items()}
+
+    def _largest(self, objectives: tuple[Objective, ...], step: int) -> dict[Objective, int]:
+        """Rows of each objective in the largest micro-batch at this row length; empty if shapes are not fixed."""
         if not self.has_fixed_shapes:
             return {}
         return self._composition(objectives, schedules.length_factor(self._config, step))
@@ -128,6 +138,11 @@ class MicroBatches:
         needed = [
             -(-self._plan.rows_of_a_rank(objective, step) // rows)
             for objectives in self._every
-            for objective, rows in self._fixed(objectives, step).items()
+            for objective, rows in self._largest(objectives, step).items()
         ]
         return max([1, *needed])
+
+
+def _eighths(fraction: float) -> int:
+    """The fraction in eighths, rounded up: 1 … 8."""
+    return min(8, max(1, math.ceil(8 * fraction)))

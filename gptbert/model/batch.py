@@ -38,6 +38,11 @@ class Batch:
         tensors = [tensor[rows].contiguous() for tensor in tensors]  # so that every micro-batch is the same operations
         return Batch(*tensors, num_masked=len(range(self.num_masked)[rows]))
 
+    @property
+    def shape(self) -> tuple[int, int, int, int | None]:
+        """What a forward's operations depend on: B, T, the number of masked rows, and that of most labels."""
+        return *self.labels.shape, self.num_masked, self.most_labels
+
     def clone(self) -> "Batch":
         """A batch of the same contents in tensors of its own."""
         return replace(
@@ -48,7 +53,7 @@ class Batch:
         )
 
     def copy_(self, other: "Batch") -> None:
-        """Take the contents of a batch of the same shape, number of masked rows and most labels."""
+        """Take the contents of a batch of the same `shape`."""
         self.input_ids.copy_(other.input_ids)
         self.document_ids.copy_(other.document_ids)
         self.labels.copy_(other.labels)

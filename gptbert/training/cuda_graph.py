@@ -14,9 +14,9 @@ from gptbert.io.screen import log
 
 
 class Recorder:
-    """What the recorded functions of a run share: a stream, and memory for what they compute on the way.
+    """Records the functions of a run, on a stream of its own.
 
-    They share memory because none reads another's intermediate results.
+    A recording keeps the memory of what it computes on the way until it is dropped.
 
     Attributes:
         is_on: whether functions are recorded: on GPUs, until a recording fails.
@@ -33,7 +33,6 @@ class Recorder:
         self._is_main = is_main
         if self.is_on:
             self._stream = torch.cuda.Stream(device)
-            self._pool = torch.cuda.graph_pool_handle()
 
     def run(self, function: Callable[[], None]) -> None:
         """Run a function on the recordings' stream, where all that it does once (compiling, allocating) is done."""
@@ -44,6 +43,10 @@ class Recorder:
         with torch.cuda.stream(self._stream):
             function()
         torch.cuda.current_stream().wait_stream(self._stream)
+
+    def wait(self) -> None:
+        """Wait until the device has finished; before a recording is dropped."""
+        torch.cuda.synchronize()
 
     def record(self, function: Callable[[], None], name: str) -> Callable[[], None] | None:
         """Record a function that `run` has run, without running it.
@@ -70,7 +73,7 @@ class Recorder:
         # "thread_local": the thread that prepares rows allocates pinned memory meanwhile, which "global" forbids.
         with (
             torch.cuda.stream(torch.cuda.current_stream()),
-            torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+            torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
         ):
             function()
         return graph.replay

@@ -138,9 +138,11 @@ class RecordedStep(TrainingStep):
     One has the forward and backward of a micro-batch, which adds to the gradients; the other has the update, which
     clears them. What changes from step to step (rows, scales of the losses, dropout's seeds, the learning rate) is
     copied into tensors that a graph reads. Between the two, gradients are summed over ranks: in a few large pieces, for
-    which DDP's overlap with the backward is given up. Graphs are recorded at the second micro-batch of a shape, and at
-    the second update; `MicroBatches` has one shape for each row length. Muon's update is not recorded: PyTorch's takes
-    its learning rate from the host.
+    which DDP's overlap with the backward is given up.
+
+    Graphs are recorded at the second micro-batch of a shape, and at the second update. `MicroBatches` changes shapes a
+    few times in a run; graphs of former shapes are dropped first, so that one's memory is held at a time. Muon's update
+    is not recorded: PyTorch's takes its learning rate from the host.
 
     On a CPU the operations are the same, and nothing is recorded.
 
@@ -165,6 +167,7 @@ class RecordedStep(TrainingStep):
     def accumulate(self, micro_batches: list[Batch], scales: Tensor) -> None:
         """See `TrainingStep.accumulate`."""
         self._scales = _refilled(self._scales, scales)
+        self._drop_all_but(micro_batches)
         for micro_batch in micro_batches:
             seeds = self._model.dropout_seeds(self._world.device)
             self._seeds = None if seeds is None else _refilled(self._seeds, seeds)
@@ -183,7 +186,7 @@ class RecordedStep(TrainingStep):
 
     def _passes_of(self, micro_batch: Batch) -> Recorded:
         """Forward and backward of a micro-batch, with its contents filled in."""
-        shape = (*micro_batch.labels.shape, micro_batch.num_masked, micro_batch.most_labels)
+        shape = micro_batch.shape
         if shape not in self._passes:
             batch = micro_batch.clone()
             name = f"forward and backward of {len(batch)} rows"
@@ -191,6 +194,14 @@ class RecordedStep(TrainingStep):
         batch, passes = self._passes[shape]
         batch.copy_(micro_batch)
         return passes
+
+    def _drop_all_but(self, micro_batches: list[Batch]) -> None:
+        """Free the memory of graphs of other shapes."""
+        outdated = self._passes.keys() - {micro_batch.shape for micro_batch in micro_batches}
+        if outdated and self.recorder.is_on:
+            self.recorder.wait()
+        for shape in outdated:
+            del self._passes[shape]
 
     def _add_recorded(self, batch: Batch) -> None:
         self._add_gradients(batch, self._scales, self._seeds)
