@@ -14,7 +14,7 @@ from gptbert.distributed.fsdp import shard_size
 from gptbert.distributed.world import World, connect
 from gptbert.errors import InputError
 from gptbert.io.screen import log
-from gptbert.kernel_check import agree_on_attention, kernel_check, run_of
+from gptbert.kernel_check import agree_on_fused, kernel_check, run_of
 from gptbert.model.compilation import restored_settings
 from gptbert.monitoring.progress import print_header
 from gptbert.preparation import prepare_cpp_kernels, prepare_kernels, prepare_run_dir
@@ -60,8 +60,8 @@ def _fit(config: TrainConfig, world: World) -> None:
                 log(f"{config.name}: finished already, {path} is step {first_step} of {config.max_steps}")
             return
         with world.errors_on_all_ranks():
-            reason = finish_check()
-        agree_on_attention(reason, world)
+            reasons = finish_check()
+        agree_on_fused(reasons, world)
     was_asked = resumed is None or saved_setting(path, "compile") is not False
     choice = compile_choice.choose(config, inputs.model_config, plan, world, resumed, was_asked)
     with world.errors_on_all_ranks():

@@ -24,11 +24,12 @@ from gptbert.distributed.world import World
 from gptbert.errors import InputError
 from gptbert.io.screen import log
 from gptbert.model.gptbert import position_rows
-from kernels.attention_context.fused import is_fused, use_fused_attention
+from kernels import depth_mix
+from kernels.attention_context.fused import is_fused
 from kernels.check import WAY_ON
 from kernels.run import Run
+from kernels.wanted import FUSED, use_fused
 
-ATTENTION = "attention_context"
 SECONDS = 300  # timeout; it takes some five without a compile cache
 
 
@@ -44,6 +45,7 @@ def run_of(config: TrainConfig, model_config: ModelConfig, plan: HybridPlan, wor
         lamb=config.optimizer == "lamb",
         buckets=world.world_size > 1,
         attention=_fused_attention(config, model_config, plan, world, dtype),
+        mixes=_fused_mixes(config, model_config, world, dtype),
     )
 
 
@@ -59,30 +61,39 @@ def _fused_attention(
     return (num_heads, head_size, num_vectors) if is_used else None
 
 
+def _fused_mixes(
+    config: TrainConfig, model_config: ModelConfig, world: World, dtype: torch.dtype
+) -> tuple[int, int] | None:
+    """`Run.mixes`."""
+    is_sharded = config.parallel == "fsdp" and world.world_size > 1
+    size, num_mixes = model_config.hidden_size, 2 * model_config.num_hidden_layers
+    is_used = not is_sharded and depth_mix.is_fused(world.device, dtype, size, num_mixes)
+    return (size, num_mixes) if is_used else None
+
+
 @contextmanager
-def kernel_check(run: Run | None, device: torch.device) -> Iterator[Callable[[], str | None]]:
+def kernel_check(run: Run | None, device: torch.device) -> Iterator[Callable[[], dict[str, str]]]:
     """Context manager: the check runs in parallel to the block; its processes are killed at the end.
 
-    Every rank checks its own GPU: any of them may be faulty. Fused attention has a process of its own, since a run can
-    do without it.
+    Every rank checks its own GPU: any of them may be faulty. Each fused operation has a process of its own, since a run
+    can do without it.
 
     Args:
         run: the settings to check; None for a run without Triton kernels.
         device: this process's device.
 
     Yields:
-        A function that waits for the result. It returns why this run must do without fused attention, or None, and
-        raises InputError if another kernel differs from its reference or the check does not finish.
+        A function that waits for the result. It returns the fused operations that this run must do without, with
+        reasons, and raises InputError if another kernel differs from its reference or the check does not finish.
     """
     if run is None:
-        yield lambda: None
+        yield dict
         return
     with ExitStack() as stack:
-        needed = [op for op in run.operations if op != ATTENTION]
-        checks = [stack.enter_context(_process(run, device, needed))]
-        if run.attention:
-            checks.append(stack.enter_context(_process(run, device, [ATTENTION])))
-        yield partial(_finish_all, *checks)
+        needed = [op for op in run.operations if op not in FUSED]
+        check = stack.enter_context(_process(run, device, needed))
+        of_fused = {op: stack.enter_context(_process(run, device, [op])) for op in FUSED if op in run.operations}
+        yield partial(_finish_all, check, of_fused)
 
 
 @contextmanager
@@ -105,14 +116,15 @@ def _process(run: Run, device: torch.device, ops: Sequence[str]) -> Iterator[Cal
             process.wait()
 
 
-def _finish_all(finish_needed: Callable[[], None], finish_attention: Callable[[], None] | None = None) -> str | None:
+def _finish_all(finish_needed: Callable[[], None], of_fused: dict[str, Callable[[], None]]) -> dict[str, str]:
     finish_needed()
-    if finish_attention is not None:
+    reasons = {}
+    for op, finish in of_fused.items():
         try:
-            finish_attention()
+            finish()
         except InputError as error:
-            return str(error).removesuffix(f"; {WAY_ON}")
-    return None
+            reasons[op] = str(error).removesuffix(f"; {WAY_ON}")
+    return reasons
 
 
 def _finish(process: subprocess.Popen, errors: TextIO) -> None:
@@ -130,14 +142,15 @@ def _finish(process: subprocess.Popen, errors: TextIO) -> None:
         raise InputError(last if last.startswith("kernel check failed") else f"kernel check failed: {last}; {WAY_ON}")
 
 
-def agree_on_attention(reason: str | None, world: World) -> None:
-    """If fused attention failed its check on any rank, all ranks do without it; every rank must call it.
+def agree_on_fused(reasons: dict[str, str], world: World) -> None:
+    """All ranks do without a fused operation that failed its check on any of them; every rank must call it.
 
     Args:
-        reason: what `kernel_check` found on this rank.
+        reasons: what `kernel_check` found on this rank.
         world: the run's processes.
     """
-    reason = next(filter(None, world.all_gather(reason)), None)
-    use_fused_attention(reason is None)
-    if reason and world.is_main:
-        log(f"attention is not fused in this run: {reason}")
+    reasons = {op: reason for each in reversed(world.all_gather(reasons)) for op, reason in each.items()}
+    use_fused([op for op in FUSED if op not in reasons])
+    if world.is_main:
+        for op, reason in sorted(reasons.items()):
+            log(f"{op} is not fused in this run: {reason}")

@@ -14,9 +14,9 @@ from gptbert.errors import InputError
 from gptbert.io.json_file import write_json
 from gptbert.io.screen import log
 from kernels import cpp
-from kernels.attention_context.fused import use_fused_attention
 from kernels.backend import choose_backend, chosen_by_name, set_default_backend
 from kernels.check import first_failure, run_checks
+from kernels.wanted import FUSED, use_fused
 
 
 def prepare_kernels(config: TrainConfig, world: World) -> str:
@@ -30,7 +30,7 @@ def prepare_kernels(config: TrainConfig, world: World) -> str:
     """
     try:
         set_default_backend(None if config.kernels == "auto" else config.kernels)
-        use_fused_attention(True)  # unless `gptbert.kernel_check` finds it wrong
+        use_fused(FUSED)  # unless `gptbert.kernel_check` finds one wrong
         return choose_backend(None, world.device)
     except ValueError as error:
         raise InputError(f"--kernels {config.kernels}: {error}") from None

@@ -11,6 +11,23 @@ def first_words(index, seed_ptr):
 
 
 @triton.jit
+def are_kept(first_words, seed_ptr, keep_threshold):
+    """Mask of elements, in the shape of their `first_words`.
+
+    Args:
+        first_words: see above.
+        seed_ptr: [2] int32.
+        keep_threshold: int32, see `kernels.dropout.keep_threshold`.
+    """
+    second_word = tl.load(seed_ptr + 1).to(tl.uint32, bitcast=True)
+    words = ((first_words ^ (first_words >> 15)) * 0x2C1B3C6D) ^ second_word
+    words = (words ^ (words >> 16)) * 0x85EBCA6B
+    words = (words ^ (words >> 13)) * 0xC2B2AE35
+    words = words ^ (words >> 16)
+    return words.to(tl.int32, bitcast=True) >= keep_threshold
+
+
+@triton.jit
 def is_kept(first_words, second_index, seed_ptr, keep_threshold):
     """Mask [M, N] of elements with index a_m + b_n.
 
@@ -18,12 +35,7 @@ def is_kept(first_words, second_index, seed_ptr, keep_threshold):
         first_words: [M] `first_words` of a.
         second_index: [N] integers b.
         seed_ptr: [2] int32.
-        keep_threshold: int32, see `kernels.dropout.keep_threshold`.
+        keep_threshold: see `are_kept`.
     """
-    second_word = tl.load(seed_ptr + 1).to(tl.uint32, bitcast=True)
     words = first_words[:, None] + (second_index.to(tl.uint32) * 0x9E3779B1)[None, :]
-    words = ((words ^ (words >> 15)) * 0x2C1B3C6D) ^ second_word
-    words = (words ^ (words >> 16)) * 0x85EBCA6B
-    words = (words ^ (words >> 13)) * 0xC2B2AE35
-    words = words ^ (words >> 16)
-    return words.to(tl.int32, bitcast=True) >= keep_threshold
+    return are_kept(words, seed_ptr, keep_threshold)

@@ -20,6 +20,7 @@ class Run:
         lamb: whether LAMB is the optimizer, with fp32 state, clipping and averages.
         buckets: whether gradients may be unaligned, as views of DDP's buckets are.
         attention: heads, head size and number of position vectors of fused attention, or None without.
+        mixes: D and the number of fused mixes, or None without.
     """
 
     dtype: str
@@ -30,6 +31,7 @@ class Run:
     lamb: bool
     buckets: bool
     attention: tuple[int, int, int] | None = None
+    mixes: tuple[int, int] | None = None
 
     @property
     def logits_type(self) -> torch.dtype:
@@ -39,8 +41,8 @@ class Run:
     @property
     def operations(self) -> tuple[str, ...]:
         """The folders of kernels/ whose Triton kernels the run launches."""
-        always = ("masked_cross_entropy", "span_mask")
-        return (*always, *(("lamb",) if self.lamb else ()), *(("attention_context",) if self.attention else ()))
+        some = {"lamb": self.lamb, "attention_context": self.attention, "depth_mix": self.mixes}
+        return ("masked_cross_entropy", "span_mask", *(name for name, is_used in some.items() if is_used))
 
     def to_json(self) -> str:
         """One line of JSON, for a command line."""
@@ -55,7 +57,8 @@ class Run:
         """
         try:
             values = json.loads(text)
-            lists = {name: tuple(values[name]) for name in ("row_lengths", "attention") if values.get(name) is not None}
+            names = ("row_lengths", "attention", "mixes")
+            lists = {name: tuple(values[name]) for name in names if values.get(name) is not None}
             return cls(**values | lists)
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"no description of a run ({error})") from error

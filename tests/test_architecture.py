@@ -144,6 +144,7 @@ NEEDED = {"__init__.py", "op.py", "reference.py", "check.py", "README.md"}
 BACKENDS = {"eager.py", "kernel.py", "cpp.py", "kernel.cpp"}
 FURTHER = {
     "attention_context": {"backward_kernel.py", "bucket_sums.py", "fused.py", "tiles.py"},
+    "depth_mix": {"fused.py"},
     "lamb": {"chunk_table.py", "prepared.py", "shards.py"},
     "masked_cross_entropy": {"sum_kernel.py"},
 }

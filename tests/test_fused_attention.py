@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from gptbert.model import GPTBert
+from kernels import wanted
 from kernels.attention_context import check, fused, fused_attention, kernel
 from kernels.backend import set_default_backend
 from tests.conftest import TINY
@@ -134,8 +135,8 @@ def test_rows_apart_are_read_where_they_are_and_others_copied(monkeypatch):
     expected = run(case)
     assert seen == [case[0][0].data_ptr()]
     tensors = [tensor.mT.contiguous().mT for tensor in case[0]]  # columns first
-    for actual, wanted in zip(run((tensors, *case[1:])), expected, strict=True):
-        assert torch.equal(actual, wanted)
+    for actual, expected_part in zip(run((tensors, *case[1:])), expected, strict=True):
+        assert torch.equal(actual, expected_part)
 
 
 @pytest.mark.parametrize(("rows", "length"), [(1, 16), (2, 17), (3, 48), (2, 50)])
@@ -196,7 +197,7 @@ def test_compiled_equals_eager():
     ],
 )
 def test_sizes_that_the_kernels_do_not_take_are_known(monkeypatch, wrong, changes):
-    monkeypatch.setattr(fused, "_is_wanted", True)
+    monkeypatch.setattr(wanted, "_wanted", frozenset(wanted.FUSED))
     sizes = {"dtype": torch.float32, "device": CPU, "length": 16, "head_size": 64, "num_position_vectors": 64}
     assert fused.is_fused(**sizes | {"backend": "triton"} | changes) is (wrong == "nothing")
 
@@ -205,16 +206,16 @@ def test_sizes_that_the_kernels_do_not_take_are_known(monkeypatch, wrong, change
 def triton():
     """The fused kernels for models that the test makes."""
     set_default_backend("triton")
-    fused.use_fused_attention(True)
+    wanted.use_fused(["attention_context"])
     yield
-    fused.use_fused_attention(False)
+    wanted.use_fused([])
     set_default_backend(None)
 
 
 def test_a_process_can_do_without(triton):
     sizes = (torch.float32, CPU, 16, 64, 64)
     assert fused.is_fused(*sizes)
-    fused.use_fused_attention(False)
+    wanted.use_fused([])
     assert not fused.is_fused(*sizes)
 
 
@@ -239,7 +240,7 @@ def test_a_model_is_the_same_fused_and_not(triton, monkeypatch, causal):
     monkeypatch.setattr(kernel, "forward", lambda *args: (calls.append(1), own(*args))[1])
     results = []
     for is_wanted, is_checkpointed in ((False, False), (True, False), (True, True)):
-        fused.use_fused_attention(is_wanted)
+        wanted.use_fused(["attention_context"] if is_wanted else [])
         for block in model.blocks:
             block.is_checkpointed = is_checkpointed
         model.zero_grad()

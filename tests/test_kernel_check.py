@@ -15,6 +15,7 @@ from gptbert.distributed.world import World
 from gptbert.errors import InputError
 from gptbert.fit import fit
 from gptbert.kernel_check import kernel_check, run_of
+from kernels import wanted
 from kernels.run import Run
 from tests.runs import MODEL, flags, write_inputs
 
@@ -24,6 +25,7 @@ PLANTS = {  # executed by Python before the check's own module
     "wrong attention": (
         "import kernels.attention_context.kernel as kernel\nkernel.LOG2_E = kernel.tl.constexpr(1.0)\n"
     ),
+    "wrong mixes": "import kernels.depth_mix.kernel as kernel\nkernel._dropout = lambda *_: (0, 1.0)\n",
     "crash": "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n",
     "abort": "import os\nos.abort()\n",
     "hang": "import time\ntime.sleep(600)\n",
@@ -56,11 +58,19 @@ def test_right_kernels_pass(monkeypatch):
     finish()
 
 
-def test_fused_attention_that_fails_is_a_reason_to_do_without_it(plant):
-    run = dataclasses.replace(SMALL, row_lengths=(17,), validation_length=17, attention=(1, 32, 16))
-    assert finish(run) is None
+def test_fused_operations_that_fail_are_done_without(plant, capfd):
+    run = dataclasses.replace(SMALL, row_lengths=(17,), validation_length=17, attention=(1, 32, 16), mixes=(8, 2))
+    assert finish(run) == {}
     plant("wrong attention")
-    assert re.match("kernel check failed: attention_context, fused .*: error [^;]*$", finish(run))
+    reasons = finish(run)
+    assert reasons.keys() == {"attention_context"}
+    assert re.match("kernel check failed: attention_context, fused .*: error [^;]*$", reasons["attention_context"])
+    module.agree_on_fused(reasons, World(0, 1, torch.device("cpu")))
+    assert [wanted.is_wanted(op) for op in ("attention_context", "depth_mix")] == [False, True]
+    assert capfd.readouterr().err.startswith("attention_context is not fused in this run: kernel check failed: ")
+    plant("wrong mixes")
+    assert finish(run).keys() == {"depth_mix"}
+    wanted.use_fused([])
 
 
 def test_without_kernels_of_tritons_there_is_no_process(monkeypatch):

@@ -62,7 +62,15 @@ class Attention(nn.Module):
         self.dropout = Dropout(config.hidden_dropout_prob)
         self.attention_dropout_prob = config.attention_probs_dropout_prob
 
-    def forward(self, hidden_states: Tensor, relative: Tensor, visibility: Visibility, seeds: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        relative: Tensor,
+        visibility: Visibility,
+        seeds: Tensor | None,
+        *,
+        is_bare: bool = False,
+    ) -> Tensor:
         """X [B, T, D] to x + attention(x).
 
         Args:
@@ -70,9 +78,11 @@ class Attention(nn.Module):
             relative: [P, D] or more rows, normalized position vectors.
             visibility: of all rows.
             seeds: [SEEDS, 2] of dropout, or None.
+            is_bare: `hidden_states` are normalized, and the result is the last product alone, since the mixes do the
+                rest; see `kernels.depth_mix.FusedMixes`.
         """
         relative_seed, probability_seed, output_seed = (None,) * SEEDS if seeds is None else seeds.unbind()
-        normalized = self.input_norm(hidden_states)
+        normalized = hidden_states if is_bare else self.input_norm(hidden_states)
         # cast to bf16 once, so both uses' gradients are summed in bf16 before the cast back to fp32
         weight, bias = (param.to(normalized.dtype) for param in (self.query_key.weight, self.query_key.bias))
         query, key = add_bias(F.linear(normalized, weight), bias).chunk(2, dim=-1)
@@ -97,6 +107,8 @@ class Attention(nn.Module):
             tensors = (query, key, position_query, position_key, value)
             context = fused_attention(*tensors, *rows, *dropout, scale=self.scale, num_heads=self.num_heads)
         output = gated_norm(gate, context, self.output.weight, approximate="none", eps=self.eps)
+        if is_bare:
+            return output
         return hidden_states + self.dropout(add_bias(output, self.output.bias), output_seed)
 
     def heads(self, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from gptbert.config import ModelConfig
@@ -23,8 +24,10 @@ from gptbert.model.layer_weighting import LayerWeighting, Representations
 from gptbert.model.norm import InputNorm, layer_norm
 from gptbert.model.objective import Objective
 from kernels import IGNORE_INDEX, MaskedCrossEntropy, masked_cross_entropy
-from kernels.attention_context.fused import distance_tables, is_fused
+from kernels.attention_context.fused import distance_tables
+from kernels.attention_context.fused import is_fused as is_attention_fused
 from kernels.backend import choose_backend
+from kernels.depth_mix import FusedMixes, is_fused
 from kernels.gated_norm import gated_norm
 from kernels.padding import rounded_rows
 
@@ -88,7 +91,20 @@ class GPTBert(nn.Module):
 
     def _encode(self, input_ids: Tensor, document_ids: Tensor, causal: bool | Tensor, seeds: DropoutSeeds) -> Tensor:
         hidden_states, relative = self.embedding(input_ids, seeds.embedding)
-        visibility = self._visibility(document_ids, causal, len(relative), hidden_states.dtype)
+        dtype, device = hidden_states.dtype, hidden_states.device
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        visibility = self._visibility(document_ids, causal, len(relative), dtype)
+        alphas = [mix.alpha for block in self.blocks for mix in (block.attention_mix, block.feed_forward_mix)]
+        # not if they are sharded: a group of mixes needs all of its weights at once
+        if is_fused(device, dtype, self.config.hidden_size, len(alphas)) and not isinstance(alphas[0], DTensor):
+            dropout_prob = self.config.hidden_dropout_prob if self.training else 0.0
+            mixes = FusedMixes(alphas, dtype, dropout_prob, self.config.layer_norm_eps)
+            hidden_states, normalized = mixes.start(hidden_states)
+            for block, block_seeds in zip(self.blocks, seeds.blocks, strict=True):
+                states = (hidden_states, normalized, mixes)
+                hidden_states, normalized = block.forward_fused(*states, relative, visibility, block_seeds)
+            return hidden_states
         representations = Representations(2 * len(self.blocks) + 1)
         hidden_states = representations.start(hidden_states)
         for block, block_seeds in zip(self.blocks, seeds.blocks, strict=True):
@@ -100,10 +116,8 @@ class GPTBert(nn.Module):
     ) -> Visibility:
         """What attention needs: mask and buckets of all pairs, or for the fused kernels ids and tables by distance."""
         length, device = document_ids.shape[1], document_ids.device
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
         head_size = self.config.hidden_size // self.config.num_attention_heads
-        if not is_fused(dtype, device, length, head_size, num_position_vectors):
+        if not is_attention_fused(dtype, device, length, head_size, num_position_vectors):
             return Visibility(attention_mask(document_ids, causal), self.position_buckets(length))
         if not isinstance(causal, Tensor):
             causal = torch.full_like(document_ids[:, 0], causal, dtype=torch.bool)  # [B]
@@ -234,12 +248,33 @@ class Block(nn.Module):
         newest = self._run(self.feed_forward, hidden_states, feed_forward_seed)
         return self.feed_forward_mix(newest, representations)
 
-    def _run(self, sub_layer: nn.Module, *inputs: Tensor | Visibility | None) -> Tensor:
-        """The sub-layer's output. Only the sub-layer is checkpointed, since `representations` takes each y_m once."""
+    def forward_fused(
+        self,
+        hidden_states: Tensor,
+        normalized: Tensor,
+        mixes: FusedMixes,
+        relative: Tensor,
+        visibility: Visibility,
+        seeds: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """As `forward`, with `mixes`: x_{2l} and h_{2l} to x_{2l+2} and h_{2l+2}."""
+        *_, output_seed, feed_forward_seed = (None,) * BLOCK_SEEDS if seeds is None else seeds.unbind()
+        if self.is_compiled:
+            normalized, visibility = any_number_of_rows(normalized), visibility.of_any_number_of_rows()
+        attention_seeds = None if seeds is None else seeds[:-1]
+        output = self._run(self.attention, normalized, relative, visibility, attention_seeds, is_bare=True)
+        hidden_states, normalized = mixes.mix(output, self.attention.output.bias, hidden_states, output_seed)
+        if self.is_compiled:
+            normalized = any_number_of_rows(normalized)
+        output = self._run(self.feed_forward, normalized, None, is_bare=True)
+        return mixes.mix(output, None, hidden_states, feed_forward_seed)
+
+    def _run(self, sub_layer: nn.Module, *inputs: Tensor | Visibility | None, **options: bool) -> Tensor:
+        """The sub-layer's output. Only the sub-layer is checkpointed, since each y_m is taken once."""
         if not (self.is_checkpointed and torch.is_grad_enabled()):
-            return sub_layer(*inputs)
+            return sub_layer(*inputs, **options)
         # dropout is a function of its seeds, so there is no generator state to restore
-        return checkpoint(sub_layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(sub_layer, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
 
 
 class FeedForward(nn.Module):
@@ -253,10 +288,12 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.dropout = Dropout(config.hidden_dropout_prob)
 
-    def forward(self, hidden_states: Tensor, seed: Tensor | None) -> Tensor:
-        """X [B, T, D] to x + feed_forward(x)."""
-        gate = self.up(self.input_norm(hidden_states))
+    def forward(self, hidden_states: Tensor, seed: Tensor | None, *, is_bare: bool = False) -> Tensor:
+        """X [B, T, D] to x + feed_forward(x); `is_bare` as in `Attention`."""
+        gate = self.up(hidden_states if is_bare else self.input_norm(hidden_states))
         output = gated_norm(gate, None, self.down.weight, approximate="tanh", eps=self.eps)
+        if is_bare:
+            return output
         return hidden_states + self.dropout(output, seed)
 
 

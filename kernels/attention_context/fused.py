@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import wanted
 from kernels.backend import choose_backend
 
 TILE = 64  # queries and keys at a time; shorter rows have smaller tiles
@@ -14,8 +15,6 @@ HEAD_SIZES = (32, 64, 128)
 LENGTHS = range(16, 2049)
 POSITION_VECTORS = (16, 32, 64, 128)
 DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}  # products in bf16 are wrong in Triton's interpreter
-
-_is_wanted = False
 
 
 class DistanceTables(NamedTuple):
@@ -28,16 +27,6 @@ class DistanceTables(NamedTuple):
 
     buckets: Tensor
     bucket_rows: Tensor
-
-
-def use_fused_attention(is_wanted: bool) -> None:
-    """Whether this process wants the fused kernels; not by default.
-
-    Each row length has code of its own, which takes seconds to compile. So training wants them, unless a check finds
-    them wrong, and scoring, with rows of any length, does not.
-    """
-    global _is_wanted  # noqa: PLW0603 - process-wide, like `kernels.backend.set_default_backend`
-    _is_wanted = is_wanted
 
 
 def is_fused(
@@ -59,7 +48,7 @@ def is_fused(
         backend: see `kernels.backend.choose_backend`.
     """
     return (
-        _is_wanted
+        wanted.is_wanted("attention_context")
         and not torch.version.hip  # the kernels have a line of PTX
         and choose_backend(backend, device) == "triton"
         and dtype == DTYPES.get(device.type, torch.bfloat16)

@@ -5,17 +5,92 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kernels.depth_mix import buffer, depth_mix, depth_mix_backward, reference
+from kernels.depth_mix import FusedMixes, buffer, depth_mix, depth_mix_backward, reference
 from kernels.depth_mix.cpp import PIECE
-from kernels.numerics import Comparison, compare, random_bf16, sum_rounding
+from kernels.numerics import Comparison, compare, compare_function, random_bf16, sum_rounding
 from kernels.run import Run
+
+_DROPOUT = 0.3
 
 
 def comparisons(device: torch.device, backend: str, run: Run | None = None) -> Iterator[Comparison]:
-    """Mixes and both gradients, at sizes that are not multiples of a tile; always on the CPU."""
-    del device, run
+    """Mixes and both gradients, at sizes that are not multiples of a tile.
+
+    Args:
+        device: where the Triton kernels run; the others run on the CPU.
+        backend: the implementation to compare with the reference; see `kernels.backend`.
+        run: check the Triton kernels only for this run's sizes; None checks several.
+    """
+    if backend == "triton":
+        yield from _fused_kernels(device, run)
+        return
     for size in (5, 3 * PIECE + 77):
         yield from _mixes(size, backend)
+
+
+def _fused_kernels(device: torch.device, run: Run | None) -> Iterator[Comparison]:
+    """One group of mixes, several, and one that is not full; D a power of two and not."""
+    is_gpu = device.type == "cuda"  # the interpreter is slow
+    if run is not None:
+        size, num_mixes = run.mixes
+        yield from compare_fused(device, 300 if is_gpu else 3, size, num_mixes, run.logits_type)
+        return
+    for dtype in (torch.bfloat16, torch.float32) if is_gpu else (torch.float32,):
+        for rows, size, num_mixes in ((5, 16, 1), (7, 48, 6), (19, 24, 14)):
+            yield from compare_fused(device, rows, size, num_mixes, dtype)
+        if is_gpu:
+            yield from compare_fused(device, 3000, 768, 24, dtype)
+    yield from compare_fused(device, 3, 40, 7, torch.float32, has_dropout=False)
+
+
+def compare_fused(
+    device: torch.device, rows: int, size: int, num_mixes: int, dtype: torch.dtype, *, has_dropout: bool = True
+) -> Iterator[Comparison]:
+    """The fused mixes of one forward, every second with a bias, and all gradients."""
+    weights = [random_bf16(depth + 1, depth + 7)[:, 0].float() / depth for depth in range(1, num_mixes + 1)]
+    inputs = {
+        "y_0": random_bf16(rows, size, 1)[..., 0].float(),
+        "out": random_bf16(num_mixes, rows, size, 2)[..., 0].to(dtype),
+        "bias": random_bf16(num_mixes, size, 3)[..., 0].float(),
+        "α": torch.cat(weights),
+    }
+    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+    seeds = torch.arange(2 * num_mixes, dtype=torch.int32, device=device).view(-1, 2) * 77 - 5
+    lengths = [len(weight) for weight in weights]
+
+    def arguments(tensors: dict[str, Tensor]) -> tuple[list[Tensor], ...]:
+        biases = [None if depth % 2 else bias for depth, bias in enumerate(tensors["bias"])]
+        return (
+            list(tensors["out"]),
+            biases,
+            list(tensors["α"].split(lengths)),
+            list(seeds) if has_dropout else ([None] * num_mixes),
+        )
+
+    def fused(**tensors: Tensor) -> Tensor:
+        outputs, biases, alphas, own_seeds = arguments(tensors)
+        mixes = FusedMixes(alphas, dtype, _DROPOUT if has_dropout else 0.0, 1e-5)
+        x, h = mixes.start(tensors["y_0"])
+        normalized = [h]
+        for output, bias, seed in zip(outputs, biases, own_seeds, strict=True):
+            x, h = mixes.mix(output, bias, x, seed)
+            normalized.append(h)
+        return _joined(x, normalized)
+
+    def by_definition(**tensors: Tensor) -> Tensor:
+        is_exact = tensors["y_0"].dtype == torch.float64
+        kept_in = torch.float64 if is_exact else dtype
+        return _joined(
+            *reference.fused_mixes(tensors["y_0"], *arguments(tensors), _DROPOUT if has_dropout else 0.0, 1e-5, kept_in)
+        )
+
+    name = f"fused {str(dtype).removeprefix('torch.')} R={rows} D={size} M={num_mixes}"
+    yield from compare_function(f"{name}{' dropout' if has_dropout else ''}", fused, by_definition, inputs)
+
+
+def _joined(x: Tensor, normalized: list[Tensor]) -> Tensor:
+    """x_M and all h_n, [M + 2, R, D]."""
+    return torch.stack([x, *(each.to(x.dtype) for each in normalized)])
 
 
 def _mixes(size: int, backend: str) -> Iterator[Comparison]:

@@ -1,0 +1,432 @@
+"""Layer weighting in Triton: bias, dropout, residual connection, mix and LayerNorm in one pass, and their backward.
+
+    y_n = x_{n−1} + dropout(out_n + bias),  x_n = Σ_{m≤n} α_{n,m}·y_m,  h_n = LayerNorm(x_n),  y_0 = x_0
+
+Letters of shapes: R rows (B·T), D hidden, N = R·D, M mixes. One buffer holds the y_m, and in the backward ∂x_n in the
+place of y_{n+G}, which has no further use then. All weights stand side by side: α_n from (n − 1)(n + 2)/2 on.
+
+Mixes come in groups of G. What representations of earlier groups contribute to each mix of a group is summed for all
+of them in one pass over those representations (`combine_kernel`), in fp32; a mix then reads its own group's and that
+partial sum. In the backward likewise, from the last group to the first. Every mix for itself would read Σ n
+representations: for 24 mixes 2.5 times the bytes.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.assembler import right_assembler
+from kernels.configuration import Configuration, launch_warps
+from kernels.dropout import keep_threshold
+from kernels.dropout_hash import are_kept, first_words
+
+GROUP = 6
+_G = tl.constexpr(GROUP)
+NUM_WARPS = 4
+# ptxas keeps to 96 registers where there is no dropout in the backward, as no training run has it
+_MOST_SPILLED = {"forward_kernel": {}, "backward_kernel": {"sm_90": 8}}
+COMBINE_BLOCK = 512  # elements of a program
+COMBINE_WARPS = 2
+# of the backward, fixed, so that sums do not depend on the GPU
+PROGRAMS = 528
+GRAM_BLOCK = 128
+GRAM_STAGES = {torch.bfloat16: 4, torch.float32: 2}  # fp32's tiles are twice as large
+PARTS_BLOCK = 64
+
+
+@triton.jit
+def _row_of(depth):
+    """Where α_depth begins."""
+    return (depth - 1) * (depth + 2) // 2
+
+
+@triton.jit
+def _weight(alpha_ptr, depth, m, end, BACKWARD: tl.constexpr):
+    """Weight of representation m in x_depth, or in the backward of ∂x_m in ∂y_depth; 0 from m = `end` on."""
+    place = _row_of(m) + depth if BACKWARD else _row_of(depth) + m
+    return tl.load(alpha_ptr + place, mask=m < end, other=0.0)
+
+
+@triton.jit
+def _representations(values_ptr, slot_stride, start, end, offsets, is_inside):
+    """G representations from `start` on, zeros from `end` on: all loads before a use, so all are under way at once."""
+    values = ()
+    for index in tl.static_range(_G):
+        m = start + index
+        values += (tl.load(values_ptr + m * slot_stride + offsets, mask=is_inside & (m < end), other=0.0),)
+    return values
+
+
+@triton.jit
+def _weighted(values, alpha_ptr, depth, start, end, BACKWARD: tl.constexpr):
+    """Sum of G representations in fp32, each with its weight."""
+    total = _weight(alpha_ptr, depth, start, end, BACKWARD) * values[0].to(tl.float32)
+    for index in tl.static_range(1, _G):
+        total += _weight(alpha_ptr, depth, start + index, end, BACKWARD) * values[index].to(tl.float32)
+    return total
+
+
+_FREE = ["rows", "depth", "first", "last", "partial", "has_bias", "has_partial", "has_x", "has_h", "threshold"]
+
+
+@triton.jit(do_not_specialize=_FREE, do_not_specialize_on_alignment=["seed_ptr"])
+def forward_kernel(
+    out_ptr, bias_ptr, x_ptr, alpha_ptr, seed_ptr, values_ptr, partials_ptr, mixed_ptr, normalized_ptr, inverse_std_ptr,
+    slot_stride: tl.int64, size, depth, first, partial, has_bias, has_partial, threshold,
+    keep_scale: tl.float32, eps: tl.float32,
+    HAS_DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row of x_n and h_n. Depth 0 has no output of a sub-layer: x is y_0, and its own mix.
+
+    The group's older representations are first … depth − 1; `partial` is the place of the others' sum.
+    """
+    # 1. Begin all loads: the sub-layer's output, x_{n−1}, older representations of the group, the others' sum.
+    row = tl.program_id(0)
+    columns = tl.arange(0, BLOCK)
+    is_inside = columns < size
+    offsets = row * size + columns
+    is_mix = depth > 0
+    output = tl.load(out_ptr + offsets, mask=is_inside & is_mix, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + offsets, mask=is_inside, other=0.0).to(tl.float32)
+    older = _representations(values_ptr, slot_stride, first, depth, offsets, is_inside)
+    mixed = tl.load(partials_ptr + partial * slot_stride + offsets, mask=is_inside & (has_partial != 0), other=0.0)
+    # 2. y_n = x_{n−1} + dropout(out + bias), in fp32; stored in the buffer's dtype.
+    output += tl.load(bias_ptr + columns, mask=is_inside & (has_bias != 0), other=0.0).to(tl.float32)
+    if HAS_DROPOUT:
+        kept = are_kept(first_words(offsets, seed_ptr), seed_ptr, threshold)
+        output = tl.where(kept, output * keep_scale, 0.0)
+    newest = x + output
+    tl.store(values_ptr + depth * slot_stride + offsets, newest.to(values_ptr.dtype.element_ty), mask=is_inside)
+    # 3. x_n: the older ones rounded, y_n in fp32.
+    mixed += _weighted(older, alpha_ptr, depth, first, depth, False)
+    mixed += tl.load(alpha_ptr + _row_of(depth) + depth, mask=is_mix, other=1.0) * newest
+    tl.store(mixed_ptr + offsets, mixed.to(mixed_ptr.dtype.element_ty), mask=is_inside & is_mix)
+    # 4. h_n = LayerNorm(x_n), and 1/σ for the backward.
+    mean = tl.sum(mixed) / size
+    centered = tl.where(is_inside, mixed - mean, 0.0)
+    inverse_std = tl.rsqrt(tl.sum(centered * centered) / size + eps)
+    normalized = centered * inverse_std
+    tl.store(normalized_ptr + offsets, normalized.to(normalized_ptr.dtype.element_ty), mask=is_inside)
+    tl.store(inverse_std_ptr + row, inverse_std)
+
+
+@triton.jit(do_not_specialize=_FREE, do_not_specialize_on_alignment=["seed_ptr"])
+def backward_kernel(
+    grad_x_ptr, grad_h_ptr, normalized_ptr, inverse_std_ptr, alpha_ptr, seed_ptr, values_ptr, partials_ptr,
+    grad_newest_ptr, grad_out_ptr, bias_parts_ptr,
+    slot_stride: tl.int64, rows, size, depth, last, partial, has_bias, has_partial, has_x, has_h, threshold,
+    keep_scale: tl.float32,
+    HAS_DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """∂x_n with its part through h_n, ∂y_n and ∂out_n, for every num_programs-th row; ∂bias's part of this program.
+
+    The group's deeper gradients are those of x_{n+1} … x_last; `partial` is the place of the sum of deeper groups'.
+    """
+    columns = tl.arange(0, BLOCK)
+    is_inside = columns < size
+    is_mix = depth > 0
+    deeper_ptr = values_ptr + _G * slot_stride  # ∂x_m, at the place of y_{m+G}
+    own_weight = tl.load(alpha_ptr + _row_of(depth) + depth, mask=is_mix, other=1.0)
+    bias_sums = tl.zeros([BLOCK], tl.float32)
+    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+        # 1. Begin all loads.
+        offsets = row * size + columns
+        grad = tl.load(grad_x_ptr + offsets, mask=is_inside & (has_x != 0), other=0.0).to(tl.float32)
+        of_h = tl.load(grad_h_ptr + offsets, mask=is_inside & (has_h != 0), other=0.0).to(tl.float32)
+        h = tl.load(normalized_ptr + offsets, mask=is_inside & (has_h != 0), other=0.0).to(tl.float32)
+        inverse_std = tl.load(inverse_std_ptr + row, mask=has_h != 0, other=0.0)
+        deeper = _representations(deeper_ptr, slot_stride, depth + 1, last + 1, offsets, is_inside)
+        newest = tl.load(partials_ptr + partial * slot_stride + offsets, mask=is_inside & (has_partial != 0), other=0.0)
+        # 2. ∂x_n = what comes from the next y, and LayerNorm's: (∂h − mean(∂h) − h · mean(∂h · h)) / σ.
+        mean = tl.sum(of_h) / size
+        along_h = tl.sum(of_h * h) / size
+        grad += tl.where(is_inside, inverse_std * (of_h - mean - h * along_h), 0.0)
+        rounded = grad.to(values_ptr.dtype.element_ty)
+        tl.store(deeper_ptr + depth * slot_stride + offsets, rounded, mask=is_inside & is_mix)
+        # 3. ∂y_n = Σ_{k≥n} α_{k,n}·∂x_k, which is also the gradient of x_{n−1}.
+        newest += _weighted(deeper, alpha_ptr, depth, depth + 1, last + 1, True) + own_weight * grad
+        tl.store(grad_newest_ptr + offsets, newest.to(grad_newest_ptr.dtype.element_ty), mask=is_inside)
+        # 4. ∂out_n: through the same mask of dropout.
+        if HAS_DROPOUT:
+            kept = are_kept(first_words(offsets, seed_ptr), seed_ptr, threshold)
+            newest = tl.where(kept, newest * keep_scale, 0.0)
+        tl.store(grad_out_ptr + offsets, newest.to(grad_out_ptr.dtype.element_ty), mask=is_inside & is_mix)
+        bias_sums += newest
+    tl.store(bias_parts_ptr + tl.program_id(0) * size + columns, bias_sums, mask=is_inside & (has_bias != 0))
+
+
+@triton.jit(do_not_specialize=["first", "end", "depth"])
+def combine_kernel(
+    values_ptr, alpha_ptr, partials_ptr, slot_stride: tl.int64, first, end, depth,
+    OUTPUTS: tl.constexpr, BACKWARD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sums of representations first … end − 1 with the weights of depth, depth + 1, … depth + OUTPUTS − 1, fp32."""
+    # 1. This program's elements; one sum of them for each output.
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    is_inside = offsets < slot_stride
+    if BACKWARD:
+        values_ptr += _G * slot_stride
+    sums = ()
+    for _ in tl.static_range(OUTPUTS):
+        sums += (tl.zeros([BLOCK], tl.float32),)
+    # 2. G representations at a time, read once for all outputs.
+    for start in range(first, end, _G):
+        values = _representations(values_ptr, slot_stride, start, end, offsets, is_inside)
+        added = ()
+        for output in tl.static_range(OUTPUTS):
+            added += (sums[output] + _weighted(values, alpha_ptr, depth + output, start, end, BACKWARD),)
+        sums = added
+    for output in tl.static_range(OUTPUTS):
+        tl.store(partials_ptr + output * slot_stride + offsets, sums[output], mask=is_inside)
+
+
+@triton.jit(do_not_specialize=["depth", "count", "last"])
+def gram_kernel(
+    values_ptr, parts_ptr, slot_stride: tl.int64, depth, count, last,
+    REPRESENTATIONS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """This program's part of y_m · ∂x_n for m ≤ last and n = depth … depth + count − 1, [16, REPRESENTATIONS] fp32."""
+    # 1. Pointers to the y_m and to the group's ∂x_n.
+    old = tl.arange(0, REPRESENTATIONS)
+    new = tl.arange(0, 16)
+    old_ptrs = values_ptr + old.to(tl.int64)[:, None] * slot_stride
+    new_ptrs = values_ptr + (new + depth + _G).to(tl.int64)[:, None] * slot_stride
+    # 2. Products of every num_programs-th block of elements.
+    sums = tl.zeros([REPRESENTATIONS, 16], tl.float32)
+    for block in range(tl.program_id(0), tl.cdiv(slot_stride, BLOCK), tl.num_programs(0)):
+        offsets = (block * BLOCK + tl.arange(0, BLOCK))[None, :]
+        y = tl.load(old_ptrs + offsets, mask=(old <= last)[:, None] & (offsets < slot_stride), other=0.0)
+        grad = tl.load(new_ptrs + offsets, mask=(new < count)[:, None] & (offsets < slot_stride), other=0.0)
+        sums = tl.dot(y, tl.trans(grad), sums, input_precision="ieee")
+    parts_ptr += tl.program_id(0) * 16 * REPRESENTATIONS
+    tl.store(parts_ptr + new[None, :] * REPRESENTATIONS + old[:, None], sums)
+
+
+@triton.jit(do_not_specialize=["num_parts", "depth"])
+def gram_sums_kernel(
+    parts_ptr, grad_alpha_ptr, num_parts, depth, REPRESENTATIONS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """∂α of depth + program: the parts of `gram_kernel`, added in their order."""
+    new = tl.program_id(0)
+    old = tl.arange(0, REPRESENTATIONS)
+    sums = tl.zeros([BLOCK, REPRESENTATIONS], tl.float32)
+    for start in range(0, num_parts, BLOCK):
+        part = (start + tl.arange(0, BLOCK))[:, None]
+        places = part * (16 * REPRESENTATIONS) + new * REPRESENTATIONS + old[None, :]
+        sums += tl.load(parts_ptr + places, mask=part < num_parts, other=0.0)
+    depth += new
+    tl.store(grad_alpha_ptr + _row_of(depth) + old, tl.sum(sums, axis=0), mask=old <= depth)
+
+
+def forward(
+    out: Tensor | None,
+    bias: Tensor | None,
+    x: Tensor,
+    alpha: Tensor,
+    seed: Tensor | None,
+    values: Tensor,
+    partials: Tensor,
+    mixed: Tensor,
+    normalized: Tensor,
+    inverse_std: Tensor,
+    depth: int,
+    num_mixes: int,
+    dropout_prob: float,
+    eps: float,
+) -> None:
+    """`kernels.depth_mix.fused.forward` for contiguous tensors."""
+    rows, size = x.shape
+    begin, first = _group(depth), 0
+    has_partial = begin > 1
+    with torch.cuda.device_of(x):
+        if has_partial:
+            first = begin
+            if depth == begin:
+                _combine(values, alpha, partials, 0, begin, begin, min(GROUP, num_mixes - begin + 1), backward=False)
+        forward_kernel[(rows,)](
+            x if out is None else out, alpha if bias is None else bias, x, alpha, alpha if seed is None else seed,
+            values, partials, mixed, normalized, inverse_std,
+            rows * size, size, depth, first, depth - begin, int(bias is not None), int(has_partial),
+            *_dropout(seed, dropout_prob), eps,
+            **_constants(size, has_dropout=seed is not None), num_warps=launch_warps(NUM_WARPS),
+        )  # fmt: skip
+
+
+def backward(
+    grad_x: Tensor | None,
+    grad_h: Tensor | None,
+    normalized: Tensor,
+    inverse_std: Tensor,
+    alpha: Tensor,
+    seed: Tensor | None,
+    values: Tensor,
+    partials: Tensor,
+    grad_newest: Tensor,
+    grad_out: Tensor | None,
+    grad_bias: Tensor | None,
+    grad_alpha: Tensor,
+    depth: int,
+    num_mixes: int,
+    dropout_prob: float,
+) -> None:
+    """`kernels.depth_mix.fused.backward` for contiguous tensors."""
+    rows, size = normalized.shape
+    begin, last = _group(depth), min(_group(depth) + GROUP - 1, num_mixes)
+    lowest = begin if begin > 1 else 0  # of the group; y_0 counts to the first
+    has_partial, programs = last < num_mixes, min(rows, PROGRAMS)
+    bias_parts = normalized.new_empty(programs if grad_bias is not None else 0, size, dtype=torch.float32)
+    with torch.cuda.device_of(normalized):
+        if has_partial and depth == last:
+            _combine(values, alpha, partials, last + 1, num_mixes + 1, lowest, last - lowest + 1, backward=True)
+        backward_kernel[(programs,)](
+            grad_newest if grad_x is None else grad_x, normalized if grad_h is None else grad_h,
+            normalized, inverse_std, alpha, alpha if seed is None else seed, values, partials,
+            grad_newest, normalized if grad_out is None else grad_out, bias_parts,
+            rows * size, rows, size, depth, last, depth - lowest, int(grad_bias is not None), int(has_partial),
+            int(grad_x is not None), int(grad_h is not None), *_dropout(seed, dropout_prob),
+            **_constants(size, has_dropout=seed is not None), num_warps=launch_warps(NUM_WARPS),
+        )  # fmt: skip
+        if grad_bias is not None:
+            torch.sum(bias_parts, dim=0, out=grad_bias)
+        if depth and depth == begin:
+            _weight_gradients(values, grad_alpha, begin, last)
+
+
+def _group(depth: int) -> int:
+    """The first mix of a mix's group; y_0 counts to the first group."""
+    return max(depth - 1, 0) // GROUP * GROUP + 1
+
+
+def _combine(
+    values: Tensor, alpha: Tensor, partials: Tensor, first: int, end: int, depth: int, outputs: int, *, backward: bool
+) -> None:
+    size = values.shape[1]
+    combine_kernel[(triton.cdiv(size, COMBINE_BLOCK),)](
+        values, alpha, partials, size, first, end, depth,
+        OUTPUTS=outputs, BACKWARD=backward, BLOCK=COMBINE_BLOCK, num_warps=launch_warps(COMBINE_WARPS),
+    )  # fmt: skip
+
+
+def _weight_gradients(values: Tensor, grad_alpha: Tensor, begin: int, last: int) -> None:
+    """∂α of the mixes begin … last."""
+    size, count = values.shape[1], last - begin + 1
+    programs, representations = min(triton.cdiv(size, GRAM_BLOCK), PROGRAMS), _padded(last + 1)
+    parts = torch.empty(programs, 16, representations, dtype=torch.float32, device=values.device)
+    with right_assembler():
+        gram_kernel[(programs,)](
+            values, parts, size, begin, count, last, REPRESENTATIONS=representations, BLOCK=GRAM_BLOCK,
+            num_warps=launch_warps(NUM_WARPS), num_stages=GRAM_STAGES[values.dtype],
+        )  # fmt: skip
+    gram_sums_kernel[(count,)](
+        parts, grad_alpha, programs, begin, REPRESENTATIONS=representations, BLOCK=PARTS_BLOCK,
+        num_warps=launch_warps(NUM_WARPS),
+    )  # fmt: skip
+
+
+def _padded(count: int) -> int:
+    """Rows of a tile of this many representations."""
+    return max(16, triton.next_power_of_2(count))
+
+
+def _dropout(seed: Tensor | None, dropout_prob: float) -> tuple[int, float]:
+    """Threshold of the hash, and the factor of what is kept."""
+    probability = 0.0 if seed is None else dropout_prob
+    return min(keep_threshold(probability), 2**31 - 1), 1 / (1 - probability)
+
+
+def _constants(size: int, *, has_dropout: bool) -> dict[str, Any]:
+    return {"HAS_DROPOUT": has_dropout, "BLOCK": triton.next_power_of_2(size)}
+
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def configurations() -> list[Configuration]:
+    """Variants of published shapes, and of fp32; each D has code of its own."""
+    mixes = [
+        _mix_configuration(kernel, size, dtype, has_dropout=has_dropout)
+        for kernel in (forward_kernel, backward_kernel)
+        for size, dtype, has_dropout in (
+            (768, "bf16", True),
+            (384, "bf16", True),
+            (768, "bf16", False),
+            (768, "fp32", True),
+        )
+    ]
+    combinations = [
+        Configuration(
+            f"depth_mix/combine{' backward' if is_backward else ''} {outputs} {dtype}",
+            combine_kernel,
+            _types(combine_kernel, dtype),
+            {"OUTPUTS": outputs, "BACKWARD": is_backward, "BLOCK": COMBINE_BLOCK},
+            num_warps=COMBINE_WARPS,
+            aligned=_aligned(combine_kernel),
+        )
+        for dtype in ("bf16", "fp32")
+        for outputs, is_backward in ((GROUP, False), (GROUP, True), (GROUP + 1, True))
+    ]
+    grams = [
+        Configuration(
+            f"depth_mix/gram {representations} {dtype}",
+            gram_kernel,
+            _types(gram_kernel, dtype),
+            {"REPRESENTATIONS": representations, "BLOCK": GRAM_BLOCK},
+            num_warps=NUM_WARPS,
+            num_stages=GRAM_STAGES[_DTYPES[dtype]],
+            aligned=_aligned(gram_kernel),
+            has_products=dtype == "bf16",
+            streams=False,
+        )
+        for dtype in ("bf16", "fp32")
+        for representations in (16, 32, 64)
+    ]
+    sums = [
+        Configuration(
+            f"depth_mix/gram sums {representations}",
+            gram_sums_kernel,
+            _types(gram_sums_kernel, "fp32"),
+            {"REPRESENTATIONS": representations, "BLOCK": PARTS_BLOCK},
+            num_warps=NUM_WARPS,
+            aligned=_aligned(gram_sums_kernel),
+            streams=False,
+        )
+        for representations in (16, 32, 64)
+    ]
+    return [*mixes, *combinations, *grams, *sums]
+
+
+def _mix_configuration(kernel: Any, size: int, dtype: str, *, has_dropout: bool) -> Configuration:
+    return Configuration(
+        f"depth_mix/{kernel.__name__.removesuffix('_kernel')} {dtype} D={size}{' dropout' if has_dropout else ''}",
+        kernel,
+        _types(kernel, dtype) | ({} if has_dropout else {"seed_ptr": "*fp32"}),
+        _constants(size, has_dropout=has_dropout),
+        num_warps=NUM_WARPS,
+        aligned=_aligned(kernel),
+        most_spilled={} if has_dropout else _MOST_SPILLED[kernel.__name__],
+    )
+
+
+def _aligned(kernel: Any) -> frozenset[str]:
+    """Arguments divisible by 16: D, and so the distance of slots; tensors of their own."""
+    return frozenset(
+        name
+        for name in kernel.arg_names
+        if name in {"slot_stride", "size"} or (name.endswith("_ptr") and name != "seed_ptr")
+    )
+
+
+def _types(kernel: Any, dtype: str) -> dict[str, str]:
+    """Types of a kernel's run-time arguments: `dtype` of what is kept for the backward, fp32 of the rest."""
+    narrow = ("out_ptr", "values_ptr", "normalized_ptr", "grad_h_ptr", "grad_out_ptr")
+    kinds = {"seed_ptr": "*i32", "slot_stride": "i64", "keep_scale": "fp32", "eps": "fp32"}
+    kinds |= dict.fromkeys(narrow, f"*{dtype}")
+    constants = {"HAS_DROPOUT", "BLOCK", "OUTPUTS", "BACKWARD", "REPRESENTATIONS"}
+    return {
+        name: kinds.get(name, "*fp32" if name.endswith("_ptr") else "i32")
+        for name in kernel.arg_names
+        if name not in constants
+    }

@@ -1,0 +1,28 @@
+"""The fused operations that this process wants.
+
+None by default: each has code of its own for some sizes, which takes seconds to compile. So training wants them, unless
+a check finds one wrong, and scoring, with rows of any length, does not.
+"""
+
+from collections.abc import Collection
+
+FUSED = ("attention_context", "depth_mix")  # folders of kernels/
+
+_wanted: frozenset[str] = frozenset()
+
+
+def use_fused(operations: Collection[str]) -> None:
+    """Want these operations of `FUSED`, and no others.
+
+    Raises:
+        ValueError: a name is unknown.
+    """
+    if unknown := set(operations) - set(FUSED):
+        raise ValueError(f"no fused operation {', '.join(sorted(unknown))}; there are {', '.join(FUSED)}")
+    global _wanted  # noqa: PLW0603 - process-wide, like `kernels.backend.set_default_backend`
+    _wanted = frozenset(operations)
+
+
+def is_wanted(operation: str) -> bool:
+    """Whether this process wants a fused operation."""
+    return operation in _wanted

@@ -1,0 +1,299 @@
+"""Fused mixes in Triton's interpreter, against plain PyTorch in fp64, alone and in a model.
+
+Their whole check runs in tests/test_check.py.
+"""
+
+import dataclasses
+import sys
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gptbert.model import GPTBert
+from gptbert.model.batch import Batch
+from kernels import wanted
+from kernels.backend import set_default_backend
+from kernels.depth_mix import FusedMixes, check, fused, is_fused, kernel
+from kernels.dropout import dropout
+from tests.conftest import TINY
+from tests.mutation import mutated
+from tests.numerics import assert_accurate, relative_error
+from tests.sanitizer import checked_addresses
+
+CPU = torch.device("cpu")
+EPS = 1e-5
+
+
+def make_case(num_mixes, size, rows=3, seed=0):
+    """Leaves: y_0, weights, biases of every second mix, matrices of the sub-layers; and dropout's seeds."""
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randn(2, rows, size, generator=generator)
+    alphas = [torch.randn(depth + 1, generator=generator) / depth for depth in range(1, num_mixes + 1)]
+    biases = [torch.randn(size, generator=generator) for _ in range(0, num_mixes, 2)]
+    matrices = [torch.randn(size, size, generator=generator) / size**0.5 for _ in range(num_mixes)]
+    seeds = torch.randint(-(2**31), 2**31, (num_mixes, 2), generator=generator).int()
+    return [first, *alphas, *biases, *matrices], seeds
+
+
+def parts(leaves, num_mixes):
+    first, *rest = leaves
+    alphas, rest = rest[:num_mixes], rest[num_mixes:]
+    biases, matrices = rest[: -(-num_mixes // 2)], rest[-(-num_mixes // 2) :]
+    return first, alphas, [biases[depth // 2] if depth % 2 == 0 else None for depth in range(num_mixes)], matrices
+
+
+def run(case, *, prob=0.2):
+    """x_M and h_M, and all gradients, through sub-layers that are a product each."""
+    tensors, seeds = case
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    first, alphas, biases, matrices = parts(leaves, len(seeds))
+    mixes = FusedMixes(alphas, torch.float32, prob, EPS)
+    x, h = mixes.start(first)
+    for matrix, bias, seed in zip(matrices, biases, seeds, strict=True):
+        x, h = mixes.mix(h @ matrix, bias, x, seed)
+    return x.detach(), h.detach(), *torch.autograd.grad(x.sin().sum() + h.cos().sum(), leaves)
+
+
+def definition(case, dtype, *, prob=0.2):
+    tensors, seeds = case
+    leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in tensors]
+    first, alphas, biases, matrices = parts(leaves, len(seeds))
+    size = first.shape[-1:]
+    x, seen, h = first, [first], F.layer_norm(first, size, eps=EPS)
+    for alpha, matrix, bias, seed in zip(alphas, matrices, biases, seeds, strict=True):
+        out = h @ matrix
+        seen.append(x + dropout(out if bias is None else out + bias, seed, prob))
+        x = sum(weight * y for weight, y in zip(alpha, seen, strict=True))
+        h = F.layer_norm(x, size, eps=EPS)
+    return x.detach(), h.detach(), *torch.autograd.grad(x.sin().sum() + h.cos().sum(), leaves)
+
+
+@pytest.mark.parametrize(("num_mixes", "size"), [(1, 5), (2, 16), (5, 20), (6, 9), (7, 24), (13, 12)])
+@pytest.mark.parametrize("prob", [0.0, 0.2])
+def test_results_and_gradients_are_those_of_the_definition(num_mixes, size, prob):
+    """One group of mixes, a group and one more, two and one more; weights and all of a kind at once."""
+    case = make_case(num_mixes, size)
+    results = [run(case, prob=prob), *(definition(case, dtype, prob=prob) for dtype in (torch.float64, torch.float32))]
+    kinds = {"x": [0], "h": [1], "first": [2], "weights": range(3, 3 + num_mixes), "rest": range(3 + num_mixes, 99)}
+    for name, places in kinds.items():
+        joined = [torch.cat([result[place].flatten() for place in places if place < len(result)]) for result in results]
+        assert_accurate(*joined, name=name)
+
+
+def test_a_process_wants_them_or_does_without():
+    set_default_backend("triton")
+    sizes = (CPU, torch.float32, 64, 4)
+    assert not is_fused(*sizes)
+    wanted.use_fused(["depth_mix"])
+    assert is_fused(*sizes)
+    assert not is_fused(*sizes, backend="torch")
+    assert not is_fused(CPU, torch.bfloat16, 64, 4), "in the interpreter"
+    assert is_fused(torch.device("cuda", 0), torch.bfloat16, 64, 4)
+    assert not is_fused(CPU, torch.float32, 8193, 4)
+    assert not is_fused(CPU, torch.float32, 64, 128)
+    wanted.use_fused([])
+    assert not is_fused(*sizes)
+    with pytest.raises(ValueError, match="no fused operation lamb; there are attention_context, depth_mix"):
+        wanted.use_fused(["lamb", "depth_mix"])
+
+
+def test_two_calls_give_the_same_bits():
+    case = make_case(7, 12)
+    assert all(torch.equal(*pair) for pair in zip(run(case), run(case), strict=True))
+
+
+def test_more_mixes_than_weights_and_a_second_backward_are_refused():
+    (first, alpha, bias, matrix), (seed,) = make_case(1, 8)
+    mixes = FusedMixes([alpha.requires_grad_()], torch.float32, 0.0, EPS)
+    x, h = mixes.start(first)
+    x, h = mixes.mix(h @ matrix, bias, x, seed)
+    with pytest.raises(ValueError, match="mix 2 of 1"):
+        mixes.mix(h @ matrix, bias, x, seed)
+    total = x.sum() + h.sum()
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="a forward has one backward"):
+        total.backward()
+
+
+@pytest.mark.parametrize(("num_mixes", "size"), [(1, 5), (8, 12)])
+def test_every_address_lies_in_a_tensor(num_mixes, size):
+    with checked_addresses() as faults:
+        run(make_case(num_mixes, size))
+    assert faults == []
+    assert faults.seen > 1000
+
+
+def test_an_address_elsewhere_is_seen(tmp_path):
+    old, new = "x = tl.load(x_ptr + offsets, mask=is_inside,", "x = tl.load(x_ptr + offsets + 1, mask=is_inside,"
+    with planted("kernel", old, new, tmp_path), checked_addresses() as faults:
+        run(make_case(1, 5))
+    assert "load of 4 bytes" in faults
+
+
+def arguments(depth, num_mixes=2, size=8, rows=3):
+    """Of both operations, as a forward of two mixes gives them."""
+    torch.manual_seed(0)
+    new = torch.randn
+    alpha, values = new(5), new(num_mixes + 1 + kernel.GROUP, rows * size)
+    partials, seed = new(0, rows * size), torch.tensor([3, 4], dtype=torch.int32)
+    out, bias = (new(rows, size), new(size)) if depth else (None, None)
+    forward = (out, bias, new(rows, size), alpha, seed if depth else None, values, partials, new(rows, size))
+    forward = (*forward, new(rows, size), new(rows), depth, num_mixes, 0.2, EPS)
+    gradients = (new(rows, size), new(rows, size) if depth else None, new(size) if depth else None, new(5))
+    backward = (new(rows, size), new(rows, size), new(rows, size), new(rows), alpha, seed if depth else None, values)
+    return forward, (*backward, partials, *gradients, depth, num_mixes, 0.2)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_operations_are_registered_rightly(depth):
+    for operation, own in zip((fused.forward, fused.backward), arguments(depth), strict=True):
+        torch.library.opcheck(operation, own)
+
+
+@pytest.fixture
+def triton():
+    """The fused kernels for models that the test makes."""
+    set_default_backend("triton")
+    yield
+    wanted.use_fused([])
+    set_default_backend(None)
+
+
+@pytest.mark.parametrize(
+    ("masked", "operations", "layers", "length"),
+    [(1, ["depth_mix"], 4, 7), (0, wanted.FUSED, 1, 16), (1, wanted.FUSED, 1, 17), (2, wanted.FUSED, 1, 16)],
+)
+def test_a_model_is_the_same_fused_and_not(triton, masked, operations, layers, length):
+    """MLM, hybrid, CLM: losses and all gradients, with dropout, documents and padding; also checkpointed."""
+    shape = {"hidden_size": 64, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+    torch.manual_seed(0)
+    model = GPTBert(dataclasses.replace(TINY, num_hidden_layers=layers, **shape))
+    for param in model.parameters():
+        param.data += 0.05 * torch.randn_like(param)
+    ids = torch.randint(16, TINY.vocab_size, (2, length), generator=torch.Generator().manual_seed(1))
+    documents = (torch.arange(length) // 7).repeat(2, 1)
+    documents[1, -4:] = -1
+    results, batch = [], Batch(ids, documents, ids, num_masked=masked)
+    for names, is_checkpointed in (((), False), (operations, False), (operations, True)):
+        wanted.use_fused(names)
+        for block in model.blocks:
+            block.is_checkpointed = is_checkpointed
+        model.zero_grad()
+        torch.manual_seed(5)  # of dropout
+        result = model(batch, torch.tensor([2.0, 0.5]), 1e-2)
+        result.total.backward()
+        results.append([result.total.detach(), *(param.grad.clone() for param in model.parameters())])
+    names = ["total", *(name for name, _ in model.named_parameters())]
+    for name, unfused, once, checkpointed in zip(names, *results, strict=True):
+        assert relative_error(once, unfused) < 1e-5, name
+        assert torch.equal(once, checkpointed), name
+    wanted.use_fused(operations)
+    model.eval()
+    with torch.no_grad():
+        states = model.encode(ids, documents, causal=True)
+        wanted.use_fused([])
+        torch.testing.assert_close(states, model.encode(ids, documents, causal=True), rtol=1e-5, atol=1e-5)
+
+
+@contextmanager
+def planted(module, old, new, folder):
+    """A bug in the kernels, or in the hash of dropout's masks."""
+    name = "kernels.dropout_hash" if module == "dropout_hash" else f"kernels.depth_mix.{module}"
+    with mutated(name, old, new, folder):
+        before = vars(kernel).copy()
+        if module == "dropout_hash":
+            vars(kernel).update({key: getattr(sys.modules[name], key) for key in ("are_kept", "first_words")})
+        try:
+            yield
+        finally:
+            vars(kernel).update(before)
+
+
+# No bug writes out of bounds: that would crash the tests, not fail them.
+MUTANTS = {
+    "weights of another mix": ("kernel", "return (depth - 1) * (depth + 2) // 2", "return (depth - 1) * depth // 2"),
+    "weights not transposed": ("kernel", "_row_of(m) + depth if BACKWARD else", "_row_of(depth) + m if BACKWARD else"),
+    "a representation too few": (
+        "kernel", "for index in tl.static_range(1, _G)",
+        "for index in tl.static_range(2, _G)",
+    ),
+    "without the sub-layer": ("kernel", "newest = x + output", "newest = x"),
+    "without the residual": ("kernel", "newest = x + output", "newest = output"),
+    "without the bias": ("kernel", "output += tl.load(bias_ptr", "output += 0 * tl.load(bias_ptr"),
+    "nothing dropped": ("kernel", "output = tl.where(kept, output * keep_scale, 0.0)", "output = output * keep_scale"),
+    "what is kept not scaled": (
+        "kernel", "output = tl.where(kept, output * keep_scale, 0.0)",
+        "output = tl.where(kept, output, 0.0)",
+    ),
+    "another mask": (
+        "dropout_hash", "words = (words ^ (words >> 13)) * 0xC2B2AE35",
+        "words = (words ^ (words >> 12)) * 0xC2B2AE35",
+    ),
+    "mean over the tile": ("kernel", "mean = tl.sum(mixed) / size", "mean = tl.sum(mixed) / BLOCK"),
+    "variance over the tile": ("kernel", "tl.sum(centered * centered) / size", "tl.sum(centered * centered) / BLOCK"),
+    "padding in the variance": ("kernel", "tl.where(is_inside, mixed - mean, 0.0)", "mixed - mean"),
+    "no eps": ("kernel", "/ size + eps)", "/ size)"),
+    "x without its gradient": ("kernel", "mask=is_inside & (has_x != 0)", "mask=is_inside & (has_x > 1)"),
+    "LayerNorm without its mean": ("kernel", "of_h - mean - h * along_h", "of_h - h * along_h"),
+    "LayerNorm without its direction": ("kernel", "of_h - mean - h * along_h", "of_h - mean"),
+    "LayerNorm without its scale": ("kernel", "inverse_std * (of_h", "(of_h"),
+    "own weight left out": ("kernel", "+ own_weight * grad", "+ grad"),
+    "deeper gradients left out": (
+        "kernel", "newest += _weighted(deeper, alpha_ptr, depth, depth + 1, last + 1, True) + own",
+        "newest += own",
+    ),
+    "gradients not dropped": (
+        "kernel", "newest = tl.where(kept, newest * keep_scale, 0.0)",
+        "newest = newest * keep_scale",
+    ),
+    "bias of the last row": ("kernel", "bias_sums += newest", "bias_sums = newest"),
+    "a group without the earlier ones": ("kernel", "has_partial = begin > 1", "has_partial = begin > 99"),
+    "a group without the deeper ones": (
+        "kernel", "has_partial, programs = last < num_mixes,",
+        "has_partial, programs = False,",
+    ),
+    "sums of one chunk": ("kernel", "sums[output] + _weighted(", "_weighted("),
+    "sums of one depth": (
+        "kernel", "_weighted(values, alpha_ptr, depth + output,",
+        "_weighted(values, alpha_ptr, depth,",
+    ),
+    "forward weights in the backward's sums": (
+        "kernel", "depth + output, start, end, BACKWARD),)",
+        "depth + output, start, end, False),)",
+    ),
+    "the newest without its gradient": ("kernel", "mask=(old <= last)[:, None]", "mask=(old < last)[:, None]"),
+    "one program's part": ("kernel", "mask=part < num_parts", "mask=part < 1"),
+}  # fmt: skip
+CASES = [(13, 12, 0.2), (2, 12, 0.2)]
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_planted_bugs_are_found(name, tmp_path, monkeypatch):
+    module, old, new = MUTANTS[name]
+    found = False
+    with planted(module, old, new, tmp_path), monkeypatch.context() as patch:
+        own = kernel.backward.__globals__  # the changed module's
+        patch.setitem(own, "GRAM_BLOCK", 32)  # several parts in a small case, and several rows of a program
+        patch.setitem(own, "PROGRAMS", 4)
+        for num_mixes, size, prob in CASES:
+            case = make_case(num_mixes, size)
+            if name == "no eps":
+                case[0][0].zero_()
+            actual = run(case, prob=prob)
+            exact, plain = (definition(case, dtype, prob=prob) for dtype in (torch.float64, torch.float32))
+            try:
+                for index, tensors in enumerate(zip(actual, exact, plain, strict=True)):
+                    assert_accurate(*tensors, name=str(index))
+            except AssertionError:
+                found = True
+                break
+    assert found
+
+
+def test_the_check_finds_them_too(tmp_path):
+    right = [comparison.passed for comparison in check.compare_fused(CPU, 3, 12, 7, torch.float32)]
+    assert all(right)
+    with planted("kernel", *MUTANTS["own weight left out"][1:], tmp_path):
+        assert not all(comparison.passed for comparison in check.compare_fused(CPU, 3, 12, 7, torch.float32))
