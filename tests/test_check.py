@@ -68,6 +68,7 @@ RUN = Run(
     lamb=True,
     buckets=False,
     attention=(1, 32, 16),
+    mixes=(32, 4),
 )
 
 

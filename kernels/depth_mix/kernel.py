@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.assembler import right_assembler
+from kernels.backend import interpreted
 from kernels.configuration import Configuration, launch_warps
 from kernels.dropout import keep_threshold
 from kernels.dropout_hash import are_kept, first_words
@@ -26,6 +27,7 @@ from kernels.dropout_hash import are_kept, first_words
 GROUP = 6
 _G = tl.constexpr(GROUP)
 NUM_WARPS = 4
+ROWS, ROWS_INTERPRETED = 1, 16
 # ptxas keeps to 96 registers where there is no dropout in the backward, as no training run has it
 _MOST_SPILLED = {"forward_kernel": {}, "backward_kernel": {"sm_90": 8}}
 COMBINE_BLOCK = 512  # elements of a program
@@ -75,26 +77,27 @@ _FREE = ["rows", "depth", "first", "last", "partial", "has_bias", "has_partial",
 @triton.jit(do_not_specialize=_FREE, do_not_specialize_on_alignment=["seed_ptr"])
 def forward_kernel(
     out_ptr, bias_ptr, x_ptr, alpha_ptr, seed_ptr, values_ptr, partials_ptr, mixed_ptr, normalized_ptr, inverse_std_ptr,
-    slot_stride: tl.int64, size, depth, first, partial, has_bias, has_partial, threshold,
+    slot_stride: tl.int64, rows, size, depth, first, partial, has_bias, has_partial, threshold,
     keep_scale: tl.float32, eps: tl.float32,
-    HAS_DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row of x_n and h_n. Depth 0 has no output of a sub-layer: x is y_0, and its own mix.
+    """ROWS rows of x_n and h_n. Depth 0 has no output of a sub-layer: x is y_0, and its own mix.
 
     The group's older representations are first … depth − 1; `partial` is the place of the others' sum.
     """
     # 1. Begin all loads: the sub-layer's output, x_{n−1}, older representations of the group, the others' sum.
-    row = tl.program_id(0)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
-    is_inside = columns < size
-    offsets = row * size + columns
+    is_inside = (row < rows)[:, None] & (columns < size)[None, :]
+    offsets = row[:, None] * size + columns[None, :]
     is_mix = depth > 0
     output = tl.load(out_ptr + offsets, mask=is_inside & is_mix, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + offsets, mask=is_inside, other=0.0).to(tl.float32)
     older = _representations(values_ptr, slot_stride, first, depth, offsets, is_inside)
     mixed = tl.load(partials_ptr + partial * slot_stride + offsets, mask=is_inside & (has_partial != 0), other=0.0)
     # 2. y_n = x_{n−1} + dropout(out + bias), in fp32; stored in the buffer's dtype.
-    output += tl.load(bias_ptr + columns, mask=is_inside & (has_bias != 0), other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + columns, mask=(columns < size) & (has_bias != 0), other=0.0)
+    output += bias.to(tl.float32)[None, :]
     if HAS_DROPOUT:
         kept = are_kept(first_words(offsets, seed_ptr), seed_ptr, threshold)
         output = tl.where(kept, output * keep_scale, 0.0)
@@ -105,12 +108,12 @@ def forward_kernel(
     mixed += tl.load(alpha_ptr + _row_of(depth) + depth, mask=is_mix, other=1.0) * newest
     tl.store(mixed_ptr + offsets, mixed.to(mixed_ptr.dtype.element_ty), mask=is_inside & is_mix)
     # 4. h_n = LayerNorm(x_n), and 1/σ for the backward.
-    mean = tl.sum(mixed) / size
-    centered = tl.where(is_inside, mixed - mean, 0.0)
-    inverse_std = tl.rsqrt(tl.sum(centered * centered) / size + eps)
-    normalized = centered * inverse_std
+    mean = tl.sum(mixed, axis=1) / size
+    centered = tl.where(is_inside, mixed - mean[:, None], 0.0)
+    inverse_std = tl.rsqrt(tl.sum(centered * centered, axis=1) / size + eps)
+    normalized = centered * inverse_std[:, None]
     tl.store(normalized_ptr + offsets, normalized.to(normalized_ptr.dtype.element_ty), mask=is_inside)
-    tl.store(inverse_std_ptr + row, inverse_std)
+    tl.store(inverse_std_ptr + row, inverse_std, mask=row < rows)
 
 
 @triton.jit(do_not_specialize=_FREE, do_not_specialize_on_alignment=["seed_ptr"])
@@ -119,31 +122,33 @@ def backward_kernel(
     grad_newest_ptr, grad_out_ptr, bias_parts_ptr,
     slot_stride: tl.int64, rows, size, depth, last, partial, has_bias, has_partial, has_x, has_h, threshold,
     keep_scale: tl.float32,
-    HAS_DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """∂x_n with its part through h_n, ∂y_n and ∂out_n, for every num_programs-th row; ∂bias's part of this program.
+    """∂x_n with its part through h_n, ∂y_n and ∂out_n, for every num_programs-th ROWS rows; ∂bias's part of them.
 
     The group's deeper gradients are those of x_{n+1} … x_last; `partial` is the place of the sum of deeper groups'.
     """
     columns = tl.arange(0, BLOCK)
-    is_inside = columns < size
     is_mix = depth > 0
     deeper_ptr = values_ptr + _G * slot_stride  # ∂x_m, at the place of y_{m+G}
     own_weight = tl.load(alpha_ptr + _row_of(depth) + depth, mask=is_mix, other=1.0)
-    bias_sums = tl.zeros([BLOCK], tl.float32)
-    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+    bias_sums = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
         # 1. Begin all loads.
-        offsets = row * size + columns
+        row = start + tl.arange(0, ROWS)
+        is_inside = (row < rows)[:, None] & (columns < size)[None, :]
+        offsets = row[:, None] * size + columns[None, :]
         grad = tl.load(grad_x_ptr + offsets, mask=is_inside & (has_x != 0), other=0.0).to(tl.float32)
         of_h = tl.load(grad_h_ptr + offsets, mask=is_inside & (has_h != 0), other=0.0).to(tl.float32)
         h = tl.load(normalized_ptr + offsets, mask=is_inside & (has_h != 0), other=0.0).to(tl.float32)
-        inverse_std = tl.load(inverse_std_ptr + row, mask=has_h != 0, other=0.0)
+        inverse_std = tl.load(inverse_std_ptr + row, mask=(row < rows) & (has_h != 0), other=0.0)
         deeper = _representations(deeper_ptr, slot_stride, depth + 1, last + 1, offsets, is_inside)
         newest = tl.load(partials_ptr + partial * slot_stride + offsets, mask=is_inside & (has_partial != 0), other=0.0)
         # 2. ∂x_n = what comes from the next y, and LayerNorm's: (∂h − mean(∂h) − h · mean(∂h · h)) / σ.
-        mean = tl.sum(of_h) / size
-        along_h = tl.sum(of_h * h) / size
-        grad += tl.where(is_inside, inverse_std * (of_h - mean - h * along_h), 0.0)
+        mean = tl.sum(of_h, axis=1) / size
+        along_h = tl.sum(of_h * h, axis=1) / size
+        of_x = inverse_std[:, None] * (of_h - mean[:, None] - h * along_h[:, None])
+        grad += tl.where(is_inside, of_x, 0.0)
         rounded = grad.to(values_ptr.dtype.element_ty)
         tl.store(deeper_ptr + depth * slot_stride + offsets, rounded, mask=is_inside & is_mix)
         # 3. ∂y_n = Σ_{k≥n} α_{k,n}·∂x_k, which is also the gradient of x_{n−1}.
@@ -155,7 +160,8 @@ def backward_kernel(
             newest = tl.where(kept, newest * keep_scale, 0.0)
         tl.store(grad_out_ptr + offsets, newest.to(grad_out_ptr.dtype.element_ty), mask=is_inside & is_mix)
         bias_sums += newest
-    tl.store(bias_parts_ptr + tl.program_id(0) * size + columns, bias_sums, mask=is_inside & (has_bias != 0))
+    sums = tl.sum(bias_sums, axis=0)
+    tl.store(bias_parts_ptr + tl.program_id(0) * size + columns, sums, mask=(columns < size) & (has_bias != 0))
 
 
 @triton.jit(do_not_specialize=["first", "end", "depth"])
@@ -246,12 +252,12 @@ def forward(
             first = begin
             if depth == begin:
                 _combine(values, alpha, partials, 0, begin, begin, min(GROUP, num_mixes - begin + 1), backward=False)
-        forward_kernel[(rows,)](
+        forward_kernel[(triton.cdiv(rows, launch_rows()),)](
             x if out is None else out, alpha if bias is None else bias, x, alpha, alpha if seed is None else seed,
             values, partials, mixed, normalized, inverse_std,
-            rows * size, size, depth, first, depth - begin, int(bias is not None), int(has_partial),
+            rows * size, rows, size, depth, first, depth - begin, int(bias is not None), int(has_partial),
             *_dropout(seed, dropout_prob), eps,
-            **_constants(size, has_dropout=seed is not None), num_warps=launch_warps(NUM_WARPS),
+            **_constants(size, launch_rows(), has_dropout=seed is not None), num_warps=launch_warps(NUM_WARPS),
         )  # fmt: skip
 
 
@@ -276,7 +282,7 @@ def backward(
     rows, size = normalized.shape
     begin, last = _group(depth), min(_group(depth) + GROUP - 1, num_mixes)
     lowest = begin if begin > 1 else 0  # of the group; y_0 counts to the first
-    has_partial, programs = last < num_mixes, min(rows, PROGRAMS)
+    has_partial, programs = last < num_mixes, min(triton.cdiv(rows, launch_rows()), PROGRAMS)
     bias_parts = normalized.new_empty(programs if grad_bias is not None else 0, size, dtype=torch.float32)
     with torch.cuda.device_of(normalized):
         if has_partial and depth == last:
@@ -287,7 +293,7 @@ def backward(
             grad_newest, normalized if grad_out is None else grad_out, bias_parts,
             rows * size, rows, size, depth, last, depth - lowest, int(grad_bias is not None), int(has_partial),
             int(grad_x is not None), int(grad_h is not None), *_dropout(seed, dropout_prob),
-            **_constants(size, has_dropout=seed is not None), num_warps=launch_warps(NUM_WARPS),
+            **_constants(size, launch_rows(), has_dropout=seed is not None), num_warps=launch_warps(NUM_WARPS),
         )  # fmt: skip
         if grad_bias is not None:
             torch.sum(bias_parts, dim=0, out=grad_bias)
@@ -337,8 +343,13 @@ def _dropout(seed: Tensor | None, dropout_prob: float) -> tuple[int, float]:
     return min(keep_threshold(probability), 2**31 - 1), 1 / (1 - probability)
 
 
-def _constants(size: int, *, has_dropout: bool) -> dict[str, Any]:
-    return {"HAS_DROPOUT": has_dropout, "BLOCK": triton.next_power_of_2(size)}
+def launch_rows() -> int:
+    """Rows of a program: one, but in the interpreter, which takes 13 ms for a program of any size, more."""
+    return ROWS_INTERPRETED if interpreted() else ROWS
+
+
+def _constants(size: int, rows: int, *, has_dropout: bool) -> dict[str, Any]:
+    return {"HAS_DROPOUT": has_dropout, "ROWS": rows, "BLOCK": triton.next_power_of_2(size)}
 
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -403,7 +414,7 @@ def _mix_configuration(kernel: Any, size: int, dtype: str, *, has_dropout: bool)
         f"depth_mix/{kernel.__name__.removesuffix('_kernel')} {dtype} D={size}{' dropout' if has_dropout else ''}",
         kernel,
         _types(kernel, dtype) | ({} if has_dropout else {"seed_ptr": "*fp32"}),
-        _constants(size, has_dropout=has_dropout),
+        _constants(size, ROWS, has_dropout=has_dropout),
         num_warps=NUM_WARPS,
         aligned=_aligned(kernel),
         most_spilled={} if has_dropout else _MOST_SPILLED[kernel.__name__],
@@ -424,7 +435,7 @@ def _types(kernel: Any, dtype: str) -> dict[str, str]:
     narrow = ("out_ptr", "values_ptr", "normalized_ptr", "grad_h_ptr", "grad_out_ptr")
     kinds = {"seed_ptr": "*i32", "slot_stride": "i64", "keep_scale": "fp32", "eps": "fp32"}
     kinds |= dict.fromkeys(narrow, f"*{dtype}")
-    constants = {"HAS_DROPOUT", "BLOCK", "OUTPUTS", "BACKWARD", "REPRESENTATIONS"}
+    constants = {"HAS_DROPOUT", "ROWS", "BLOCK", "OUTPUTS", "BACKWARD", "REPRESENTATIONS"}
     return {
         name: kinds.get(name, "*fp32" if name.endswith("_ptr") else "i32")
         for name in kernel.arg_names
