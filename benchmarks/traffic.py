@@ -29,6 +29,7 @@ from gptbert.errors import InputError
 from gptbert.io.screen import table_row
 from gptbert.model import GPTBert
 from kernels import IGNORE_INDEX, cross_entropy_from_logits, lamb_step, masked_cross_entropy, span_mask
+from kernels.depth_mix.fused import GROUP, FusedMixes
 from kernels.padding import padded_rows
 
 VOCAB_SIZES = (8192, 16384, 32768, 50257, 65536)
@@ -42,9 +43,10 @@ LIGER_BAR = 0.65
 MASKED_LAUNCHES = 3  # rows, sums over rows, gradients times grad_output
 LAMB_BYTES, LAMB_BAR, LAMB_LAUNCHES = 52, 1.01, 4
 SPAN_MASK_BAR = 1.1
+MIX_BYTES = 1650  # per token and D, for the 24 mixes of 12 layers, forward and backward
 WIDTHS = (52, 11, 11, 6, 8, 10, 11)  # of the table's columns
 
-Operation = Literal["cross_entropy", "masked_cross_entropy", "lamb", "span_mask"]
+Operation = Literal["cross_entropy", "masked_cross_entropy", "lamb", "span_mask", "depth_mix"]
 
 
 @dataclass
@@ -313,6 +315,41 @@ def span_mask_jobs(length: int) -> Iterator[CountedJob]:
         yield _job(name, counted, fewest, SPAN_MASK_BAR)
 
 
+def depth_mix_job(num_mixes: int = 24, rows: int = 64, size: int = 256) -> CountedJob:
+    """The fused mixes of a forward in bf16 (every second with a bias), and their backward.
+
+    Minimum in groups of G = 6 mixes, per token and D, where x_n, ∂x_n between mixes and partial sums have 4 bytes and
+    the rest 2: each mix's own tensors, 14 bytes forward and 16 backward (8 and 12 for x_0); in both directions the
+    group's other representations, 2 bytes each, and a partial sum for all but one group, 4; to make that sum, all
+    representations of the groups before (behind) it, and itself; and for ∂α of a group, all y up to it, and its ∂x.
+    """
+    groups = [range(first, min(first + GROUP, num_mixes + 1)) for first in range(1, num_mixes + 1, GROUP)]
+    forward, backward = 8 + 14 * num_mixes, 12 + 16 * num_mixes
+    for group in groups:
+        first, last, count = group[0], group[-1], len(group)
+        own = count * (count - 1) // 2
+        forward += 2 * (own if first > 1 else own + count) + (2 * first + 8 * count if first > 1 else 0)
+        with_start = count + (first == 1)
+        backward += 2 * (own if first > 1 else own + count) + 2 * (last + 1 + count)
+        backward += 2 * (num_mixes - last) + 8 * with_start if last < num_mixes else 0
+    generator = torch.Generator().manual_seed(5)
+    alphas = [torch.randn(depth + 1, generator=generator).requires_grad_() for depth in range(1, num_mixes + 1)]
+    first = torch.randn(rows, size, generator=generator).requires_grad_()
+    out = torch.randn(rows, size, generator=generator).bfloat16()
+    bias, seed = torch.zeros(size), torch.tensor([1, 2], dtype=torch.int32)
+    # few programs, since the rows are few: a program's partial sums are written for thousands of tokens, not for one
+    with Counted() as counted, patch.object(importlib.import_module("kernels.depth_mix.kernel"), "PROGRAMS", 2):
+        mixes = FusedMixes(alphas, torch.bfloat16, 0.1, 1e-5)
+        x, normalized = mixes.start(first)
+        used = [normalized]
+        for depth in range(num_mixes):
+            x, normalized = mixes.mix(out, None if depth % 2 else bias, x, seed)
+            used.append(normalized)
+        (x.sum() + sum(each.float().sum() for each in used)).backward()
+    fewest = (forward + backward) * rows * size
+    return _job(f"depth_mix {num_mixes} mixes", counted, fewest, MIX_BYTES / (forward + backward))
+
+
 def _job(name: str, counted: Counted, fewest: int, bar: float) -> CountedJob:
     return CountedJob(name, counted.total, fewest, bar, counted.launches, kernels=counted.kernels)
 
@@ -331,7 +368,7 @@ def _labels(rows: int, ignored: int, vocab_size: int) -> Tensor:
 class TrafficConfig:
     """Count the bytes that the kernels move, in Triton's interpreter."""
 
-    op: tuple[Operation, ...] = ("cross_entropy", "masked_cross_entropy", "lamb", "span_mask")
+    op: tuple[Operation, ...] = ("cross_entropy", "masked_cross_entropy", "lamb", "span_mask", "depth_mix")
     """Operations to count."""
     lamb_config: str = "small.json"
     """Model in configs/ whose parameters LAMB updates."""
@@ -353,6 +390,8 @@ def count(config: TrafficConfig) -> Iterator[CountedJob]:
     if "span_mask" in config.op:
         for length in LENGTHS:
             yield from span_mask_jobs(length)
+    if "depth_mix" in config.op:
+        yield depth_mix_job()
 
 
 def run(config: TrafficConfig) -> None:

@@ -16,6 +16,7 @@ from gptbert.model.compilation import compile_blocks
 from gptbert.monitoring.samples import Samples
 from gptbert.schedules import batch_size, length_factor
 from gptbert.trainer import Trainer
+from gptbert.training.step import autocast
 from kernels import IGNORE_INDEX
 from tests.conftest import TINY
 from tests.numerics import assert_accurate
@@ -120,7 +121,7 @@ def test_a_whole_run_compiles_its_shapes_once(tmp_path, even_short_runs):
         trainer.train_step(trainer.loader.load(step))
         if step in {0, 30, 37}:
             trainer.validation_record()
-            assert samples(trainer.model, trainer._precision())
+            assert samples(trainer.model, autocast(trainer.config, trainer.world.device))
         graphs.append(counters["stats"]["unique_graphs"])
         shapes.append((batch_size(config, step), length_factor(config, step)))
     assert len({rows for rows, _ in shapes}) > 4

@@ -222,7 +222,7 @@ MUTANTS = {
     ),
     "without the sub-layer": ("kernel", "newest = x + output", "newest = x"),
     "without the residual": ("kernel", "newest = x + output", "newest = output"),
-    "without the bias": ("kernel", "output += bias.to(tl.float32)[None, :]", "output += 0 * bias.to(tl.float32)[None, :]"),
+    "without the bias": ("kernel", "output += bias.to(tl.float32)", "output += 0 * bias.to(tl.float32)"),
     "nothing dropped": ("kernel", "output = tl.where(kept, output * keep_scale, 0.0)", "output = output * keep_scale"),
     "what is kept not scaled": (
         "kernel", "output = tl.where(kept, output * keep_scale, 0.0)",

@@ -178,6 +178,13 @@ def test_lamb_updates_the_tensors_of_the_small_model():
     assert 29e6 < sum(shape.numel() for shape in shapes) < 31e6
 
 
+def test_mixes_move_what_groups_of_six_must():
+    job = traffic.depth_mix_job(rows=32, size=128)
+    assert job.fewest == 1626 * 32 * 128
+    assert job.broken_bars() == []
+    assert 1 <= job.ratio < job.bar
+
+
 @pytest.mark.parametrize("length", traffic.LENGTHS)
 def test_span_mask_reads_and_writes_each_token_once(length):
     plain, counted = traffic.span_mask_jobs(length)

@@ -267,14 +267,14 @@ def run_with_kernels(inputs, kernels, **changes):
 
 
 def test_both_backends_train_the_same(inputs):
-    """Masks are bitwise equal, so losses differ only by rounding; optimizer states have the same format.
+    """Masks are bitwise equal, so losses differ only by rounding, which LAMB amplifies; states have the same format.
 
     States are compared after the first step: its update divides rounding errors by gradients that are as small.
     """
     torch_losses, torch_checkpoint = run_with_kernels(inputs, "torch")
     triton_losses, triton_checkpoint = run_with_kernels(inputs, "triton", kernel_check="off")
     assert len(torch_losses) > 10
-    assert triton_losses == pytest.approx(torch_losses, rel=1e-5)
+    assert triton_losses == pytest.approx(torch_losses, rel=1e-4)
     states = [
         torch.load(checkpoint / "training_state.pt", weights_only=True)["optimizer"]["state"]
         for checkpoint in (torch_checkpoint, triton_checkpoint)

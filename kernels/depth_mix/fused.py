@@ -10,6 +10,7 @@ from torch import Tensor
 from kernels import wanted
 from kernels.backend import choose_backend
 
+GROUP = 6  # mixes
 WIDEST = 8192  # D: one program has a whole row
 MOST_MIXES = 127  # the weights' gradients are tiles of all representations
 
@@ -59,9 +60,9 @@ class FusedMixes:
 
     def start(self, first: Tensor) -> tuple[Tensor, Tensor]:
         """y_0 [..., D] to x_0, which equals it, and h_0."""
-        group, size = _kernel().GROUP, first.numel()
-        self.values = first.new_empty(self.num_mixes + 1 + group, size, dtype=self._dtype)
-        self.partials = first.new_empty(group + 1 if self.num_mixes > group else 0, size, dtype=torch.float32)
+        size, num_partials = first.numel(), GROUP + 1 if self.num_mixes > GROUP else 0
+        self.values = first.new_empty(self.num_mixes + 1 + GROUP, size, dtype=self._dtype)
+        self.partials = first.new_empty(num_partials, size, dtype=torch.float32)
         self.grad_alpha = torch.empty_like(self._alpha)
         return _Start.apply(first, self._alpha, self)
 

@@ -21,10 +21,10 @@ from torch import Tensor
 from kernels.assembler import right_assembler
 from kernels.backend import interpreted
 from kernels.configuration import Configuration, launch_warps
+from kernels.depth_mix.fused import GROUP
 from kernels.dropout import keep_threshold
 from kernels.dropout_hash import are_kept, first_words
 
-GROUP = 6
 _G = tl.constexpr(GROUP)
 NUM_WARPS = 4
 ROWS, ROWS_INTERPRETED = 1, 16
