@@ -1,7 +1,9 @@
-"""All depth-weighted averages of a forward and its backward, as layer weighting takes them."""
+"""All depth-weighted averages of a forward and its backward: alone, and with what surrounds them in the model."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -9,7 +11,11 @@ from torch import Tensor
 
 from benchmarks import machine, peers
 from benchmarks.measurement import BASELINE, Measurement
-from kernels.depth_mix import buffer, check, depth_mix, depth_mix_backward, reference
+from gptbert.model.layer_weighting import LayerWeighting, Representations
+from kernels.add_bias import add_bias
+from kernels.depth_mix import FusedMixes, buffer, check, depth_mix, depth_mix_backward, reference
+from kernels.dropout import dropout
+from kernels.normalize import normalize
 from kernels.numerics import Comparison
 
 GRAD = 0.1  # of every mix
@@ -74,3 +80,89 @@ def make_inputs(shape: Shape) -> Inputs:
     generator = torch.Generator().manual_seed(shape.L)
     values = [torch.randn(shape.N, generator=generator).to(machine.device()) for _ in range(shape.L)]
     return values, torch.randn(shape.L, shape.L, generator=generator).tril().to(machine.device())
+
+
+class Whole(NamedTuple):
+    """M mixes of R rows of D."""
+
+    R: int
+    D: int
+    M: int
+
+    def __str__(self) -> str:
+        return f"R={self.R} D={self.D} M={self.M}"
+
+
+WHOLE = [Whole(4096, 384, 24)]
+TINY_WHOLE = Whole(5, 16, 3)
+EPS, DROPOUT = 1e-5, 0.1
+
+
+class WholeInputs(NamedTuple):
+    """y_0 [R, D], each mix's weights, one bias [D] and one seed of dropout."""
+
+    first: Tensor
+    weightings: list[LayerWeighting]
+    bias: Tensor
+    seed: Tensor
+
+
+def _fused(inputs: WholeInputs) -> Tensor:
+    dtype = torch.bfloat16 if machine.device().type == "cuda" else torch.float32
+    mixes = FusedMixes([weighting.alpha for weighting in inputs.weightings], dtype, DROPOUT, EPS)
+    x, normalized = mixes.start(inputs.first)
+    for _ in inputs.weightings:
+        x, normalized = mixes.mix(normalized, inputs.bias, x, inputs.seed)
+    return x
+
+
+def _unfused(inputs: WholeInputs) -> Tensor:
+    with torch.autocast(machine.device().type, torch.bfloat16):
+        representations = Representations(len(inputs.weightings) + 1)
+        x = representations.start(inputs.first)
+        for weighting in inputs.weightings:
+            output = dropout(add_bias(normalize(x, EPS), inputs.bias), inputs.seed, DROPOUT)
+            x = weighting(x + output, representations)
+    return x
+
+
+WHOLE_IMPLEMENTATIONS = {"triton": _fused, BASELINE: _unfused}
+
+
+@pytest.mark.parametrize("impl", WHOLE_IMPLEMENTATIONS)
+@pytest.mark.parametrize("shape", WHOLE, ids=str)
+def test_whole_mixes(measurement: Measurement, impl: str, shape: Whole) -> None:
+    """Sub-layers that are the identity: bias, dropout, residual connection, mix and LayerNorm, and their backward."""
+    peers.skip_unless_possible(impl)
+    shape = shape if measurement.enabled else TINY_WHOLE
+    inputs = make_whole_inputs(shape)
+    measurement.prove(whole_proof(impl, shape))
+    baseline = None if impl == BASELINE else functools.partial(whole_gradients, _unfused, inputs)
+    measurement.time(functools.partial(whole_gradients, WHOLE_IMPLEMENTATIONS[impl], inputs), baseline)
+
+
+def make_whole_inputs(shape: Whole) -> WholeInputs:
+    """Weights that are not those at the start."""
+    torch.manual_seed(shape.M)
+    weightings = [LayerWeighting(depth + 1) for depth in range(1, shape.M + 1)]
+    for weighting in weightings:
+        weighting.alpha.data += torch.randn_like(weighting.alpha) / len(weighting.alpha)
+        weighting.to(machine.device())
+    first, bias = torch.randn(shape.R, shape.D), torch.randn(shape.D)
+    tensors = [tensor.to(machine.device()).requires_grad_() for tensor in (first, bias)]
+    return WholeInputs(tensors[0], weightings, tensors[1], torch.tensor([1, 2], dtype=torch.int32).to(machine.device()))
+
+
+def whole_gradients(function: Callable[[WholeInputs], Tensor], inputs: WholeInputs) -> tuple[Tensor, ...]:
+    """The last x's sum, differentiated by all inputs."""
+    weights = [weighting.alpha for weighting in inputs.weightings]
+    return torch.autograd.grad(function(inputs).sum(), [inputs.first, inputs.bias, *weights])
+
+
+def whole_proof(impl: str, shape: Whole) -> Iterator[Comparison]:
+    """The operation's check at this shape; the other implementation is proven apart."""
+    if impl == "triton":
+        dtype = torch.bfloat16 if machine.device().type == "cuda" else torch.float32
+        yield from check.compare_fused(machine.device(), min(shape.R, 300), shape.D, shape.M, dtype)
+    else:
+        yield from check.comparisons(torch.device("cpu"), "torch")

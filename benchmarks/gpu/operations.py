@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import bench_attention_context as bench_attention
-from benchmarks import bench_lamb, bench_span_mask, machine, peers
+from benchmarks import bench_depth_mix, bench_lamb, bench_span_mask, machine, peers
 from benchmarks import bench_masked_cross_entropy as bench_cross_entropy
 from benchmarks.gpu.profile import profile
 from benchmarks.gpu.settings import Settings
@@ -37,6 +37,11 @@ ATTENTION = (  # B, T, H: base and small
     bench_attention.Whole(64, 512, 12),
     bench_attention.Whole(256, 128, 6),
     bench_attention.Whole(32, 128, 12),
+)
+MIXES = (  # R, D, M: base and small
+    bench_depth_mix.Whole(32768, 768, 24),
+    bench_depth_mix.Whole(4096, 768, 24),
+    bench_depth_mix.Whole(32768, 384, 24),
 )
 SPAN_MASK = (bench_span_mask.Shape(32, 136), bench_span_mask.Shape(256, 520))
 LAMB = ("small", "base_32k")
@@ -110,7 +115,7 @@ def compile_first(settings: Settings) -> Iterator[dict[str, Any]]:
 
 def jobs(settings: Settings) -> Iterator[Job]:
     """All jobs: those of bars first, those that take minutes to compile last."""
-    kinds = (_cross_entropy, _attention, _from_logits, _lamb, _span_mask)
+    kinds = (_cross_entropy, _attention, _mixes, _from_logits, _lamb, _span_mask)
     found = [job for kind in kinds for job in kind(settings)]
     yield from sorted(found, key=lambda job: job.is_slow_to_compile)
 
@@ -149,6 +154,18 @@ def _make_attention(
 ) -> tuple[Run, Proof]:
     bench = bench_attention
     function = _compiled(function, settings) if impl == COMPILED else function
+    run = functools.partial(bench.whole_gradients, function, bench.make_whole_inputs(shape))
+    return run, functools.partial(bench.whole_proof, impl, shape)
+
+
+def _mixes(settings: Settings) -> Iterator[Job]:
+    for shape in (bench_depth_mix.TINY_WHOLE,) if settings.rehearse else MIXES:
+        for impl, function in bench_depth_mix.WHOLE_IMPLEMENTATIONS.items():
+            yield Job(f"mixes {shape}", impl, functools.partial(_make_mixes, shape, impl, function))
+
+
+def _make_mixes(shape: bench_depth_mix.Whole, impl: str, function: Callable) -> tuple[Run, Proof]:
+    bench = bench_depth_mix
     run = functools.partial(bench.whole_gradients, function, bench.make_whole_inputs(shape))
     return run, functools.partial(bench.whole_proof, impl, shape)
 
