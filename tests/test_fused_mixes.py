@@ -15,7 +15,7 @@ from gptbert.model import GPTBert
 from gptbert.model.batch import Batch
 from kernels import wanted
 from kernels.backend import set_default_backend
-from kernels.depth_mix import FusedMixes, check, fused, is_fused, kernel
+from kernels.depth_mix import FusedMixes, check, is_fused, kernel
 from kernels.dropout import dropout
 from tests.conftest import TINY
 from tests.mutation import mutated
@@ -131,26 +131,6 @@ def test_an_address_elsewhere_is_seen(tmp_path):
     with planted("kernel", old, new, tmp_path), checked_addresses() as faults:
         run(make_case(1, 5))
     assert "load of 4 bytes" in faults
-
-
-def arguments(depth, num_mixes=2, size=8, rows=3):
-    """Of both operations, as a forward of two mixes gives them."""
-    torch.manual_seed(0)
-    new = torch.randn
-    alpha, values = new(5), new(num_mixes + 1 + kernel.GROUP, rows * size)
-    partials, seed = new(0, rows * size), torch.tensor([3, 4], dtype=torch.int32)
-    out, bias = (new(rows, size), new(size)) if depth else (None, None)
-    forward = (out, bias, new(rows, size), alpha, seed if depth else None, values, partials, new(rows, size))
-    forward = (*forward, new(rows, size), new(rows), depth, num_mixes, 0.2, EPS)
-    gradients = (new(rows, size), new(rows, size) if depth else None, new(size) if depth else None, new(5))
-    backward = (new(rows, size), new(rows, size), new(rows, size), new(rows), alpha, seed if depth else None, values)
-    return forward, (*backward, partials, *gradients, depth, num_mixes, 0.2)
-
-
-@pytest.mark.parametrize("depth", [0, 1, 2])
-def test_operations_are_registered_rightly(depth):
-    for operation, own in zip((fused.forward, fused.backward), arguments(depth), strict=True):
-        torch.library.opcheck(operation, own)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from kernels import cross_entropy_from_logits, masked_cross_entropy, span_mask
 from kernels.attention_context import fused
 from kernels.attention_context.bucket_sums import bucket_sums
 from kernels.configuration import TRITON_OPERATIONS
+from kernels.depth_mix import fused as mixes
 from kernels.lamb import lamb_step
 from kernels.lamb import op as lamb
 from kernels.masked_cross_entropy import op as cross_entropy
@@ -217,7 +218,28 @@ def opcheck_fused_attention_backward(device):
     return fused.backward, [(torch.ones_like(output), *saved, *inputs[10:])]
 
 
+def mix_arguments(device, depth):
+    """Of both operations of the mixes, in a forward of two: three rows of eight."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    rows = [random(3, 8, device=device, seed=seed) for seed in range(6)]
+    narrow = [each.to(dtype) for each in rows]
+    alpha, values = random(5, device=device), random(3 + mixes.GROUP, 24, device=device).to(dtype)
+    partials, inverse_std, bias = random(0, 24, device=device), random(3, device=device), random(8, device=device)
+    seed = torch.tensor([77, -5], dtype=torch.int32, device=device) if depth else None
+    tensors = (narrow[0] if depth else None, bias if depth else None, rows[1], alpha, seed, values, partials)
+    forward = (*tensors, rows[2], narrow[3], inverse_std, depth, 2, 0.2, 1e-5)
+    gradients = (rows[4], narrow[5] if depth else None, bias if depth else None, alpha.clone())
+    saved = (rows[0], narrow[1], narrow[3], inverse_std, alpha, seed, values, partials)
+    return forward, (*saved, *gradients, depth, 2, 0.2)
+
+
+def opcheck_mixes(operation, index):
+    return lambda device: (operation, [mix_arguments(device, depth)[index] for depth in range(3)])
+
+
 OPERATIONS_REGISTERED = {
+    "depth_mix": opcheck_mixes(mixes.forward, 0),
+    "depth_mix_backward": opcheck_mixes(mixes.backward, 1),
     "fused_attention": opcheck_fused_attention,
     "fused_attention_backward": opcheck_fused_attention_backward,
     "span_mask": opcheck_masking,

@@ -33,7 +33,7 @@ def no_waiting(device):
 
 def make_trainer(inputs, device, **changes):
     settings = {"device": device.type, "mixed_precision": True, "no_compile": True, "kernel_check": "off"}
-    sizes = {"seq_length": 16, "global_batch_size": 8, "local_batch_size": 4}
+    sizes = {"seq_length": 16, "global_batch_size": 8, "local_batch_size": 4, "batch_reduction": 1}
     config = parse(TrainConfig, flags(inputs, **settings | sizes | changes))
     trainer = Trainer(config, Inputs.open(config), HybridPlan(config, 1), World(0, 1, torch.device(device.type, 0)))
     trainer.micro_batches.has_fixed_shapes = True  # as on a GPU, so that the rehearsal has them too
@@ -84,8 +84,9 @@ def test_recorded_steps_have_the_bits_of_eager_ones(inputs, device, optimizer, c
             [torch.stack(norms), trainer.sums.sums, *trainer.model.parameters(), *trainer.ema.model.parameters()]
         )
         if mode == "on" and device.type == "cuda":
-            recorded = trainer.training_step.recorder.recorded
-            assert len(recorded) == 2 + (optimizer != "muon"), "one for each row length, and the update"
+            recorder = trainer.training_step.recorder
+            assert recorder.is_on, "no recording failed"
+            assert len(recorder.recorded) >= 2
     assert ends[0][0].isfinite().all()
     for one, other in zip(*ends, strict=True):
         assert torch.equal(one.detach(), other.detach())
