@@ -28,7 +28,7 @@ from kernels import depth_mix
 from kernels.attention_context.fused import is_fused
 from kernels.check import WAY_ON
 from kernels.run import Run
-from kernels.wanted import FUSED, use_fused
+from kernels.wanted import FUSED, is_wanted, use_fused
 
 SECONDS = 300  # timeout; it takes some five without a compile cache
 
@@ -150,7 +150,7 @@ def agree_on_fused(reasons: dict[str, str], world: World) -> None:
         world: the run's processes.
     """
     reasons = {op: reason for each in reversed(world.all_gather(reasons)) for op, reason in each.items()}
-    use_fused([op for op in FUSED if op not in reasons])
+    use_fused([op for op in FUSED if is_wanted(op) and op not in reasons])
     if world.is_main:
         for op, reason in sorted(reasons.items()):
             log(f"{op} is not fused in this run: {reason}")

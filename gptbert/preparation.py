@@ -14,6 +14,7 @@ from gptbert.errors import InputError
 from gptbert.io.json_file import write_json
 from gptbert.io.screen import log
 from kernels import cpp
+from kernels.assembler import is_right, right_assembler
 from kernels.backend import choose_backend, chosen_by_name, set_default_backend
 from kernels.check import first_failure, run_checks
 from kernels.wanted import FUSED, use_fused
@@ -30,10 +31,20 @@ def prepare_kernels(config: TrainConfig, world: World) -> str:
     """
     try:
         set_default_backend(None if config.kernels == "auto" else config.kernels)
-        use_fused(FUSED)  # unless `gptbert.kernel_check` finds one wrong
-        return choose_backend(None, world.device)
+        backend = choose_backend(None, world.device)
     except ValueError as error:
         raise InputError(f"--kernels {config.kernels}: {error}") from None
+    use_fused(FUSED)  # unless `gptbert.kernel_check` finds one wrong
+    if backend == "triton" and world.device.type == "cuda":
+        with right_assembler() as release:
+            if not is_right(release):
+                use_fused(())
+                if world.is_main:
+                    log(
+                        f"ptxas {release} is known to make wrong code of matrix products, so nothing is fused in this "
+                        "run; TRITON_PTXAS_PATH in the environment names another"
+                    )
+    return backend
 
 
 def prepare_cpp_kernels(config: TrainConfig, world: World, *, is_compiled: bool) -> str:

@@ -33,11 +33,16 @@ def right_assembler() -> Iterator[str | None]:
         os.environ.pop(_VARIABLE, None)
 
 
+def is_right(release: str | None) -> bool:
+    """Whether a release of ptxas is not known to make wrong code; None is no assembler of NVIDIA's."""
+    return release is None or not release.startswith(_WRONG)
+
+
 @functools.cache
 def _choice() -> tuple[str | None, str | None]:
     """Path of the assembler to use instead of Triton's first, or None; and the release that is used."""
     first, later = _release_of("ptxas"), _release_of("ptxas_blackwell")
-    if first is None or later is None or not first.startswith(_WRONG) or later.startswith(_WRONG):
+    if is_right(first) or later is None or not is_right(later):
         return None, first
     return importlib.import_module("triton.knobs").nvidia.ptxas_blackwell.path, later
 

@@ -13,11 +13,13 @@ import torch.nn.functional as F
 
 from gptbert.model import GPTBert
 from gptbert.model.batch import Batch
+from gptbert.model.compilation import compile_blocks
 from kernels import wanted
 from kernels.backend import set_default_backend
 from kernels.depth_mix import FusedMixes, check, is_fused, kernel
 from kernels.dropout import dropout
 from tests.conftest import TINY
+from tests.gpu.tracing import trace_only
 from tests.mutation import mutated
 from tests.numerics import assert_accurate, relative_error
 from tests.sanitizer import checked_addresses
@@ -176,6 +178,28 @@ def test_a_model_is_the_same_fused_and_not(triton, masked, operations, layers, l
         states = model.encode(ids, documents, causal=True)
         wanted.use_fused([])
         torch.testing.assert_close(states, model.encode(ids, documents, causal=True), rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_sub_layers_are_eager_ones_for_any_number_of_rows(triton, fresh_compiler, monkeypatch):
+    trace_only(monkeypatch)  # Inductor takes minutes
+    wanted.use_fused(wanted.FUSED)
+    shape = {"hidden_size": 64, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+    torch.manual_seed(0)
+    model = GPTBert(dataclasses.replace(TINY, num_hidden_layers=1, **shape))
+    ends = []
+    for is_compiled in (False, True):
+        if is_compiled:
+            compile_blocks(model.blocks, mixed_precision=False)
+        for rows in (2, 3):
+            ids = torch.randint(16, TINY.vocab_size, (rows, 16), generator=torch.Generator().manual_seed(rows))
+            model.zero_grad()
+            torch.manual_seed(5)
+            with torch._dynamo.config.patch(error_on_recompile=rows == 3):
+                result = model(Batch(ids, torch.zeros_like(ids), ids, num_masked=1))
+            result.total.backward()
+            ends.append([result.total.detach(), *(param.grad.clone() for param in model.parameters())])
+    for eager, compiled in zip([*ends[0], *ends[1]], [*ends[2], *ends[3]], strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
 
 
 @contextmanager

@@ -65,6 +65,7 @@ def test_fused_operations_that_fail_are_done_without(plant, capfd):
     reasons = finish(run)
     assert reasons.keys() == {"attention_context"}
     assert re.match("kernel check failed: attention_context, fused .*: error [^;]*$", reasons["attention_context"])
+    wanted.use_fused(wanted.FUSED)
     module.agree_on_fused(reasons, World(0, 1, torch.device("cpu")))
     assert [wanted.is_wanted(op) for op in ("attention_context", "depth_mix")] == [False, True]
     assert capfd.readouterr().err.startswith("attention_context is not fused in this run: kernel check failed: ")

@@ -13,6 +13,8 @@ from gptbert.distributed.world import World
 from gptbert.io.screen import log
 from gptbert.model.objective import Objective
 from gptbert.monitoring import recipes
+from kernels.assembler import right_assembler
+from kernels.wanted import FUSED, is_wanted
 
 
 def print_header(
@@ -25,10 +27,22 @@ def print_header(
         f"{inputs.num_train_tokens:,} training tokens, {model.num_hidden_layers} layers of {model.hidden_size}, "
         f"run folder {config.run_dir}"
     )
+    if backend == "triton":
+        log(_ways(config, world))
     if config.checkpoint_words:
         log(words.forecast())
     if warning := recipes.warning(config):
         log(warning)
+
+
+def _ways(config: TrainConfig, world: World) -> str:
+    """What a run with Triton kernels does with them, for a bug report."""
+    ways = [f"fused: {', '.join(filter(is_wanted, FUSED)) or 'nothing'}"]
+    with right_assembler() as release:
+        if world.device.type == "cuda" and release is not None:
+            ways.append(f"assembled by ptxas {release}")
+    ways.append("steps " + ("recorded in CUDA graphs" if config.is_recorded(world.device.type) else "not recorded"))
+    return "; ".join(ways)
 
 
 def progress_bar(config: TrainConfig, world: World, first_step: int) -> tqdm:
