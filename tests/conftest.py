@@ -25,6 +25,7 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="gptbert-hf-")
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.data.token_store import TokenStore
 from kernels.backend import BACKENDS, set_default_backend
+from kernels.wanted import use_fused
 from tests.scans import scan_by_doubling
 
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
@@ -47,10 +48,12 @@ TINY = ModelConfig(
 
 @pytest.fixture(autouse=True)
 def no_choice_stays():
-    """A run sets the default backend of its process; without this, later tests would inherit it."""
+    """A run sets its process's backend and fused operations; without this, later tests would inherit them."""
     set_default_backend(None)  # a module's fixture may have set it
+    use_fused(())
     yield
     set_default_backend(None)
+    use_fused(())
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 import kernels.backend
 from kernels.attention_context import fused
 from kernels.configuration import TRITON_OPERATIONS
+from kernels.depth_mix import kernel as mixes
 
 launches = {}
 
@@ -62,6 +63,7 @@ def main() -> None:
     kernels.backend.interpreted = lambda: True  # treat CPU tensors like a GPU's
     torch._assert_async = lambda *_: None  # kernels have not written the values that it asserts on
     fused.DTYPES["cpu"] = torch.bfloat16
+    mixes.ROWS_INTERPRETED = mixes.ROWS
     for op in sys.argv[1:] or TRITON_OPERATIONS:
         for _ in importlib.import_module(f"kernels.{op}.check").comparisons(torch.device("cpu"), "triton"):
             pass

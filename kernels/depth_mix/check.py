@@ -1,5 +1,6 @@
 """Mixes against fp64 sums, forward and backward, at every depth."""
 
+import importlib
 from collections.abc import Iterator
 
 import torch
@@ -29,7 +30,7 @@ def comparisons(device: torch.device, backend: str, run: Run | None = None) -> I
 
 
 def _fused_kernels(device: torch.device, run: Run | None) -> Iterator[Comparison]:
-    """One group of mixes, several, and one that is not full; D a power of two and not."""
+    """The kernels' own list, or a run's sizes."""
     is_gpu = device.type == "cuda"  # the interpreter is slow
     if run is not None:
         size, num_mixes = run.mixes
@@ -37,11 +38,10 @@ def _fused_kernels(device: torch.device, run: Run | None) -> Iterator[Comparison
         yield from compare_fused(device, 300 if is_gpu else 3, size, num_mixes, dtype)
         return
     for dtype in (torch.bfloat16, torch.float32) if is_gpu else (torch.float32,):
-        for rows, size, num_mixes in ((5, 16, 1), (7, 48, 6), (19, 24, 14)):
-            yield from compare_fused(device, rows, size, num_mixes, dtype)
+        for *sizes, has_dropout in importlib.import_module("kernels.depth_mix.kernel").CHECKED:
+            yield from compare_fused(device, *sizes, dtype, has_dropout=has_dropout)
         if is_gpu:
             yield from compare_fused(device, 3000, 768, 24, dtype)
-    yield from compare_fused(device, 3, 40, 7, torch.float32, has_dropout=False)
 
 
 def compare_fused(

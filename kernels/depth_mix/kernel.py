@@ -11,6 +11,7 @@ partial sum. In the backward likewise, from the last group to the first. Every m
 representations: for 24 mixes 2.5 times the bytes.
 """
 
+from itertools import product
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ from kernels.dropout_hash import are_kept, first_words
 _G = tl.constexpr(GROUP)
 NUM_WARPS = 4
 ROWS, ROWS_INTERPRETED = 1, 16
+# what the check launches: rows, D, number of mixes, dropout; one group and several, D of whole words and not
+CHECKED = ((5, 16, 1, True), (8, 40, 6, True), (18, 40, 14, True), (4, 40, 7, False))
 # ptxas keeps to 96 registers where there is no dropout in the backward, as no training run has it
 _MOST_SPILLED = {"forward_kernel": {}, "backward_kernel": {"sm_90": 8}}
 COMBINE_BLOCK = 512  # elements of a program
@@ -356,16 +359,17 @@ _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def configurations() -> list[Configuration]:
-    """Variants of published shapes, and of fp32; each D has code of its own."""
+    """Variants of published shapes, of fp32, and of the check; each D has code of its own, and y_0 no dropout."""
     mixes = [
         _mix_configuration(kernel, size, dtype, has_dropout=has_dropout)
         for kernel in (forward_kernel, backward_kernel)
-        for size, dtype, has_dropout in (
-            (768, "bf16", True),
-            (384, "bf16", True),
-            (768, "bf16", False),
-            (768, "fp32", True),
+        for size, dtype in (
+            (768, "bf16"),
+            (384, "bf16"),
+            (768, "fp32"),
+            *product(sorted({size for _, size, *_ in CHECKED}), _DTYPES),
         )
+        for has_dropout in (True, False)
     ]
     combinations = [
         Configuration(
@@ -377,7 +381,7 @@ def configurations() -> list[Configuration]:
             aligned=_aligned(combine_kernel),
         )
         for dtype in ("bf16", "fp32")
-        for outputs, is_backward in ((GROUP, False), (GROUP, True), (GROUP + 1, True))
+        for outputs, is_backward in ((GROUP, False), (1, False), (2, False), (GROUP, True), (GROUP + 1, True))
     ]
     grams = [
         Configuration(
@@ -416,7 +420,8 @@ def _mix_configuration(kernel: Any, size: int, dtype: str, *, has_dropout: bool)
         _types(kernel, dtype) | ({} if has_dropout else {"seed_ptr": "*fp32"}),
         _constants(size, ROWS, has_dropout=has_dropout),
         num_warps=NUM_WARPS,
-        aligned=_aligned(kernel),
+        aligned=_aligned(kernel) - (set() if size % 16 == 0 else {"size"}),
+        streams=size >= NUM_WARPS * 32,  # smaller ones have less than a word for each thread
         most_spilled={} if has_dropout else _MOST_SPILLED[kernel.__name__],
     )
 
