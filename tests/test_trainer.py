@@ -274,7 +274,8 @@ def test_both_backends_train_the_same(inputs):
     torch_losses, torch_checkpoint = run_with_kernels(inputs, "torch")
     triton_losses, triton_checkpoint = run_with_kernels(inputs, "triton", kernel_check="off")
     assert len(torch_losses) > 10
-    assert triton_losses == pytest.approx(torch_losses, rel=1e-4)
+    assert triton_losses[0] == pytest.approx(torch_losses[0], rel=1e-6), "before the first update"
+    assert triton_losses == pytest.approx(torch_losses, rel=2e-5)
     states = [
         torch.load(checkpoint / "training_state.pt", weights_only=True)["optimizer"]["state"]
         for checkpoint in (torch_checkpoint, triton_checkpoint)
