@@ -108,12 +108,16 @@ class WholeInputs(NamedTuple):
 
 
 def _fused(inputs: WholeInputs) -> Tensor:
-    dtype = torch.bfloat16 if machine.device().type == "cuda" else torch.float32
-    mixes = FusedMixes([weighting.alpha for weighting in inputs.weightings], dtype, DROPOUT, EPS)
+    mixes = FusedMixes([weighting.alpha for weighting in inputs.weightings], _dtype(), DROPOUT, EPS)
     x, normalized = mixes.start(inputs.first)
     for _ in inputs.weightings:
         x, normalized = mixes.mix(normalized, inputs.bias, x, inputs.seed)
     return x
+
+
+def _dtype() -> torch.dtype:
+    """Of outputs; products in bf16 are wrong in Triton's interpreter."""
+    return torch.bfloat16 if machine.device().type == "cuda" else torch.float32
 
 
 def _unfused(inputs: WholeInputs) -> Tensor:
@@ -162,7 +166,6 @@ def whole_gradients(function: Callable[[WholeInputs], Tensor], inputs: WholeInpu
 def whole_proof(impl: str, shape: Whole) -> Iterator[Comparison]:
     """The operation's check at this shape; the other implementation is proven apart."""
     if impl == "triton":
-        dtype = torch.bfloat16 if machine.device().type == "cuda" else torch.float32
-        yield from check.compare_fused(machine.device(), min(shape.R, 300), shape.D, shape.M, dtype)
+        yield from check.compare_fused(machine.device(), min(shape.R, 300), shape.D, shape.M, _dtype())
     else:
         yield from check.comparisons(torch.device("cpu"), "torch")

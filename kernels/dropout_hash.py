@@ -2,6 +2,15 @@
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from kernels.dropout import keep_threshold
+
+
+def keep_arguments(seed: Tensor | None, dropout_prob: float) -> tuple[int, float]:
+    """A kernel's threshold, int32, and its factor of what is kept; without a seed nothing is dropped."""
+    probability = 0.0 if seed is None else dropout_prob
+    return min(keep_threshold(probability), 2**31 - 1), 1 / (1 - probability)
 
 
 @triton.jit

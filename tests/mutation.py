@@ -25,10 +25,11 @@ def replaced(source, old, new):
 
 
 @contextmanager
-def mutated(module_name, old, new, folder):
+def mutated(module_name, old, new, folder, users=()):
     """Context manager: the module behaves as if its source had `new` in place of `old`; see `replaced`.
 
-    Callers must look names up in the module at each call (`kernel.launch(…)`), not bind them earlier.
+    Callers must look names up in the module at each call (`kernel.launch(…)`), not bind them earlier; modules that
+    import names from it are given as `users`.
     """
     module = importlib.import_module(module_name)
     source = replaced(Path(module.__file__).read_text(encoding="utf-8"), old, new)
@@ -38,8 +39,16 @@ def mutated(module_name, old, new, folder):
     mutant = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(mutant)
     right = {name: value for name, value in vars(module).items() if not name.startswith("__")}
-    vars(module).update({name: value for name, value in vars(mutant).items() if not name.startswith("__")})
+    wrong = {name: value for name, value in vars(mutant).items() if not name.startswith("__")}
+    # the interpreter adds names of its own to a module
+    names = right.keys() & wrong.keys()
+    imported = [{name for name in names if vars(user).get(name, right) is right[name]} for user in users]
+    vars(module).update(wrong)
+    for user, own in zip(users, imported, strict=True):
+        vars(user).update({name: wrong[name] for name in own})
     try:
         yield
     finally:
         vars(module).update(right)
+        for user, own in zip(users, imported, strict=True):
+            vars(user).update({name: right[name] for name in own})

@@ -21,7 +21,6 @@ def nothing_stays(monkeypatch):
     assembler._choice.cache_clear()
     yield
     assembler._choice.cache_clear()
-    wanted.use_fused([])
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,6 @@ Their whole check runs in tests/test_check.py.
 """
 
 import dataclasses
-import sys
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -207,9 +205,6 @@ def triton():
     """The fused kernels for models that the test makes."""
     set_default_backend("triton")
     wanted.use_fused(["attention_context"])
-    yield
-    wanted.use_fused([])
-    set_default_backend(None)
 
 
 def test_a_process_can_do_without(triton):
@@ -258,28 +253,13 @@ def test_a_model_is_the_same_fused_and_not(triton, monkeypatch, causal):
 
 def test_scoring_does_not_take_them():
     set_default_backend("triton")
-    try:
-        assert not fused.is_fused(torch.float32, CPU, 16, 64, 64)
-    finally:
-        set_default_backend(None)
+    assert not fused.is_fused(torch.float32, CPU, 16, 64, 64)
 
 
-@contextmanager
 def planted(module, old, new, folder):
-    """A bug in one of the operation's modules, or in the hash; names that the kernels' modules bound go with it."""
+    """A bug in one of the operation's modules, or in the hash."""
     name = "kernels.dropout_hash" if module == "dropout_hash" else f"kernels.attention_context.{module}"
-    users = [kernel, kernel.backward_kernel]
-    with mutated(name, old, new, folder):
-        changed = {key: value for key, value in vars(sys.modules[name]).items() if not key.startswith("__")}
-        before = [{key: value for key, value in vars(user).items() if key in changed} for user in users]
-        try:
-            if module in {"tiles", "dropout_hash"}:
-                for user, names in zip(users, before, strict=True):
-                    vars(user).update({key: changed[key] for key in names})
-            yield
-        finally:
-            for user, names in zip(users, before, strict=True):
-                vars(user).update(names)
+    return mutated(name, old, new, folder, users=[kernel, kernel.backward_kernel])
 
 
 # No bug writes out of bounds: that would crash the tests, not fail them.

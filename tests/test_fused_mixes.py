@@ -4,8 +4,6 @@ Their whole check runs in tests/test_check.py.
 """
 
 import dataclasses
-import sys
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -139,9 +137,6 @@ def test_an_address_elsewhere_is_seen(tmp_path):
 def triton():
     """The fused kernels for models that the test makes."""
     set_default_backend("triton")
-    yield
-    wanted.use_fused([])
-    set_default_backend(None)
 
 
 @pytest.mark.parametrize(
@@ -202,18 +197,10 @@ def test_compiled_sub_layers_are_eager_ones_for_any_number_of_rows(triton, fresh
         torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
 
 
-@contextmanager
 def planted(module, old, new, folder):
     """A bug in the kernels, or in the hash of dropout's masks."""
     name = "kernels.dropout_hash" if module == "dropout_hash" else f"kernels.depth_mix.{module}"
-    with mutated(name, old, new, folder):
-        before = vars(kernel).copy()
-        if module == "dropout_hash":
-            vars(kernel).update({key: getattr(sys.modules[name], key) for key in ("are_kept", "first_words")})
-        try:
-            yield
-        finally:
-            vars(kernel).update(before)
+    return mutated(name, old, new, folder, users=[kernel])
 
 
 # No bug writes out of bounds: that would crash the tests, not fail them.

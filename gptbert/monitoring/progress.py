@@ -38,9 +38,9 @@ def print_header(
 def _ways(config: TrainConfig, world: World) -> str:
     """What a run with Triton kernels does with them, for a bug report."""
     ways = [f"fused: {', '.join(filter(is_wanted, FUSED)) or 'nothing'}"]
-    with right_assembler() as release:
-        if world.device.type == "cuda" and release is not None:
-            ways.append(f"assembled by ptxas {release}")
+    if world.device.type == "cuda":
+        with right_assembler() as release:
+            ways += [f"assembled by ptxas {release}"] if release else []
     ways.append("steps " + ("recorded in CUDA graphs" if config.is_recorded(world.device.type) else "not recorded"))
     return "; ".join(ways)
 

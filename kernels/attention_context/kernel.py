@@ -24,8 +24,7 @@ from kernels.attention_context.tiles import (
     visible,
 )
 from kernels.configuration import Configuration, launch_warps
-from kernels.dropout import keep_threshold
-from kernels.dropout_hash import first_words, is_kept
+from kernels.dropout_hash import first_words, is_kept, keep_arguments
 
 NUM_WARPS, NUM_STAGES = 4, 1
 _PROGRAMS = 264  # of each backward kernel, over all heads; a constant, since it fixes the order of additions
@@ -242,8 +241,8 @@ def backward(
 
 
 def _numbers(seed: Tensor | None, dropout_prob: float, scale: float) -> tuple[float, float, int]:
-    probability = 0.0 if seed is None else dropout_prob
-    return scale, 1 / (1 - probability), min(keep_threshold(probability), 2**31 - 1)
+    threshold, keep_scale = keep_arguments(seed, dropout_prob)
+    return scale, keep_scale, threshold
 
 
 def _settings(query: Tensor, key: Tensor, value: Tensor, seed: Tensor | None, num_heads: int) -> dict[str, int]:

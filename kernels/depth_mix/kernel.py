@@ -23,8 +23,7 @@ from kernels.assembler import right_assembler
 from kernels.backend import interpreted
 from kernels.configuration import Configuration, launch_warps
 from kernels.depth_mix.fused import GROUP
-from kernels.dropout import keep_threshold
-from kernels.dropout_hash import are_kept, first_words
+from kernels.dropout_hash import are_kept, first_words, keep_arguments
 
 _G = tl.constexpr(GROUP)
 NUM_WARPS = 4
@@ -259,7 +258,7 @@ def forward(
             x if out is None else out, alpha if bias is None else bias, x, alpha, alpha if seed is None else seed,
             values, partials, mixed, normalized, inverse_std,
             rows * size, rows, size, depth, first, depth - begin, int(bias is not None), int(has_partial),
-            *_dropout(seed, dropout_prob), eps,
+            *keep_arguments(seed, dropout_prob), eps,
             **_constants(size, launch_rows(), has_dropout=seed is not None), num_warps=launch_warps(NUM_WARPS),
         )  # fmt: skip
 
@@ -295,7 +294,7 @@ def backward(
             normalized, inverse_std, alpha, alpha if seed is None else seed, values, partials,
             grad_newest, normalized if grad_out is None else grad_out, bias_parts,
             rows * size, rows, size, depth, last, depth - lowest, int(grad_bias is not None), int(has_partial),
-            int(grad_x is not None), int(grad_h is not None), *_dropout(seed, dropout_prob),
+            int(grad_x is not None), int(grad_h is not None), *keep_arguments(seed, dropout_prob),
             **_constants(size, launch_rows(), has_dropout=seed is not None), num_warps=launch_warps(NUM_WARPS),
         )  # fmt: skip
         if grad_bias is not None:
@@ -338,12 +337,6 @@ def _weight_gradients(values: Tensor, grad_alpha: Tensor, begin: int, last: int)
 def _padded(count: int) -> int:
     """Rows of a tile of this many representations."""
     return max(16, triton.next_power_of_2(count))
-
-
-def _dropout(seed: Tensor | None, dropout_prob: float) -> tuple[int, float]:
-    """Threshold of the hash, and the factor of what is kept."""
-    probability = 0.0 if seed is None else dropout_prob
-    return min(keep_threshold(probability), 2**31 - 1), 1 / (1 - probability)
 
 
 def launch_rows() -> int:
