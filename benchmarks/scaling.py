@@ -22,7 +22,7 @@ from benchmarks.roofline import H100, Limits, TrainingStep, parameter_count
 from benchmarks.traffic import LAMB_BYTES
 from gptbert.command_line import run_command
 from gptbert.config import ModelConfig
-from gptbert.model.gptbert import Block
+from gptbert.model.block import Block
 from gptbert.monitoring.flops import training_flops
 
 STATE_BYTES = 4 + 4 + 8 + 4  # per parameter: weight, gradient, two moments, moving average

@@ -24,7 +24,7 @@ from gptbert.distributed.world import World
 from gptbert.errors import InputError
 from gptbert.io.screen import log
 from gptbert.model.gptbert import position_rows
-from kernels import depth_mix
+from kernels import depth_mix, gated_norm
 from kernels.attention_context.fused import is_fused
 from kernels.check import WAY_ON
 from kernels.run import Run
@@ -45,6 +45,7 @@ def run_of(config: TrainConfig, model_config: ModelConfig, plan: HybridPlan, wor
         lamb=config.optimizer == "lamb",
         buckets=world.world_size > 1,
         attention=_fused_attention(config, model_config, plan, world, dtype),
+        gates=_fused_gates(model_config, world, dtype),
         mixes=_fused_mixes(config, model_config, world, dtype),
     )
 
@@ -59,6 +60,12 @@ def _fused_attention(
     lengths = [factor * config.seq_length for factor in plan.length_factors]
     is_used = any(is_fused(dtype, world.device, length, head_size, num_vectors) for length in lengths)
     return (num_heads, head_size, num_vectors) if is_used else None
+
+
+def _fused_gates(model_config: ModelConfig, world: World, dtype: torch.dtype) -> tuple[int, int] | None:
+    """`Run.gates`."""
+    sizes = model_config.hidden_size, model_config.intermediate_size
+    return sizes if all(gated_norm.is_fused(world.device, dtype, size) for size in sizes) else None
 
 
 def _fused_mixes(

@@ -20,6 +20,7 @@ class Run:
         lamb: whether LAMB is the optimizer, with fp32 state, clipping and averages.
         buckets: whether gradients may be unaligned, as views of DDP's buckets are.
         attention: heads, head size and number of position vectors of fused attention, or None without.
+        gates: widths of fused gated norms, of attention and of the feed-forward, or None without.
         mixes: D and the number of fused mixes, or None without.
     """
 
@@ -31,6 +32,7 @@ class Run:
     lamb: bool
     buckets: bool
     attention: tuple[int, int, int] | None = None
+    gates: tuple[int, int] | None = None
     mixes: tuple[int, int] | None = None
 
     @property
@@ -41,7 +43,12 @@ class Run:
     @property
     def operations(self) -> tuple[str, ...]:
         """The folders of kernels/ whose Triton kernels the run launches."""
-        some = {"lamb": self.lamb, "attention_context": self.attention, "depth_mix": self.mixes}
+        some = {
+            "lamb": self.lamb,
+            "attention_context": self.attention,
+            "gated_norm": self.gates,
+            "depth_mix": self.mixes,
+        }
         return ("masked_cross_entropy", "span_mask", *(name for name, is_used in some.items() if is_used))
 
     def to_json(self) -> str:
@@ -57,7 +64,7 @@ class Run:
         """
         try:
             values = json.loads(text)
-            names = ("row_lengths", "attention", "mixes")
+            names = ("row_lengths", "attention", "gates", "mixes")
             lists = {name: tuple(values[name]) for name in names if values.get(name) is not None}
             return cls(**values | lists)
         except (TypeError, KeyError, AttributeError) as error:

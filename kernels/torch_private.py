@@ -32,6 +32,18 @@ def assert_async(condition: Tensor, message: str) -> None:
         raise RuntimeError(message)
 
 
+def copy_each(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy each source into its target, whose dtype may be another, in a few launches.
+
+    Without `torch._foreach_copy_` in a launch for each.
+    """
+    if hasattr(torch, "_foreach_copy_"):
+        torch._foreach_copy_(targets, sources)
+        return
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
+
+
 def fused_adamw() -> Callable[..., None] | None:
     """AdamW's step in one pass over lists of tensors, the function behind torch.optim.AdamW(fused=True).
 

@@ -114,7 +114,7 @@ def test_no_import_leads_back_and_none_is_far_from_the_ground():
 
     longest = max(map(chain, graph), key=len)
     # A package counts if its own name is imported, such as gptbert.model for GPTBert.
-    assert len(longest) <= 11, " -> ".join(longest)
+    assert len(longest) <= 12, " -> ".join(longest)
 
 
 def test_no_folder_has_more_files_than_a_reader_takes_in():
@@ -139,12 +139,13 @@ def test_a_wing_says_what_each_of_its_files_is(wing):
     assert sorted(named) == sorted(file.stem for file in folder.glob("*.py") if file.stem != "__init__")
 
 
-# The files of an operation's folder; extra files of three of them; and the operation whose function has a longer name.
+# The files of an operation's folder; extra files of some of them; and the operation whose function has a longer name.
 NEEDED = {"__init__.py", "op.py", "reference.py", "check.py", "README.md"}
 BACKENDS = {"eager.py", "kernel.py", "cpp.py", "kernel.cpp"}
 FURTHER = {
-    "attention_context": {"backward_kernel.py", "bucket_sums.py", "fused.py", "tiles.py"},
+    "attention_context": {"backward_kernel.py", "bucket_sums.py", "fused.py", "gated.py", "tiles.py"},
     "depth_mix": {"fused.py"},
+    "gated_norm": {"fused.py"},
     "lamb": {"chunk_table.py", "prepared.py", "shards.py"},
     "masked_cross_entropy": {"sum_kernel.py"},
 }

@@ -16,8 +16,8 @@ from gptbert.config import ModelConfig, TrainConfig
 from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.distributed.world import World
 from gptbert.fit import fit
+from gptbert.model.block import Block
 from gptbert.model.compilation import compile_blocks
-from gptbert.model.gptbert import Block
 from tests.runs import MODEL, flags, write_inputs
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

@@ -2,7 +2,7 @@
 
 - `gptbert`: `GPTBert`: its embedding, blocks and head.
 - `batch`, `objective`: the rows that it takes, and the objective of each.
-- `attention`: attention with relative positions.
+- `block`, `attention`, `feed_forward`: a block and its two sub-layers.
 - `layer_weighting`: the depth-weighted average of all representations so far.
 - `norm`, `dropout`: LayerNorm and dropout as modules.
 - `compilation`: torch.compile of the blocks.

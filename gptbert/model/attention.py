@@ -6,6 +6,7 @@ Letters of shapes: B rows, T positions, D hidden, H heads, d = D/H, S bucket siz
 import math
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,9 +15,11 @@ from gptbert.model.compilation import any_number_of_rows
 from gptbert.model.dropout import Dropout
 from gptbert.model.norm import InputNorm
 from kernels.add_bias import add_bias
-from kernels.attention_context import attention_context, fused_attention
+from kernels.attention_context import attention_context, fused_attention, gated_attention
 from kernels.attention_context.fused import DistanceTables
 from kernels.gated_norm import gated_norm
+from kernels.gated_norm import is_fused as is_gate_fused
+from kernels.linear import Packed, linear
 
 SEEDS = 3  # of dropout, per attention
 
@@ -46,6 +49,20 @@ class Visibility(NamedTuple):
         return self
 
 
+class AttentionWeights(NamedTuple):
+    """Parameters of fused attention, with copies in the products' dtype.
+
+    Attributes:
+        projection: of queries, keys, values and gates, [4D, D]: one product.
+        bias: its bias, [4D].
+        output: [D, D].
+    """
+
+    projection: Packed
+    bias: Packed
+    output: Packed
+
+
 class Attention(nn.Module):
     """Attention with a gated output and residual connection."""
 
@@ -68,6 +85,7 @@ class Attention(nn.Module):
         relative: Tensor,
         visibility: Visibility,
         seeds: Tensor | None,
+        weights: AttentionWeights | None = None,
         *,
         is_bare: bool = False,
     ) -> Tensor:
@@ -78,38 +96,72 @@ class Attention(nn.Module):
             relative: [P, D] or more rows, normalized position vectors.
             visibility: of all rows.
             seeds: [SEEDS, 2] of dropout, or None.
+            weights: from `pack`, for fused attention; None: packed here.
             is_bare: `hidden_states` are normalized, and the result is the last product alone, since the mixes do the
                 rest; see `kernels.depth_mix.FusedMixes`.
         """
         relative_seed, probability_seed, output_seed = (None,) * SEEDS if seeds is None else seeds.unbind()
         normalized = hidden_states if is_bare else self.input_norm(hidden_states)
+        relative = self.dropout(relative, relative_seed)
+        dropout = (probability_seed, self.attention_dropout_prob if self.training else 0.0)
+        if visibility.tables is None:
+            output = self._by_pairs(normalized, relative, visibility, *dropout)
+        else:
+            weights = self.pack(normalized.dtype) if weights is None else weights
+            output = self._by_distance(normalized, relative, visibility, *dropout, weights)
+        if is_bare:
+            return output
+        return hidden_states + self.dropout(add_bias(output, self.output.bias), output_seed)
+
+    def _by_pairs(
+        self, normalized: Tensor, relative: Tensor, visibility: Visibility, seed: Tensor | None, dropout_prob: float
+    ) -> Tensor:
+        """The output's product, with scores [H, B, T, T]."""
         # cast to bf16 once, so both uses' gradients are summed in bf16 before the cast back to fp32
         weight, bias = (param.to(normalized.dtype) for param in (self.query_key.weight, self.query_key.bias))
         query, key = add_bias(F.linear(normalized, weight), bias).chunk(2, dim=-1)
         value_gate = F.linear(normalized, self.value_gate.weight)
         value, gate = add_bias(value_gate, self.value_gate.bias).chunk(2, dim=-1)
-        relative = self.dropout(relative, relative_seed)
         position_query, position_key = add_bias(F.linear(relative, weight), bias).chunk(2, dim=-1)
-        dropout = (probability_seed, self.attention_dropout_prob if self.training else 0.0)
-        if visibility.tables is None:
-            context = attention_context(
-                self.heads(query * self.scale),  # [H, B, T, d]
-                self.heads(key),
-                self.heads(position_query * self.scale),  # [H, P, d]
-                self.heads(position_key),
-                self.heads(value),
-                visibility.buckets,
-                visibility.mask,
-                *dropout,
-            )  # [H, B, T, d]
-        else:
-            rows = (visibility.tables, visibility.document_ids, visibility.is_causal)
-            tensors = (query, key, position_query, position_key, value)
-            context = fused_attention(*tensors, *rows, *dropout, scale=self.scale, num_heads=self.num_heads)
-        output = gated_norm(gate, context, self.output.weight, approximate="none", eps=self.eps)
-        if is_bare:
-            return output
-        return hidden_states + self.dropout(add_bias(output, self.output.bias), output_seed)
+        context = attention_context(
+            self.heads(query * self.scale),  # [H, B, T, d]
+            self.heads(key),
+            self.heads(position_query * self.scale),  # [H, P, d]
+            self.heads(position_key),
+            self.heads(value),
+            visibility.buckets,
+            visibility.mask,
+            seed,
+            dropout_prob,
+        )  # [H, B, T, d]
+        return gated_norm(gate, context, self.output.weight, approximate="none", eps=self.eps)
+
+    def _by_distance(
+        self,
+        normalized: Tensor,
+        relative: Tensor,
+        visibility: Visibility,
+        seed: Tensor | None,
+        dropout_prob: float,
+        weights: AttentionWeights,
+    ) -> Tensor:
+        """The output's product, by the fused kernels, which leave no scores."""
+        projection = linear(normalized, weights.projection, weights.bias)  # [B, T, 4D]
+        relative = relative.to(normalized.dtype)
+        position = linear(relative, weights.projection.first(1), weights.bias.first(1))  # [P, 2D]
+        rows = (visibility.tables, visibility.document_ids, visibility.is_causal, seed, dropout_prob)
+        settings = {"scale": self.scale, "num_heads": self.num_heads}
+        if is_gate_fused(normalized.device, normalized.dtype, normalized.shape[-1]):
+            return gated_attention(projection, position, *rows, weights.output, **settings, eps=self.eps)
+        query, key, value, gate = projection.chunk(4, dim=-1)
+        context = fused_attention(query, key, *position.chunk(2, dim=-1), value, *rows, **settings)
+        return gated_norm(gate, context, weights.output, approximate="none", eps=self.eps)
+
+    def pack(self, dtype: torch.dtype) -> AttentionWeights:
+        """The parameters with new copies in the products' dtype."""
+        layers = (self.query_key, self.value_gate)
+        projection, bias = ([getattr(layer, name) for layer in layers] for name in ("weight", "bias"))
+        return AttentionWeights(*(Packed.of(parts, dtype) for parts in (projection, bias, [self.output.weight])))
 
     def heads(self, x: Tensor) -> Tensor:
         """[..., D] to [H, ..., d], contiguous, so the matmuls need no further copies."""

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from gptbert.errors import InputError, first_line
 from kernels import torch_private
 from kernels.backend import choose_backend
+from kernels.wanted import is_wanted
 
-# activation_memory_budget: fraction of saved activations to keep; the partitioner recomputes the rest. With C++ kernels
-# it keeps all: the kernels do their own cheap recomputation, and must not be recomputed themselves
-_ACTIVATION_MEMORY, _ACTIVATION_MEMORY_WITH_CPP = 0.8, 1.0
+# activation_memory_budget: fraction of saved activations to keep; the partitioner recomputes the rest. With C++ or
+# fused kernels it keeps all: the kernels do their own cheap recomputation, and must not be recomputed themselves
+_ACTIVATION_MEMORY, _ACTIVATION_MEMORY_WITH_KERNELS = 0.8, 1.0
 
 # let the backward recompute dropout masks: saving and loading them takes ten times as long on a CPU
 _AUTOGRAD_SETTINGS = {"ban_recompute_long_fusible_chains": False}
@@ -37,8 +38,9 @@ def compile_blocks(blocks: nn.ModuleList, *, mixed_precision: bool = True) -> No
         blocks: the model's blocks, on their device.
         mixed_precision: whether they run under bf16 autocast.
     """
-    uses_cpp = mixed_precision and choose_backend(None, next(blocks.parameters()).device) == "cpp"
-    budget = _ACTIVATION_MEMORY_WITH_CPP if uses_cpp else _ACTIVATION_MEMORY
+    backend = choose_backend(None, next(blocks.parameters()).device)
+    uses_kernels = (backend == "cpp" and mixed_precision) or (backend == "triton" and is_wanted("gated_norm"))
+    budget = _ACTIVATION_MEMORY_WITH_KERNELS if uses_kernels else _ACTIVATION_MEMORY
     torch_private.configure_autograd_compiler(activation_memory_budget=budget, **_AUTOGRAD_SETTINGS)
     options = torch_private.inductor_options(_INDUCTOR_OPTIONS)
     for block in blocks:

@@ -12,15 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 
 from gptbert.config import ModelConfig
-from gptbert.model.attention import SEEDS as ATTENTION_SEEDS
-from gptbert.model.attention import Attention, Visibility
+from gptbert.model.attention import Visibility
 from gptbert.model.batch import Batch
-from gptbert.model.compilation import any_number_of_rows
+from gptbert.model.block import BLOCK_SEEDS, Block, BlockWeights
 from gptbert.model.dropout import Dropout, random_seeds
-from gptbert.model.layer_weighting import LayerWeighting, Representations
+from gptbert.model.layer_weighting import Representations
 from gptbert.model.norm import InputNorm, layer_norm
 from gptbert.model.objective import Objective
 from kernels import IGNORE_INDEX, MaskedCrossEntropy, masked_cross_entropy
@@ -28,10 +26,7 @@ from kernels.attention_context.fused import distance_tables
 from kernels.attention_context.fused import is_fused as is_attention_fused
 from kernels.backend import choose_backend
 from kernels.depth_mix import FusedMixes, is_fused
-from kernels.gated_norm import gated_norm
 from kernels.padding import rounded_rows
-
-BLOCK_SEEDS = ATTENTION_SEEDS + 1
 
 
 class DropoutSeeds(NamedTuple):
@@ -89,26 +84,34 @@ class GPTBert(nn.Module):
         seeds = DropoutSeeds.split(self.dropout_seeds(input_ids.device), len(self.blocks))
         return self._encode(input_ids, document_ids, causal, seeds)
 
-    def _encode(self, input_ids: Tensor, document_ids: Tensor, causal: bool | Tensor, seeds: DropoutSeeds) -> Tensor:
+    def _encode(
+        self,
+        input_ids: Tensor,
+        document_ids: Tensor,
+        causal: bool | Tensor,
+        seeds: DropoutSeeds,
+        weights: Sequence[BlockWeights] | None = None,
+    ) -> Tensor:
         hidden_states, relative = self.embedding(input_ids, seeds.embedding)
         dtype, device = hidden_states.dtype, hidden_states.device
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         visibility = self._visibility(document_ids, causal, len(relative), dtype)
+        packed = weights or [None] * len(self.blocks)
         alphas = [mix.alpha for block in self.blocks for mix in (block.attention_mix, block.feed_forward_mix)]
         # not if they are sharded: a group of mixes needs all of its weights at once
         if is_fused(device, dtype, self.config.hidden_size, len(alphas)) and not isinstance(alphas[0], DTensor):
             dropout_prob = self.config.hidden_dropout_prob if self.training else 0.0
             mixes = FusedMixes(alphas, dtype, dropout_prob, self.config.layer_norm_eps)
             hidden_states, normalized = mixes.start(hidden_states)
-            for block, block_seeds in zip(self.blocks, seeds.blocks, strict=True):
+            for block, *own in zip(self.blocks, seeds.blocks, packed, strict=True):
                 states = (hidden_states, normalized, mixes)
-                hidden_states, normalized = block.forward_fused(*states, relative, visibility, block_seeds)
+                hidden_states, normalized = block.forward_fused(*states, relative, visibility, *own)
             return hidden_states
         representations = Representations(2 * len(self.blocks) + 1)
         hidden_states = representations.start(hidden_states)
-        for block, block_seeds in zip(self.blocks, seeds.blocks, strict=True):
-            hidden_states = block(hidden_states, representations, relative, visibility, block_seeds)
+        for block, *own in zip(self.blocks, seeds.blocks, packed, strict=True):
+            hidden_states = block(hidden_states, representations, relative, visibility, *own)
         return hidden_states
 
     def _visibility(
@@ -138,6 +141,7 @@ class GPTBert(nn.Module):
         scales: Tensor | None = None,
         z_loss_weight: float = 0.0,
         dropout_seeds: Tensor | None = None,
+        weights: Sequence[BlockWeights] | None = None,
     ) -> MaskedCrossEntropy:
         """Cross-entropy at labeled positions, summed for each objective.
 
@@ -146,6 +150,7 @@ class GPTBert(nn.Module):
             scales: [objectives] fp32, each objective's factor in `total`; None: 1.
             z_loss_weight: weight of logsumexp² in `total`.
             dropout_seeds: from the method of that name; None: new ones.
+            weights: each block's, from `Block.pack`, in the dtype of the products; None: packed where they are needed.
 
         Returns:
             Sums over the labeled positions, see `kernels.MaskedCrossEntropy`, [objectives] in the order of `Objective`.
@@ -153,7 +158,7 @@ class GPTBert(nn.Module):
         if dropout_seeds is None:
             dropout_seeds = self.dropout_seeds(batch.labels.device)
         seeds = DropoutSeeds.split(dropout_seeds, len(self.blocks))
-        hidden_states = self._encode(batch.input_ids, batch.document_ids, batch.is_causal, seeds)
+        hidden_states = self._encode(batch.input_ids, batch.document_ids, batch.is_causal, seeds, weights)
         # [B·T, D] to [N, D]: the head sees labeled positions only
         states, labels, objectives = select_labeled(hidden_states, batch)
         return masked_cross_entropy(
@@ -215,86 +220,6 @@ class Embedding(nn.Module):
         relative = self.relative_layer_norm(self.relative_embedding)
         zeros = position_rows(len(relative), relative.device) - len(relative)
         return hidden_states, F.pad(relative, (0, 0, 0, zeros)) if zeros else relative
-
-
-class Block(nn.Module):
-    """Attention and feed-forward, each followed by a mix of all representations so far."""
-
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        self.attention = Attention(config)
-        self.attention_mix = LayerWeighting(2 * layer + 2)
-        self.feed_forward = FeedForward(config)
-        self.feed_forward_mix = LayerWeighting(2 * layer + 3)
-        self.is_compiled = False  # see gptbert.model.compilation
-        self.is_checkpointed = False  # whether the backward recomputes activations
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        representations: Representations,
-        relative: Tensor,
-        visibility: Visibility,
-        seeds: Tensor | None,
-    ) -> Tensor:
-        """x_{2l} [B, T, D] to x_{2l+2}; appends y_{2l+1} and y_{2l+2} to `representations`."""
-        attention_seeds, feed_forward_seed = (None, None) if seeds is None else (seeds[:-1], seeds[-1])
-        if self.is_compiled:
-            hidden_states, visibility = any_number_of_rows(hidden_states), visibility.of_any_number_of_rows()
-        newest = self._run(self.attention, hidden_states, relative, visibility, attention_seeds)
-        hidden_states = self.attention_mix(newest, representations)
-        if self.is_compiled:
-            hidden_states = any_number_of_rows(hidden_states)
-        newest = self._run(self.feed_forward, hidden_states, feed_forward_seed)
-        return self.feed_forward_mix(newest, representations)
-
-    def forward_fused(
-        self,
-        hidden_states: Tensor,
-        normalized: Tensor,
-        mixes: FusedMixes,
-        relative: Tensor,
-        visibility: Visibility,
-        seeds: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """As `forward`, with `mixes`: x_{2l} and h_{2l} to x_{2l+2} and h_{2l+2}."""
-        *_, output_seed, feed_forward_seed = (None,) * BLOCK_SEEDS if seeds is None else seeds.unbind()
-        if self.is_compiled:
-            normalized, visibility = any_number_of_rows(normalized), visibility.of_any_number_of_rows()
-        attention_seeds = None if seeds is None else seeds[:-1]
-        output = self._run(self.attention, normalized, relative, visibility, attention_seeds, is_bare=True)
-        hidden_states, normalized = mixes.mix(output, self.attention.output.bias, hidden_states, output_seed)
-        if self.is_compiled:
-            normalized = any_number_of_rows(normalized)
-        output = self._run(self.feed_forward, normalized, None, is_bare=True)
-        return mixes.mix(output, None, hidden_states, feed_forward_seed)
-
-    def _run(self, sub_layer: nn.Module, *inputs: Tensor | Visibility | None, **options: bool) -> Tensor:
-        """The sub-layer's output. Only the sub-layer is checkpointed, since each y_m is taken once."""
-        if not (self.is_checkpointed and torch.is_grad_enabled()):
-            return sub_layer(*inputs, **options)
-        # dropout is a function of its seeds, so there is no generator state to restore
-        return checkpoint(sub_layer, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
-
-
-class FeedForward(nn.Module):
-    """Gated feed-forward with residual connection."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.input_norm = InputNorm(config.layer_norm_eps)
-        self.up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.eps = config.layer_norm_eps
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.dropout = Dropout(config.hidden_dropout_prob)
-
-    def forward(self, hidden_states: Tensor, seed: Tensor | None, *, is_bare: bool = False) -> Tensor:
-        """X [B, T, D] to x + feed_forward(x); `is_bare` as in `Attention`."""
-        gate = self.up(hidden_states if is_bare else self.input_norm(hidden_states))
-        output = gated_norm(gate, None, self.down.weight, approximate="tanh", eps=self.eps)
-        if is_bare:
-            return output
-        return hidden_states + self.dropout(output, seed)
 
 
 class Head(nn.Module):

@@ -18,6 +18,7 @@ from gptbert.monitoring.skipped_steps import SkippedSteps
 from gptbert.muon import MuonWithAdamW
 from gptbert.optim import WeightAverage, update_weights
 from gptbert.training.cuda_graph import Recorded, Recorder
+from gptbert.training.packed_weights import packed_weights
 from kernels import MaskedCrossEntropy
 
 
@@ -51,6 +52,8 @@ class TrainingStep(ABC):
         self._optimizer = optimizer
         self._world = world
         self._step_sums = LossSums(world.device)  # of this step's micro-batches so far
+        dtype = torch.bfloat16 if config.mixed_precision else torch.float32
+        self._weights = packed_weights(model, world.device, dtype)
 
     @abstractmethod
     def accumulate(self, micro_batches: list[Batch], scales: Tensor) -> None:
@@ -84,10 +87,15 @@ class TrainingStep(ABC):
     ) -> MaskedCrossEntropy:
         """`GPTBert.forward` in the run's precision."""
         with autocast(self._config, self._world.device):
-            return self.parallel_model(batch, scales, self._config.z_loss_weight, dropout_seeds)
+            weights = None if self._weights is None else self._weights.blocks
+            return self.parallel_model(batch, scales, self._config.z_loss_weight, dropout_seeds, weights)
 
     def _clear_gradients(self) -> None:
         self._optimizer.zero_grad()
+
+    def _look_for_new_weights(self) -> None:
+        if self._weights is not None:
+            self._weights.refresh_if_changed()
 
     def _add_gradients(self, batch: Batch, scales: Tensor, dropout_seeds: Tensor | None = None) -> None:
         result = self.forward(batch, scales, dropout_seeds)
@@ -98,6 +106,8 @@ class TrainingStep(ABC):
         """The update; returns the gradient norm."""
         self._set_learning_rate(learning_rate)
         gradient_norm = update_weights(self._optimizer, self._model, self._average, self._config.max_gradient)
+        if self._weights is not None:
+            self._weights.refresh()
         self.sums.add_where(self.skipped_steps.add(gradient_norm), self._step_sums)
         self._step_sums.reset()
         self._clear_gradients()
@@ -123,6 +133,7 @@ class EagerStep(TrainingStep):
 
     def accumulate(self, micro_batches: list[Batch], scales: Tensor) -> None:
         """See `TrainingStep.accumulate`."""
+        self._look_for_new_weights()
         for index, micro_batch in enumerate(micro_batches):
             with self._world.gradient_sync(self.parallel_model, is_on=index == len(micro_batches) - 1):
                 self._add_gradients(micro_batch, scales)
@@ -166,6 +177,7 @@ class RecordedStep(TrainingStep):
 
     def accumulate(self, micro_batches: list[Batch], scales: Tensor) -> None:
         """See `TrainingStep.accumulate`."""
+        self._look_for_new_weights()
         self._scales = _refilled(self._scales, scales)
         self._drop_all_but(micro_batches)
         for micro_batch in micro_batches:

@@ -4,8 +4,9 @@ from torch import Tensor
 
 from kernels.attention_context import op
 from kernels.attention_context.fused import fused_attention
+from kernels.attention_context.gated import gated_attention
 
-__all__ = ["attention_context", "fused_attention"]
+__all__ = ["attention_context", "fused_attention", "gated_attention"]
 
 
 def attention_context(

@@ -110,7 +110,7 @@ def queries_kernel(
         narrow = sums.to(query.dtype)
         position_key = load_rows(position_key_ptr + h * d, 0, D, P, d, P, True)
         of_query = tl.dot(narrow, position_key, of_query) * scale
-        store_rows(of_query_ptr + row * D + h * d, first, D, of_query, T, EVEN)
+        store_rows(of_query_ptr + row * QUERY_STRIDE + h * d, first, QUERY_STRIDE, of_query, T, EVEN)
         of_position_key = tl.dot(tl.trans(narrow), query) * scale
         part = (group * P * D + h * d) + (item >> 30)  # a zero again: the addresses need not be held
         _add_part(of_position_key_ptr + part, of_position_key, D, P, d)
@@ -220,11 +220,11 @@ def keys_kernel(
                     column, is_causal, scale, keep_scale, threshold, T, D, d, QUERY_STRIDE, L, N, P, EVEN, HAS_DROPOUT,
                 )  # fmt: skip
         # 3. The position vectors' share of ∂key; ∂position_query [P, d] of the tile.
-        store_rows(of_value_ptr + row * D + h * d, first, D, of_value * keep_scale, T, EVEN)
+        store_rows(of_value_ptr + row * VALUE_STRIDE + h * d, first, VALUE_STRIDE, of_value * keep_scale, T, EVEN)
         narrow = sums.to(key.dtype)
         position_query = load_rows(position_query_ptr + h * d, 0, D, P, d, P, True)
         of_key = tl.dot(narrow, position_query, of_key) * scale
-        store_rows(of_key_ptr + row * D + h * d, first, D, of_key, T, EVEN)
+        store_rows(of_key_ptr + row * KEY_STRIDE + h * d, first, KEY_STRIDE, of_key, T, EVEN)
         of_position_query = tl.dot(tl.trans(narrow), key) * scale
         part = (group * P * D + h * d) + (item >> 30)
         _add_part(of_position_query_ptr + part, of_position_query, D, P, d)

@@ -7,14 +7,17 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kernels.attention_context import attention_context, cpp, eager, fused_attention, reference
+from kernels.attention_context import attention_context, cpp, eager, fused_attention, gated_attention, reference
 from kernels.attention_context.fused import DTYPES, LENGTHS, distance_tables
 from kernels.dropout import dropout
+from kernels.gated_norm import reference as gated_reference
+from kernels.linear import Packed
 from kernels.numerics import Comparison, compare_all, compare_exactly, compare_function, random_bf16
 from kernels.run import Run
 
 _SEED = torch.tensor([77, -5], dtype=torch.int32)
 _DROPOUT = 0.3
+_EPS = 1e-5
 
 
 def comparisons(device: torch.device, backend: str, run: Run | None = None) -> Iterator[Comparison]:
@@ -72,9 +75,8 @@ def compare_fused(
     last = num_position_vectors - 1  # the last vector is padding
     buckets = (distances.sign() * (distances.abs() + 1).float().log2().mul(4).ceil().long()).clamp(-8, 8) + 8
     buckets = buckets.clamp(max=last - 1)
-    query_key, value_gate = (random_bf16(3 * repeats, length, 2 * width, index)[..., 0] for index in (1, 2))
-    vectors = random_bf16(num_position_vectors, 2 * width, 3)[..., 0]
-    inputs = {"query_key": query_key, "value_gate": value_gate, "vectors": vectors}
+    projection = random_bf16(3 * repeats, length, 4 * width)  # the last quarter, gates, is not used
+    inputs = {"projection": projection, "vectors": random_bf16(num_position_vectors, 2 * width, 3)[..., 0]}
     inputs = {name: tensor.to(device, dtype) for name, tensor in inputs.items()}
     scale, dropout_prob = (3 * head_size) ** -0.5, 0.0 if seed is None else _DROPOUT
     seed = None if seed is None else seed.to(device)
@@ -85,18 +87,36 @@ def compare_fused(
     is_short = length <= 256 and repeats == 1
     attention = reference.attention_context if is_short else functools.partial(attention_context, backend="torch")
 
-    def tensors(query_key: Tensor, value_gate: Tensor, vectors: Tensor) -> tuple[Tensor, ...]:
-        return *query_key.chunk(2, -1), *vectors.chunk(2, -1), value_gate[..., :width]
+    def tensors(projection: Tensor, vectors: Tensor) -> tuple[Tensor, ...]:
+        query, key, value, _ = projection.chunk(4, -1)
+        return query, key, *vectors.chunk(2, -1), value
 
     def fused(**inputs: Tensor) -> Tensor:
-        tables = distance_tables(buckets, num_position_vectors, dtype)
         return fused_attention(*tensors(**inputs), tables, *rest, **settings)
 
     def by_definition(**inputs: Tensor) -> Tensor:
         return reference.fused_attention(*tensors(**inputs), buckets, *rest, **settings, attention=attention)
 
-    name = f"fused B={len(documents)} H={num_heads} d={head_size} T={length} P={num_position_vectors}"
-    yield from compare_function(f"{name}{'' if seed is None else ' dropout'}", fused, by_definition, inputs)
+    tables = distance_tables(buckets, num_position_vectors, dtype)
+    name = f"B={len(documents)} H={num_heads} d={head_size} T={length} P={num_position_vectors}"
+    name += "" if seed is None else " dropout"
+    yield from compare_function(f"fused {name}", fused, by_definition, inputs)
+    if not is_short:
+        return
+
+    def gated(weight: Tensor, **inputs: Tensor) -> Tensor:
+        rows = (tables, *rest, Packed.of([weight], dtype))
+        return gated_attention(inputs["projection"], inputs["vectors"], *rows, **settings, eps=_EPS)
+
+    def gated_by_definition(weight: Tensor, **inputs: Tensor) -> Tensor:
+        gate = inputs["projection"][..., 3 * width :]
+        return gated_reference.gated_norm(gate, by_definition(**inputs), weight, approximate="none", eps=_EPS)
+
+    def plain(weight: Tensor, **inputs: Tensor) -> Tensor:
+        return gated_by_definition(weight.to(dtype), **inputs)
+
+    inputs["weight"] = random_bf16(24, width, 5)[..., 0].float().to(device) / 4
+    yield from compare_function(f"gated {name}", gated, gated_by_definition, inputs, plain)
 
 
 def _buckets(length: int) -> Tensor:

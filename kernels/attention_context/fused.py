@@ -191,9 +191,11 @@ def backward(
     num_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key [B, T, D], position_query, position_key [P, D] and value [B, T, D], in their dtypes."""
-    of_query, of_key, of_value, *of_positions = _kernel().backward(
+    tensors = tuple(map(_readable, (query, key, value)))
+    gradients = tuple(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in tensors)
+    of_positions = _kernel().backward(
         grad.contiguous(),
-        *map(_readable, (query, key, value)),
+        *tensors,
         query_table,
         key_table,
         position_query.contiguous(),
@@ -207,8 +209,10 @@ def backward(
         dropout_prob,
         scale,
         num_heads,
+        gradients,
     )
-    return of_query, of_key, *(sums.to(query.dtype) for sums in of_positions), of_value
+    of_query, of_key, of_value = (gradient.contiguous() for gradient in gradients)
+    return of_query, of_key, *(sums.to(query.dtype, copy=True) for sums in of_positions), of_value
 
 
 @backward.register_fake

@@ -32,8 +32,8 @@ _PROGRAMS = 264  # of each backward kernel, over all heads; a constant, since it
 # registers. On sm_80, without asynchronous products from shared memory, their operands are in registers too.
 _MOST_SPILLED = {
     "forward_kernel": {"sm_90": 0, "sm_100": 0, "any": math.inf},
-    "queries_kernel": {"sm_90": 376, "sm_100": 64, "any": math.inf},
-    "keys_kernel": {"sm_90": 620, "sm_100": 0, "any": math.inf},
+    "queries_kernel": {"sm_90": 312, "sm_100": 64, "any": math.inf},
+    "keys_kernel": {"sm_90": 624, "sm_100": 0, "any": math.inf},
 }
 # what `check.py` runs, in any case: heads, head size, length, position vectors, whether there is dropout
 CHECKED = (
@@ -203,7 +203,8 @@ def backward(
     dropout_prob: float,
     scale: float,
     num_heads: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    gradients: tuple[Tensor, Tensor, Tensor],
+) -> Tensor:
     """Launch the kernels of `backward_kernel`.
 
     Args: as `forward`, and
@@ -213,16 +214,17 @@ def backward(
         bucket_rows: [2L, P], of `DistanceTables`.
         output: [B, T, D], of the forward.
         lse: [H, B, T], of the forward.
+        gradients: of query, key and value, with their shapes, strides and dtype, to be written.
 
     Returns:
-        Gradients of query, key and value [B, T, D] in their dtype, of position_query and position_key [P, D] in fp32.
+        Gradients of position_query and position_key, [2, P, D] in fp32.
     """
     num_rows, length, hidden_size = query.shape
     tile, num_buckets = tile_size(length), len(position_query)
     tiles = num_rows * (len(query_table) // 2 // tile)
     groups = max(1, min(_PROGRAMS // num_heads, tiles))
-    of_query, of_key, of_value = (torch.empty_like(grad) for _ in range(3))
-    parts = [torch.zeros(groups, num_buckets, hidden_size, dtype=torch.float32, device=grad.device) for _ in range(2)]
+    of_query, of_key, of_value = gradients
+    parts = torch.zeros(2, groups, num_buckets, hidden_size, dtype=torch.float32, device=grad.device)
     delta = torch.empty_like(lse)
     rows = (document_ids, is_causal, is_causal if seed is None else seed)
     settings = _settings(query, key, value, seed, num_heads) | {"P": num_buckets}
@@ -237,7 +239,7 @@ def backward(
                 query, key, value, query_table, key_table, bucket_rows, position_query, *rows, lse, grad,
                 delta, of_key, of_value, parts[0], *numbers, **settings,
             )  # fmt: skip
-    return of_query, of_key, of_value, *(part.sum(dim=0) for part in parts)
+    return parts.sum(dim=1)
 
 
 def _numbers(seed: Tensor | None, dropout_prob: float, scale: float) -> tuple[float, float, int]:
@@ -289,7 +291,7 @@ def configurations() -> list[Configuration]:
 def _configuration(
     kernel: Any, num_heads: int, head_size: int, length: int, num_position_vectors: int, *, has_dropout: bool
 ) -> Configuration:
-    strides = (2 * num_heads * head_size,) * 3  # of the halves of a projection
+    strides = (4 * num_heads * head_size,) * 3  # of quarters of a projection
     constants = _constants(length, num_heads, head_size, strides, has_dropout=has_dropout)
     constants["P"] = num_position_vectors
     kinds = {"document_ids_ptr": "*i32", "is_causal_ptr": "*u1", "seed_ptr": "*i32" if has_dropout else "*u1"}

@@ -1,11 +1,13 @@
 """gated_norm against its reference: the operation with its gradients, and the kernels alone."""
 
+import importlib
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from kernels.gated_norm import cpp, gated_norm, reference
+from kernels.gated_norm import cpp, gated_norm, op, reference
+from kernels.linear import Packed
 from kernels.numerics import Comparison, compare, compare_all, compare_function, random_bf16
 from kernels.run import Run
 
@@ -13,8 +15,16 @@ _EPS = 1e-5
 
 
 def comparisons(device: torch.device, backend: str, run: Run | None = None) -> Iterator[Comparison]:
-    """Forward and backward in bf16, with both forms of GELU, at odd sizes; always on the CPU."""
-    del device, run
+    """Forward and backward, with both forms of GELU, at odd sizes.
+
+    Args:
+        device: where the Triton kernels run; the others run on the CPU.
+        backend: the implementation to compare with the reference; see `kernels.backend`.
+        run: check the Triton kernels only for this run's sizes; None checks several.
+    """
+    if backend == "triton":
+        yield from _fused_kernels(device, run)
+        return
     for size in (3, 40, 1280) if backend == "cpp" else ():
         for with_linear in (False, True):
             yield from _kernels(size, with_linear=with_linear)
@@ -22,6 +32,52 @@ def comparisons(device: torch.device, backend: str, run: Run | None = None) -> I
     separate = {"gate": random_bf16(3, 5, 40), "linear": random_bf16(4, 3, 5, 10), "weight": weight}
     yield from _operation("tanh", {"gate": random_bf16(3, 5, 80), "weight": weight}, backend)
     yield from _operation("none", separate, backend)
+
+
+def _fused_kernels(device: torch.device, run: Run | None) -> Iterator[Comparison]:
+    """The kernels' own list, or a run's sizes."""
+    is_gpu = device.type == "cuda"  # products in bf16 are wrong in the interpreter, which is slow
+    if run is not None:
+        dtype = run.logits_type if is_gpu else torch.float32
+        for size, is_tanh in zip(run.gates, (False, True), strict=True):
+            yield from compare_fused(device, 300 if is_gpu else 3, size, dtype, is_tanh=is_tanh)
+        return
+    for dtype in (torch.bfloat16, torch.float32) if is_gpu else (torch.float32,):
+        for rows, size, is_tanh in importlib.import_module("kernels.gated_norm.kernel").CHECKED:
+            yield from compare_fused(device, rows, size, dtype, is_tanh=is_tanh)
+        if is_gpu:
+            yield from compare_fused(device, 3000, 2560, dtype, is_tanh=True)
+
+
+def compare_fused(
+    device: torch.device, rows: int, size: int, dtype: torch.dtype, *, is_tanh: bool
+) -> Iterator[Comparison]:
+    """The fused operation with all gradients; as in a model, tanh with both factors in one matrix, and erf in two."""
+    rest = {"approximate": "tanh" if is_tanh else "none", "eps": _EPS}
+    weight = random_bf16(12, size, 1)[..., 0].to(device) / 4
+    if is_tanh:
+        inputs = {"gate": random_bf16(1, rows, 2 * size)}
+    else:  # the gate in the last quarter of a projection, linear a view of [B, T, D]
+        inputs = {"projection": random_bf16(1, rows, 4 * size, 2)[..., 0], "linear": random_bf16(1, rows, size)}
+    inputs = {name: tensor.to(device, dtype) for name, tensor in inputs.items()} | {"weight": weight.float()}
+
+    def factors(inputs: dict[str, Tensor]) -> dict[str, Tensor | None]:
+        if is_tanh:
+            return {"gate": inputs["gate"], "linear": None}
+        linear = inputs["linear"].unflatten(-1, (2, -1)).movedim(-2, 0)  # two heads
+        return {"gate": inputs["projection"][..., 3 * size :], "linear": linear}
+
+    def fused(weight: Tensor, **others: Tensor) -> Tensor:
+        return op.fused_gated_norm(**factors(others), weight=Packed.of([weight], dtype), **rest)
+
+    def by_definition(weight: Tensor, **others: Tensor) -> Tensor:
+        return reference.gated_norm(**factors(others), weight=weight, **rest)
+
+    def plain(weight: Tensor, **others: Tensor) -> Tensor:
+        return by_definition(weight=weight.to(dtype), **others)
+
+    name = f"fused {str(dtype).removeprefix('torch.')} R={rows} D={size} {'tanh' if is_tanh else 'erf'}"
+    yield from compare_function(name, fused, by_definition, inputs, plain)
 
 
 def _operation(approximate: str, inputs: dict[str, Tensor], backend: str) -> Iterator[Comparison]:

@@ -1,4 +1,4 @@
-"""The operation with its backward by the C++ kernels."""
+"""The operation with its backward by the C++ or the Triton kernels."""
 
 from typing import Any
 
@@ -6,30 +6,46 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.gated_norm import cpp
+from kernels.gated_norm import cpp, fused
+from kernels.linear import Packed, weight_gradient
 
 
 def gated_norm(gate: Tensor, linear: Tensor | None, weight: Tensor, approximate: str, eps: float) -> Tensor:
-    """See `kernels.gated_norm`; the gate is bf16."""
-    return _GatedNorm.apply(gate, linear, weight, approximate == "tanh", eps)
+    """See `kernels.gated_norm`, by the C++ kernels; the gate is bf16."""
+    return _GatedNorm.apply(gate, linear, weight.to(gate.dtype).detach(), weight, approximate == "tanh", eps, False)
+
+
+def fused_gated_norm(gate: Tensor, linear: Tensor | None, weight: Packed, approximate: str, eps: float) -> Tensor:
+    """See `kernels.gated_norm`, by the Triton kernels; the weight is one parameter."""
+    return _GatedNorm.apply(gate, linear, weight.narrow, *weight.parts, approximate == "tanh", eps, True)
 
 
 class _GatedNorm(torch.autograd.Function):
     """Saves its inputs, and recomputes the normalized product in the backward: it is a block's largest tensor."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, linear: Tensor | None, weight: Tensor, is_tanh: bool, eps: float) -> Tensor:
-        normalized, mean, inverse_std = cpp.gated_norm(gate, linear, is_tanh, eps)
-        narrow = weight.to(gate.dtype)
+    def forward(
+        ctx: Any,
+        gate: Tensor,
+        linear: Tensor | None,
+        narrow: Tensor,
+        weight: Tensor,
+        is_tanh: bool,
+        eps: float,
+        is_fused: bool,
+    ) -> Tensor:
+        normalized, mean, inverse_std = (fused if is_fused else cpp).gated_norm(gate, linear, is_tanh, eps)
         ctx.save_for_backward(gate, linear, narrow, mean, inverse_std)
-        ctx.is_tanh, ctx.dtype = is_tanh, weight.dtype
+        ctx.is_tanh, ctx.is_fused, ctx.dtype = is_tanh, is_fused, weight.dtype
         return F.linear(normalized, narrow)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, linear, weight, mean, inverse_std = ctx.saved_tensors
-        of_gate, of_linear, normalized = cpp.gated_norm_backward(
+        of_gate, of_linear, normalized = (fused if ctx.is_fused else cpp).gated_norm_backward(
             grad @ weight, gate, linear, mean, inverse_std, ctx.is_tanh
         )
-        of_weight = (grad.flatten(0, -2).T @ normalized.flatten(0, -2)).to(ctx.dtype)
-        return of_gate, None if linear is None else of_linear, of_weight, None, None
+        grad_rows, rows = grad.flatten(0, -2), normalized.flatten(0, -2)
+        of_weight = weight_gradient(grad_rows, rows) if ctx.is_fused else grad_rows.T @ rows
+        of_linear = None if linear is None else of_linear
+        return of_gate, of_linear, None, of_weight.to(ctx.dtype), None, None, None

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kernels import torch_private
 from kernels.add_bias.cpp import column_sums
+from kernels.linear import multiplies_into_fp32
 from kernels.masked_cross_entropy import cpp, eager
 from kernels.padding import PADDING, padded_length, rounded_rows, rows_apart
 
@@ -356,7 +357,7 @@ def _plus_product(total: Tensor | None, left: Tensor, right: Tensor, *, by_cpp: 
         total = torch.empty(left.shape[0], right.shape[1], dtype=wide, device=left.device)
     if left.dtype == wide:
         return torch.mm(left, right, out=total) if is_first else total.addmm_(left, right)
-    if _multiplies_into_fp32(left.device):
+    if multiplies_into_fp32(left.device):
         if is_first:
             return torch.mm(left, right, out_dtype=wide, out=total)
         return torch.addmm(total, left, right, out_dtype=wide, out=total)
@@ -376,11 +377,6 @@ def _plus_column_sums(total: Tensor | None, gradient: Tensor, *, by_cpp: bool = 
     wide = torch.promote_types(gradient.dtype, torch.float32)
     sums = column_sums(gradient) if by_cpp else gradient.sum(dim=0, dtype=wide)
     return sums if total is None else total.add_(sums)
-
-
-def _multiplies_into_fp32(device: torch.device) -> bool:
-    """Whether matmuls of 16-bit matrices can write fp32: on GPUs from sm_80 on."""
-    return device.type == "meta" or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0))
 
 
 def _spread(rows: Tensor, kept: Tensor, num_rows: int) -> Tensor:

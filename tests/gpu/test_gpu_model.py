@@ -8,9 +8,9 @@ import torch
 from gptbert.config import ModelConfig
 from gptbert.model import GPTBert
 from gptbert.model.batch import Batch
+from gptbert.model.block import BLOCK_SEEDS
 from gptbert.model.compilation import compile_blocks
 from gptbert.model.dropout import random_seeds
-from gptbert.model.gptbert import BLOCK_SEEDS
 from kernels import IGNORE_INDEX
 from tests.numerics import assert_near, relative_error
 

@@ -1,0 +1,59 @@
+"""Copies of the blocks' weights in the dtype of the products, made once a step instead of at each use."""
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from gptbert.model.block import BlockWeights
+from kernels import gated_norm, torch_private
+
+
+class PackedWeights:
+    """The weights of a model's blocks, packed.
+
+    Attributes:
+        blocks: of each block, for `GPTBert.forward`.
+
+    Args:
+        blocks: the model's, not sharded.
+        dtype: of the products.
+    """
+
+    def __init__(self, blocks: nn.ModuleList, dtype: torch.dtype) -> None:
+        self.blocks: list[BlockWeights] = [block.pack(dtype) for block in blocks]
+        self._copies: list[Tensor] = []
+        self._parameters: list[Tensor] = []
+        for packed in (each for block in self.blocks for sub_layer in block for each in sub_layer):
+            for copy, parameter in zip(packed.split(), packed.parts, strict=True):
+                if copy.data_ptr() != parameter.data_ptr():  # of that dtype and alone, a parameter is its own copy
+                    self._copies.append(copy)
+                    self._parameters.append(parameter)
+        self._versions = self._current_versions()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Copy the weights as they are now, in a few launches; a part of each update."""
+        torch_private.copy_each(self._copies, self._parameters)
+        self._versions = self._current_versions()
+
+    def refresh_if_changed(self) -> None:
+        """The same if something else has changed them since, such as a checkpoint that was loaded."""
+        if self._versions != self._current_versions():
+            self.refresh()
+
+    def _current_versions(self) -> list[int]:
+        return [parameter._version for parameter in self._parameters]  # noqa: SLF001 - autograd's count of changes
+
+
+def packed_weights(model: nn.Module, device: torch.device, dtype: torch.dtype) -> PackedWeights | None:
+    """The packed weights of a model that has use for them: its gated norms are fused, and it is not sharded.
+
+    Args:
+        model: a `GPTBert`.
+        device: where it runs.
+        dtype: of its products.
+    """
+    down = model.blocks[0].feed_forward.down
+    is_whole = not isinstance(down.weight, DTensor)
+    is_used = is_whole and gated_norm.is_fused(device, dtype, down.in_features)
+    return PackedWeights(model.blocks, dtype) if is_used else None
