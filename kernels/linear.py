@@ -18,10 +18,13 @@ class Packed(NamedTuple):
     Attributes:
         parts: parameters [E_i, D], or biases [E_i]; they get the gradients.
         narrow: [ΣE_i, D] or [ΣE_i], without gradient; the parameter itself if there is one, of that dtype.
+        gradient: like `narrow`, fp32, the memory of all their gradients, which stays; the backward adds to it, past
+            autograd. None: autograd gets the gradients.
     """
 
     parts: tuple[Tensor, ...]
     narrow: Tensor
+    gradient: Tensor | None = None
 
     @classmethod
     def of(cls, parts: Sequence[Tensor], dtype: torch.dtype) -> Self:
@@ -31,14 +34,58 @@ class Packed(NamedTuple):
             narrow = torch.cat(copies) if len(copies) > 1 else copies[0]
         return cls(tuple(parts), narrow.detach())
 
+    def with_gradient(self) -> Self:
+        """With the memory of the parameters' `grad`, if those are fp32 and side by side in one tensor."""
+        grads = [part.grad for part in self.parts]
+        if any(grad is None or grad.dtype != torch.float32 or not grad.is_contiguous() for grad in grads):
+            return self
+        places = [grad.storage_offset() for grad in grads]
+        ends = [place + grad.numel() for place, grad in zip(places, grads, strict=True)]
+        if places[1:] != ends[:-1] or len({grad.untyped_storage().data_ptr() for grad in grads}) > 1:
+            return self
+        return self._replace(gradient=grads[0].as_strided(self.narrow.shape, grads[0].stride()))
+
     def first(self, count: int) -> Self:
         """The first `count` parameters."""
         parts = self.parts[:count]
-        return type(self)(parts, self.narrow[: sum(map(len, parts))])
+        rows = sum(map(len, parts))
+        return type(self)(parts, self.narrow[:rows], None if self.gradient is None else self.gradient[:rows])
 
     def split(self) -> tuple[Tensor, ...]:
         """The copy of each parameter, a view."""
         return self.narrow.split([len(part) for part in self.parts])
+
+
+class PackedGradient:
+    """What a backward needs to know of packed weights or biases, to leave their gradient where it belongs.
+
+    Args:
+        gradient: see `Packed`.
+        parts: see `Packed`.
+    """
+
+    def __init__(self, gradient: Tensor | None, parts: Sequence[Tensor]) -> None:
+        self._gradient = gradient
+        self._lengths = [len(part) for part in parts]
+        self._dtypes = [part.dtype for part in parts]
+
+    def of_weight(self, grad: Tensor, x: Tensor) -> tuple[Tensor | None, ...]:
+        """gradᵀ · x of [R, E] and [R, D]: each part's gradient for autograd, None where it was added to the memory."""
+        if self._gradient is None:
+            return self._split(weight_gradient(grad, x))
+        add_weight_gradient(grad, x, self._gradient)
+        return (None,) * len(self._lengths)
+
+    def of_bias(self, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Sums over the rows of [R, E], likewise."""
+        sums = grad.sum(dim=0, dtype=torch.float32)
+        if self._gradient is None:
+            return self._split(sums)
+        self._gradient.add_(sums)
+        return (None,) * len(self._lengths)
+
+    def _split(self, gradient: Tensor) -> tuple[Tensor, ...]:
+        return tuple(map(Tensor.to, gradient.split(self._lengths), self._dtypes))
 
 
 def linear(x: Tensor, weight: Packed, bias: Packed | None = None) -> Tensor:
@@ -52,31 +99,39 @@ def linear(x: Tensor, weight: Packed, bias: Packed | None = None) -> Tensor:
     Returns:
         [..., E].
     """
-    parts = (*weight.parts, *(() if bias is None else bias.parts))
-    return _Linear.apply(x, weight.narrow, None if bias is None else bias.narrow, len(weight.parts), *parts)
+    bias_parts, *of_bias = ((), None, None) if bias is None else bias
+    memories = (weight.narrow, of_bias[0], weight.gradient, of_bias[1])
+    return _Linear.apply(x, *memories, len(weight.parts), *weight.parts, *bias_parts)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, count: int, *parts: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        weight_memory: Tensor | None,
+        bias_memory: Tensor | None,
+        count: int,
+        *parts: Tensor,
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.weights, ctx.biases = ([(len(part), part.dtype) for part in own] for own in (parts[:count], parts[count:]))
+        ctx.weights, ctx.biases = (
+            PackedGradient(weight_memory, parts[:count]),
+            PackedGradient(bias_memory, parts[count:]),
+        )
+        ctx.has_bias = bias is not None
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         rows = grad.flatten(0, -2)
-        of_weights = split_gradient(weight_gradient(rows, x.flatten(0, -2)), ctx.weights)
-        of_biases = split_gradient(rows.sum(dim=0, dtype=torch.float32), ctx.biases) if ctx.biases else ()
+        of_weights = ctx.weights.of_weight(rows, x.flatten(0, -2))
+        of_biases = ctx.biases.of_bias(rows) if ctx.has_bias else ()
         of_x = grad @ weight if ctx.needs_input_grad[0] else None
-        return of_x, None, None, None, *of_weights, *of_biases
-
-
-def split_gradient(gradient: Tensor, parts: Sequence[tuple[int, torch.dtype]]) -> tuple[Tensor, ...]:
-    """A packed parameter's gradient as those of its parts, given their lengths and dtypes."""
-    each = gradient.split([length for length, _ in parts])
-    return tuple(own.to(dtype) for own, (_, dtype) in zip(each, parts, strict=True))
+        return of_x, *[None] * 5, *of_weights, *of_biases
 
 
 @torch.library.custom_op("kernels::weight_gradient", mutates_args=())
@@ -92,6 +147,22 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
 @weight_gradient.register_fake
 def _(grad, x):
     return grad.new_empty(grad.shape[1], x.shape[1], dtype=torch.float32)
+
+
+@torch.library.custom_op("kernels::add_weight_gradient", mutates_args={"total"})
+def add_weight_gradient(grad: Tensor, x: Tensor, total: Tensor) -> None:
+    """Add `weight_gradient` to [E, D]."""
+    if grad.dtype == torch.float32:
+        total.addmm_(grad.T, x)
+    elif multiplies_into_fp32(grad.device):
+        torch.addmm(total, grad.T, x, out_dtype=torch.float32, out=total)
+    else:
+        total.add_(grad.T @ x)
+
+
+@add_weight_gradient.register_fake
+def _(grad, x, total):
+    del grad, x, total
 
 
 def multiplies_into_fp32(device: torch.device) -> bool:

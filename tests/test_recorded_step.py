@@ -1,6 +1,7 @@
 """Recorded steps: the bits of eager ones, in emulated CUDA graphs; and gradients in one buffer, summed over ranks."""
 
 import itertools
+import json
 import math
 
 import pytest
@@ -22,9 +23,10 @@ from gptbert.model.batch import Batch
 from gptbert.trainer import Trainer
 from gptbert.training import step as step_module
 from gptbert.training.step import EagerStep, RecordedStep
+from kernels import wanted
 from kernels.backend import set_default_backend
 from tests.emulated_graph import emulate
-from tests.runs import assert_same, assert_same_checkpoint, flags, on_ranks, train, write_inputs
+from tests.runs import MODEL, assert_same, assert_same_checkpoint, flags, on_ranks, train, write_inputs
 
 ALONE = World(0, 1, torch.device("cpu"))
 UPDATE = "the update of the weights"
@@ -88,18 +90,31 @@ def test_recorded_steps_have_the_bits_of_eager_ones(inputs, monkeypatch, optimiz
     assert kept == 1, "graphs of former shapes are dropped"
 
 
-def test_tritons_launches_are_recorded(inputs, monkeypatch):
+@pytest.mark.parametrize("operations", [(), wanted.FUSED], ids=["not fused", "fused"])
+def test_tritons_launches_are_recorded(inputs, monkeypatch, operations):
+    """Of several micro-batches, whose gradients are added; and weights that something else changes between steps."""
     emulate(monkeypatch)
     set_default_backend("triton")
+    wanted.use_fused(operations)
+    wide = inputs / "wide.json"
+    wide.write_text(json.dumps(MODEL | {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}))
+    settings = {"seq_length": 16, "global_batch_size": 4, "local_batch_size": 2, "batch_reduction": 1}
     ends = []
     for recorded in (True, False):
-        trainer = make_trainer(inputs, recorded=recorded, seq_length=16, global_batch_size=4, batch_reduction=1)
-        ends.append(steps_of(trainer, range(3)))
+        trainer = make_trainer(inputs, recorded=recorded, config_file=wide, **settings)
+        first = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+        before = steps_of(trainer, range(3))[0][0]
+        trainer.model.load_state_dict(first)
+        ends.append(([before, *steps_of(trainer, range(3, 5))[0]], {}))
         if recorded:
             recorder = trainer.training_step.recorder
     assert_same(*ends)
-    assert recorder.recorded == ["forward and backward of 4 rows", UPDATE]
-    assert recorder.replays == 4
+    assert recorder.recorded == ["forward and backward of 2 rows", UPDATE]
+    assert recorder.replays > 10
+    weights = trainer.training_step._weights
+    assert (weights is not None) is bool(operations)
+    if weights is not None:
+        assert all(packed.gradient is not None for block in weights.blocks for layer in block for packed in layer)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ class FlatGradients:
     """
 
     def __init__(self, params: Iterable[nn.Parameter], world: World, dtype: torch.dtype = torch.float32) -> None:
-        params = list(params)
+        params = sorted(params, key=lambda param: param.ndim)  # so that weights packed together have neighbors' places
         spaces = [-(-param.numel() // _ALIGNMENT) * _ALIGNMENT for param in params]
         self.buffer = torch.zeros(sum(spaces), dtype=torch.float32, device=world.device)
         for param, space in zip(params, self.buffer.split(spaces), strict=True):

@@ -1,11 +1,16 @@
 """Copies of the blocks' weights in the dtype of the products, made once a step instead of at each use."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from gptbert.model.attention import AttentionWeights
 from gptbert.model.block import BlockWeights
+from gptbert.model.feed_forward import FeedForwardWeights
 from kernels import gated_norm, torch_private
+from kernels.linear import Packed
 
 
 class PackedWeights:
@@ -23,12 +28,20 @@ class PackedWeights:
         self.blocks: list[BlockWeights] = [block.pack(dtype) for block in blocks]
         self._copies: list[Tensor] = []
         self._parameters: list[Tensor] = []
-        for packed in (each for block in self.blocks for sub_layer in block for each in sub_layer):
+        for packed in self._all():
             for copy, parameter in zip(packed.split(), packed.parts, strict=True):
                 if copy.data_ptr() != parameter.data_ptr():  # of that dtype and alone, a parameter is its own copy
                     self._copies.append(copy)
                     self._parameters.append(parameter)
         self._versions = self._current_versions()
+
+    def add_gradients_directly(self) -> None:
+        """Let the backward add to the parameters' gradients, which exist and stay, in its products."""
+        for index, (attention, feed_forward) in enumerate(self.blocks):
+            self.blocks[index] = BlockWeights(
+                AttentionWeights(*(packed.with_gradient() for packed in attention)),
+                FeedForwardWeights(*(packed.with_gradient() for packed in feed_forward)),
+            )
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -40,6 +53,9 @@ class PackedWeights:
         """The same if something else has changed them since, such as a checkpoint that was loaded."""
         if self._versions != self._current_versions():
             self.refresh()
+
+    def _all(self) -> Iterator[Packed]:
+        return (packed for block in self.blocks for sub_layer in block for packed in sub_layer)
 
     def _current_versions(self) -> list[int]:
         return [parameter._version for parameter in self._parameters]  # noqa: SLF001 - autograd's count of changes

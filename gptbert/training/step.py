@@ -90,8 +90,9 @@ class TrainingStep(ABC):
             weights = None if self._weights is None else self._weights.blocks
             return self.parallel_model(batch, scales, self._config.z_loss_weight, dropout_seeds, weights)
 
+    @abstractmethod
     def _clear_gradients(self) -> None:
-        self._optimizer.zero_grad()
+        """Forget the gradients of the step."""
 
     def _look_for_new_weights(self) -> None:
         if self._weights is not None:
@@ -130,6 +131,10 @@ class EagerStep(TrainingStep):
         super().__init__(config, model, average, optimizer, world)
         self.parallel_model = world.wrap(model, REDUCE_DTYPES[config.reduce_dtype])
         self.averaged_ranks = world.world_size
+        self._gradients: FlatGradients | None = None  # DDP has its own memory
+        if world.world_size == 1 and self._weights is not None:
+            self._gradients = FlatGradients(model.parameters(), world)
+            self._weights.add_gradients_directly()
 
     def accumulate(self, micro_batches: list[Batch], scales: Tensor) -> None:
         """See `TrainingStep.accumulate`."""
@@ -141,6 +146,12 @@ class EagerStep(TrainingStep):
     def update(self, learning_rate: float) -> Tensor:
         """See `TrainingStep.update`."""
         return self._update(_fp32(learning_rate))
+
+    def _clear_gradients(self) -> None:
+        if self._gradients is None:
+            self._optimizer.zero_grad()
+        else:
+            self._gradients.zero_()
 
 
 class RecordedStep(TrainingStep):
@@ -166,6 +177,8 @@ class RecordedStep(TrainingStep):
     ) -> None:
         super().__init__(config, model, average, optimizer, world)
         self._gradients = FlatGradients(model.parameters(), world, REDUCE_DTYPES[config.reduce_dtype])
+        if self._weights is not None:
+            self._weights.add_gradients_directly()
         self.recorder = Recorder(world.device, is_main=world.is_main)
         self._passes: dict[tuple, tuple[Batch, Recorded]] = {}  # by a micro-batch's shape
         self._scales: Tensor | None = None  # made by the first step, as are the seeds

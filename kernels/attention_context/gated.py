@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.attention_context.fused import DistanceTables
-from kernels.linear import Packed, weight_gradient
+from kernels.linear import Packed, PackedGradient
 
 
 def gated_attention(
@@ -51,7 +51,7 @@ def gated_attention(
     """
     rows = (*tables, document_ids, is_causal, seed if dropout_prob else None)
     settings = (dropout_prob, scale, num_heads, eps)
-    return _GatedAttention.apply(projection, position, weight.narrow, *weight.parts, *rows, *settings)
+    return _GatedAttention.apply(projection, position, weight.narrow, weight.gradient, *weight.parts, *rows, *settings)
 
 
 class _GatedAttention(torch.autograd.Function):
@@ -63,6 +63,7 @@ class _GatedAttention(torch.autograd.Function):
         projection: Tensor,
         position: Tensor,
         narrow: Tensor,
+        memory: Tensor | None,
         weight: Tensor,
         buckets: Tensor,
         bucket_rows: Tensor,
@@ -74,15 +75,15 @@ class _GatedAttention(torch.autograd.Function):
         rows = (document_ids, is_causal, seed)
         normalized, *kept = forward(projection, position, buckets, *rows, *settings)
         ctx.save_for_backward(projection, position, narrow, bucket_rows, *rows, *kept)
-        ctx.settings, ctx.dtype = settings[:-1], weight.dtype
+        ctx.settings, ctx.packed = settings[:-1], PackedGradient(memory, [weight])
         return F.linear(normalized, narrow)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         projection, position, narrow, *rest = ctx.saved_tensors
         of_projection, of_position, normalized = backward(grad @ narrow, projection, position, *rest, *ctx.settings)
-        of_weight = weight_gradient(grad.flatten(0, -2), normalized.flatten(0, -2))
-        return of_projection, of_position, None, of_weight.to(ctx.dtype), *[None] * 9
+        of_weight = ctx.packed.of_weight(grad.flatten(0, -2), normalized.flatten(0, -2))
+        return of_projection, of_position, None, None, *of_weight, *[None] * 9
 
 
 @torch.library.custom_op("kernels::gated_attention", mutates_args=())

@@ -43,7 +43,7 @@ def gated_norm(gate: Tensor, linear: Tensor | None, is_tanh: bool, eps: float) -
     """
     shape = gate.shape[:-1]
     normalized, mean, inverse_std = _kernel().forward(*_rows(gate, linear), is_tanh=is_tanh, eps=eps)
-    return normalized.view(*shape, -1), mean.view(shape), inverse_std.view(shape)
+    return normalized.view(*shape, normalized.shape[1]), mean.view(shape), inverse_std.view(shape)
 
 
 @gated_norm.register_fake

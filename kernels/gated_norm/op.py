@@ -7,17 +7,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.gated_norm import cpp, fused
-from kernels.linear import Packed, weight_gradient
+from kernels.linear import Packed, PackedGradient
 
 
 def gated_norm(gate: Tensor, linear: Tensor | None, weight: Tensor, approximate: str, eps: float) -> Tensor:
     """See `kernels.gated_norm`, by the C++ kernels; the gate is bf16."""
-    return _GatedNorm.apply(gate, linear, weight.to(gate.dtype).detach(), weight, approximate == "tanh", eps, False)
+    narrow = weight.to(gate.dtype).detach()
+    return _GatedNorm.apply(gate, linear, narrow, None, weight, approximate == "tanh", eps, False)
 
 
 def fused_gated_norm(gate: Tensor, linear: Tensor | None, weight: Packed, approximate: str, eps: float) -> Tensor:
     """See `kernels.gated_norm`, by the Triton kernels; the weight is one parameter."""
-    return _GatedNorm.apply(gate, linear, weight.narrow, *weight.parts, approximate == "tanh", eps, True)
+    memories = (weight.narrow, weight.gradient)
+    return _GatedNorm.apply(gate, linear, *memories, *weight.parts, approximate == "tanh", eps, True)
 
 
 class _GatedNorm(torch.autograd.Function):
@@ -29,6 +31,7 @@ class _GatedNorm(torch.autograd.Function):
         gate: Tensor,
         linear: Tensor | None,
         narrow: Tensor,
+        memory: Tensor | None,
         weight: Tensor,
         is_tanh: bool,
         eps: float,
@@ -37,6 +40,7 @@ class _GatedNorm(torch.autograd.Function):
         normalized, mean, inverse_std = (fused if is_fused else cpp).gated_norm(gate, linear, is_tanh, eps)
         ctx.save_for_backward(gate, linear, narrow, mean, inverse_std)
         ctx.is_tanh, ctx.is_fused, ctx.dtype = is_tanh, is_fused, weight.dtype
+        ctx.packed = PackedGradient(memory, [weight])
         return F.linear(normalized, narrow)
 
     @staticmethod
@@ -46,6 +50,8 @@ class _GatedNorm(torch.autograd.Function):
             grad @ weight, gate, linear, mean, inverse_std, ctx.is_tanh
         )
         grad_rows, rows = grad.flatten(0, -2), normalized.flatten(0, -2)
-        of_weight = weight_gradient(grad_rows, rows) if ctx.is_fused else grad_rows.T @ rows
-        of_linear = None if linear is None else of_linear
-        return of_gate, of_linear, None, of_weight.to(ctx.dtype), None, None, None
+        if ctx.is_fused:
+            (of_weight,) = ctx.packed.of_weight(grad_rows, rows)
+        else:
+            of_weight = (grad_rows.T @ rows).to(ctx.dtype)
+        return of_gate, None if linear is None else of_linear, None, None, of_weight, None, None, None

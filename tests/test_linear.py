@@ -1,0 +1,203 @@
+"""Linear layers of packed parameters: results and gradients of F.linear, and the memory of their gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gptbert.distributed.flat_gradients import FlatGradients
+from gptbert.distributed.world import World
+from gptbert.model import GPTBert
+from gptbert.training import packed_weights
+from gptbert.training.packed_weights import PackedWeights
+from kernels import wanted
+from kernels.backend import set_default_backend
+from kernels.linear import Packed, add_weight_gradient, linear, weight_gradient
+from tests.conftest import TINY
+from tests.numerics import assert_accurate
+
+CPU = torch.device("cpu")
+ALONE = World(0, 1, CPU)
+
+
+def make_layers(num_layers, *, seed=0):
+    """Parameters of layers with the same input: weights [E, 6], and biases; and x [2, 5, 6]."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (32, 64, 32)[:num_layers]
+    weights = [nn.Parameter(torch.randn(size, 6, generator=generator)) for size in sizes]
+    biases = [nn.Parameter(torch.randn(size, generator=generator)) for size in sizes]
+    return weights, biases, torch.randn(2, 5, 6, generator=generator)
+
+
+def give_memory(weights, biases):
+    """Gradients that stay, of ones, so that adding shows; the optimizer's order is weight, bias, weight, …"""
+    FlatGradients([param for pair in zip(weights, biases, strict=True) for param in pair], ALONE).buffer.fill_(1)
+
+
+def run(weights, biases, x, dtype, *, has_bias=True, has_memory=False, repeats=1):
+    """The layers' results, side by side, and gradients of x, weights and biases."""
+    if has_memory:
+        give_memory(weights, biases)
+    packed = [Packed.of(parts, dtype) for parts in (weights, biases)]
+    if has_memory:
+        packed = [each.with_gradient() for each in packed]
+        assert all(each.gradient is not None for each in packed)
+    x = x.to(dtype).detach().requires_grad_()
+    for _ in range(repeats):
+        y = linear(x, packed[0], packed[1] if has_bias else None)
+        y.backward(torch.cos(y.detach()))
+    grads = [param.grad for param in (*weights, *(biases if has_bias else ()))]
+    return y.detach(), x.grad, *(grad - 1 if has_memory else grad for grad in grads)
+
+
+def definition(weights, biases, x, dtype, *, has_bias=True, repeats=1):
+    leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in (x, *weights, *biases)]
+    count = len(weights)
+    inputs, own_weights, own_biases = leaves[0], leaves[1 : count + 1], leaves[count + 1 :]
+    for _ in range(repeats):
+        layers = zip(own_weights, own_biases, strict=True)
+        y = torch.cat([F.linear(inputs, weight, bias if has_bias else None) for weight, bias in layers], dim=-1)
+        y.backward(torch.cos(y.detach()))
+    return y.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)
+
+
+@pytest.mark.parametrize("has_memory", [False, True])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(("num_layers", "repeats"), [(1, 1), (3, 1), (2, 2)])
+def test_results_and_gradients_are_those_of_the_layers(has_memory, has_bias, num_layers, repeats):
+    case, settings = make_layers(num_layers), {"has_bias": has_bias, "repeats": repeats}
+    actual = run(*case, torch.float32, has_memory=has_memory, **settings)
+    exact, plain = (definition(*case, dtype, **settings) for dtype in (torch.float64, torch.float32))
+    for index, tensors in enumerate(zip(actual, exact, plain, strict=True)):
+        assert_accurate(*tensors, name=str(index))
+
+
+@pytest.mark.parametrize("has_memory", [False, True])
+def test_products_in_bf16_have_gradients_in_fp32(has_memory):
+    weights, biases, x = make_layers(2)
+    results = run(weights, biases, x, torch.bfloat16, has_memory=has_memory)
+    exact = definition(weights, biases, x, torch.float64)
+    assert [result.dtype for result in results] == [torch.bfloat16] * 2 + [torch.float32] * 4
+    for actual, expected in zip(results, exact, strict=True):
+        assert (actual.double() - expected).norm() < 0.02 * expected.norm()
+
+
+def test_a_part_of_the_parameters():
+    weights, biases, x = make_layers(3)
+    give_memory(weights, biases)
+    packed = [Packed.of(parts, torch.float32).with_gradient() for parts in (weights, biases)]
+    y = linear(x, *(each.first(2) for each in packed))
+    torch.testing.assert_close(y, torch.cat([F.linear(x, weights[i], biases[i]) for i in (0, 1)], dim=-1))
+    y.sum().backward()
+    assert [bool((param.grad == 1).all()) for param in (*weights, *biases)] == [False, False, True] * 2
+
+
+def test_gradients_elsewhere_are_left_to_autograd():
+    weights, biases, _ = make_layers(2)
+    packed = Packed.of(weights, torch.float32)
+    assert packed.with_gradient().gradient is None, "there are none"
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    assert packed.with_gradient().gradient is None, "not in one tensor"
+    memory = torch.zeros(97, 6)
+    weights[0].grad, weights[1].grad = memory[:32], memory[33:]
+    assert packed.with_gradient().gradient is None, "a row apart"
+    weights[1].grad = memory[32:96]
+    assert packed.with_gradient().gradient.shape == (96, 6)
+    biases[0].grad = torch.zeros(64)[::2]
+    assert Packed.of(biases[:1], torch.float32).with_gradient().gradient is None, "not contiguous"
+
+
+def test_operations_are_registered_rightly():
+    grad, x = torch.randn(7, 4), torch.randn(7, 3)
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.library.opcheck(weight_gradient, (grad.to(dtype), x.to(dtype)))
+        torch.library.opcheck(add_weight_gradient, (grad.to(dtype), x.to(dtype), torch.ones(4, 3)))
+
+
+def test_compiled_equals_eager():
+    torch.compiler.reset()
+    ends = []
+    for call in (linear, torch.compile(linear, fullgraph=True)):
+        weights, biases, x = make_layers(2)
+        give_memory(weights, biases)
+        packed = [Packed.of(parts, torch.float32).with_gradient() for parts in (weights, biases)]
+        for _ in range(2):
+            y = call(x, *packed)
+            y.sin().sum().backward()
+        ends.append([y.detach(), *(param.grad for param in (*weights, *biases))])
+    for eager, compiled in zip(*ends, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
+@pytest.fixture
+def model():
+    set_default_backend("triton")
+    wanted.use_fused(wanted.FUSED)
+    torch.manual_seed(0)
+    return GPTBert(TINY)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_copies_follow_the_weights(model, dtype):
+    weights = PackedWeights(model.blocks, dtype)
+
+    def are_copies():
+        block = model.blocks[1]
+        expected = torch.cat([block.attention.query_key.weight, block.attention.value_gate.weight]).to(dtype)
+        (projection, bias, output), (up, down) = weights.blocks[1]
+        pairs = [(projection, expected), (output, block.attention.output.weight), (up, block.feed_forward.up.weight)]
+        pairs += [(bias, torch.cat([block.attention.query_key.bias, block.attention.value_gate.bias]))]
+        pairs += [(down, block.feed_forward.down.weight)]
+        return all(torch.equal(packed.narrow, tensor.to(dtype)) for packed, tensor in pairs)
+
+    assert are_copies()
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(1)
+    assert not are_copies()
+    weights.refresh_if_changed()
+    assert are_copies()
+    places = [packed.narrow.data_ptr() for packed in weights._all()]
+    for param in model.parameters():
+        param.data.mul_(2)  # unseen, as what a graph replays
+    weights.refresh_if_changed()
+    assert not are_copies()
+    weights.refresh()
+    assert are_copies()
+    assert places == [packed.narrow.data_ptr() for packed in weights._all()], "where a graph reads them"
+
+
+def test_who_has_use_for_packed_weights(model):
+    assert packed_weights.packed_weights(model, CPU, torch.float32) is not None
+    assert packed_weights.packed_weights(model, CPU, torch.bfloat16) is None, "in the interpreter"
+    wanted.use_fused([])
+    assert packed_weights.packed_weights(model, CPU, torch.float32) is None
+
+
+def adds_nothing(self, grad):
+    return tuple(grad.new_zeros(length) for length in self._lengths)
+
+
+# A changed copy of the module would register its operations anew, so functions are replaced.
+PLANTED = {
+    "the memory overwritten": ("add_weight_gradient", lambda grad, x, total: torch.mm(grad.T, x, out=total)),
+    "nothing added": ("add_weight_gradient", lambda grad, x, total: None),
+    "rows for columns": ("weight_gradient", lambda grad, x: (x.T @ grad).reshape(grad.shape[1], -1)),
+    "half of the rows": ("weight_gradient", lambda grad, x: grad[::2].T @ x[::2]),
+    "a bias without its memory": ("PackedGradient.of_bias", adds_nothing),
+    "all parts taken for the first": ("Packed.first", lambda self, count: self),
+}
+
+
+def all_of_them():
+    for has_memory in (False, True):
+        test_results_and_gradients_are_those_of_the_layers(has_memory, True, 2, 2)
+    test_a_part_of_the_parameters()
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted_bugs_are_found(name, monkeypatch):
+    monkeypatch.setattr(f"kernels.linear.{PLANTED[name][0]}", PLANTED[name][1])
+    with pytest.raises((AssertionError, RuntimeError)):
+        all_of_them()
