@@ -24,7 +24,7 @@ from gptbert.distributed.world import World
 from gptbert.errors import InputError
 from gptbert.io.screen import log
 from gptbert.model.gptbert import position_rows
-from kernels import depth_mix, gated_norm
+from kernels import depth_mix, gated_norm, normalize
 from kernels.attention_context.fused import is_fused
 from kernels.check import WAY_ON
 from kernels.run import Run
@@ -46,6 +46,7 @@ def run_of(config: TrainConfig, model_config: ModelConfig, plan: HybridPlan, wor
         buckets=world.world_size > 1,
         attention=_fused_attention(config, model_config, plan, world, dtype),
         gates=_fused_gates(model_config, world, dtype),
+        norms=model_config.hidden_size if normalize.is_fused(world.device, model_config.hidden_size) else None,
         mixes=_fused_mixes(config, model_config, world, dtype),
     )
 

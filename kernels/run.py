@@ -21,6 +21,7 @@ class Run:
         buckets: whether gradients may be unaligned, as views of DDP's buckets are.
         attention: heads, head size and number of position vectors of fused attention, or None without.
         gates: widths of fused gated norms, of attention and of the feed-forward, or None without.
+        norms: D of fused embedding and head, or None without.
         mixes: D and the number of fused mixes, or None without.
     """
 
@@ -33,6 +34,7 @@ class Run:
     buckets: bool
     attention: tuple[int, int, int] | None = None
     gates: tuple[int, int] | None = None
+    norms: int | None = None
     mixes: tuple[int, int] | None = None
 
     @property
@@ -47,6 +49,7 @@ class Run:
             "lamb": self.lamb,
             "attention_context": self.attention,
             "gated_norm": self.gates,
+            "normalize": self.norms,
             "depth_mix": self.mixes,
         }
         return ("masked_cross_entropy", "span_mask", *(name for name, is_used in some.items() if is_used))

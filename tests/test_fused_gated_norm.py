@@ -137,12 +137,18 @@ def test_a_process_wants_them_or_does_without(monkeypatch):
     assert len(calls) == 1
 
 
+def planted(name, folder):
+    """A bug in the kernels, or in GELU."""
+    module = "kernels.gelu" if "GELU" in name else "kernels.gated_norm.kernel"
+    return mutated(module, *MUTANTS[name], folder, users=[kernel])
+
+
 # No bug writes out of bounds: that would crash the tests, not fail them.
 MUTANTS = {
-    "GELU without its cube": ("(gate + gate * gate * gate * _CUBE)", "(gate + gate * gate * _CUBE)"),
-    "half of erf": ("0.5 + 0.5 * tl.erf", "0.5 + 0.25 * tl.erf"),
-    "slope without its curve": ("(gate * gate * _CURVE + _SLOPE)", "_SLOPE"),
-    "slope without the density": ("share + gate * (tl.exp(gate * gate * -0.5) * _DENSITY)", "share"),
+    "GELU without its cube": ("(x + x * x * x * _CUBE)", "(x + x * x * _CUBE)"),
+    "GELU with half of erf": ("0.5 + 0.5 * tl.erf", "0.5 + 0.25 * tl.erf"),
+    "GELU's slope without its curve": ("(x * x * _CURVE + _SLOPE)", "_SLOPE"),
+    "GELU's slope without the density": ("share + x * (tl.exp(x * x * -0.5) * _DENSITY)", "share"),
     "the first piece twice": ("(BLOCK + tl.arange(0, REST)[None, :],)", "(tl.arange(0, REST)[None, :],)"),
     "mean over the tile": ("mean = mean / size", "mean = mean / (BLOCK + REST)"),
     "variance over the tile": ("variance / size + eps", "variance / (BLOCK + REST) + eps"),
@@ -155,7 +161,7 @@ MUTANTS = {
     "LayerNorm without its mean": ("- grad_mean - normalized[piece] * along)", "- normalized[piece] * along)"),
     "LayerNorm without its direction": ("- grad_mean - normalized[piece] * along)", "- grad_mean)"),
     "LayerNorm without its scale": ("of_product = inverse_std * (", "of_product = ("),
-    "the gate's gradient by its share": ("* _slope(own_gate, share, IS_TANH)", "* share"),
+    "the gate's gradient by its share": ("* gelu_slope(own_gate, share, IS_TANH)", "* share"),
     "the linear's gradient without the gate": ("of_product * own_gate * share)", "of_product * share)"),
     "the stride of one for the other": ("gate_ptr + row * gate_stride, columns, is_row, size, PIECES)\n    grad =",
                                         "gate_ptr + row * linear_stride, columns, is_row, size, PIECES)\n    grad ="),
@@ -173,7 +179,7 @@ def test_planted_bugs_are_found(name, tmp_path):
     if name == "no eps":
         (gate, linear, weight), grad = cases[1]
         cases = [((gate * 1e-3, linear, weight), grad)]
-    with mutated("kernels.gated_norm.kernel", *MUTANTS[name], tmp_path), pytest.raises(AssertionError):
+    with planted(name, tmp_path), pytest.raises(AssertionError):
         assert_all_right(cases)
 
 
@@ -184,7 +190,7 @@ def test_the_checks_find_them_too(tmp_path):
         yield from (comparison for comparison in gated if comparison.name.startswith("gated"))
 
     assert all(comparison.passed for comparison in passed())
-    with mutated("kernels.gated_norm.kernel", *MUTANTS["slope without the density"], tmp_path):
+    with planted("GELU's slope without the density", tmp_path):
         verdicts = [comparison.passed for comparison in passed()]
     assert not all(verdicts[:4])
     assert not all(verdicts[4:])

@@ -26,6 +26,8 @@ from kernels.attention_context.fused import distance_tables
 from kernels.attention_context.fused import is_fused as is_attention_fused
 from kernels.backend import choose_backend
 from kernels.depth_mix import FusedMixes, is_fused
+from kernels.normalize import activate, embed
+from kernels.normalize import is_fused as is_norm_fused
 from kernels.padding import rounded_rows
 
 
@@ -42,6 +44,13 @@ class DropoutSeeds(NamedTuple):
         if seeds is None:
             return cls(None, [None] * num_layers, None)
         return cls(seeds[0], seeds[1:-1].split(BLOCK_SEEDS), seeds[-1])
+
+
+class Encoded(NamedTuple):
+    """The blocks' result, [B, T, D], and its LayerNorm in the products' dtype where the mixes have made it."""
+
+    hidden_states: Tensor
+    normalized: Tensor | None
 
 
 class GPTBert(nn.Module):
@@ -82,7 +91,7 @@ class GPTBert(nn.Module):
             [B, T, D].
         """
         seeds = DropoutSeeds.split(self.dropout_seeds(input_ids.device), len(self.blocks))
-        return self._encode(input_ids, document_ids, causal, seeds)
+        return self._encode(input_ids, document_ids, causal, seeds).hidden_states
 
     def _encode(
         self,
@@ -91,7 +100,7 @@ class GPTBert(nn.Module):
         causal: bool | Tensor,
         seeds: DropoutSeeds,
         weights: Sequence[BlockWeights] | None = None,
-    ) -> Tensor:
+    ) -> Encoded:
         hidden_states, relative = self.embedding(input_ids, seeds.embedding)
         dtype, device = hidden_states.dtype, hidden_states.device
         if torch.is_autocast_enabled(device.type):
@@ -107,12 +116,12 @@ class GPTBert(nn.Module):
             for block, *own in zip(self.blocks, seeds.blocks, packed, strict=True):
                 states = (hidden_states, normalized, mixes)
                 hidden_states, normalized = block.forward_fused(*states, relative, visibility, *own)
-            return hidden_states
+            return Encoded(hidden_states, normalized)
         representations = Representations(2 * len(self.blocks) + 1)
         hidden_states = representations.start(hidden_states)
         for block, *own in zip(self.blocks, seeds.blocks, packed, strict=True):
             hidden_states = block(hidden_states, representations, relative, visibility, *own)
-        return hidden_states
+        return Encoded(hidden_states, None)
 
     def _visibility(
         self, document_ids: Tensor, causal: bool | Tensor, num_position_vectors: int, dtype: torch.dtype
@@ -158,11 +167,13 @@ class GPTBert(nn.Module):
         if dropout_seeds is None:
             dropout_seeds = self.dropout_seeds(batch.labels.device)
         seeds = DropoutSeeds.split(dropout_seeds, len(self.blocks))
-        hidden_states = self._encode(batch.input_ids, batch.document_ids, batch.is_causal, seeds, weights)
+        encoded = self._encode(batch.input_ids, batch.document_ids, batch.is_causal, seeds, weights)
+        is_normalized = encoded.normalized is not None
         # [B·T, D] to [N, D]: the head sees labeled positions only
-        states, labels, objectives = select_labeled(hidden_states, batch)
+        states = encoded.normalized if is_normalized else encoded.hidden_states
+        states, labels, objectives = select_labeled(states, batch)
         return masked_cross_entropy(
-            self.head(states, seeds.head),
+            self.head(states, seeds.head, is_normalized=is_normalized),
             self.embedding.word_embedding.weight,
             labels,
             self.head.bias,
@@ -216,10 +227,16 @@ class Embedding(nn.Module):
 
     def forward(self, input_ids: Tensor, seed: Tensor | None) -> tuple[Tensor, Tensor]:
         """[B, T] ids to x0 [B, T, D] and r [P, D], which on a GPU is padded with zero rows; see `position_rows`."""
-        hidden_states = self.dropout(self.layer_norm(self.word_embedding(input_ids)), seed)
+        hidden_states = self._words(input_ids, seed if self.training else None)
         relative = self.relative_layer_norm(self.relative_embedding)
         zeros = position_rows(len(relative), relative.device) - len(relative)
         return hidden_states, F.pad(relative, (0, 0, 0, zeros)) if zeros else relative
+
+    def _words(self, input_ids: Tensor, seed: Tensor | None) -> Tensor:
+        weight = self.word_embedding.weight
+        if is_norm_fused(weight.device, weight.shape[1]):
+            return embed(input_ids, weight, seed, self.dropout.probability, self.layer_norm.eps)
+        return self.dropout(self.layer_norm(self.word_embedding(input_ids)), seed)
 
 
 class Head(nn.Module):
@@ -233,9 +250,13 @@ class Head(nn.Module):
         self.dropout = Dropout(config.hidden_dropout_prob)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
-    def forward(self, hidden_states: Tensor, seed: Tensor | None = None) -> Tensor:
-        """[N, D] to [N, D]."""
-        return self.dropout(self.output_norm(F.gelu(self.dense(self.input_norm(hidden_states)))), seed)
+    def forward(self, hidden_states: Tensor, seed: Tensor | None = None, *, is_normalized: bool = False) -> Tensor:
+        """[N, D] to [N, D]; `is_normalized`: LayerNorm has been applied."""
+        normalized = hidden_states if is_normalized else self.input_norm(hidden_states)
+        dense = self.dense(normalized)
+        if is_norm_fused(dense.device, dense.shape[1]):
+            return activate(dense, seed if self.training else None, self.dropout.probability, self.output_norm.eps)
+        return self.dropout(self.output_norm(F.gelu(dense)), seed)
 
 
 def position_rows(count: int, device: torch.device) -> int:

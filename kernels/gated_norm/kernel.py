@@ -6,7 +6,6 @@ A row stands in one piece of BLOCK columns or in two, of BLOCK and REST: 3·2^k 
 them. A program loads the whole row once; the backward computes it again from what came in, mean and 1/σ.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from kernels.backend import interpreted
 from kernels.configuration import Configuration, launch_warps
+from kernels.gelu import gelu_share, gelu_slope
 
 ROWS, ROWS_INTERPRETED = 1, 16
 # by the power of two that holds a row; others 4
@@ -23,32 +23,6 @@ FORWARD_WARPS = {512: 1, 1024: 2, 2048: 2, 4096: 4, 8192: 8}
 BACKWARD_WARPS = {512: 1, 1024: 2, 2048: 4, 4096: 8, 8192: 16}
 # what the check launches: R, D, whether GELU is the tanh approximation; whole words and not, one piece and two
 CHECKED = ((5, 16, True), (18, 40, False), (3, 320, True), (2, 512, False))
-
-_SLOPE = tl.constexpr(2 * math.sqrt(2 / math.pi))
-_CUBE = tl.constexpr(0.044715)
-_CURVE = tl.constexpr(2 * math.sqrt(2 / math.pi) * 3 * 0.044715)
-_SQRT_HALF = tl.constexpr(math.sqrt(0.5))
-_DENSITY = tl.constexpr(1 / math.sqrt(2 * math.pi))
-
-
-@triton.jit
-def _share(gate, IS_TANH: tl.constexpr):
-    """GELU(gate) / gate; the tanh approximation by (1 + tanh z)/2 = sigmoid(2z)."""
-    if IS_TANH:
-        share = tl.sigmoid((gate + gate * gate * gate * _CUBE) * _SLOPE)
-    else:
-        share = 0.5 + 0.5 * tl.erf(gate * _SQRT_HALF)
-    return share
-
-
-@triton.jit
-def _slope(gate, share, IS_TANH: tl.constexpr):
-    """GELU'(gate)."""
-    if IS_TANH:
-        slope = share + gate * share * (1 - share) * (gate * gate * _CURVE + _SLOPE)
-    else:
-        slope = share + gate * (tl.exp(gate * gate * -0.5) * _DENSITY)
-    return slope
 
 
 @triton.jit
@@ -94,7 +68,7 @@ def forward_kernel(
     mean = tl.zeros([ROWS], tl.float32)
     for piece in tl.static_range(PIECES):
         own_gate = gate[piece].to(tl.float32)
-        products += (linear[piece].to(tl.float32) * (own_gate * _share(own_gate, IS_TANH)),)
+        products += (linear[piece].to(tl.float32) * (own_gate * gelu_share(own_gate, IS_TANH)),)
         mean += tl.sum(products[piece], axis=1)
     mean = mean / size
     # 3. The variance about it.
@@ -134,7 +108,7 @@ def backward_kernel(
     along = tl.zeros([ROWS], tl.float32)
     for piece in tl.static_range(PIECES):
         own_gate = gate[piece].to(tl.float32)
-        product = linear[piece].to(tl.float32) * (own_gate * _share(own_gate, IS_TANH))
+        product = linear[piece].to(tl.float32) * (own_gate * gelu_share(own_gate, IS_TANH))
         normalized += ((product - mean) * inverse_std,)
         own_grad = grad[piece].to(tl.float32)
         grad_mean += tl.sum(own_grad, axis=1)
@@ -144,9 +118,9 @@ def backward_kernel(
     # 3. ∂product = 1/σ · (grad − mean(grad) − normalized · mean(grad · normalized)), then both factors.
     for piece in tl.static_range(PIECES):
         own_gate = gate[piece].to(tl.float32)
-        share = _share(own_gate, IS_TANH)
+        share = gelu_share(own_gate, IS_TANH)
         of_product = inverse_std * (grad[piece].to(tl.float32) - grad_mean - normalized[piece] * along)
-        of_gate = of_product * linear[piece].to(tl.float32) * _slope(own_gate, share, IS_TANH)
+        of_gate = of_product * linear[piece].to(tl.float32) * gelu_slope(own_gate, share, IS_TANH)
         _store(grad_linear_ptr + row * grad_linear_stride, columns[piece], is_row, size, of_product * own_gate * share)
         _store(grad_gate_ptr + row * grad_gate_stride, columns[piece], is_row, size, of_gate)
 

@@ -4,6 +4,9 @@ import torch
 from torch import Tensor
 
 from kernels.normalize import op, reference
+from kernels.normalize.fused import activate, embed, is_fused
+
+__all__ = ["activate", "embed", "is_fused", "normalize"]
 
 
 def normalize(x: Tensor, eps: float) -> Tensor:

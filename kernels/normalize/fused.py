@@ -1,0 +1,97 @@
+"""The embedding and the head's GELU, each with LayerNorm and dropout, in one Triton pass: registered operations."""
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import wanted
+from kernels.backend import choose_backend
+
+WIDEST = 8192  # D: one program has a whole row
+
+
+def is_fused(device: torch.device, size: int, backend: str | None = None) -> bool:
+    """Whether rows of this size are normalized in the fused kernels: wanted, backend "triton".
+
+    Args:
+        device: of the rows.
+        size: D.
+        backend: see `kernels.backend.choose_backend`.
+    """
+    return wanted.is_wanted("normalize") and choose_backend(backend, device) == "triton" and size <= WIDEST
+
+
+def embed(ids: Tensor, weight: Tensor, seed: Tensor | None, dropout_prob: float, eps: float) -> Tensor:
+    """dropout(LayerNorm(weight[ids])), for sizes of which `is_fused` is true.
+
+    Args:
+        ids: integers of any shape, rows of the weight.
+        weight: [V, D].
+        seed: [2] int32, or None; the mask is that of `kernels.dropout` for the result.
+        dropout_prob: probability of a zero.
+        eps: of LayerNorm.
+
+    Returns:
+        [..., D] in the weight's dtype.
+    """
+    return forward(weight, ids, seed if dropout_prob else None, dropout_prob, eps)
+
+
+def activate(x: Tensor, seed: Tensor | None, dropout_prob: float, eps: float) -> Tensor:
+    """dropout(LayerNorm(GELU(x))) of x [..., D], in its dtype; GELU is exact, and the rest as for `embed`."""
+    return forward(x, None, seed if dropout_prob else None, dropout_prob, eps)
+
+
+@torch.library.custom_op("kernels::fused_normalize", mutates_args=())
+def forward(x: Tensor, ids: Tensor | None, seed: Tensor | None, dropout_prob: float, eps: float) -> Tensor:
+    """`embed` with ids, `activate` without."""
+    rows = None if ids is None else ids.reshape(-1).contiguous()
+    result = _kernel().forward(x.reshape(-1, x.shape[-1]).contiguous(), rows, seed, dropout_prob, eps)
+    return result.view(_shape(x, ids))
+
+
+@forward.register_fake
+def _(x, ids, seed, dropout_prob, eps):
+    return x.new_empty(_shape(x, ids))
+
+
+@torch.library.custom_op("kernels::fused_normalize_backward", mutates_args=())
+def backward(
+    grad: Tensor, x: Tensor, ids: Tensor | None, seed: Tensor | None, dropout_prob: float, eps: float
+) -> Tensor:
+    """The gradient of x, or of its rows with these ids, in the shape of the result."""
+    rows = None if ids is None else ids.reshape(-1).contiguous()
+    grad_rows, x_rows = (each.reshape(-1, each.shape[-1]).contiguous() for each in (grad, x))
+    return _kernel().backward(grad_rows, x_rows, rows, seed, dropout_prob, eps).view(grad.shape)
+
+
+@backward.register_fake
+def _(grad, x, ids, seed, dropout_prob, eps):
+    return x.new_empty(grad.shape)
+
+
+def _keep_inputs(ctx, inputs, output) -> None:
+    *tensors, ctx.dropout_prob, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx, grad):
+    x, ids, _ = ctx.saved_tensors
+    of_x = backward(grad, *ctx.saved_tensors, ctx.dropout_prob, ctx.eps)
+    if ids is not None:  # rows of the same id are summed in a fixed order
+        of_x = torch.ops.aten.embedding_dense_backward(of_x, ids, len(x), -1, False)
+    return of_x, None, None, None, None
+
+
+forward.register_autograd(_gradients, setup_context=_keep_inputs)
+
+
+def _shape(x: Tensor, ids: Tensor | None) -> list[int]:
+    return [*(x.shape[:-1] if ids is None else ids.shape), x.shape[-1]]
+
+
+def _kernel() -> Any:
+    """Imported at the first use, since Triton may be missing."""
+    return importlib.import_module("kernels.normalize.kernel")

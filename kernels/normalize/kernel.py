@@ -1,0 +1,192 @@
+"""LayerNorm in Triton with what surrounds it in the embedding and in the head, forward and backward in one pass each.
+
+The embedding: rows of a table, LayerNorm, dropout. The head: GELU, LayerNorm, dropout. Letters of shapes: R rows, D
+columns, V rows of a table. A program has whole rows; the backward computes them again from the input, so nothing else
+is kept for it.
+"""
+
+from itertools import product
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.backend import interpreted
+from kernels.configuration import Configuration, launch_warps
+from kernels.dropout_hash import are_kept, first_words, keep_arguments
+from kernels.gelu import gelu_share, gelu_slope
+
+ROWS, ROWS_INTERPRETED = 1, 16
+# what the check launches: R, D, whether it is the embedding or the head, whether there is dropout
+CHECKED = ((5, 16, True, True), (18, 40, False, True), (3, 300, False, False), (4, 40, True, False))
+_FREE = ["rows", "threshold"]
+
+
+@triton.jit
+def _load_rows(x_ptr, ids_ptr, row, columns, rows, size, GATHERS: tl.constexpr):
+    """Rows of the input in fp32, [ROWS, BLOCK], and which elements are inside."""
+    is_row = row < rows
+    source = row
+    if GATHERS:
+        source = tl.load(ids_ptr + row, mask=is_row, other=0).to(tl.int64)
+    is_inside = is_row[:, None] & (columns < size)[None, :]
+    x = tl.load(x_ptr + source[:, None] * size + columns[None, :], mask=is_inside, other=0.0)
+    return x.to(tl.float32), is_inside
+
+
+@triton.jit
+def _normalized(x, is_inside, size, eps):
+    """LayerNorm of rows, and 1/σ [ROWS, 1]."""
+    mean = tl.sum(x, axis=1) / size
+    centered = tl.where(is_inside, x - mean[:, None], 0.0)
+    inverse_std = tl.rsqrt(tl.sum(centered * centered, axis=1) / size + eps)[:, None]
+    return centered * inverse_std, inverse_std
+
+
+@triton.jit
+def _dropped(x, row, columns, size, seed_ptr, threshold, keep_scale):
+    kept = are_kept(first_words(row[:, None] * size + columns[None, :], seed_ptr), seed_ptr, threshold)
+    return tl.where(kept, x * keep_scale, 0.0)
+
+
+@triton.jit(do_not_specialize=_FREE, do_not_specialize_on_alignment=["seed_ptr"])
+def forward_kernel(
+    x_ptr, ids_ptr, seed_ptr, result_ptr, rows, size, threshold, keep_scale: tl.float32, eps: tl.float32,
+    GATHERS: tl.constexpr, HAS_DROPOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows of dropout(LayerNorm(x)), with x the rows of a table or GELU of the input."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK)
+    x, is_inside = _load_rows(x_ptr, ids_ptr, row, columns, rows, size, GATHERS)
+    if not GATHERS:
+        x = x * gelu_share(x, False)
+    result, _ = _normalized(x, is_inside, size, eps)
+    if HAS_DROPOUT:
+        result = _dropped(result, row, columns, size, seed_ptr, threshold, keep_scale)
+    places = row[:, None] * size + columns[None, :]
+    tl.store(result_ptr + places, result.to(result_ptr.dtype.element_ty), mask=is_inside)
+
+
+@triton.jit(do_not_specialize=_FREE, do_not_specialize_on_alignment=["seed_ptr"])
+def backward_kernel(
+    grad_ptr, x_ptr, ids_ptr, seed_ptr, of_x_ptr, rows, size, threshold, keep_scale: tl.float32, eps: tl.float32,
+    GATHERS: tl.constexpr, HAS_DROPOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows of the gradient of the input, or of the rows taken from the table."""
+    # 1. Begin all loads.
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK)
+    x, is_inside = _load_rows(x_ptr, ids_ptr, row, columns, rows, size, GATHERS)
+    places = row[:, None] * size + columns[None, :]
+    grad = tl.load(grad_ptr + places, mask=is_inside, other=0.0).to(tl.float32)
+    # 2. The rows again.
+    activation = x
+    if not GATHERS:
+        share = gelu_share(x, False)
+        activation = x * share
+    normalized, inverse_std = _normalized(activation, is_inside, size, eps)
+    # 3. Back through dropout, LayerNorm and GELU.
+    if HAS_DROPOUT:
+        grad = _dropped(grad, row, columns, size, seed_ptr, threshold, keep_scale)
+    mean = (tl.sum(grad, axis=1) / size)[:, None]
+    along = (tl.sum(grad * normalized, axis=1) / size)[:, None]
+    of_x = inverse_std * (grad - mean - normalized * along)
+    if not GATHERS:
+        of_x = of_x * gelu_slope(x, share, False)
+    tl.store(of_x_ptr + places, of_x.to(of_x_ptr.dtype.element_ty), mask=is_inside)
+
+
+def forward(x: Tensor, ids: Tensor | None, seed: Tensor | None, dropout_prob: float, eps: float) -> Tensor:
+    """Launch `forward_kernel`.
+
+    Args:
+        x: [R, D], of which GELU is taken; with ids a table [V, D]; contiguous.
+        ids: [R] integers, rows of the table, or None.
+        seed: [2] int32, of dropout, or None.
+        dropout_prob: probability of a zero.
+        eps: of LayerNorm.
+
+    Returns:
+        [R, D] in the dtype of x.
+    """
+    rows, size = len(x if ids is None else ids), x.shape[1]
+    result = x.new_empty(rows, size)
+    if rows:
+        with torch.cuda.device_of(x):
+            forward_kernel[(triton.cdiv(rows, _launch_rows()),)](
+                *_pointers(x, ids, seed), result, rows, size, *keep_arguments(seed, dropout_prob), eps,
+                **_constants(size, _launch_rows(), gathers=ids is not None, has_dropout=seed is not None),
+                num_warps=launch_warps(_num_warps(size)),
+            )  # fmt: skip
+    return result
+
+
+def backward(
+    grad: Tensor, x: Tensor, ids: Tensor | None, seed: Tensor | None, dropout_prob: float, eps: float
+) -> Tensor:
+    """Launch `backward_kernel`: of the result's gradient [R, D] to that of x, or of its rows, [R, D] in its dtype."""
+    rows, size = grad.shape
+    of_x = x.new_empty(rows, size)
+    if rows:
+        with torch.cuda.device_of(x):
+            backward_kernel[(triton.cdiv(rows, _launch_rows()),)](
+                grad, *_pointers(x, ids, seed), of_x, rows, size, *keep_arguments(seed, dropout_prob), eps,
+                **_constants(size, _launch_rows(), gathers=ids is not None, has_dropout=seed is not None),
+                num_warps=launch_warps(_num_warps(size)),
+            )  # fmt: skip
+    return of_x
+
+
+def _pointers(x: Tensor, ids: Tensor | None, seed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Input, ids and seed; the input in the place of what is missing."""
+    return x, x if ids is None else ids, x if seed is None else seed
+
+
+def _launch_rows() -> int:
+    """Rows of a program: one, but in the interpreter, which takes 13 ms for a program of any size, more."""
+    return ROWS_INTERPRETED if interpreted() else ROWS
+
+
+def _num_warps(size: int) -> int:
+    """Warps with 8 elements a thread, a word of 128 bits in bf16."""
+    return min(16, max(1, triton.next_power_of_2(size) // 256))
+
+
+def _constants(size: int, rows: int, *, gathers: bool, has_dropout: bool) -> dict[str, Any]:
+    return {"GATHERS": gathers, "HAS_DROPOUT": has_dropout, "ROWS": rows, "BLOCK": triton.next_power_of_2(size)}
+
+
+def configurations() -> list[Configuration]:
+    """Variants of published shapes and of the check: the embedding's rows are fp32, the head's in the run's dtype."""
+    sizes = [
+        (size, gathers, has_dropout) for size in (768, 384) for gathers in (True, False) for has_dropout in (True,)
+    ]
+    sizes += [case for _, *case in CHECKED]
+    return [
+        _configuration(kernel, dtype, size, gathers=gathers, has_dropout=has_dropout)
+        for kernel, dtype, (size, gathers, has_dropout) in product(
+            (forward_kernel, backward_kernel), ("bf16", "fp32"), sizes
+        )
+        if dtype == "fp32" or not gathers
+    ]
+
+
+def _configuration(kernel: Any, dtype: str, size: int, *, gathers: bool, has_dropout: bool) -> Configuration:
+    constants = _constants(size, ROWS, gathers=gathers, has_dropout=has_dropout)
+    kinds = {"ids_ptr": "*i64" if gathers else f"*{dtype}", "seed_ptr": "*i32" if has_dropout else f"*{dtype}"}
+    kinds |= dict.fromkeys(("x_ptr", "grad_ptr", "result_ptr", "of_x_ptr"), f"*{dtype}")
+    kinds |= dict.fromkeys(("keep_scale", "eps"), "fp32")
+    types = {name: kinds.get(name, "i32") for name in kernel.arg_names if name not in constants}
+    aligned = {name for name in types if name.endswith("_ptr") and name != "seed_ptr"}
+    return Configuration(
+        f"normalize/{kernel.__name__.removesuffix('_kernel')} {'embedding' if gathers else 'head'} {dtype} D={size}"
+        + (" dropout" if has_dropout else ""),
+        kernel,
+        types,
+        constants,
+        num_warps=_num_warps(size),
+        aligned=frozenset(aligned | ({"size"} if size % 16 == 0 else set())),
+        streams=size >= 256 and size % 16 == 0,
+    )
