@@ -24,12 +24,14 @@ from gptbert.distributed.world import World
 from gptbert.errors import InputError
 from gptbert.io.screen import log
 from gptbert.model.gptbert import position_rows
-from kernels import depth_mix, gated_norm, normalize
+from kernels import depth_mix, dropout, gated_norm, normalize
 from kernels.attention_context.fused import is_fused
 from kernels.check import WAY_ON
 from kernels.run import Run
 from kernels.wanted import FUSED, is_wanted, use_fused
 
+# fused operations that share a process, and fail together: the last ones have no matrix products, and are compiled fast
+_GROUPS = (("attention_context",), ("depth_mix",), ("gated_norm", "normalize", "dropout"))
 SECONDS = 300  # timeout; it takes some five without a compile cache
 
 
@@ -46,6 +48,7 @@ def run_of(config: TrainConfig, model_config: ModelConfig, plan: HybridPlan, wor
         buckets=world.world_size > 1,
         attention=_fused_attention(config, model_config, plan, world, dtype),
         gates=_fused_gates(model_config, world, dtype),
+        dropouts=dropout.is_fused(world.device),
         norms=model_config.hidden_size if normalize.is_fused(world.device, model_config.hidden_size) else None,
         mixes=_fused_mixes(config, model_config, world, dtype),
     )
@@ -83,8 +86,8 @@ def _fused_mixes(
 def kernel_check(run: Run | None, device: torch.device) -> Iterator[Callable[[], dict[str, str]]]:
     """Context manager: the check runs in parallel to the block; its processes are killed at the end.
 
-    Every rank checks its own GPU: any of them may be faulty. Each fused operation has a process of its own, since a run
-    can do without it.
+    Every rank checks its own GPU: any of them may be faulty. Fused operations have processes of their own, since a run
+    can do without them.
 
     Args:
         run: the settings to check; None for a run without Triton kernels.
@@ -100,7 +103,8 @@ def kernel_check(run: Run | None, device: torch.device) -> Iterator[Callable[[],
     with ExitStack() as stack:
         needed = [op for op in run.operations if op not in FUSED]
         check = stack.enter_context(_process(run, device, needed))
-        of_fused = {op: stack.enter_context(_process(run, device, [op])) for op in FUSED if op in run.operations}
+        groups = [[op for op in group if op in run.operations] for group in _GROUPS]
+        of_fused = [(group, stack.enter_context(_process(run, device, group))) for group in groups if group]
         yield partial(_finish_all, check, of_fused)
 
 
@@ -124,14 +128,16 @@ def _process(run: Run, device: torch.device, ops: Sequence[str]) -> Iterator[Cal
             process.wait()
 
 
-def _finish_all(finish_needed: Callable[[], None], of_fused: dict[str, Callable[[], None]]) -> dict[str, str]:
+def _finish_all(
+    finish_needed: Callable[[], None], of_fused: list[tuple[list[str], Callable[[], None]]]
+) -> dict[str, str]:
     finish_needed()
     reasons = {}
-    for op, finish in of_fused.items():
+    for group, finish in of_fused:
         try:
             finish()
         except InputError as error:
-            reasons[op] = str(error).removesuffix(f"; {WAY_ON}")
+            reasons |= dict.fromkeys(group, str(error).removesuffix(f"; {WAY_ON}"))
     return reasons
 
 

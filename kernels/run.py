@@ -21,6 +21,7 @@ class Run:
         buckets: whether gradients may be unaligned, as views of DDP's buckets are.
         attention: heads, head size and number of position vectors of fused attention, or None without.
         gates: widths of fused gated norms, of attention and of the feed-forward, or None without.
+        dropouts: whether the position vectors' masks of all layers are drawn at once.
         norms: D of fused embedding and head, or None without.
         mixes: D and the number of fused mixes, or None without.
     """
@@ -34,6 +35,7 @@ class Run:
     buckets: bool
     attention: tuple[int, int, int] | None = None
     gates: tuple[int, int] | None = None
+    dropouts: bool = False
     norms: int | None = None
     mixes: tuple[int, int] | None = None
 
@@ -50,6 +52,7 @@ class Run:
             "attention_context": self.attention,
             "gated_norm": self.gates,
             "normalize": self.norms,
+            "dropout": self.dropouts,
             "depth_mix": self.mixes,
         }
         return ("masked_cross_entropy", "span_mask", *(name for name, is_used in some.items() if is_used))

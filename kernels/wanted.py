@@ -6,7 +6,7 @@ a check finds one wrong, and scoring, with rows of any length, does not.
 
 from collections.abc import Collection
 
-FUSED = ("attention_context", "gated_norm", "normalize", "depth_mix")  # folders of kernels/
+FUSED = ("attention_context", "gated_norm", "normalize", "dropout", "depth_mix")  # folders of kernels/
 
 _wanted: frozenset[str] = frozenset()
 

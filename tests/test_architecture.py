@@ -146,6 +146,7 @@ FURTHER = {
     "attention_context": {"backward_kernel.py", "bucket_sums.py", "fused.py", "gated.py", "tiles.py"},
     "depth_mix": {"fused.py"},
     "gated_norm": {"fused.py"},
+    "dropout": {"fused.py"},
     "lamb": {"chunk_table.py", "prepared.py", "shards.py"},
     "masked_cross_entropy": {"sum_kernel.py"},
     "normalize": {"fused.py"},

@@ -4,6 +4,7 @@ Letters of shapes: B rows, T positions, D hidden, H heads, d = D/H, S bucket siz
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -84,7 +85,7 @@ class Attention(nn.Module):
         hidden_states: Tensor,
         relative: Tensor,
         visibility: Visibility,
-        seeds: Tensor | None,
+        seeds: Sequence[Tensor | None] | None,
         weights: AttentionWeights | None = None,
         *,
         is_bare: bool = False,
@@ -95,12 +96,13 @@ class Attention(nn.Module):
             hidden_states: [B, T, D].
             relative: [P, D] or more rows, normalized position vectors.
             visibility: of all rows.
-            seeds: [SEEDS, 2] of dropout, or None.
+            seeds: SEEDS of dropout, [2] each or None, in the order of use; the first, of `relative`, is None if its
+                elements have been dropped.
             weights: from `pack`, for fused attention; None: packed here.
             is_bare: `hidden_states` are normalized, and the result is the last product alone, since the mixes do the
                 rest; see `kernels.depth_mix.FusedMixes`.
         """
-        relative_seed, probability_seed, output_seed = (None,) * SEEDS if seeds is None else seeds.unbind()
+        relative_seed, probability_seed, output_seed = (None,) * SEEDS if seeds is None else seeds
         normalized = hidden_states if is_bare else self.input_norm(hidden_states)
         relative = self.dropout(relative, relative_seed)
         dropout = (probability_seed, self.attention_dropout_prob if self.training else 0.0)

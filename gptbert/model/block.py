@@ -49,7 +49,7 @@ class Block(nn.Module):
 
         `weights` are those of `pack`; None: packed at each use.
         """
-        attention_seeds, feed_forward_seed = (None, None) if seeds is None else (seeds[:-1], seeds[-1])
+        *attention_seeds, feed_forward_seed = (None,) * BLOCK_SEEDS if seeds is None else seeds.unbind()
         if self.is_compiled:
             hidden_states, visibility = any_number_of_rows(hidden_states), visibility.of_any_number_of_rows()
         own = (None, None) if weights is None else weights
@@ -69,12 +69,19 @@ class Block(nn.Module):
         visibility: Visibility,
         seeds: Tensor | None,
         weights: BlockWeights | None,
+        *,
+        is_dropped: bool,
     ) -> tuple[Tensor, Tensor]:
-        """As `forward`, with `mixes`: x_{2l} and h_{2l} to x_{2l+2} and h_{2l+2}."""
-        *_, output_seed, feed_forward_seed = (None,) * BLOCK_SEEDS if seeds is None else seeds.unbind()
+        """As `forward`, with `mixes`: x_{2l} and h_{2l} to x_{2l+2} and h_{2l+2}.
+
+        With `is_dropped`, elements of `relative` have been dropped.
+        """
+        *attention_seeds, output_seed, feed_forward_seed = (None,) * BLOCK_SEEDS if seeds is None else seeds.unbind()
+        if is_dropped:
+            attention_seeds[0] = None
         if self.is_compiled:
             normalized, visibility = any_number_of_rows(normalized), visibility.of_any_number_of_rows()
-        attention_seeds = None if seeds is None else seeds[:-1]
+        attention_seeds.append(None)  # the mix has the output's dropout
         own = (None, None) if weights is None else weights
         output = self._run(self.attention, normalized, relative, visibility, attention_seeds, own[0], is_bare=True)
         hidden_states, normalized = mixes.mix(output, self.attention.output.bias, hidden_states, output_seed)

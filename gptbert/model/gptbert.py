@@ -26,15 +26,21 @@ from kernels.attention_context.fused import distance_tables
 from kernels.attention_context.fused import is_fused as is_attention_fused
 from kernels.backend import choose_backend
 from kernels.depth_mix import FusedMixes, is_fused
+from kernels.dropout import dropouts
+from kernels.dropout import is_fused as are_dropouts_fused
 from kernels.normalize import activate, embed
 from kernels.normalize import is_fused as is_norm_fused
 from kernels.padding import rounded_rows
 
 
 class DropoutSeeds(NamedTuple):
-    """Seeds of one forward's masks: [2] of the embedding, [BLOCK_SEEDS, 2] of each block, [2] of the head; or None."""
+    """Seeds of one forward's masks: [2] of the embedding, [BLOCK_SEEDS, 2] of each block, [2] of the head; or None.
+
+    `relative` are the first of all blocks, [L, 2].
+    """
 
     embedding: Tensor | None
+    relative: Tensor | None
     blocks: Sequence[Tensor | None]
     head: Tensor | None
 
@@ -42,8 +48,8 @@ class DropoutSeeds(NamedTuple):
     def split(cls, seeds: Tensor | None, num_layers: int) -> "DropoutSeeds":
         """The parts of `GPTBert.dropout_seeds`."""
         if seeds is None:
-            return cls(None, [None] * num_layers, None)
-        return cls(seeds[0], seeds[1:-1].split(BLOCK_SEEDS), seeds[-1])
+            return cls(None, None, [None] * num_layers, None)
+        return cls(seeds[0], seeds[1:-1:BLOCK_SEEDS], seeds[1:-1].split(BLOCK_SEEDS), seeds[-1])
 
 
 class Encoded(NamedTuple):
@@ -113,15 +119,25 @@ class GPTBert(nn.Module):
             dropout_prob = self.config.hidden_dropout_prob if self.training else 0.0
             mixes = FusedMixes(alphas, dtype, dropout_prob, self.config.layer_norm_eps)
             hidden_states, normalized = mixes.start(hidden_states)
-            for block, *own in zip(self.blocks, seeds.blocks, packed, strict=True):
-                states = (hidden_states, normalized, mixes)
-                hidden_states, normalized = block.forward_fused(*states, relative, visibility, *own)
+            each_relative, is_dropped = self._relative_of_layers(relative, seeds, dtype)
+            for block, own_relative, *own in zip(self.blocks, each_relative, seeds.blocks, packed, strict=True):
+                states = (hidden_states, normalized, mixes, own_relative, visibility)
+                hidden_states, normalized = block.forward_fused(*states, *own, is_dropped=is_dropped)
             return Encoded(hidden_states, normalized)
         representations = Representations(2 * len(self.blocks) + 1)
         hidden_states = representations.start(hidden_states)
         for block, *own in zip(self.blocks, seeds.blocks, packed, strict=True):
             hidden_states = block(hidden_states, representations, relative, visibility, *own)
         return Encoded(hidden_states, None)
+
+    def _relative_of_layers(
+        self, relative: Tensor, seeds: DropoutSeeds, dtype: torch.dtype
+    ) -> tuple[Sequence[Tensor], bool]:
+        """The position vectors [P, D] of each layer, and whether their elements are dropped: of all layers at once."""
+        dropout_prob = self.config.hidden_dropout_prob
+        if seeds.relative is None or not dropout_prob or not are_dropouts_fused(relative.device):
+            return [relative] * len(self.blocks), False
+        return dropouts(relative, seeds.relative, dropout_prob, dtype).unbind(), True
 
     def _visibility(
         self, document_ids: Tensor, causal: bool | Tensor, num_position_vectors: int, dtype: torch.dtype
