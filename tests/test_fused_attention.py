@@ -159,8 +159,8 @@ def test_operations_are_registered_rightly():
     for seed in (None, SEED):
         torch.library.opcheck(fused.forward, (*leaves, *tables, ids, is_causal, seed, 0.2, 0.3, HEADS))
         detached = [tensor.detach() for tensor in leaves]
-        output, lse, *of_vectors = fused.forward(*detached, *tables, ids, is_causal, seed, 0.2, 0.3, HEADS)
-        saved = (*detached, *of_vectors, tables.bucket_rows, ids, is_causal, seed, output, lse)
+        output, lse, table = fused.forward(*detached, *tables, ids, is_causal, seed, 0.2, 0.3, HEADS)
+        saved = (*detached, table, tables.bucket_rows, ids, is_causal, seed, output, lse)
         torch.library.opcheck(fused.backward, (torch.ones_like(output), *saved, 0.2, 0.3, HEADS))
 
 
@@ -273,8 +273,8 @@ MUTANTS = {
     "a causal row ends a tile early": ("kernel", "tl.where(is_causal, first + N, L)", "tl.where(is_causal, first, L)"),
     "keys from behind": ("kernel", "table_row = first - column", "table_row = column - first"),
     "tables exchanged": (
-        "kernel", "key_table_ptr + h * d, query_table_ptr + h * d",
-        "query_table_ptr + h * d, key_table_ptr + h * d",
+        "kernel", "table_ptr + (D + h * d), table_ptr + h * d",
+        "table_ptr + h * d, table_ptr + (D + h * d)",
     ),
     "the future is seen": ("tiles", "columns <= tl.where(is_causal, rows, T)", "columns <= tl.where(is_causal, T, T)"),
     "the future is seen in the backward": (

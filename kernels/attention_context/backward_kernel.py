@@ -26,10 +26,9 @@ def queries_kernel(
     query_ptr,
     key_ptr,
     value_ptr,
-    query_table_ptr,
-    key_table_ptr,
+    table_ptr,
     bucket_rows_ptr,
-    position_key_ptr,
+    position_ptr,
     document_ids_ptr,
     is_causal_ptr,
     seed_ptr,
@@ -38,7 +37,7 @@ def queries_kernel(
     grad_ptr,
     delta_ptr,
     of_query_ptr,
-    of_position_key_ptr,
+    of_position_ptr,
     scale: tl.float32,
     keep_scale: tl.float32,
     threshold: tl.int32,
@@ -58,7 +57,7 @@ def queries_kernel(
     """Gradients of the queries and of `position_key`, and δ [H, B, T]; grid [groups, H].
 
     Program (g, h) takes the tiles g, g + groups, … of all rows, and adds its part of position_key's gradient to
-    of_position_key [groups, P, D], which starts as zeros.
+    of_position [groups, P, 2D], which starts as zeros; the other half is position_query's.
     """
     D: tl.constexpr = H * d
     EVEN: tl.constexpr = T == L
@@ -93,7 +92,7 @@ def queries_kernel(
                 if (column + N > start) & (column < end):
                     of_query, sums = _add_keys(
                         of_query, sums, query, grad, delta, key_ptr + row * KEY_STRIDE + h * d,
-                        value_ptr + row * VALUE_STRIDE + h * d, query_table_ptr + h * d, key_table_ptr + h * d,
+                        value_ptr + row * VALUE_STRIDE + h * d, table_ptr + h * d,
                         bucket_rows_ptr, documents, lse_ptr + row_of_lse, seed_ptr, item, row_of_lse, first, column,
                         is_causal, scale, keep_scale, threshold, T, D, d, KEY_STRIDE, VALUE_STRIDE, L, N, P, EVEN,
                         HAS_DROPOUT,
@@ -101,24 +100,24 @@ def queries_kernel(
             else:
                 of_query, sums = _add_keys(
                     of_query, sums, query, grad, delta, key_ptr + row * KEY_STRIDE + h * d,
-                    value_ptr + row * VALUE_STRIDE + h * d, query_table_ptr + h * d, key_table_ptr + h * d,
+                    value_ptr + row * VALUE_STRIDE + h * d, table_ptr + h * d,
                     bucket_rows_ptr, documents, lse_ptr + row_of_lse, seed_ptr, item, row_of_lse, first, column,
                     is_causal, scale, keep_scale, threshold, T, D, d, KEY_STRIDE, VALUE_STRIDE, L, N, P, EVEN,
                     HAS_DROPOUT,
                 )  # fmt: skip
         # 3. The position vectors' share of ∂query; ∂position_key [P, d] of the tile.
         narrow = sums.to(query.dtype)
-        position_key = load_rows(position_key_ptr + h * d, 0, D, P, d, P, True)
+        position_key = load_rows(position_ptr + (D + h * d), 0, 2 * D, P, d, P, True)
         of_query = tl.dot(narrow, position_key, of_query) * scale
         store_rows(of_query_ptr + row * QUERY_STRIDE + h * d, first, QUERY_STRIDE, of_query, T, EVEN)
         of_position_key = tl.dot(tl.trans(narrow), query) * scale
-        part = (group * P * D + h * d) + (item >> 30)  # a zero again: the addresses need not be held
-        _add_part(of_position_key_ptr + part, of_position_key, D, P, d)
+        part = (group * (2 * P * D) + h * d) + (item >> 30)  # a zero again: the addresses need not be held
+        _add_part(of_position_ptr + (part + D), of_position_key, 2 * D, P, d)
 
 
 @triton.jit
 def _add_keys(
-    of_query, sums, query, grad, delta, key_ptr, value_ptr, query_table_ptr, key_table_ptr, bucket_rows_ptr,
+    of_query, sums, query, grad, delta, key_ptr, value_ptr, table_ptr, bucket_rows_ptr,
     document_ids_ptr, lse_ptr, seed_ptr, item, row_of_lse, first, column, is_causal, scale, keep_scale, threshold,
     T: tl.constexpr, D: tl.constexpr, d: tl.constexpr, KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr,
     L: tl.constexpr, N: tl.constexpr, P: tl.constexpr, EVEN: tl.constexpr, HAS_DROPOUT: tl.constexpr,
@@ -128,7 +127,7 @@ def _add_keys(
     # a. The weights [N, N], queries × keys.
     key = load_rows(key_ptr, column, KEY_STRIDE, N, d, T, EVEN)
     table_row = first - column + (L - N)
-    scores = position_scores(query, key, key_table_ptr, query_table_ptr, table_row, zero, False, N, d, D).to(tl.float32)
+    scores = position_scores(query, key, table_ptr + D, table_ptr, table_row, zero, False, N, d, 2 * D).to(tl.float32)
     scores = tl.dot(query, tl.trans(key), scores)
     lse = load_positions(lse_ptr, first, 0.0, N, T, EVEN)
     seen = visible(document_ids_ptr, first, column, zero, is_causal, False, N, T, EVEN)
@@ -152,10 +151,9 @@ def keys_kernel(
     query_ptr,
     key_ptr,
     value_ptr,
-    query_table_ptr,
-    key_table_ptr,
+    table_ptr,
     bucket_rows_ptr,
-    position_query_ptr,
+    position_ptr,
     document_ids_ptr,
     is_causal_ptr,
     seed_ptr,
@@ -164,7 +162,7 @@ def keys_kernel(
     delta_ptr,
     of_key_ptr,
     of_value_ptr,
-    of_position_query_ptr,
+    of_position_ptr,
     scale: tl.float32,
     keep_scale: tl.float32,
     threshold: tl.int32,
@@ -207,7 +205,7 @@ def keys_kernel(
                 if (column + N > start) & (column < end):
                     of_key, of_value, sums = _add_queries(
                         of_key, of_value, sums, key, value, query_ptr + row * QUERY_STRIDE + h * d,
-                        grad_ptr + row * D + h * d, query_table_ptr + h * d, key_table_ptr + h * d, bucket_rows_ptr,
+                        grad_ptr + row * D + h * d, table_ptr + h * d, bucket_rows_ptr,
                         documents, lse_ptr + row_of_lse, delta_ptr + row_of_lse, seed_ptr, item, row_of_lse, first,
                         column, is_causal, scale, keep_scale, threshold, T, D, d, QUERY_STRIDE, L, N, P, EVEN,
                         HAS_DROPOUT,
@@ -215,24 +213,24 @@ def keys_kernel(
             else:
                 of_key, of_value, sums = _add_queries(
                     of_key, of_value, sums, key, value, query_ptr + row * QUERY_STRIDE + h * d,
-                    grad_ptr + row * D + h * d, query_table_ptr + h * d, key_table_ptr + h * d, bucket_rows_ptr,
+                    grad_ptr + row * D + h * d, table_ptr + h * d, bucket_rows_ptr,
                     documents, lse_ptr + row_of_lse, delta_ptr + row_of_lse, seed_ptr, item, row_of_lse, first,
                     column, is_causal, scale, keep_scale, threshold, T, D, d, QUERY_STRIDE, L, N, P, EVEN, HAS_DROPOUT,
                 )  # fmt: skip
         # 3. The position vectors' share of ∂key; ∂position_query [P, d] of the tile.
         store_rows(of_value_ptr + row * VALUE_STRIDE + h * d, first, VALUE_STRIDE, of_value * keep_scale, T, EVEN)
         narrow = sums.to(key.dtype)
-        position_query = load_rows(position_query_ptr + h * d, 0, D, P, d, P, True)
+        position_query = load_rows(position_ptr + h * d, 0, 2 * D, P, d, P, True)
         of_key = tl.dot(narrow, position_query, of_key) * scale
         store_rows(of_key_ptr + row * KEY_STRIDE + h * d, first, KEY_STRIDE, of_key, T, EVEN)
         of_position_query = tl.dot(tl.trans(narrow), key) * scale
-        part = (group * P * D + h * d) + (item >> 30)
-        _add_part(of_position_query_ptr + part, of_position_query, D, P, d)
+        part = (group * (2 * P * D) + h * d) + (item >> 30)
+        _add_part(of_position_ptr + part, of_position_query, 2 * D, P, d)
 
 
 @triton.jit
 def _add_queries(
-    of_key, of_value, sums, key, value, query_ptr, grad_ptr, query_table_ptr, key_table_ptr, bucket_rows_ptr,
+    of_key, of_value, sums, key, value, query_ptr, grad_ptr, table_ptr, bucket_rows_ptr,
     document_ids_ptr, lse_ptr, delta_ptr, seed_ptr, item, row_of_lse, first, column, is_causal, scale, keep_scale,
     threshold, T: tl.constexpr, D: tl.constexpr, d: tl.constexpr, QUERY_STRIDE: tl.constexpr, L: tl.constexpr,
     N: tl.constexpr, P: tl.constexpr, EVEN: tl.constexpr, HAS_DROPOUT: tl.constexpr,
@@ -242,7 +240,7 @@ def _add_queries(
     # a. The weights [N, N], keys × queries.
     query = load_rows(query_ptr, column, QUERY_STRIDE, N, d, T, EVEN)
     table_row = column - first + (L - N)
-    scores = position_scores(key, query, query_table_ptr, key_table_ptr, table_row, zero, True, N, d, D).to(tl.float32)
+    scores = position_scores(key, query, table_ptr, table_ptr + D, table_row, zero, True, N, d, 2 * D).to(tl.float32)
     scores = tl.dot(key, tl.trans(query), scores)
     lse = load_positions(lse_ptr, column, 0.0, N, T, EVEN)
     seen = visible(document_ids_ptr, first, column, zero, is_causal, True, N, T, EVEN)

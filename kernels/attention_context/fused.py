@@ -137,16 +137,16 @@ def forward(
     dropout_prob: float,
     scale: float,
     num_heads: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output [B, T, D], log-sum-exp of the scores [H, B, T], and the tables by distance of the position vectors.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output [B, T, D], log-sum-exp of the scores [H, B, T], and the position vectors by distance, for the backward.
 
-    The tables, position_query[buckets] and position_key[buckets] [2L, D], are for the backward.
+    Those are `position[buckets]` [2L, 2D], position queries and keys side by side.
     """
     del bucket_rows
-    query_table, key_table = (vectors.index_select(0, buckets) for vectors in (position_query, position_key))
-    inputs = (*map(_readable, (query, key, value)), query_table, key_table)
+    table = torch.cat([position_query, position_key], dim=-1).index_select(0, buckets)
+    inputs = (*map(_readable, (query, key, value)), table)
     results = _kernel().forward(*inputs, document_ids, is_causal, seed, dropout_prob, scale, num_heads)
-    return *results, query_table, key_table
+    return *results, table
 
 
 @forward.register_fake
@@ -166,8 +166,8 @@ def _(
     num_heads,
 ):
     rows, length, width = query.shape
-    tables = (vectors.new_empty(len(buckets), width) for vectors in (position_query, position_key))
-    return query.new_empty(rows, length, width), query.new_empty(num_heads, rows, length, dtype=torch.float32), *tables
+    lse = query.new_empty(num_heads, rows, length, dtype=torch.float32)
+    return query.new_empty(rows, length, width), lse, position_query.new_empty(len(buckets), 2 * width)
 
 
 @torch.library.custom_op("kernels::fused_attention_backward", mutates_args=())
@@ -178,8 +178,7 @@ def backward(
     position_query: Tensor,
     position_key: Tensor,
     value: Tensor,
-    query_table: Tensor,
-    key_table: Tensor,
+    table: Tensor,
     bucket_rows: Tensor,
     document_ids: Tensor,
     is_causal: Tensor,
@@ -196,10 +195,8 @@ def backward(
     of_positions = _kernel().backward(
         grad.contiguous(),
         *tensors,
-        query_table,
-        key_table,
-        position_query.contiguous(),
-        position_key.contiguous(),
+        table,
+        torch.cat([position_query, position_key], dim=-1),
         bucket_rows,
         document_ids,
         is_causal,
@@ -212,7 +209,12 @@ def backward(
         gradients,
     )
     of_query, of_key, of_value = (gradient.contiguous() for gradient in gradients)
-    return of_query, of_key, *(sums.to(query.dtype, copy=True) for sums in of_positions), of_value
+    return (
+        of_query,
+        of_key,
+        *(sums.to(query.dtype, copy=True).contiguous() for sums in of_positions.chunk(2, dim=-1)),
+        of_value,
+    )
 
 
 @backward.register_fake
@@ -223,8 +225,7 @@ def _(
     position_query,
     position_key,
     value,
-    query_table,
-    key_table,
+    table,
     bucket_rows,
     document_ids,
     is_causal,
@@ -240,14 +241,14 @@ def _(
 
 def _keep_inputs(ctx, inputs, output) -> None:
     *tensors, _, bucket_rows, document_ids, is_causal, seed, ctx.dropout_prob, ctx.scale, ctx.num_heads = inputs
-    context, lse, query_table, key_table = output
-    ctx.mark_non_differentiable(lse, query_table, key_table)
+    context, lse, table = output
+    ctx.mark_non_differentiable(lse, table)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, query_table, key_table, bucket_rows, document_ids, is_causal, seed, context, lse)
+    ctx.save_for_backward(*tensors, table, bucket_rows, document_ids, is_causal, seed, context, lse)
 
 
-def _gradients(ctx, grad, of_lse, of_query_table, of_key_table):
-    del of_lse, of_query_table, of_key_table
+def _gradients(ctx, grad, of_lse, of_table):
+    del of_lse, of_table
     gradients = backward(grad, *ctx.saved_tensors, ctx.dropout_prob, ctx.scale, ctx.num_heads)
     return *gradients, *[None] * 8
 

@@ -98,20 +98,20 @@ def forward(
     scale: float,
     num_heads: int,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The normalized product [B, T, D]; for the backward: attention's results, tables by distance, mean and 1/σ.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The normalized product [B, T, D]; for the backward: attention's results, table by distance, mean and 1/σ.
 
-    Those are the output [B, T, D], its log-sum-exp [H, B, T], position_query[buckets] and position_key[buckets]
-    [2L, D], and two tensors [B·T] in fp32.
+    Those are the output [B, T, D], its log-sum-exp [H, B, T], position[buckets] [2L, 2D], and two tensors [B·T] in
+    fp32.
     """
     query, key, value, gate = _quarters(projection)
-    tables = [vectors.index_select(0, buckets) for vectors in position.chunk(2, dim=-1)]
+    table = position.index_select(0, buckets)
     rows = (document_ids, is_causal, seed, dropout_prob, scale, num_heads)
-    context, lse = _attention().forward(query, key, value, *tables, *rows)
+    context, lse = _attention().forward(query, key, value, table, *rows)
     normalized, mean, inverse_std = _gated_norm().forward(
         context.flatten(0, 1), gate.flatten(0, 1), is_tanh=False, eps=eps
     )
-    return normalized.view(context.shape), context, lse, *tables, mean, inverse_std
+    return normalized.view(context.shape), context, lse, table, mean, inverse_std
 
 
 @forward.register_fake
@@ -120,9 +120,9 @@ def _(projection, position, buckets, document_ids, is_causal, seed, dropout_prob
     rows, length, width = projection.shape
     results = (projection.new_empty(rows, length, width // 4) for _ in range(2))
     lse = projection.new_empty(num_heads, rows, length, dtype=torch.float32)
-    tables = (position.new_empty(len(buckets), width // 4) for _ in range(2))
+    table = position.new_empty(len(buckets), position.shape[1])
     statistics = (projection.new_empty(rows * length, dtype=torch.float32) for _ in range(2))
-    return *results, lse, *tables, *statistics
+    return *results, lse, table, *statistics
 
 
 @torch.library.custom_op("kernels::gated_attention_backward", mutates_args=())
@@ -136,8 +136,7 @@ def backward(
     seed: Tensor | None,
     context: Tensor,
     lse: Tensor,
-    query_table: Tensor,
-    key_table: Tensor,
+    table: Tensor,
     mean: Tensor,
     inverse_std: Tensor,
     dropout_prob: float,
@@ -154,11 +153,10 @@ def backward(
         of_context.flatten(0, 1), of_gate.flatten(0, 1), normalized.flatten(0, 1), is_tanh=False,
     )  # fmt: skip
     of_position = _attention().backward(
-        of_context, *tensors, query_table, key_table, *(half.contiguous() for half in position.chunk(2, dim=-1)),
-        bucket_rows, document_ids, is_causal, seed, context, lse, dropout_prob, scale, num_heads, tuple(of_tensors),
+        of_context, *tensors, table, position.contiguous(), bucket_rows, document_ids, is_causal, seed, context, lse,
+        dropout_prob, scale, num_heads, tuple(of_tensors),
     )  # fmt: skip
-    of_position = of_position.transpose(0, 1).flatten(1).to(position.dtype)  # [2, P, D] to [P, 2D]
-    return of_projection, of_position, normalized
+    return of_projection, of_position.to(position.dtype), normalized
 
 
 @backward.register_fake

@@ -31,9 +31,9 @@ _PROGRAMS = 264  # of each backward kernel, over all heads; a constant, since it
 # What was reached for heads of 64: three accumulators, two tiles of scores and their tables take more than 255
 # registers. On sm_80, without asynchronous products from shared memory, their operands are in registers too.
 _MOST_SPILLED = {
-    "forward_kernel": {"sm_90": 0, "sm_100": 0, "any": math.inf},
-    "queries_kernel": {"sm_90": 312, "sm_100": 64, "any": math.inf},
-    "keys_kernel": {"sm_90": 624, "sm_100": 0, "any": math.inf},
+    "forward_kernel": {"sm_90": 0, "sm_100": 8, "any": math.inf},
+    "queries_kernel": {"sm_90": 324, "sm_100": 64, "any": math.inf},
+    "keys_kernel": {"sm_90": 632, "sm_100": 0, "any": math.inf},
 }
 # what `check.py` runs, in any case: heads, head size, length, position vectors, whether there is dropout
 CHECKED = (
@@ -51,8 +51,7 @@ def forward_kernel(
     query_ptr,
     key_ptr,
     value_ptr,
-    query_table_ptr,
-    key_table_ptr,
+    table_ptr,
     document_ids_ptr,
     is_causal_ptr,
     seed_ptr,
@@ -108,7 +107,7 @@ def forward_kernel(
         key = load_rows(key_ptr, column, KEY_STRIDE, N, d, T, EVEN)
         table_row = first - column + (L - N)
         scores = position_scores(
-            query, key, key_table_ptr + h * d, query_table_ptr + h * d, table_row, zero, False, N, d, D
+            query, key, table_ptr + (D + h * d), table_ptr + h * d, table_row, zero, False, N, d, 2 * D
         ).to(tl.float32)
         scores = tl.dot(query, tl.trans(key), scores)
         seen = visible(document_ids_ptr, first, column, zero, is_causal, False, N, T, EVEN)
@@ -142,8 +141,7 @@ def forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    query_table: Tensor,
-    key_table: Tensor,
+    table: Tensor,
     document_ids: Tensor,
     is_causal: Tensor,
     seed: Tensor | None,
@@ -157,8 +155,7 @@ def forward(
         query: [B, T, D]; rows may stand apart, as halves of a projection do.
         key: [B, T, D].
         value: [B, T, D].
-        query_table: [2L, D], `position_query[DistanceTables.buckets]`.
-        key_table: [2L, D].
+        table: [2L, 2D], contiguous: position queries and keys side by side, `position[DistanceTables.buckets]`.
         document_ids: [B, T] integers.
         is_causal: [B] bool.
         seed: [2] int32, or None.
@@ -171,13 +168,13 @@ def forward(
     """
     num_rows, length, hidden_size = query.shape
     tile = tile_size(length)
-    padded = len(query_table) // 2
+    padded = len(table) // 2
     output = torch.empty(num_rows, length, hidden_size, dtype=query.dtype, device=query.device)
     lse = torch.empty(num_heads, num_rows, length, dtype=torch.float32, device=query.device)
     if num_rows:
         with torch.cuda.device_of(query), right_assembler():
             forward_kernel[(padded // tile, num_rows, num_heads)](
-                query, key, value, query_table, key_table, document_ids, is_causal,
+                query, key, value, table, document_ids, is_causal,
                 is_causal if seed is None else seed, output, lse,
                 *_numbers(seed, dropout_prob, scale), num_rows,
                 **_settings(query, key, value, seed, num_heads),
@@ -190,10 +187,8 @@ def backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    query_table: Tensor,
-    key_table: Tensor,
-    position_query: Tensor,
-    position_key: Tensor,
+    table: Tensor,
+    position: Tensor,
     bucket_rows: Tensor,
     document_ids: Tensor,
     is_causal: Tensor,
@@ -209,22 +204,21 @@ def backward(
 
     Args: as `forward`, and
         grad: [B, T, D], contiguous, of the output.
-        position_query: [P, D], contiguous.
-        position_key: [P, D], contiguous.
+        position: [P, 2D], contiguous: position queries and keys side by side.
         bucket_rows: [2L, P], of `DistanceTables`.
         output: [B, T, D], of the forward.
         lse: [H, B, T], of the forward.
         gradients: of query, key and value, with their shapes, strides and dtype, to be written.
 
     Returns:
-        Gradients of position_query and position_key, [2, P, D] in fp32.
+        The gradient of `position`, [P, 2D] in fp32.
     """
     num_rows, length, hidden_size = query.shape
-    tile, num_buckets = tile_size(length), len(position_query)
-    tiles = num_rows * (len(query_table) // 2 // tile)
+    tile, num_buckets = tile_size(length), len(position)
+    tiles = num_rows * (len(table) // 2 // tile)
     groups = max(1, min(_PROGRAMS // num_heads, tiles))
     of_query, of_key, of_value = gradients
-    parts = torch.zeros(2, groups, num_buckets, hidden_size, dtype=torch.float32, device=grad.device)
+    parts = torch.zeros(groups, num_buckets, 2 * hidden_size, dtype=torch.float32, device=grad.device)
     delta = torch.empty_like(lse)
     rows = (document_ids, is_causal, is_causal if seed is None else seed)
     settings = _settings(query, key, value, seed, num_heads) | {"P": num_buckets}
@@ -232,14 +226,14 @@ def backward(
     if num_rows:
         with torch.cuda.device_of(query), right_assembler():
             backward_kernel.queries_kernel[(groups, num_heads)](
-                query, key, value, query_table, key_table, bucket_rows, position_key, *rows, output, lse, grad,
-                delta, of_query, parts[1], *numbers, **settings,
+                query, key, value, table, bucket_rows, position, *rows, output, lse, grad,
+                delta, of_query, parts, *numbers, **settings,
             )  # fmt: skip
             backward_kernel.keys_kernel[(groups, num_heads)](
-                query, key, value, query_table, key_table, bucket_rows, position_query, *rows, lse, grad,
-                delta, of_key, of_value, parts[0], *numbers, **settings,
+                query, key, value, table, bucket_rows, position, *rows, lse, grad,
+                delta, of_key, of_value, parts, *numbers, **settings,
             )  # fmt: skip
-    return parts.sum(dim=1)
+    return parts.sum(dim=0)
 
 
 def _numbers(seed: Tensor | None, dropout_prob: float, scale: float) -> tuple[float, float, int]:
@@ -295,7 +289,7 @@ def _configuration(
     constants = _constants(length, num_heads, head_size, strides, has_dropout=has_dropout)
     constants["P"] = num_position_vectors
     kinds = {"document_ids_ptr": "*i32", "is_causal_ptr": "*u1", "seed_ptr": "*i32" if has_dropout else "*u1"}
-    kinds |= dict.fromkeys(("lse_ptr", "delta_ptr", "of_position_key_ptr", "of_position_query_ptr"), "*fp32")
+    kinds |= dict.fromkeys(("lse_ptr", "delta_ptr", "of_position_ptr"), "*fp32")
     kinds |= {"scale": "fp32", "keep_scale": "fp32", "threshold": "i32", "B": "i32"}
     types = {name: kinds.get(name, "*bf16") for name in kernel.arg_names if name not in constants}
     return Configuration(
