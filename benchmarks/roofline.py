@@ -1,9 +1,10 @@
 """The work of a training step: FLOPs of matrix products and bytes of memory traffic, part by part.
 
 `python -m benchmarks.roofline --config_file configs/base.json` prints tables like those of docs/performance.md, with
-two counts per part. Fewest: every operand of a product read once, its result written once, all else fused into
-products, and each mix of the layer weighting reading its inputs. Ours: this implementation. A part takes at least its
-FLOPs over the peak rate or its bytes over the bandwidth, whichever is more.
+three counts per part. Fewest: every operand of a product read once, its result written once, all else fused into
+products, and each mix of the layer weighting reading its inputs. Not fused: this implementation on a CPU, or where its
+operations are not fused. Fused: with the fused Triton kernels, whose mixes come in groups. A part takes at least its
+FLOPs over the peak rate or its bytes over the bandwidth, whichever is more, and the time between its launches.
 
 Shapes as in `gptbert.model`; activations and cast weights have two bytes, the residual stream and gradients four.
 """
@@ -15,12 +16,13 @@ from typing import Self
 import torch
 
 from benchmarks.markdown import markdown
-from benchmarks.traffic import LAMB_BYTES
+from benchmarks.traffic import LAMB_BYTES, mix_bytes
 from gptbert.command_line import run_command
 from gptbert.config import ModelConfig
 from gptbert.model import GPTBert
 
 LAMB_FLOPS = 27  # per parameter, with clipping and moving average
+LAUNCHES, LAYER_LAUNCHES = 83, 38.4  # of the fused step, by `benchmarks.launches`; mixes come in groups of three layers
 
 
 @dataclass(frozen=True)
@@ -31,33 +33,37 @@ class Limits:
         name: of the machine.
         flops: FLOPs per second of bf16 matrix products.
         bandwidth: bytes per second, memory reads plus writes.
+        launch: seconds between two kernels of a CUDA graph.
     """
 
     name: str
     flops: float
     bandwidth: float
+    launch: float = 0.0
 
 
 # NVIDIA's data sheet, SXM: dense bf16, HBM3
-H100 = Limits("H100 SXM", flops=989.4e12, bandwidth=3.35e12)
+# launch: 2,563 kernels took 35.9 ms, and in one graph 37.5, on an H100 (docs/performance.md)
+H100 = Limits("H100 SXM", flops=989.4e12, bandwidth=3.35e12, launch=0.6e-6)
 
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs, and bytes of memory traffic."""
+    """FLOPs, bytes of memory traffic, and launches of kernels."""
 
     flops: float = 0.0
     bytes: float = 0.0
+    launches: float = 0.0
 
     def __add__(self, other: Self) -> Self:
-        return type(self)(self.flops + other.flops, self.bytes + other.bytes)
+        return type(self)(self.flops + other.flops, self.bytes + other.bytes, self.launches + other.launches)
 
     def __rmul__(self, times: float) -> Self:
-        return type(self)(times * self.flops, times * self.bytes)
+        return type(self)(times * self.flops, times * self.bytes, times * self.launches)
 
     def seconds(self, limits: Limits) -> float:
         """The minimum time at a machine's limits."""
-        return max(self.flops / limits.flops, self.bytes / limits.bandwidth)
+        return max(self.flops / limits.flops, self.bytes / limits.bandwidth) + self.launches * limits.launch
 
 
 @dataclass(frozen=True)
@@ -67,12 +73,14 @@ class Part:
     Attributes:
         name: what it does.
         fewest: see the module.
-        ours: of this implementation.
+        ours: of this implementation, not fused.
+        fused: of the fused kernels.
     """
 
     name: str
     fewest: Work
     ours: Work
+    fused: Work
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,7 @@ class TrainingStep:
 
     def parts(self) -> list[Part]:
         """All parts of the step, forward plus backward."""
-        return [*self.model_parts(), self._weights(), self._masking()]
+        return [*self.model_parts(), self._weights(), self._masking(), self._launches()]
 
     def model_parts(self) -> list[Part]:
         """The parts of the model's forward and backward."""
@@ -115,7 +123,10 @@ class TrainingStep:
         hidden, inner = self.config.hidden_size, self.config.intermediate_size
         shapes = ((hidden, 4 * hidden), (hidden, hidden), (hidden, 2 * inner), (inner, hidden))
         work = sum((_product(self.tokens, *shape) for shape in shapes), Work())
-        return Part("projections", (layers := self.config.num_hidden_layers) * work, layers * work)
+        layers, weights = self.config.num_hidden_layers, sum(rows * columns for rows, columns in shapes)
+        # the products add gradients to their memory; the sum for the bias of queries, keys, values and gates
+        fused = work + Work(0, 4 * weights + 2 * 4 * hidden * self.tokens)
+        return Part("projections", layers * work, layers * work, layers * fused)
 
     def _attention(self) -> Part:
         config, layers = self.config, self.config.num_hidden_layers
@@ -129,13 +140,21 @@ class TrainingStep:
         # dropout again and softmax's backward 5, the four products 4, bucket sums 2 · (copy 2 + product over 2T 2)
         backward = (5 + 4 + 8) * 2 * scores + 6 * 2 * by_position + 12 * 2 * hidden
         ours = Work(flops + 2 * 2 * 2 * scores * positions, forward + backward)
-        return Part("attention", layers * fewest, layers * ours)
+        # Forward: queries, keys and values to an output; backward: two kernels, of queries, and of keys and values.
+        # Products of N × N × d for a tile of scores: in all three, content, and positions of twice as many distances;
+        # with values forward; the gradients of weights and queries, and sums by bucket; of weights, values and keys.
+        in_tiles, by_bucket = 1 + 2 * 2, 2 * (positions + 1) * config.num_attention_heads / config.hidden_size
+        products = 3 * in_tiles + 1 + 2 + 3 + 2 * by_bucket
+        fused = Work(products * 2 * hidden * self.seq_length, (4 + 6 + 6) * 2 * hidden)
+        return Part("attention", layers * fewest, layers * ours, layers * fused)
 
     def _between_products(self) -> Part:
         """LayerNorms, gates, dropout and residual connections: one pass each, forward and backward."""
         hidden, inner = self.tokens * self.config.hidden_size, self.tokens * self.config.intermediate_size
         forward, backward = 38 * hidden + 6 * inner, 50 * hidden + 16 * inner
-        return Part("norms, gates, dropout", Work(), self.config.num_hidden_layers * Work(0, forward + backward))
+        fused = Work(0, (6 + 12) * (hidden + inner))  # gated norms; the rest is in the mixes
+        layers = self.config.num_hidden_layers
+        return Part("norms, gates, dropout", Work(), layers * Work(0, forward + backward), layers * fused)
 
     def _layer_weighting(self) -> Part:
         """x_n reads n + 1 representations; ∂/∂α_n reads them again, ∂/∂y_n the gradients of all later x."""
@@ -143,13 +162,17 @@ class TrainingStep:
         passes = sum((n + 1) + 1 + (n + 1) + 1 + (mixes - n + 1) + 1 for n in range(1, mixes + 1))
         entries = 4 * self.tokens * self.config.hidden_size
         copies = 2 * 2 * mixes
-        return Part("layer weighting", Work(0, passes * entries), Work(0, (passes + copies) * entries))
+        fused = Work(0, mix_bytes(mixes) * self.tokens * self.config.hidden_size)
+        return Part("layer weighting", Work(0, passes * entries), Work(0, (passes + copies) * entries), fused)
 
     def _embedding(self) -> Part:
         entries = self.tokens * self.config.hidden_size
         table = self.config.vocab_size * self.config.hidden_size
         fewest = Work(0, (2 + 1) * 4 * entries + 4 * table)
-        return Part("embedding", fewest, fewest + Work(0, (2 + 3) * 4 * entries))
+        # forward 2, backward 3; rows' gradients into a table of zeros, which is added twice: to that of the head, and
+        # to the memory of both
+        fused = Work(0, (2 + 3 + 2) * 4 * entries + (1 + 3 + 3) * 4 * table)
+        return Part("embedding", fewest, fewest + Work(0, (2 + 3) * 4 * entries), fused)
 
     def _head(self) -> Part:
         config, labeled = self.config, self.labeled_fraction * self.tokens
@@ -158,15 +181,22 @@ class TrainingStep:
         kernel = Work(0, 2 * 2 * labeled * config.vocab_size)  # logits to their gradients, in place
         hidden, table = labeled * config.hidden_size, config.vocab_size * config.hidden_size
         without = Work(logits.flops, (2 + 2 + 2) * hidden + (2 + 2 + 4) * table)  # logits never leave the chip
-        return Part("head and cross-entropy", dense + without, dense + logits + kernel)
+        ours = dense + logits + kernel
+        return Part("head and cross-entropy", dense + without, ours, ours + Work(0, (2 + 3) * 2 * hidden))
 
     def _weights(self) -> Part:
-        optimizer, casts = self.optimizer(), Work(0, (4 + 2) * parameter_count(self.config))
-        return Part("optimizer and casts", optimizer, optimizer + casts)
+        parameters = parameter_count(self.config)
+        optimizer, casts, clearing = self.optimizer(), Work(0, (4 + 2) * parameters), Work(0, 4 * parameters)
+        return Part("optimizer and casts", optimizer, optimizer + casts, optimizer + casts + clearing)
 
     def _masking(self) -> Part:
         fewest = Work(0, 3 * 8 * self.tokens)  # tokens to inputs and labels
-        return Part("masking", fewest, fewest + Work(0, 5 * 8 * self.tokens))  # documents, the attention mask, copies
+        ours = fewest + Work(0, 5 * 8 * self.tokens)  # documents, the attention mask, copies
+        return Part("masking", fewest, ours, ours)
+
+    def _launches(self) -> Part:
+        fused = Work(0, 0, LAUNCHES + LAYER_LAUNCHES * self.config.num_hidden_layers)
+        return Part("launches in a graph", Work(), Work(), fused)
 
 
 def parameter_count(config: ModelConfig) -> int:
@@ -197,19 +227,23 @@ class RooflineConfig:
     """10^12 FLOPs per second of bf16 matrix products; default: an H100's data sheet."""
     bandwidth: float = H100.bandwidth / 1e12
     """10^12 bytes per second of memory; default: an H100's data sheet."""
+    launch: float = 1e6 * H100.launch
+    """Microseconds between two kernels of a CUDA graph; default: an H100's."""
 
 
 def table(step: TrainingStep, limits: Limits) -> str:
-    """Markdown: each part's FLOPs and bytes, fewest and ours, and their times at the machine's limits."""
-    rows = [["part", "GFLOP", "fewest GB", "floor ms", "our GFLOP", "our GB", "predicted ms"]]
+    """Markdown: each part's FLOPs and bytes, fewest, ours and fused, and their times at the machine's limits."""
+    rows = [["part", "GFLOP", "fewest GB", "floor ms"]]
+    for kind in ("not fused", "fused"):
+        rows[0] += ["GFLOP", f"{kind} GB", "ms"]
     parts = step.parts()
     for part in parts:
         figures = []
-        for work in (part.fewest, part.ours):
+        for work in (part.fewest, part.ours, part.fused):
             figures += [f"{work.flops / 1e9:.1f}", f"{work.bytes / 1e9:.3f}", f"{1e3 * work.seconds(limits):.3f}"]
         rows.append([part.name, *figures])
     sums = []
-    for kind in ("fewest", "ours"):
+    for kind in ("fewest", "ours", "fused"):
         works = [getattr(part, kind) for part in parts]
         total = sum(works, Work())
         seconds = sum(work.seconds(limits) for work in works)
@@ -221,7 +255,7 @@ def run(config: RooflineConfig) -> None:
     """Print the table."""
     model_config = ModelConfig.from_json(config.config_file)
     step = TrainingStep(model_config, config.rows, config.seq_length, config.labeled_fraction)
-    print(table(step, Limits("", 1e12 * config.tera_flops, 1e12 * config.bandwidth)))
+    print(table(step, Limits("", 1e12 * config.tera_flops, 1e12 * config.bandwidth, config.launch / 1e6)))
 
 
 if __name__ == "__main__":

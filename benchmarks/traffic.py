@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 from unittest.mock import patch
 
 import numpy as np
@@ -30,6 +30,9 @@ from gptbert.io.screen import table_row
 from gptbert.model import GPTBert
 from kernels import IGNORE_INDEX, cross_entropy_from_logits, lamb_step, masked_cross_entropy, span_mask
 from kernels.depth_mix.fused import GROUP, FusedMixes
+from kernels.gated_norm.fused import gated_norm, gated_norm_backward
+from kernels.normalize.fused import backward as normalize_backward
+from kernels.normalize.fused import forward as normalize_rows
 from kernels.padding import padded_rows
 
 VOCAB_SIZES = (8192, 16384, 32768, 50257, 65536)
@@ -44,9 +47,13 @@ MASKED_LAUNCHES = 3  # rows, sums over rows, gradients times grad_output
 LAMB_BYTES, LAMB_BAR, LAMB_LAUNCHES = 52, 1.01, 4
 SPAN_MASK_BAR = 1.1
 MIX_BYTES = 1650  # per token and D, for the 24 mixes of 12 layers, forward and backward
+GATED_NORM_BAR = 1.01
+NORMALIZE_BAR = 1.01
 WIDTHS = (52, 11, 11, 6, 8, 10, 11)  # of the table's columns
 
-Operation = Literal["cross_entropy", "masked_cross_entropy", "lamb", "span_mask", "depth_mix"]
+Operation = Literal[
+    "cross_entropy", "masked_cross_entropy", "lamb", "span_mask", "depth_mix", "gated_norm", "normalize"
+]
 
 
 @dataclass
@@ -315,13 +322,13 @@ def span_mask_jobs(length: int) -> Iterator[CountedJob]:
         yield _job(name, counted, fewest, SPAN_MASK_BAR)
 
 
-def depth_mix_job(num_mixes: int = 24, rows: int = 64, size: int = 256) -> CountedJob:
-    """The fused mixes of a forward in bf16 (every second with a bias), and their backward.
+def mix_bytes(num_mixes: int) -> int:
+    """Fewest bytes of fused mixes per token and D, forward and backward.
 
-    Minimum in groups of G = 6 mixes, per token and D, where x_n, ∂x_n between mixes and partial sums have 4 bytes and
-    the rest 2: each mix's own tensors, 14 bytes forward and 16 backward (8 and 12 for x_0); in both directions the
-    group's other representations, 2 bytes each, and a partial sum for all but one group, 4; to make that sum, all
-    representations of the groups before (behind) it, and itself; and for ∂α of a group, all y up to it, and its ∂x.
+    In groups of G = 6 mixes, where x_n, ∂x_n between mixes and partial sums have 4 bytes and the rest 2: each mix's own
+    tensors, 14 bytes forward and 16 backward (8 and 12 for x_0); in both directions the group's other representations,
+    2 bytes each, and a partial sum for all but one group, 4; to make that sum, all representations of the groups before
+    (behind) it, and itself; and for ∂α of a group, all y up to it, and its ∂x.
     """
     groups = [range(first, min(first + GROUP, num_mixes + 1)) for first in range(1, num_mixes + 1, GROUP)]
     forward, backward = 8 + 14 * num_mixes, 12 + 16 * num_mixes
@@ -332,6 +339,11 @@ def depth_mix_job(num_mixes: int = 24, rows: int = 64, size: int = 256) -> Count
         with_start = count + (first == 1)
         backward += 2 * (own if first > 1 else own + count) + 2 * (last + 1 + count)
         backward += 2 * (num_mixes - last) + 8 * with_start if last < num_mixes else 0
+    return forward + backward
+
+
+def depth_mix_job(num_mixes: int = 24, rows: int = 64, size: int = 256) -> CountedJob:
+    """The fused mixes of a forward in bf16 (every second with a bias), and their backward; see `mix_bytes`."""
     generator = torch.Generator().manual_seed(5)
     alphas = [torch.randn(depth + 1, generator=generator).requires_grad_() for depth in range(1, num_mixes + 1)]
     first = torch.randn(rows, size, generator=generator).requires_grad_()
@@ -346,8 +358,40 @@ def depth_mix_job(num_mixes: int = 24, rows: int = 64, size: int = 256) -> Count
             x, normalized = mixes.mix(out, None if depth % 2 else bias, x, seed)
             used.append(normalized)
         (x.sum() + sum(each.float().sum() for each in used)).backward()
-    fewest = (forward + backward) * rows * size
-    return _job(f"depth_mix {num_mixes} mixes", counted, fewest, MIX_BYTES / (forward + backward))
+    fewest = mix_bytes(num_mixes)
+    return _job(f"depth_mix {num_mixes} mixes", counted, fewest * rows * size, MIX_BYTES / fewest)
+
+
+def gated_norm_jobs(rows: int = 32) -> Iterator[CountedJob]:
+    """Both gated norms in bf16: 6 bytes an entry forward; 12 backward, with the product for the weight's gradient.
+
+    Besides, the mean and 1/σ of a row, written and read.
+    """
+    for size, is_tanh in ((2560, True), (768, False)):
+        generator = torch.Generator().manual_seed(size)
+        wide = torch.randn(1, rows, (2 if is_tanh else 4) * size, generator=generator).bfloat16()
+        linear = None if is_tanh else torch.randn(2, 1, rows, size // 2, generator=generator).bfloat16()
+        gate = wide if is_tanh else wide[..., 3 * size :]
+        with Counted() as counted:
+            normalized, *statistics = gated_norm(gate, linear, is_tanh, 1e-5)
+            gated_norm_backward(normalized, gate, linear, *statistics, is_tanh)
+        kind = "feed-forward" if is_tanh else "attention"
+        yield _job(f"gated_norm of {kind}, D={size}", counted, (6 + 12) * rows * size, GATED_NORM_BAR)
+
+
+def normalize_jobs(rows: int = 32, size: int = 768) -> Iterator[CountedJob]:
+    """The embedding, and the head's activation in bf16: each reads its rows and writes them; backward also a gradient.
+
+    Besides, the ids of the embedding's rows.
+    """
+    generator = torch.Generator().manual_seed(3)
+    weight, ids = torch.randn(99, size, generator=generator), torch.arange(rows)
+    x, seed = torch.randn(rows, size, generator=generator).bfloat16(), torch.tensor([1, 2], dtype=torch.int32)
+    for name, table, own_ids, width in (("embedding", weight, ids, 4), ("head", x, None, 2)):
+        with Counted() as counted:
+            result = normalize_rows(table, own_ids, seed, 0.1, 1e-5)
+            normalize_backward(result, table, own_ids, seed, 0.1, 1e-5)
+        yield _job(f"normalize of the {name}", counted, (2 + 3) * width * rows * size, NORMALIZE_BAR)
 
 
 def _job(name: str, counted: Counted, fewest: int, bar: float) -> CountedJob:
@@ -368,7 +412,7 @@ def _labels(rows: int, ignored: int, vocab_size: int) -> Tensor:
 class TrafficConfig:
     """Count the bytes that the kernels move, in Triton's interpreter."""
 
-    op: tuple[Operation, ...] = ("cross_entropy", "masked_cross_entropy", "lamb", "span_mask", "depth_mix")
+    op: tuple[Operation, ...] = get_args(Operation)
     """Operations to count."""
     lamb_config: str = "small.json"
     """Model in configs/ whose parameters LAMB updates."""
@@ -392,6 +436,10 @@ def count(config: TrafficConfig) -> Iterator[CountedJob]:
             yield from span_mask_jobs(length)
     if "depth_mix" in config.op:
         yield depth_mix_job()
+    if "gated_norm" in config.op:
+        yield from gated_norm_jobs()
+    if "normalize" in config.op:
+        yield from normalize_jobs()
 
 
 def run(config: TrafficConfig) -> None:

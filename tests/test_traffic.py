@@ -185,6 +185,14 @@ def test_mixes_move_what_groups_of_six_must():
     assert 1 <= job.ratio < job.bar
 
 
+def test_gated_norms_embedding_and_head_move_what_they_must():
+    jobs = [*traffic.gated_norm_jobs(rows=16), *traffic.normalize_jobs(rows=16)]
+    assert [job.fewest for job in jobs] == [18 * 16 * 2560, 18 * 16 * 768, 20 * 16 * 768, 10 * 16 * 768]
+    for job in jobs:
+        assert job.broken_bars() == []
+        assert 1 <= job.ratio < job.bar
+
+
 @pytest.mark.parametrize("length", traffic.LENGTHS)
 def test_span_mask_reads_and_writes_each_token_once(length):
     plain, counted = traffic.span_mask_jobs(length)
