@@ -63,10 +63,8 @@ def test_what_counts_as_a_launch():
             add_weight_gradient(torch.ones(2, 6), torch.ones(2, 4), weight)
             linear(torch.ones(2, 4), Packed.of([weight], torch.float32))
         x.mul_(2)
-    assert dict(launches.counts["forward"]) == {
-        "aten::add.Tensor".partition(".")[0]: 1,
-        "tests.test_launches.double_kernel": 1,
-    }
+    assert set(launches.counts["forward"].values()) == {1}
+    assert {name.split(".")[-1] for name in launches.counts["forward"]} == {"aten::add", "double_kernel"}
     assert launches.counts["backward"]["aten::addmm_"] == 1
     assert launches.counts["backward"]["aten::mm"] == 1
     assert launches.counts["other"]["aten::mul_"] == 1

@@ -1,0 +1,193 @@
+"""The embedding's and the head's Triton kernels in the interpreter, against PyTorch in fp64; dropout by several masks.
+
+Their whole check runs in tests/test_check.py.
+"""
+
+import pytest
+import torch
+
+from kernels import wanted
+from kernels.backend import set_default_backend
+from kernels.dropout import check as dropout_check
+from kernels.dropout import dropout, dropouts
+from kernels.dropout import fused as fused_dropout
+from kernels.dropout import is_fused as are_dropouts_fused
+from kernels.dropout import kernel as dropout_kernel
+from kernels.normalize import activate, check, embed, fused, is_fused, kernel, reference
+from tests.mutation import mutated
+from tests.numerics import assert_accurate
+from tests.sanitizer import checked_addresses
+
+CPU = torch.device("cpu")
+EPS = 1e-5
+SEED = torch.tensor([77, -5], dtype=torch.int32)
+SEEDS = torch.tensor([[77, -5], [3, 4], [0, 0], [-(2**31), 9]], dtype=torch.int32)
+
+
+def make_embedding(rows, size, *, seed=0):
+    """Ids [2, rows] of a table of seven rows, some several times; the table; the result's gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(7, (2, rows), generator=generator)
+    return ids, torch.randn(7, size, generator=generator), torch.randn(2, rows, size, generator=generator)
+
+
+def run_embedding(case, prob, function, dtype=torch.float32):
+    ids, table, grad = case
+    table = table.to(dtype).requires_grad_()
+    result = function(ids, table, SEED, prob, EPS)
+    return result.detach(), *torch.autograd.grad(result, table, grad.to(dtype))
+
+
+def run_head(case, prob, function, dtype=torch.float32):
+    _, _, grad = case
+    x = (3 * grad.flip(0)).to(dtype).requires_grad_()
+    result = function(x, SEED, prob, EPS)
+    return result.detach(), *torch.autograd.grad(result, x, grad.to(dtype))
+
+
+def assert_right(case, prob):
+    for run, function, definition in (
+        (run_embedding, embed, reference.embed),
+        (run_head, activate, reference.activate),
+    ):
+        results = (
+            run(case, prob, function),
+            *(run(case, prob, definition, dtype) for dtype in (torch.float64, torch.float32)),
+        )
+        for name, *tensors in zip(("result", "gradient"), *results, strict=True):
+            assert_accurate(*tensors, name=f"{run.__name__} {name}")
+
+
+@pytest.mark.parametrize("size", [1, 5, 16, 300])
+@pytest.mark.parametrize(("prob", "rows"), [(0.0, 4), (0.2, 1), (0.2, 16)])
+def test_results_and_gradients_are_those_of_the_definition(monkeypatch, size, prob, rows):
+    """A program of one row, as on GPUs, and of several."""
+    monkeypatch.setattr(kernel, "ROWS_INTERPRETED", rows)
+    assert_right(make_embedding(9, size), prob)
+
+
+def test_the_masks_are_those_of_dropout():
+    ids, table, _ = make_embedding(5, 12)
+    kept = dropout(torch.ones(2, 5, 12), SEED, 0.3) != 0
+    assert torch.equal(embed(ids, table, SEED, 0.3, EPS) != 0, kept)
+    assert torch.equal(activate(torch.randn(2, 5, 12), SEED, 0.3, EPS) != 0, kept)
+
+
+def test_no_rows():
+    x = torch.empty(0, 16).requires_grad_()
+    activate(x, SEED, 0.1, EPS).sum().backward()
+    assert x.grad.shape == (0, 16)
+
+
+@pytest.mark.parametrize("size", [5, 300])
+def test_every_address_lies_in_a_tensor(size):
+    case = make_embedding(9, size)
+    with checked_addresses() as faults:
+        run_embedding(case, 0.2, embed)
+        run_head(case, 0.2, activate)
+        torch.autograd.grad(dropouts(case[1].requires_grad_(), SEEDS, 0.2, torch.float32).sum(), case[1])
+    assert faults == []
+    assert faults.seen > 500
+
+
+def test_an_address_elsewhere_is_seen(tmp_path):
+    old, new = "is_row[:, None] & (columns < size)", "is_row[:, None] & (columns < size + 1)"
+    with mutated("kernels.normalize.kernel", old, new, tmp_path), checked_addresses() as faults:
+        kernel.forward(torch.randn(3, 5), None, None, 0.0, EPS)
+    assert "load of 4 bytes" in faults
+
+
+def test_operations_are_registered_rightly():
+    ids, table, grad = make_embedding(5, 12)
+    for x, own_ids in ((table, ids), (grad, None)):
+        torch.library.opcheck(fused.forward, (x.clone().requires_grad_(), own_ids, SEED, 0.2, EPS))
+        torch.library.opcheck(fused.backward, (grad, x, own_ids, SEED, 0.2, EPS))
+    torch.library.opcheck(fused_dropout.forward, (table.clone().requires_grad_(), SEEDS, 0.2, torch.float32))
+    torch.library.opcheck(fused_dropout.backward, (torch.randn(4, 7, 12), SEEDS, 0.2, torch.float32))
+
+
+def test_a_process_wants_them_or_does_without():
+    set_default_backend("triton")
+    assert not is_fused(CPU, 64)
+    assert not are_dropouts_fused(CPU)
+    wanted.use_fused(["normalize", "dropout"])
+    assert is_fused(CPU, 8192)
+    assert not is_fused(CPU, 8193)
+    assert are_dropouts_fused(CPU)
+    assert not is_fused(CPU, 64, backend="torch")
+    assert not are_dropouts_fused(CPU, backend="torch")
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (64, 33)])
+def test_dropout_by_several_masks_is_dropout_by_each(shape):
+    """One block and several; seeds that stand apart."""
+    x = torch.randn(shape).requires_grad_()
+    spread = SEEDS.repeat_interleave(3, dim=0)[::3]
+    result = dropouts(x, spread, 0.3, torch.float32)
+    expected = torch.stack([dropout(x, seed, 0.3) for seed in SEEDS])
+    assert torch.equal(result, expected)
+    grad = torch.randn(4, *shape)
+    (actual,), (of_definition,) = (torch.autograd.grad(each, x, grad) for each in (result, expected))
+    torch.testing.assert_close(actual, of_definition)
+
+
+# No bug writes out of bounds: that would crash the tests, not fail them.
+MUTANTS = {
+    "rows of the table in order": ("tl.load(ids_ptr + row, mask=is_row, other=0).to(tl.int64)", "row % 7"),
+    "no GELU": ("x = x * gelu_share(x, False)\n    result", "x = x\n    result"),
+    "no GELU in the backward": ("activation = x * share", "activation = x"),
+    "GELU's slope left out": ("of_x = of_x * gelu_slope(x, share, False)", "of_x = of_x * share"),
+    "mean of one more": ("mean = tl.sum(x, axis=1) / size", "mean = tl.sum(x, axis=1) / (size + 1)"),
+    "padding in the variance": ("tl.where(is_inside, x - mean[:, None], 0.0)", "x - mean[:, None]"),
+    "no eps": ("/ size + eps)", "/ size)"),
+    "what is kept not scaled": ("tl.where(kept, x * keep_scale, 0.0)", "tl.where(kept, x, 0.0)"),
+    "gradients not dropped": (
+        "grad = _dropped(grad, row, columns, size, seed_ptr, threshold, keep_scale)", "grad = grad * keep_scale"
+    ),
+    "the mask of other rows": ("row[:, None] * size + columns[None, :], seed_ptr", "row[:, None] + columns, seed_ptr"),
+    "LayerNorm without its mean": ("(grad - mean - normalized * along)", "(grad - normalized * along)"),
+    "LayerNorm without its direction": ("(grad - mean - normalized * along)", "(grad - mean)"),
+    "LayerNorm without its scale": ("of_x = inverse_std * (", "of_x = ("),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_planted_bugs_are_found(name, tmp_path):
+    case = make_embedding(9, 12)
+    if name == "no eps":
+        case[1].mul_(1e-3)
+    with mutated("kernels.normalize.kernel", *MUTANTS[name], tmp_path), pytest.raises(AssertionError):
+        assert_right(case, 0.2)
+
+
+KEPT = "kept = are_kept(first_words(offsets, seed_ptr), seed_ptr, threshold)"
+SEED_PTR = "seed_ptr = seeds_ptr + mask * seed_stride"
+DROPOUT_MUTANTS = {
+    "one mask for all": (f"{SEED_PTR}\n{KEPT}\nresult", f"seed_ptr = seeds_ptr\n{KEPT}\nresult"),
+    "one mask for all gradients": (f"{SEED_PTR}\n{KEPT}\ngrad", f"seed_ptr = seeds_ptr\n{KEPT}\ngrad"),
+    "seeds side by side": (f"{SEED_PTR}\n{KEPT}\nresult", f"seed_ptr = seeds_ptr + mask * 2\n{KEPT}\nresult"),
+    "not scaled": ("tl.where(kept, x * keep_scale, 0.0)", "tl.where(kept, x, 0.0)"),
+    "gradients not dropped": ("tl.where(kept, grad * keep_scale, 0.0)", "grad * keep_scale"),
+    "the first mask's gradient": ("grad_ptr += size", "grad_ptr += 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DROPOUT_MUTANTS)
+def test_planted_bugs_in_dropout_are_found(name, tmp_path):
+    assert all(comparison.passed for comparison in dropout_check.compare_dropouts(CPU, torch.float32))
+    with mutated("kernels.dropout.kernel", *DROPOUT_MUTANTS[name], tmp_path):
+        assert dropout_kernel.BLOCK == 1024
+        with pytest.raises(AssertionError):
+            test_dropout_by_several_masks_is_dropout_by_each((64, 33))
+        assert not all(comparison.passed for comparison in dropout_check.compare_dropouts(CPU, torch.float32))
+
+
+def test_the_check_finds_them_too(tmp_path):
+    def passed():
+        yield from check.compare_embedding(CPU, 5, 12)
+        yield from check.compare_activation(CPU, 5, 12, torch.float32)
+
+    assert all(comparison.passed for comparison in passed())
+    with mutated("kernels.normalize.kernel", *MUTANTS["LayerNorm without its mean"], tmp_path):
+        verdicts = [comparison.passed for comparison in passed()]
+    assert verdicts == [True, False, True, False]
