@@ -1,6 +1,6 @@
 """LayerNorm before a product under autocast, forward and backward; PyTorch's own keeps its fp32 input as well."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from benchmarks import machine, peers
 from benchmarks.measurement import BASELINE, Measurement
-from kernels.normalize import normalize, reference
-from kernels.numerics import compare_function
+from kernels.normalize import embed, normalize, reference
+from kernels.numerics import Comparison, compare_function
 
 EPS = 1e-5
 Normalize = Callable[[Tensor], Tensor]
@@ -59,6 +59,66 @@ def test_normalize(measurement: Measurement, impl: str, shape: Shape) -> None:
 
 def _exact(x: Tensor) -> Tensor:
     return reference.normalize(x, EPS)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """R tokens of a vocabulary of V, D elements each."""
+
+    R: int
+    D: int
+    V: int
+
+    def __str__(self) -> str:
+        return f"R={self.R} D={self.D} V={self.V}"
+
+
+WHOLE = [Whole(4096, 384, 8192)]
+TINY_WHOLE = Whole(6, 24, 11)
+Embed = Callable[[Tensor, Tensor, Tensor, float, float], Tensor]
+WHOLE_IMPLEMENTATIONS: dict[str, Embed] = {
+    "triton": embed,
+    BASELINE: reference.embed,
+    "reference_compiled": reference.embed,
+}
+
+
+@pytest.mark.parametrize("impl", WHOLE_IMPLEMENTATIONS)
+@pytest.mark.parametrize("shape", WHOLE, ids=str)
+def test_embedding(measurement: Measurement, impl: str, shape: Whole) -> None:
+    """Rows of the table, LayerNorm and dropout in fp32, and the table's gradient."""
+    peers.skip_unless_possible(impl)
+    inputs = make_whole_inputs(shape if measurement.enabled else TINY_WHOLE)
+    function = WHOLE_IMPLEMENTATIONS[impl]
+    function = measurement.compile(function) if impl.endswith("_compiled") else function
+    measurement.prove(whole_proof(WHOLE_IMPLEMENTATIONS[impl], TINY_WHOLE))
+    baseline = None if impl == BASELINE else lambda: whole_gradient(reference.embed, *inputs)
+    measurement.time(lambda: whole_gradient(function, *inputs), baseline)
+
+
+def make_whole_inputs(shape: Whole) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids [R], the table [V, D] in fp32, and dropout's seed."""
+    generator = torch.Generator().manual_seed(shape.D)
+    ids = torch.randint(shape.V, (shape.R,), generator=generator)
+    table = torch.randn(shape.V, shape.D, generator=generator)
+    tensors = [tensor.to(machine.device()) for tensor in (ids, table, torch.tensor([1, 2], dtype=torch.int32))]
+    return tensors[0], tensors[1].requires_grad_(), tensors[2]
+
+
+def whole_gradient(function: Embed, ids: Tensor, table: Tensor, seed: Tensor) -> Tensor:
+    """Of the table, for the sum of the result's squares."""
+    return torch.autograd.grad(function(ids, table, seed, 0.1, EPS).square().sum(), table)[0]
+
+
+def whole_proof(function: Embed, shape: Whole) -> Iterator[Comparison]:
+    """By the tolerance rule."""
+    ids, table, seed = make_whole_inputs(shape)
+    yield from compare_function(
+        str(shape),
+        lambda table: function(ids, table, seed, 0.1, EPS),
+        lambda table: reference.embed(ids, table, seed, 0.1, EPS),
+        {"table": table},
+    )
 
 
 def make_inputs(shape: Shape) -> tuple[Tensor, Tensor]:

@@ -68,6 +68,9 @@ RUN = Run(
     lamb=True,
     buckets=False,
     attention=(1, 32, 16),
+    gates=(32, 48),
+    dropouts=True,
+    norms=32,
     mixes=(32, 4),
 )
 

@@ -93,7 +93,8 @@ def test_a_step_has_all_its_figures_in_every_way(report):
 def test_operations_stand_beside_each_other(report):
     rows = result_of(report, "operations")["rows"]
     assert {name.split()[0] for name in rows} == {
-        "masked_cross_entropy", "attention", "mixes", "cross_entropy_from_logits", "lamb", "span_mask",
+        "masked_cross_entropy", "attention", "mixes", "gated_norm", "embedding", "cross_entropy_from_logits", "lamb",
+        "span_mask",
     }  # fmt: skip
     (cross_entropy,) = (found for name, found in rows.items() if name.startswith("masked_cross_entropy"))
     assert rows["lamb tiny"]["optimizer"]["ms"] > 0

@@ -1,5 +1,6 @@
 """Operations, their references, eager and compiled, and peers; launched one at a time, as a user would."""
 
+import dataclasses
 import functools
 import json
 import statistics
@@ -12,12 +13,12 @@ import pytest
 import torch
 
 from benchmarks import bench_attention_context as bench_attention
-from benchmarks import bench_depth_mix, bench_lamb, bench_span_mask, machine, peers
+from benchmarks import bench_depth_mix, bench_gated_norm, bench_lamb, bench_normalize, bench_span_mask, machine, peers
 from benchmarks import bench_masked_cross_entropy as bench_cross_entropy
 from benchmarks.gpu.profile import profile
 from benchmarks.gpu.settings import Settings
 from benchmarks.gpu.steps import launch_seconds
-from benchmarks.measurement import peak_bytes
+from benchmarks.measurement import BASELINE, peak_bytes
 from gptbert.errors import first_line
 from gptbert.optim import Lamb
 from kernels.lamb import reference as lamb_reference
@@ -43,6 +44,11 @@ MIXES = (  # R, D, M: base and small
     bench_depth_mix.Whole(4096, 768, 24),
     bench_depth_mix.Whole(32768, 384, 24),
 )
+GATED_NORM = (  # B, T, I: feed-forwards of base and small
+    bench_gated_norm.Shape(256, 128, 2560),
+    bench_gated_norm.Shape(256, 128, 1280),
+)
+EMBEDDING = (bench_normalize.Whole(32768, 768, 32768),)  # R, D, V
 SPAN_MASK = (bench_span_mask.Shape(32, 136), bench_span_mask.Shape(256, 520))
 LAMB = ("small", "base_32k")
 COMPILED = "reference_compiled"
@@ -115,7 +121,7 @@ def compile_first(settings: Settings) -> Iterator[dict[str, Any]]:
 
 def jobs(settings: Settings) -> Iterator[Job]:
     """All jobs: those of bars first, those that take minutes to compile last."""
-    kinds = (_cross_entropy, _attention, _mixes, _from_logits, _lamb, _span_mask)
+    kinds = (_cross_entropy, _attention, _mixes, _gated_norm, _embedding, _from_logits, _lamb, _span_mask)
     found = [job for kind in kinds for job in kind(settings)]
     yield from sorted(found, key=lambda job: job.is_slow_to_compile)
 
@@ -168,6 +174,38 @@ def _make_mixes(shape: bench_depth_mix.Whole, impl: str, function: Callable) -> 
     bench = bench_depth_mix
     run = functools.partial(bench.whole_gradients, function, bench.make_whole_inputs(shape))
     return run, functools.partial(bench.whole_proof, impl, shape)
+
+
+def _gated_norm(settings: Settings) -> Iterator[Job]:
+    for shape in (bench_gated_norm.TINY,) if settings.rehearse else GATED_NORM:
+        for impl in ("triton", BASELINE, COMPILED):
+            make = functools.partial(_make_gated_norm, shape, impl, settings)
+            yield Job(f"gated_norm {shape}", impl, make)
+
+
+def _make_gated_norm(shape: bench_gated_norm.Shape, impl: str, settings: Settings) -> tuple[Run, Proof]:
+    bench = bench_gated_norm
+    function = bench.implementation(impl, functools.partial(_compiled, settings=settings))
+    inputs = bench.make_inputs(shape)
+    few = bench.make_inputs(dataclasses.replace(shape, B=1))
+    return functools.partial(function, *inputs), lambda: bench.proof(bench.IMPLEMENTATIONS[impl](*few), *few)
+
+
+def _embedding(settings: Settings) -> Iterator[Job]:
+    bench = bench_normalize
+    for shape in (bench.TINY_WHOLE,) if settings.rehearse else EMBEDDING:
+        for impl, function in bench.WHOLE_IMPLEMENTATIONS.items():
+            make = functools.partial(_make_embedding, shape, impl, function, settings)
+            yield Job(f"embedding {shape}", impl, make)
+
+
+def _make_embedding(
+    shape: bench_normalize.Whole, impl: str, function: bench_normalize.Embed, settings: Settings
+) -> tuple[Run, Proof]:
+    bench = bench_normalize
+    timed = _compiled(function, settings) if impl == COMPILED else function
+    run = functools.partial(bench.whole_gradient, timed, *bench.make_whole_inputs(shape))
+    return run, functools.partial(bench.whole_proof, function, bench.TINY_WHOLE)
 
 
 def _from_logits(settings: Settings) -> Iterator[Job]:
