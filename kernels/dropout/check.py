@@ -8,7 +8,6 @@ from kernels.dropout import dropout, dropouts, random_words, reference
 from kernels.numerics import Comparison, compare_exactly
 from kernels.run import Run
 
-_PROBABILITY = 0.3
 _SEEDS = ((0, 0), (77, -5), (-(2**31), 2**31 - 1))
 
 
@@ -23,7 +22,8 @@ def comparisons(device: torch.device, backend: str, run: Run | None = None) -> I
     if backend == "triton":
         dtypes = (torch.float32, torch.bfloat16) if run is None else (run.logits_type,)
         for dtype in dtypes if device.type == "cuda" else (torch.float32,):  # the interpreter rounds differently
-            yield from compare_dropouts(device, dtype)
+            for probability in (0.1, 0.3, 0.5):
+                yield from compare_dropouts(device, dtype, probability)
         return
     x = torch.arange(1.0, 1000.0)
     for seed in _SEEDS:
@@ -37,16 +37,16 @@ def comparisons(device: torch.device, backend: str, run: Run | None = None) -> I
             yield compare_exactly(f"kept of seed {seed}, p={probability}", kept, expected)
 
 
-def compare_dropouts(device: torch.device, dtype: torch.dtype) -> Iterator[Comparison]:
+def compare_dropouts(device: torch.device, dtype: torch.dtype, probability: float = 0.3) -> Iterator[Comparison]:
     """Three masks of one tensor, and the gradients that come back through them; two blocks, the second not whole."""
     x = (torch.arange(1.0, 1521.0) / 64).view(19, 80).to(device).requires_grad_()
     places = torch.tensor(_SEEDS, dtype=torch.int32, device=device).repeat_interleave(2, dim=0)[::2]  # rows apart
-    dropped = dropouts(x, places, _PROBABILITY, dtype)
+    dropped = dropouts(x, places, probability, dtype)
     grad = torch.randn(dropped.shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
     dropped.backward(grad)
-    kept = torch.stack([reference.dropout(torch.ones(19, 80), seed, _PROBABILITY) for seed in _SEEDS]).to(device)
-    scale = torch.tensor(1 / (1 - _PROBABILITY), dtype=torch.float32, device=device)
-    name = str(dtype).removeprefix("torch.")
+    kept = torch.stack([reference.dropout(torch.ones(19, 80), seed, probability) for seed in _SEEDS]).to(device)
+    scale = torch.tensor(1 / (1 - probability), dtype=torch.float32, device=device)
+    name = f"{str(dtype).removeprefix('torch.')}, p={probability}"
     yield compare_exactly(f"masks, {name}", dropped, torch.where(kept > 0, x.detach() * scale, 0.0).to(dtype))
     parts = torch.where(kept > 0, grad.float() * scale, 0.0)
     yield compare_exactly(f"∂x, {name}", x.grad, parts[0] + parts[1] + parts[2])

@@ -9,15 +9,18 @@ import pytest
 import torch
 
 import kernels
-from kernels import cross_entropy_from_logits, masked_cross_entropy, span_mask
-from kernels.attention_context import fused
+from kernels import cross_entropy_from_logits, linear, masked_cross_entropy, span_mask
+from kernels.attention_context import fused, gated
 from kernels.attention_context.bucket_sums import bucket_sums
 from kernels.configuration import TRITON_OPERATIONS
 from kernels.depth_mix import fused as mixes
+from kernels.dropout import fused as dropouts
+from kernels.gated_norm import fused as gates
 from kernels.lamb import lamb_step
 from kernels.lamb import op as lamb
 from kernels.masked_cross_entropy import op as cross_entropy
 from kernels.masked_cross_entropy import reference
+from kernels.normalize import fused as norms
 from kernels.span_mask import op as masking
 from kernels.span_mask import reference as masking_reference
 from tests.numerics import assert_accurate, assert_near, same
@@ -213,8 +216,8 @@ def opcheck_fused_attention(device):
 
 def opcheck_fused_attention_backward(device):
     inputs = attention_inputs(device)
-    output, lse, *of_vectors = fused.forward(*inputs)
-    saved = (*inputs[:5], *of_vectors, *inputs[6:10], output, lse)
+    output, lse, table = fused.forward(*inputs)
+    saved = (*inputs[:5], table, *inputs[6:10], output, lse)
     return fused.backward, [(torch.ones_like(output), *saved, *inputs[10:])]
 
 
@@ -237,7 +240,92 @@ def opcheck_mixes(operation, index):
     return lambda device: (operation, [mix_arguments(device, depth)[index] for depth in range(3)])
 
 
+def narrow_random(*shape, device, seed=0):
+    """In the dtype of a GPU's products; those of bf16 are wrong in the interpreter."""
+    return random(*shape, device=device, seed=seed).to(torch.bfloat16 if device.type == "cuda" else torch.float32)
+
+
+def opcheck_gated_norm(device):
+    return gates.gated_norm, [(narrow_random(2, 5, 24, device=device), None, True, 1e-5)]
+
+
+def opcheck_gated_norm_backward(device):
+    gate = narrow_random(2, 5, 24, device=device)
+    normalized, mean, inverse_std = gates.gated_norm(gate, None, True, 1e-5)
+    return gates.gated_norm_backward, [(normalized, gate, None, mean, inverse_std, True)]
+
+
+def gated_attention_inputs(device):
+    """Projection and position vectors of `attention_inputs`, side by side, and what follows them."""
+    (query, key, position_query, position_key, value, buckets, bucket_rows), rest = (
+        attention_inputs(device)[:7],
+        attention_inputs(device)[7:],
+    )
+    projection = torch.cat([query, key, value, query.flip(0)], dim=-1)
+    position = torch.cat([position_query, position_key], dim=-1)
+    return projection, position, buckets, bucket_rows, rest
+
+
+def opcheck_gated_attention(device):
+    projection, position, buckets, _, rest = gated_attention_inputs(device)
+    return gated.forward, [(projection, position, buckets, *rest, 1e-5)]
+
+
+def opcheck_gated_attention_backward(device):
+    projection, position, buckets, bucket_rows, rest = gated_attention_inputs(device)
+    normalized, *kept = gated.forward(projection, position, buckets, *rest, 1e-5)
+    return gated.backward, [(normalized, projection, position, bucket_rows, *rest[:3], *kept, *rest[3:])]
+
+
+def norm_arguments(device):
+    """Of the embedding and of the head."""
+    seed = torch.tensor([77, -5], dtype=torch.int32, device=device)
+    ids = random_ids(11, 2, 5, device=device)
+    return [
+        (random(11, 24, device=device), ids, seed, 0.1, 1e-5),
+        (narrow_random(9, 24, device=device), None, seed, 0.1, 1e-5),
+    ]
+
+
+def opcheck_normalize(device):
+    return norms.forward, norm_arguments(device)
+
+
+def opcheck_normalize_backward(device):
+    return norms.backward, [(norms.forward(*each), *each) for each in norm_arguments(device)]
+
+
+def opcheck_dropouts(device):
+    seeds = torch.tensor([[77, -5], [3, 4]], dtype=torch.int32, device=device)
+    return dropouts.forward, [(random(16, 24, device=device), seeds, 0.1, torch.float32)]
+
+
+def opcheck_dropouts_backward(device):
+    seeds = torch.tensor([[77, -5], [3, 4]], dtype=torch.int32, device=device)
+    return dropouts.backward, [(narrow_random(2, 16, 24, device=device), seeds, 0.1, torch.float32)]
+
+
+def opcheck_weight_gradient(device):
+    rows = narrow_random(16, 32, device=device), narrow_random(16, 24, device=device)
+    return linear.weight_gradient, [rows]
+
+
+def opcheck_add_weight_gradient(device):
+    rows = narrow_random(16, 32, device=device), narrow_random(16, 24, device=device)
+    return linear.add_weight_gradient, [(*rows, random(32, 24, device=device))]
+
+
 OPERATIONS_REGISTERED = {
+    "fused_gated_norm": opcheck_gated_norm,
+    "fused_gated_norm_backward": opcheck_gated_norm_backward,
+    "gated_attention": opcheck_gated_attention,
+    "gated_attention_backward": opcheck_gated_attention_backward,
+    "fused_normalize": opcheck_normalize,
+    "fused_normalize_backward": opcheck_normalize_backward,
+    "dropouts": opcheck_dropouts,
+    "dropouts_backward": opcheck_dropouts_backward,
+    "weight_gradient": opcheck_weight_gradient,
+    "add_weight_gradient": opcheck_add_weight_gradient,
     "depth_mix": opcheck_mixes(mixes.forward, 0),
     "depth_mix_backward": opcheck_mixes(mixes.backward, 1),
     "fused_attention": opcheck_fused_attention,

@@ -3,6 +3,7 @@
 The rehearsal on the CPU leaves out only `no_waiting` and the recording.
 """
 
+import json
 from contextlib import contextmanager
 
 import pytest
@@ -14,8 +15,9 @@ from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.data.inputs import Inputs
 from gptbert.distributed.world import World
 from gptbert.trainer import Trainer
+from kernels import wanted
 from tests.gpu.compiled_run import always_compile
-from tests.runs import flags
+from tests.runs import MODEL, flags
 
 
 @contextmanager
@@ -34,7 +36,9 @@ def no_waiting(device):
 def make_trainer(inputs, device, **changes):
     settings = {"device": device.type, "mixed_precision": True, "no_compile": True, "kernel_check": "off"}
     sizes = {"seq_length": 16, "global_batch_size": 8, "local_batch_size": 4, "batch_reduction": 1}
-    config = parse(TrainConfig, flags(inputs, **settings | sizes | changes))
+    wide = inputs / "wide.json"  # wide enough for all fused operations, where a test wants them
+    wide.write_text(json.dumps(MODEL | {"hidden_size": 64}))
+    config = parse(TrainConfig, flags(inputs, config_file=wide, **settings | sizes | changes))
     trainer = Trainer(config, Inputs.open(config), HybridPlan(config, 1), World(0, 1, torch.device(device.type, 0)))
     trainer.micro_batches.has_fixed_shapes = True  # as on a GPU, so that the rehearsal has them too
     return trainer
@@ -45,8 +49,10 @@ def make_trainer(inputs, device, **changes):
     ("optimizer", "more"),
     [("lamb", {}), ("lamb", {"mask_history": True}), ("adamw", {"activation_checkpointing": True}), ("muon", {})],
 )
-def test_a_step_waits_for_nothing(inputs, device, optimizer, more, mode):
+@pytest.mark.parametrize("operations", [(), wanted.FUSED], ids=["not fused", "fused"])
+def test_a_step_waits_for_nothing(inputs, device, optimizer, more, mode, operations):
     """From rows on the host to updated weights; the first two steps may sync: they compile, allocate and record."""
+    wanted.use_fused(operations)
     trainer = make_trainer(inputs, device, optimizer=optimizer, cuda_graph=mode, **more)
     rows = [trainer.loader.load(step) for step in range(4)]
     for step in range(2):
@@ -66,10 +72,17 @@ def test_waiting_is_an_error_where_it_is_looked_for(device):
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "compiled"), [("lamb", False), ("adamw", False), ("muon", False), ("lamb", True)]
+    ("optimizer", "compiled", "operations"),
+    [
+        *(("lamb", False, ()), ("adamw", False, ()), ("muon", False, ()), ("lamb", True, ())),
+        *(("lamb", False, wanted.FUSED), ("lamb", True, wanted.FUSED)),
+    ],
 )
-def test_recorded_steps_have_the_bits_of_eager_ones(inputs, device, optimizer, compiled, fresh_compiler, monkeypatch):
+def test_recorded_steps_have_the_bits_of_eager_ones(
+    inputs, device, optimizer, compiled, operations, fresh_compiler, monkeypatch
+):
     """With dropout, over two row lengths; the rehearsal records nothing (tests/test_recorded_step.py emulates it)."""
+    wanted.use_fused(operations)  # the rehearsal does not fuse
     if compiled:
         always_compile(monkeypatch)
     ends = []
