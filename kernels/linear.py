@@ -45,12 +45,6 @@ class Packed(NamedTuple):
             return self
         return self._replace(gradient=grads[0].as_strided(self.narrow.shape, grads[0].stride()))
 
-    def first(self, count: int) -> Self:
-        """The first `count` parameters."""
-        parts = self.parts[:count]
-        rows = sum(map(len, parts))
-        return type(self)(parts, self.narrow[:rows], None if self.gradient is None else self.gradient[:rows])
-
     def split(self) -> tuple[Tensor, ...]:
         """The copy of each parameter, a view."""
         return self.narrow.split([len(part) for part in self.parts])
@@ -69,23 +63,36 @@ class PackedGradient:
         self._lengths = [len(part) for part in parts]
         self._dtypes = [part.dtype for part in parts]
 
-    def of_weight(self, grad: Tensor, x: Tensor) -> tuple[Tensor | None, ...]:
-        """gradᵀ · x of [R, E] and [R, D]: each part's gradient for autograd, None where it was added to the memory."""
-        if self._gradient is None:
-            return self._split(weight_gradient(grad, x))
-        add_weight_gradient(grad, x, self._gradient)
-        return (None,) * len(self._lengths)
+    def of_weight(
+        self, grad: Tensor, x: Tensor, first_grad: Tensor | None = None, first_x: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
+        """gradᵀ · x of [R, E] and [R, D]; and for the first parameter also first_gradᵀ · first_x.
 
-    def of_bias(self, grad: Tensor) -> tuple[Tensor | None, ...]:
+        Returns:
+            Each part's gradient for autograd; None where it was added to the memory.
+        """
+        if self._gradient is not None:
+            # in one operation: of two, for the whole and for a view of it, compiled code gave wrong sums (PyTorch 2.13)
+            add_weight_gradient(grad, x, self._gradient, first_grad, first_x)
+            return (None,) * len(self._lengths)
+        return self._split(
+            weight_gradient(grad, x), None if first_grad is None else weight_gradient(first_grad, first_x)
+        )
+
+    def of_bias(self, grad: Tensor, first_grad: Tensor | None = None) -> tuple[Tensor | None, ...]:
         """Sums over the rows of [R, E], likewise."""
-        sums = grad.sum(dim=0, dtype=torch.float32)
+        sums, of_first = (None if each is None else each.sum(dim=0, dtype=torch.float32) for each in (grad, first_grad))
         if self._gradient is None:
-            return self._split(sums)
+            return self._split(sums, of_first)
+        if of_first is not None:
+            sums[: len(of_first)].add_(of_first)
         self._gradient.add_(sums)
         return (None,) * len(self._lengths)
 
-    def _split(self, gradient: Tensor) -> tuple[Tensor, ...]:
-        return tuple(map(Tensor.to, gradient.split(self._lengths), self._dtypes))
+    def _split(self, gradient: Tensor, of_first: Tensor | None) -> tuple[Tensor, ...]:
+        first, *rest = gradient.split(self._lengths)
+        each = (first if of_first is None else first + of_first, *rest)
+        return tuple(map(Tensor.to, each, self._dtypes))
 
 
 def linear(x: Tensor, weight: Packed, bias: Packed | None = None) -> Tensor:
@@ -99,9 +106,27 @@ def linear(x: Tensor, weight: Packed, bias: Packed | None = None) -> Tensor:
     Returns:
         [..., E].
     """
+    return _Linear.apply(x, None, *_arguments(weight, bias))[0]
+
+
+def linear_and_first(x: Tensor, first_x: Tensor, weight: Packed, bias: Packed) -> tuple[Tensor, Tensor]:
+    """As `linear`, and the product of other rows with the first parameter alone.
+
+    Args:
+        x: [..., D], in the dtype of the weight's copy.
+        first_x: [R, D], likewise.
+        weight: [E, D] in all.
+        bias: [E] in all.
+
+    Returns:
+        [..., E] and [R, E_0].
+    """
+    return _Linear.apply(x, first_x, *_arguments(weight, bias))
+
+
+def _arguments(weight: Packed, bias: Packed | None) -> tuple[Tensor | int | None, ...]:
     bias_parts, *of_bias = ((), None, None) if bias is None else bias
-    memories = (weight.narrow, of_bias[0], weight.gradient, of_bias[1])
-    return _Linear.apply(x, *memories, len(weight.parts), *weight.parts, *bias_parts)
+    return weight.narrow, of_bias[0], weight.gradient, of_bias[1], len(weight.parts), *weight.parts, *bias_parts
 
 
 class _Linear(torch.autograd.Function):
@@ -109,29 +134,32 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
+        first_x: Tensor | None,
         weight: Tensor,
         bias: Tensor | None,
         weight_memory: Tensor | None,
         bias_memory: Tensor | None,
         count: int,
         *parts: Tensor,
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.weights, ctx.biases = (
-            PackedGradient(weight_memory, parts[:count]),
-            PackedGradient(bias_memory, parts[count:]),
-        )
-        ctx.has_bias = bias is not None
-        return F.linear(x, weight, bias)
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.save_for_backward(x, first_x, weight)
+        ctx.weights = PackedGradient(weight_memory, parts[:count])
+        ctx.biases = PackedGradient(bias_memory, parts[count:])
+        ctx.has_bias, ctx.first_rows = bias is not None, len(parts[0])
+        of_first = None
+        if first_x is not None:
+            of_first = F.linear(first_x, weight[: ctx.first_rows], bias[: ctx.first_rows])
+        return F.linear(x, weight, bias), of_first
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor, first_grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, first_x, weight = ctx.saved_tensors
+        first_grad = None if first_x is None else first_grad
         rows = grad.flatten(0, -2)
-        of_weights = ctx.weights.of_weight(rows, x.flatten(0, -2))
-        of_biases = ctx.biases.of_bias(rows) if ctx.has_bias else ()
-        of_x = grad @ weight if ctx.needs_input_grad[0] else None
-        return of_x, *[None] * 5, *of_weights, *of_biases
+        of_weights = ctx.weights.of_weight(rows, x.flatten(0, -2), first_grad, first_x)
+        of_biases = ctx.biases.of_bias(rows, first_grad) if ctx.has_bias else ()
+        of_first_x = None if first_x is None else first_grad @ weight[: ctx.first_rows]
+        return grad @ weight, of_first_x, *[None] * 5, *of_weights, *of_biases
 
 
 @torch.library.custom_op("kernels::weight_gradient", mutates_args=())
@@ -150,19 +178,27 @@ def _(grad, x):
 
 
 @torch.library.custom_op("kernels::add_weight_gradient", mutates_args={"total"})
-def add_weight_gradient(grad: Tensor, x: Tensor, total: Tensor) -> None:
-    """Add `weight_gradient` to [E, D]."""
-    if grad.dtype == torch.float32:
-        total.addmm_(grad.T, x)
-    elif multiplies_into_fp32(grad.device):
-        torch.addmm(total, grad.T, x, out_dtype=torch.float32, out=total)
+def add_weight_gradient(
+    grad: Tensor, x: Tensor, total: Tensor, first_grad: Tensor | None = None, first_x: Tensor | None = None
+) -> None:
+    """Add `weight_gradient` to [E, D]; and that of [R', E'] and [R', D] to its first E' rows."""
+    _add_product(total, grad.T, x)
+    if first_grad is not None:
+        _add_product(total[: first_grad.shape[1]], first_grad.T, first_x)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if left.dtype == torch.float32:
+        total.addmm_(left, right)
+    elif multiplies_into_fp32(left.device):
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
     else:
-        total.add_(grad.T @ x)
+        total.add_(left @ right)
 
 
 @add_weight_gradient.register_fake
-def _(grad, x, total):
-    del grad, x, total
+def _(grad, x, total, first_grad=None, first_x=None):
+    del grad, x, total, first_grad, first_x
 
 
 def multiplies_into_fp32(device: torch.device) -> bool:

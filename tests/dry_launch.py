@@ -4,7 +4,7 @@ Triton's own launch path runs (argument binding, specialization, options, compil
 launch, which is replaced by a stub. This finds launcher bugs that TRITON_INTERPRET would hide, and compares what is
 compiled with `configurations()`.
 
-Prints a JSON list of launches: kernel, types, constants, aligned arguments, num_warps, max_registers.
+Prints a JSON list of launches: operation, kernel, types, constants, aligned arguments, num_warps, max_registers.
 """
 
 import importlib
@@ -23,6 +23,8 @@ import kernels.backend
 from kernels.attention_context import fused
 from kernels.configuration import TRITON_OPERATIONS
 from kernels.depth_mix import kernel as mixes
+from kernels.gated_norm import kernel as gates
+from kernels.normalize import kernel as norms
 
 launches = {}
 
@@ -32,6 +34,7 @@ def record(source, metadata):
     names = list(source.fn.arg_names)
     constants = {names[path[0]]: value for path, value in source.constants.items()}
     launch = {
+        "operation": source.fn.__module__.split(".")[1],
         "kernel": source.fn.__name__,
         "types": {name: kind for name, kind in source.signature.items() if kind != "constexpr"},
         "constants": {
@@ -63,7 +66,8 @@ def main() -> None:
     kernels.backend.interpreted = lambda: True  # treat CPU tensors like a GPU's
     torch._assert_async = lambda *_: None  # kernels have not written the values that it asserts on
     fused.DTYPES["cpu"] = torch.bfloat16
-    mixes.ROWS_INTERPRETED = mixes.ROWS
+    for module in (gates, mixes, norms):
+        module.ROWS_INTERPRETED = module.ROWS
     for op in sys.argv[1:] or TRITON_OPERATIONS:
         for _ in importlib.import_module(f"kernels.{op}.check").comparisons(torch.device("cpu"), "triton"):
             pass

@@ -9,9 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from gptbert.distributed.flat_gradients import FlatGradients
+from gptbert.distributed.world import World
 from gptbert.model import GPTBert
 from gptbert.model.batch import Batch
 from gptbert.model.compilation import compile_blocks
+from gptbert.training.packed_weights import PackedWeights
 from kernels import wanted
 from kernels.backend import set_default_backend
 from kernels.depth_mix import FusedMixes, check, is_fused, kernel
@@ -195,6 +198,33 @@ def test_compiled_sub_layers_are_eager_ones_for_any_number_of_rows(triton, fresh
             ends.append([result.total.detach(), *(param.grad.clone() for param in model.parameters())])
     for eager, compiled in zip([*ends[0], *ends[1]], [*ends[2], *ends[3]], strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
+
+
+def test_compiled_blocks_with_packed_weights_share_two_graphs(triton, fresh_compiler, monkeypatch):
+    """As in training: weights are packed once, and their gradients are added to memory that stays."""
+    graphs = []
+    trace_only(monkeypatch, graphs)
+    wanted.use_fused(wanted.FUSED)
+    shape = {"hidden_size": 64, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+    ends = []
+    for is_compiled in (False, True):
+        torch.manual_seed(0)
+        model = GPTBert(dataclasses.replace(TINY, num_hidden_layers=2, **shape))
+        weights = PackedWeights(model.blocks, torch.float32)
+        FlatGradients(model.parameters(), World(0, 1, CPU))
+        weights.add_gradients_directly()
+        if is_compiled:
+            compile_blocks(model.blocks, mixed_precision=False)
+        for rows in (2, 3):
+            ids = torch.randint(16, TINY.vocab_size, (rows, 16), generator=torch.Generator().manual_seed(rows))
+            torch.manual_seed(5)
+            batch = Batch(ids, torch.zeros_like(ids), ids, num_masked=1)
+            total = model(batch, None, 0.0, None, weights.blocks).total
+            total.backward()
+            ends.append([total.detach(), *(param.grad.clone() for param in model.parameters())])
+    for eager, compiled in zip([*ends[0], *ends[1]], [*ends[2], *ends[3]], strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
+    assert len(graphs) == 2
 
 
 def planted(module, old, new, folder):

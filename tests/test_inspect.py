@@ -22,11 +22,12 @@ ROOT = Path(__file__).parents[1]
 
 COMMON = (
     r"attention_context/.* d=64 T=(128|512) dropout$|cross_entropy/.*(bf16|fp32)|lamb/|span_mask/.*i64 .* spans to 3\b|"
-    r"depth_mix/"
+    r"depth_mix/|gated_norm/|normalize/|dropout/"
 )
 WIDEST = (
     r"attention.* d=64 T=128 dropout$|cross_entropy/rows bf16 V=(16384|32768)$|lamb/[^(]*$|"
-    r"span_mask/.*i64 T=(512|4096) spans to 3\b[^(]*$|depth_mix/.* bf16 D=768 dropout$|depth_mix/.* [67] bf16$"
+    r"span_mask/.*i64 T=(512|4096) spans to 3\b[^(]*$|depth_mix/.* bf16 D=768 dropout$|depth_mix/.* [67] bf16$|"
+    r"gated_norm/.* bf16 D=2560$|normalize/.* bf16 D=768 dropout$|dropout/"
 )
 
 # Kernels that violate the limits, and one that does not.

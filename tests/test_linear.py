@@ -12,7 +12,7 @@ from gptbert.training import packed_weights
 from gptbert.training.packed_weights import PackedWeights
 from kernels import wanted
 from kernels.backend import set_default_backend
-from kernels.linear import Packed, add_weight_gradient, linear, weight_gradient
+from kernels.linear import Packed, add_weight_gradient, linear, linear_and_first, weight_gradient
 from tests.conftest import TINY
 from tests.numerics import assert_accurate
 
@@ -82,14 +82,43 @@ def test_products_in_bf16_have_gradients_in_fp32(has_memory):
         assert (actual.double() - expected).norm() < 0.02 * expected.norm()
 
 
-def test_a_part_of_the_parameters():
+def run_and_first(weights, biases, x, others, *, has_memory, function=linear_and_first):
+    """Both products' results, and gradients of both inputs, weights and biases."""
+    for param in (*weights, *biases):
+        param.grad = None
+    packed = [Packed.of(parts, torch.float32) for parts in (weights, biases)]
+    if has_memory:
+        give_memory(weights, biases)
+        packed = [each.with_gradient() for each in packed]
+    leaves = [tensor.detach().requires_grad_() for tensor in (x, others)]
+    for _ in range(2):
+        results = function(*leaves, *packed)
+        torch.autograd.backward(results, [torch.cos(result.detach()) for result in results])
+    grads = [param.grad - 1 if has_memory else param.grad for param in (*weights, *biases)]
+    return *(result.detach() for result in results), *(leaf.grad for leaf in leaves), *grads
+
+
+def first_definition(weights, biases, x, others, dtype):
+    leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in (x, others, *weights, *biases)]
+    first_x, count = leaves[1], len(weights)
+    own_weights, own_biases = leaves[2 : count + 2], leaves[count + 2 :]
+    for _ in range(2):
+        results = (
+            F.linear(leaves[0], torch.cat(own_weights), torch.cat(own_biases)),
+            F.linear(first_x, own_weights[0], own_biases[0]),
+        )
+        torch.autograd.backward(results, [torch.cos(result.detach()) for result in results])
+    return *(result.detach() for result in results), *(leaf.grad for leaf in leaves)
+
+
+@pytest.mark.parametrize("has_memory", [False, True])
+def test_other_rows_by_the_first_parameter(has_memory):
     weights, biases, x = make_layers(3)
-    give_memory(weights, biases)
-    packed = [Packed.of(parts, torch.float32).with_gradient() for parts in (weights, biases)]
-    y = linear(x, *(each.first(2) for each in packed))
-    torch.testing.assert_close(y, torch.cat([F.linear(x, weights[i], biases[i]) for i in (0, 1)], dim=-1))
-    y.sum().backward()
-    assert [bool((param.grad == 1).all()) for param in (*weights, *biases)] == [False, False, True] * 2
+    case = (weights, biases, x, torch.randn(4, 6, generator=torch.Generator().manual_seed(1)))
+    actual = run_and_first(*case, has_memory=has_memory)
+    exact, plain = (first_definition(*case, dtype) for dtype in (torch.float64, torch.float32))
+    for index, tensors in enumerate(zip(actual, exact, plain, strict=True)):
+        assert_accurate(*tensors, name=str(index))
 
 
 def test_gradients_elsewhere_are_left_to_autograd():
@@ -112,22 +141,26 @@ def test_operations_are_registered_rightly():
     grad, x = torch.randn(7, 4), torch.randn(7, 3)
     for dtype in (torch.float32, torch.bfloat16):
         torch.library.opcheck(weight_gradient, (grad.to(dtype), x.to(dtype)))
-        torch.library.opcheck(add_weight_gradient, (grad.to(dtype), x.to(dtype), torch.ones(4, 3)))
+        rows = (grad.to(dtype), x.to(dtype), torch.ones(4, 3))
+        for others in ((), (grad[:5, :2].to(dtype), x[:5].to(dtype))):
+            torch.library.opcheck(add_weight_gradient, (*rows, *others))
 
 
-def test_compiled_equals_eager():
-    torch.compiler.reset()
-    ends = []
-    for call in (linear, torch.compile(linear, fullgraph=True)):
-        weights, biases, x = make_layers(2)
-        give_memory(weights, biases)
-        packed = [Packed.of(parts, torch.float32).with_gradient() for parts in (weights, biases)]
-        for _ in range(2):
-            y = call(x, *packed)
-            y.sin().sum().backward()
-        ends.append([y.detach(), *(param.grad for param in (*weights, *biases))])
-    for eager, compiled in zip(*ends, strict=True):
-        torch.testing.assert_close(compiled, eager)
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("has_memory", [False, True])
+def test_compiled_equals_eager(fresh_compiler, backend, has_memory):
+    """Over several backwards, which add to the same memory."""
+    weights, biases, x = make_layers(2)
+    case = (weights, biases, x, torch.randn(4, 6, generator=torch.Generator().manual_seed(1)))
+
+    def function(x, others, weight, bias):
+        y, of_others = linear_and_first(x, others, weight, bias)
+        return y + linear(x, weight).sin(), of_others
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
+    ends = [run_and_first(*case, has_memory=has_memory, function=each) for each in (function, compiled)]
+    for eager, actual in zip(*ends, strict=True):
+        torch.testing.assert_close(actual, eager)
 
 
 @pytest.fixture
@@ -175,25 +208,26 @@ def test_who_has_use_for_packed_weights(model):
     assert packed_weights.packed_weights(model, CPU, torch.float32) is None
 
 
-def adds_nothing(self, grad):
+def adds_nothing(self, grad, first_grad=None):
     return tuple(grad.new_zeros(length) for length in self._lengths)
 
 
 # A changed copy of the module would register its operations anew, so functions are replaced.
 PLANTED = {
-    "the memory overwritten": ("add_weight_gradient", lambda grad, x, total: torch.mm(grad.T, x, out=total)),
-    "nothing added": ("add_weight_gradient", lambda grad, x, total: None),
+    "the memory overwritten": ("add_weight_gradient", lambda grad, x, total, *_: torch.mm(grad.T, x, out=total)),
+    "nothing added": ("add_weight_gradient", lambda grad, x, total, *_: None),
     "rows for columns": ("weight_gradient", lambda grad, x: (x.T @ grad).reshape(grad.shape[1], -1)),
     "half of the rows": ("weight_gradient", lambda grad, x: grad[::2].T @ x[::2]),
     "a bias without its memory": ("PackedGradient.of_bias", adds_nothing),
-    "all parts taken for the first": ("Packed.first", lambda self, count: self),
+    "other rows left out": ("add_weight_gradient", lambda grad, x, total, *_: total.addmm_(grad.T, x)),
 }
 
 
 def all_of_them():
     for has_memory in (False, True):
         test_results_and_gradients_are_those_of_the_layers(has_memory, True, 2, 2)
-    test_a_part_of_the_parameters()
+    test_other_rows_by_the_first_parameter(True)
+    test_other_rows_by_the_first_parameter(False)
 
 
 @pytest.mark.parametrize("name", PLANTED)

@@ -20,7 +20,7 @@ from kernels.attention_context import attention_context, fused_attention, gated_
 from kernels.attention_context.fused import DistanceTables
 from kernels.gated_norm import gated_norm
 from kernels.gated_norm import is_fused as is_gate_fused
-from kernels.linear import Packed, linear
+from kernels.linear import Packed, linear_and_first
 
 SEEDS = 3  # of dropout, per attention
 
@@ -148,9 +148,8 @@ class Attention(nn.Module):
         weights: AttentionWeights,
     ) -> Tensor:
         """The output's product, by the fused kernels, which leave no scores."""
-        projection = linear(normalized, weights.projection, weights.bias)  # [B, T, 4D]
-        relative = relative.to(normalized.dtype)
-        position = linear(relative, weights.projection.first(1), weights.bias.first(1))  # [P, 2D]
+        inputs = (normalized, relative.to(normalized.dtype))
+        projection, position = linear_and_first(*inputs, weights.projection, weights.bias)  # [B, T, 4D] and [P, 2D]
         rows = (visibility.tables, visibility.document_ids, visibility.is_causal, seed, dropout_prob)
         settings = {"scale": self.scale, "num_heads": self.num_heads}
         if is_gate_fused(normalized.device, normalized.dtype, normalized.shape[-1]):

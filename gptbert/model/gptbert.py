@@ -270,7 +270,7 @@ class Head(nn.Module):
         """[N, D] to [N, D]; `is_normalized`: LayerNorm has been applied."""
         normalized = hidden_states if is_normalized else self.input_norm(hidden_states)
         dense = self.dense(normalized)
-        if is_norm_fused(dense.device, dense.shape[1]):
+        if is_norm_fused(dense.device, dense.shape[-1]):
             return activate(dense, seed if self.training else None, self.dropout.probability, self.output_norm.eps)
         return self.dropout(self.output_norm(F.gelu(dense)), seed)
 

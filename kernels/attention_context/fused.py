@@ -122,7 +122,7 @@ def fused_attention(
     return output.unflatten(-1, (num_heads, -1)).movedim(-2, 0)
 
 
-@torch.library.custom_op("kernels::fused_attention", mutates_args=())
+@torch.library.custom_op("kernels::distance_attention", mutates_args=())
 def forward(
     query: Tensor,
     key: Tensor,
@@ -170,7 +170,7 @@ def _(
     return query.new_empty(rows, length, width), lse, position_query.new_empty(len(buckets), 2 * width)
 
 
-@torch.library.custom_op("kernels::fused_attention_backward", mutates_args=())
+@torch.library.custom_op("kernels::distance_attention_backward", mutates_args=())
 def backward(
     grad: Tensor,
     query: Tensor,
