@@ -85,7 +85,7 @@ class Attention(nn.Module):
         hidden_states: Tensor,
         relative: Tensor,
         visibility: Visibility,
-        seeds: Sequence[Tensor | None] | None,
+        seeds: Tensor | Sequence[Tensor | None] | None,
         weights: AttentionWeights | None = None,
         *,
         is_bare: bool = False,
@@ -96,7 +96,7 @@ class Attention(nn.Module):
             hidden_states: [B, T, D].
             relative: [P, D] or more rows, normalized position vectors.
             visibility: of all rows.
-            seeds: SEEDS of dropout, [2] each or None, in the order of use; the first, of `relative`, is None if its
+            seeds: SEEDS of dropout, one tensor or [2] each or None, in the order of use; the first, of `relative`, is None if its
                 elements have been dropped.
             weights: from `pack`, for fused attention; None: packed here.
             is_bare: `hidden_states` are normalized, and the result is the last product alone, since the mixes do the

@@ -49,7 +49,7 @@ class Block(nn.Module):
 
         `weights` are those of `pack`; None: packed at each use.
         """
-        *attention_seeds, feed_forward_seed = (None,) * BLOCK_SEEDS if seeds is None else seeds.unbind()
+        attention_seeds, feed_forward_seed = (None, None) if seeds is None else (seeds[:-1], seeds[-1])
         if self.is_compiled:
             hidden_states, visibility = any_number_of_rows(hidden_states), visibility.of_any_number_of_rows()
         own = (None, None) if weights is None else weights

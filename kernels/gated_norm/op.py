@@ -12,8 +12,7 @@ from kernels.linear import Packed, PackedGradient
 
 def gated_norm(gate: Tensor, linear: Tensor | None, weight: Tensor, approximate: str, eps: float) -> Tensor:
     """See `kernels.gated_norm`, by the C++ kernels; the gate is bf16."""
-    narrow = weight.to(gate.dtype).detach()
-    return _GatedNorm.apply(gate, linear, narrow, None, weight, approximate == "tanh", eps, False)
+    return _GatedNorm.apply(gate, linear, None, None, weight, approximate == "tanh", eps, False)
 
 
 def fused_gated_norm(gate: Tensor, linear: Tensor | None, weight: Packed, approximate: str, eps: float) -> Tensor:
@@ -30,7 +29,7 @@ class _GatedNorm(torch.autograd.Function):
         ctx: Any,
         gate: Tensor,
         linear: Tensor | None,
-        narrow: Tensor,
+        narrow: Tensor | None,
         memory: Tensor | None,
         weight: Tensor,
         is_tanh: bool,
@@ -38,6 +37,7 @@ class _GatedNorm(torch.autograd.Function):
         is_fused: bool,
     ) -> Tensor:
         normalized, mean, inverse_std = (fused if is_fused else cpp).gated_norm(gate, linear, is_tanh, eps)
+        narrow = weight.to(gate.dtype) if narrow is None else narrow
         ctx.save_for_backward(gate, linear, narrow, mean, inverse_std)
         ctx.is_tanh, ctx.is_fused, ctx.dtype = is_tanh, is_fused, weight.dtype
         ctx.packed = PackedGradient(memory, [weight])
