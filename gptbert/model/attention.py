@@ -96,8 +96,8 @@ class Attention(nn.Module):
             hidden_states: [B, T, D].
             relative: [P, D] or more rows, normalized position vectors.
             visibility: of all rows.
-            seeds: SEEDS of dropout, one tensor or [2] each or None, in the order of use; the first, of `relative`, is None if its
-                elements have been dropped.
+            seeds: SEEDS of dropout, [2] each or None, or all in one tensor; in the order of use. The first, of
+                `relative`, is None if its elements have been dropped.
             weights: from `pack`, for fused attention; None: packed here.
             is_bare: `hidden_states` are normalized, and the result is the last product alone, since the mixes do the
                 rest; see `kernels.depth_mix.FusedMixes`.
