@@ -28,10 +28,8 @@ from kernels import depth_mix, dropout, gated_norm, normalize
 from kernels.attention_context.fused import is_fused
 from kernels.check import WAY_ON
 from kernels.run import Run
-from kernels.wanted import FUSED, is_wanted, use_fused
+from kernels.wanted import FUSED, GROUPS, is_wanted, use_fused
 
-# fused operations that share a process, and fail together: the last ones have no matrix products, and are compiled fast
-_GROUPS = (("attention_context",), ("depth_mix",), ("gated_norm", "normalize", "dropout"))
 SECONDS = 300  # timeout; it takes some five without a compile cache
 
 
@@ -103,7 +101,7 @@ def kernel_check(run: Run | None, device: torch.device) -> Iterator[Callable[[],
     with ExitStack() as stack:
         needed = [op for op in run.operations if op not in FUSED]
         check = stack.enter_context(_process(run, device, needed))
-        groups = [[op for op in group if op in run.operations] for group in _GROUPS]
+        groups = [[op for op in group if op in run.operations] for group in GROUPS]
         of_fused = [(group, stack.enter_context(_process(run, device, group))) for group in groups if group]
         yield partial(_finish_all, check, of_fused)
 

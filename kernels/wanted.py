@@ -5,8 +5,16 @@ a check finds one wrong, and scoring, with rows of any length, does not.
 """
 
 from collections.abc import Collection
+from itertools import chain
 
-FUSED = ("attention_context", "gated_norm", "normalize", "dropout", "depth_mix")  # folders of kernels/
+import torch
+
+from kernels.backend import choose_backend
+
+# Folders of kernels/. Those of a group are checked in one process, and are done without together: the second group has
+# no matrix products, and is compiled fast.
+GROUPS = (("attention_context",), ("gated_norm", "normalize", "dropout"), ("depth_mix",))
+FUSED = tuple(chain(*GROUPS))
 
 _wanted: frozenset[str] = frozenset()
 
@@ -26,3 +34,14 @@ def use_fused(operations: Collection[str]) -> None:
 def is_wanted(operation: str) -> bool:
     """Whether this process wants a fused operation."""
     return operation in _wanted
+
+
+def runs(operation: str, device: torch.device, backend: str | None = None) -> bool:
+    """Whether this process wants a fused operation, and runs Triton's kernels on this device.
+
+    Args:
+        operation: of `FUSED`.
+        device: of its tensors.
+        backend: see `kernels.backend.choose_backend`.
+    """
+    return is_wanted(operation) and choose_backend(backend, device) == "triton"

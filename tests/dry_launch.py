@@ -20,11 +20,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 import kernels.backend
+from kernels import whole_rows
 from kernels.attention_context import fused
 from kernels.configuration import TRITON_OPERATIONS
-from kernels.depth_mix import kernel as mixes
-from kernels.gated_norm import kernel as gates
-from kernels.normalize import kernel as norms
 
 launches = {}
 
@@ -66,8 +64,7 @@ def main() -> None:
     kernels.backend.interpreted = lambda: True  # treat CPU tensors like a GPU's
     torch._assert_async = lambda *_: None  # kernels have not written the values that it asserts on
     fused.DTYPES["cpu"] = torch.bfloat16
-    for module in (gates, mixes, norms):
-        module.ROWS_INTERPRETED = module.ROWS
+    whole_rows.ROWS_INTERPRETED = whole_rows.ROWS
     for op in sys.argv[1:] or TRITON_OPERATIONS:
         for _ in importlib.import_module(f"kernels.{op}.check").comparisons(torch.device("cpu"), "triton"):
             pass

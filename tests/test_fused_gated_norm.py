@@ -6,7 +6,7 @@ Their whole check runs in tests/test_check.py; attention's gated form also in te
 import pytest
 import torch
 
-from kernels import wanted
+from kernels import wanted, whole_rows
 from kernels.attention_context import check as attention_check
 from kernels.backend import set_default_backend
 from kernels.gated_norm import check, fused, gated_norm, is_fused, kernel, op, reference
@@ -60,7 +60,7 @@ def assert_right(case):
 @pytest.mark.parametrize("rows", [1, 16])
 def test_results_and_gradients_are_those_of_the_formula(monkeypatch, separate, size, rows):
     """A program of one row, as on GPUs, and of several."""
-    monkeypatch.setattr(kernel, "ROWS_INTERPRETED", rows)
+    monkeypatch.setattr(whole_rows, "ROWS_INTERPRETED", rows)
     assert_right(make_case(size, separate=separate))
 
 

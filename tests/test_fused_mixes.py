@@ -15,7 +15,7 @@ from gptbert.model import GPTBert
 from gptbert.model.batch import Batch
 from gptbert.model.compilation import compile_blocks
 from gptbert.training.packed_weights import PackedWeights
-from kernels import wanted
+from kernels import wanted, whole_rows
 from kernels.backend import set_default_backend
 from kernels.depth_mix import FusedMixes, check, is_fused, kernel
 from kernels.dropout import dropout
@@ -77,7 +77,7 @@ def definition(case, dtype, *, prob=0.2):
 @pytest.mark.parametrize(("prob", "rows"), [(0.0, 4), (0.2, 1), (0.2, 16)])
 def test_results_and_gradients_are_those_of_the_definition(monkeypatch, num_mixes, size, prob, rows):
     """One group of mixes, a group and one more, two and one more; a program of one row, as on GPUs, and of several."""
-    monkeypatch.setattr(kernel, "ROWS_INTERPRETED", rows)
+    monkeypatch.setattr(whole_rows, "ROWS_INTERPRETED", rows)
     case = make_case(num_mixes, size)
     results = [run(case, prob=prob), *(definition(case, dtype, prob=prob) for dtype in (torch.float64, torch.float32))]
     kinds = {"x": [0], "h": [1], "first": [2], "weights": range(3, 3 + num_mixes), "rest": range(3 + num_mixes, 99)}
@@ -299,7 +299,7 @@ def test_planted_bugs_are_found(name, tmp_path, monkeypatch):
         own = kernel.backward.__globals__  # the changed module's
         patch.setitem(own, "GRAM_BLOCK", 32)  # several parts in a small case, and several rows of a program
         patch.setitem(own, "PROGRAMS", 2)
-        patch.setitem(own, "ROWS_INTERPRETED", 1)
+        patch.setattr(whole_rows, "ROWS_INTERPRETED", 1)
         for num_mixes, size, prob in CASES:
             case = make_case(num_mixes, size)
             if name == "no eps":

@@ -6,7 +6,7 @@ Their whole check runs in tests/test_check.py.
 import pytest
 import torch
 
-from kernels import wanted
+from kernels import wanted, whole_rows
 from kernels.backend import set_default_backend
 from kernels.dropout import check as dropout_check
 from kernels.dropout import dropout, dropouts
@@ -62,7 +62,7 @@ def assert_right(case, prob):
 @pytest.mark.parametrize(("prob", "rows"), [(0.0, 4), (0.2, 1), (0.2, 16)])
 def test_results_and_gradients_are_those_of_the_definition(monkeypatch, size, prob, rows):
     """A program of one row, as on GPUs, and of several."""
-    monkeypatch.setattr(kernel, "ROWS_INTERPRETED", rows)
+    monkeypatch.setattr(whole_rows, "ROWS_INTERPRETED", rows)
     assert_right(make_embedding(9, size), prob)
 
 

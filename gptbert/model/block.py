@@ -76,12 +76,12 @@ class Block(nn.Module):
 
         With `is_dropped`, elements of `relative` have been dropped.
         """
-        *attention_seeds, output_seed, feed_forward_seed = (None,) * BLOCK_SEEDS if seeds is None else seeds.unbind()
-        if is_dropped:
-            attention_seeds[0] = None
+        each_seed = (None,) * BLOCK_SEEDS if seeds is None else seeds.unbind()
+        relative_seed, probability_seed, output_seed, feed_forward_seed = each_seed
+        # the mix has the output's dropout
+        attention_seeds = (None if is_dropped else relative_seed, probability_seed, None)
         if self.is_compiled:
             normalized, visibility = any_number_of_rows(normalized), visibility.of_any_number_of_rows()
-        attention_seeds.append(None)  # the mix has the output's dropout
         own = (None, None) if weights is None else weights
         output = self._run(self.attention, normalized, relative, visibility, attention_seeds, own[0], is_bare=True)
         hidden_states, normalized = mixes.mix(output, self.attention.output.bias, hidden_states, output_seed)

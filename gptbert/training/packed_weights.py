@@ -6,9 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from gptbert.model.attention import AttentionWeights
 from gptbert.model.block import BlockWeights
-from gptbert.model.feed_forward import FeedForwardWeights
 from kernels import gated_norm, torch_private
 from kernels.linear import Packed
 
@@ -37,11 +35,10 @@ class PackedWeights:
 
     def add_gradients_directly(self) -> None:
         """Let the backward add to the parameters' gradients, which exist and stay, in its products."""
-        for index, (attention, feed_forward) in enumerate(self.blocks):
-            self.blocks[index] = BlockWeights(
-                AttentionWeights(*(packed.with_gradient() for packed in attention)),
-                FeedForwardWeights(*(packed.with_gradient() for packed in feed_forward)),
-            )
+        self.blocks = [
+            BlockWeights(*(type(sub_layer)(*(packed.with_gradient() for packed in sub_layer)) for sub_layer in block))
+            for block in self.blocks
+        ]
 
     @torch.no_grad()
     def refresh(self) -> None:

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import wanted
-from kernels.backend import choose_backend
 
 TILE = 64  # queries and keys at a time; shorter rows have smaller tiles
 HEAD_SIZES = (32, 64, 128)
@@ -48,9 +47,8 @@ def is_fused(
         backend: see `kernels.backend.choose_backend`.
     """
     return (
-        wanted.is_wanted("attention_context")
+        wanted.runs("attention_context", device, backend)
         and not torch.version.hip  # the kernels have a line of PTX
-        and choose_backend(backend, device) == "triton"
         and dtype == DTYPES.get(device.type, torch.bfloat16)
         and length in LENGTHS
         and head_size in HEAD_SIZES

@@ -7,11 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import wanted
-from kernels.backend import choose_backend
+from kernels import wanted, whole_rows
 
 GROUP = 6  # mixes
-WIDEST = 8192  # D: one program has a whole row
 MOST_MIXES = 127  # the weights' gradients are tiles of all representations
 
 
@@ -20,16 +18,15 @@ def is_fused(device: torch.device, dtype: torch.dtype, size: int, num_mixes: int
 
     Args:
         device: of the representations.
-        dtype: of the sub-layers' outputs; in Triton's interpreter, products in bf16 are wrong.
+        dtype: of the sub-layers' outputs.
         size: D.
         num_mixes: M.
         backend: see `kernels.backend.choose_backend`.
     """
     return (
-        wanted.is_wanted("depth_mix")
-        and choose_backend(backend, device) == "triton"
-        and dtype in ({torch.float32, torch.bfloat16} if device.type == "cuda" else {torch.float32})
-        and size <= WIDEST
+        wanted.runs("depth_mix", device, backend)
+        and whole_rows.take(dtype, device)
+        and size <= whole_rows.WIDEST
         and num_mixes <= MOST_MIXES
     )
 

@@ -20,14 +20,13 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.assembler import right_assembler
-from kernels.backend import interpreted
 from kernels.configuration import Configuration, launch_warps
 from kernels.depth_mix.fused import GROUP
 from kernels.dropout_hash import are_kept, first_words, keep_arguments
+from kernels.whole_rows import ROWS, launch_rows
 
 _G = tl.constexpr(GROUP)
 NUM_WARPS = 4
-ROWS, ROWS_INTERPRETED = 1, 16
 # what the check launches: rows, D, number of mixes, dropout; one group and several, D of whole words and not
 CHECKED = ((5, 16, 1, True), (8, 40, 6, True), (18, 40, 14, True), (4, 40, 7, False))
 # ptxas keeps to 96 registers where there is no dropout in the backward, as no training run has it
@@ -337,11 +336,6 @@ def _weight_gradients(values: Tensor, grad_alpha: Tensor, begin: int, last: int)
 def _padded(count: int) -> int:
     """Rows of a tile of this many representations."""
     return max(16, triton.next_power_of_2(count))
-
-
-def launch_rows() -> int:
-    """Rows of a program: one, but in the interpreter, which takes 13 ms for a program of any size, more."""
-    return ROWS_INTERPRETED if interpreted() else ROWS
 
 
 def _constants(size: int, rows: int, *, has_dropout: bool) -> dict[str, Any]:

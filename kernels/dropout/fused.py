@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from kernels import wanted
-from kernels.backend import choose_backend
 
 
 def is_fused(device: torch.device, backend: str | None = None) -> bool:
@@ -17,7 +16,7 @@ def is_fused(device: torch.device, backend: str | None = None) -> bool:
         device: of the tensor.
         backend: see `kernels.backend.choose_backend`.
     """
-    return wanted.is_wanted("dropout") and choose_backend(backend, device) == "triton"
+    return wanted.runs("dropout", device, backend)
 
 
 def dropouts(x: Tensor, seeds: Tensor, dropout_prob: float, dtype: torch.dtype) -> Tensor:

@@ -5,10 +5,7 @@ import importlib
 import torch
 from torch import Tensor
 
-from kernels import wanted
-from kernels.backend import choose_backend
-
-WIDEST = 8192  # D: one program has a whole row
+from kernels import wanted, whole_rows
 
 
 def is_fused(device: torch.device, dtype: torch.dtype, size: int, backend: str | None = None) -> bool:
@@ -16,16 +13,11 @@ def is_fused(device: torch.device, dtype: torch.dtype, size: int, backend: str |
 
     Args:
         device: of linear and gate.
-        dtype: theirs; in Triton's interpreter, products in bf16 are wrong.
+        dtype: theirs.
         size: D.
         backend: see `kernels.backend.choose_backend`.
     """
-    return (
-        wanted.is_wanted("gated_norm")
-        and choose_backend(backend, device) == "triton"
-        and dtype in ({torch.float32, torch.bfloat16} if device.type == "cuda" else {torch.float32})
-        and size <= WIDEST
-    )
+    return wanted.runs("gated_norm", device, backend) and whole_rows.take(dtype, device) and size <= whole_rows.WIDEST
 
 
 @torch.library.custom_op("kernels::fused_gated_norm", mutates_args=())

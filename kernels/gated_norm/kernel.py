@@ -13,12 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.backend import interpreted
 from kernels.configuration import Configuration, launch_warps
 from kernels.gelu import gelu_share, gelu_slope
+from kernels.whole_rows import ROWS, launch_rows
 
-ROWS, ROWS_INTERPRETED = 1, 16
-# by the power of two that holds a row; others 4
+# by the power of two that holds a row; shorter ones as 512
 FORWARD_WARPS = {512: 1, 1024: 2, 2048: 2, 4096: 4, 8192: 8}
 BACKWARD_WARPS = {512: 1, 1024: 2, 2048: 4, 4096: 8, 8192: 16}
 # what the check launches: R, D, whether GELU is the tanh approximation; whole words and not, one piece and two
@@ -142,9 +141,10 @@ def forward(linear: Tensor, gate: Tensor, *, is_tanh: bool, eps: float) -> tuple
     mean, inverse_std = (gate.new_empty(rows, dtype=torch.float32) for _ in range(2))
     if rows:
         with torch.cuda.device_of(gate):
-            forward_kernel[(triton.cdiv(rows, _launch_rows()),)](
+            forward_kernel[(triton.cdiv(rows, launch_rows()),)](
                 linear, gate, normalized, mean, inverse_std, linear.stride(0), gate.stride(0), rows, size, eps,
-                **_constants(size, _launch_rows(), is_tanh=is_tanh), num_warps=_warps(FORWARD_WARPS, size),
+                **_constants(size, launch_rows(), is_tanh=is_tanh),
+                num_warps=launch_warps(_num_warps(FORWARD_WARPS, size)),
             )  # fmt: skip
     return normalized, mean, inverse_std
 
@@ -177,25 +177,16 @@ def backward(
     rows, size = gate.shape
     if rows:
         with torch.cuda.device_of(gate):
-            backward_kernel[(triton.cdiv(rows, _launch_rows()),)](
+            backward_kernel[(triton.cdiv(rows, launch_rows()),)](
                 grad, linear, gate, mean, inverse_std, grad_linear, grad_gate, normalized,
                 linear.stride(0), gate.stride(0), grad_linear.stride(0), grad_gate.stride(0), rows, size,
-                **_constants(size, _launch_rows(), is_tanh=is_tanh), num_warps=_warps(BACKWARD_WARPS, size),
+                **_constants(size, launch_rows(), is_tanh=is_tanh),
+                num_warps=launch_warps(_num_warps(BACKWARD_WARPS, size)),
             )  # fmt: skip
 
 
-def _launch_rows() -> int:
-    """Rows of a program: one, but in the interpreter, which takes 13 ms for a program of any size, more."""
-    return ROWS_INTERPRETED if interpreted() else ROWS
-
-
-def _warps(table: dict[int, int], size: int) -> int:
-    return launch_warps(_num_warps(table, size))
-
-
 def _num_warps(table: dict[int, int], size: int) -> int:
-    whole = max(512, triton.next_power_of_2(size))
-    return table.get(whole, 16)
+    return table[max(512, triton.next_power_of_2(size))]
 
 
 def _constants(size: int, rows: int, *, is_tanh: bool) -> dict[str, Any]:

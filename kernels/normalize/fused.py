@@ -6,10 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import wanted
-from kernels.backend import choose_backend
-
-WIDEST = 8192  # D: one program has a whole row
+from kernels import wanted, whole_rows
 
 
 def is_fused(device: torch.device, size: int, backend: str | None = None) -> bool:
@@ -20,7 +17,7 @@ def is_fused(device: torch.device, size: int, backend: str | None = None) -> boo
         size: D.
         backend: see `kernels.backend.choose_backend`.
     """
-    return wanted.is_wanted("normalize") and choose_backend(backend, device) == "triton" and size <= WIDEST
+    return wanted.runs("normalize", device, backend) and size <= whole_rows.WIDEST
 
 
 def embed(ids: Tensor, weight: Tensor, seed: Tensor | None, dropout_prob: float, eps: float) -> Tensor:

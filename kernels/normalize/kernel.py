@@ -13,12 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.backend import interpreted
 from kernels.configuration import Configuration, launch_warps
 from kernels.dropout_hash import are_kept, first_words, keep_arguments
 from kernels.gelu import gelu_share, gelu_slope
+from kernels.whole_rows import ROWS, launch_rows
 
-ROWS, ROWS_INTERPRETED = 1, 16
 # what the check launches: R, D, whether it is the embedding or the head, whether there is dropout
 CHECKED = ((5, 16, True, True), (18, 40, False, True), (3, 300, False, False), (4, 40, True, False))
 _FREE = ["rows", "threshold"]
@@ -115,9 +114,9 @@ def forward(x: Tensor, ids: Tensor | None, seed: Tensor | None, dropout_prob: fl
     result = x.new_empty(rows, size)
     if rows:
         with torch.cuda.device_of(x):
-            forward_kernel[(triton.cdiv(rows, _launch_rows()),)](
+            forward_kernel[(triton.cdiv(rows, launch_rows()),)](
                 *_pointers(x, ids, seed), result, rows, size, *keep_arguments(seed, dropout_prob), eps,
-                **_constants(size, _launch_rows(), gathers=ids is not None, has_dropout=seed is not None),
+                **_constants(size, launch_rows(), gathers=ids is not None, has_dropout=seed is not None),
                 num_warps=launch_warps(_num_warps(size)),
             )  # fmt: skip
     return result
@@ -131,9 +130,9 @@ def backward(
     of_x = x.new_empty(rows, size)
     if rows:
         with torch.cuda.device_of(x):
-            backward_kernel[(triton.cdiv(rows, _launch_rows()),)](
+            backward_kernel[(triton.cdiv(rows, launch_rows()),)](
                 grad, *_pointers(x, ids, seed), of_x, rows, size, *keep_arguments(seed, dropout_prob), eps,
-                **_constants(size, _launch_rows(), gathers=ids is not None, has_dropout=seed is not None),
+                **_constants(size, launch_rows(), gathers=ids is not None, has_dropout=seed is not None),
                 num_warps=launch_warps(_num_warps(size)),
             )  # fmt: skip
     return of_x
@@ -142,11 +141,6 @@ def backward(
 def _pointers(x: Tensor, ids: Tensor | None, seed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Input, ids and seed; the input in the place of what is missing."""
     return x, x if ids is None else ids, x if seed is None else seed
-
-
-def _launch_rows() -> int:
-    """Rows of a program: one, but in the interpreter, which takes 13 ms for a program of any size, more."""
-    return ROWS_INTERPRETED if interpreted() else ROWS
 
 
 def _num_warps(size: int) -> int:
@@ -160,15 +154,12 @@ def _constants(size: int, rows: int, *, gathers: bool, has_dropout: bool) -> dic
 
 def configurations() -> list[Configuration]:
     """Variants of published shapes and of the check: the embedding's rows are fp32, the head's in the run's dtype."""
-    sizes = [
-        (size, gathers, has_dropout) for size in (768, 384) for gathers in (True, False) for has_dropout in (True,)
-    ]
-    sizes += [case for _, *case in CHECKED]
+    cases = [(size, gathers, True) for size in (768, 384) for gathers in (True, False)]
+    cases += [tuple(case) for _, *case in CHECKED]
     return [
         _configuration(kernel, dtype, size, gathers=gathers, has_dropout=has_dropout)
-        for kernel, dtype, (size, gathers, has_dropout) in product(
-            (forward_kernel, backward_kernel), ("bf16", "fp32"), sizes
-        )
+        for kernel, dtype in product((forward_kernel, backward_kernel), ("bf16", "fp32"))
+        for size, gathers, has_dropout in cases
         if dtype == "fp32" or not gathers
     ]
 
