@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TextIO
@@ -28,8 +29,9 @@ from kernels import depth_mix, dropout, gated_norm, normalize
 from kernels.attention_context.fused import is_fused
 from kernels.check import WAY_ON
 from kernels.run import Run
-from kernels.wanted import FUSED, GROUPS, is_wanted, use_fused
+from kernels.wanted import FUSED, GROUPS, VARIANTS, is_wanted, use_fused
 
+Failures = dict[tuple[str, str | None], str]  # by operation, and variant if it has several: what was wrong
 SECONDS = 300  # timeout; it takes some five without a compile cache
 
 
@@ -81,7 +83,7 @@ def _fused_mixes(
 
 
 @contextmanager
-def kernel_check(run: Run | None, device: torch.device) -> Iterator[Callable[[], dict[str, str]]]:
+def kernel_check(run: Run | None, device: torch.device) -> Iterator[Callable[[], Failures]]:
     """Context manager: the check runs in parallel to the block; its processes are killed at the end.
 
     Every rank checks its own GPU: any of them may be faulty. Fused operations have processes of their own, since a run
@@ -92,8 +94,8 @@ def kernel_check(run: Run | None, device: torch.device) -> Iterator[Callable[[],
         device: this process's device.
 
     Yields:
-        A function that waits for the result. It returns the fused operations that this run must do without, with
-        reasons, and raises InputError if another kernel differs from its reference or the check does not finish.
+        A function that waits for the result. It returns the fused operations, or variants of them, that this run must
+        do without, and raises InputError if another kernel differs from its reference or the check does not finish.
     """
     if run is None:
         yield dict
@@ -103,7 +105,7 @@ def kernel_check(run: Run | None, device: torch.device) -> Iterator[Callable[[],
         check = stack.enter_context(_process(run, device, needed))
         groups = [[op for op in group if op in run.operations] for group in GROUPS]
         of_fused = [(group, stack.enter_context(_process(run, device, group))) for group in groups if group]
-        yield partial(_finish_all, check, of_fused)
+        yield partial(_finish_all, run, device, check, of_fused)
 
 
 @contextmanager
@@ -127,16 +129,32 @@ def _process(run: Run, device: torch.device, ops: Sequence[str]) -> Iterator[Cal
 
 
 def _finish_all(
-    finish_needed: Callable[[], None], of_fused: list[tuple[list[str], Callable[[], None]]]
-) -> dict[str, str]:
-    finish_needed()
-    reasons = {}
-    for group, finish in of_fused:
+    run: Run, device: torch.device, check: Callable[[], None], of_fused: list[tuple[list[str], Callable[[], None]]]
+) -> Failures:
+    check()
+    failures = {}
+    for group, check_of_first in of_fused:
+        failures |= _failures_of_group(run, device, group, check_of_first)
+    return failures
+
+
+def _failures_of_group(
+    run: Run, device: torch.device, group: Sequence[str], check_of_first: Callable[[], None]
+) -> Failures:
+    """Waits for a group's check; if it fails, checks one variant after another until one is right."""
+    failures = {}
+    for variant in VARIANTS.get(group[0], (None,)):
         try:
-            finish()
+            if not failures:
+                check_of_first()
+                break
+            with _process(replace(run, attention_variant=variant), device, group) as check:
+                check()
+                break
         except InputError as error:
-            reasons |= dict.fromkeys(group, str(error).removesuffix(f"; {WAY_ON}"))
-    return reasons
+            reason = str(error).removesuffix(f"; {WAY_ON}")
+            failures |= {(op, variant): reason for op in group}
+    return failures
 
 
 def _finish(process: subprocess.Popen, errors: TextIO) -> None:
@@ -154,15 +172,25 @@ def _finish(process: subprocess.Popen, errors: TextIO) -> None:
         raise InputError(last if last.startswith("kernel check failed") else f"kernel check failed: {last}; {WAY_ON}")
 
 
-def agree_on_fused(reasons: dict[str, str], world: World) -> None:
-    """All ranks do without a fused operation that failed its check on any of them; every rank must call it.
+def agree_on_fused(failures: Failures, world: World) -> None:
+    """All ranks do without what failed its check on any of them, a variant of a fused operation or all of it.
+
+    Every rank must call it.
 
     Args:
-        reasons: what `kernel_check` found on this rank.
+        failures: what `kernel_check` found on this rank.
         world: the run's processes.
     """
-    reasons = {op: reason for each in reversed(world.all_gather(reasons)) for op, reason in each.items()}
-    use_fused([op for op in FUSED if is_wanted(op) and op not in reasons])
+    failures = {key: reason for each in reversed(world.all_gather(failures)) for key, reason in each.items()}
+    right = {op: _right_variants(op, failures) for op in FUSED if is_wanted(op)}
+    chosen = {op: variants[0] for op, variants in right.items() if variants}
+    use_fused(chosen, {op: variant for op, variant in chosen.items() if variant is not None})
     if world.is_main:
-        for op, reason in sorted(reasons.items()):
-            log(f"{op} is not fused in this run: {reason}")
+        for (op, variant), reason in sorted(failures.items(), key=str):
+            name = op if variant is None else f"{op} in its variant {variant}"
+            log(f"{name} is not fused in this run: {reason}")
+
+
+def _right_variants(op: str, failures: Failures) -> list[str | None]:
+    """Variants of an operation that did not fail; of one without variants, None."""
+    return [variant for variant in VARIANTS.get(op, (None,)) if (op, variant) not in failures]

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels.wanted import VARIANTS
+
 
 @dataclass(frozen=True)
 class Run:
@@ -20,6 +22,7 @@ class Run:
         lamb: whether LAMB is the optimizer, with fp32 state, clipping and averages.
         buckets: whether gradients may be unaligned, as views of DDP's buckets are.
         attention: heads, head size and number of position vectors of fused attention, or None without.
+        attention_variant: of its kernels, see `kernels.wanted.VARIANTS`.
         gates: widths of fused gated norms, of attention and of the feed-forward, or None without.
         dropouts: whether the position vectors' masks of all layers are drawn at once.
         norms: D of fused embedding and head, or None without.
@@ -34,6 +37,7 @@ class Run:
     lamb: bool
     buckets: bool
     attention: tuple[int, int, int] | None = None
+    attention_variant: str = VARIANTS["attention_context"][0]
     gates: tuple[int, int] | None = None
     dropouts: bool = False
     norms: int | None = None

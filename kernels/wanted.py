@@ -4,8 +4,9 @@ None by default: each has code of its own for some sizes, which takes seconds to
 a check finds one wrong, and scoring, with rows of any length, does not.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from itertools import chain
+from types import MappingProxyType
 
 import torch
 
@@ -16,19 +17,38 @@ from kernels.backend import choose_backend
 GROUPS = (("attention_context",), ("gated_norm", "normalize", "dropout"), ("depth_mix",))
 FUSED = tuple(chain(*GROUPS))
 
+# Kernels of one operation, in the order of preference: the check before a run takes the first that is right, since a
+# fault of a compiler may cost speed, but not the run.
+VARIANTS = {"attention_context": ("gather", "load")}
+
 _wanted: frozenset[str] = frozenset()
+_variants = {operation: variants[0] for operation, variants in VARIANTS.items()}
 
 
-def use_fused(operations: Collection[str]) -> None:
+def use_fused(operations: Collection[str], variants: Mapping[str, str] = MappingProxyType({})) -> None:
     """Want these operations of `FUSED`, and no others.
+
+    Args:
+        operations: names.
+        variants: of `VARIANTS`, by operation; else the first.
 
     Raises:
         ValueError: a name is unknown.
     """
     if unknown := set(operations) - set(FUSED):
         raise ValueError(f"no fused operation {', '.join(sorted(unknown))}; there are {', '.join(FUSED)}")
-    global _wanted  # noqa: PLW0603 - process-wide, like `kernels.backend.set_default_backend`
+    for operation, chosen in variants.items():
+        if chosen not in VARIANTS.get(operation, ()):
+            there = ", ".join(VARIANTS.get(operation, ())) or "none"
+            raise ValueError(f"{operation} has no variant {chosen}; there are {there}")
+    global _wanted, _variants  # noqa: PLW0603 - process-wide, like `kernels.backend.set_default_backend`
     _wanted = frozenset(operations)
+    _variants = {operation: variants.get(operation, names[0]) for operation, names in VARIANTS.items()}
+
+
+def variant(operation: str) -> str:
+    """Which of an operation's `VARIANTS` this process wants."""
+    return _variants[operation]
 
 
 def is_wanted(operation: str) -> bool:

@@ -61,7 +61,7 @@ def test_without_a_right_one_a_run_does_without_fused_operations(make_config, mo
     assert said.startswith("ptxas 12.8 is known to make wrong code") is not is_fused
     monkeypatch.setattr(progress, "right_assembler", lambda: nullcontext(release))
     line = progress._ways(make_config(cuda_graph="off"), GPU)
-    fused = "attention_context, gated_norm, normalize, dropout, depth_mix" if is_fused else "nothing"
+    fused = "attention_context (gather), gated_norm, normalize, dropout, depth_mix" if is_fused else "nothing"
     assert line == f"fused: {fused}; assembled by ptxas {release}; steps not recorded"
     on_cpu = progress._ways(make_config(cuda_graph="on"), World(0, 1, torch.device("cpu")))
     assert on_cpu == f"fused: {fused}; steps recorded in CUDA graphs"

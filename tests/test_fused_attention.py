@@ -20,6 +20,7 @@ from tests.sanitizer import checked_addresses
 CPU = torch.device("cpu")
 SEED = torch.tensor([77, -5], dtype=torch.int32)
 HEADS, SIZE, VECTORS = 2, 32, 16
+VARIANTS = wanted.VARIANTS["attention_context"]
 
 
 @pytest.fixture(autouse=True)
@@ -43,10 +44,10 @@ def make_case(rows, length, *, documents=3, seed=0):
     return tensors, buckets, ids.int(), torch.arange(rows) % 2 == 1
 
 
-def run(case, *, seed=SEED, prob=0.2, grad=None):
+def run(case, *, seed=SEED, prob=0.2, grad=None, variant=None):
     tensors, buckets, ids, is_causal = case
     tensors = [tensor.detach().requires_grad_() for tensor in tensors]
-    tables = fused.distance_tables(buckets, VECTORS, torch.float32)
+    tables = fused.distance_tables(buckets, VECTORS, torch.float32, variant)
     output = fused_attention(*tensors, tables, ids, is_causal, seed, prob, scale=0.3, num_heads=HEADS)
     grad = torch.ones_like(output) if grad is None else grad
     return output.detach(), *torch.autograd.grad(output, tensors, grad)
@@ -87,26 +88,29 @@ def assert_near(*results):
 
 @pytest.mark.parametrize(("rows", "length"), [(1, 16), (3, 17), (2, 33), (2, 48), (1, 63)])
 @pytest.mark.parametrize("documents", [1, 4, 40])
-def test_results_and_gradients_are_those_of_the_definition(rows, length, documents):
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_results_and_gradients_are_those_of_the_definition(rows, length, documents, variant):
     case = make_case(rows, length, documents=documents)
     grad = torch.randn(HEADS, rows, length, SIZE, generator=torch.Generator().manual_seed(1))
-    actual = run(case, seed=None, grad=grad)
+    actual = run(case, seed=None, grad=grad, variant=variant)
     exact, plain = (definition(case, dtype, grad) for dtype in (torch.float64, torch.float32))
     assert_near(actual, exact, plain)
 
 
-def test_dropout_is_that_of_the_other_implementations():
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_dropout_is_that_of_the_other_implementations(variant):
     case = make_case(3, 40)
     grad = torch.randn(HEADS, 3, 40, SIZE, generator=torch.Generator().manual_seed(1))
     kept = check.dropout(torch.ones(HEADS, 3, 40, 40), SEED, 0.2) > 0
-    actual = run(case, grad=grad)
+    actual = run(case, grad=grad, variant=variant)
     exact, plain = (definition(case, dtype, grad, kept=kept) for dtype in (torch.float64, torch.float32))
     assert_near(actual, exact, plain)
 
 
-def test_a_position_that_sees_nothing_has_zeros():
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_position_that_sees_nothing_has_zeros(variant):
     case = make_case(2, 33)
-    output, *gradients = run(case)
+    output, *gradients = run(case, variant=variant)
     nothing = case[2] < 0
     assert nothing.any()
     assert (output[:, nothing] == 0).all()
@@ -138,29 +142,39 @@ def test_rows_apart_are_read_where_they_are_and_others_copied(monkeypatch):
 
 
 @pytest.mark.parametrize(("rows", "length"), [(1, 16), (2, 17), (3, 48), (2, 50)])
-def test_every_address_lies_in_a_tensor(rows, length):
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_address_lies_in_a_tensor(rows, length, variant):
     with checked_addresses() as faults:
-        run(make_case(rows, length))
+        run(make_case(rows, length), variant=variant)
     assert faults == []
     assert faults.seen > 10_000
 
 
 def test_an_address_elsewhere_is_seen(tmp_path):
-    old, new = "mask=first + rows < T, other=0.0", "mask=first + rows < T + 1, other=0.0"
+    old, new = "[:, None] < T, other=0.0", "[:, None] < T + 1, other=0.0"
     with planted("tiles", old, new, tmp_path), checked_addresses() as faults:
         run(make_case(1, 17))
     assert "load of 4 bytes" in faults
 
 
-def test_operations_are_registered_rightly():
+def test_heads_of_128_have_smaller_tiles(monkeypatch):
+    """Half of a row's last tile of 64 may lie beyond it, and then a whole tile of 32 does."""
+    monkeypatch.setattr(fused, "TILE", 64)
+    for variant in VARIANTS:
+        results = list(check.compare_fused(CPU, 1, 128, 70, 16, SEED, variant=variant))
+        assert all(result.passed for result in results)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_operations_are_registered_rightly(variant):
     tensors, buckets, ids, is_causal = make_case(1, 16)
-    tables = fused.distance_tables(buckets, VECTORS, torch.float32)
+    tables = fused.distance_tables(buckets, VECTORS, torch.float32, variant)
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
     for seed in (None, SEED):
         torch.library.opcheck(fused.forward, (*leaves, *tables, ids, is_causal, seed, 0.2, 0.3, HEADS))
         detached = [tensor.detach() for tensor in leaves]
         output, lse, table = fused.forward(*detached, *tables, ids, is_causal, seed, 0.2, 0.3, HEADS)
-        saved = (*detached, table, tables.bucket_rows, ids, is_causal, seed, output, lse)
+        saved = (*detached, *tables, ids, is_causal, seed, output, lse, table)
         torch.library.opcheck(fused.backward, (torch.ones_like(output), *saved, 0.2, 0.3, HEADS))
 
 
@@ -273,8 +287,8 @@ MUTANTS = {
     "a causal row ends a tile early": ("kernel", "tl.where(is_causal, first + N, L)", "tl.where(is_causal, first, L)"),
     "keys from behind": ("kernel", "table_row = first - column", "table_row = column - first"),
     "tables exchanged": (
-        "kernel", "table_ptr + (D + h * d), table_ptr + h * d",
-        "table_ptr + h * d, table_ptr + (D + h * d)",
+        "tiles", "return table_ptr + (H * d + h * d), table_ptr + h * d",
+        "return table_ptr + h * d, table_ptr + (H * d + h * d)",
     ),
     "the future is seen": ("tiles", "columns <= tl.where(is_causal, rows, T)", "columns <= tl.where(is_causal, T, T)"),
     "the future is seen in the backward": (
@@ -312,19 +326,45 @@ MUTANTS = {
     "another mask": ("dropout_hash", "* 0x85EBCA6B", "* 0x85EBCA69"),
     "the seed's second word left out": ("dropout_hash", "* 0x2C1B3C6D) ^ second_word", "* 0x2C1B3C6D)"),
 }  # fmt: skip
+MUTANTS_OF_LOADS = {
+    "another distance": ("tiles", "(rows - columns) * SIGN", "(columns - rows) * SIGN"),
+    "the next distance": ("tiles", "(query - key + (L - 1)), key, zero, -1", "(query - key + L), key, zero, -1"),
+    "keys by columns": ("tiles", "return of_queries + tl.trans(of_keys)", "return of_queries + of_keys"),
+    "queries by rows": ("tiles", "return tl.trans(of_queries) + of_keys", "return of_queries + of_keys"),
+    "queries' products for keys": (
+        "tiles", "return of_queries_ptr, of_queries_ptr + tl.cast(B, tl.int64) * (H * T * P)",
+        "return of_queries_ptr, of_queries_ptr",
+    ),
+    "products exchanged": ("kernel", "torch.bmm(query, position_key", "torch.bmm(key, position_key"),
+    "another row's products": ("tiles", "tl.cast(h * B + b, tl.int64) * (T * P)", "tl.cast(h * B, tl.int64) * (T * P)"),
+    "a key's tile by the query's distance": (
+        "tiles", "rows * (2 * N - 1) + columns + N",
+        "rows * (2 * N + 1) - columns + N",
+    ),
+    "halves exchanged": ("tiles", "(half - 1) * N", "(0 - half) * N"),
+    "scratch of another size": ("tiles", "scratch_ptr + half * N, 0, 2 * N", "scratch_ptr + half * N, 0, N"),
+    "scratch not cleared": ("kernel", "grad.new_zeros(2, *", "grad.new_ones(2, *"),
+}  # fmt: skip
 
 
 IN_SHORT_ROWS = {"a causal row ends a tile early"}  # longer ones look for their documents
 
 
-def a_check(length):
+def a_check(length, variant=VARIANTS[0]):
     """A part of the operation's check: two or three tiles, the last one partial, with dropout."""
-    return list(check.compare_fused(CPU, 1, 32, length, 16, SEED))
+    return list(check.compare_fused(CPU, 1, 32, length, 16, SEED, variant=variant))
 
 
 @pytest.mark.parametrize("length", [20, 40])
-def test_the_part_of_the_check_passes(length):
-    assert all(result.passed for result in a_check(length))
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_part_of_the_check_passes(length, variant):
+    assert all(result.passed for result in a_check(length, variant))
+
+
+@pytest.mark.parametrize("mutant", MUTANTS_OF_LOADS)
+def test_the_check_rejects_mutants_of_the_variant_without_gathers(tmp_path, mutant):
+    with planted(*MUTANTS_OF_LOADS[mutant], tmp_path):
+        assert any(not result.passed for result in a_check(40, "load"))
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)

@@ -15,15 +15,25 @@ from gptbert.distributed.world import World
 from gptbert.errors import InputError
 from gptbert.fit import fit
 from gptbert.kernel_check import kernel_check, run_of
+from gptbert.monitoring import progress
 from kernels import wanted
+from kernels.attention_context.fused import distance_tables
 from kernels.run import Run
 from tests.runs import MODEL, flags, write_inputs
 
 SMALL = Run("float32", 40, (9,), 9, mask_history=False, lamb=True, buckets=False)
+ALONE = World(0, 1, torch.device("cpu"))
 PLANTS = {  # executed by Python before the check's own module
     "wrong": "import kernels.lamb.kernel as kernel\nkernel._log = lambda beta: -1.0\n",
     "wrong attention": (
         "import kernels.attention_context.kernel as kernel\nkernel.LOG2_E = kernel.tl.constexpr(1.0)\n"
+    ),
+    "wrong gather": (
+        "import kernels.attention_context.kernel as kernel\n"
+        "own = kernel.forward\n"
+        "kernel.forward = lambda q, k, v, position, buckets, variant, *rest: own(\n"
+        "    q, k, v, position * (1.0 + (variant == 'gather')), buckets, variant, *rest\n"
+        ")\n"
     ),
     "wrong mixes": "import kernels.depth_mix.kernel as kernel\nkernel.keep_arguments = lambda *_: (0, 1.0)\n",
     "crash": "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n",
@@ -63,14 +73,42 @@ def test_fused_operations_that_fail_are_done_without(plant, capfd):
     assert finish(run) == {}
     plant("wrong attention")
     reasons = finish(run)
-    assert reasons.keys() == {"attention_context"}
-    assert re.match("kernel check failed: attention_context, fused .*: error [^;]*$", reasons["attention_context"])
+    assert reasons.keys() == {("attention_context", "gather"), ("attention_context", "load")}
+    for reason in reasons.values():
+        assert re.match("kernel check failed: attention_context, fused .*: error [^;]*$", reason)
     wanted.use_fused(wanted.FUSED)
-    module.agree_on_fused(reasons, World(0, 1, torch.device("cpu")))
+    module.agree_on_fused(reasons, ALONE)
     assert [wanted.is_wanted(op) for op in ("attention_context", "depth_mix")] == [False, True]
-    assert capfd.readouterr().err.startswith("attention_context is not fused in this run: kernel check failed: ")
+    said = capfd.readouterr().err.splitlines()
+    for line, variant in zip(said, ("gather", "load"), strict=True):
+        assert line.startswith(
+            f"attention_context in its variant {variant} is not fused in this run: kernel check fail"
+        )
     plant("wrong mixes")
-    assert finish(dataclasses.replace(run, attention=None)).keys() == {"depth_mix"}
+    assert finish(dataclasses.replace(run, attention=None)).keys() == {("depth_mix", None)}
+
+
+def test_another_variant_takes_the_place_of_one_that_fails(plant, capfd, make_config):
+    run = dataclasses.replace(SMALL, row_lengths=(17,), validation_length=17, attention=(1, 32, 16))
+    plant("wrong gather")
+    failures = finish(run)
+    assert failures.keys() == {("attention_context", "gather")}
+    wanted.use_fused(wanted.FUSED)
+    assert wanted.variant("attention_context") == "gather"
+    module.agree_on_fused(failures, ALONE)
+    assert all(map(wanted.is_wanted, wanted.FUSED))
+    assert wanted.variant("attention_context") == "load"
+    tables = distance_tables(torch.zeros(31, dtype=torch.int64), 16, torch.float32)
+    assert tables.variant == "load", "the model asks for these tables"
+    assert "attention_context (load), gated_norm" in progress._ways(make_config(), ALONE)
+    assert capfd.readouterr().err.startswith("attention_context in its variant gather is not fused in this run: ")
+
+
+def test_a_variant_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match="attention_context has no variant gather2; there are gather, load"):
+        wanted.use_fused(wanted.FUSED, {"attention_context": "gather2"})
+    with pytest.raises(ValueError, match="depth_mix has no variant load; there are none"):
+        wanted.use_fused(wanted.FUSED, {"depth_mix": "load"})
 
 
 def test_without_kernels_of_tritons_there_is_no_process(monkeypatch):

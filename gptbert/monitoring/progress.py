@@ -14,7 +14,7 @@ from gptbert.io.screen import log
 from gptbert.model.objective import Objective
 from gptbert.monitoring import recipes
 from kernels.assembler import right_assembler
-from kernels.wanted import FUSED, is_wanted
+from kernels.wanted import FUSED, VARIANTS, is_wanted, variant
 
 
 def print_header(
@@ -37,7 +37,8 @@ def print_header(
 
 def _ways(config: TrainConfig, world: World) -> str:
     """What a run with Triton kernels does with them, for a bug report."""
-    ways = [f"fused: {', '.join(filter(is_wanted, FUSED)) or 'nothing'}"]
+    fused = [f"{op} ({variant(op)})" if op in VARIANTS else op for op in FUSED if is_wanted(op)]
+    ways = [f"fused: {', '.join(fused) or 'nothing'}"]
     if world.device.type == "cuda":
         with right_assembler() as release:
             ways += [f"assembled by ptxas {release}"] if release else []

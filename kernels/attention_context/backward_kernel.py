@@ -11,9 +11,12 @@ import triton.language as tl
 from kernels.attention_context.tiles import (
     LOG2_E,
     add_by_bucket,
+    add_by_bucket_through_memory,
     columns_in_reach,
     load_positions,
     load_rows,
+    loaded_position_scores,
+    of_row_and_head,
     position_scores,
     store_rows,
     visible,
@@ -27,6 +30,7 @@ def queries_kernel(
     key_ptr,
     value_ptr,
     table_ptr,
+    buckets_ptr,
     bucket_rows_ptr,
     position_ptr,
     document_ids_ptr,
@@ -38,6 +42,7 @@ def queries_kernel(
     delta_ptr,
     of_query_ptr,
     of_position_ptr,
+    scratch_ptr,
     scale: tl.float32,
     keep_scale: tl.float32,
     threshold: tl.int32,
@@ -53,6 +58,7 @@ def queries_kernel(
     SPAN: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     P: tl.constexpr,
+    GATHERS: tl.constexpr,
 ):
     """Gradients of the queries and of `position_key`, and δ [H, B, T]; grid [groups, H].
 
@@ -64,17 +70,21 @@ def queries_kernel(
     SKIPS: tl.constexpr = L > 2 * N
     TILES: tl.constexpr = L // N
     group, groups, h = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
+    scratch = scratch_ptr + (group * H + h) * (2 * N * N)
     for item in range(group, B * TILES, groups):
         b, first = item // TILES, item % TILES * N
+        zero = tl.multiple_of(item >> 30, N)
+        head = h * d + zero
         row = tl.cast(b, tl.int64) * T
         documents = document_ids_ptr + row
         is_causal = tl.load(is_causal_ptr + b) != 0
         row_of_lse = (h * B + b) * T
         positions = first + tl.arange(0, N)
+        of_queries, of_keys = of_row_and_head(table_ptr + zero, b, h, B, T, H, d, P, GATHERS)
         # 1. The tile's queries and gradients [N, d], and δ [N].
-        query = load_rows(query_ptr + row * QUERY_STRIDE + h * d, first, QUERY_STRIDE, N, d, T, EVEN)
-        grad = load_rows(grad_ptr + row * D + h * d, first, D, N, d, T, EVEN)
-        output = load_rows(output_ptr + row * D + h * d, first, D, N, d, T, EVEN)
+        query = load_rows(query_ptr + row * QUERY_STRIDE + head, first, QUERY_STRIDE, N, d, T, EVEN, zero)
+        grad = load_rows(grad_ptr + row * D + head, first, D, N, d, T, EVEN, zero)
+        output = load_rows(output_ptr + row * D + head, first, D, N, d, T, EVEN, zero)
         delta = tl.sum(grad.to(tl.float32) * output.to(tl.float32), 1)
         if EVEN:
             tl.store(delta_ptr + row_of_lse + positions, delta)
@@ -89,51 +99,50 @@ def queries_kernel(
             #    which spares registers; a tile out of reach is left out inside it. Where none is, no condition is
             #    evaluated: at T = 128 it would spill 76 bytes more.)
             if SKIPS:
-                if (column + N > start) & (column < end):
-                    of_query, sums = _add_keys(
-                        of_query, sums, query, grad, delta, key_ptr + row * KEY_STRIDE + h * d,
-                        value_ptr + row * VALUE_STRIDE + h * d, table_ptr + h * d,
-                        bucket_rows_ptr, documents, lse_ptr + row_of_lse, seed_ptr, item, row_of_lse, first, column,
-                        is_causal, scale, keep_scale, threshold, T, D, d, KEY_STRIDE, VALUE_STRIDE, L, N, P, EVEN,
-                        HAS_DROPOUT,
-                    )  # fmt: skip
+                is_in_reach = (column + N > start) & (column < end)
             else:
+                is_in_reach: tl.constexpr = True
+            if is_in_reach:
                 of_query, sums = _add_keys(
-                    of_query, sums, query, grad, delta, key_ptr + row * KEY_STRIDE + h * d,
-                    value_ptr + row * VALUE_STRIDE + h * d, table_ptr + h * d,
-                    bucket_rows_ptr, documents, lse_ptr + row_of_lse, seed_ptr, item, row_of_lse, first, column,
-                    is_causal, scale, keep_scale, threshold, T, D, d, KEY_STRIDE, VALUE_STRIDE, L, N, P, EVEN,
-                    HAS_DROPOUT,
+                    of_query, sums, query, grad, delta, key_ptr + row * KEY_STRIDE + head,
+                    value_ptr + row * VALUE_STRIDE + head, of_queries, of_keys, buckets_ptr, bucket_rows_ptr, scratch,
+                    documents, lse_ptr + row_of_lse, seed_ptr, item, row_of_lse, first, column, is_causal, scale,
+                    keep_scale, threshold, T, D, d, KEY_STRIDE, VALUE_STRIDE, L, N, P, EVEN, HAS_DROPOUT, GATHERS,
                 )  # fmt: skip
         # 3. The position vectors' share of ∂query; ∂position_key [P, d] of the tile.
         narrow = sums.to(query.dtype)
-        position_key = load_rows(position_ptr + (D + h * d), 0, 2 * D, P, d, P, True)
+        position_key = load_rows(position_ptr + (D + head), 0, 2 * D, P, d, P, True, zero)
         of_query = tl.dot(narrow, position_key, of_query) * scale
-        store_rows(of_query_ptr + row * QUERY_STRIDE + h * d, first, QUERY_STRIDE, of_query, T, EVEN)
+        store_rows(of_query_ptr + row * QUERY_STRIDE + head, first, QUERY_STRIDE, of_query, T, EVEN, zero)
         of_position_key = tl.dot(tl.trans(narrow), query) * scale
-        part = (group * (2 * P * D) + h * d) + (item >> 30)  # a zero again: the addresses need not be held
+        part = group * (2 * P * D) + head
         _add_part(of_position_ptr + (part + D), of_position_key, 2 * D, P, d)
 
 
 @triton.jit
 def _add_keys(
-    of_query, sums, query, grad, delta, key_ptr, value_ptr, table_ptr, bucket_rows_ptr,
-    document_ids_ptr, lse_ptr, seed_ptr, item, row_of_lse, first, column, is_causal, scale, keep_scale, threshold,
-    T: tl.constexpr, D: tl.constexpr, d: tl.constexpr, KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr,
+    of_query, sums, query, grad, delta, key_ptr, value_ptr, of_queries, of_keys, buckets_ptr, bucket_rows_ptr,
+    scratch_ptr, document_ids_ptr, lse_ptr, seed_ptr, item, row_of_lse, first, column, is_causal, scale, keep_scale,
+    threshold, T: tl.constexpr, D: tl.constexpr, d: tl.constexpr, KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr,
     L: tl.constexpr, N: tl.constexpr, P: tl.constexpr, EVEN: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    GATHERS: tl.constexpr,
 ):  # fmt: skip
     """∂query [N, d] and ∂C by bucket [N, P], unscaled, with one tile of keys added."""
-    zero = (item + column) >> 30
+    zero = tl.multiple_of((item + column) >> 30, N)
     # a. The weights [N, N], queries × keys.
-    key = load_rows(key_ptr, column, KEY_STRIDE, N, d, T, EVEN)
-    table_row = first - column + (L - N)
-    scores = position_scores(query, key, table_ptr + D, table_ptr, table_row, zero, False, N, d, 2 * D).to(tl.float32)
+    key = load_rows(key_ptr, column, KEY_STRIDE, N, d, T, EVEN, zero)
+    if GATHERS:
+        table_row = first - column + (L - N)
+        scores = position_scores(query, key, of_queries, of_keys, table_row, zero, False, N, d, 2 * D)
+        scores = scores.to(tl.float32)
+    else:
+        scores = loaded_position_scores(of_queries, of_keys, buckets_ptr, first, column, zero, False, N, P, T, L, EVEN)
     scores = tl.dot(query, tl.trans(key), scores)
-    lse = load_positions(lse_ptr, first, 0.0, N, T, EVEN)
+    lse = load_positions(lse_ptr, first, 0.0, N, T, EVEN, zero)
     seen = visible(document_ids_ptr, first, column, zero, is_causal, False, N, T, EVEN)
     weights = tl.where(seen, tl.exp2(scores * (scale * LOG2_E) - lse[:, None]), 0.0)
     # b. Gradients of weights and scores.
-    value = load_rows(value_ptr, column, VALUE_STRIDE, N, d, T, EVEN)
+    value = load_rows(value_ptr, column, VALUE_STRIDE, N, d, T, EVEN, zero)
     of_weights = tl.dot(grad, tl.trans(value))
     if HAS_DROPOUT:
         words = first_words((row_of_lse + first + tl.arange(0, N)) * T, seed_ptr)
@@ -142,7 +151,11 @@ def _add_keys(
     of_scores = (weights * (of_weights - delta[:, None])).to(query.dtype)
     # c. Their products with the keys, and their sums by bucket.
     of_query = tl.dot(of_scores, key, of_query)
-    sums = add_by_bucket(sums, of_scores, bucket_rows_ptr, first - column + L, zero, False, N, P)
+    if GATHERS:
+        sums = add_by_bucket(sums, of_scores, bucket_rows_ptr, first - column + L, zero, False, N, P)
+    else:
+        middle = first - column + L
+        sums = add_by_bucket_through_memory(sums, of_scores, scratch_ptr, bucket_rows_ptr, middle, zero, False, N, P)
     return of_query, sums
 
 
@@ -152,6 +165,7 @@ def keys_kernel(
     key_ptr,
     value_ptr,
     table_ptr,
+    buckets_ptr,
     bucket_rows_ptr,
     position_ptr,
     document_ids_ptr,
@@ -163,6 +177,7 @@ def keys_kernel(
     of_key_ptr,
     of_value_ptr,
     of_position_ptr,
+    scratch_ptr,
     scale: tl.float32,
     keep_scale: tl.float32,
     threshold: tl.int32,
@@ -178,6 +193,7 @@ def keys_kernel(
     SPAN: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     P: tl.constexpr,
+    GATHERS: tl.constexpr,
 ):
     """Gradients of keys, values and of `position_query`; grid and parts as in `queries_kernel`, which runs before."""
     D: tl.constexpr = H * d
@@ -185,15 +201,19 @@ def keys_kernel(
     SKIPS: tl.constexpr = L > 2 * N
     TILES: tl.constexpr = L // N
     group, groups, h = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
+    scratch = scratch_ptr + (group * H + h) * (2 * N * N)
     for item in range(group, B * TILES, groups):
         b, first = item // TILES, item % TILES * N
+        zero = tl.multiple_of(item >> 30, N)
+        head = h * d + zero
         row = tl.cast(b, tl.int64) * T
         documents = document_ids_ptr + row
         is_causal = tl.load(is_causal_ptr + b) != 0
         row_of_lse = (h * B + b) * T
+        of_queries, of_keys = of_row_and_head(table_ptr + zero, b, h, B, T, H, d, P, GATHERS)
         # 1. The tile's keys and values [N, d].
-        key = load_rows(key_ptr + row * KEY_STRIDE + h * d, first, KEY_STRIDE, N, d, T, EVEN)
-        value = load_rows(value_ptr + row * VALUE_STRIDE + h * d, first, VALUE_STRIDE, N, d, T, EVEN)
+        key = load_rows(key_ptr + row * KEY_STRIDE + head, first, KEY_STRIDE, N, d, T, EVEN, zero)
+        value = load_rows(value_ptr + row * VALUE_STRIDE + head, first, VALUE_STRIDE, N, d, T, EVEN, zero)
         of_key = tl.zeros([N, d], tl.float32)
         of_value = tl.zeros([N, d], tl.float32)
         sums = tl.zeros([N, P], tl.float32)
@@ -202,47 +222,47 @@ def keys_kernel(
         for column in range(tl.where(is_causal, first, 0), L, N):
             # 2. For each tile of queries: ∂key, ∂value, and ∂R by bucket.
             if SKIPS:
-                if (column + N > start) & (column < end):
-                    of_key, of_value, sums = _add_queries(
-                        of_key, of_value, sums, key, value, query_ptr + row * QUERY_STRIDE + h * d,
-                        grad_ptr + row * D + h * d, table_ptr + h * d, bucket_rows_ptr,
-                        documents, lse_ptr + row_of_lse, delta_ptr + row_of_lse, seed_ptr, item, row_of_lse, first,
-                        column, is_causal, scale, keep_scale, threshold, T, D, d, QUERY_STRIDE, L, N, P, EVEN,
-                        HAS_DROPOUT,
-                    )  # fmt: skip
+                is_in_reach = (column + N > start) & (column < end)
             else:
+                is_in_reach: tl.constexpr = True
+            if is_in_reach:
                 of_key, of_value, sums = _add_queries(
-                    of_key, of_value, sums, key, value, query_ptr + row * QUERY_STRIDE + h * d,
-                    grad_ptr + row * D + h * d, table_ptr + h * d, bucket_rows_ptr,
-                    documents, lse_ptr + row_of_lse, delta_ptr + row_of_lse, seed_ptr, item, row_of_lse, first,
-                    column, is_causal, scale, keep_scale, threshold, T, D, d, QUERY_STRIDE, L, N, P, EVEN, HAS_DROPOUT,
+                    of_key, of_value, sums, key, value, query_ptr + row * QUERY_STRIDE + head,
+                    grad_ptr + row * D + head, of_queries, of_keys, buckets_ptr, bucket_rows_ptr, scratch, documents,
+                    lse_ptr + row_of_lse, delta_ptr + row_of_lse, seed_ptr, item, row_of_lse, first, column, is_causal,
+                    scale, keep_scale, threshold, T, D, d, QUERY_STRIDE, L, N, P, EVEN, HAS_DROPOUT, GATHERS,
                 )  # fmt: skip
         # 3. The position vectors' share of ∂key; ∂position_query [P, d] of the tile.
-        store_rows(of_value_ptr + row * VALUE_STRIDE + h * d, first, VALUE_STRIDE, of_value * keep_scale, T, EVEN)
+        store_rows(of_value_ptr + row * VALUE_STRIDE + head, first, VALUE_STRIDE, of_value * keep_scale, T, EVEN, zero)
         narrow = sums.to(key.dtype)
-        position_query = load_rows(position_ptr + h * d, 0, 2 * D, P, d, P, True)
+        position_query = load_rows(position_ptr + head, 0, 2 * D, P, d, P, True, zero)
         of_key = tl.dot(narrow, position_query, of_key) * scale
-        store_rows(of_key_ptr + row * KEY_STRIDE + h * d, first, KEY_STRIDE, of_key, T, EVEN)
+        store_rows(of_key_ptr + row * KEY_STRIDE + head, first, KEY_STRIDE, of_key, T, EVEN, zero)
         of_position_query = tl.dot(tl.trans(narrow), key) * scale
-        part = (group * (2 * P * D) + h * d) + (item >> 30)
+        part = group * (2 * P * D) + head
         _add_part(of_position_ptr + part, of_position_query, 2 * D, P, d)
 
 
 @triton.jit
 def _add_queries(
-    of_key, of_value, sums, key, value, query_ptr, grad_ptr, table_ptr, bucket_rows_ptr,
-    document_ids_ptr, lse_ptr, delta_ptr, seed_ptr, item, row_of_lse, first, column, is_causal, scale, keep_scale,
-    threshold, T: tl.constexpr, D: tl.constexpr, d: tl.constexpr, QUERY_STRIDE: tl.constexpr, L: tl.constexpr,
-    N: tl.constexpr, P: tl.constexpr, EVEN: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    of_key, of_value, sums, key, value, query_ptr, grad_ptr, of_queries, of_keys, buckets_ptr, bucket_rows_ptr,
+    scratch_ptr, document_ids_ptr, lse_ptr, delta_ptr, seed_ptr, item, row_of_lse, first, column, is_causal, scale,
+    keep_scale, threshold, T: tl.constexpr, D: tl.constexpr, d: tl.constexpr, QUERY_STRIDE: tl.constexpr,
+    L: tl.constexpr, N: tl.constexpr, P: tl.constexpr, EVEN: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    GATHERS: tl.constexpr,
 ):  # fmt: skip
     """∂key and ∂value [N, d] and ∂R by bucket [N, P], unscaled, with one tile of queries added."""
-    zero = (item + column) >> 30
+    zero = tl.multiple_of((item + column) >> 30, N)
     # a. The weights [N, N], keys × queries.
-    query = load_rows(query_ptr, column, QUERY_STRIDE, N, d, T, EVEN)
-    table_row = column - first + (L - N)
-    scores = position_scores(key, query, table_ptr, table_ptr + D, table_row, zero, True, N, d, 2 * D).to(tl.float32)
+    query = load_rows(query_ptr, column, QUERY_STRIDE, N, d, T, EVEN, zero)
+    if GATHERS:
+        table_row = column - first + (L - N)
+        scores = position_scores(key, query, of_keys, of_queries, table_row, zero, True, N, d, 2 * D)
+        scores = scores.to(tl.float32)
+    else:
+        scores = loaded_position_scores(of_queries, of_keys, buckets_ptr, column, first, zero, True, N, P, T, L, EVEN)
     scores = tl.dot(key, tl.trans(query), scores)
-    lse = load_positions(lse_ptr, column, 0.0, N, T, EVEN)
+    lse = load_positions(lse_ptr, column, 0.0, N, T, EVEN, zero)
     seen = visible(document_ids_ptr, first, column, zero, is_causal, True, N, T, EVEN)
     weights = tl.where(seen, tl.exp2(scores * (scale * LOG2_E) - lse[None, :]), 0.0)
     if HAS_DROPOUT:
@@ -251,17 +271,21 @@ def _add_queries(
         kept = is_kept(words, tl.arange(0, N) * T, seed_ptr, threshold)
         weights = tl.where(kept, weights, -weights)  # a dropped weight is a negative one: no registers for the mask
     # b. ∂value; gradients of weights and scores.
-    grad = load_rows(grad_ptr, column, D, N, d, T, EVEN)
+    grad = load_rows(grad_ptr, column, D, N, d, T, EVEN, zero)
     of_value = tl.dot(tl.maximum(weights, 0.0).to(grad.dtype), grad, of_value)
     of_weights = tl.dot(value, tl.trans(grad))
-    delta = load_positions(delta_ptr, column, 0.0, N, T, EVEN)
+    delta = load_positions(delta_ptr, column, 0.0, N, T, EVEN, zero)
     if HAS_DROPOUT:
         of_weights = tl.where(weights > 0.0, of_weights * keep_scale, 0.0)
         weights = tl.abs(weights)
     of_scores = (weights * (of_weights - delta[None, :])).to(key.dtype)
     # c. Their products with the queries, and their sums by bucket.
     of_key = tl.dot(of_scores, query, of_key)
-    sums = add_by_bucket(sums, of_scores, bucket_rows_ptr, column - first + L, zero, True, N, P)
+    if GATHERS:
+        sums = add_by_bucket(sums, of_scores, bucket_rows_ptr, column - first + L, zero, True, N, P)
+    else:
+        middle = column - first + L
+        sums = add_by_bucket_through_memory(sums, of_scores, scratch_ptr, bucket_rows_ptr, middle, zero, True, N, P)
     return of_key, of_value, sums
 
 

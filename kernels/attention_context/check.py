@@ -14,10 +14,12 @@ from kernels.gated_norm import reference as gated_reference
 from kernels.linear import Packed
 from kernels.numerics import Comparison, compare_all, compare_exactly, compare_function, random_bf16
 from kernels.run import Run
+from kernels.wanted import VARIANTS as VARIANTS_OF
 
 _SEED = torch.tensor([77, -5], dtype=torch.int32)
 _DROPOUT = 0.3
 _EPS = 1e-5
+VARIANTS = VARIANTS_OF["attention_context"]
 
 
 def comparisons(device: torch.device, backend: str, run: Run | None = None) -> Iterator[Comparison]:
@@ -44,14 +46,16 @@ def _fused_kernels(device: torch.device, run: Run | None) -> Iterator[Comparison
         num_heads, head_size, num_position_vectors = run.attention
         lengths = {length - 1 for length in (*run.row_lengths, run.validation_length)}.intersection(LENGTHS)
         for length in sorted(lengths):  # few rows, then more tiles than a head has programs
-            yield from compare_fused(device, num_heads, head_size, length, num_position_vectors, None)
-            yield from compare_fused(device, num_heads, head_size, length, num_position_vectors, _SEED, repeats=repeats)
+            sizes = (num_heads, head_size, length, num_position_vectors)
+            yield from compare_fused(device, *sizes, None, variant=run.attention_variant)
+            yield from compare_fused(device, *sizes, _SEED, repeats, run.attention_variant)
         return
     cases = importlib.import_module("kernels.attention_context.kernel").CHECKED
-    for *case, has_dropout in cases:
-        yield from compare_fused(device, *case, _SEED if has_dropout else None)
-    if device.type == "cuda":  # the interpreter is slow
-        yield from compare_fused(device, *cases[0][:4], _SEED, repeats=100)
+    for variant in VARIANTS:
+        for *case, has_dropout in cases:
+            yield from compare_fused(device, *case, _SEED if has_dropout else None, variant=variant)
+        if device.type == "cuda":  # the interpreter is slow
+            yield from compare_fused(device, *cases[0][:4], _SEED, repeats=100, variant=variant)
 
 
 def compare_fused(
@@ -62,6 +66,7 @@ def compare_fused(
     num_position_vectors: int,
     seed: Tensor | None = _SEED,
     repeats: int = 1,
+    variant: str = VARIANTS[0],
 ) -> Iterator[Comparison]:
     """The fused kernels at one size; dropout with a seed.
 
@@ -97,9 +102,10 @@ def compare_fused(
     def by_definition(**inputs: Tensor) -> Tensor:
         return reference.fused_attention(*tensors(**inputs), buckets, *rest, **settings, attention=attention)
 
-    tables = distance_tables(buckets, num_position_vectors, dtype)
+    tables = distance_tables(buckets, num_position_vectors, dtype, variant)
     name = f"B={len(documents)} H={num_heads} d={head_size} T={length} P={num_position_vectors}"
     name += "" if seed is None else " dropout"
+    name += "" if variant == VARIANTS[0] else f", {variant}"
     yield from compare_function(f"fused {name}", fused, by_definition, inputs)
     if not is_short:
         return

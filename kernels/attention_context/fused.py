@@ -20,12 +20,14 @@ class DistanceTables(NamedTuple):
     """Buckets by distance; the same for all layers. 2L distances: L is T rounded up to whole tiles.
 
     Attributes:
-        buckets: [2L] int64, the bucket of the distances 1 − L … L (beyond ±(T − 1): any).
+        buckets: [2L] int32, the bucket of the distances 1 − L … L (beyond ±(T − 1): any).
         bucket_rows: [2L, P], 0-1: whether a distance, −L … L − 1, is in a bucket.
+        variant: of the kernels, "gather" or "load": how they find the position scores of a tile.
     """
 
     buckets: Tensor
     bucket_rows: Tensor
+    variant: str
 
 
 def is_fused(
@@ -61,20 +63,24 @@ def tile_size(length: int) -> int:
     return min(TILE, max(16, 1 << (length - 1).bit_length()))
 
 
-def distance_tables(buckets: Tensor, num_position_vectors: int, dtype: torch.dtype) -> DistanceTables:
+def distance_tables(
+    buckets: Tensor, num_position_vectors: int, dtype: torch.dtype, variant: str | None = None
+) -> DistanceTables:
     """The tables of a row length.
 
     Args:
         buckets: [2T − 1] integers, the bucket of the distances 1 − T … T − 1.
         num_position_vectors: P.
         dtype: of the queries.
+        variant: of the kernels; None for the one that this process wants, see `kernels.wanted`.
     """
+    variant = variant or wanted.variant("attention_context")
     length = (len(buckets) + 1) // 2
     missing = -length % tile_size(length)
     # 1 − L … L, and −L … L − 1, in no bucket where a distance does not occur
     of_distance, shifted = F.pad(buckets, (missing, missing + 1)), F.pad(buckets, (missing + 1, missing), value=-1)
     columns = torch.arange(num_position_vectors, device=buckets.device)
-    return DistanceTables(of_distance, (shifted[:, None] == columns).to(dtype))
+    return DistanceTables(of_distance.int(), (shifted[:, None] == columns).to(dtype), variant)
 
 
 def fused_attention(
@@ -129,6 +135,7 @@ def forward(
     value: Tensor,
     buckets: Tensor,
     bucket_rows: Tensor,
+    variant: str,
     document_ids: Tensor,
     is_causal: Tensor,
     seed: Tensor | None,
@@ -136,15 +143,18 @@ def forward(
     scale: float,
     num_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output [B, T, D], log-sum-exp of the scores [H, B, T], and the position vectors by distance, for the backward.
-
-    Those are `position[buckets]` [2L, 2D], position queries and keys side by side.
-    """
+    """Output [B, T, D]; for the backward log-sum-exp of the scores [H, B, T], and the table of position scores."""
     del bucket_rows
-    table = torch.cat([position_query, position_key], dim=-1).index_select(0, buckets)
-    inputs = (*map(_readable, (query, key, value)), table)
-    results = _kernel().forward(*inputs, document_ids, is_causal, seed, dropout_prob, scale, num_heads)
-    return *results, table
+    position = torch.cat([position_query, position_key], dim=-1)
+    inputs = (*map(_readable, (query, key, value)), position, buckets, variant)
+    return _kernel().forward(*inputs, document_ids, is_causal, seed, dropout_prob, scale, num_heads)
+
+
+def empty_table(query: Tensor, position: Tensor, buckets: Tensor, variant: str, num_heads: int) -> Tensor:
+    """A tensor like the third result of `kernel.forward`, whose arguments these are."""
+    if variant == "gather":
+        return position.new_empty(len(buckets), position.shape[1])
+    return query.new_empty(2, num_heads, query.shape[0] * query.shape[1], len(position))
 
 
 @forward.register_fake
@@ -156,6 +166,7 @@ def _(
     value,
     buckets,
     bucket_rows,
+    variant,
     document_ids,
     is_causal,
     seed,
@@ -165,7 +176,8 @@ def _(
 ):
     rows, length, width = query.shape
     lse = query.new_empty(num_heads, rows, length, dtype=torch.float32)
-    return query.new_empty(rows, length, width), lse, position_query.new_empty(len(buckets), 2 * width)
+    position = position_query.new_empty(len(position_query), 2 * width)
+    return query.new_empty(rows, length, width), lse, empty_table(query, position, buckets, variant, num_heads)
 
 
 @torch.library.custom_op("kernels::distance_attention_backward", mutates_args=())
@@ -176,13 +188,15 @@ def backward(
     position_query: Tensor,
     position_key: Tensor,
     value: Tensor,
-    table: Tensor,
+    buckets: Tensor,
     bucket_rows: Tensor,
+    variant: str,
     document_ids: Tensor,
     is_causal: Tensor,
     seed: Tensor | None,
     output: Tensor,
     lse: Tensor,
+    table: Tensor,
     dropout_prob: float,
     scale: float,
     num_heads: int,
@@ -193,14 +207,16 @@ def backward(
     of_positions = _kernel().backward(
         grad.contiguous(),
         *tensors,
-        table,
         torch.cat([position_query, position_key], dim=-1),
+        buckets,
         bucket_rows,
+        variant,
         document_ids,
         is_causal,
         seed,
         output,
         lse,
+        table,
         dropout_prob,
         scale,
         num_heads,
@@ -223,13 +239,15 @@ def _(
     position_query,
     position_key,
     value,
-    table,
+    buckets,
     bucket_rows,
+    variant,
     document_ids,
     is_causal,
     seed,
     output,
     lse,
+    table,
     dropout_prob,
     scale,
     num_heads,
@@ -238,17 +256,18 @@ def _(
 
 
 def _keep_inputs(ctx, inputs, output) -> None:
-    *tensors, _, bucket_rows, document_ids, is_causal, seed, ctx.dropout_prob, ctx.scale, ctx.num_heads = inputs
+    *tensors, ctx.variant, document_ids, is_causal, seed, ctx.dropout_prob, ctx.scale, ctx.num_heads = inputs
     context, lse, table = output
     ctx.mark_non_differentiable(lse, table)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, table, bucket_rows, document_ids, is_causal, seed, context, lse)
+    ctx.save_for_backward(*tensors, document_ids, is_causal, seed, context, lse, table)
 
 
 def _gradients(ctx, grad, of_lse, of_table):
     del of_lse, of_table
-    gradients = backward(grad, *ctx.saved_tensors, ctx.dropout_prob, ctx.scale, ctx.num_heads)
-    return *gradients, *[None] * 8
+    saved = ctx.saved_tensors
+    gradients = backward(grad, *saved[:7], ctx.variant, *saved[7:], ctx.dropout_prob, ctx.scale, ctx.num_heads)
+    return *gradients, *[None] * 9
 
 
 forward.register_autograd(_gradients, setup_context=_keep_inputs)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.attention_context.fused import DistanceTables
+from kernels.attention_context.fused import DistanceTables, empty_table
 from kernels.linear import Packed, PackedGradient
 
 
@@ -67,23 +67,25 @@ class _GatedAttention(torch.autograd.Function):
         weight: Tensor,
         buckets: Tensor,
         bucket_rows: Tensor,
+        variant: str,
         document_ids: Tensor,
         is_causal: Tensor,
         seed: Tensor | None,
         *settings: float,
     ) -> Tensor:
         rows = (document_ids, is_causal, seed)
-        normalized, *kept = forward(projection, position, buckets, *rows, *settings)
-        ctx.save_for_backward(projection, position, narrow, bucket_rows, *rows, *kept)
-        ctx.settings, ctx.packed = settings[:-1], PackedGradient(memory, [weight])
+        normalized, *kept = forward(projection, position, buckets, variant, *rows, *settings)
+        ctx.save_for_backward(narrow, projection, position, buckets, bucket_rows, *rows, *kept)
+        ctx.variant, ctx.settings, ctx.packed = variant, settings[:-1], PackedGradient(memory, [weight])
         return F.linear(normalized, narrow)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        projection, position, narrow, *rest = ctx.saved_tensors
-        of_projection, of_position, normalized = backward(grad @ narrow, projection, position, *rest, *ctx.settings)
+        narrow, *tensors = ctx.saved_tensors
+        inputs = (grad @ narrow, *tensors[:4], ctx.variant, *tensors[4:])
+        of_projection, of_position, normalized = backward(*inputs, *ctx.settings)
         of_weight = ctx.packed.of_weight(grad.flatten(0, -2), normalized.flatten(0, -2))
-        return of_projection, of_position, None, None, *of_weight, *[None] * 9
+        return of_projection, of_position, None, None, *of_weight, *[None] * 10
 
 
 @torch.library.custom_op("kernels::gated_attention", mutates_args=())
@@ -91,6 +93,7 @@ def forward(
     projection: Tensor,
     position: Tensor,
     buckets: Tensor,
+    variant: str,
     document_ids: Tensor,
     is_causal: Tensor,
     seed: Tensor | None,
@@ -99,15 +102,14 @@ def forward(
     num_heads: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The normalized product [B, T, D]; for the backward: attention's results, table by distance, mean and 1/σ.
+    """The normalized product [B, T, D]; for the backward: attention's three results, mean and 1/σ.
 
-    Those are the output [B, T, D], its log-sum-exp [H, B, T], position[buckets] [2L, 2D], and two tensors [B·T] in
+    Those are the output [B, T, D], its log-sum-exp [H, B, T], the table of position scores, and two tensors [B·T] in
     fp32.
     """
     query, key, value, gate = _quarters(projection)
-    table = position.index_select(0, buckets)
     rows = (document_ids, is_causal, seed, dropout_prob, scale, num_heads)
-    context, lse = _attention().forward(query, key, value, table, *rows)
+    context, lse, table = _attention().forward(query, key, value, position, buckets, variant, *rows)
     normalized, mean, inverse_std = _gated_norm().forward(
         context.flatten(0, 1), gate.flatten(0, 1), is_tanh=False, eps=eps
     )
@@ -115,12 +117,12 @@ def forward(
 
 
 @forward.register_fake
-def _(projection, position, buckets, document_ids, is_causal, seed, dropout_prob, scale, num_heads, eps):
+def _(projection, position, buckets, variant, document_ids, is_causal, seed, dropout_prob, scale, num_heads, eps):
     del document_ids, is_causal, seed, dropout_prob, scale, eps
     rows, length, width = projection.shape
     results = (projection.new_empty(rows, length, width // 4) for _ in range(2))
     lse = projection.new_empty(num_heads, rows, length, dtype=torch.float32)
-    table = position.new_empty(len(buckets), position.shape[1])
+    table = empty_table(projection, position, buckets, variant, num_heads)
     statistics = (projection.new_empty(rows * length, dtype=torch.float32) for _ in range(2))
     return *results, lse, table, *statistics
 
@@ -130,7 +132,9 @@ def backward(
     grad: Tensor,
     projection: Tensor,
     position: Tensor,
+    buckets: Tensor,
     bucket_rows: Tensor,
+    variant: str,
     document_ids: Tensor,
     is_causal: Tensor,
     seed: Tensor | None,
@@ -153,8 +157,8 @@ def backward(
         of_context.flatten(0, 1), of_gate.flatten(0, 1), normalized.flatten(0, 1), is_tanh=False,
     )  # fmt: skip
     of_position = _attention().backward(
-        of_context, *tensors, table, position.contiguous(), bucket_rows, document_ids, is_causal, seed, context, lse,
-        dropout_prob, scale, num_heads, tuple(of_tensors),
+        of_context, *tensors, position.contiguous(), buckets, bucket_rows, variant, document_ids, is_causal, seed,
+        context, lse, table, dropout_prob, scale, num_heads, tuple(of_tensors),
     )  # fmt: skip
     return of_projection, of_position.to(position.dtype), normalized
 

@@ -19,21 +19,31 @@ from kernels.attention_context.tiles import (
     LOG2_E,
     columns_in_reach,
     load_rows,
+    loaded_position_scores,
+    of_row_and_head,
     position_scores,
     store_rows,
     visible,
 )
 from kernels.configuration import Configuration, launch_warps
 from kernels.dropout_hash import first_words, is_kept, keep_arguments
+from kernels.wanted import VARIANTS
 
 NUM_WARPS, NUM_STAGES = 4, 1
 _PROGRAMS = 264  # of each backward kernel, over all heads; a constant, since it fixes the order of additions
-# What was reached for heads of 64: three accumulators, two tiles of scores and their tables take more than 255
-# registers. On sm_80, without asynchronous products from shared memory, their operands are in registers too.
+# What was reached for whole tiles and heads of 32 or 64: three accumulators and two tiles of scores take more than 255
+# registers. Partial tiles, heads of 128 and sm_80, where operands of products are in registers too, have no bar.
 _MOST_SPILLED = {
-    "forward_kernel": {"sm_90": 0, "sm_100": 8, "any": math.inf},
-    "queries_kernel": {"sm_90": 324, "sm_100": 64, "any": math.inf},
-    "keys_kernel": {"sm_90": 632, "sm_100": 0, "any": math.inf},
+    "gather": {
+        "forward_kernel": {"sm_90": 0, "sm_100": 0},
+        "queries_kernel": {"sm_90": 232, "sm_100": 40},
+        "keys_kernel": {"sm_90": 248, "sm_100": 0},
+    },
+    "load": {
+        "forward_kernel": {"sm_90": 0, "sm_100": 0},
+        "queries_kernel": {"sm_90": 252, "sm_100": 0},
+        "keys_kernel": {"sm_90": 220, "sm_100": 0},
+    },
 }
 # what `check.py` runs, in any case: heads, head size, length, position vectors, whether there is dropout
 CHECKED = (
@@ -52,6 +62,7 @@ def forward_kernel(
     key_ptr,
     value_ptr,
     table_ptr,
+    buckets_ptr,
     document_ids_ptr,
     is_causal_ptr,
     seed_ptr,
@@ -71,6 +82,8 @@ def forward_kernel(
     N: tl.constexpr,
     SPAN: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    P: tl.constexpr,
+    GATHERS: tl.constexpr,
 ):
     """One program per tile of N queries, row and head; grid [L / N, B, H].
 
@@ -90,6 +103,7 @@ def forward_kernel(
     is_causal = tl.load(is_causal_ptr + b) != 0
     positions = first + tl.arange(0, N)
     row_of_lse = (h * B + b) * T
+    of_queries, of_keys = of_row_and_head(table_ptr, b, h, B, T, H, d, P, GATHERS)
 
     # 1. The tile's queries [N, d]; running maximum, sum and output of each query, as in FlashAttention-2 (Dao 2023).
     query = load_rows(query_ptr, first, QUERY_STRIDE, N, d, T, EVEN)
@@ -102,13 +116,17 @@ def forward_kernel(
         start, end = columns_in_reach(document_ids_ptr, first, is_causal, False, N, T, EVEN, SPAN)
         start = start // N * N
     for column in range(start, end, N):
-        zero = column >> 30
+        zero = tl.multiple_of(column >> 30, N)
         # 3. Scores [N, N], in units of ln 2: content and position scores, −∞ where not visible.
         key = load_rows(key_ptr, column, KEY_STRIDE, N, d, T, EVEN)
-        table_row = first - column + (L - N)
-        scores = position_scores(
-            query, key, table_ptr + (D + h * d), table_ptr + h * d, table_row, zero, False, N, d, 2 * D
-        ).to(tl.float32)
+        if GATHERS:
+            table_row = first - column + (L - N)
+            scores = position_scores(query, key, of_queries, of_keys, table_row, zero, False, N, d, 2 * D)
+            scores = scores.to(tl.float32)
+        else:
+            scores = loaded_position_scores(
+                of_queries, of_keys, buckets_ptr, first, column, zero, False, N, P, T, L, EVEN
+            )
         scores = tl.dot(query, tl.trans(key), scores)
         seen = visible(document_ids_ptr, first, column, zero, is_causal, False, N, T, EVEN)
         scores = tl.where(seen, scores * (scale * LOG2_E), float("-inf"))
@@ -141,21 +159,25 @@ def forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    table: Tensor,
+    position: Tensor,
+    buckets: Tensor,
+    variant: str,
     document_ids: Tensor,
     is_causal: Tensor,
     seed: Tensor | None,
     dropout_prob: float,
     scale: float,
     num_heads: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Launch `forward_kernel`.
 
     Args:
         query: [B, T, D]; rows may stand apart, as halves of a projection do.
         key: [B, T, D].
         value: [B, T, D].
-        table: [2L, 2D], contiguous: position queries and keys side by side, `position[DistanceTables.buckets]`.
+        position: [P, 2D]: position queries and keys side by side.
+        buckets: [2L] int32, of `DistanceTables`.
+        variant: the same.
         document_ids: [B, T] integers.
         is_causal: [B] bool.
         seed: [2] int32, or None.
@@ -164,22 +186,36 @@ def forward(
         num_heads: H.
 
     Returns:
-        Output [B, T, D]; base-2 log-sum-exp of the scores [H, B, T] in fp32.
+        Output [B, T, D]; base-2 log-sum-exp of the scores [H, B, T] in fp32; where the kernels look position scores up.
+        The last is, for "gather", `position` by distance [2L, 2D], and for "load" the products of queries with position
+        keys and of keys with position queries [2, H, B · T, P].
     """
     num_rows, length, hidden_size = query.shape
-    tile = tile_size(length)
-    padded = len(table) // 2
     output = torch.empty(num_rows, length, hidden_size, dtype=query.dtype, device=query.device)
     lse = torch.empty(num_heads, num_rows, length, dtype=torch.float32, device=query.device)
+    if variant == "gather":
+        table = position.index_select(0, buckets)
+    else:
+        table = _position_products(query, key, position, num_heads)
+    settings = _settings(query, key, value, seed, num_heads, len(position), variant)
     if num_rows:
         with torch.cuda.device_of(query), right_assembler():
-            forward_kernel[(padded // tile, num_rows, num_heads)](
-                query, key, value, table, document_ids, is_causal,
+            forward_kernel[(settings["L"] // settings["N"], num_rows, num_heads)](
+                query, key, value, table, buckets, document_ids, is_causal,
                 is_causal if seed is None else seed, output, lse,
-                *_numbers(seed, dropout_prob, scale), num_rows,
-                **_settings(query, key, value, seed, num_heads),
+                *_numbers(seed, dropout_prob, scale), num_rows, **settings,
             )  # fmt: skip
-    return output, lse
+    return output, lse, table
+
+
+def _position_products(query: Tensor, key: Tensor, position: Tensor, num_heads: int) -> Tensor:
+    """Queries · position keys and keys · position queries, [2, H, B · T, P]: two products, of all rows and heads."""
+    position_query, position_key = position.unflatten(1, (2, num_heads, -1)).permute(1, 2, 3, 0)  # [H, d, P]
+    query, key = (x.flatten(0, 1).unflatten(1, (num_heads, -1)).movedim(1, 0) for x in (query, key))  # [H, B · T, d]
+    products = query.new_empty(2, *query.shape[:2], len(position))
+    torch.bmm(query, position_key, out=products[0])
+    torch.bmm(key, position_query, out=products[1])
+    return products
 
 
 def backward(
@@ -187,14 +223,16 @@ def backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    table: Tensor,
     position: Tensor,
+    buckets: Tensor,
     bucket_rows: Tensor,
+    variant: str,
     document_ids: Tensor,
     is_causal: Tensor,
     seed: Tensor | None,
     output: Tensor,
     lse: Tensor,
+    table: Tensor,
     dropout_prob: float,
     scale: float,
     num_heads: int,
@@ -204,34 +242,36 @@ def backward(
 
     Args: as `forward`, and
         grad: [B, T, D], contiguous, of the output.
-        position: [P, 2D], contiguous: position queries and keys side by side.
+        position: contiguous.
         bucket_rows: [2L, P], of `DistanceTables`.
-        output: [B, T, D], of the forward.
-        lse: [H, B, T], of the forward.
+        output: of the forward, as the next two.
+        lse: [H, B, T].
+        table: where position scores are looked up.
         gradients: of query, key and value, with their shapes, strides and dtype, to be written.
 
     Returns:
         The gradient of `position`, [P, 2D] in fp32.
     """
-    num_rows, length, hidden_size = query.shape
-    tile, num_buckets = tile_size(length), len(position)
-    tiles = num_rows * (len(table) // 2 // tile)
-    groups = max(1, min(_PROGRAMS // num_heads, tiles))
+    num_rows, _, hidden_size = query.shape
+    num_buckets = len(position)
+    settings = _settings(query, key, value, seed, num_heads, num_buckets, variant)
+    tile = settings["N"]
+    groups = max(1, min(_PROGRAMS // num_heads, num_rows * (settings["L"] // tile)))
     of_query, of_key, of_value = gradients
     parts = torch.zeros(groups, num_buckets, 2 * hidden_size, dtype=torch.float32, device=grad.device)
+    scratch = grad.new_zeros(2, *(() if variant == "gather" else (groups, num_heads, tile, 2 * tile)))
     delta = torch.empty_like(lse)
     rows = (document_ids, is_causal, is_causal if seed is None else seed)
-    settings = _settings(query, key, value, seed, num_heads) | {"P": num_buckets}
     numbers = (*_numbers(seed, dropout_prob, scale), num_rows)
     if num_rows:
         with torch.cuda.device_of(query), right_assembler():
             backward_kernel.queries_kernel[(groups, num_heads)](
-                query, key, value, table, bucket_rows, position, *rows, output, lse, grad,
-                delta, of_query, parts, *numbers, **settings,
+                query, key, value, table, buckets, bucket_rows, position, *rows, output, lse, grad,
+                delta, of_query, parts, scratch[0], *numbers, **settings,
             )  # fmt: skip
             backward_kernel.keys_kernel[(groups, num_heads)](
-                query, key, value, table, bucket_rows, position, *rows, lse, grad,
-                delta, of_key, of_value, parts, *numbers, **settings,
+                query, key, value, table, buckets, bucket_rows, position, *rows, lse, grad,
+                delta, of_key, of_value, parts, scratch[1], *numbers, **settings,
             )  # fmt: skip
     return parts.sum(dim=0)
 
@@ -241,16 +281,26 @@ def _numbers(seed: Tensor | None, dropout_prob: float, scale: float) -> tuple[fl
     return scale, keep_scale, threshold
 
 
-def _settings(query: Tensor, key: Tensor, value: Tensor, seed: Tensor | None, num_heads: int) -> dict[str, int]:
+def _settings(
+    query: Tensor, key: Tensor, value: Tensor, seed: Tensor | None, num_heads: int, num_vectors: int, variant: str
+) -> dict[str, int]:
     """Keyword arguments of a launch."""
     length, hidden_size = query.shape[1:]
     strides = tuple(tensor.stride(1) for tensor in (query, key, value))
-    constants = _constants(length, num_heads, hidden_size // num_heads, strides, has_dropout=seed is not None)
+    sizes = (num_heads, hidden_size // num_heads, length, num_vectors)
+    constants = _constants(*sizes, strides, variant, has_dropout=seed is not None)
     return {**constants, "num_warps": launch_warps(NUM_WARPS), "num_stages": NUM_STAGES}
 
 
 def _constants(
-    length: int, num_heads: int, head_size: int, strides: tuple[int, int, int], *, has_dropout: bool
+    num_heads: int,
+    head_size: int,
+    length: int,
+    num_vectors: int,
+    strides: tuple[int, int, int],
+    variant: str,
+    *,
+    has_dropout: bool,
 ) -> dict[str, int]:
     """Constants of all three kernels."""
     tile = tile_size(length)
@@ -260,9 +310,11 @@ def _constants(
         "d": head_size,
         **dict(zip(("QUERY_STRIDE", "KEY_STRIDE", "VALUE_STRIDE"), strides, strict=True)),
         "L": triton.cdiv(length, tile) * tile,
-        "N": tile,
+        "N": min(tile, 4096 // head_size),  # a larger tile of heads of 128 takes too many registers
         "SPAN": triton.next_power_of_2(length),
         "HAS_DROPOUT": has_dropout,
+        "P": num_vectors,
+        "GATHERS": variant == "gather",
     }
 
 
@@ -278,31 +330,40 @@ def configurations() -> list[Configuration]:
     ]
     kernels = (forward_kernel, backward_kernel.queries_kernel, backward_kernel.keys_kernel)
     return [
-        _configuration(kernel, *case, has_dropout=has_dropout) for *case, has_dropout in cases for kernel in kernels
+        _configuration(kernel, *case, variant, has_dropout=has_dropout)
+        for variant in VARIANTS["attention_context"]
+        for *case, has_dropout in cases
+        for kernel in kernels
     ]
 
 
 def _configuration(
-    kernel: Any, num_heads: int, head_size: int, length: int, num_position_vectors: int, *, has_dropout: bool
+    kernel: Any, num_heads: int, head_size: int, length: int, num_vectors: int, variant: str, *, has_dropout: bool
 ) -> Configuration:
     strides = (4 * num_heads * head_size,) * 3  # of quarters of a projection
-    constants = _constants(length, num_heads, head_size, strides, has_dropout=has_dropout)
-    constants["P"] = num_position_vectors
-    kinds = {"document_ids_ptr": "*i32", "is_causal_ptr": "*u1", "seed_ptr": "*i32" if has_dropout else "*u1"}
+    has_bar = head_size <= 64 and length % tile_size(length) == 0
+    constants = _constants(num_heads, head_size, length, num_vectors, strides, variant, has_dropout=has_dropout)
+    kinds = {
+        "buckets_ptr": "*i32",
+        "document_ids_ptr": "*i32",
+        "is_causal_ptr": "*u1",
+        "seed_ptr": "*i32" if has_dropout else "*u1",
+    }
     kinds |= dict.fromkeys(("lse_ptr", "delta_ptr", "of_position_ptr"), "*fp32")
     kinds |= {"scale": "fp32", "keep_scale": "fp32", "threshold": "i32", "B": "i32"}
     types = {name: kinds.get(name, "*bf16") for name in kernel.arg_names if name not in constants}
     return Configuration(
         f"attention_context/{kernel.__name__.removesuffix('_kernel')} d={head_size} T={length}"
+        + ("" if variant == "gather" else f" {variant}")
         + (" dropout" if has_dropout else ""),
         kernel,
         types,
-        {name: value for name, value in constants.items() if name in kernel.arg_names},
+        constants,
         num_warps=NUM_WARPS,
         num_stages=NUM_STAGES,
         aligned=frozenset(name for name in types if name.endswith("_ptr")),
         streams=tile_size(length) == TILE,
         has_products=True,
         targets=frozenset({"sm_80", "sm_90", "sm_100"}),  # see `is_fused`
-        most_spilled=_MOST_SPILLED[kernel.__name__] if head_size <= 64 else {"any": math.inf},
+        most_spilled={"any": math.inf} | (_MOST_SPILLED[variant][kernel.__name__] if has_bar else {}),
     )

@@ -29,32 +29,44 @@ _COMPILED = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")  # the inter
 
 @triton.jit
 def load_rows(
-    pointer, first, stride: tl.constexpr, N: tl.constexpr, d: tl.constexpr, T: tl.constexpr, EVEN: tl.constexpr
+    pointer, first, stride: tl.constexpr, N: tl.constexpr, d: tl.constexpr, T: tl.constexpr, EVEN: tl.constexpr, zero=0
 ):
     """[N, d], rows first … first + N − 1 of a matrix with T rows; zeros beyond it. EVEN: tiles end where it does."""
-    rows = tl.arange(0, N)[:, None]
-    pointers = pointer + first * stride + (rows * stride + tl.arange(0, d)[None, :])
+    pointers = _pointers(pointer + first * stride, stride, zero, N, d)
     if EVEN:
         return tl.load(pointers)
-    return tl.load(pointers, mask=first + rows < T, other=0.0)
+    return tl.load(pointers, mask=first + tl.arange(0, N)[:, None] < T, other=0.0)
 
 
 @triton.jit
-def store_rows(pointer, first, stride: tl.constexpr, tile, T: tl.constexpr, EVEN: tl.constexpr):
+def store_rows(pointer, first, stride: tl.constexpr, tile, T: tl.constexpr, EVEN: tl.constexpr, zero=0):
     """The inverse of `load_rows`, in the matrix's dtype."""
-    rows = tl.arange(0, tile.shape[0])[:, None]
-    pointers = pointer + first * stride + (rows * stride + tl.arange(0, tile.shape[1])[None, :])
+    N: tl.constexpr = tile.shape[0]
+    pointers = _pointers(pointer + first * stride, stride, zero, N, tile.shape[1])
     tile = tile.to(pointer.dtype.element_ty)
     if EVEN:
         tl.store(pointers, tile)
     else:
-        tl.store(pointers, tile, mask=first + rows < T)
+        tl.store(pointers, tile, mask=first + tl.arange(0, N)[:, None] < T)
 
 
 @triton.jit
-def load_positions(pointer, first, other: tl.constexpr, N: tl.constexpr, T: tl.constexpr, EVEN: tl.constexpr):
+def _pointers(pointer, stride: tl.constexpr, zero, N: tl.constexpr, d: tl.constexpr):
+    """[N, d], to entries of rows `stride` apart, in groups of rows that 128 threads load at once, 16 bytes each.
+
+    So a thread has one address, and its other groups differ from it by constants, which are part of the instructions:
+    an address for each would take two registers.
+    """
+    G: tl.constexpr = min(N, 1024 // d)
+    of_group = pointer + (tl.arange(0, G)[:, None] * stride + (tl.arange(0, d)[None, :] + zero))
+    pointers = of_group[None, :, :] + tl.arange(0, N // G)[:, None, None] * (G * stride)
+    return tl.max_contiguous(tl.multiple_of(tl.reshape(pointers, [N, d]), [1, 16]), [1, d])
+
+
+@triton.jit
+def load_positions(pointer, first, other: tl.constexpr, N: tl.constexpr, T: tl.constexpr, EVEN: tl.constexpr, zero=0):
     """[N], one number for each position."""
-    positions = first + tl.arange(0, N)
+    positions = first + (tl.arange(0, N) + zero)
     if EVEN:
         return tl.load(pointer + positions)
     return tl.load(pointer + positions, mask=positions < T, other=other)
@@ -64,9 +76,9 @@ def load_positions(pointer, first, other: tl.constexpr, N: tl.constexpr, T: tl.c
 def visible(document_ids_ptr, row, column, zero, is_causal, KEYS: tl.constexpr, N: tl.constexpr, T: tl.constexpr,
             EVEN: tl.constexpr):  # fmt: skip
     """Mask [N, N]: whether the query may see the key, for rows and columns that begin at these positions."""
-    own = load_positions(document_ids_ptr, row, -1, N, T, EVEN)
+    own = load_positions(document_ids_ptr, row, -1, N, T, EVEN, zero)
     own = tl.where(own < 0, -2, own)  # padding sees nothing, not even padding
-    same = own[:, None] == load_positions(document_ids_ptr, column, -1, N, T, EVEN)[None, :]
+    same = own[:, None] == load_positions(document_ids_ptr, column, -1, N, T, EVEN, zero)[None, :]
     rows = row + tl.arange(0, N)
     columns = (column + zero + tl.arange(0, N))[None, :]
     if KEYS:
@@ -93,6 +105,16 @@ def columns_in_reach(document_ids_ptr, row, is_causal, KEYS: tl.constexpr, N: tl
 
 
 @triton.jit
+def of_row_and_head(table_ptr, b, h, B, T: tl.constexpr, H: tl.constexpr, d: tl.constexpr, P: tl.constexpr,
+                    GATHERS: tl.constexpr):  # fmt: skip
+    """Where position scores of queries and of keys are looked up, for one row and head; see `kernel.forward`."""
+    if GATHERS:
+        return table_ptr + (H * d + h * d), table_ptr + h * d
+    of_queries_ptr = table_ptr + tl.cast(h * B + b, tl.int64) * (T * P)
+    return of_queries_ptr, of_queries_ptr + tl.cast(B, tl.int64) * (H * T * P)
+
+
+@triton.jit
 def position_scores(rows, columns, rows_table_ptr, columns_table_ptr, first, zero, KEYS: tl.constexpr, N: tl.constexpr,
                     d: tl.constexpr, STRIDE: tl.constexpr):  # fmt: skip
     """Position scores [N, N] in the inputs' dtype, unscaled.
@@ -111,17 +133,44 @@ def position_scores(rows, columns, rows_table_ptr, columns_table_ptr, first, zer
     low = low // 8 * 64 + low % 8
     block_row: tl.constexpr = 16 * N  # of 8 rows and 2N distances
     at = tl.reshape((r1 * block_row + high * 64) + (low + r0 * 8), [N * N])
-    of_rows = tl.gather(_by_distance(rows, rows_table_ptr, first, N, d, STRIDE), at, 0)
+    of_rows = tl.gather(_by_distance(rows, rows_table_ptr, first, zero, N, d, STRIDE), at, 0)
     at = tl.reshape((c1 * block_row + high * 64) + (low + c0 * 8), [N * N])
-    of_columns = tl.gather(_by_distance(columns, columns_table_ptr, first, N, d, STRIDE), at, 0)
+    of_columns = tl.gather(_by_distance(columns, columns_table_ptr, first, zero, N, d, STRIDE), at, 0)
     return tl.reshape(of_rows + of_columns, [N, N])
 
 
 @triton.jit
-def _by_distance(x, table_ptr, first, N: tl.constexpr, d: tl.constexpr, STRIDE: tl.constexpr):
+def loaded_position_scores(of_queries_ptr, of_keys_ptr, buckets_ptr, query, key, zero, KEYS: tl.constexpr,
+                           N: tl.constexpr, P: tl.constexpr, T: tl.constexpr, L: tl.constexpr,
+                           EVEN: tl.constexpr):  # fmt: skip
+    """Position scores [N, N] in fp32, unscaled, without a gather: each is loaded by its bucket.
+
+    The pointers are to a row's queries and keys times all position vectors of a head, [T, P]; `query` and `key` are the
+    tile's first ones. In both loads neighbors along the tile's rows have one row of P entries, a line of the L1 cache.
+    """
+    of_queries = _loaded(of_queries_ptr, buckets_ptr + (query - key + (L - 1)), query, zero, 1, N, P, T, EVEN)
+    of_keys = _loaded(of_keys_ptr, buckets_ptr + (query - key + (L - 1)), key, zero, -1, N, P, T, EVEN)
+    if KEYS:
+        return tl.trans(of_queries) + of_keys
+    return of_queries + tl.trans(of_keys)
+
+
+@triton.jit
+def _loaded(pointer, buckets_ptr, first, zero, SIGN: tl.constexpr, N: tl.constexpr, P: tl.constexpr, T: tl.constexpr,
+            EVEN: tl.constexpr):  # fmt: skip
+    """[N, N] in fp32: of row r, the entry of the bucket at distance SIGN · (r − c) from `buckets_ptr`."""
+    rows, columns = tl.arange(0, N)[:, None] + zero, tl.arange(0, N)[None, :]
+    pointers = pointer + ((first + rows) * P + tl.load(buckets_ptr + (rows - columns) * SIGN))
+    if EVEN:
+        return tl.load(pointers).to(tl.float32)
+    return tl.load(pointers, mask=first + rows < T, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _by_distance(x, table_ptr, first, zero, N: tl.constexpr, d: tl.constexpr, STRIDE: tl.constexpr):
     """X [N, d] times 2N rows of a table by distance, [N · 2N] in blocks; in halves, which hold fewer registers."""
-    near = tl.dot(x, tl.trans(load_rows(table_ptr, first, STRIDE, N, d, 0, True))).to(x.dtype)
-    far = tl.dot(x, tl.trans(load_rows(table_ptr, first + N, STRIDE, N, d, 0, True)))
+    near = tl.dot(x, tl.trans(load_rows(table_ptr, first, STRIDE, N, d, 0, True, zero))).to(x.dtype)
+    far = tl.dot(x, tl.trans(load_rows(table_ptr, first + N, STRIDE, N, d, 0, True, zero)))
     return _in_blocks(near, far.to(x.dtype), N)
 
 
@@ -163,8 +212,30 @@ def add_by_bucket(
         low = low // 8 * 64 + low % 8
         at = tl.reshape((r1 * (16 * N) + high * 64) + (low + r0 * 8), [N * N])
         by_distance = _laid_out_as(tl.reshape(tl.gather(pair, at, 0), [N, N]), grad_scores)
-        buckets = load_rows(bucket_rows_ptr, middle - turn * N, P, N, P, 0, True)
+        buckets = load_rows(bucket_rows_ptr, middle - turn * N, P, N, P, 0, True, zero)
         sums = tl.dot(by_distance, buckets, sums)
+    return sums
+
+
+@triton.jit
+def add_by_bucket_through_memory(
+    sums, grad_scores, scratch_ptr, bucket_rows_ptr, middle, zero, KEYS: tl.constexpr, N: tl.constexpr, P: tl.constexpr
+):
+    """As `add_by_bucket`, without a gather: the tile is stored by distance, and loaded again.
+
+    Every tile writes the same entries of the program's scratch [N, 2N], of distances −N … N − 1; the others stay zeros.
+    """
+    rows, columns = tl.arange(0, N)[:, None] + zero, tl.arange(0, N)[None, :]
+    if KEYS:
+        by_distance = rows * (2 * N - 1) + columns + N
+    else:
+        by_distance = rows * (2 * N + 1) - columns + N
+    tl.debug_barrier()  # the tile before this one has been read
+    tl.store(scratch_ptr + by_distance, grad_scores)
+    tl.debug_barrier()
+    for half in tl.static_range(2):
+        near = load_rows(scratch_ptr + half * N, 0, 2 * N, N, N, N, True, zero)
+        sums = tl.dot(near, load_rows(bucket_rows_ptr, middle + (half - 1) * N, P, N, P, 0, True, zero), sums)
     return sums
 
 
