@@ -35,6 +35,13 @@ _MOST_SPILLED = {
     "queries_kernel": {"sm_90": 324, "sm_100": 64, "any": math.inf},
     "keys_kernel": {"sm_90": 632, "sm_100": 0, "any": math.inf},
 }
+# What was reached for heads of 64 with dropout, by length: instructions of a warp and accesses of shared memory, for a
+# tile. See `kernels.machine_code`.
+_MOST_COUNTED = {
+    "forward_kernel": {128: (1_700, 1_080), 512: (1_560, 1_000)},
+    "queries_kernel": {128: (2_190, 2_130), 512: (1_850, 1_780)},
+    "keys_kernel": {128: (2_370, 2_170), 512: (2_040, 1_770)},
+}
 # what `check.py` runs, in any case: heads, head size, length, position vectors, whether there is dropout
 CHECKED = (
     (1, 32, 16, 32, False),
@@ -292,6 +299,8 @@ def _configuration(
     kinds |= dict.fromkeys(("lse_ptr", "delta_ptr", "of_position_ptr"), "*fp32")
     kinds |= {"scale": "fp32", "keep_scale": "fp32", "threshold": "i32", "B": "i32"}
     types = {name: kinds.get(name, "*bf16") for name in kernel.arg_names if name not in constants}
+    counted = _MOST_COUNTED[kernel.__name__] if head_size == 64 and has_dropout else {}
+    most_instructions, most_wavefronts = counted.get(length, (math.inf, math.inf))
     return Configuration(
         f"attention_context/{kernel.__name__.removesuffix('_kernel')} d={head_size} T={length}"
         + (" dropout" if has_dropout else ""),
@@ -305,4 +314,6 @@ def _configuration(
         has_products=True,
         targets=frozenset({"sm_80", "sm_90", "sm_100"}),  # see `is_fused`
         most_spilled=_MOST_SPILLED[kernel.__name__] if head_size <= 64 else {"any": math.inf},
+        most_instructions=most_instructions,
+        most_wavefronts=most_wavefronts,
     )
