@@ -192,7 +192,7 @@ def barrier(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> No
     """All threads of the block meet."""
     if len(instruction.operands) != 1:
         raise UnknownInstructionError(f"unknown instruction {instruction}")
-    if machine.has_others() or not lanes.all():
+    if (lanes != machine.alive).any():
         machine.findings.add(instruction, "a barrier that not all threads reach")
     machine.barrier()
 

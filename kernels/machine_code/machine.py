@@ -60,6 +60,7 @@ class Machine(Registers):
         issued: [instructions] int64: how many warps executed each.
         wavefronts: [instructions] int64: accesses of shared memory by each.
         position: of the instruction in execution.
+        alive: [n] bool, threads that have not ended.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Machine(Registers):
         self.issued = np.zeros(len(listing.instructions), np.int64)
         self.wavefronts = np.zeros(len(listing.instructions), np.int64)
         self.position = 0
+        self.alive = self.everyone
         self._listing = listing
         self._handlers: dict[int, Handler] = {}  # by position
         self._num_warps = num_threads // WARP
@@ -110,6 +112,7 @@ class Machine(Registers):
         """Execute the instruction for the active lanes, and send all of them on."""
         instruction = self.instruction
         if instruction.name == "EXIT":
+            self.alive = self.alive & ~active
             self._go(self.position + 1, lanes & ~active)
         elif instruction.name == "BRA":
             for operand in instruction.operands[:-1]:
@@ -132,10 +135,6 @@ class Machine(Registers):
             return lanes
         lanes = lanes | self._paths[position]
         return self.everyone if lanes.all() else lanes
-
-    def has_others(self) -> bool:
-        """Whether some threads are elsewhere."""
-        return bool(self._paths)
 
     def barrier(self) -> None:
         """All threads have reached a barrier: each may see what the others have written."""
