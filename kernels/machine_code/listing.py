@@ -57,7 +57,7 @@ class Instruction:
         modifiers: such as ("WIDE", "U32").
         operands: destinations first.
         predicate: that a lane must have to execute it, or None.
-        text: as in the listing.
+        text: as in the listing, with single spaces.
     """
 
     address: int
@@ -113,7 +113,12 @@ def _instruction(line: str) -> Instruction | None:
     name, *modifiers = name.split(".")
     operands = tuple(_operand(part.strip()) for part in re.split(r",(?![^\[]*\])", rest)) if rest else ()
     return Instruction(
-        int(address, 16), name, tuple(modifiers), operands, _operand(predicate) if predicate else None, line
+        int(address, 16),
+        name,
+        tuple(modifiers),
+        operands,
+        _operand(predicate) if predicate else None,
+        " ".join(line.split()),
     )
 
 

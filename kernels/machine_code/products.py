@@ -110,6 +110,8 @@ def _places(
     """
     name = Operand("register", operand.text, operand.row + behind)
     low, high = (machine.bits(name, word)[::_GROUP].astype(np.int64) for word in range(2))
+    if machine.doubt().any():
+        machine.findings.add(instruction, "uninitialised descriptor", f"of matrix {transposed[-1]}")
     start, leading, stride = ((bits & 0x3FFF) << 4 for bits in (low, low >> 16, high))
     row_bytes = [_ROW_BYTES.get(mode, 0) for mode in (high >> 30).tolist()]
     if len(set(row_bytes)) > 1 or not row_bytes[0] or (high >> 17 & 7).any():
