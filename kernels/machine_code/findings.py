@@ -15,17 +15,14 @@ class Findings:
 
     Attributes:
         texts: the first of each.
-        times: how often each occurred.
     """
 
     texts: dict[tuple[int, str], str] = field(default_factory=dict)
-    times: dict[tuple[int, str], int] = field(default_factory=dict)
 
     def add(self, instruction: Instruction, kind: str, details: str = "") -> None:
         """Add a fault, such as "race"."""
-        key = instruction.address, kind
-        self.texts.setdefault(key, f"{kind}: {instruction}" + (f" ({details})" if details else ""))
-        self.times[key] = self.times.get(key, 0) + 1
+        text = f"{kind}: {instruction}" + (f" ({details})" if details else "")
+        self.texts.setdefault((instruction.address, kind), text)
 
     def lines(self) -> list[str]:
         """One line each, in the order of the code."""
