@@ -1,5 +1,6 @@
 """The list of operations, and the description of a Triton kernel to build without a GPU."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +53,8 @@ class Configuration:
         most_spilled: bytes of spill stores and loads allowed per thread, by target; "any" is for all others. A number
             above 0 must have a reason in the code.
         num_stages: of loops that the compiler pipelines; None: Triton's default.
+        most_instructions: allowed per warp and tile, in the machine code of sm_90; see `kernels.machine_code`.
+        most_wavefronts: the same for accesses of shared memory by a program's warps.
     """
 
     name: str
@@ -66,6 +69,8 @@ class Configuration:
     targets: frozenset[str] | None = None
     most_spilled: Mapping[str, float] = field(default_factory=dict)
     num_stages: int | None = None
+    most_instructions: float = math.inf
+    most_wavefronts: float = math.inf
 
 
 def fitting_warps(num_warps: int, warp_size: int) -> int:

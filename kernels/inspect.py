@@ -4,7 +4,9 @@ Every configuration that a launcher can choose is compiled ahead of time for eve
 from `ptxas -v` (on AMD: the assembly's metadata), widths of loads and stores and the use of tensor cores from the PTX
 or the assembly. Three bars must hold, else the exit status is 1: a program fits into a multiprocessor; registers do
 not spill on an NVIDIA GPU unless the configuration allows it; and kernels bound by memory traffic move blocks of global
-memory in words of 128 bits or more.
+memory in words of 128 bits or more. For sm_90, some programs of kernels with matrix products are executed on the CPU
+(`kernels.machine_code`): nothing may be wrong with their machine code, and a tile may take no more instructions and
+accesses of shared memory than the configuration allows.
 
 The project uses absolute imports only, so this file does not shadow the standard library's `inspect`.
 """
@@ -73,6 +75,8 @@ class Build:
         stores: the same for stores.
         tensor_cores: whether there are matrix instructions.
         assembler: release of ptxas, for kernels with matrix products up to sm_90; see `kernels.assembler`.
+        tile: costs of a tile, `kernels.machine_code.emulation.Counts`, of kernels with matrix products on sm_90.
+        note: why there are none, or None.
         problems: the bars that do not hold, or why it was not built.
     """
 
@@ -85,6 +89,8 @@ class Build:
     stores: dict[int, int] = field(default_factory=dict)
     tensor_cores: bool = False
     assembler: str | None = None
+    tile: dict[str, float] = field(default_factory=dict)
+    note: str | None = None
     problems: list[str] = field(default_factory=list)
 
 
@@ -160,8 +166,20 @@ def build(configuration: Configuration, target_name: str) -> Build:
     if configuration.has_products and target.backend == "cuda" and target.arch < 100:
         with right_assembler() as release:
             result = replace(result, assembler=release)
+        if target_name == "sm_90":
+            result = _with_tile(result, configuration, compiled.asm["cubin"])
     result.problems.extend(_broken_bars(configuration, target, result, compiled.asm["ttir"]))
     return result
+
+
+def _with_tile(result: Build, configuration: Configuration, cubin: bytes) -> Build:
+    """A build with what its machine code says."""
+    measurement = importlib.import_module("kernels.machine_code.measurement")  # which needs time to import
+    measured = measurement.measure(configuration, cubin, result.shared_bytes)
+    if measured is None:
+        return result
+    result.problems.extend(f"machine code: {finding}" for finding in measured.findings)
+    return replace(result, tile={} if measured.counts is None else asdict(measured.counts), note=measured.note)
 
 
 def _build_job(module: str, index: int, target: str) -> Build:
@@ -223,6 +241,12 @@ def _broken_bars(configuration: Configuration, target: Target, result: Build, tt
     most_spilled = configuration.most_spilled.get(result.target, configuration.most_spilled.get("any", 0))
     if target.backend == "cuda" and result.spill_bytes > most_spilled:
         problems.append(f"spills {result.spill_bytes} bytes a thread, of {most_spilled} allowed")
+    for name, most in (
+        ("instructions", configuration.most_instructions),
+        ("wavefronts", configuration.most_wavefronts),
+    ):
+        if result.tile.get(name, 0) > most:
+            problems.append(f"takes {result.tile[name]:.0f} {name} a tile, of {most:.0f} allowed")
     if configuration.streams:
         for kind, widths in (("load", result.loads), ("store", result.stores)):
             # scalars, such as a row's loss, do not count: only loads and stores of blocks must be wide
@@ -306,6 +330,9 @@ def main() -> None:
         print_table(builds)
         for release in sorted({built.assembler for built in builds if built.assembler}):
             print(f"Matrix products up to sm_90 are assembled by ptxas {release}.")
+        for built in builds:
+            if built.note:
+                print(f"{built.configuration} on {built.target}: {built.note}")
     for problem in problems:
         print(problem, file=sys.stderr)
     sys.exit(1 if problems else 0)
@@ -315,6 +342,7 @@ def print_table(builds: Sequence[Build]) -> None:
     """Print one line per build, with the configuration's name on its first line only."""
     width = max((len(built.configuration) for built in builds), default=0)
     columns = ("registers", "spilled B", "shared B", "load bits", "store bits", "tensor cores")
+    columns += ("instructions a tile", "shared wavefronts a tile")
     print(" ".join([f"{'configuration':{width}} {'target':7}", *columns]))
     previous = None
     for built in builds:
@@ -325,6 +353,7 @@ def print_table(builds: Sequence[Build]) -> None:
             max(built.loads, default=0),
             max(built.stores, default=0),
             "yes" if built.tensor_cores else "-",
+            *(f"{built.tile[name]:.0f}" if built.tile else "-" for name in ("instructions", "wavefronts")),
         )
         name = built.configuration if built.configuration != previous else ""
         row = " ".join(f"{cell:>{len(column)}}" for cell, column in zip(cells, columns, strict=True))

@@ -154,8 +154,25 @@ FURTHER = {
 FUNCTIONS = {"lamb": "lamb_step"}
 
 
+TOOLS = {"machine_code"}  # folders of kernels/ that are no operations
+
+
 def test_every_operation_is_in_the_list():
-    assert set(OPERATIONS) == {file.parent.name for file in ROOT.glob("kernels/*/__init__.py")}
+    assert set(OPERATIONS) | TOOLS == {file.parent.name for file in ROOT.glob("kernels/*/__init__.py")}
+
+
+def test_a_tool_says_what_each_of_its_files_is_and_no_run_loads_it():
+    for tool in TOOLS:
+        folder = ROOT / "kernels" / tool
+        docstring = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8")))
+        lines = [line.partition(":")[0] for line in docstring.splitlines() if line.startswith("- `")]
+        named = [name for line in lines for name in re.findall(r"`(\w+)`", line)]
+        assert sorted(named) == sorted(file.stem for file in folder.glob("*.py") if file.stem != "__init__")
+        users = [
+            file for file in ROOT.glob("[gk]*/**/*.py") if any(reaches(n, [f"kernels.{tool}"]) for n in imports(file))
+        ]
+        assert users
+        assert {file.parent for file in users} == {folder}
 
 
 @pytest.mark.parametrize("op", OPERATIONS)

@@ -45,6 +45,20 @@ _MOST_SPILLED = {
         "keys_kernel": {"sm_90": 220, "sm_100": 0},
     },
 }
+# What was reached for heads of 64 with dropout, by length: instructions of a warp and accesses of shared memory, for a
+# tile. See `kernels.machine_code`.
+_MOST_COUNTED = {
+    "gather": {
+        "forward_kernel": {128: (1_680, 1_070), 512: (1_520, 1_000)},
+        "queries_kernel": {128: (2_090, 2_120), 512: (1_790, 1_770)},
+        "keys_kernel": {128: (2_270, 2_160), 512: (2_020, 1_760)},
+    },
+    "load": {
+        "forward_kernel": {128: (1_910, 1_140), 512: (1_780, 1_070)},
+        "queries_kernel": {128: (2_380, 1_930), 512: (2_060, 1_580)},
+        "keys_kernel": {128: (2_560, 1_840), 512: (2_280, 1_440)},
+    },
+}
 # what `check.py` runs, in any case: heads, head size, length, position vectors, whether there is dropout
 CHECKED = (
     (1, 32, 16, 32, False),
@@ -259,7 +273,7 @@ def backward(
     groups = max(1, min(_PROGRAMS // num_heads, num_rows * (settings["L"] // tile)))
     of_query, of_key, of_value = gradients
     parts = torch.zeros(groups, num_buckets, 2 * hidden_size, dtype=torch.float32, device=grad.device)
-    scratch = grad.new_zeros(2, *(() if variant == "gather" else (groups, num_heads, tile, 2 * tile)))
+    scratch = (grad, grad) if variant == "gather" else grad.new_zeros(2, groups, num_heads, tile, 2 * tile)
     delta = torch.empty_like(lse)
     rows = (document_ids, is_causal, is_causal if seed is None else seed)
     numbers = (*_numbers(seed, dropout_prob, scale), num_rows)
@@ -352,6 +366,8 @@ def _configuration(
     kinds |= dict.fromkeys(("lse_ptr", "delta_ptr", "of_position_ptr"), "*fp32")
     kinds |= {"scale": "fp32", "keep_scale": "fp32", "threshold": "i32", "B": "i32"}
     types = {name: kinds.get(name, "*bf16") for name in kernel.arg_names if name not in constants}
+    counted = _MOST_COUNTED[variant][kernel.__name__] if head_size == 64 and has_dropout else {}
+    most_instructions, most_wavefronts = counted.get(length, (math.inf, math.inf))
     return Configuration(
         f"attention_context/{kernel.__name__.removesuffix('_kernel')} d={head_size} T={length}"
         + ("" if variant == "gather" else f" {variant}")
@@ -366,4 +382,6 @@ def _configuration(
         has_products=True,
         targets=frozenset({"sm_80", "sm_90", "sm_100"}),  # see `is_fused`
         most_spilled={"any": math.inf} | (_MOST_SPILLED[variant][kernel.__name__] if has_bar else {}),
+        most_instructions=most_instructions,
+        most_wavefronts=most_wavefronts,
     )

@@ -1,0 +1,132 @@
+"""Operations on floating-point numbers, computed as such: results are right up to the last bit of fp32 or bf16."""
+
+import numpy as np
+
+from kernels.machine_code.findings import UnknownInstructionError
+from kernels.machine_code.listing import Instruction
+from kernels.machine_code.machine import Machine, executes
+from kernels.machine_code.moves import chosen
+
+_COMPARISONS = {
+    "GT": np.greater,
+    "GE": np.greater_equal,
+    "LT": np.less,
+    "LE": np.less_equal,
+    "EQ": np.equal,
+    "NE": np.not_equal,
+}
+_UNORDERED = {f"{name}U" for name in _COMPARISONS}  # true also if one is no number
+_FUNCTIONS = {
+    "EX2": np.exp2,
+    "LG2": np.log2,
+    "RCP": np.reciprocal,
+    "RSQ": lambda value: 1 / np.sqrt(value),
+    "SQRT": np.sqrt,
+}
+
+
+def to_bf16(value: np.ndarray) -> np.ndarray:
+    """bf16 bits of fp32 numbers, uint32: rounded to the nearest, ties to even."""
+    bits = value.astype(np.float32).view(np.uint32)
+    rounded = bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1)) >> np.uint32(16)
+    return np.where(np.isnan(value), np.uint32(0x7FFF), rounded)
+
+
+def from_bf16(bits: np.ndarray) -> np.ndarray:
+    """fp32 numbers of bf16 bits, the low half of uint32."""
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+@executes("FMUL FADD FFMA", "FTZ")
+def arithmetic(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> None:
+    """Of a, b and c: a · b, a + b or a · b + c, rounded once (FFMA: almost always)."""
+    operands = instruction.operands[1:]
+    first, second, *third = (machine.fraction(operand).astype(np.float64) for operand in operands)
+    value = first + second if instruction.name == "FADD" else first * second
+    value = value + third[0] if third else value
+    _write(machine, instruction, value, lanes)
+
+
+@executes("FSEL")
+def select(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> None:
+    """The first where a predicate is true, else the second."""
+    target, first, second, condition = instruction.operands
+    sources = first, second
+    value, undefined = chosen(machine, condition, *map(machine.fraction, sources), sources)
+    machine.write(target, value.view(np.uint32), lanes, undefined=undefined)
+
+
+@executes("FMNMX", "FTZ")
+def extreme(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> None:
+    """The lesser if a predicate is true, else the greater; of a number and none, the number."""
+    _, first, second, condition = instruction.operands
+    first, second = machine.fraction(first), machine.fraction(second)
+    value = np.where(machine.truth(condition), np.fmin(first, second), np.fmax(first, second))
+    _write(machine, instruction, value, lanes)
+
+
+@executes("MUFU", " ".join(_FUNCTIONS))
+def function(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> None:
+    """An elementary function."""
+    value = machine.fraction(instruction.operands[1])
+    _write(machine, instruction, _FUNCTIONS[instruction.modifiers[0]](value), lanes)
+
+
+@executes("FSETP", " ".join([*_COMPARISONS, *_UNORDERED, "AND", "OR", "FTZ"]))
+def compare(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> None:
+    """A comparison and its opposite, each combined with a predicate."""
+    output, opposite, first, second, other = instruction.operands
+    name = instruction.modifiers[0]
+    left, right = machine.fraction(first), machine.fraction(second)
+    is_none = np.isnan(left) | np.isnan(right)
+    holds = _COMPARISONS[name.removesuffix("U")](left, right)
+    holds = holds | is_none if name.endswith("U") else holds & ~is_none
+    combine = np.logical_or if "OR" in instruction.modifiers else np.logical_and
+    other = machine.truth(other).copy()
+    machine.decide(output, combine(holds, other), lanes)
+    machine.decide(opposite, combine(~holds, other), lanes)
+
+
+@executes("F2FP", "BF16 F32 PACK_AB")
+def pack(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> None:
+    """Two fp32 numbers as bf16: the first in the high half."""
+    target, high, low = instruction.operands
+    high, low = (to_bf16(machine.fraction(operand)) for operand in (high, low))
+    machine.write(target, high << np.uint32(16) | low, lanes)
+
+
+@executes("F2F", "BF16 F32")
+def narrow(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> None:
+    """One fp32 number as bf16, in the low half."""
+    if instruction.modifiers != ("BF16", "F32"):
+        raise UnknownInstructionError(f"unknown instruction {instruction}")
+    target, source = instruction.operands
+    machine.write(target, to_bf16(machine.fraction(source)), lanes)
+
+
+@executes("HADD2", "BF16_V2")
+def add_halves(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> None:
+    """Sums of two bf16 numbers each."""
+    if instruction.modifiers != ("BF16_V2",):
+        raise UnknownInstructionError(f"unknown instruction {instruction}")
+    target, *operands = instruction.operands
+    if any(operand.part or operand.is_negative or operand.is_absolute for operand in operands):
+        raise UnknownInstructionError(f"unknown instruction {instruction}")
+    first, second = (machine.bits(operand) for operand in operands)
+    halves = [
+        to_bf16(from_bf16(first >> by & np.uint32(0xFFFF)) + from_bf16(second >> by & np.uint32(0xFFFF)))
+        for by in (np.uint32(0), np.uint32(16))
+    ]
+    machine.write(target, halves[0] | halves[1] << np.uint32(16), lanes)
+
+
+@executes("I2FP", "F32 S32 U32")
+def from_whole(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> None:
+    """An integer as fp32."""
+    source = instruction.operands[1]
+    is_signed = "S32" in instruction.modifiers
+    _write(machine, instruction, machine.signed(source) if is_signed else machine.whole(source), lanes)
+
+
+def _write(machine: Machine, instruction: Instruction, value: np.ndarray, lanes: np.ndarray) -> None:
+    machine.write(instruction.operands[0], value.astype(np.float32).view(np.uint32), lanes)

@@ -1,0 +1,69 @@
+"""What the machine code of one inspected configuration says: costs of a tile, and faults."""
+
+import importlib
+import subprocess
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kernels.configuration import Configuration
+from kernels.machine_code.emulation import Counts, emulate
+from kernels.machine_code.examples import example
+from kernels.machine_code.findings import UnknownInstructionError
+from kernels.machine_code.listing import Listing
+
+TARGET = "sm_90"  # whose instructions are known
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Results.
+
+    Attributes:
+        counts: of a tile, or None.
+        findings: faults of the code, one line each.
+        note: why there are no counts, or None.
+    """
+
+    counts: Counts | None = None
+    findings: list[str] = field(default_factory=list)
+    note: str | None = None
+
+
+def measure(configuration: Configuration, cubin: bytes, shared_bytes: int) -> Measurement | None:
+    """Emulate some thread blocks of a launch of a configuration; None for operations without an example.
+
+    Args:
+        configuration: what was compiled for `TARGET`.
+        cubin: the result.
+        shared_bytes: of a program.
+    """
+    try:
+        launched = example(configuration)
+    except ValueError as error:
+        return Measurement(findings=[f"not emulated: {error}"])
+    if launched is None:
+        return None
+    try:
+        listing = Listing.parse(disassemble(cubin))
+        result = emulate(listing, launched.launch, configuration.types, shared_bytes, launched.blocks)
+    except (UnknownInstructionError, OSError, subprocess.CalledProcessError) as error:
+        return Measurement(note=f"no counts from machine code: {error}")
+    return Measurement(result.counts[0], result.findings)
+
+
+def disassemble(cubin: bytes) -> str:
+    """The listing of a compiled kernel, by the disassembler of Triton's wheel.
+
+    Raises:
+        OSError: there is none.
+        subprocess.CalledProcessError: it cannot read the file.
+    """
+    try:
+        path = importlib.import_module("triton.knobs").nvidia.cuobjdump.path
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        return subprocess.run([path, "-sass", file], capture_output=True, text=True, check=True).stdout
