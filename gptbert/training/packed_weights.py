@@ -1,4 +1,4 @@
-"""Copies of the blocks' weights in the dtype of the products, made once a step instead of at each use."""
+"""Copies of the blocks' weights in the dtype of the products, written by each update instead of at each use."""
 
 from collections.abc import Iterator
 
