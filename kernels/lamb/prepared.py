@@ -73,9 +73,8 @@ class PreparedStep:
         addresses = chunk_table.addresses(self._params, grads, *self._state, self._averages, self._copies)
         self._check(grads, addresses)
         norm, clip, max_grad_norm = op.clipping(gradient_norm, max_grad_norm, self._params[0])
-        torch.autograd.graph.increment_version(
-            self._used_elsewhere
-        )  # so that a backward that saved the old values raises
+        # so that a backward that saved the old values raises
+        torch.autograd.graph.increment_version(self._used_elsewhere)
         self._launch(
             self._params,
             grads,
