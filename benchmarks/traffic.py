@@ -31,6 +31,7 @@ from gptbert.model import GPTBert
 from kernels import IGNORE_INDEX, cross_entropy_from_logits, lamb_step, masked_cross_entropy, span_mask
 from kernels.depth_mix.fused import GROUP, FusedMixes
 from kernels.gated_norm.fused import gated_norm, gated_norm_backward
+from kernels.lamb import PreparedStep
 from kernels.normalize.fused import backward as normalize_backward
 from kernels.normalize.fused import forward as normalize_rows
 from kernels.padding import padded_rows
@@ -45,6 +46,7 @@ CROSS_ENTROPY_BAR = 1.05
 LIGER_BAR = 0.65
 MASKED_LAUNCHES = 3  # rows, sums over rows, gradients times grad_output
 LAMB_BYTES, LAMB_BAR, LAMB_LAUNCHES = 52, 1.01, 4
+COPY_BYTES = 2  # more, for a parameter with a copy in bf16
 SPAN_MASK_BAR = 1.1
 MIX_BYTES = 1650  # per token and D, for the 24 mixes of 12 layers, forward and backward
 GATED_NORM_BAR = 1.01
@@ -251,45 +253,46 @@ def masked_cross_entropy_job(rows: int = 20, hidden_size: int = 32, vocab_size: 
     return job
 
 
-def lamb_job(name: str, shapes: list[torch.Size]) -> CountedJob:
-    """A step of LAMB in fp32 with clipping and EMA, weight decay as upstream (matrices).
+def lamb_job(name: str, shapes: list[torch.Size], are_copied: list[bool] | None = None) -> CountedJob:
+    """A step of LAMB in fp32 with clipping and EMA, weight decay as upstream (matrices); and bf16 copies of some.
 
     Minimum per parameter for the exact update, whose trust ratio first needs the norms of the whole tensor:
     4 (gradient, for its norm) + 24 (parameter, gradient and moments read, moments written) + 16 (parameter and moments
-    read, parameter written) + 8 (average read and written) = 52.
+    read, parameter written) + 8 (average read and written) = 52; and 2 for a copy.
     """
+    are_copied = [False] * len(shapes) if are_copied is None else are_copied
     generator = torch.Generator().manual_seed(2)
     params, grads, exp_avgs, averages = (
         [torch.randn(shape, generator=generator) for shape in shapes] for _ in range(4)
     )
-    exp_avg_sqs = [grad.square() for grad in grads]
+    state = [exp_avgs, [grad.square() for grad in grads], [torch.tensor(3.0) for _ in params]]
+    decays = [0.1 if len(shape) > 1 else 0.0 for shape in shapes]
+    copies = [param.bfloat16() if is_copied else None for param, is_copied in zip(params, are_copied, strict=True)]
+    settings = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.98, "eps": 1e-8, "max_grad_norm": 2.0, "average_decay": 0.999}
     with Counted() as counted:
-        lamb_step(
-            params,
-            grads,
-            exp_avgs,
-            exp_avg_sqs,
-            [torch.tensor(3.0) for _ in params],
-            lr=1e-2,
-            beta1=0.9,
-            beta2=0.98,
-            eps=1e-8,
-            weight_decay=[0.1 if len(shape) > 1 else 0.0 for shape in shapes],
-            max_grad_norm=2.0,
-            averages=averages,
-            average_decay=0.999,
-            backend="triton",
-        )
+        if any(are_copied):
+            PreparedStep(params, *state, averages, decays, copies)(grads, **settings)
+        else:
+            lamb_step(params, grads, *state, weight_decay=decays, averages=averages, backend="triton", **settings)
     parameters = sum(shape.numel() for shape in shapes)
-    job = _job(f"lamb {name}", counted, LAMB_BYTES * parameters, LAMB_BAR)
+    copied = sum(copy.numel() for copy in copies if copy is not None)
+    job = _job(f"lamb {name}", counted, LAMB_BYTES * parameters + COPY_BYTES * copied, LAMB_BAR)
     job.launch_bar, job.parameters = LAMB_LAUNCHES, parameters
     return job
 
 
-def model_shapes(file: str) -> list[torch.Size]:
-    """Parameter shapes of the model in configs/`file`."""
+def copied_parameters(model: GPTBert) -> set[Tensor]:
+    """The parameters of which fused steps in bf16 have copies."""
+    packed = (each for block in model.blocks for sub_layer in block.pack(torch.bfloat16) for each in sub_layer)
+    return {part for each in packed for part in each.parts}
+
+
+def model_shapes(file: str) -> tuple[list[torch.Size], list[bool]]:
+    """Parameter shapes of the model in configs/`file`, and which of them `copied_parameters` has."""
     with torch.device("meta"):
-        return [parameter.shape for parameter in GPTBert(ModelConfig.from_json(f"configs/{file}")).parameters()]
+        model = GPTBert(ModelConfig.from_json(f"configs/{file}"))
+    copied = copied_parameters(model)
+    return [param.shape for param in model.parameters()], [param in copied for param in model.parameters()]
 
 
 def span_mask_jobs(length: int) -> Iterator[CountedJob]:
@@ -429,8 +432,10 @@ def count(config: TrafficConfig) -> Iterator[CountedJob]:
     if "masked_cross_entropy" in config.op:
         yield masked_cross_entropy_job()
     if "lamb" in config.op:
-        shapes = model_shapes(config.lamb_config)
-        yield lamb_job(f"configs/{config.lamb_config} {len(shapes)} tensors", shapes)
+        shapes, are_copied = model_shapes(config.lamb_config)
+        name = f"configs/{config.lamb_config} {len(shapes)} tensors"
+        yield lamb_job(name, shapes)
+        yield lamb_job(f"{name}, {sum(are_copied)} copies", shapes, are_copied)
     if "span_mask" in config.op:
         for length in LENGTHS:
             yield from span_mask_jobs(length)

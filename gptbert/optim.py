@@ -20,7 +20,7 @@ from torch.optim import AdamW, Optimizer
 from gptbert.config import TrainConfig
 from gptbert.distributed.fsdp import full_tensor, local, reshard
 from gptbert.muon import MuonWithAdamW, hidden_matrices
-from kernels import lamb_step
+from kernels import lamb_step, torch_private
 from kernels.backend import choose_backend, chosen_by_name
 from kernels.lamb import PreparedStep
 
@@ -78,31 +78,40 @@ class Lamb(Optimizer):
         return loss
 
     @torch.no_grad()
-    def clip_step_average(self, max_grad_norm: float, averages: Mapping[Tensor, Tensor], decay: float) -> Tensor:
+    def clip_step_average(
+        self,
+        max_grad_norm: float,
+        averages: Mapping[Tensor, Tensor],
+        decay: float,
+        copies: Mapping[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """Clip the gradients to a global norm, `step`, and update the parameters' averages, in a single pass.
 
         If the gradient norm is not finite, parameters, state and averages are unchanged. Gradients are not modified.
+        Copies are written in that pass by the backend "triton", and after it by others.
 
         Args:
             max_grad_norm: as in torch.nn.utils.clip_grad_norm_.
             averages: the exponential moving average of every parameter.
             decay: of the averages.
+            copies: copies of some parameters, like them or all in bf16, which follow them; none of sharded ones.
 
         Returns:
             The gradient norm before clipping, a scalar on the device.
         """
-        return self._update(max_grad_norm, averages, decay)
+        return self._update(max_grad_norm, averages, decay, copies)
 
     def _update(
         self,
         max_grad_norm: float | None = None,
         averages: Mapping[Tensor, Tensor] | None = None,
         average_decay: float = 0.0,
+        copies: Mapping[Tensor, Tensor] | None = None,
     ) -> Tensor | None:
         """One call of the kernel for all parameters whose settings differ at most in weight decay."""
         params = [param for group in self.param_groups for param in group["params"]]
         grads = [param.grad for param in params]
-        calls, idle = self._find_calls(params, grads, averages or {})
+        calls, idle = self._find_calls(params, grads, averages or {}, copies or {})
         gradient_norm = None
         if len(calls) != 1 and max_grad_norm is not None:  # the global norm spans the calls, so it is computed first
             gradient_norm = full_tensor(get_total_norm([grads[place] for call in calls for place in call.places]))
@@ -123,7 +132,11 @@ class Lamb(Optimizer):
         return gradient_norm
 
     def _find_calls(
-        self, params: list[Tensor], grads: list[Tensor | None], averages: Mapping[Tensor, Tensor]
+        self,
+        params: list[Tensor],
+        grads: list[Tensor | None],
+        averages: Mapping[Tensor, Tensor],
+        copies: Mapping[Tensor, Tensor],
     ) -> tuple[list["_Call"], list[int]]:
         """The calls, and the indices of parameters without a gradient; cached from the last step while still valid.
 
@@ -134,10 +147,11 @@ class Lamb(Optimizer):
             for group in self.param_groups
         ]
         kinds = [shared.index(settings) for settings in shared]  # groups of one kind share a call
-        if self._prepared_for != self._all_that_matters(kinds, params, grads, averages):
-            self._calls = self._make_calls(kinds, params, grads, averages)
+        everything = (kinds, params, grads, averages, copies)
+        if self._prepared_for != self._all_that_matters(*everything):
+            self._calls = self._make_calls(*everything)
             self._idle = [place for place, grad in enumerate(grads) if grad is None]
-            self._prepared_for = self._all_that_matters(kinds, params, grads, averages)  # with states created just now
+            self._prepared_for = self._all_that_matters(*everything)  # with states created just now
         return self._calls, self._idle
 
     def _all_that_matters(
@@ -146,12 +160,14 @@ class Lamb(Optimizer):
         params: list[Tensor],
         grads: list[Tensor | None],
         averages: Mapping[Tensor, Tensor],
+        copies: Mapping[Tensor, Tensor],
     ) -> tuple:
         """Everything calls depend on, as values fast to compare; calls hold their tensors, so ids stay unique."""
         states = self.state.values()
         tensors = chain(params, averages, averages.values(), self.state, chain.from_iterable(map(dict.values, states)))
         groups = [(len(group["params"]), group["weight_decay"]) for group in self.param_groups]
-        return kinds, groups, chosen_by_name(), [grad is None for grad in grads], list(map(id, tensors))
+        ids = [list(map(id, each)) for each in (tensors, chain(copies, copies.values()))]
+        return kinds, groups, chosen_by_name(), [grad is None for grad in grads], ids
 
     def _make_calls(
         self,
@@ -159,6 +175,7 @@ class Lamb(Optimizer):
         params: list[Tensor],
         grads: list[Tensor | None],
         averages: Mapping[Tensor, Tensor],
+        copies: Mapping[Tensor, Tensor],
     ) -> list["_Call"]:
         group_of_shards = _shard_group(params)
         owners = [index for index, group in enumerate(self.param_groups) for _ in group["params"]]
@@ -172,12 +189,13 @@ class Lamb(Optimizer):
             states = [self._state_of(param) for param in own]
             lists = (own, *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")))
             means = [averages[param] for param in own] if averages else []
+            own_copies = [copies.get(param) for param in own]
             decays = [self.param_groups[owners[place]]["weight_decay"] for place in places]
             is_whole = group_of_shards is None and own[0].dtype == torch.float32
             if is_whole and choose_backend(None, own[0].device) == "triton":
-                step = PreparedStep(*lists, means, decays)
+                step = PreparedStep(*lists, means, decays, own_copies)
             else:
-                step = partial(_plain_step, lists, means, decays, group_of_shards)
+                step = partial(_plain_step, lists, means, decays, own_copies, group_of_shards)
             calls.append(_Call(self.param_groups[owners[places[0]]], places, step))
         return calls
 
@@ -209,12 +227,13 @@ def _plain_step(
     lists: tuple[list[Tensor], ...],
     averages: list[Tensor],
     weight_decays: list[float],
+    copies: list[Tensor | None],
     group: ProcessGroup | None,
     grads: list[Tensor],
     **settings: Any,
 ) -> Tensor | None:
     params, *state = ([local(tensor) for tensor in tensors] for tensors in lists)
-    return lamb_step(
+    gradient_norm = lamb_step(
         params,
         [local(grad).contiguous() for grad in grads],
         *state,
@@ -223,6 +242,9 @@ def _plain_step(
         group=group,
         **settings,
     )
+    copied = {copy: param for copy, param in zip(copies, params, strict=True) if copy is not None}
+    torch_private.copy_each(list(copied), list(copied.values()))
+    return gradient_norm
 
 
 class WeightAverage:
@@ -287,8 +309,14 @@ def _shard_group(params: Iterable[Tensor]) -> ProcessGroup | None:
     return groups.pop() if groups else None
 
 
-def update_weights(optimizer: Optimizer, model: nn.Module, average: WeightAverage, max_grad_norm: float) -> Tensor:
-    """Clip the gradients to a global norm, step, and update the average of the weights.
+def update_weights(
+    optimizer: Optimizer,
+    model: nn.Module,
+    average: WeightAverage,
+    max_grad_norm: float,
+    copies: Mapping[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Clip the gradients to a global norm, step, and update the average and the copies of the weights.
 
     If that norm is not finite, weights, average and optimizer state are unchanged; decided without a device sync.
 
@@ -297,17 +325,21 @@ def update_weights(optimizer: Optimizer, model: nn.Module, average: WeightAverag
         model: its parameters have gradients.
         average: the model's.
         max_grad_norm: larger gradients are scaled down to this norm.
+        copies: see `Lamb.clip_step_average`.
 
     Returns:
         The gradient norm before clipping, finite or not, a scalar on the device.
     """
     if isinstance(optimizer, Lamb):
-        return optimizer.clip_step_average(max_grad_norm, average.of(model), average.decay)
+        return optimizer.clip_step_average(max_grad_norm, average.of(model), average.decay, copies)
     gradient_norm = full_tensor(clip_grad_norm_(model.parameters(), max_grad_norm))
     optimizer.found_inf = (~gradient_norm.isfinite()).float()  # how GradScaler makes fused optimizers skip a step
     optimizer.step()
     del optimizer.found_inf
     average.update(model, gradient_norm)
+    if copies:
+        with torch.no_grad():
+            torch_private.copy_each(list(copies.values()), list(copies))
     return gradient_norm
 
 

@@ -37,7 +37,7 @@ def copy_each(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 
     Without `torch._foreach_copy_` in a launch for each.
     """
-    if hasattr(torch, "_foreach_copy_"):
+    if targets and hasattr(torch, "_foreach_copy_"):  # which refuses none
         torch._foreach_copy_(targets, sources)
         return
     for target, source in zip(targets, sources, strict=True):

@@ -13,6 +13,7 @@ import torch
 
 from kernels import check
 from kernels.configuration import TRITON_OPERATIONS, operations
+from kernels.lamb import check as lamb_check
 from kernels.numerics import Comparison
 from kernels.run import Run
 from tests.mutation import mutated
@@ -107,6 +108,15 @@ def test_a_run_has_checked_what_it_launches_and_nothing_else(device):
 def test_each_setting_of_a_run_reaches_its_check(device, change, op, shows):
     assert shows not in checked(device)[op]
     assert shows in checked(device, **change)[op]
+
+
+@pytest.mark.parametrize(("gates", "has_copies"), [((32, 48), True), (None, False)])
+def test_copies_are_checked_where_a_run_has_packed_weights(device, gates, has_copies):
+    for run in (dataclasses.replace(RUN, gates=gates, buckets=True, dtype=dtype) for dtype in ("bfloat16", "float32")):
+        results = list(lamb_check.comparisons(device, "triton", run))
+        assert all(result.passed for result in results)
+        copied = {result.name for result in results if result.name.endswith(": copies")}
+        assert copied == ({"fp32: copies", "unaligned gradients: copies"} if has_copies else set())
 
 
 def test_a_run_with_another_optimizer_does_not_check_lamb(device):

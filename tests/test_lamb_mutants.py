@@ -45,6 +45,20 @@ MUTANTS = {
     "average of the old parameter": ("(param - average)", "(param + step_size * update - average)"),
     "average exchanged": ("average += one_minus_decay * (", "average = param - one_minus_decay * ("),
     "average not kept": ("_store(averages, lanes, average, length, is_last)", "pass"),
+    "copy of the old parameter": ("_narrow(param, COPY", "_narrow(param + step_size * update, COPY"),
+    "copy without the trust ratio": (
+        "_narrow(param, COPY", "_narrow(param + step_size * update - lr_scale * tl.load(lr_ptr) * update, COPY"
+    ),
+    "copy of the average": ("_narrow(param, COPY", "_narrow(average if AVERAGE else param, COPY"),
+    "copy cut off": ("_narrow(param, COPY_TYPE)", "param.to(COPY_TYPE)"),
+    "copy rounded half up": (
+        "_narrow(param, COPY_TYPE)", "_round(param, 0x8000, COPY_TYPE, COPY_TYPE.is_bf16())"
+    ),
+    "copy not kept": ("_store(copies, lanes, _narrow(param, COPY_TYPE), length, is_last)", "pass"),
+    "copy past the end": ("COPY_TYPE), length, is_last", "COPY_TYPE), length + 1, is_last"),
+    "copy without its last element": ("COPY_TYPE), length, is_last", "COPY_TYPE), length - 1, is_last"),
+    "copy without its last block": ("is not None and has_copy", "is not None and has_copy and not is_last"),
+    "copy in the neighboring chunk's place": ("(row_ptr, _COPY, start,", "(row_ptr, _COPY, start // 2,"),
     "stores past the end": ("values, mask=lanes < length", "values, mask=lanes <= length"),
     "last element not stored": ("values, mask=lanes < length", "values, mask=lanes < length - 1"),
     "last element not loaded": ("mask=lanes < length, other", "mask=lanes < length - 1, other"),

@@ -198,6 +198,125 @@ def test_a_backward_that_needs_the_old_weights_is_an_error(device, recorded):
         loss.backward()
 
 
+# copies
+
+COPIED = ((7, 5), (33,), (1,), (16, 24), (1, 20_001), (0, 3))
+
+
+def lay_out(params, dtype, offset=0, without=()):
+    """A memory of sevens, and a copy of each parameter in it, 16 to 32 elements apart, `offset` from alignment."""
+    begins, end = [], 0
+    for param in params:
+        begins.append(end + 16 + offset)
+        end = -(-(begins[-1] + param.numel()) // 16) * 16
+    memory = torch.full((end + 16,), 7.0, dtype=dtype, device=params[0].device)
+    places = zip(begins, params, strict=True)
+    copies = [memory[begin : begin + param.numel()].view(param.shape) for begin, param in places]
+    return memory, [None if index in without else copy for index, copy in enumerate(copies)]
+
+
+def copy_all(copies, params):
+    for copy, param in zip(copies, params, strict=True):
+        if copy is not None:
+            copy.copy_(param)
+
+
+def prepare_copied(model, copies):
+    state = (model.params, model.exp_avgs, model.exp_avg_sqs, model.steps, model.averages)
+    return PreparedStep(*state, [0.1, 0.0, 0.3, 0.0, 0.1, 0.1], copies)
+
+
+def have_the_same_bits(one, other):
+    integers = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
+    return one.dtype == other.dtype and torch.equal(one.view(integers[one.dtype]), other.view(integers[other.dtype]))
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("offset", "without"), [(0, ()), (0, (0, 4)), (1, (1,)), (0, range(6))])
+def test_copies_are_the_new_parameters_and_nothing_else_is_written(device, dtype, offset, without):
+    """With clipping and averages, over a skipped step; all else has the bits of steps without copies."""
+    model, uncopied = (Model(device, COPIED) for _ in "ab")
+    memory, copies = lay_out(model.params, dtype, offset, without)
+    expected, expected_copies = lay_out(model.params, dtype, offset, without)
+    steps = prepare_copied(model, copies), prepare_copied(uncopied, ())
+    for step in range(4):
+        generator = torch.Generator().manual_seed(step)
+        grads = [torch.randn(shape, generator=generator).to(device) for shape in COPIED]
+        if step in {0, 2}:
+            grads[3][2, 5] = torch.nan
+        else:
+            copy_all(copies, model.params)  # not only where they differ
+        for prepared in steps:
+            prepared([grad.clone() for grad in grads], max_grad_norm=1.0, **SETTINGS)
+        if step > 0:
+            copy_all(expected_copies, model.params)
+        assert have_the_same_bits(memory, expected), "a first step that is skipped writes nothing"
+        assert same(model.state(), uncopied.state())
+    assert [step.item() for step in model.steps] == [2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+def test_every_number_is_rounded_as_by_pytorch(device):
+    """Of any exponent, subnormal ones and infinities among them, and halfway between two bf16 numbers."""
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31, (60_000,), generator=generator).int()
+    halfway = (bits[:20_000] & ~0xFFFF) | 0x8000
+    subnormal = bits[20_000:30_000] & ~0x7F800000
+    values = torch.cat([bits, halfway, subnormal]).view(torch.float32)
+    values = torch.cat([values[values.isfinite()], torch.tensor([3.4e38, -3.4e38, 3.3e38, 0.0, -0.0])]).to(device)
+    for lr in (0.0, 3e38):  # the same numbers; and large ones and infinities
+        param, copy = values.clone(), torch.zeros_like(values, dtype=torch.bfloat16)
+        state = [[torch.zeros_like(values)] for _ in range(2)]
+        prepared = PreparedStep([param], *state, [torch.zeros((), device=device)], [], [0.0], [copy])
+        prepared([torch.ones_like(values).copysign(-values)], **SETTINGS | {"lr": lr})
+        assert param.isinf().any() == (lr > 0)
+        assert copy.isinf().any(), "some numbers round to it"
+        assert have_the_same_bits(copy, param.to(torch.bfloat16))
+    values[7] = torch.nan
+    param = values.clone()
+    PreparedStep([param], *state, [torch.zeros((), device=device)], [], [0.0], [copy])([values], **SETTINGS)
+    assert param[7].isnan()
+    assert copy[7].isnan()
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_wide_words_need_aligned_copies(device, recorded, offset):
+    model = Model(device, COPIED)
+    _, copies = lay_out(model.params, torch.bfloat16, offset, without=(1,))
+    prepare_copied(model, copies)(model.grads, **SETTINGS)
+    assert [options["ALIGNED"] for *_, options in recorded] == [offset == 0] * 2
+
+
+def test_a_backward_that_needs_the_old_copy_is_an_error(device, recorded):
+    param, copy, x = torch.ones(3, device=device), torch.ones(1, 3, device=device), torch.ones(3, device=device)
+    loss = (copy * x.requires_grad_()).sum()  # of the matrix that the copy is a part of
+    state = [[torch.zeros(3, device=device)] for _ in range(2)]
+    step = PreparedStep([param], *state, [torch.zeros((), device=device)], [], [0.0], [copy[0]])
+    step([torch.ones(3, device=device)], **SETTINGS)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda copies: copies[:3], "copies: 3 tensors or None for 4 parameters"),
+        (lambda copies: [copy.half() for copy in copies], "copies: torch.float16; expected all torch.float32 or all"),
+        (lambda copies: [copies[0].float(), *copies[1:]], "copies: torch.*, torch.*; expected all torch.float32"),
+        (lambda copies: [None, *copies[1:3], copies[3].mT], r"copies\[3\]: \(24, 16\) on .*, its parameter"),
+        (lambda copies: [copies[0].mT.contiguous().mT, *copies[1:]], r"copies\[0\]: .* must be contiguous"),
+    ],
+)
+def test_copies_that_do_not_fit_are_one_clear_error(device, recorded, change, message):
+    model = Model(device)
+    copies = change([param.bfloat16() for param in model.params])
+    with pytest.raises(ValueError, match=message):
+        PreparedStep(model.params, model.exp_avgs, model.exp_avg_sqs, model.steps, [], DECAYS, copies)(
+            model.grads, **SETTINGS
+        )
+    assert not recorded
+
+
 # the optimizer
 
 
@@ -267,6 +386,34 @@ def test_an_optimizer_notices_what_changes_between_steps(device, triton, prepara
     assert same(*([t for s in o.state.values() for t in s.values()] for o in optimizers))
     ours = len(preparations) - 4
     assert ours == CHANGES[change][1] + (change == "no gradient"), "once more where the gradient comes back"
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("rates", [1, 2])
+def test_copies_of_some_parameters_follow_them(device, monkeypatch, backend, rates):
+    """On both backends, in one call and two, over a skipped step, a missing gradient, restored state and new copies."""
+    monkeypatch.setenv("KERNELS_BACKEND", backend)
+    module, uncopied = (make_module(device) for _ in "ab")
+    modules = (module, uncopied)
+    optimizers, averages = [make_optimizer(each) for each in modules], [WeightAverage(each, 0.9) for each in modules]
+    params = [param for name, param in module.named_parameters() if name != "2.weight"]
+    for step in range(7):
+        if step in {0, 5}:
+            memory, places = lay_out(params, TYPES[step > 0], offset=step % 2)
+            expected, expected_places = lay_out(params, TYPES[step > 0], offset=step % 2)
+            copy_all([*places, *expected_places], [param.detach() for param in [*params, *params]])
+        for each, optimizer, average in zip(modules, optimizers, averages, strict=True):
+            set_gradients(each, step, without=(1,) if step == 3 else ())
+            optimizer.param_groups[1]["lr"] = 0.1 if rates == 1 else 0.3
+            if step == 2:
+                each[0].weight.grad[0, 0] = torch.inf
+            if step == 4:
+                optimizer.load_state_dict(optimizer.state_dict())
+            copies = dict(zip(params, places, strict=True)) if each is module else None
+            optimizer.clip_step_average(1.0, average.of(each), 0.9, copies)
+        copy_all(expected_places, [param.detach() for param in params])
+        assert have_the_same_bits(memory, expected)
+        assert same(module.parameters(), uncopied.parameters())
 
 
 def test_a_new_backend_and_another_average_are_taken(device, triton, preparations, monkeypatch):

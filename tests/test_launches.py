@@ -14,7 +14,7 @@ from gptbert.config import ModelConfig
 from kernels.linear import Packed, add_weight_gradient, linear
 
 SMALL = ModelConfig.from_json("configs/small.json")
-REACHED = 543  # for 12 layers
+REACHED = 542  # for 12 layers
 
 
 def total(counted):
@@ -42,6 +42,7 @@ def test_every_fused_kernel_is_launched(of_twelve_layers):
     names = {name for phase in PHASES for name in of_twelve_layers.counts[phase]}
     ours = {name.partition(".")[0] for name in names if "::" not in name}
     assert ours >= {"attention_context", "gated_norm", "normalize", "dropout", "depth_mix", "lamb"}
+    assert "aten::_foreach_copy_" not in of_twelve_layers.counts["update"], "LAMB's own pass copies the weights"
     assert not names & {"aten::bitwise_xor", "aten::gelu", "aten::softmax"}
 
 

@@ -8,9 +8,11 @@ from torch import nn
 from gptbert.distributed.flat_gradients import FlatGradients
 from gptbert.distributed.world import World
 from gptbert.model import GPTBert
+from gptbert.muon import MuonWithAdamW, hidden_matrices
+from gptbert.optim import Lamb, WeightAverage, parameter_groups, update_weights
 from gptbert.training import packed_weights
 from gptbert.training.packed_weights import PackedWeights
-from kernels import wanted
+from kernels import torch_private, wanted
 from kernels.backend import set_default_backend
 from kernels.linear import Packed, add_weight_gradient, linear, linear_and_first, weight_gradient
 from tests.conftest import TINY
@@ -192,13 +194,53 @@ def test_copies_follow_the_weights(model, dtype):
     weights.refresh_if_changed()
     assert are_copies()
     places = [packed.narrow.data_ptr() for packed in weights._all()]
-    for param in model.parameters():
-        param.data.mul_(2)  # unseen, as what a graph replays
+    with torch.no_grad():
+        for param in model.parameters():
+            param.mul_(2)
+    weights.note_update()
     weights.refresh_if_changed()
-    assert not are_copies()
-    weights.refresh()
+    assert not are_copies(), "the update was said to have written them"
+    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()})
+    weights.refresh_if_changed()
     assert are_copies()
     assert places == [packed.narrow.data_ptr() for packed in weights._all()], "where a graph reads them"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("optimizer", ["lamb", "adamw", "muon"])
+def test_an_update_writes_the_copies(model, dtype, optimizer, monkeypatch):
+    """LAMB's kernel in its own pass, others after it; not those of weights that only look changed."""
+    weights, average = PackedWeights(model.blocks, dtype), WeightAverage(model, 0.9)
+    makers = {
+        "lamb": lambda: Lamb(parameter_groups(model, 0.1), lr=0.1),
+        "adamw": lambda: torch.optim.AdamW(parameter_groups(model, 0.1), lr=0.1, fused=True),
+        "muon": lambda: MuonWithAdamW(
+            hidden_matrices(model), [{"params": [model.embedding.word_embedding.weight]}], lr=0.1, weight_decay=0.1
+        ),
+    }
+    own, copied, optimizer = torch_private.copy_each, [], makers[optimizer]()
+    monkeypatch.setattr(torch_private, "copy_each", lambda *lists: copied.append(1) or own(*lists))
+    for step in range(4):
+        generator = torch.Generator().manual_seed(step)
+        for param in model.parameters():
+            param.grad = torch.randn(param.shape, generator=generator)
+        if step == 1:
+            model.blocks[0].feed_forward.up.weight.grad[3, 2] = torch.inf
+        if step == 2:
+            model.load_state_dict({name: 1.5 * tensor for name, tensor in model.state_dict().items()})
+            weights.refresh_if_changed()
+        before = model.blocks[0].feed_forward.up.weight.detach().clone()
+        norm = update_weights(optimizer, model, average, 1.0, weights.copies)
+        weights.note_update()
+        weights.refresh_if_changed()
+        assert norm.isfinite() == (step != 1)
+        assert torch.equal(model.blocks[0].feed_forward.up.weight, before) == (step == 1)
+        for packed in weights._all():
+            expected = torch.cat([part.detach() for part in packed.parts]).to(dtype)
+            integers = torch.int16 if dtype == torch.bfloat16 else torch.int32
+            assert torch.equal(packed.narrow.view(integers), expected.view(integers))
+            assert not packed.narrow.requires_grad
+    assert len(copied) == 1 + 4 * (not isinstance(optimizer, Lamb)), "the loaded weights"
 
 
 def test_who_has_use_for_packed_weights(model):

@@ -90,18 +90,25 @@ def test_recorded_steps_have_the_bits_of_eager_ones(inputs, monkeypatch, optimiz
     assert kept == 1, "graphs of former shapes are dropped"
 
 
+FEW_ROWS = {"seq_length": 16, "global_batch_size": 4, "local_batch_size": 2, "batch_reduction": 1}
+
+
+def wide_model(inputs):
+    """A config of one head, which is wide enough for fused attention."""
+    file = inputs / "wide.json"
+    file.write_text(json.dumps(MODEL | {"hidden_size": 32, "num_attention_heads": 1, "num_hidden_layers": 1}))
+    return file
+
+
 @pytest.mark.parametrize("operations", [(), wanted.FUSED], ids=["not fused", "fused"])
 def test_tritons_launches_are_recorded(inputs, monkeypatch, operations):
     """Of several micro-batches, whose gradients are added; and weights that something else changes between steps."""
     emulate(monkeypatch)
     set_default_backend("triton")
     wanted.use_fused(operations)
-    wide = inputs / "wide.json"
-    wide.write_text(json.dumps(MODEL | {"hidden_size": 32, "num_attention_heads": 1, "num_hidden_layers": 1}))
-    settings = {"seq_length": 16, "global_batch_size": 4, "local_batch_size": 2, "batch_reduction": 1}
     ends = []
     for recorded in (True, False):
-        trainer = make_trainer(inputs, recorded=recorded, config_file=wide, **settings)
+        trainer = make_trainer(inputs, recorded=recorded, config_file=wide_model(inputs), **FEW_ROWS)
         first = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
         before = steps_of(trainer, range(2))[0][0]
         trainer.model.load_state_dict(first)
@@ -115,6 +122,40 @@ def test_tritons_launches_are_recorded(inputs, monkeypatch, operations):
     assert (weights is not None) is bool(operations)
     if weights is not None:
         assert all(packed.gradient is not None for block in weights.blocks for layer in block for packed in layer)
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+def test_copies_by_lambs_own_pass_are_those_made_after_it(inputs, monkeypatch):
+    """The weights that products read; over a skipped step, and after a checkpoint is loaded."""
+    emulate(monkeypatch)
+    set_default_backend("triton")
+    wanted.use_fused(wanted.FUSED)
+    settings = {"recorded": True, "config_file": wide_model(inputs), **FEW_ROWS, "global_batch_size": 2}
+    update, ends = step_module.update_weights, []
+    for by_lamb in (True, False):
+        if not by_lamb:
+            monkeypatch.setattr(step_module, "update_weights", copying_afterwards(update))
+        trainer = make_trainer(inputs, **settings)
+        poison(trainer, 1)
+        before = steps_of(trainer, range(3))[0]
+        states = trainer.model.state_dict(), trainer.optimizer.state_dict()
+        trainer = make_trainer(inputs, **settings)
+        trainer.model.load_state_dict(states[0])
+        trainer.optimizer.load_state_dict(states[1])
+        ends.append(([*before, *steps_of(trainer, range(3, 5))[0]], {}))
+    assert_same(*ends)
+    assert ends[0][0][2].tolist() == [1, 0, 1], "one step was skipped"
+
+
+def copying_afterwards(update):
+    def planted(optimizer, model, average, max_grad_norm, copies):
+        norm = update(optimizer, model, average, max_grad_norm)
+        with torch.no_grad():
+            for param, copy in copies.items():
+                copy.copy_(param)
+        return norm
+
+    return planted
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.roofline import H100, Limits, RooflineConfig, TrainingStep, Work, parameter_count, run, table
+from benchmarks.roofline import (
+    H100,
+    Limits,
+    RooflineConfig,
+    TrainingStep,
+    Work,
+    copied_count,
+    parameter_count,
+    run,
+    table,
+)
 from gptbert.config import ModelConfig
 from gptbert.model import GPTBert
 from gptbert.monitoring.flops import training_flops
@@ -48,7 +58,13 @@ def test_layer_weighting_by_hand():
 def test_optimizer_moves_52_bytes_a_parameter():
     parameters = sum(param.numel() for param in GPTBert(TINY).parameters())
     assert parameter_count(TINY) == parameters
-    assert part(TrainingStep(TINY, 1, 8, 1.0), "optimizer and casts").fewest.bytes == 52 * parameters
+    work = part(TrainingStep(TINY, 1, 8, 1.0), "optimizer and casts")
+    assert work.fewest.bytes == 52 * parameters
+    blocks = [param for name, param in GPTBert(TINY).blocks.named_parameters() if "norm" not in name]
+    copied = sum(param.numel() for param in blocks if param.numel() > TINY.hidden_size)
+    assert copied_count(TINY) == copied
+    assert work.ours.bytes == (52 + 6) * parameters
+    assert work.fused.bytes == (52 + 6 + 4) * parameters - 4 * copied_count(TINY)
 
 
 def test_a_part_takes_what_takes_longer_and_its_launches():

@@ -172,8 +172,20 @@ def test_lamb_moves_52_bytes_a_parameter_in_four_launches():
     assert job.fewest == 52 * (210_000 + 1 + 385 + 300_000)
 
 
+def test_a_copy_is_two_bytes_a_parameter_more():
+    shapes = [torch.Size(shape) for shape in ((700, 300), (1,), (385,), (300_000,))]
+    without, copied = (
+        traffic.lamb_job("a few tensors", shapes, copied) for copied in (None, [True, False, True, False])
+    )
+    assert copied.broken_bars() == []
+    assert copied.fewest - without.fewest == 2 * (210_000 + 385)
+    assert 2 * (210_000 + 385) <= copied.moved - without.moved < 2 * (210_000 + 385) + 2000, "and the addresses"
+    assert copied.launches == without.launches
+
+
 def test_lamb_updates_the_tensors_of_the_small_model():
-    shapes = traffic.model_shapes("small.json")
+    shapes, are_copied = traffic.model_shapes("small.json")
+    assert sum(are_copied) == 12 * 7, "of a layer two weights and biases of attention, its output, both of feed-forward"
     assert torch.Size((8192, 384)) in shapes
     assert 29e6 < sum(shape.numel() for shape in shapes) < 31e6
 

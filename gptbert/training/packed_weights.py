@@ -1,4 +1,4 @@
-"""Copies of the blocks' weights in the dtype of the products, made once a step instead of at each use."""
+"""Copies of the blocks' weights in the dtype of the products, written by each update instead of at each use."""
 
 from collections.abc import Iterator
 
@@ -16,6 +16,7 @@ class PackedWeights:
 
     Attributes:
         blocks: of each block, for `GPTBert.forward`.
+        copies: each parameter's copy, a view of a packed matrix or vector; for `gptbert.optim.update_weights`.
 
     Args:
         blocks: the model's, not sharded.
@@ -24,14 +25,12 @@ class PackedWeights:
 
     def __init__(self, blocks: nn.ModuleList, dtype: torch.dtype) -> None:
         self.blocks: list[BlockWeights] = [block.pack(dtype) for block in blocks]
-        self._copies: list[Tensor] = []
-        self._parameters: list[Tensor] = []
+        self.copies: dict[Tensor, Tensor] = {}
         for packed in self._all():
             for copy, parameter in zip(packed.split(), packed.parts, strict=True):
                 if copy.data_ptr() != parameter.data_ptr():  # of that dtype and alone, a parameter is its own copy
-                    self._copies.append(copy)
-                    self._parameters.append(parameter)
-        self._versions = self._current_versions()
+                    self.copies[parameter] = copy
+        self.note_update()
 
     def add_gradients_directly(self) -> None:
         """Let the backward add to the parameters' gradients, which exist and stay, in its products."""
@@ -40,22 +39,22 @@ class PackedWeights:
             for block in self.blocks
         ]
 
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Copy the weights as they are now, in a few launches; a part of each update."""
-        torch_private.copy_each(self._copies, self._parameters)
+    def note_update(self) -> None:
+        """The copies are those of the weights as they are now: the update of the weights has written both."""
         self._versions = self._current_versions()
 
+    @torch.no_grad()
     def refresh_if_changed(self) -> None:
-        """The same if something else has changed them since, such as a checkpoint that was loaded."""
+        """Copy the weights if anything but an update has changed them, such as a checkpoint that was loaded."""
         if self._versions != self._current_versions():
-            self.refresh()
+            torch_private.copy_each(list(self.copies.values()), list(self.copies))
+            self.note_update()
 
     def _all(self) -> Iterator[Packed]:
         return (packed for block in self.blocks for sub_layer in block for packed in sub_layer)
 
     def _current_versions(self) -> list[int]:
-        return [parameter._version for parameter in self._parameters]  # noqa: SLF001 - autograd's count of changes
+        return [parameter._version for parameter in self.copies]  # noqa: SLF001 - autograd's count of changes
 
 
 def packed_weights(model: nn.Module, device: torch.device, dtype: torch.dtype) -> PackedWeights | None:

@@ -106,9 +106,10 @@ class TrainingStep(ABC):
     def _update(self, learning_rate: float | Tensor) -> Tensor:
         """The update; returns the gradient norm."""
         self._set_learning_rate(learning_rate)
-        gradient_norm = update_weights(self._optimizer, self._model, self._average, self._config.max_gradient)
+        copies = None if self._weights is None else self._weights.copies
+        gradient_norm = update_weights(self._optimizer, self._model, self._average, self._config.max_gradient, copies)
         if self._weights is not None:
-            self._weights.refresh()
+            self._weights.note_update()
         self.sums.add_where(self.skipped_steps.add(gradient_norm), self._step_sums)
         self._step_sums.reset()
         self._clear_gradients()

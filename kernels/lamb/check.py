@@ -1,14 +1,14 @@
 """LAMB against its reference on this device, in every combination of dtypes and alignments with code of its own."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 
 import torch
 from torch import Tensor
 
-from kernels.lamb import lamb_step, reference
+from kernels.lamb import PreparedStep, lamb_step, reference
 from kernels.numerics import Comparison, compare, compare_exactly
 from kernels.run import Run
 
@@ -16,6 +16,7 @@ from kernels.run import Run
 _SHAPES = ((40_001,), (2048,), (0,), (4097,), (127, 1), (3,), (1,), (150, 137))
 _DECAYS = (0.1, 0.3, 0.1, 0.1, 0.0, 0.1, 0.0, 0.0)
 _SIZES = (0.03, 3.0, 1.0, 0.2, 0.1, 0.0, 1.0, 0.01)  # of the parameters
+_HAS_COPY = (True, False, True, True, True, False, True, True)
 _AGES = (0, 1, 3, 2, 10, 500, 99_999, 0)
 _LR = 0.5
 _SETTINGS = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-6}
@@ -32,28 +33,32 @@ class _Case:
     offset: int = 0
     max_grad_norm: float | None = 2.0
     averages: bool = True
+    copy_type: torch.dtype | None = None  # of some parameters; written by the backend triton alone
     device_lr: bool = False
 
 
 _CASES = (
-    _Case("fp32"),
-    _Case("unaligned gradients, not clipped", grad_offset=1, max_grad_norm=None),
-    _Case("unaligned, too short to clip", grad_offset=3, offset=1, max_grad_norm=1e6),
+    _Case("fp32", copy_type=torch.bfloat16),
+    _Case("unaligned gradients, not clipped", grad_offset=1, max_grad_norm=None, copy_type=torch.float32),
+    _Case("unaligned, too short to clip", grad_offset=3, offset=1, max_grad_norm=1e6, copy_type=torch.bfloat16),
     _Case("bf16 gradients, no averages, lr on the device", torch.bfloat16, averages=False, device_lr=True),
     _Case("bf16 moments", moment_type=torch.bfloat16),
-    _Case("bf16 unaligned", torch.bfloat16, torch.bfloat16, grad_offset=3, offset=1),
+    _Case("bf16 unaligned", torch.bfloat16, torch.bfloat16, grad_offset=3, offset=1, copy_type=torch.bfloat16),
 )
 _SKIPPED = (
     (_Case("a NaN in fp32"), math.nan),
-    (_Case("an infinity in bf16", torch.bfloat16, torch.bfloat16, grad_offset=3, offset=1), -math.inf),
+    (_Case("an infinity in bf16", *[torch.bfloat16] * 2, grad_offset=3, offset=1, copy_type=torch.bfloat16), -math.inf),
 )
 
 
 def comparisons(device: torch.device, backend: str, run: Run | None = None) -> Iterator[Comparison]:
     """Skipped steps, rounded moments to the bit, and a step of each case; for a run, only what it launches."""
     if run is not None:
-        for case in (_Case("fp32"), *((_Case("unaligned gradients", grad_offset=1),) if run.buckets else ())):
-            yield from _compare_step(case, device, backend)
+        copy_type = run.logits_type if run.gates else None  # then the blocks' weights are packed
+        grad_offsets = {"fp32": 0} | ({"unaligned gradients": 1} if run.buckets else {})
+        for name, grad_offset in grad_offsets.items():
+            yield from _compare_step(_Case(name, grad_offset=grad_offset, copy_type=copy_type), device, backend)
+        # without copies: a sharded run has none, nor one that must do without fused gated norms
         yield from _compare_skipped(*_SKIPPED[0], device, backend)
         return
     for case, bad in _SKIPPED:
@@ -80,6 +85,13 @@ class _Model:
             self.exp_avg_sqs.append(self._place(is_old * exp_avg_sq.square(), device, case.moment_type, case.offset))
             self.averages.append(self._place(size * average, device, torch.float32, case.offset))
         self.steps = [torch.tensor(float(age), device=device) for age in _AGES]
+        # not yet like their parameters, so that a skipped step's would show
+        self.copies = [
+            self._place(7 * torch.ones(shape), device, case.copy_type, case.offset)
+            if has_copy and case.copy_type
+            else None
+            for shape, has_copy in zip(_SHAPES, _HAS_COPY, strict=True)
+        ]
 
     def _place(self, values: Tensor, device: torch.device, dtype: torch.dtype, offset: int) -> Tensor:
         memory = torch.full((values.numel() + 2 * _GUARD + offset,), 7.0, dtype=dtype, device=device)
@@ -91,6 +103,9 @@ class _Model:
         names = ("params", "exp_avgs", "exp_avg_sqs", "averages")
         return {name: getattr(self, name) for name in names}
 
+    def written_copies(self) -> list[Tensor]:
+        return [copy for copy in self.copies if copy is not None]
+
     def left_alone(self) -> Tensor:
         return torch.cat(list(map(_flat, (*self._guards, *self.grads))))
 
@@ -100,7 +115,10 @@ class _Model:
 
 
 def _compare_step(case: _Case, device: torch.device, backend: str) -> Iterator[Comparison]:
-    """All outputs of a step; that guards and gradients are unchanged; that a repetition gives the same bits."""
+    """All outputs of a step; that guards and gradients are unchanged; that a repetition gives the same bits.
+
+    Copies have the bits of the new parameters, rounded by PyTorch.
+    """
     before, actual, again, exact, plain = (_Model(case, device) for _ in range(5))
     exact.widen()
     norm = _step(actual, case, backend)
@@ -109,6 +127,9 @@ def _compare_step(case: _Case, device: torch.device, backend: str) -> Iterator[C
         each = zip(tensors, exact.written()[name], plain.written()[name], strict=True)
         yield _worst(result for triple in each for result in compare(f"{case.name}: {name}", *triple))
     yield compare_exactly(f"{case.name}: steps", torch.stack(actual.steps), torch.stack(plain.steps))
+    if _writes_copies(case, backend):
+        rounded = [param.to(case.copy_type) for param, has in zip(actual.params, _HAS_COPY, strict=True) if has]
+        yield compare_exactly(f"{case.name}: copies", _bits_of(actual.written_copies()), _bits_of(rounded))
     yield compare_exactly(f"{case.name}: memory to leave alone", actual.left_alone(), before.left_alone())
     norm_again = _step(again, case, backend)
     if norm is not None:
@@ -129,27 +150,34 @@ def _compare_skipped(case: _Case, bad: float, device: torch.device, backend: str
 
 
 def _bits(model: _Model) -> Tensor:
-    return torch.cat(list(map(_flat, chain(*model.written().values(), model.steps)))).view(torch.int32)
+    return _bits_of(chain(*model.written().values(), model.steps, model.written_copies()))
+
+
+def _bits_of(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat(list(map(_flat, tensors))).view(torch.int32)
 
 
 def _flat(tensor: Tensor) -> Tensor:
     return tensor.flatten().float()
 
 
+def _writes_copies(case: _Case, backend: str) -> bool:
+    return case.copy_type is not None and backend == "triton"
+
+
 def _step(model: _Model, case: _Case, backend: str) -> Tensor | None:
-    return lamb_step(
-        model.params,
-        model.grads,
-        model.exp_avgs,
-        model.exp_avg_sqs,
-        model.steps,
-        lr=torch.tensor(_LR, device=model.params[0].device) if case.device_lr else _LR,
-        weight_decay=_DECAYS,
-        max_grad_norm=case.max_grad_norm,
-        averages=model.averages if case.averages else None,
-        average_decay=_AVERAGE_DECAY,
-        backend=backend,
+    averages = model.averages if case.averages else []
+    settings = {
+        "lr": torch.tensor(_LR, device=model.params[0].device) if case.device_lr else _LR,
+        "max_grad_norm": case.max_grad_norm,
+        "average_decay": _AVERAGE_DECAY,
         **_SETTINGS,
+    }
+    state = (model.exp_avgs, model.exp_avg_sqs, model.steps)
+    if _writes_copies(case, backend):
+        return PreparedStep(model.params, *state, averages, _DECAYS, model.copies)(model.grads, **settings)
+    return lamb_step(
+        model.params, model.grads, *state, averages=averages, weight_decay=_DECAYS, backend=backend, **settings
     )
 
 

@@ -1,6 +1,7 @@
 """Tables on the device by which the kernels find their work: tensor addresses, and their division into chunks."""
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor
 MIN_CHUNK = 2**14  # elements: at least 100 KB of traffic per program
 MAX_CHUNKS = 512  # per tensor: every program of the update kernel adds the sums of all of them
 
-# Columns of the table of tensors; the first six are addresses.
-PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, STEP, AVERAGE, SIZE, CHUNK_SIZE, FIRST_CHUNK, COLUMNS = range(10)
+# Columns of the table of tensors; the first seven are addresses.
+PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, STEP, AVERAGE, COPY, SIZE, CHUNK_SIZE, FIRST_CHUNK, COLUMNS = range(11)
 
 Addresses = tuple[tuple[int, ...], ...]  # per column, in order: of all parameters, of all gradients, …
 
@@ -39,9 +40,13 @@ class ChunkTable:
 _captured: list[ChunkTable] = []  # kept alive: CUDA graphs read them at each replay
 
 
-def addresses(*columns: list[Tensor]) -> Addresses:
-    """Addresses of the tensors of each non-empty list; the list of averages may be empty."""
-    return tuple(tuple(map(Tensor.data_ptr, column)) for column in columns if column)
+def addresses(*columns: Sequence[Tensor | None]) -> Addresses:
+    """Addresses of the tensors of each list; 0 for None, and where a list is empty, as of averages or copies."""
+    none = (0,) * len(columns[0])
+    return tuple(
+        tuple([0 if tensor is None else tensor.data_ptr() for tensor in column]) if column else none
+        for column in columns
+    )
 
 
 def find_chunk_table(

@@ -1,6 +1,7 @@
 """The registered operation: checks of its arguments, and dispatch to an implementation."""
 
 import importlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -156,3 +157,20 @@ def check_tensors(
     for index, step in enumerate(steps):
         if (step.numel(), step.dtype, step.device) != (1, torch.float32, device):
             raise ValueError(f"steps[{index}]: must be an fp32 scalar on {device}")
+
+
+def check_copies(params: list[Tensor], copies: Sequence[Tensor | None]) -> None:
+    """Raise ValueError if the copies that a prepared step writes are not like their parameters, or all bf16."""
+    if copies and len(copies) != len(params):
+        raise ValueError(f"copies: {len(copies)} tensors or None for {len(params)} parameters")
+    of_each = [(index, copy) for index, copy in enumerate(copies) if copy is not None]
+    dtypes = {copy.dtype for _, copy in of_each}
+    if len(dtypes) > 1 or not dtypes <= {params[0].dtype, torch.bfloat16}:
+        raise ValueError(f"copies: {', '.join(map(str, dtypes))}; expected all {params[0].dtype} or all torch.bfloat16")
+    for index, copy in of_each:
+        param = params[index]
+        if (copy.shape, copy.device) != (param.shape, param.device) or not copy.is_contiguous():
+            raise ValueError(
+                f"copies[{index}]: {tuple(copy.shape)} on {copy.device}, its parameter {tuple(param.shape)} on "
+                f"{param.device}; must be contiguous"
+            )
