@@ -205,7 +205,7 @@ def backward(
     tensors = tuple(map(_readable, (query, key, value)))
     gradients = tuple(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in tensors)
     of_positions = _kernel().backward(
-        grad.contiguous(),
+        contiguous(grad),
         *tensors,
         torch.cat([position_query, position_key], dim=-1),
         buckets,
@@ -275,9 +275,18 @@ forward.register_autograd(_gradients, setup_context=_keep_inputs)
 
 def _readable(x: Tensor) -> Tensor:
     """X [B, T, D], or a copy if the kernels cannot read it: rows equally far apart, from an address of 16 bytes on."""
-    distance = x.stride(1) * x.element_size()
-    is_regular = x.stride(2) == 1 and x.stride(0) == len(x[0]) * x.stride(1)
-    return x if is_regular and distance % 16 == 0 and x.data_ptr() % 16 == 0 else x.contiguous()
+    is_regular = x.stride(2) == 1 and x.stride(0) == x.shape[1] * x.stride(1)
+    return x if is_regular and x.stride(1) * x.element_size() % 16 == 0 and _is_aligned(x) else contiguous(x)
+
+
+def contiguous(x: Tensor) -> Tensor:
+    """X, or a copy if it is not contiguous from an address of 16 bytes on: the kernels' words have 16 bytes."""
+    x = x.contiguous()
+    return x if _is_aligned(x) else x.clone()
+
+
+def _is_aligned(x: Tensor) -> bool:
+    return x.data_ptr() % 16 == 0
 
 
 def _kernel():

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.attention_context.fused import DistanceTables, empty_table
+from kernels.attention_context.fused import DistanceTables, contiguous, empty_table
 from kernels.linear import Packed, PackedGradient
 
 
@@ -157,7 +157,7 @@ def backward(
         of_context.flatten(0, 1), of_gate.flatten(0, 1), normalized.flatten(0, 1), is_tanh=False,
     )  # fmt: skip
     of_position = _attention().backward(
-        of_context, *tensors, position.contiguous(), buckets, bucket_rows, variant, document_ids, is_causal, seed,
+        of_context, *tensors, contiguous(position), buckets, bucket_rows, variant, document_ids, is_causal, seed,
         context, lse, table, dropout_prob, scale, num_heads, tuple(of_tensors),
     )  # fmt: skip
     return of_projection, of_position.to(position.dtype), normalized
@@ -170,7 +170,7 @@ def _(grad, projection, position, *rest):  # noqa: ANN002
 
 
 def _quarters(projection: Tensor) -> tuple[Tensor, ...]:
-    return projection.contiguous().chunk(4, dim=-1)
+    return contiguous(projection).chunk(4, dim=-1)
 
 
 def _attention() -> Any:

@@ -6,7 +6,7 @@ whole tiles. Tables by distance have row δ + L − 1 for the distance δ = i �
 A tile's rows are its queries and its columns its keys, or with KEYS the other way round: each of the two backward
 kernels accumulates for the rows of its tiles.
 
-Three tricks keep these kernels on chip; `README.md` has the counts:
+Four tricks keep these kernels on chip; `README.md` has the counts:
 
 - **Position scores by distance.** A tile meets 2N − 1 distances. C[r, δ] = row r · table[δ] are plain products, and the
   score of row r and column c is the entry at their distance: a gather along a diagonal, with indices that are the same
@@ -15,6 +15,11 @@ Three tricks keep these kernels on chip; `README.md` has the counts:
   over threads, and gathered in that layout: two indices for each thread, the rest constants, no bank conflicts.
 - **Zeros the compiler cannot see.** An index plus a number that is always 0, but computed from the loop's variable, is
   computed again in each iteration; otherwise it would stay in a register all the time.
+- **One address a matrix.** A thread's rows of a tile differ by constants, so that one address serves them all; see
+  `_pointers`.
+
+The variant "load" does without gathers: position scores are loaded from products with all position vectors, and the
+scores' gradients are laid out by distance in global memory.
 """
 
 import math
