@@ -137,8 +137,8 @@ class WholeInputs(NamedTuple):
         return self.document_ids, is_causal, SEED.to(is_causal.device), DROPOUT
 
 
-def _fused(inputs: WholeInputs) -> Tensor:
-    tables = distance_tables(inputs.buckets, len(inputs.vectors), inputs.vectors.dtype)
+def _fused(inputs: WholeInputs, variant: str = "gather") -> Tensor:
+    tables = distance_tables(inputs.buckets, len(inputs.vectors), inputs.vectors.dtype, variant)
     return fused_attention(*inputs.tensors, tables, *inputs.rest, scale=0.07, num_heads=inputs.num_heads)
 
 
@@ -151,7 +151,12 @@ def _unfused(inputs: WholeInputs) -> Tensor:
     return reference.fused_attention(*inputs.tensors, inputs.buckets, *inputs.rest, **settings)
 
 
-WHOLE_IMPLEMENTATIONS = {"triton": _fused, BASELINE: _unfused, "reference_compiled": _unfused}
+WHOLE_IMPLEMENTATIONS = {
+    "triton": _fused,
+    "triton_load": functools.partial(_fused, variant="load"),
+    BASELINE: _unfused,
+    "reference_compiled": _unfused,
+}
 
 
 @pytest.mark.parametrize("impl", WHOLE_IMPLEMENTATIONS)
@@ -188,7 +193,7 @@ def whole_gradients(function: Callable[[WholeInputs], Tensor], inputs: WholeInpu
 
 def whole_proof(impl: str, shape: Whole) -> Iterator[Comparison]:
     """The operation's check at this shape; the other implementations are what it is compared with, or checked apart."""
-    if impl == "triton":
-        yield from check.compare_fused(machine.device(), shape.H, shape.d, shape.T, shape.P)
+    if variant := {"triton": "gather", "triton_load": "load"}.get(impl):
+        yield from check.compare_fused(machine.device(), shape.H, shape.d, shape.T, shape.P, variant=variant)
     else:
         yield from check.comparisons(torch.device("cpu"), "torch")

@@ -11,7 +11,12 @@ from torch import Tensor
 from benchmarks import machine
 from kernels.backend import interpreted
 
-PACKAGES = {"triton": "triton", "liger": "liger_kernel", "cut_cross_entropy": "cut_cross_entropy"}
+PACKAGES = {
+    "triton": "triton",
+    "triton_load": "triton",
+    "liger": "liger_kernel",
+    "cut_cross_entropy": "cut_cross_entropy",
+}
 
 
 def skip_unless_possible(impl: str) -> None:

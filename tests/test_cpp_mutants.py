@@ -128,6 +128,18 @@ def operations_with(text):
     return [op for op, source in sources.items() if "".join(text.split()) in source] or list(files)
 
 
+@pytest.fixture(autouse=True)
+def compiled_fast(monkeypatch):
+    """Less optimized, in a third of the time."""
+    monkeypatch.setattr(cpp, "_FLAGS", (*cpp._FLAGS, "-O1"))
+
+
+def test_without_a_bug_the_check_passes(monkeypatch):
+    library = cpp.compiled(cpp.source())
+    monkeypatch.setattr(cpp, "library", lambda: library)
+    assert check.first_failure(on_threads(2, check.run_checks, torch.device("cpu"), "cpp")) is None
+
+
 @pytest.mark.parametrize(("old", "new"), MUTANTS.values(), ids=MUTANTS)
 def test_a_planted_bug_in_cpp_is_found(monkeypatch, old, new):
     chosen = operations_with(old)

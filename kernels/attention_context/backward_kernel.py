@@ -3,6 +3,9 @@
 With weights w = exp(score − lse) and dropout's mask m / (1 − p), the gradient of a score is w · (m · (grad · value) −
 δ), with δ = Σ grad · output of its query (Dao 2023, section 3.2). Scores are computed again. Sums by bucket, of one
 program each, are added in a fixed order: no atomics.
+
+Nothing is moved out of the loops (`disable_licm`): what the compiler would compute once, addresses and descriptors of
+shared memory, would have to be spilled, since registers are full inside.
 """
 
 import triton
@@ -71,20 +74,19 @@ def queries_kernel(
     TILES: tl.constexpr = L // N
     group, groups, h = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     scratch = scratch_ptr + (group * H + h) * (2 * N * N)
-    for item in range(group, B * TILES, groups):
+    for item in tl.range(group, B * TILES, groups, disable_licm=True):
         b, first = item // TILES, item % TILES * N
-        zero = tl.multiple_of(item >> 30, N)
-        head = h * d + zero
+        head = h * d
         row = tl.cast(b, tl.int64) * T
         documents = document_ids_ptr + row
         is_causal = tl.load(is_causal_ptr + b) != 0
         row_of_lse = (h * B + b) * T
         positions = first + tl.arange(0, N)
-        of_queries, of_keys = of_row_and_head(table_ptr + zero, b, h, B, T, H, d, P, GATHERS)
+        of_queries, of_keys = of_row_and_head(table_ptr, b, h, B, T, H, d, P, GATHERS)
         # 1. The tile's queries and gradients [N, d], and δ [N].
-        query = load_rows(query_ptr + row * QUERY_STRIDE + head, first, QUERY_STRIDE, N, d, T, EVEN, zero)
-        grad = load_rows(grad_ptr + row * D + head, first, D, N, d, T, EVEN, zero)
-        output = load_rows(output_ptr + row * D + head, first, D, N, d, T, EVEN, zero)
+        query = load_rows(query_ptr + row * QUERY_STRIDE + head, first, QUERY_STRIDE, N, d, T, EVEN)
+        grad = load_rows(grad_ptr + row * D + head, first, D, N, d, T, EVEN)
+        output = load_rows(output_ptr + row * D + head, first, D, N, d, T, EVEN)
         delta = tl.sum(grad.to(tl.float32) * output.to(tl.float32), 1)
         if EVEN:
             tl.store(delta_ptr + row_of_lse + positions, delta)
@@ -94,10 +96,9 @@ def queries_kernel(
         sums = tl.zeros([N, P], tl.float32)
         if SKIPS:
             start, end = columns_in_reach(documents, first, is_causal, False, N, T, EVEN, SPAN)
-        for column in range(0, tl.where(is_causal, first + N, L), N):
+        for column in tl.range(0, tl.where(is_causal, first + N, L), N, disable_licm=True):
             # 2. For each tile of keys: ∂query, and ∂C by bucket. (The bounds of the loop are the same for all threads,
-            #    which spares registers; a tile out of reach is left out inside it. Where none is, no condition is
-            #    evaluated: at T = 128 it would spill 76 bytes more.)
+            #    which spares registers; a tile out of reach is left out inside it.)
             if SKIPS:
                 is_in_reach = (column + N > start) & (column < end)
             else:
@@ -106,14 +107,14 @@ def queries_kernel(
                 of_query, sums = _add_keys(
                     of_query, sums, query, grad, delta, key_ptr + row * KEY_STRIDE + head,
                     value_ptr + row * VALUE_STRIDE + head, of_queries, of_keys, buckets_ptr, bucket_rows_ptr, scratch,
-                    documents, lse_ptr + row_of_lse, seed_ptr, item, row_of_lse, first, column, is_causal, scale,
+                    documents, lse_ptr + row_of_lse, seed_ptr, row_of_lse, first, column, is_causal, scale,
                     keep_scale, threshold, T, D, d, KEY_STRIDE, VALUE_STRIDE, L, N, P, EVEN, HAS_DROPOUT, GATHERS,
                 )  # fmt: skip
         # 3. The position vectors' share of ∂query; ∂position_key [P, d] of the tile.
         narrow = sums.to(query.dtype)
-        position_key = load_rows(position_ptr + (D + head), 0, 2 * D, P, d, P, True, zero)
+        position_key = load_rows(position_ptr + (D + head), 0, 2 * D, P, d, P, True)
         of_query = tl.dot(narrow, position_key, of_query) * scale
-        store_rows(of_query_ptr + row * QUERY_STRIDE + head, first, QUERY_STRIDE, of_query, T, EVEN, zero)
+        store_rows(of_query_ptr + row * QUERY_STRIDE + head, first, QUERY_STRIDE, of_query, T, EVEN)
         of_position_key = tl.dot(tl.trans(narrow), query) * scale
         part = group * (2 * P * D) + head
         _add_part(of_position_ptr + (part + D), of_position_key, 2 * D, P, d)
@@ -122,13 +123,13 @@ def queries_kernel(
 @triton.jit
 def _add_keys(
     of_query, sums, query, grad, delta, key_ptr, value_ptr, of_queries, of_keys, buckets_ptr, bucket_rows_ptr,
-    scratch_ptr, document_ids_ptr, lse_ptr, seed_ptr, item, row_of_lse, first, column, is_causal, scale, keep_scale,
+    scratch_ptr, document_ids_ptr, lse_ptr, seed_ptr, row_of_lse, first, column, is_causal, scale, keep_scale,
     threshold, T: tl.constexpr, D: tl.constexpr, d: tl.constexpr, KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr,
     L: tl.constexpr, N: tl.constexpr, P: tl.constexpr, EVEN: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     GATHERS: tl.constexpr,
 ):  # fmt: skip
     """∂query [N, d] and ∂C by bucket [N, P], unscaled, with one tile of keys added."""
-    zero = tl.multiple_of((item + column) >> 30, N)
+    zero = tl.multiple_of(column >> 30, N)
     # a. The weights [N, N], queries × keys.
     key = load_rows(key_ptr, column, KEY_STRIDE, N, d, T, EVEN, zero)
     if GATHERS:
@@ -202,24 +203,23 @@ def keys_kernel(
     TILES: tl.constexpr = L // N
     group, groups, h = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     scratch = scratch_ptr + (group * H + h) * (2 * N * N)
-    for item in range(group, B * TILES, groups):
+    for item in tl.range(group, B * TILES, groups, disable_licm=True):
         b, first = item // TILES, item % TILES * N
-        zero = tl.multiple_of(item >> 30, N)
-        head = h * d + zero
+        head = h * d
         row = tl.cast(b, tl.int64) * T
         documents = document_ids_ptr + row
         is_causal = tl.load(is_causal_ptr + b) != 0
         row_of_lse = (h * B + b) * T
-        of_queries, of_keys = of_row_and_head(table_ptr + zero, b, h, B, T, H, d, P, GATHERS)
+        of_queries, of_keys = of_row_and_head(table_ptr, b, h, B, T, H, d, P, GATHERS)
         # 1. The tile's keys and values [N, d].
-        key = load_rows(key_ptr + row * KEY_STRIDE + head, first, KEY_STRIDE, N, d, T, EVEN, zero)
-        value = load_rows(value_ptr + row * VALUE_STRIDE + head, first, VALUE_STRIDE, N, d, T, EVEN, zero)
+        key = load_rows(key_ptr + row * KEY_STRIDE + head, first, KEY_STRIDE, N, d, T, EVEN)
+        value = load_rows(value_ptr + row * VALUE_STRIDE + head, first, VALUE_STRIDE, N, d, T, EVEN)
         of_key = tl.zeros([N, d], tl.float32)
         of_value = tl.zeros([N, d], tl.float32)
         sums = tl.zeros([N, P], tl.float32)
         if SKIPS:
             start, end = columns_in_reach(documents, first, is_causal, True, N, T, EVEN, SPAN)
-        for column in range(tl.where(is_causal, first, 0), L, N):
+        for column in tl.range(tl.where(is_causal, first, 0), L, N, disable_licm=True):
             # 2. For each tile of queries: ∂key, ∂value, and ∂R by bucket.
             if SKIPS:
                 is_in_reach = (column + N > start) & (column < end)
@@ -229,15 +229,15 @@ def keys_kernel(
                 of_key, of_value, sums = _add_queries(
                     of_key, of_value, sums, key, value, query_ptr + row * QUERY_STRIDE + head,
                     grad_ptr + row * D + head, of_queries, of_keys, buckets_ptr, bucket_rows_ptr, scratch, documents,
-                    lse_ptr + row_of_lse, delta_ptr + row_of_lse, seed_ptr, item, row_of_lse, first, column, is_causal,
+                    lse_ptr + row_of_lse, delta_ptr + row_of_lse, seed_ptr, row_of_lse, first, column, is_causal,
                     scale, keep_scale, threshold, T, D, d, QUERY_STRIDE, L, N, P, EVEN, HAS_DROPOUT, GATHERS,
                 )  # fmt: skip
         # 3. The position vectors' share of ∂key; ∂position_query [P, d] of the tile.
-        store_rows(of_value_ptr + row * VALUE_STRIDE + head, first, VALUE_STRIDE, of_value * keep_scale, T, EVEN, zero)
+        store_rows(of_value_ptr + row * VALUE_STRIDE + head, first, VALUE_STRIDE, of_value * keep_scale, T, EVEN)
         narrow = sums.to(key.dtype)
-        position_query = load_rows(position_ptr + head, 0, 2 * D, P, d, P, True, zero)
+        position_query = load_rows(position_ptr + head, 0, 2 * D, P, d, P, True)
         of_key = tl.dot(narrow, position_query, of_key) * scale
-        store_rows(of_key_ptr + row * KEY_STRIDE + head, first, KEY_STRIDE, of_key, T, EVEN, zero)
+        store_rows(of_key_ptr + row * KEY_STRIDE + head, first, KEY_STRIDE, of_key, T, EVEN)
         of_position_query = tl.dot(tl.trans(narrow), key) * scale
         part = group * (2 * P * D) + head
         _add_part(of_position_ptr + part, of_position_query, 2 * D, P, d)
@@ -246,13 +246,13 @@ def keys_kernel(
 @triton.jit
 def _add_queries(
     of_key, of_value, sums, key, value, query_ptr, grad_ptr, of_queries, of_keys, buckets_ptr, bucket_rows_ptr,
-    scratch_ptr, document_ids_ptr, lse_ptr, delta_ptr, seed_ptr, item, row_of_lse, first, column, is_causal, scale,
+    scratch_ptr, document_ids_ptr, lse_ptr, delta_ptr, seed_ptr, row_of_lse, first, column, is_causal, scale,
     keep_scale, threshold, T: tl.constexpr, D: tl.constexpr, d: tl.constexpr, QUERY_STRIDE: tl.constexpr,
     L: tl.constexpr, N: tl.constexpr, P: tl.constexpr, EVEN: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     GATHERS: tl.constexpr,
 ):  # fmt: skip
     """∂key and ∂value [N, d] and ∂R by bucket [N, P], unscaled, with one tile of queries added."""
-    zero = tl.multiple_of((item + column) >> 30, N)
+    zero = tl.multiple_of(column >> 30, N)
     # a. The weights [N, N], keys × queries.
     query = load_rows(query_ptr, column, QUERY_STRIDE, N, d, T, EVEN, zero)
     if GATHERS:

@@ -31,32 +31,25 @@ from kernels.wanted import VARIANTS
 
 NUM_WARPS, NUM_STAGES = 4, 1
 _PROGRAMS = 264  # of each backward kernel, over all heads; a constant, since it fixes the order of additions
-# What was reached for whole tiles and heads of 32 or 64: three accumulators and two tiles of scores take more than 255
-# registers. Partial tiles, heads of 128 and sm_80, where operands of products are in registers too, have no bar.
+# Bytes a thread, for heads of 32 and 64. Heads of 128 and sm_80, where operands of products are in registers too, have
+# no bar.
 _MOST_SPILLED = {
-    "gather": {
-        "forward_kernel": {"sm_90": 0, "sm_100": 0},
-        "queries_kernel": {"sm_90": 232, "sm_100": 40},
-        "keys_kernel": {"sm_90": 248, "sm_100": 0},
-    },
-    "load": {
-        "forward_kernel": {"sm_90": 0, "sm_100": 0},
-        "queries_kernel": {"sm_90": 252, "sm_100": 0},
-        "keys_kernel": {"sm_90": 220, "sm_100": 0},
-    },
+    "forward_kernel": {"sm_90": 0, "sm_100": 0},
+    "queries_kernel": {"sm_90": 48, "sm_100": 104},
+    "keys_kernel": {"sm_90": 48, "sm_100": 104},
 }
 # What was reached for heads of 64 with dropout, by length: instructions of a warp and accesses of shared memory, for a
 # tile. See `kernels.machine_code`.
 _MOST_COUNTED = {
     "gather": {
         "forward_kernel": {128: (1_680, 1_070), 512: (1_520, 1_000)},
-        "queries_kernel": {128: (2_090, 2_120), 512: (1_790, 1_770)},
-        "keys_kernel": {128: (2_270, 2_160), 512: (2_020, 1_760)},
+        "queries_kernel": {128: (2_030, 2_120), 512: (1_870, 1_770)},
+        "keys_kernel": {128: (2_300, 2_160), 512: (2_060, 1_760)},
     },
     "load": {
         "forward_kernel": {128: (1_910, 1_140), 512: (1_780, 1_070)},
-        "queries_kernel": {128: (2_380, 1_930), 512: (2_060, 1_580)},
-        "keys_kernel": {128: (2_560, 1_840), 512: (2_280, 1_440)},
+        "queries_kernel": {128: (2_340, 1_930), 512: (2_360, 1_580)},
+        "keys_kernel": {128: (2_640, 1_840), 512: (2_390, 1_440)},
     },
 }
 # what `check.py` runs, in any case: heads, head size, length, position vectors, whether there is dropout
@@ -355,7 +348,6 @@ def _configuration(
     kernel: Any, num_heads: int, head_size: int, length: int, num_vectors: int, variant: str, *, has_dropout: bool
 ) -> Configuration:
     strides = (4 * num_heads * head_size,) * 3  # of quarters of a projection
-    has_bar = head_size <= 64 and length % tile_size(length) == 0
     constants = _constants(num_heads, head_size, length, num_vectors, strides, variant, has_dropout=has_dropout)
     kinds = {
         "buckets_ptr": "*i32",
@@ -381,7 +373,7 @@ def _configuration(
         streams=tile_size(length) == TILE,
         has_products=True,
         targets=frozenset({"sm_80", "sm_90", "sm_100"}),  # see `is_fused`
-        most_spilled={"any": math.inf} | (_MOST_SPILLED[variant][kernel.__name__] if has_bar else {}),
+        most_spilled={"any": math.inf} | (_MOST_SPILLED[kernel.__name__] if head_size <= 64 else {}),
         most_instructions=most_instructions,
         most_wavefronts=most_wavefronts,
     )

@@ -14,7 +14,7 @@ Four tricks keep these kernels on chip; `README.md` has the counts:
 - **8 × 8 after 8 × 8.** The products are stored in blocks of 8 × 8, as a tensor core's accumulator lays out its rows
   over threads, and gathered in that layout: two indices for each thread, the rest constants, no bank conflicts.
 - **Zeros the compiler cannot see.** An index plus a number that is always 0, but computed from the loop's variable, is
-  computed again in each iteration; otherwise it would stay in a register all the time.
+  computed again in each iteration and at each use; otherwise it would stay in a register all the time.
 - **One address a matrix.** A thread's rows of a tile differ by constants, so that one address serves them all; see
   `_pointers`.
 
@@ -44,10 +44,10 @@ def load_rows(
 
 
 @triton.jit
-def store_rows(pointer, first, stride: tl.constexpr, tile, T: tl.constexpr, EVEN: tl.constexpr, zero=0):
+def store_rows(pointer, first, stride: tl.constexpr, tile, T: tl.constexpr, EVEN: tl.constexpr):
     """The inverse of `load_rows`, in the matrix's dtype."""
     N: tl.constexpr = tile.shape[0]
-    pointers = _pointers(pointer + first * stride, stride, zero, N, tile.shape[1])
+    pointers = _pointers(pointer + first * stride, stride, 0, N, tile.shape[1])
     tile = tile.to(pointer.dtype.element_ty)
     if EVEN:
         tl.store(pointers, tile)
