@@ -23,6 +23,7 @@ from kernels.masked_cross_entropy import reference
 from kernels.normalize import fused as norms
 from kernels.span_mask import op as masking
 from kernels.span_mask import reference as masking_reference
+from kernels.wanted import VARIANTS
 from tests.numerics import assert_accurate, assert_near, same
 
 REHEARSED = 6  # comparisons of each check; tests/test_check.py runs all of them
@@ -199,26 +200,28 @@ def opcheck_bucket_sums(device):
     return bucket_sums, [(random(2, 3, 7, 7, device=device), position[:, None] - position + 6, 13)]
 
 
-def attention_inputs(device):
+def attention_inputs(device, variant=None):
     """Two rows of 24 positions, one causal, with two heads of 32 and 16 position vectors."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     query, key, value = (random(2, 24, 64, device=device, seed=seed).to(dtype) for seed in range(3))
     vectors = [random(16, 64, device=device, seed=seed).to(dtype) for seed in (3, 4)]
-    tables = fused.distance_tables(torch.arange(47, device=device) // 4, 16, dtype)
+    tables = fused.distance_tables(torch.arange(47, device=device) // 4, 16, dtype, variant)
     ids = (torch.arange(24, device=device) // 9).int().repeat(2, 1)
     seed = torch.tensor([77, -5], dtype=torch.int32, device=device)
     return (query, key, *vectors, value, *tables, ids, torch.tensor([False, True], device=device), seed, 0.1, 0.2, 2)
 
 
 def opcheck_fused_attention(device):
-    return fused.forward, [attention_inputs(device)]
+    return fused.forward, [attention_inputs(device, variant) for variant in VARIANTS["attention_context"]]
 
 
 def opcheck_fused_attention_backward(device):
-    inputs = attention_inputs(device)
-    output, lse, table = fused.forward(*inputs)
-    saved = (*inputs[:5], table, *inputs[6:10], output, lse)
-    return fused.backward, [(torch.ones_like(output), *saved, *inputs[10:])]
+    calls = []
+    for variant in VARIANTS["attention_context"]:
+        inputs = attention_inputs(device, variant)
+        results = fused.forward(*inputs)
+        calls.append((torch.ones_like(results[0]), *inputs[:11], *results, *inputs[11:]))
+    return fused.backward, calls
 
 
 def mix_arguments(device, depth):
@@ -255,26 +258,29 @@ def opcheck_gated_norm_backward(device):
     return gates.gated_norm_backward, [(normalized, gate, None, mean, inverse_std, True)]
 
 
-def gated_attention_inputs(device):
-    """Projection and position vectors of `attention_inputs`, side by side, and what follows them."""
-    (query, key, position_query, position_key, value, buckets, bucket_rows), rest = (
-        attention_inputs(device)[:7],
-        attention_inputs(device)[7:],
-    )
+def gated_attention_inputs(device, variant):
+    """Projection and position vectors of `attention_inputs`, side by side; tables, and what follows them."""
+    query, key, position_query, position_key, value, *rest = attention_inputs(device, variant)
     projection = torch.cat([query, key, value, query.flip(0)], dim=-1)
     position = torch.cat([position_query, position_key], dim=-1)
-    return projection, position, buckets, bucket_rows, rest
+    return projection, position, rest[:3], rest[3:]
 
 
 def opcheck_gated_attention(device):
-    projection, position, buckets, _, rest = gated_attention_inputs(device)
-    return gated.forward, [(projection, position, buckets, *rest, 1e-5)]
+    calls = []
+    for variant in VARIANTS["attention_context"]:
+        projection, position, tables, rest = gated_attention_inputs(device, variant)
+        calls.append((projection, position, tables[0], variant, *rest, 1e-5))
+    return gated.forward, calls
 
 
 def opcheck_gated_attention_backward(device):
-    projection, position, buckets, bucket_rows, rest = gated_attention_inputs(device)
-    normalized, *kept = gated.forward(projection, position, buckets, *rest, 1e-5)
-    return gated.backward, [(normalized, projection, position, bucket_rows, *rest[:3], *kept, *rest[3:])]
+    calls = []
+    for variant in VARIANTS["attention_context"]:
+        projection, position, tables, rest = gated_attention_inputs(device, variant)
+        normalized, *kept = gated.forward(projection, position, tables[0], variant, *rest, 1e-5)
+        calls.append((normalized, projection, position, *tables, *rest[:3], *kept, *rest[3:]))
+    return gated.backward, calls
 
 
 def norm_arguments(device):
