@@ -20,7 +20,7 @@ class DistanceTables(NamedTuple):
     """Buckets by distance; the same for all layers. 2L distances: L is T rounded up to whole tiles.
 
     Attributes:
-        buckets: [2L] int32, the bucket of the distances 1 − L … L (beyond ±(T − 1): any).
+        buckets: [2L] int64, for "load" int32, the bucket of the distances 1 − L … L (beyond ±(T − 1): any).
         bucket_rows: [2L, P], 0-1: whether a distance, −L … L − 1, is in a bucket.
         variant: of the kernels, "gather" or "load": how they find the position scores of a tile.
     """
@@ -80,7 +80,8 @@ def distance_tables(
     # 1 − L … L, and −L … L − 1, in no bucket where a distance does not occur
     of_distance, shifted = F.pad(buckets, (missing, missing + 1)), F.pad(buckets, (missing + 1, missing), value=-1)
     columns = torch.arange(num_position_vectors, device=buckets.device)
-    return DistanceTables(of_distance.int(), (shifted[:, None] == columns).to(dtype), variant)
+    of_distance = of_distance.int() if variant == "load" else of_distance  # those kernels read it
+    return DistanceTables(of_distance, (shifted[:, None] == columns).to(dtype), variant)
 
 
 def fused_attention(

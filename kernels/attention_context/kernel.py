@@ -183,7 +183,7 @@ def forward(
         key: [B, T, D].
         value: [B, T, D].
         position: [P, 2D]: position queries and keys side by side.
-        buckets: [2L] int32, of `DistanceTables`.
+        buckets: [2L], of `DistanceTables`.
         variant: the same.
         document_ids: [B, T] integers.
         is_causal: [B] bool.
@@ -350,7 +350,7 @@ def _configuration(
     strides = (4 * num_heads * head_size,) * 3  # of quarters of a projection
     constants = _constants(num_heads, head_size, length, num_vectors, strides, variant, has_dropout=has_dropout)
     kinds = {
-        "buckets_ptr": "*i32",
+        "buckets_ptr": "*i64" if variant == "gather" else "*i32",
         "document_ids_ptr": "*i32",
         "is_causal_ptr": "*u1",
         "seed_ptr": "*i32" if has_dropout else "*u1",
