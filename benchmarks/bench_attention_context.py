@@ -137,7 +137,7 @@ class WholeInputs(NamedTuple):
         return self.document_ids, is_causal, SEED.to(is_causal.device), DROPOUT
 
 
-def _fused(inputs: WholeInputs, variant: str = "gather") -> Tensor:
+def _fused(inputs: WholeInputs, variant: str) -> Tensor:
     tables = distance_tables(inputs.buckets, len(inputs.vectors), inputs.vectors.dtype, variant)
     return fused_attention(*inputs.tensors, tables, *inputs.rest, scale=0.07, num_heads=inputs.num_heads)
 
@@ -151,9 +151,9 @@ def _unfused(inputs: WholeInputs) -> Tensor:
     return reference.fused_attention(*inputs.tensors, inputs.buckets, *inputs.rest, **settings)
 
 
+VARIANTS = {"triton": "gather", "triton_load": "load"}
 WHOLE_IMPLEMENTATIONS = {
-    "triton": _fused,
-    "triton_load": functools.partial(_fused, variant="load"),
+    **{impl: functools.partial(_fused, variant=variant) for impl, variant in VARIANTS.items()},
     BASELINE: _unfused,
     "reference_compiled": _unfused,
 }
@@ -193,7 +193,7 @@ def whole_gradients(function: Callable[[WholeInputs], Tensor], inputs: WholeInpu
 
 def whole_proof(impl: str, shape: Whole) -> Iterator[Comparison]:
     """The operation's check at this shape; the other implementations are what it is compared with, or checked apart."""
-    if variant := {"triton": "gather", "triton_load": "load"}.get(impl):
-        yield from check.compare_fused(machine.device(), shape.H, shape.d, shape.T, shape.P, variant=variant)
+    if impl in VARIANTS:
+        yield from check.compare_fused(machine.device(), shape.H, shape.d, shape.T, shape.P, variant=VARIANTS[impl])
     else:
         yield from check.comparisons(torch.device("cpu"), "torch")

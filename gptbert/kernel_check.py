@@ -145,15 +145,16 @@ def _failures_of_group(
     failures = {}
     for variant in VARIANTS.get(group[0], (None,)):
         try:
-            if not failures:
+            if failures:
+                with _process(replace(run, attention_variant=variant), device, group) as check:
+                    check()
+            else:
                 check_of_first()
-                break
-            with _process(replace(run, attention_variant=variant), device, group) as check:
-                check()
-                break
         except InputError as error:
             reason = str(error).removesuffix(f"; {WAY_ON}")
             failures |= {(op, variant): reason for op in group}
+        else:
+            break
     return failures
 
 

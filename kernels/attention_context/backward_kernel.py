@@ -14,11 +14,9 @@ import triton.language as tl
 from kernels.attention_context.tiles import (
     LOG2_E,
     add_by_bucket,
-    add_by_bucket_through_memory,
     columns_in_reach,
     load_positions,
     load_rows,
-    loaded_position_scores,
     of_row_and_head,
     position_scores,
     store_rows,
@@ -132,12 +130,9 @@ def _add_keys(
     zero = tl.multiple_of(column >> 30, N)
     # a. The weights [N, N], queries × keys.
     key = load_rows(key_ptr, column, KEY_STRIDE, N, d, T, EVEN, zero)
-    if GATHERS:
-        table_row = first - column + (L - N)
-        scores = position_scores(query, key, of_queries, of_keys, table_row, zero, False, N, d, 2 * D)
-        scores = scores.to(tl.float32)
-    else:
-        scores = loaded_position_scores(of_queries, of_keys, buckets_ptr, first, column, zero, False, N, P, T, L, EVEN)
+    scores = position_scores(
+        query, key, of_queries, of_keys, buckets_ptr, first, column, zero, False, N, d, P, T, L, 2 * D, EVEN, GATHERS
+    )
     scores = tl.dot(query, tl.trans(key), scores)
     lse = load_positions(lse_ptr, first, 0.0, N, T, EVEN, zero)
     seen = visible(document_ids_ptr, first, column, zero, is_causal, False, N, T, EVEN)
@@ -152,11 +147,8 @@ def _add_keys(
     of_scores = (weights * (of_weights - delta[:, None])).to(query.dtype)
     # c. Their products with the keys, and their sums by bucket.
     of_query = tl.dot(of_scores, key, of_query)
-    if GATHERS:
-        sums = add_by_bucket(sums, of_scores, bucket_rows_ptr, first - column + L, zero, False, N, P)
-    else:
-        middle = first - column + L
-        sums = add_by_bucket_through_memory(sums, of_scores, scratch_ptr, bucket_rows_ptr, middle, zero, False, N, P)
+    middle = first - column + L
+    sums = add_by_bucket(sums, of_scores, scratch_ptr, bucket_rows_ptr, middle, zero, False, N, P, GATHERS)
     return of_query, sums
 
 
@@ -255,12 +247,9 @@ def _add_queries(
     zero = tl.multiple_of(column >> 30, N)
     # a. The weights [N, N], keys × queries.
     query = load_rows(query_ptr, column, QUERY_STRIDE, N, d, T, EVEN, zero)
-    if GATHERS:
-        table_row = column - first + (L - N)
-        scores = position_scores(key, query, of_keys, of_queries, table_row, zero, True, N, d, 2 * D)
-        scores = scores.to(tl.float32)
-    else:
-        scores = loaded_position_scores(of_queries, of_keys, buckets_ptr, column, first, zero, True, N, P, T, L, EVEN)
+    scores = position_scores(
+        key, query, of_queries, of_keys, buckets_ptr, column, first, zero, True, N, d, P, T, L, 2 * D, EVEN, GATHERS
+    )
     scores = tl.dot(key, tl.trans(query), scores)
     lse = load_positions(lse_ptr, column, 0.0, N, T, EVEN, zero)
     seen = visible(document_ids_ptr, first, column, zero, is_causal, True, N, T, EVEN)
@@ -281,11 +270,8 @@ def _add_queries(
     of_scores = (weights * (of_weights - delta[None, :])).to(key.dtype)
     # c. Their products with the queries, and their sums by bucket.
     of_key = tl.dot(of_scores, query, of_key)
-    if GATHERS:
-        sums = add_by_bucket(sums, of_scores, bucket_rows_ptr, column - first + L, zero, True, N, P)
-    else:
-        middle = column - first + L
-        sums = add_by_bucket_through_memory(sums, of_scores, scratch_ptr, bucket_rows_ptr, middle, zero, True, N, P)
+    middle = column - first + L
+    sums = add_by_bucket(sums, of_scores, scratch_ptr, bucket_rows_ptr, middle, zero, True, N, P, GATHERS)
     return of_key, of_value, sums
 
 

@@ -77,10 +77,7 @@ def compare_fused(
     width, positions = num_heads * head_size, torch.arange(length)
     documents = torch.stack([positions // 7, positions // (length - 5), torch.where(positions < length - 3, 2, -1)])
     documents, is_causal = documents.repeat(repeats, 1), torch.tensor([False, True, True]).repeat(repeats)
-    distances = torch.arange(1 - length, length)
-    last = num_position_vectors - 1  # the last vector is padding
-    buckets = (distances.sign() * (distances.abs() + 1).float().log2().mul(4).ceil().long()).clamp(-8, 8) + 8
-    buckets = buckets.clamp(max=last - 1)
+    buckets = buckets_by_distance(length, num_position_vectors)
     projection = random_bf16(3 * repeats, length, 4 * width)  # the last quarter, gates, is not used
     inputs = {"projection": projection, "vectors": random_bf16(num_position_vectors, 2 * width, 3)[..., 0]}
     inputs = {name: tensor.to(device, dtype) for name, tensor in inputs.items()}
@@ -124,6 +121,13 @@ def compare_fused(
 
     inputs["weight"] = random_bf16(24, width, 5)[..., 0].float().to(device) / 4
     yield from compare_function(f"gated {name}", gated, gated_by_definition, inputs, plain)
+
+
+def buckets_by_distance(length: int, num_position_vectors: int) -> Tensor:
+    """[2T − 1] int64: wider with distance; the last vector is padding."""
+    distances = torch.arange(1 - length, length)
+    buckets = (distances.sign() * (distances.abs() + 1).float().log2().mul(4).ceil().long()).clamp(-8, 8) + 8
+    return buckets.clamp(max=num_position_vectors - 2)
 
 
 def _buckets(length: int) -> Tensor:

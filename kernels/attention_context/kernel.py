@@ -19,7 +19,6 @@ from kernels.attention_context.tiles import (
     LOG2_E,
     columns_in_reach,
     load_rows,
-    loaded_position_scores,
     of_row_and_head,
     position_scores,
     store_rows,
@@ -30,7 +29,7 @@ from kernels.dropout_hash import first_words, is_kept, keep_arguments
 from kernels.wanted import VARIANTS
 
 NUM_WARPS, NUM_STAGES = 4, 1
-_PROGRAMS = 264  # of each backward kernel, over all heads; a constant, since it fixes the order of additions
+PROGRAMS = 264  # of each backward kernel, over all heads; a constant, since it fixes the order of additions
 # Bytes a thread, for heads of 32 and 64. Heads of 128 and sm_80, where operands of products are in registers too, have
 # no bar.
 _MOST_SPILLED = {
@@ -126,14 +125,10 @@ def forward_kernel(
         zero = tl.multiple_of(column >> 30, N)
         # 3. Scores [N, N], in units of ln 2: content and position scores, −∞ where not visible.
         key = load_rows(key_ptr, column, KEY_STRIDE, N, d, T, EVEN)
-        if GATHERS:
-            table_row = first - column + (L - N)
-            scores = position_scores(query, key, of_queries, of_keys, table_row, zero, False, N, d, 2 * D)
-            scores = scores.to(tl.float32)
-        else:
-            scores = loaded_position_scores(
-                of_queries, of_keys, buckets_ptr, first, column, zero, False, N, P, T, L, EVEN
-            )
+        scores = position_scores(
+            query, key, of_queries, of_keys, buckets_ptr, first, column, zero, False, N, d, P, T, L, 2 * D, EVEN,
+            GATHERS,
+        )  # fmt: skip
         scores = tl.dot(query, tl.trans(key), scores)
         seen = visible(document_ids_ptr, first, column, zero, is_causal, False, N, T, EVEN)
         scores = tl.where(seen, scores * (scale * LOG2_E), float("-inf"))
@@ -263,7 +258,7 @@ def backward(
     num_buckets = len(position)
     settings = _settings(query, key, value, seed, num_heads, num_buckets, variant)
     tile = settings["N"]
-    groups = max(1, min(_PROGRAMS // num_heads, num_rows * (settings["L"] // tile)))
+    groups = max(1, min(PROGRAMS // num_heads, num_rows * (settings["L"] // tile)))
     of_query, of_key, of_value = gradients
     parts = torch.zeros(groups, num_buckets, 2 * hidden_size, dtype=torch.float32, device=grad.device)
     scratch = (grad, grad) if variant == "gather" else grad.new_zeros(2, groups, num_heads, tile, 2 * tile)

@@ -120,14 +120,29 @@ def of_row_and_head(table_ptr, b, h, B, T: tl.constexpr, H: tl.constexpr, d: tl.
 
 
 @triton.jit
-def position_scores(rows, columns, rows_table_ptr, columns_table_ptr, first, zero, KEYS: tl.constexpr, N: tl.constexpr,
-                    d: tl.constexpr, STRIDE: tl.constexpr):  # fmt: skip
-    """Position scores [N, N] in the inputs' dtype, unscaled.
+def position_scores(rows, columns, of_queries_ptr, of_keys_ptr, buckets_ptr, query, key, zero, KEYS: tl.constexpr,
+                    N: tl.constexpr, d: tl.constexpr, P: tl.constexpr, T: tl.constexpr, L: tl.constexpr,
+                    STRIDE: tl.constexpr, EVEN: tl.constexpr, GATHERS: tl.constexpr):  # fmt: skip
+    """Position scores [N, N] in fp32, unscaled.
 
-    `rows` [N, d] are queries, or keys with KEYS, and `columns` [N, d] the others. The pointers are to the head's
-    columns of the tables by distance that each is multiplied with, whose rows are STRIDE apart; `first` is their row of
-    the tile's least distance, of its first query and last key.
+    `rows` [N, d] are queries, or keys with KEYS, and `columns` [N, d] the others; `query` and `key` are the tile's
+    first ones. The pointers are from `of_row_and_head`; rows of tables by distance are STRIDE apart.
     """
+    if GATHERS:
+        least = query - key + (L - N)  # the tables' row of the tile's least distance, of its first query and last key
+        if KEYS:
+            scores = _gathered_scores(rows, columns, of_keys_ptr, of_queries_ptr, least, zero, KEYS, N, d, STRIDE)
+        else:
+            scores = _gathered_scores(rows, columns, of_queries_ptr, of_keys_ptr, least, zero, KEYS, N, d, STRIDE)
+    else:
+        scores = _loaded_scores(of_queries_ptr, of_keys_ptr, buckets_ptr, query, key, zero, KEYS, N, P, T, L, EVEN)
+    return scores
+
+
+@triton.jit
+def _gathered_scores(rows, columns, rows_table_ptr, columns_table_ptr, first, zero, KEYS: tl.constexpr,
+                     N: tl.constexpr, d: tl.constexpr, STRIDE: tl.constexpr):  # fmt: skip
+    """Each is the sum of two entries of products by distance, added in the inputs' dtype."""
     r1, r0, c1, c0 = _blocks(N)
     r0 += zero
     # distance, counted from the tile's least: queries − keys + N − 1; in blocks of 8 and the rest
@@ -141,17 +156,15 @@ def position_scores(rows, columns, rows_table_ptr, columns_table_ptr, first, zer
     of_rows = tl.gather(_by_distance(rows, rows_table_ptr, first, zero, N, d, STRIDE), at, 0)
     at = tl.reshape((c1 * block_row + high * 64) + (low + c0 * 8), [N * N])
     of_columns = tl.gather(_by_distance(columns, columns_table_ptr, first, zero, N, d, STRIDE), at, 0)
-    return tl.reshape(of_rows + of_columns, [N, N])
+    return tl.reshape(of_rows + of_columns, [N, N]).to(tl.float32)
 
 
 @triton.jit
-def loaded_position_scores(of_queries_ptr, of_keys_ptr, buckets_ptr, query, key, zero, KEYS: tl.constexpr,
-                           N: tl.constexpr, P: tl.constexpr, T: tl.constexpr, L: tl.constexpr,
-                           EVEN: tl.constexpr):  # fmt: skip
-    """Position scores [N, N] in fp32, unscaled, without a gather: each is loaded by its bucket.
+def _loaded_scores(of_queries_ptr, of_keys_ptr, buckets_ptr, query, key, zero, KEYS: tl.constexpr, N: tl.constexpr,
+                   P: tl.constexpr, T: tl.constexpr, L: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
+    """Without a gather: each is loaded by its bucket, from products with all position vectors, [T, P].
 
-    The pointers are to a row's queries and keys times all position vectors of a head, [T, P]; `query` and `key` are the
-    tile's first ones. In both loads neighbors along the tile's rows have one row of P entries, a line of the L1 cache.
+    In both loads neighbors along the tile's rows have one row of P entries, a line of the L1 cache.
     """
     of_queries = _loaded(of_queries_ptr, buckets_ptr + (query - key + (L - 1)), query, zero, 1, N, P, T, EVEN)
     of_keys = _loaded(of_keys_ptr, buckets_ptr + (query - key + (L - 1)), key, zero, -1, N, P, T, EVEN)
@@ -194,14 +207,25 @@ def _blocks(N: tl.constexpr):
 
 
 @triton.jit
-def add_by_bucket(
+def add_by_bucket(sums, grad_scores, scratch_ptr, bucket_rows_ptr, middle, zero, KEYS: tl.constexpr, N: tl.constexpr,
+                  P: tl.constexpr, GATHERS: tl.constexpr):  # fmt: skip
+    """Sums [N, P] + Σ over columns c of grad_scores[r, c]·[β = p]: the backward of a row's lookup.
+
+    Laid out by distance, the sum is a product with the 0-1 rows of `bucket_rows` [2L, P]. `middle` is the row of the
+    distance 0 within the tile (its first query and key).
+    """
+    if GATHERS:
+        sums = _add_gathered(sums, grad_scores, bucket_rows_ptr, middle, zero, KEYS, N, P)
+    else:
+        sums = _add_through_memory(sums, grad_scores, scratch_ptr, bucket_rows_ptr, middle, zero, KEYS, N, P)
+    return sums
+
+
+@triton.jit
+def _add_gathered(
     sums, grad_scores, bucket_rows_ptr, middle, zero, KEYS: tl.constexpr, N: tl.constexpr, P: tl.constexpr
 ):
-    """Sums [N, P] + Σ over columns c of grad_scores[r, c]·[β = p]: the backward of a row's gather.
-
-    Laid out by distance, the sum is a product with the 0-1 rows of `bucket_rows` [2L, P]; a gather beyond the tile
-    meets zeros put beside it. `middle` is the row of the distance 0 within the tile (its first query and key).
-    """
+    """A gather beyond the tile meets zeros put beside it."""
     r1, r0, c1, c0 = _blocks(N)
     r0 += zero
     zeros = tl.zeros_like(grad_scores)
@@ -223,10 +247,10 @@ def add_by_bucket(
 
 
 @triton.jit
-def add_by_bucket_through_memory(
+def _add_through_memory(
     sums, grad_scores, scratch_ptr, bucket_rows_ptr, middle, zero, KEYS: tl.constexpr, N: tl.constexpr, P: tl.constexpr
 ):
-    """As `add_by_bucket`, without a gather: the tile is stored by distance, and loaded again.
+    """Without a gather: the tile is stored by distance, and loaded again.
 
     Every tile writes the same entries of the program's scratch [N, 2N], of distances −N … N − 1; the others stay zeros.
     """

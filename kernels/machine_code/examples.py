@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.attention_context.check import buckets_by_distance
 from kernels.attention_context.fused import DistanceTables, distance_tables
 from kernels.configuration import Configuration
 from kernels.machine_code.launch import Launch, recorded
@@ -79,9 +80,7 @@ class AttentionInputs:
         sizes = configuration.constants
         length, num_heads, head_size, count = sizes["T"], sizes["H"], sizes["d"], sizes["P"]
         width, generator = num_heads * head_size, torch.Generator().manual_seed(7)
-        distances = torch.arange(1 - length, length)
-        buckets = (distances.sign() * (distances.abs() + 1).float().log2().mul(4).ceil().long()).clamp(-8, 8) + 8
-        buckets = buckets.clamp(max=count - 2)  # the last vector is padding
+        buckets = buckets_by_distance(length, count)
         variant = "gather" if sizes["GATHERS"] else "load"
         position = torch.randn(count, 2 * width, generator=generator).bfloat16()
         positions, is_last = torch.arange(length), torch.arange(num_rows)[:, None] == num_rows - 1
@@ -124,9 +123,13 @@ class AttentionInputs:
 
 
 def _attention_context(configuration: Configuration) -> Callable[[Block], list[Block]]:
+    from kernels.attention_context import kernel  # noqa: PLC0415 - needs Triton
+
     sizes = configuration.constants
     tiles, num_heads = sizes["L"] // sizes["N"], sizes["H"]
-    num_rows = max(4, 264 // num_heads // tiles + 1)  # more tiles of rows than programs of a backward kernel
+    num_rows = max(
+        4, kernel.PROGRAMS // num_heads // tiles + 1
+    )  # more tiles of rows than programs of a backward kernel
     inputs = AttentionInputs.of(configuration, num_rows)
     output, lse, table = inputs.launch_forward()
     inputs.launch_backward(output.zero_(), output, lse.zero_(), table, torch.zeros_like(inputs.projection))
