@@ -43,7 +43,6 @@ from kernels import IGNORE_INDEX
 from kernels.padding import padded_length
 
 WARM_UPS = 2
-RATES = 3  # measurements of torch.mm, of which the best counts: the machine may be busy
 TOKENS = 2_000_000
 TOKENS_OF_A_STEP = 4096  # in most cases; smaller steps are measured more often
 LEAST_WIDTH = 7  # of a column
@@ -108,6 +107,8 @@ class StepBenchConfig:
     """Recompute the blocks' activations in the backward."""
     cpu_threads: int = 0
     """Threads on a CPU; 0: all cores."""
+    rates: int = 3
+    """Measurements of torch.mm after the steps, of which the best counts: the machine may be busy. 0: a quick one."""
     match: str = ""
     """The case of this name, such as "MLM T=128 B=32", or else all whose name contains it."""
     json: bool = False
@@ -184,7 +185,10 @@ def _run(case: Case, config: StepBenchConfig, rank: int, port: int) -> Result:
         labeled = statistics.mean(labeled_fraction(trainer, step) for step in range(train_config.max_steps))
         peak = peak_memory(world.device)
         world.all_gather(None)  # a barrier: all ranks measure torch.mm at once
-        rate = max(measure_matmul_flops(world.device, torch.bfloat16) for _ in range(RATES))
+        quick = config.rates == 0
+        rate = max(
+            measure_matmul_flops(world.device, torch.bfloat16, quick=quick) for _ in range(max(1, config.rates))
+        )
         rate = sum(world.all_gather(rate))
     measured = sorted(steps[WARM_UPS:], key=lambda timed: timed[0])
     seconds, parts = measured[len(measured) // 2]

@@ -226,7 +226,8 @@ def test_a_row_of_training_steps_stands_below_its_header(capsys):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_training_step_is_measured_in_parts_that_add_up(tmp_path, ranks):
     case = bench_train_step.Case("MLM", 32, 4, ranks)
-    config = bench_train_step.StepBenchConfig(config_file=write_model(tmp_path), steps=3, compile=False, cpu_threads=1)
+    settings = {"steps": 3, "compile": False, "cpu_threads": 1, "rates": 0}
+    config = bench_train_step.StepBenchConfig(config_file=write_model(tmp_path), **settings)
     result = bench_train_step.measure(case, config)
     assert set(result.parts) == set(PARTS)
     assert sum(result.parts.values()) == pytest.approx(result.milliseconds)

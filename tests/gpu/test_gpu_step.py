@@ -82,7 +82,9 @@ def test_recorded_steps_have_the_bits_of_eager_ones(
     inputs, device, optimizer, compiled, operations, fresh_compiler, monkeypatch
 ):
     """With dropout, over two row lengths; the rehearsal records nothing (tests/test_recorded_step.py emulates it)."""
-    wanted.use_fused(operations)  # the rehearsal does not fuse
+    if device.type == "cpu" and compiled and operations:
+        pytest.skip("the rehearsal fuses nothing, so this would trace what the case without fusing has traced")
+    wanted.use_fused(operations)
     if compiled:
         always_compile(monkeypatch)
     ends = []

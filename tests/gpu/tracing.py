@@ -5,16 +5,19 @@ import torch
 from torch import nn
 
 
-def trace_only(monkeypatch: pytest.MonkeyPatch, graphs: list | None = None) -> None:
-    """Make compiled modules stop after tracing; `graphs` collects what was traced."""
-    compile_module, aot_eager = nn.Module.compile, torch._dynamo.lookup_backend("aot_eager")
+def trace_only(monkeypatch: pytest.MonkeyPatch, graphs: list | None = None, backend: str = "aot_eager") -> None:
+    """Make compiled modules stop after tracing; `graphs` collects what was traced.
 
-    def backend(graph, inputs):
+    With the backend "aot_eager_decomp_partition" they keep for the backward what Inductor would keep.
+    """
+    compile_module, run_traced = nn.Module.compile, torch._dynamo.lookup_backend(backend)
+
+    def collecting(graph, inputs):
         if graphs is not None:
             graphs.append(graph)
-        return aot_eager(graph, inputs)
+        return run_traced(graph, inputs)
 
     def compile_only_traced(self, *, options=None, **settings):
-        compile_module(self, backend=backend, **settings)
+        compile_module(self, backend=collecting, **settings)
 
     monkeypatch.setattr(nn.Module, "compile", compile_only_traced)
