@@ -22,6 +22,7 @@ from gptbert.text.special_tokens import BOS_ID, MASK_ID, SPECIAL_TOKENS, UNK_ID
 from gptbert.text.tokenizer_file import danger, read_tokenizer_file
 
 _PROBE = "A text, 1 or 2.\n"
+_MOST_SPECIAL = 10_000
 _RARE = "ĳ 漢 \N{GRINNING FACE}\0"  # not in most vocabularies
 _SAMPLING = ("dropout", "alpha", "nbest_size")  # of BPE and Unigram: one of several encodings is drawn
 
@@ -39,16 +40,21 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     content, tokenizer = _open(Path(path))
     for token_id, token in enumerate(SPECIAL_TOKENS[: MASK_ID + 1]):
-        if tokenizer.token_to_id(token) != token_id:
+        if (found := tokenizer.token_to_id(token)) != token_id:
+            reason = f"has no {token}, expected with id" if found is None else f"{token} has id {found}, expected"
             raise InputError(
-                f"tokenizer {path}: {token} has id {tokenizer.token_to_id(token)}, expected {token_id} "
-                "(train one with tokenize_scripts/train_tokenizer.py)"
+                f"tokenizer {path}: {reason} {token_id} (train one with tokenize_scripts/train_tokenizer.py)"
             )
     _check_ids(path, content, tokenizer)
     with _library_errors(f"tokenizer {path}: cannot encode"):
-        tokenizer.encode(_PROBE)  # with everything that the file asks for
+        _encode_alike(tokenizer)  # before the first text: a BPE model remembers the words that it has encoded
+        tokenizer.encode(_PROBE)
         _normalize(tokenizer, content)
         tokenizer.encode(_PROBE + _RARE)
+        if (number := len(special_ids(tokenizer))) > _MOST_SPECIAL:
+            raise InputError(f"tokenizer {path}: has {number:,} special tokens, more than {_MOST_SPECIAL:,}")
+        if _parsed_literal(tokenizer, content):
+            _separate_literals(tokenizer)
         if literal := _parsed_literal(tokenizer, content):
             raise InputError(f"tokenizer {path}: makes a special token of the text {literal!r}, whatever its settings")
     return tokenizer
@@ -126,10 +132,7 @@ def _check_ids(path: str | Path, content: Any, tokenizer: Tokenizer) -> None:
 
 
 def _normalize(tokenizer: Tokenizer, content: Any) -> None:
-    """Undo what `load_tokenizer` promises to undo; a tokenizer of train_tokenizer.py stays as it is."""
-    _encode_alike(tokenizer)
-    if getattr(tokenizer.model, "unk_token", "") is None:  # a BPE model, which would leave out what it does not know
-        tokenizer.model.unk_token = SPECIAL_TOKENS[UNK_ID]
+    """Name the special tokens, and put `<s>` alone around a text; a tokenizer of train_tokenizer.py stays as it is."""
     names = [tokenizer.id_to_token(number) for number in special_ids(tokenizer)]
     names += [name for name in (*SPECIAL_TOKENS, _unknown_token(tokenizer, content)) if name is not None]
     known = {tokenizer.token_to_id(name): name for name in names}
@@ -141,20 +144,25 @@ def _normalize(tokenizer: Tokenizer, content: Any) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{start} $A", pair=f"{start} $A {start} $B", special_tokens=[(start, BOS_ID)]
     )
-    if _parsed_literal(
-        tokenizer, content
-    ):  # the model's own vocabulary has it, and text reaches the model in whole words
-        names = (re.escape(name[0]) + f"(?={re.escape(name[1:])})" for name in known.values() if len(name) > 1)
-        split = pre_tokenizers.Split(Regex("|".join(names)), "isolated")
-        own = tokenizer.pre_tokenizer
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([own, split]) if own else split
+
+
+def _separate_literals(tokenizer: Tokenizer) -> None:
+    """Split special tokens' names that reach the model in one piece, where its own vocabulary has them."""
+    names = [tokenizer.id_to_token(number) for number in special_ids(tokenizer)]
+    literals = [re.escape(name[0]) + f"(?={re.escape(name[1:])})" for name in names if len(name) > 1]
+    split = pre_tokenizers.Split(Regex("|".join(literals)), "isolated")
+    own = tokenizer.pre_tokenizer
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([own, split]) if own else split
 
 
 def _encode_alike(tokenizer: Tokenizer) -> None:
-    """Give every text one encoding."""
+    """Give every text one encoding, without gaps."""
+    model = tokenizer.model
     for name in _SAMPLING:
-        if getattr(tokenizer.model, name, None):
-            setattr(tokenizer.model, name, None)
+        if getattr(model, name, None):
+            setattr(model, name, None)
+    if getattr(model, "unk_token", "") is None:  # a BPE model, which would leave out what it does not know
+        model.unk_token = SPECIAL_TOKENS[UNK_ID]
 
 
 def _unknown_token(tokenizer: Tokenizer, content: Any) -> str | None:
@@ -164,13 +172,13 @@ def _unknown_token(tokenizer: Tokenizer, content: Any) -> str | None:
 
 
 def _parsed_literal(tokenizer: Tokenizer, content: Any) -> str | None:
-    """The first text with a special token's name that gets this token even as plain text, as no other text may."""
+    """The first text in which a special token's name gives this token even as plain text."""
     unknown = {SPECIAL_TOKENS[UNK_ID], _unknown_token(tokenizer, content)}
     tokenizer.encode_special_tokens = True
     try:
         for number in special_ids(tokenizer):
             name = tokenizer.id_to_token(number)
-            for text in (name, f"a {name} a", f"a{name}a") if len(name) > 1 and name not in unknown else ():
+            for text in (name, f"{name} a {name} a{name}a") if len(name) > 1 and name not in unknown else ():
                 if number in tokenizer.encode(text, add_special_tokens=False).ids:
                     return text
     finally:
