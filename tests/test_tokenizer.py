@@ -12,15 +12,19 @@ from gptbert.config import ModelConfig, TrainConfig
 from gptbert.data.inputs import Inputs
 from gptbert.data.objectives import Masking, masked_batch
 from gptbert.errors import InputError
+from gptbert.evaluate import EvaluateSettings, evaluate
 from gptbert.fill_mask import fill_masks
+from gptbert.fit import fit
 from gptbert.generate import continue_text
 from gptbert.model import GPTBert
+from gptbert.monitoring.records import read_records
 from gptbert.text.encoding import encode_documents, encode_sentences, encode_with_masks
 from gptbert.text.special_tokens import BOS_ID, MASK_ID, SPECIAL_TOKENS, UNK_ID
 from gptbert.text.tokenizer import are_same, load_tokenizer, notes, ordinary_ids, special_ids, tokenizer_hash
 from kernels import span_mask
 from tests.runs import MODEL, flags, write_inputs
 from tests.tokenizer_kinds import FIVE, TEXT, kinds, special_names
+from tokenize_scripts.tokenize_corpus import TokenizeConfig, tokenize_corpus
 
 OURS = "as train_tokenizer.py makes them"
 
@@ -271,3 +275,25 @@ def test_the_tokenizer_decides_the_vocabulary(inputs, tmp_path, stated, size, re
             ModelConfig.from_json(tmp_path / "model.json")
     else:
         assert ModelConfig.from_json(tmp_path / "model.json").vocab_size == stated
+
+
+def test_a_run_with_special_tokens_anywhere_and_a_model_without_a_vocabulary(write, tmp_path, capfd):
+    """Tokens, masks, vocabulary and records of training, resuming and evaluating go by the tokenizer."""
+    tokenizer_path = write("special tokens in the middle")
+    (tmp_path / "text.jsonl").write_text(json.dumps(TEXT * 40) + "\n")
+    tokens = tmp_path / "tokens.safetensors"
+    tokenize_corpus(TokenizeConfig(input=(tmp_path / "text.jsonl",), tokenizer_path=tokenizer_path, output=tokens))
+    (tmp_path / "model.json").write_text(json.dumps({name: MODEL[name] for name in MODEL if name != "vocab_size"}))
+    paths = {"train_path": tokens, "valid_path": tokens, "tokenizer_path": tokenizer_path, "name": "run"}
+    for steps in (2, 3):
+        fit(parse(TrainConfig, flags(tmp_path, max_steps=steps, validation_steps=0, resume="auto", **paths)))
+    said = capfd.readouterr().err
+    assert "\n7 special tokens of 323: <unk>, <s>, </s>, <pad>, <mask>, <between>, <end>; vocab_size is 323" in said
+    assert f"going on from {tmp_path}/runs/run/checkpoints/step_00000002; changed since: --max_steps 2 -> 3\n" in said
+    checkpoint = tmp_path / "runs" / "run" / "checkpoints" / "step_00000003"
+    assert json.loads((checkpoint / "train_config.json").read_text())["n_special_tokens"] == 7
+    assert json.loads((checkpoint / "model_config.json").read_text())["vocab_size"] == 323
+    evaluate(EvaluateSettings(run=checkpoint, input=(tokens,), output=tmp_path / "results.json"))
+    results = json.loads((tmp_path / "results.json").read_text())["all"]
+    record = read_records(tmp_path / "runs" / "run" / "metrics.jsonl")[-1]
+    assert results["mlm"]["loss"] == pytest.approx(record["validation_ema/mlm/loss"], rel=1e-6)
