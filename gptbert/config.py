@@ -133,7 +133,8 @@ class TrainConfig:
     valid_path: Path
     """Token file to validate on."""
     config_file: Path
-    """JSON file with the model's shape, for example configs/small.json."""
+    """JSON file with the model's shape, for example configs/small.json. If its vocab_size is less than the tokenizer's,
+    or missing, the model takes the tokenizer's."""
     tokenizer_path: Path
     """Tokenizer JSON file that the token files were written with."""
     output_dir: Path = Path("checkpoints")

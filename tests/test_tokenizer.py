@@ -141,6 +141,16 @@ def numbered(content, name, number):
 
 REFUSED = {
     "unknown text has no token": ("Unigram with Metaspace", without_unknown, "cannot encode"),
+    "unknown text is a mask": (
+        "WordLevel",
+        lambda content: {"model": content["model"] | {"unk_token": "<mask>"}},
+        "gives <mask> for text that it does not know",
+    ),
+    "unknown text begins a text": (
+        "Unigram with Metaspace",
+        lambda content: {"model": content["model"] | {"unk_id": 1}},
+        "gives <s> for text that it does not know",
+    ),
     "numbered twice": (OURS, lambda content: numbered(content, "<special_3>", 99), "id 99 in added_tokens and 8 in"),
     "one id twice": (
         OURS,

@@ -36,7 +36,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
     Raises:
         InputError: the file is missing, is not a tokenizer, numbers `<unk>` … `<mask>` differently than 0 … 4, has ids
-            with gaps, contradicts itself, or cannot encode.
+            with gaps, contradicts itself, or cannot encode every text.
     """
     content, tokenizer = _open(Path(path))
     for token_id, token in enumerate(SPECIAL_TOKENS[: MASK_ID + 1]):
@@ -46,6 +46,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
                 f"tokenizer {path}: {reason} {token_id} (train one with tokenize_scripts/train_tokenizer.py)"
             )
     _check_ids(path, content, tokenizer)
+    if (unknown := _unknown_token(tokenizer, content)) in SPECIAL_TOKENS[BOS_ID : MASK_ID + 1]:
+        raise InputError(f"tokenizer {path}: gives {unknown} for text that it does not know, expected <unk>")
     with _library_errors(f"tokenizer {path}: cannot encode"):
         _encode_alike(tokenizer)  # before the first text: a BPE model remembers the words that it has encoded
         tokenizer.encode(_PROBE)
@@ -168,7 +170,9 @@ def _encode_alike(tokenizer: Tokenizer) -> None:
 def _unknown_token(tokenizer: Tokenizer, content: Any) -> str | None:
     """The token that the model gives for what it does not know: named, or in a Unigram model by its id."""
     token_id = content["model"].get("unk_id")
-    return tokenizer.id_to_token(token_id) if token_id is not None else getattr(tokenizer.model, "unk_token", None)
+    if type(token_id) is int and 0 <= token_id < tokenizer.get_vocab_size():
+        return tokenizer.id_to_token(token_id)
+    return getattr(tokenizer.model, "unk_token", None)
 
 
 def _parsed_literal(tokenizer: Tokenizer, content: Any) -> str | None:
