@@ -73,8 +73,12 @@ class ModelConfig:
         return embedding + layers * (attention + feed_forward) + mixes + hidden * hidden + hidden + self.vocab_size
 
     @classmethod
-    def from_json(cls, path: str | Path) -> "ModelConfig":
+    def from_json(cls, path: str | Path, vocab_size: int | None = None) -> "ModelConfig":
         """Read a published or own JSON file.
+
+        Args:
+            path: the file.
+            vocab_size: a tokenizer's, which the model's is at least, whatever the file says; the file may lack it then.
 
         Raises:
             InputError: the file cannot be read, a key is unknown or missing, or a value is invalid.
@@ -88,7 +92,10 @@ class ModelConfig:
             raise InputError(f"model config {path}: cannot be read as JSON ({error})") from error
         if not isinstance(values, dict):
             raise InputError(f"model config {path}: expected a JSON object")
-        return cls.from_values(values, path)
+        config = cls.from_values({"vocab_size": vocab_size} | values if vocab_size else values, path)
+        if vocab_size is None or vocab_size <= config.vocab_size:
+            return config
+        return cls.from_values(values | {"vocab_size": vocab_size}, path)
 
     @classmethod
     def from_values(cls, values: dict[str, Any], path: Path) -> "ModelConfig":
@@ -126,7 +133,8 @@ class TrainConfig:
     valid_path: Path
     """Token file to validate on."""
     config_file: Path
-    """JSON file with the model's shape, for example configs/small.json."""
+    """JSON file with the model's shape, for example configs/small.json. If its vocab_size is less than the tokenizer's,
+    or missing, the model takes the tokenizer's."""
     tokenizer_path: Path
     """Tokenizer JSON file that the token files were written with."""
     output_dir: Path = Path("checkpoints")
@@ -199,8 +207,9 @@ class TrainConfig:
     """Fraction of masked tokens left unchanged."""
     mask_history: bool = False
     """Prefer tokens that were masked less often in earlier epochs (one byte per training token and process)."""
-    n_special_tokens: int = 16
-    """Token ids below this number are special: never masked, never drawn as a random token."""
+    n_special_tokens: int | None = None
+    """Number of special tokens, which are never masked and never drawn as a random token. The tokenizer says which they
+    are; this is a check, which ends the run if the number is another one. Default: no check."""
 
     mixed_precision: bool = False
     """Compute in bf16 (autocast); weights, gradients and optimizer state stay fp32."""
@@ -278,7 +287,7 @@ class TrainConfig:
             "validation_steps": 0, "shard_size": 0, "log_every": 1, "save_every": 0, "keep_checkpoints": 1,
         }  # fmt: skip
         for name, lowest in at_least.items():
-            if not getattr(self, name) >= lowest:
+            if getattr(self, name) is not None and not getattr(self, name) >= lowest:
                 raise InputError(f"--{name} is {getattr(self, name)}, expected at least {lowest}")
         for name in (
             "warmup_proportion", "cooldown_proportion", "mask_p_start", "mask_p_end", "mask_random_p", "mask_keep_p",

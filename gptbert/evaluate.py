@@ -30,7 +30,7 @@ from gptbert.monitoring.validation import Validation, ValidationSettings
 from gptbert.scoring.trained_model import ModelChoice, TrainedModel
 from gptbert.text.corpus import Corpus, CorpusConfig
 from gptbert.text.encoding import encode_documents
-from gptbert.text.tokenizer import tokenizer_hash
+from gptbert.text.tokenizer import special_ids, tokenizer_hash
 
 _TOKEN_FILES = {".safetensors", ".bin"}
 
@@ -96,7 +96,10 @@ def evaluate_store(trained: TrainedModel, store: TokenStore, settings: Validatio
         store: documents; padded if they have fewer tokens than a row.
         settings: the run's, possibly modified.
     """
-    validation = Validation(settings, store, World(0, 1, trained.device), trained.tokenizer.get_vocab_size())
+    tokenizer = trained.tokenizer
+    validation = Validation(
+        settings, store, World(0, 1, trained.device), tokenizer.get_vocab_size(), special_ids(tokenizer)
+    )
     precision = torch.autocast(trained.device.type, torch.bfloat16, enabled=settings.mixed_precision)
     with tqdm(total=validation.num_rows, unit="row", delay=0.5) as bar:
         sums = validation.sums(trained.model, precision, bar.update)
@@ -166,9 +169,9 @@ def _open_data(trained: TrainedModel, settings: EvaluateSettings) -> dict[str, T
     store = TokenStore.open(file)
     if store.tokenizer_hash not in {None, tokenizer_hash(trained.path / TOKENIZER)}:
         raise InputError(f"{file} was written with another tokenizer than that of {trained.path}; tokenize the text")
-    if store.vocab_size > trained.model.config.vocab_size:
+    if store.vocab_size > (size := trained.tokenizer.get_vocab_size()):
         raise InputError(
-            f"{file} has token ids up to {store.vocab_size - 1}, beyond the model's {trained.model.config.vocab_size}"
+            f"{file} has token ids up to {store.vocab_size - 1}, beyond the {size} of the model's tokenizer"
         )
     return {"": store}
 

@@ -17,10 +17,11 @@ from gptbert.checkpoint.saved_model import read_full_weights
 from gptbert.command_line import run_command
 from gptbert.config import ModelConfig
 from gptbert.errors import InputError
+from gptbert.huggingface.tokenizer_files import write_tokenizer_files
 from gptbert.io.files import new_folder
 from gptbert.io.json_file import read_object, write_json
 from gptbert.monitoring.records import read_records
-from gptbert.text.special_tokens import BOS_ID, EOS_ID, MASK_ID, PAD_ID, SPECIAL_TOKENS, UNK_ID
+from gptbert.text.special_tokens import BOS_ID, EOS_ID, MASK_ID, PAD_ID
 from gptbert.text.tokenizer import load_tokenizer, ordinary_ids
 from gptbert.upstream import TIED_WEIGHT, to_upstream
 
@@ -138,7 +139,7 @@ def write_export(checkpoint: Path, folder: Path, weights: str = "ema", shift_mas
     save_file(published_weights(checkpoint, weights, config), folder / "model.safetensors", metadata={"format": "pt"})
     origin = Origin.of(checkpoint)
     tokenizer = load_tokenizer(checkpoint / TOKENIZER)
-    shutil.copyfile(checkpoint / TOKENIZER, folder / "tokenizer.json")
+    write_tokenizer_files(tokenizer, folder, max(config.max_position_embeddings, origin.train.get("seq_length", 0)))
     for name in _CODE_FILES:
         shutil.copyfile(_CODE / name, folder / name)
     never = sorted(set(range(config.vocab_size)).difference(ordinary_ids(tokenizer)))
@@ -157,14 +158,6 @@ def write_export(checkpoint: Path, folder: Path, weights: str = "ema", shift_mas
             "torch_dtype": "float32",
         },
         "generation_config.json": {**special, "suppress_tokens": never},  # as in gptbert.generate
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            **special_tokens(),
-            "model_max_length": max(config.max_position_embeddings, origin.train.get("seq_length", 0)),
-            "model_input_names": ["input_ids", "attention_mask"],
-            "clean_up_tokenization_spaces": False,
-        },
-        "special_tokens_map.json": special_tokens(),
     }
     for name, content in files.items():
         write_json(folder / name, content)
@@ -178,12 +171,6 @@ def published_weights(checkpoint: Path, weights: str, config: ModelConfig) -> di
     published = to_upstream(read_full_weights(checkpoint, weights, config))
     del published[TIED_WEIGHT]
     return {name: tensor.contiguous() for name, tensor in published.items()}
-
-
-def special_tokens() -> dict[str, str]:
-    """The special tokens by their roles in transformers."""
-    roles = {"unk": UNK_ID, "bos": BOS_ID, "eos": EOS_ID, "pad": PAD_ID, "mask": MASK_ID, "cls": BOS_ID, "sep": EOS_ID}
-    return {f"{role}_token": SPECIAL_TOKENS[token_id] for role, token_id in roles.items()}
 
 
 def model_card(origin: Origin, config: ModelConfig, weights: str, shift: bool, name: str) -> str:

@@ -1,5 +1,7 @@
 """A training run from its settings: open inputs, find a checkpoint, prepare kernels, start the trainer."""
 
+import dataclasses
+
 from gptbert import compile_choice
 from gptbert.checkpoint.folder import saved_setting
 from gptbert.checkpoint.initial_weights import read_initial_weights
@@ -37,6 +39,7 @@ def _fit(config: TrainConfig, world: World) -> None:
     with world.errors_on_all_ranks():
         backend = prepare_kernels(config, world)
         inputs = Inputs.open(config)
+        config = dataclasses.replace(config, n_special_tokens=len(inputs.special_ids))  # for the records
         plan = HybridPlan(config, world.world_size)
     is_checked = backend == "triton" and config.kernel_check == "on"
     run = run_of(config, inputs.model_config, plan, world) if is_checked else None

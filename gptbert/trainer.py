@@ -84,7 +84,9 @@ class Trainer:
         self.micro_batches = MicroBatches(config, plan, world)
         self.loader = BatchLoader(config, inputs, plan, world, self.micro_batches)
         self.words = WordCheckpoints(config, self.loader.streams, plan)
-        self.validation = Validation(ValidationSettings.of(config), inputs.valid_store, world, inputs.vocab_size)
+        self.validation = Validation(
+            ValidationSettings.of(config), inputs.valid_store, world, inputs.vocab_size, inputs.special_ids
+        )
         self.step = 0
         self._record = TrainingRecord(config, inputs.model_config, plan, world)
         self._warm_up()

@@ -177,6 +177,88 @@ def built_token_file(draw) -> bytes:
     return save(arrays, metadata)
 
 
+_PIECE = st.sampled_from(["a", " ", "", "<mask>", "x" * 20])
+_PATTERN = st.sampled_from([{"String": "a"}, {"String": "<"}, {"Regex": r"\d"}, {"Regex": "^|$"}])
+_BEHAVIOR = st.sampled_from(["Removed", "Isolated", "MergedWithPrevious", "MergedWithNext", "Contiguous"])
+_PAIR = st.sampled_from([["<s>", 1], ["</s>", 2], ["<s>", 7], ["nope", 3]])
+_FLAGS = {name: st.booleans() for name in ("single_word", "lstrip", "rstrip", "normalized", "special")}
+
+
+def _part(name: str, **fields: st.SearchStrategy) -> st.SearchStrategy:
+    return st.fixed_dictionaries({"type": st.just(name), **fields})
+
+
+def _parts(*parts: st.SearchStrategy, sequence: str) -> st.SearchStrategy:
+    """One of the parts, or a sequence of them, or nothing."""
+    one = st.one_of(*parts)
+    return st.none() | one | _part("Sequence", **{sequence: st.lists(one, max_size=3)})
+
+
+_TOKENIZER_PARTS = {
+    "normalizer": _parts(
+        *(_part(name) for name in ("NFC", "NFKC", "Lowercase", "StripAccents", "Nmt")),
+        _part("Replace", pattern=_PATTERN, content=_PIECE),
+        _part("Prepend", prepend=_PIECE),
+        _part("Strip", strip_left=st.booleans(), strip_right=st.booleans()),
+        sequence="normalizers",
+    ),
+    "pre_tokenizer": _parts(
+        *(_part(name) for name in ("Whitespace", "WhitespaceSplit", "BertPreTokenizer", "UnicodeScripts")),
+        _part("Punctuation", behavior=_BEHAVIOR),
+        _part("Split", pattern=_PATTERN, behavior=_BEHAVIOR, invert=st.booleans()),
+        _part("Digits", individual_digits=st.booleans()),
+        _part("ByteLevel", add_prefix_space=st.booleans(), trim_offsets=st.booleans(), use_regex=st.booleans()),
+        _part(
+            "Metaspace",
+            replacement=st.just("\N{LOWER ONE EIGHTH BLOCK}"),
+            prepend_scheme=st.sampled_from(["always", "first", "never"]),
+            split=st.booleans(),
+        ),
+        sequence="pretokenizers",
+    ),
+    "post_processor": _parts(
+        _part("BertProcessing", sep=_PAIR, cls=_PAIR),
+        _part("RobertaProcessing", sep=_PAIR, cls=_PAIR, trim_offsets=st.booleans(), add_prefix_space=st.booleans()),
+        _part("ByteLevel", add_prefix_space=st.booleans(), trim_offsets=st.booleans(), use_regex=st.booleans()),
+        sequence="processors",
+    ),
+    "truncation": st.none()
+    | st.fixed_dictionaries(
+        {
+            "direction": st.sampled_from(["Left", "Right"]),
+            "max_length": st.integers(0, 9),
+            "strategy": st.sampled_from(["LongestFirst", "OnlyFirst", "OnlySecond"]),
+            "stride": st.integers(0, 9),
+        }
+    ),
+}
+_MODEL_FLAGS = {
+    "dropout": st.sampled_from([None, 0, 0.5, 1.0, 2, -1]),
+    "unk_token": st.sampled_from([None, "<unk>", "<mask>", "nope"]),
+    "unk_id": st.sampled_from([None, 0, 4, 10**6, -1]),
+    "continuing_subword_prefix": st.sampled_from([None, "", "##"]),
+    "end_of_word_suffix": st.sampled_from([None, "", "</w>"]),
+    "max_input_chars_per_word": st.integers(0, 99),
+    **{name: st.booleans() for name in ("fuse_unk", "byte_fallback", "ignore_merges")},
+}
+
+
+@st.composite
+def built_tokenizer(draw, contents: list[str]) -> bytes:
+    """A tokenizer of a known kind whose settings are others: valid ones, and a few that contradict each other."""
+    content = json.loads(draw(st.sampled_from(contents)))
+    content |= draw(st.fixed_dictionaries({}, optional=_TOKENIZER_PARTS))
+    flags = {name: values for name, values in _MODEL_FLAGS.items() if name in content["model"]}
+    content["model"] |= draw(st.fixed_dictionaries({}, optional=flags))
+    is_kept = st.sampled_from([True, True, True, False])
+    content["added_tokens"] = [
+        token | draw(st.fixed_dictionaries({}, optional=_FLAGS))
+        for token in content["added_tokens"]
+        if token["id"] >= len(content["model"]["vocab"]) or draw(is_kept)
+    ]
+    return json.dumps(content).encode()
+
+
 def built_model_config(content: bytes) -> st.SearchStrategy[bytes]:
     """A model configuration with consistent or inconsistent numbers."""
     few = st.sampled_from([1, 2, 3, 4, 8, 16, 24, 64, 1000, 2**20, 10**7, 10**7 + 1])

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 
 from gptbert.checkpoint import checkpoint, manifest
 from gptbert.checkpoint.resume import changed_settings, check_settings
@@ -18,8 +19,8 @@ from gptbert.monitoring.validation import ValidationSettings
 from gptbert.optim import Lamb
 from gptbert.scoring.minimal_pairs import Accuracy, read_pairs
 from gptbert.text.corpus import Corpus, CorpusConfig
-from gptbert.text.encoding import encode_documents
-from gptbert.text.tokenizer import load_tokenizer, tokenizer_hash
+from gptbert.text.encoding import encode_documents, encode_sentences
+from gptbert.text.tokenizer import load_tokenizer, notes, special_ids, tokenizer_hash
 from tests.conftest import TINY
 
 DOCUMENTS = 1 << 16
@@ -48,15 +49,22 @@ def model_config(path: Path) -> None:
 
 
 def tokenizer(path: Path) -> None:
-    """A tokenizer: it encodes text to ids of its vocabulary, and decodes them."""
+    """A tokenizer: a text has one encoding, to ids of its vocabulary, in which special tokens are text."""
     loaded = load_tokenizer(path)
     assert len(tokenizer_hash(path)) == 64
-    size = loaded.get_vocab_size()
-    ids = loaded.encode("the fox, 1 or 2").ids
+    assert all(isinstance(note, str) for note in notes(path))
+    size, special = loaded.get_vocab_size(), special_ids(loaded)
+    assert special[:5] == tuple(range(5))
+    text = "the fox, 1 or 2"
+    ids = loaded.encode(text).ids
     assert all(0 <= token_id < size for token_id in ids)
     assert isinstance(loaded.decode(ids), str)
-    for flat, *_ in encode_documents(loaded, ["the fox", "", "é\n"]):
+    assert all(encode_sentences(loaded, [text]) == [ids] for _ in range(3))
+    for flat, *_ in encode_documents(loaded, [text, "", "é\n", " a <mask>", "</s>", "<pad>a<s>"]):
         assert not len(flat) or flat.max() < size
+        assert not set(flat.tolist()) & {1, 2, 3, 4}
+    again = Tokenizer.from_str(loaded.to_str())
+    assert again.encode(text).ids == ids
 
 
 def resumed(path: Path) -> None:

@@ -89,13 +89,13 @@ CASES = {
     "wrong tokenizer": (lambda i: {"train_path": foreign_tokens(i)}, ["--train_path", "another tokenizer"]),
     "tokenizer missing": (lambda i: {"tokenizer_path": i / "gone.json"}, ["gone.json", "no such file"]),
     "tokenizer is something else": (lambda i: {"tokenizer_path": i / "model.json"}, ["model.json", "tokenizer"]),
-    "vocabulary above the model's": (
-        lambda i: {"config_file": bad_model(i, vocab_size=300)},
-        ["320", "vocab_size 300", "--config_file"],
+    "another number of special tokens": (
+        lambda i: {"n_special_tokens": 5},
+        ["--n_special_tokens 5", "tokenizer.json has 16 special tokens"],
     ),
-    "token ids above the model's": (
+    "token ids above the tokenizer's": (
         lambda i: {"train_path": own_tokens(i, 400)},
-        ["--train_path", "399", "vocab_size 320"],
+        ["--train_path", "399", "vocab_size 320", "--tokenizer_path"],
     ),
     "token ids above the file's own": (
         lambda i: {"valid_path": damaged_tokens(i)},

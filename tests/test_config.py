@@ -147,7 +147,7 @@ def test_defaults_are_those_of_the_recipe():
         "z_loss_weight": 1e-4, "warmup_proportion": 0.016, "cooldown_proportion": 0.016, "mask_p_start": 0.3,
         "mask_p_end": 0.15, "mask_random_p": 0.1, "mask_keep_p": 0.1, "max_gradient": 2.0, "ema_decay": 0.999,
         "batch_reduction": 4.0, "hybrid_numerator": 1, "hybrid_denominator": 4, "hybrid_mode": "auto",
-        "optimizer": "lamb", "n_special_tokens": 16, "mixed_precision": False, "token_weighted_loss": False,
+        "optimizer": "lamb", "n_special_tokens": None, "mixed_precision": False, "token_weighted_loss": False,
         "seq_length_growth": False, "mask_history": False, "resume": None, "seed": 42, "seq_length": 128,
         "train_weights": (),
     }  # fmt: skip

@@ -16,12 +16,16 @@ from transformers import (
     AutoTokenizer,
 )
 
+from gptbert.checkpoint import manifest
 from gptbert.errors import InputError
 from gptbert.export import ExportConfig, Origin, export, model_card
+from gptbert.huggingface.tokenizer_files import write_tokenizer_files
+from gptbert.text.encoding import encode_sentences, encode_with_masks
 from gptbert.text.special_tokens import MASK_ID
 from gptbert.text.tokenizer import load_tokenizer
 from tests.exported import SHAPE, write_checkpoint
 from tests.runs import train
+from tests.tokenizer_kinds import TEXT, kinds
 
 LENGTH = 40  # beyond max_position_embeddings
 # other releases sum in a different order
@@ -237,6 +241,45 @@ def test_tokenizer_is_the_trainers(folder, exported):
     assert set(encoded) == {"input_ids", "attention_mask", "offset_mapping"}
     assert tokenizer.decode(encoded["input_ids"], skip_special_tokens=True) == text.replace("<mask>", "")
     assert tokenizer.pad_token_id == 3
+
+
+TEXTS = (TEXT, " The cook", "U\N{COMBINING DIAERESIS}nï \N{GRINNING FACE}", "red  red\n\n boat", "")
+
+
+@pytest.mark.parametrize("kind", kinds())
+def test_tokenizers_of_every_kind_give_the_ids_that_training_saw(tmp_path, kind):
+    (tmp_path / "trained.json").write_text(kinds()[kind])
+    trained = load_tokenizer(tmp_path / "trained.json")
+    write_tokenizer_files(trained, tmp_path, 200)
+    exported = AutoTokenizer.from_pretrained(tmp_path)
+    exported.save_pretrained(tmp_path / "again")
+    for tokenizer in (exported, AutoTokenizer.from_pretrained(tmp_path / "again")):
+        for text in TEXTS:
+            assert tokenizer(text)["input_ids"] == encode_sentences(trained, [text])[0]
+        assert tokenizer("The cook<mask> a boat.")["input_ids"] == encode_with_masks(trained, "The cook<mask> a boat.")
+        assert tokenizer(TEXT, "a", return_token_type_ids=False)["input_ids"].count(1) == 2
+        ids = tokenizer(TEXT)["input_ids"]
+        assert tokenizer.decode(ids, skip_special_tokens=True) == trained.decode(ids)
+        assert len(tokenizer) == trained.get_vocab_size()
+        assert tokenizer.mask_token_id == MASK_ID
+
+
+def test_an_exported_folder_has_the_tokenizer_that_its_card_promises(exported, tmp_path):
+    """Of a checkpoint whose tokenizer asks for other tokens around a text, random merges and at most four tokens."""
+    checkpoint = shutil.copytree(exported[0] / "checkpoint", tmp_path / "checkpoint")
+    content = json.loads(kinds()["RoBERTa's post-processor"])
+    truncation = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    content |= {"model": content["model"] | {"dropout": 0.5}, "truncation": truncation}
+    (checkpoint / "tokenizer.json").write_text(json.dumps(content))
+    manifest.write(checkpoint)
+    export(ExportConfig(checkpoint, tmp_path / "out"))
+    trained = load_tokenizer(checkpoint / "tokenizer.json")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    (expected,) = encode_sentences(trained, [TEXT])
+    assert all(tokenizer(TEXT)["input_ids"] == expected for _ in range(5))
+    assert "The tokenizer prepends `<s>`" in (tmp_path / "out" / "README.md").read_text()
+    never = json.loads((tmp_path / "out" / "generation_config.json").read_text())["suppress_tokens"]
+    assert never == [*range(5), *range(320, SHAPE.vocab_size)], "special tokens, and ids that the tokenizer lacks"
 
 
 def test_what_transformers_saves_again_is_the_same(folder, tmp_path):

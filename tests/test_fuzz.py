@@ -24,6 +24,7 @@ from gptbert.model import GPTBert
 from gptbert.optim import Lamb
 from tests import damage
 from tests.sandbox import Sandbox
+from tests.tokenizer_kinds import kinds
 from tokenize_scripts.train_tokenizer import learn
 
 LONG = settings.get_current_profile_name() == "fuzz"
@@ -162,6 +163,17 @@ def test_damaged_model_configs_are_read_or_refused_in_one_line(sandbox, valid, p
 def test_damaged_tokenizers_are_read_or_refused_in_one_line(sandbox, valid, place, data):
     content = data.draw(damage.damaged_json((valid / "tokenizer.json").read_bytes()))
     read(sandbox, "tokenizer", put(place, "tokenizer.json", content))
+
+
+@examples(0.3)
+@given(damage.built_tokenizer(list(kinds().values())))
+def test_tokenizers_of_other_settings_are_read_or_refused_in_one_line(sandbox, place, content):
+    read(sandbox, "tokenizer", put(place, "tokenizer.json", content))
+
+
+@pytest.mark.parametrize("kind", kinds())
+def test_tokenizers_of_every_kind_are_read(sandbox, place, kind):
+    assert sandbox.read("tokenizer", put(place, "tokenizer.json", kinds()[kind].encode())) == ""
 
 
 @examples()

@@ -10,15 +10,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from gptbert.checkpoint import manifest
 from gptbert.checkpoint.folder import list_checkpoints
+from gptbert.checkpoint.initial_weights import read_initial_weights
 from gptbert.checkpoint.saved_model import load_model
-from gptbert.command_line import run_command
+from gptbert.command_line import parse, run_command
+from gptbert.config import TrainConfig
 from gptbert.errors import InputError
 from gptbert.export import ExportConfig, export
 from gptbert.import_hf import ImportConfig, import_hf
+from gptbert.text.tokenizer import tokenizer_hash
 from gptbert.upstream import to_upstream
 from tests.exported import SHAPE, random_model, write_checkpoint
 from tests.runs import flags, start
+from tests.tokenizer_kinds import kinds
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +144,24 @@ def test_a_run_starts_from_the_weights(folder, tmp_path):
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert "going on from" in output
+
+
+def test_an_exported_tokenizer_is_the_runs(folder, tmp_path):
+    """Weights come back with a normalized tokenizer; the run goes on with the original one and its token files."""
+    checkpoint = shutil.copytree(folder / "checkpoint", tmp_path / "checkpoint")
+    (checkpoint / "tokenizer.json").write_text(kinds()["special tokens that strip"])
+    manifest.write(checkpoint)
+    export(ExportConfig(checkpoint, tmp_path / "exported"))
+    import_hf(ImportConfig(tmp_path / "exported", tmp_path / "imported"))
+    own, back = (path / "tokenizer.json" for path in (checkpoint, tmp_path / "imported"))
+    assert tokenizer_hash(own) != tokenizer_hash(back)
+    for tokenizer_path in (own, back):
+        arguments = flags(folder, initial_weights=tmp_path / "imported", tokenizer_path=tokenizer_path)
+        assert read_initial_weights(parse(TrainConfig, arguments), SHAPE)
+    arguments = flags(folder, initial_weights=tmp_path / "imported", tokenizer_path=folder / "tokenizer.json")
+    config = parse(TrainConfig, arguments)
+    with pytest.raises(InputError, match=r"imported: its tokenizer.json is not --tokenizer_path"):
+        read_initial_weights(config, SHAPE)
 
 
 def test_initial_weights_that_do_not_fit_are_refused(folder, tmp_path):

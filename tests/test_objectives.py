@@ -38,7 +38,7 @@ def test_causal_labels_are_the_next_tokens_of_the_same_piece(some_rows):
 
 def test_masked_labels_are_masked_one_position_later(some_rows):
     _, tokens, document_ids, row_ids = some_rows
-    masking = Masking(mask_p=0.4, random_p=0.0, keep_p=0.0, vocab_size=300, num_special_tokens=16, seed=5)
+    masking = Masking(mask_p=0.4, random_p=0.0, keep_p=0.0, vocab_size=300, special_ids=tuple(range(16)), seed=5)
     batch = masked_batch(tokens, document_ids, row_ids, masking)
     assert not batch.is_causal.any()
     hidden = tokens[:, :-1] != batch.input_ids

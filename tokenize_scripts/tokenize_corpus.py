@@ -9,7 +9,7 @@ from gptbert.errors import InputError
 from gptbert.io.outputs import check_outputs
 from gptbert.text.corpus import Corpus, CorpusConfig
 from gptbert.text.encoding import encode_documents
-from gptbert.text.tokenizer import load_tokenizer, tokenizer_hash
+from gptbert.text.tokenizer import load_tokenizer, notes, tokenizer_hash
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,8 @@ def tokenize_corpus(config: TokenizeConfig) -> None:
     if config.shard_tokens < 1:
         raise InputError(f"--shard_tokens={config.shard_tokens}: must be at least 1")
     tokenizer = load_tokenizer(config.tokenizer_path)
+    for note in notes(config.tokenizer_path):
+        print(f"note: tokenizer {config.tokenizer_path} {note}")
     corpus = Corpus(config)
     check_outputs([config.output], [*corpus.files, config.tokenizer_path])
     digest = tokenizer_hash(config.tokenizer_path)

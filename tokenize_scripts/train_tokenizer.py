@@ -55,7 +55,7 @@ def train_tokenizer(config: TrainTokenizerConfig) -> None:
     if size < config.vocab_size:
         print(
             f"note: the vocabulary has {size} tokens, not {config.vocab_size}: the corpus is too small, it has no more "
-            f"pairs that occur {config.min_frequency} times; set the model's vocab_size to {size} or use more text"
+            f"pairs that occur {config.min_frequency} times; training works with it as it is, or use more text"
         )
     print(f"wrote {config.output}: {size} tokens, learned from {corpus.counts()}")
 

@@ -6,7 +6,7 @@ from gptbert.checkpoint.folder import MODEL_CONFIG, TOKENIZER, differences, newe
 from gptbert.checkpoint.saved_model import read_full_weights
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.errors import InputError, prefix_errors
-from gptbert.text.tokenizer import tokenizer_hash
+from gptbert.text.tokenizer import are_same
 
 
 def read_initial_weights(config: TrainConfig, model_config: ModelConfig) -> dict[str, Tensor] | None:
@@ -22,6 +22,6 @@ def read_initial_weights(config: TrainConfig, model_config: ModelConfig) -> dict
         saved_config = ModelConfig.from_json(path / MODEL_CONFIG)
         if changes := differences(saved_config, model_config):
             raise InputError(f"{path}: its model differs from --config_file: {changes}")
-        if tokenizer_hash(path / TOKENIZER) != tokenizer_hash(config.tokenizer_path):
+        if not are_same(path / TOKENIZER, config.tokenizer_path):  # an exported one is normalized
             raise InputError(f"{path}: its tokenizer.json is not --tokenizer_path {config.tokenizer_path}")
         return read_full_weights(path, "model", model_config)

@@ -4,12 +4,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.data.token_store import TokenStore
 from gptbert.errors import InputError, prefix_errors
-from gptbert.text.tokenizer import load_tokenizer, tokenizer_hash
+from gptbert.io.json_file import read_object
+from gptbert.text.special_tokens import SPECIAL_TOKENS
+from gptbert.text.tokenizer import load_tokenizer, special_ids, tokenizer_hash
 
 CHECKED_TOKENS = 10**9  # per rank, before the first step
+USUAL_SPECIAL_IDS = tuple(range(len(SPECIAL_TOKENS)))
 
 
 @dataclass(frozen=True)
@@ -21,12 +26,16 @@ class Inputs:
         vocab_size: of the tokenizer; at most the model's.
         train_stores: training documents, one store per corpus.
         valid_store: validation documents.
+        special_ids: the tokenizer's special tokens, ascending.
+        remark: what to tell the user about the vocabulary; empty if there is nothing special about it.
     """
 
     model_config: ModelConfig
     vocab_size: int
     train_stores: tuple[TokenStore, ...]
     valid_store: TokenStore
+    special_ids: tuple[int, ...] = USUAL_SPECIAL_IDS
+    remark: str = ""
 
     @property
     def num_train_tokens(self) -> int:
@@ -40,27 +49,29 @@ class Inputs:
         Raises:
             InputError: a file is missing or damaged, or files do not match.
         """
-        with prefix_errors("--config_file"):
-            model_config = ModelConfig.from_json(config.config_file)
         with prefix_errors("--tokenizer_path"):
-            vocab_size = load_tokenizer(config.tokenizer_path).get_vocab_size()
-        if vocab_size > model_config.vocab_size:
+            tokenizer = load_tokenizer(config.tokenizer_path)
+        vocab_size, special = tokenizer.get_vocab_size(), special_ids(tokenizer)
+        with prefix_errors("--config_file"):
+            model_config = ModelConfig.from_json(config.config_file, vocab_size)
+        if config.n_special_tokens not in {None, len(special)}:
             raise InputError(
-                f"--tokenizer_path {config.tokenizer_path} has {vocab_size} tokens, more than vocab_size "
-                f"{model_config.vocab_size} in --config_file {config.config_file}"
+                f"--n_special_tokens {config.n_special_tokens}, but --tokenizer_path {config.tokenizer_path} has "
+                f"{len(special)} special tokens ({_in_words(tokenizer, special)}); without the flag they are those"
             )
-        if config.n_special_tokens >= vocab_size:
-            raise InputError(f"--n_special_tokens {config.n_special_tokens} leaves no ordinary token of {vocab_size}")
+        if len(special) == vocab_size:
+            raise InputError(f"--tokenizer_path {config.tokenizer_path}: has no token beside {vocab_size} special ones")
         digest = tokenizer_hash(config.tokenizer_path)
         longest_row = config.seq_length * (4 if config.seq_length_growth else 1)
         return cls(
             model_config,
             vocab_size,
             tuple(
-                _open_store("--train_path", path, config, model_config, digest, longest_row)
-                for path in config.train_path
+                _open_store("--train_path", path, config, vocab_size, digest, longest_row) for path in config.train_path
             ),
-            _open_store("--valid_path", config.valid_path, config, model_config, digest, config.seq_length),
+            _open_store("--valid_path", config.valid_path, config, vocab_size, digest, config.seq_length),
+            special,
+            _remark(config, tokenizer, model_config),
         )
 
     def check_ids(self, rank: int, world_size: int) -> None:
@@ -88,8 +99,28 @@ def corpus_names(paths: Sequence[Path]) -> list[str]:
     return names
 
 
+def _remark(config: TrainConfig, tokenizer: Tokenizer, model_config: ModelConfig) -> str:
+    """What is unusual about the special tokens, and where tokenizer, model and its JSON differ in size."""
+    size, special, remarks = tokenizer.get_vocab_size(), special_ids(tokenizer), []
+    if special != USUAL_SPECIAL_IDS:
+        remarks.append(f"{len(special)} special tokens of {size}: {_in_words(tokenizer, special)}")
+    stated = read_object(config.config_file).get("vocab_size")
+    if stated != model_config.vocab_size:
+        other = f"not {stated} as" if stated else "which is not"
+        remarks.append(f"vocab_size is {size}, as in --tokenizer_path, {other} in --config_file")
+    elif stated > size:
+        remarks.append(f"vocab_size is {stated}, as in --config_file; the tokenizer has {size}")
+    return "; ".join(remarks)
+
+
+def _in_words(tokenizer: Tokenizer, token_ids: tuple[int, ...]) -> str:
+    """The tokens of ascending ids, the middle ones left out if there are many."""
+    names = [tokenizer.id_to_token(number) for number in token_ids]
+    return ", ".join(names if len(names) <= 8 else [*names[:6], "…", names[-1]])
+
+
 def _open_store(
-    flag: str, path: Path, config: TrainConfig, model_config: ModelConfig, digest: str, row_length: int
+    flag: str, path: Path, config: TrainConfig, vocab_size: int, digest: str, row_length: int
 ) -> TokenStore:
     with prefix_errors(flag):
         store = TokenStore.open(path)
@@ -98,10 +129,10 @@ def _open_store(
             f"{flag} {path} was written with another tokenizer than --tokenizer_path {config.tokenizer_path}; "
             "tokenize the corpus again or name its tokenizer"
         )
-    if store.vocab_size > model_config.vocab_size:
+    if store.vocab_size > vocab_size:
         raise InputError(
-            f"{flag} {path} has token ids up to {store.vocab_size - 1}, beyond vocab_size {model_config.vocab_size} "
-            f"in --config_file {config.config_file}"
+            f"{flag} {path} has token ids up to {store.vocab_size - 1}, beyond vocab_size {vocab_size} of "
+            f"--tokenizer_path {config.tokenizer_path}; name the tokenizer that it was written with"
         )
     if store.num_tokens < row_length:
         raise InputError(

@@ -56,7 +56,7 @@ class BatchLoader:
         self, config: TrainConfig, inputs: Inputs, plan: HybridPlan, world: World, micro_batches: MicroBatches
     ) -> None:
         self._config = config
-        self._vocab_size = inputs.vocab_size
+        self._inputs = inputs
         self._plan = plan
         self._world = world
         self._micro_batches = micro_batches
@@ -166,8 +166,15 @@ class BatchLoader:
         return batch
 
     def _masking(self, step: int) -> Masking:
-        mask_p = schedules.mask_probability(self._config, step)
-        return Masking.of(self._config, self._vocab_size, mask_p=mask_p, seed=self._config.seed)
+        config, inputs = self._config, self._inputs
+        return Masking(
+            schedules.mask_probability(config, step),
+            config.mask_random_p,
+            config.mask_keep_p,
+            inputs.vocab_size,
+            inputs.special_ids,
+            config.seed,
+        )
 
     def _count_masks(self, batch: Batch, positions: Tensor | None, step: int) -> None:
         """Add this step's masked tokens of all ranks to the mask history; every rank must call it.

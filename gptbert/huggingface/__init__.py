@@ -1,1 +1,7 @@
-"""Code copied into exported folders for transformers' `trust_remote_code`; independent of this package."""
+"""What exported folders hold beside weights and settings.
+
+- `configuration_gptbert`, `layers_gptbert`, `modeling_gptbert`: code for transformers' `trust_remote_code`, copied into
+  the folder and independent of this package.
+- `tokenizer_files`: the tokenizer, as it is used here.
+- `card.md.jinja`: the model card.
+"""

@@ -20,13 +20,15 @@ from kernels.wanted import FUSED, VARIANTS, is_wanted, variant
 def print_header(
     config: TrainConfig, inputs: Inputs, plan: HybridPlan, world: World, backend: str, words: WordCheckpoints
 ) -> None:
-    """Log what a run is about to do: processes, kernels, data, model, and any warning."""
+    """Log what a run is about to do: processes, kernels, data, model, vocabulary if it is unusual, and any warning."""
     model = inputs.model_config
     log(
         f"{config.name}: {world.world_size} x {world.device.type}, {backend} kernels, hybrid mode {plan.mode}, "
         f"{inputs.num_train_tokens:,} training tokens, {model.num_hidden_layers} layers of {model.hidden_size}, "
         f"run folder {config.run_dir}"
     )
+    if inputs.remark:
+        log(inputs.remark)
     if backend == "triton":
         log(_ways(config, world))
     if config.checkpoint_words:

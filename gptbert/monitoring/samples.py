@@ -19,7 +19,7 @@ from gptbert.distributed.fsdp import reshard
 from gptbert.distributed.world import World
 from gptbert.model import GPTBert
 from gptbert.text.special_tokens import BOS_ID, MASK_ID, PAD_ID
-from gptbert.text.tokenizer import load_tokenizer
+from gptbert.text.tokenizer import load_tokenizer, special_ids
 
 NUM_TEXTS = 4
 MOST_TOKENS = 48  # per text
@@ -44,7 +44,8 @@ class Samples:
     def __init__(self, config: TrainConfig, store: TokenStore, world: World) -> None:
         self._tokenizer = load_tokenizer(config.tokenizer_path)
         texts = _excerpts(store, min(MOST_TOKENS, config.seq_length - 1))
-        masked = [(text, _places(text, number, config.n_special_tokens)) for number, text in enumerate(texts)]
+        special = special_ids(self._tokenizer)
+        masked = [(text, _places(text, number, special)) for number, text in enumerate(texts)]
         masked = [(text, places) for text, places in masked if len(places)]
         shape = (len(masked), config.seq_length)  # as long as validation's rows, which are compiled already
         input_ids, document_ids = np.full(shape, PAD_ID), np.full(shape, -1)
@@ -96,8 +97,8 @@ def _excerpts(store: TokenStore, most_tokens: int) -> list[np.ndarray]:
     return np.split(tokens.astype(np.int64), np.cumsum(sizes[longest])[:-1])
 
 
-def _places(text: np.ndarray, number: int, num_special_tokens: int) -> np.ndarray:
+def _places(text: np.ndarray, number: int, special: tuple[int, ...]) -> np.ndarray:
     """Positions to mask in the text of this index, ascending; special tokens are never masked."""
-    ordinary = np.flatnonzero(text >= num_special_tokens)
+    ordinary = np.flatnonzero(np.isin(text, special, invert=True))
     count = min(len(ordinary), max(1, round(MASKED_SHARE * len(text))))
     return np.sort(np.random.default_rng((_SEED, number)).choice(ordinary, count, replace=False))

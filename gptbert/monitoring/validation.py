@@ -38,7 +38,6 @@ class ValidationSettings:
     validation_mask_p: float
     mask_random_p: float
     mask_keep_p: float
-    n_special_tokens: int
     mixed_precision: bool
 
     @classmethod
@@ -78,9 +77,17 @@ class Validation:
         store: validation documents.
         world: rows are split over its ranks; means are over all of them.
         vocab_size: the tokenizer's, to draw random replacement tokens.
+        special_ids: the tokenizer's, which are neither masked nor drawn.
     """
 
-    def __init__(self, settings: ValidationSettings, store: TokenStore, world: World, vocab_size: int) -> None:
+    def __init__(
+        self,
+        settings: ValidationSettings,
+        store: TokenStore,
+        world: World,
+        vocab_size: int,
+        special_ids: tuple[int, ...],
+    ) -> None:
         self._settings = settings
         self._world = world
         self._stream = RowStream(store, settings.seq_length, shuffle=False)
@@ -89,7 +96,7 @@ class Validation:
             random_p=settings.mask_random_p,
             keep_p=settings.mask_keep_p,
             vocab_size=vocab_size,
-            num_special_tokens=settings.n_special_tokens,
+            special_ids=special_ids,
             seed=_MASK_SEED,
         )
         self.num_rows = self._stream.slots_per_epoch

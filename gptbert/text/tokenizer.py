@@ -1,75 +1,193 @@
-"""The tokenizer file: loading it, its special tokens, and the hash that ties token files to it."""
+"""The tokenizer file: loading it, its special tokens, and the hash that ties token files to it.
+
+A file can ask for more than training does: to encode a text differently each time (BPE dropout), to cut or pad it, to
+put tokens around it, to drop characters that it does not know, or to take a literal "<mask>" for the token.
+`load_tokenizer` undoes all of that, in one place, so that training, the commands after it and exported folders give the
+same ids.
+"""
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Regex, Tokenizer, pre_tokenizers, processors
 
 from gptbert.errors import InputError, first_line
-from gptbert.io.json_file import read_json
-from gptbert.text.special_tokens import MASK_ID, SPECIAL_TOKENS
+from gptbert.text.special_tokens import BOS_ID, MASK_ID, SPECIAL_TOKENS, UNK_ID
+from gptbert.text.tokenizer_file import danger, read_tokenizer_file
 
-_MOST_BYTES = 1 << 26  # twice the size of the largest published ones
-_MOST_GROWTH = 10_000  # of a text's length by normalizers or decoders
 _PROBE = "A text, 1 or 2.\n"
+_MOST_SPECIAL = 10_000
+_RARE = "ĳ 漢 \N{GRINNING FACE}\0"  # not in most vocabularies
+_SAMPLING = ("dropout", "alpha", "nbest_size")  # of BPE and Unigram: one of several encodings is drawn
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Read a `tokenizers` JSON file and check that `<unk>` … `<mask>` have the ids 0 … 4.
+    """Read a `tokenizers` JSON file, normalized: a text has one encoding, uncut, with `<s>` in front and none behind.
 
-    The file's settings for padding and truncation are disabled: rows are packed elsewhere.
+    Special tokens are those that the file marks as special, and by name `SPECIAL_TOKENS` and the model's token for
+    unknown text, whatever the file says of them. In a text, they are parsed exactly as written, unless
+    `encode_special_tokens` is set: then they are plain text.
 
     Raises:
-        InputError: the file is missing, is not a tokenizer, numbers its special tokens differently, leaves gaps between
-            its ids, or cannot encode.
+        InputError: the file is missing, is not a tokenizer, numbers `<unk>` … `<mask>` differently than 0 … 4, has ids
+            with gaps, contradicts itself, or cannot encode every text.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"tokenizer {path}: no such file (train one with tokenize_scripts/train_tokenizer.py)")
-    content = _read(path)
-    if reason := _danger([content.get(key) for key in ("normalizer", "decoder")] if isinstance(content, dict) else []):
+    content, tokenizer = _open(Path(path))
+    for token_id, token in enumerate(SPECIAL_TOKENS[: MASK_ID + 1]):
+        if (found := tokenizer.token_to_id(token)) != token_id:
+            reason = f"has no {token}, expected with id" if found is None else f"{token} has id {found}, expected"
+            raise InputError(
+                f"tokenizer {path}: {reason} {token_id} (train one with tokenize_scripts/train_tokenizer.py)"
+            )
+    _check_ids(path, content, tokenizer)
+    if (unknown := _unknown_token(tokenizer, content)) in SPECIAL_TOKENS[BOS_ID : MASK_ID + 1]:
+        raise InputError(f"tokenizer {path}: gives {unknown} for text that it does not know, expected <unk>")
+    with _library_errors(f"tokenizer {path}: cannot encode"):
+        _encode_alike(tokenizer)  # before the first text: a BPE model remembers the words that it has encoded
+        tokenizer.encode(_PROBE)
+        _normalize(tokenizer, content)
+        tokenizer.encode(_PROBE + _RARE)
+        if (number := len(special_ids(tokenizer))) > _MOST_SPECIAL:
+            raise InputError(f"tokenizer {path}: has {number:,} special tokens, more than {_MOST_SPECIAL:,}")
+        if _parsed_literal(tokenizer, content):
+            _separate_literals(tokenizer)
+        if literal := _parsed_literal(tokenizer, content):
+            raise InputError(f"tokenizer {path}: makes a special token of the text {literal!r}, whatever its settings")
+    return tokenizer
+
+
+def special_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Ids of the special tokens of a loaded tokenizer, ascending."""
+    return tuple(sorted(number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special))
+
+
+def ordinary_ids(tokenizer: Tokenizer) -> list[int]:
+    """Ids of all tokens except the special ones, ascending."""
+    return sorted(set(range(tokenizer.get_vocab_size())).difference(special_ids(tokenizer)))
+
+
+def tokenizer_hash(path: str | Path) -> str:
+    """SHA-256 of the tokenizer's JSON content, independent of whitespace and key order."""
+    canonical = json.dumps(read_tokenizer_file(Path(path)), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def are_same(path: str | Path, other: str | Path) -> bool:
+    """Whether two files give the same ids: their contents are equal, or become so when they are loaded."""
+    if tokenizer_hash(path) == tokenizer_hash(other):
+        return True
+    return load_tokenizer(path).to_str() == load_tokenizer(other).to_str()
+
+
+def notes(path: str | Path) -> list[str]:
+    """What someone who encodes a corpus with this file should know, in sentences without a subject; usually nothing."""
+    content, as_written = _open(Path(path))
+    tokenizer, found = load_tokenizer(path), []
+    settings = [name for name in _SAMPLING if content["model"].get(name)]
+    settings += [name for name in ("truncation", "padding") if content.get(name)]
+    _encode_alike(as_written)
+    plain = as_written.encode(_PROBE, add_special_tokens=False).ids
+    if as_written.encode(_PROBE).ids not in (plain, [BOS_ID, *plain]):
+        settings.append("the tokens that it puts around a text")
+    if settings:
+        found.append(f"is used without {', '.join(settings)}")
+    kept = tokenizer.decode(tokenizer.encode(_PROBE, add_special_tokens=False).ids, skip_special_tokens=False)
+    if _PROBE not in kept:
+        found.append(f"does not keep every text: {_PROBE!r} becomes {kept!r}")
+    return found
+
+
+def _open(path: Path) -> tuple[Any, Tokenizer]:
+    """The file's content, and the tokenizer as it is written, but for padding and truncation."""
+    content = read_tokenizer_file(path)
+    if reason := danger(content):
         raise InputError(f"tokenizer {path}: {reason}")
     with _library_errors(f"tokenizer {path}: not a tokenizers JSON file"):
         tokenizer = Tokenizer.from_file(str(path))
         tokenizer.no_padding()
         tokenizer.no_truncation()
-    for token_id, token in enumerate(SPECIAL_TOKENS[: MASK_ID + 1]):
-        if tokenizer.token_to_id(token) != token_id:
-            raise InputError(
-                f"tokenizer {path}: {token} has id {tokenizer.token_to_id(token)}, expected {token_id} "
-                "(train one with tokenize_scripts/train_tokenizer.py)"
-            )
-    if (largest := max(tokenizer.get_vocab().values())) >= tokenizer.get_vocab_size():
+    return content, tokenizer
+
+
+def _check_ids(path: str | Path, content: Any, tokenizer: Tokenizer) -> None:
+    """Refuse ids with gaps, ids of two tokens, and tokens that the file numbers in two ways."""
+    size, ids = tokenizer.get_vocab_size(), sorted(tokenizer.get_vocab().values())
+    if ids[-1] >= size:
         raise InputError(
-            f"tokenizer {path}: has {tokenizer.get_vocab_size()} tokens, one of them with id {largest}; "
-            "use one whose ids have no gaps"
+            f"tokenizer {path}: has {size} tokens, one of them with id {ids[-1]}; use one whose ids have no gaps"
         )
-    with _library_errors(f"tokenizer {path}: cannot encode"):
-        tokenizer.encode(_PROBE)
-    return tokenizer
+    if ids != list(range(size)):
+        twice = next(first for first, second in pairwise(ids) if first == second)
+        raise InputError(f"tokenizer {path}: has two tokens with the id {twice}")
+    for token in content.get("added_tokens") or []:
+        if (number := tokenizer.token_to_id(token["content"])) != token["id"]:
+            raise InputError(
+                f"tokenizer {path}: {token['content']!r} has id {token['id']} in added_tokens and {number} in its "
+                "vocabulary"
+            )
 
 
-def ordinary_ids(tokenizer: Tokenizer) -> list[int]:
-    """Ids of all tokens except the special ones, in order."""
-    special = {token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    return [token_id for token_id in range(MASK_ID + 1, tokenizer.get_vocab_size()) if token_id not in special]
+def _normalize(tokenizer: Tokenizer, content: Any) -> None:
+    """Name the special tokens, and put `<s>` alone around a text; a tokenizer of train_tokenizer.py stays as it is."""
+    names = [tokenizer.id_to_token(number) for number in special_ids(tokenizer)]
+    names += [name for name in (*SPECIAL_TOKENS, _unknown_token(tokenizer, content)) if name is not None]
+    known = {tokenizer.token_to_id(name): name for name in names}
+    known.pop(None, None)
+    tokenizer.add_special_tokens(
+        [AddedToken(known[number], normalized=False, special=True) for number in sorted(known)]
+    )
+    start = SPECIAL_TOKENS[BOS_ID]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{start} $A", pair=f"{start} $A {start} $B", special_tokens=[(start, BOS_ID)]
+    )
 
 
-def tokenizer_hash(path: str | Path) -> str:
-    """SHA-256 of the tokenizer's JSON content, independent of whitespace and key order."""
-    canonical = json.dumps(_read(Path(path)), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
+def _separate_literals(tokenizer: Tokenizer) -> None:
+    """Split special tokens' names that reach the model in one piece, where its own vocabulary has them."""
+    names = [tokenizer.id_to_token(number) for number in special_ids(tokenizer)]
+    literals = [re.escape(name[0]) + f"(?={re.escape(name[1:])})" for name in names if len(name) > 1]
+    split = pre_tokenizers.Split(Regex("|".join(literals)), "isolated")
+    own = tokenizer.pre_tokenizer
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([own, split]) if own else split
 
 
-def _read(path: Path) -> Any:
+def _encode_alike(tokenizer: Tokenizer) -> None:
+    """Give every text one encoding, without gaps."""
+    model = tokenizer.model
+    for name in _SAMPLING:
+        if getattr(model, name, None):
+            setattr(model, name, None)
+    if getattr(model, "unk_token", "") is None:  # a BPE model, which would leave out what it does not know
+        model.unk_token = SPECIAL_TOKENS[UNK_ID]
+
+
+def _unknown_token(tokenizer: Tokenizer, content: Any) -> str | None:
+    """The token that the model gives for what it does not know: named, or in a Unigram model by its id."""
+    token_id = content["model"].get("unk_id")
+    if type(token_id) is int and 0 <= token_id < tokenizer.get_vocab_size():
+        return tokenizer.id_to_token(token_id)
+    return getattr(tokenizer.model, "unk_token", None)
+
+
+def _parsed_literal(tokenizer: Tokenizer, content: Any) -> str | None:
+    """The first text in which a special token's name gives this token even as plain text."""
+    unknown = {SPECIAL_TOKENS[UNK_ID], _unknown_token(tokenizer, content)}
+    tokenizer.encode_special_tokens = True
     try:
-        return read_json(path, _MOST_BYTES, unique_keys=True)  # the library may resolve duplicate keys differently
-    except (OSError, ValueError) as error:
-        raise InputError(f"tokenizer {path}: not a tokenizers JSON file ({first_line(error)})") from error
+        for number in special_ids(tokenizer):
+            name = tokenizer.id_to_token(number)
+            for text in (name, f"{name} a {name} a{name}a") if len(name) > 1 and name not in unknown else ():
+                if number in tokenizer.encode(text, add_special_tokens=False).ids:
+                    return text
+    finally:
+        tokenizer.encode_special_tokens = False
+    return None
 
 
 @contextmanager
@@ -77,25 +195,9 @@ def _library_errors(message: str) -> Iterator[None]:
     """Turn the library's errors into InputErrors: exceptions, and Rust panics, which are not `Exception`s."""
     try:
         yield
+    except InputError:
+        raise
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise InputError(f"{message} ({first_line(error)[:200]})") from error
-
-
-def _danger(parts: list[Any]) -> str | None:
-    """Why a normalizer or decoder could crash the process or exhaust its memory, which the library does not prevent."""
-    growth = 1
-    while parts:
-        part = parts.pop()
-        if isinstance(part, list):
-            parts += part
-        elif isinstance(part, dict):
-            if "precompiled_charsmap" in part:  # a wrong length inside it aborts the process
-                return "a normalizer of type Precompiled is not supported"
-            for key in ("content", "prepend"):
-                growth *= 1 + len(part[key]) if isinstance(part.get(key), str) else 1
-            if growth > _MOST_GROWTH:
-                return f"its normalizers or decoders could make a text more than {_MOST_GROWTH:,} times as long"
-            parts += part.values()
-    return None
