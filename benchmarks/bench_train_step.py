@@ -186,9 +186,7 @@ def _run(case: Case, config: StepBenchConfig, rank: int, port: int) -> Result:
         peak = peak_memory(world.device)
         world.all_gather(None)  # a barrier: all ranks measure torch.mm at once
         quick = config.rates == 0
-        rate = max(
-            measure_matmul_flops(world.device, torch.bfloat16, quick=quick) for _ in range(max(1, config.rates))
-        )
+        rate = max(measure_matmul_flops(world.device, torch.bfloat16, quick=quick) for _ in range(max(1, config.rates)))
         rate = sum(world.all_gather(rate))
     measured = sorted(steps[WARM_UPS:], key=lambda timed: timed[0])
     seconds, parts = measured[len(measured) // 2]
