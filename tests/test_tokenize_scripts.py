@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from gptbert.data.token_store import TokenStore
 from gptbert.errors import InputError
-from gptbert.text import corpus as corpus_module
+from gptbert.text import document_reader
 from gptbert.text import encoding as encoding_module
 from gptbert.text.corpus import Corpus, CorpusConfig
 from gptbert.text.encoding import encode_documents
@@ -102,7 +102,7 @@ def test_skipping_reports_the_first_lines_and_the_total(tmp_path, run_each, caps
     captured = capsys.readouterr()
     assert "40 documents" in captured.out
     assert "40 bad lines skipped" in captured.out
-    assert captured.err.count("skipped ") == corpus_module.REPORTED_LINES + 1
+    assert captured.err.count("\nskipped ") + captured.err.count("\rskipped ") == document_reader.REPORTED_LINES + 1
     assert f"skipped {tmp_path}/a.jsonl:2: not JSON" in captured.err
 
 
