@@ -125,7 +125,7 @@ def test_failure_leaves_nothing_and_keeps_the_old_output(tmp_path, run_each, mon
     file.write_bytes(content)
     if fault == "interrupted":
         monkeypatch.setattr(Corpus, "__iter__", lambda self: chain(["first"], map(_interrupt, [0])))
-        monkeypatch.setattr(encoding_module, "BATCH_CHARACTERS", 1)
+        monkeypatch.setattr(encoding_module, "BATCH_BYTES", 1)
     with pytest.raises(error, match=message):
         run_each(script, input=(file,), **flags)
     assert not out.exists()
@@ -230,7 +230,7 @@ def test_shards_hold_what_one_file_holds(tmp_path, tokenizer_path, capsys):
 
 
 def test_batches_are_bounded_and_keep_the_order(tokenizer_path, monkeypatch):
-    monkeypatch.setattr(encoding_module, "BATCH_CHARACTERS", 5000)
+    monkeypatch.setattr(encoding_module, "BATCH_BYTES", 5000)
     documents = [f"{i} " * (i % 40 + 1) for i in range(300)]
     batches = list(encode_documents(load_tokenizer(tokenizer_path), documents))
     assert len(batches) > 20

@@ -1,5 +1,6 @@
 """Train a byte-level BPE tokenizer: `train_tokenizer.py --input corpus --output tokenizer.json --vocab_size=16384`."""
 
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from gptbert.text.special_tokens import BOS_ID, SPECIAL_TOKENS, UNK_ID
 from gptbert.text.tally import TokenFigures, close
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())  # 256 characters, one per byte
+LONG_WORD = re.compile(r"\S{1000}")  # what the library learns of a word takes the square of its length: it gets an end
 SAMPLED_CHARACTERS = 1_000_000  # of the corpus, encoded at the end to show what the tokenizer does with it
 SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + len(ALPHABET)
 
@@ -104,7 +106,7 @@ def _announce_merges(corpus: Corpus, sample: list[str]) -> Iterator[str]:
         if size < SAMPLED_CHARACTERS:
             sample.append(text)
             size += len(text)
-        yield text
+        yield LONG_WORD.sub(lambda word: f"{word[0]}\n", text)
     tqdm.write(f"read {corpus.num_documents:,} documents; learning the merges", file=sys.stderr)
 
 

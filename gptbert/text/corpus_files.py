@@ -104,15 +104,14 @@ class CorpusFiles:
         kinds = (f"{kind}: {count:,} file{'s' * (count > 1)}, {sizes[kind]:,} bytes" for kind, count in files.items())
         yield f"to read: {'; '.join(kinds)}"
         if self.left_out:
-            yield f"left out: {self._named(Path())}; give a file by itself to have it read"
+            yield f"left out: {self._named()}; give a file by itself to have it read"
 
-    def _named(self, root: Path) -> str:
+    def _named(self, root: Path | None = None) -> str:
         """The first files that are left out with the reasons, hidden ones last, and the number of further ones."""
-        ordered = sorted(self.left_out, key=lambda left: left[1] == HIDDEN)
-        named = [
-            f"{path.relative_to(root)} ({reason})" for path, reason in ordered[:NAMED] if path.is_relative_to(root)
-        ]
-        return ", ".join(named + [f"{len(ordered) - NAMED:,} more"] * (len(ordered) > NAMED))
+        inside = [(path, reason) for path, reason in self.left_out if root is None or path.is_relative_to(root)]
+        inside.sort(key=lambda left: left[1] == HIDDEN)
+        named = [f"{path.relative_to(root) if root else path} ({reason})" for path, reason in inside[:NAMED]]
+        return ", ".join(named + [f"{len(inside) - NAMED:,} more"] * (len(inside) > NAMED))
 
     def _leave_out(self, path: Path, reason: str) -> None:
         self.left_out.append((path, reason))

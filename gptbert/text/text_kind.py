@@ -35,7 +35,10 @@ _LINES = 50  # of the head, looked at
 _CHARACTERS = 4096  # looked at to tell an encoding
 _FEW_LINES = 3  # not UTF-8: enough to say that a file is in another encoding
 _OBJECT = re.compile(r'\{\s*(?:"(?:[^"\\\n]|\\.)*"\s*:|\})')
-_ARRAY = re.compile(r'\[\s*(?:\{|\]\s*\Z|"(?:[^"\\\n]|\\.)*"\s*[,\]])')
+_ARRAY = re.compile(
+    r'\[\s*(?:\{|\]\s*\Z|"(?:[^"\\\n]|\\.)*(?:"\s*[,\]]|\Z))'
+)  # its first string may not end in the head
+_LONG_STRING = re.compile(r'"(?:[^"\\\n]|\\.)*\Z')
 _NO_JSON = object()
 
 
@@ -159,7 +162,7 @@ def _json_kind(text: str, lines: Sequence[str], suffix: str, complete: bool) -> 
     if first == "[":
         return _array_kind(text, values, suffix)
     strings = len(values) > 1 and suffix != ".txt" and all(isinstance(value, str) for value in values)
-    return JSONL if first == '"' and strings else None
+    return JSONL if strings or (not whole and _LONG_STRING.match(text)) else None
 
 
 def _array_kind(text: str, values: Sequence[Any], suffix: str) -> FileKind | None:
