@@ -140,8 +140,9 @@ class _Values:
                 value, end = self._json.raw_decode(self._text, self._at)
             except json.JSONDecodeError as error:
                 value, end, reason = None, len(self._text), error.msg.removesuffix(" at")
-            except RecursionError:
-                raise self.error("nested too deeply") from None
+            except (ValueError, RecursionError) as error:
+                reason = "nested too deeply" if isinstance(error, RecursionError) else "a number of too many digits"
+                raise self.error(reason) from None
             else:
                 reason = ""
             if end < len(self._text) and not reason:
