@@ -371,8 +371,9 @@ def test_input_error_is_one_line_and_exit_status_one(tmp_path):
     done = run_script("split_corpus", "--input", tmp_path, f"--output_dir={tmp_path}/out")
     assert done.returncode == 1
     assert done.stdout == ""
-    assert done.stderr.startswith(f"error: {tmp_path}/a.jsonl:2: `text` is a number, not a string; ")
-    assert done.stderr.count("\n") == 1
+    listing, error = done.stderr.splitlines()
+    assert listing == "to read: JSON Lines: 1 file, 19 bytes"
+    assert error.startswith(f"error: {tmp_path}/a.jsonl:2: `text` is a number, not a string; ")
 
 
 def test_scripts_do_not_import_torch():

@@ -74,7 +74,7 @@ class Corpus:
         interval = 0.2 if sys.stderr.isatty() else 30.0
         total = None if self.config.dataset else self.num_bytes
         tally = self.tally
-        if len(self.files) > 1 or self._listing.left_out:
+        if len(self.files) > 1 or any(path.is_dir() for path in self.config.input):
             for line in self._listing.lines():
                 log(line)
         delay = 0.0 if self.config.on_error == "skip" else 0.5  # lines above a bar show it before its time
