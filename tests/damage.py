@@ -1,8 +1,11 @@
 """Hypothesis strategies that corrupt valid files: as bytes, JSON, safetensors headers, archives and pickles."""
 
+import bz2
+import gzip
 import io
 import itertools
 import json
+import lzma
 import pickletools
 import zipfile
 
@@ -359,3 +362,35 @@ def damaged_torch_file(draw, content: bytes) -> bytes:
     else:
         return archive(entries, draw(st.sampled_from([zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])))
     return archive(entries)
+
+
+# What may be taken for text: packed, encoded and laid out in other ways, one inside of the other.
+_WRAPPINGS = [
+    gzip.compress,
+    bz2.compress,
+    lzma.compress,
+    lambda content: archive({"a.txt": content}),
+    lambda content: b"\x28\xb5\x2f\xfd" + content,
+    *(
+        lambda content, encoding=encoding: content.decode("utf-8", "replace").encode(encoding)
+        for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-8-sig", "utf-7")
+    ),
+    lambda content: b"[\n" + b",\n".join(content.splitlines()) + b"\n]",
+    lambda content: b"id,text\n" + b"".join(b'1,"%s"\n' % line for line in content.splitlines()),
+    lambda content: content.replace(b" ", b"\0"),
+    lambda content: content.replace(b"{", b"{\n").replace(b"}", b"\n}"),
+    lambda content: content.replace(b"\n", b" ") * 500,
+    lambda content: b"PAR1" + content + b"PAR1",
+    lambda content: b"ARROW1\0\0" + content,
+    lambda content: b"\xff\xff\xff\xff" + content,
+]
+
+
+@st.composite
+def wrapped_corpus(draw, content: bytes) -> bytes:
+    """A corpus in up to three wrappings, whole or with damage between them."""
+    for wrap in draw(st.lists(st.sampled_from(_WRAPPINGS), min_size=1, max_size=3)):
+        content = wrap(content)
+        if draw(st.integers(0, 3)) == 0:
+            content = draw(damaged_bytes(content))
+    return content

@@ -6,7 +6,8 @@ import tracemalloc
 import pytest
 
 from gptbert.errors import InputError
-from gptbert.text.corpus import MAX_TEXT_DOCUMENT, Corpus, CorpusConfig
+from gptbert.text.corpus import Corpus, CorpusConfig
+from gptbert.text.documents import MAX_DOCUMENT
 from tests.texts import jsonl
 
 
@@ -49,7 +50,7 @@ def test_long_text_without_blank_lines_is_cut_at_line_ends(tmp_path):
     (tmp_path / "a.txt").write_text("\n".join(lines))
     documents = list(Corpus(CorpusConfig(input=(tmp_path,))))
     assert len(documents) == 3
-    assert all(len(document) <= MAX_TEXT_DOCUMENT + 100 for document in documents)
+    assert all(len(document) <= MAX_DOCUMENT for document in documents)
     assert "\n".join(documents).split("\n") == lines
 
 

@@ -86,6 +86,7 @@ def valid(tmp_path_factory, tiny, make_config):
     lines = [{"step": step, "train/loss": 5.0 / step} for step in range(1, 6)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "corpus.jsonl").write_text('"one"\n{"text": "two é"}\n["a"]\n"three"\n')
+    (folder / "good.jsonl").write_text('{"text": "one"}\n{"text": "two é"}\n')
     (folder / "pairs.jsonl").write_text(json.dumps(PAIR) + "\n")
     (folder / "corpus.txt").write_text("one\ntwo\n\nthree é\n")
     return folder
@@ -233,6 +234,16 @@ def test_damaged_corpora_are_read_or_refused_in_one_line(sandbox, valid, place, 
     if data.draw(st.booleans()):
         content = data.draw(st.just(gzip.compress(content)) | damage.damaged_bytes(gzip.compress(content)))
     read(sandbox, "corpus", put(place, name, content))
+
+
+@examples()
+@given(st.data())
+def test_wrapped_corpora_are_read_or_refused_in_one_line(sandbox, valid, place, data):
+    original = data.draw(st.sampled_from(["corpus.jsonl", "corpus.txt", "good.jsonl"]))
+    name = data.draw(
+        st.sampled_from(["a.txt", "a.jsonl", "a.json", "part-00000", "a.csv", "a.parquet", "a.arrow", "a.gz"])
+    )
+    read(sandbox, "corpus", put(place, name, data.draw(damage.wrapped_corpus((valid / original).read_bytes()))))
 
 
 @examples(0.5)

@@ -1,12 +1,15 @@
 """Files crafted to run code, to exhaust memory or time, or that are not regular files."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import os
 import pickle
 import tarfile
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -273,11 +276,34 @@ def test_files_that_are_too_large_to_be_meant_are_not_read(sandbox, tmp_path):
     assert sandbox.read("records", path) == ""
 
 
-def test_lines_that_gzip_made_small_are_refused(sandbox, tmp_path):
+@pytest.mark.parametrize("pack", [lambda content: gzip.compress(content, 1), bz2.compress], ids=["gzip", "bzip2"])
+def test_lines_that_compression_made_small_are_refused(sandbox, tmp_path, pack):
     path = tmp_path / "a.jsonl"
-    path.write_bytes(gzip.compress(b'"' + b"a" * (200 << 20) + b'"\n"next"\n', compresslevel=1))
+    path.write_bytes(pack(b'"' + b"a" * (96 << 20) + b'"\n"next"\n'))
     with pytest.raises(AssertionError, match="bytes for a file"):  # the longest allowed line already takes that much
         sandbox.read("corpus", path)
+
+
+def test_text_that_compression_made_small_takes_no_memory(sandbox, tmp_path):
+    path = tmp_path / "a.txt"
+    for content in (
+        b"a" * (100 << 20),
+        b"\xff\xfe" + b"a\0" * (20 << 20),
+        b'[{"text": "a"}' + b" " * (100 << 20) + b"]",
+    ):
+        path.write_bytes(gzip.compress(content, 1))
+        sandbox.read("corpus", path)
+
+
+def test_xz_that_asks_for_much_memory_is_refused(sandbox, tmp_path):
+    path = tmp_path / "a.txt"
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 0, "dict_size": 1 << 20}]
+    content = bytearray(lzma.compress(b"a text", filters=filters, check=lzma.CHECK_NONE))
+    assert content[16] == 16, "the size of the dictionary, as a code"
+    content[16] = 39  # 3 GB
+    content[20:24] = zlib.crc32(content[12:20]).to_bytes(4, "little")
+    path.write_bytes(content)
+    assert "the xz data is damaged" in sandbox.read("corpus", path)
 
 
 def pipe(path):

@@ -12,6 +12,7 @@ from datasets import Dataset, DatasetDict
 from gptbert.errors import InputError
 from gptbert.text import tables
 from gptbert.text.corpus import Corpus, CorpusConfig
+from gptbert.text.opened_file import kind_of
 from gptbert.text.tables import table_rows
 from tests.runs import write_inputs
 from tests.texts import DOCUMENTS, jsonl
@@ -128,7 +129,7 @@ def test_all_kinds_in_one_folder_in_order(tmp_path):
 def test_progress_ends_at_the_size_of_each_file(tmp_path):
     for file in (parquet(tmp_path / "a.parquet", ["x" * 50] * 40, row_group_size=9), arrow(tmp_path / "a.arrow")):
         told = []
-        rows = list(table_rows(file, ("text", "id"), told.append))
+        rows = list(table_rows(file, kind_of(file), ("text", "id"), told.append))
         assert set(rows[0]) == {"text", "id"}, "further columns are further names"
         assert sum(told) == file.stat().st_size
         assert min(told) >= 0

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from gptbert.data.token_store import TokenStore
 from gptbert.errors import InputError
-from gptbert.text import corpus as corpus_module
+from gptbert.text import document_reader
 from gptbert.text import encoding as encoding_module
 from gptbert.text.corpus import Corpus, CorpusConfig
 from gptbert.text.encoding import encode_documents
@@ -102,7 +102,7 @@ def test_skipping_reports_the_first_lines_and_the_total(tmp_path, run_each, caps
     captured = capsys.readouterr()
     assert "40 documents" in captured.out
     assert "40 bad lines skipped" in captured.out
-    assert captured.err.count("skipped ") == corpus_module.REPORTED_LINES + 1
+    assert captured.err.count("\nskipped ") + captured.err.count("\rskipped ") == document_reader.REPORTED_LINES + 1
     assert f"skipped {tmp_path}/a.jsonl:2: not JSON" in captured.err
 
 
@@ -125,7 +125,7 @@ def test_failure_leaves_nothing_and_keeps_the_old_output(tmp_path, run_each, mon
     file.write_bytes(content)
     if fault == "interrupted":
         monkeypatch.setattr(Corpus, "__iter__", lambda self: chain(["first"], map(_interrupt, [0])))
-        monkeypatch.setattr(encoding_module, "BATCH_CHARACTERS", 1)
+        monkeypatch.setattr(encoding_module, "BATCH_BYTES", 1)
     with pytest.raises(error, match=message):
         run_each(script, input=(file,), **flags)
     assert not out.exists()
@@ -230,7 +230,7 @@ def test_shards_hold_what_one_file_holds(tmp_path, tokenizer_path, capsys):
 
 
 def test_batches_are_bounded_and_keep_the_order(tokenizer_path, monkeypatch):
-    monkeypatch.setattr(encoding_module, "BATCH_CHARACTERS", 5000)
+    monkeypatch.setattr(encoding_module, "BATCH_BYTES", 5000)
     documents = [f"{i} " * (i % 40 + 1) for i in range(300)]
     batches = list(encode_documents(load_tokenizer(tokenizer_path), documents))
     assert len(batches) > 20
@@ -371,8 +371,9 @@ def test_input_error_is_one_line_and_exit_status_one(tmp_path):
     done = run_script("split_corpus", "--input", tmp_path, f"--output_dir={tmp_path}/out")
     assert done.returncode == 1
     assert done.stdout == ""
-    assert done.stderr.startswith(f"error: {tmp_path}/a.jsonl:2: `text` is a number, not a string; ")
-    assert done.stderr.count("\n") == 1
+    listing, error = done.stderr.splitlines()
+    assert listing == "to read: JSON Lines: 1 file, 19 bytes"
+    assert error.startswith(f"error: {tmp_path}/a.jsonl:2: `text` is a number, not a string; ")
 
 
 def test_scripts_do_not_import_torch():

@@ -13,6 +13,7 @@ from gptbert.command_line import run_command
 from gptbert.errors import InputError
 from gptbert.io.outputs import check_outputs, staged_outputs
 from gptbert.text.corpus import Corpus, CorpusConfig
+from gptbert.text.tally import close
 
 SIDES = ("train", "validation", "test")
 
@@ -56,7 +57,13 @@ def split_corpus(config: SplitConfig) -> None:
                 files[side].write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
         corpus.require_documents()
     sides = ", ".join(f"{count:,} {side}" for side, count in counts.items())
-    print(f"wrote {sides} to {config.output_dir}, from {corpus.counts()}")
+    fractions = {"validation": config.valid_fraction, "test": config.test_fraction, "train": 1}
+    empty = [f"no document went to {side}" for side, fraction in fractions.items() if fraction and not counts[side]]
+    close(
+        f"wrote {sides} to {config.output_dir}, from {corpus.counts()}",
+        [corpus.tally.figures()],
+        corpus.tally.warnings() + empty,
+    )
 
 
 def side_of(text: str, valid_fraction: float, test_fraction: float) -> str:

@@ -3,12 +3,15 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from gptbert.command_line import run_command
 from gptbert.data.token_store import SHARD_TOKENS, TokenStoreWriter
 from gptbert.errors import InputError
 from gptbert.io.outputs import check_outputs
 from gptbert.text.corpus import Corpus, CorpusConfig
-from gptbert.text.encoding import encode_documents
+from gptbert.text.encoding import encode_documents, unknown_token
+from gptbert.text.tally import TokenFigures, close
 from gptbert.text.tokenizer import load_tokenizer, notes, tokenizer_hash
 
 
@@ -40,15 +43,21 @@ def tokenize_corpus(config: TokenizeConfig) -> None:
     corpus = Corpus(config)
     check_outputs([config.output], [*corpus.files, config.tokenizer_path])
     digest = tokenizer_hash(config.tokenizer_path)
+    unknown_id, unknown = unknown_token(tokenizer), 0
     with TokenStoreWriter(config.output, tokenizer.get_vocab_size(), digest, config.shard_tokens) as writer:
         for tokens, lengths, words in encode_documents(tokenizer, corpus):
             writer.append(tokens, lengths, words)
+            unknown += np.count_nonzero(tokens == unknown_id)
         corpus.require_documents()
+        token_figures = TokenFigures(writer.num_tokens, unknown, corpus.text_bytes, tokenizer.get_vocab_size())
+        token_figures.check(config.tokenizer_path)
     names = str(writer.files[0]) if len(writer.files) == 1 else f"{writer.files[0]} to {writer.files[-1].name}"
-    print(
-        f"wrote {writer.num_tokens:,} tokens ({corpus.text_bytes / writer.num_tokens:.2f} bytes per token) of "
+    close(
+        f"wrote {writer.num_tokens:,} tokens ({token_figures.bytes_per_token:.2f} bytes per token) of "
         f"{writer.num_words:,} words from {corpus.counts()} to {len(writer.files)} file{'s'[: len(writer.files) > 1]}: "
-        f"{names}"
+        f"{names}",
+        [f"{token_figures.unknown_share:.2%} of the tokens are unknown", corpus.tally.figures()],
+        corpus.tally.warnings() + token_figures.warnings(),
     )
 
 

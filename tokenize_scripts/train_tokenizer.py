@@ -1,5 +1,6 @@
 """Train a byte-level BPE tokenizer: `train_tokenizer.py --input corpus --output tokenizer.json --vocab_size=16384`."""
 
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,9 +13,13 @@ from gptbert.command_line import run_command
 from gptbert.errors import InputError
 from gptbert.io.outputs import check_outputs, staged_outputs
 from gptbert.text.corpus import Corpus, CorpusConfig
+from gptbert.text.encoding import encode_documents
 from gptbert.text.special_tokens import BOS_ID, SPECIAL_TOKENS, UNK_ID
+from gptbert.text.tally import TokenFigures, close
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())  # 256 characters, one per byte
+LONG_WORD = re.compile(r"\S{1000}")  # what the library learns of a word takes the square of its length: it gets an end
+SAMPLED_CHARACTERS = 1_000_000  # of the corpus, encoded at the end to show what the tokenizer does with it
 SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + len(ALPHABET)
 
 
@@ -47,8 +52,9 @@ def train_tokenizer(config: TrainTokenizerConfig) -> None:
         raise InputError(f"--min_frequency={config.min_frequency}: must be at least 1")
     corpus = Corpus(config)
     check_outputs([config.output], corpus.files)
+    sample: list[str] = []
     with staged_outputs(config.output) as (staged,):
-        tokenizer = learn(_announce_merges(corpus), config.vocab_size, config.min_frequency)
+        tokenizer = learn(_announce_merges(corpus, sample), config.vocab_size, config.min_frequency)
         corpus.require_documents()
         staged.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     size = tokenizer.get_vocab_size()
@@ -57,7 +63,12 @@ def train_tokenizer(config: TrainTokenizerConfig) -> None:
             f"note: the vocabulary has {size} tokens, not {config.vocab_size}: the corpus is too small, it has no more "
             f"pairs that occur {config.min_frequency} times; training works with it as it is, or use more text"
         )
-    print(f"wrote {config.output}: {size} tokens, learned from {corpus.counts()}")
+    token_figures = TokenFigures(*_encoded(tokenizer, sample), size)
+    close(
+        f"wrote {config.output}: {size} tokens, learned from {corpus.counts()}",
+        [f"{token_figures.bytes_per_token:.2f} bytes per token at its start", corpus.tally.figures()],
+        corpus.tally.warnings() + token_figures.warnings(),
+    )
 
 
 def learn(texts: Iterator[str], vocab_size: int, min_frequency: int) -> Tokenizer:
@@ -88,10 +99,24 @@ def learn(texts: Iterator[str], vocab_size: int, min_frequency: int) -> Tokenize
     return tokenizer
 
 
-def _announce_merges(corpus: Corpus) -> Iterator[str]:
-    """The documents; then print a line, since the library learns without showing progress."""
-    yield from corpus
+def _announce_merges(corpus: Corpus, sample: list[str]) -> Iterator[str]:
+    """The documents, the first of them kept in `sample`; then print a line: the library learns without progress."""
+    size = 0
+    for text in corpus:
+        if size < SAMPLED_CHARACTERS:
+            sample.append(text)
+            size += len(text)
+        yield LONG_WORD.sub(lambda word: f"{word[0]}\n", text)
     tqdm.write(f"read {corpus.num_documents:,} documents; learning the merges", file=sys.stderr)
+
+
+def _encoded(tokenizer: Tokenizer, texts: list[str]) -> tuple[int, int, int]:
+    """The numbers of tokens and of unknown ones, and of bytes, of some texts."""
+    tokens = unknown = 0
+    for ids, *_ in encode_documents(tokenizer, texts):
+        tokens += len(ids)
+        unknown += int((ids == UNK_ID).sum())
+    return tokens, unknown, sum(len(text.encode()) for text in texts)
 
 
 def main() -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from gptbert.errors import InputError
-from gptbert.text.corpus import label_field, numbered_lines, parse_json, string_field
+from gptbert.text.documents import label_field, parse_json, string_field
+from gptbert.text.lines import file_lines
 
 BLIMP_GROUP = "UID"  # BLiMP's field for the paradigm of a pair
 
@@ -44,7 +45,7 @@ def read_pairs(paths: Sequence[Path], group_by: Sequence[str] | None = None) -> 
     fields = [BLIMP_GROUP] if group_by is None else list(dict.fromkeys(group_by))
     pairs = []
     for file in {file: None for path in paths for file in _files(path)}:
-        for number, line in numbered_lines(file, lambda _: None):
+        for number, line in file_lines(file):
             if line.isspace():
                 continue
             try:

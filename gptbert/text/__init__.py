@@ -1,6 +1,14 @@
 """From text to token ids.
 
-- `corpus`: documents streamed out of JSONL and text files.
+- `corpus`: documents streamed out of text, JSON and tables.
+- `corpus_config`: its settings, which commands have as flags.
+- `document_reader`: documents out of one file after the other; bad lines are counted.
+- `corpus_files`: the files to read, and those of a folder that are left out.
+- `file_kind`, `text_kind`: what a file is, by its first bytes.
+- `opened_file`: a file unpacked and decoded as it streams.
+- `lines`: numbered lines, and JSON over several lines.
+- `documents`: the text of a line or row, and where a long one is cut.
+- `tally`: what reading came to, and what of it is worth a warning.
 - `tables`: rows of Parquet and Arrow files and of Hugging Face datasets.
 - `tokenizer_file`: a tokenizer's JSON file, as untrusted content.
 - `tokenizer`: loading it, normalized; its special tokens and its hash.

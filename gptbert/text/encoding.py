@@ -9,12 +9,13 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from gptbert.errors import InputError
-from gptbert.text.special_tokens import BOS_ID
+from gptbert.text.special_tokens import BOS_ID, SPECIAL_TOKENS, UNK_ID
 
-BATCH_CHARACTERS = 2_000_000  # per call of the library, which takes some 100 bytes per resulting token
-DOCUMENT_OVERHEAD = 500  # memory of a short document's objects, in characters
+BATCH_BYTES = 2_000_000  # of text per call of the library, which takes some 100 bytes per token, at most one per byte
+DOCUMENT_OVERHEAD = 500  # memory of a short document's objects, in bytes of text
 ENCODER_THREADS = 2  # one keeps the cores busy while the other converts its results to Python objects
 WAITING_BATCHES = ENCODER_THREADS + 1  # being encoded, or waiting for the main thread
+WAITING_BYTES = (WAITING_BATCHES + 1) * BATCH_BYTES  # of their text, where single documents are larger than a batch
 
 
 def encode_documents(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator[tuple[np.ndarray, ...]]:
@@ -25,7 +26,7 @@ def encode_documents(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator
 
     Args:
         tokenizer: its settings for padding, truncation and special tokens are modified.
-        documents: texts, of any length.
+        documents: texts; one of many megabytes takes a hundred times its size.
 
     Yields:
         For each batch of documents, the concatenated ids [Σ lengths] uint32, the lengths [num_documents] int64, and the
@@ -38,17 +39,23 @@ def encode_documents(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator
     def encode(batch: list[str]) -> tuple[list[Encoding], list[int]]:
         return tokenizer.encode_batch_fast(batch, add_special_tokens=False), [len(text.split()) for text in batch]
 
-    waiting: deque[Future[tuple[list[Encoding], list[int]]]] = deque()
+    waiting: deque[tuple[int, Future[tuple[list[Encoding], list[int]]]]] = deque()
     encoder = ThreadPoolExecutor(ENCODER_THREADS)
     try:
-        for batch in _batches(documents):
-            waiting.append(encoder.submit(encode, batch))
-            if len(waiting) > WAITING_BATCHES:
-                yield _to_arrays(*waiting.popleft().result())
+        for size, batch in _batches(documents):
+            waiting.append((size, encoder.submit(encode, batch)))
+            while len(waiting) > WAITING_BATCHES or sum(size for size, _ in waiting) > WAITING_BYTES:
+                yield _to_arrays(*waiting.popleft()[1].result())
         while waiting:
-            yield _to_arrays(*waiting.popleft().result())
+            yield _to_arrays(*waiting.popleft()[1].result())
     finally:
         encoder.shutdown(cancel_futures=True)
+
+
+def unknown_token(tokenizer: Tokenizer) -> int | None:
+    """The id that stands for what the vocabulary lacks; None if there is none."""
+    named = getattr(tokenizer.model, "unk_token", None) or SPECIAL_TOKENS[UNK_ID]
+    return tokenizer.token_to_id(named)
 
 
 def encode_sentences(tokenizer: Tokenizer, sentences: Sequence[str]) -> list[list[int]]:
@@ -91,16 +98,17 @@ def _check_text(text: str) -> None:
         raise InputError(f"text {text!a}: is not UTF-8") from None
 
 
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
+def _batches(documents: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
+    """Documents of `BATCH_BYTES` together, or a little more, and their size."""
     batch, size = [], 0
     for document in documents:
         batch.append(document)
-        size += len(document) + DOCUMENT_OVERHEAD
-        if size >= BATCH_CHARACTERS:
-            yield batch
+        size += DOCUMENT_OVERHEAD + (len(document) if document.isascii() else len(document.encode()))
+        if size >= BATCH_BYTES:
+            yield size, batch
             batch, size = [], 0
     if batch:
-        yield batch
+        yield size, batch
 
 
 def _to_arrays(encodings: list[Encoding], words: list[int]) -> tuple[np.ndarray, ...]:

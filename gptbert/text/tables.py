@@ -14,23 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 from gptbert.errors import InputError, first_line
 from gptbert.io.json_file import read_json
+from gptbert.text.file_kind import FileKind
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import IterableDataset
 
-SUFFIXES = (".parquet", ".arrow")
 BATCH_BYTES = 4_000_000  # decompressed bytes of a Parquet file in memory at once; at least one row
 BATCH_ROWS = 1000  # at most
 _STREAM_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 _SAVED_JSON_BYTES = 1 << 24  # enough for the names of many thousand files
 
 Row = dict[str, Any]  # by column: bytes, a number, a boolean, None, or the type of an unsupported column
-
-
-def is_table(file: Path) -> bool:
-    """Whether a file's suffix is that of Parquet or Arrow."""
-    return file.name.lower().endswith(SUFFIXES)
 
 
 def require_library(name: str, what: str) -> ModuleType:
@@ -46,18 +41,19 @@ def require_library(name: str, what: str) -> ModuleType:
         raise InputError(f"{what}: takes the library {library}; pip install datasets pyarrow") from error
 
 
-def table_rows(file: Path, columns: Sequence[str], advance: Callable[[int], object]) -> Iterator[Row]:
+def table_rows(file: Path, kind: FileKind, columns: Sequence[str], advance: Callable[[int], object]) -> Iterator[Row]:
     """Rows of a Parquet or Arrow file, a few megabytes in memory at a time.
 
     Args:
-        file: one for which `is_table` holds.
+        file: a table.
+        kind: which.
         columns: those to read; the others are not loaded.
         advance: called with the number of further bytes read from the file.
 
     Raises:
         InputError: a column is missing, or the file is damaged or truncated.
     """
-    batches = _parquet_batches if file.name.lower().endswith(".parquet") else _arrow_batches
+    batches = {"parquet": _parquet_batches, "arrow_stream": _stream_batches, "arrow_file": _file_batches}[kind.reader]
     with _damage(str(file)):
         for batch in batches(file, columns, advance):
             yield from _rows(batch, columns)
@@ -158,7 +154,21 @@ def _parquet_batches(
         advance(size - told)
 
 
-def _arrow_batches(file: Path, columns: Sequence[str], advance: Callable[[int], object]) -> Iterator["pa.RecordBatch"]:
+def _file_batches(file: Path, columns: Sequence[str], advance: Callable[[int], object]) -> Iterator["pa.RecordBatch"]:
+    pyarrow = require_library("pyarrow", str(file))
+    size = file.stat().st_size
+    with pyarrow.memory_map(str(file)) as source, pyarrow.ipc.open_file(source) as reader:
+        _require_columns(str(file), columns, reader.schema.names)
+        told = 0
+        for number in range(reader.num_record_batches):
+            yield reader.get_batch(number)
+            done = size * (number + 1) // reader.num_record_batches
+            advance(done - told)
+            told = done
+        advance(size - told)
+
+
+def _stream_batches(file: Path, columns: Sequence[str], advance: Callable[[int], object]) -> Iterator["pa.RecordBatch"]:
     pyarrow = require_library("pyarrow", str(file))
     size = file.stat().st_size
     with file.open("rb") as opened:

@@ -1,0 +1,239 @@
+"""The files of a corpus: those to read, each of them once, by kind; and those that are left out, with the reasons."""
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gptbert.errors import InputError
+from gptbert.text.file_kind import ARROW_FILE, ARROW_STREAM, BINARY, HEAD_BYTES, PARQUET, FileKind
+from gptbert.text.opened_file import kind_of
+from gptbert.text.tables import saved_dataset_files
+from gptbert.text.text_kind import JSON, JSONL, TEXT, unpacked_suffix
+
+HIDDEN = "hidden"
+NAMED = 5  # files that are left out; the others are only counted
+
+_NOTES = re.compile(
+    r"(readme|licen[cs]e|copying|copyright|notice|authors|contributors|contributing|citation|changelog|"
+    r"code_of_conduct|datasheet|data(set)?[_-]?card|data[_-]?statement)([._-].*)?"
+)
+_NOTE_SUFFIXES = {"", ".md", ".txt", ".rst", ".htm", ".html", ".pdf", ".tex", ".bib", ".cff"}
+_CHECKSUMS = re.compile(
+    r"(md5|sha-?\d*|b2|blake\w*|check)sums?([._-].*)?|.*\.(md5|sha\d+|b2|crc32|sfv|asc|sig|torrent)"
+)
+_MARKERS = re.compile(r"_(success|started.*|committed.*|metadata|common_metadata|temporary)|thumbs\.db|desktop\.ini")
+_COPIES = re.compile(r".*(~|\.(bak|orig|swp|tmp|part|crdownload|download|aria2|lock))")
+_BESIDE_DATA = {
+    ".md", ".rst", ".py", ".sh", ".ipynb", ".yaml", ".yml", ".toml", ".cfg", ".ini", ".log", ".htm", ".html", ".xml",
+    ".css", ".js", ".bib", ".tex", ".pdf",
+}  # fmt: skip
+_BY_NAME = {".parquet": PARQUET, ".arrow": ARROW_STREAM, ".feather": ARROW_FILE}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file to read.
+
+    Attributes:
+        path: where it is.
+        kind: what it is; None for a pipe, which can be looked at only once.
+        size: bytes on disk.
+    """
+
+    path: Path
+    kind: FileKind | None
+    size: int
+
+    @property
+    def title(self) -> str:
+        """The kind's."""
+        return self.kind.title if self.kind else "a pipe"
+
+
+class CorpusFiles:
+    """What `--input` gives: each real file once, wherever links lead; folders recursively, sorted by name.
+
+    Attributes:
+        sources: files to read, in order.
+        left_out: files of folders that are not, with the reasons.
+        left_out_bytes: their size on disk.
+    """
+
+    def __init__(self, inputs: Sequence[Path], split: str | None, text_field: str, file_format: str) -> None:
+        """List the files and look at each one's first bytes.
+
+        Args:
+            inputs: files, which are read whatever they are called, and folders.
+            split: of a saved dataset, if it has several.
+            text_field: the field or column with the text.
+            file_format: "auto", or "text" or "jsonl" for text files.
+
+        Raises:
+            InputError: a path does not exist or cannot be read, a folder holds nothing to read, or a file is of a kind
+                that is not read; names it and the way on.
+        """
+        self.sources: list[Source] = []
+        self.left_out: list[tuple[Path, str]] = []
+        self.left_out_bytes = 0
+        self._split = split
+        self._text_field = text_field
+        self._format = file_format
+        self._seen: set[tuple[int, int]] = set()
+        for path in inputs:
+            if path.is_symlink() and not path.exists():
+                raise InputError(f"--input {path}: is a link to {path.readlink()}, which is not there")
+            if not path.exists():
+                raise InputError(f"--input {path}: no such file or folder")
+            if path.is_dir():
+                self._add_folder(path)
+            elif _is_new(path, self._seen):
+                kind = self._kind(path) if path.is_file() else None
+                self.sources.append(_accepted(path, kind))
+
+    def lines(self) -> Iterator[str]:
+        """The listing: files and bytes of each kind, and what is left out."""
+        files: Counter[str] = Counter()
+        sizes: Counter[str] = Counter()
+        for source in self.sources:
+            files[source.title] += 1
+            sizes[source.title] += source.size
+        kinds = (f"{kind}: {count:,} file{'s' * (count > 1)}, {sizes[kind]:,} bytes" for kind, count in files.items())
+        yield f"to read: {'; '.join(kinds)}"
+        if self.left_out:
+            yield f"left out: {self._named()}; give a file by itself to have it read"
+
+    def _named(self, root: Path | None = None) -> str:
+        """The first files that are left out with the reasons, hidden ones last, and the number of further ones."""
+        inside = [(path, reason) for path, reason in self.left_out if root is None or path.is_relative_to(root)]
+        inside.sort(key=lambda left: left[1] == HIDDEN)
+        named = [f"{path.relative_to(root) if root else path} ({reason})" for path, reason in inside[:NAMED]]
+        return ", ".join(named + [f"{len(inside) - NAMED:,} more"] * (len(inside) > NAMED))
+
+    def _leave_out(self, path: Path, reason: str) -> None:
+        self.left_out.append((path, reason))
+        self.left_out_bytes += path.stat().st_size if path.is_file() else 0
+
+    def _add_folder(self, root: Path) -> None:
+        chosen, repeated = [], False
+        for path in sorted(self._walk(root), key=lambda path: (path.is_symlink(), path)):  # links change no order
+            if reason := _reason_by_name(path):
+                self._leave_out(path, reason)
+            elif path.stat().st_size == 0:
+                self._leave_out(path, "empty")
+            elif _is_new(path, self._seen):
+                chosen.append(path)
+            else:
+                repeated = True
+                if path.is_symlink():
+                    self._leave_out(path, f"a link to {path.resolve()}, which is read already")
+        sources = self._by_content(sorted(chosen))
+        if not sources and not repeated:
+            left = f"left out: {self._named(root)}; give a file by itself to have it read" if self.left_out else "none"
+            raise InputError(f"--input {root}: the folder holds no file to read ({left})")
+        self.sources += sources
+
+    def _by_content(self, files: Sequence[Path]) -> list[Source]:
+        """Those of a folder's files that are read."""
+        kinds = {path: self._kind(path) for path in files}
+        structured = any(kind.is_table or kind.reader in {"jsonl", "json"} for kind in kinds.values())
+        sources = []
+        for path, kind in kinds.items():
+            beside = structured and unpacked_suffix(path.name) in _BESIDE_DATA
+            if kind.holds_no_text:
+                self._leave_out(path, kind.name)
+            elif beside and not kind.is_table and kind.reader != "jsonl":
+                self._leave_out(path, "beside JSON or tables")
+            elif kind == JSON and path.suffix.lower() == ".json" and _is_settings(path, self._text_field):
+                self._leave_out(path, f"a JSON object without `{self._text_field}`, see --text_field")
+            else:
+                sources.append(_accepted(path, kind))
+        return sources
+
+    def _walk(self, root: Path) -> Iterator[Path]:
+        """Files below a folder; links to folders last, so that each real one is found under its own name."""
+
+        def fail(error: OSError) -> None:
+            raise InputError(f"--input {error.filename}: cannot be listed ({error.strerror})") from error
+
+        waiting, seen = [root], set()
+        while waiting:
+            top = waiting.pop(0)
+            for name, subfolders, names in os.walk(top, onerror=fail):
+                folder = Path(name)
+                if not _is_new(folder, seen):
+                    subfolders.clear()
+                    self._leave_out(folder, "a link to a folder that is read already")
+                    continue
+                if (saved := saved_dataset_files(folder, names, self._split)) is not None:
+                    yield from saved
+                    subfolders.clear()
+                    continue
+                for path in [folder / name for name in sorted(subfolders)]:
+                    if path.name.startswith("."):
+                        self._leave_out(path, HIDDEN)
+                    elif path.is_symlink():
+                        waiting.append(path)
+                subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+                for path in [folder / name for name in sorted(names)]:
+                    if path.is_file():
+                        yield path
+                    else:
+                        self._leave_out(path, "a broken link" if path.is_symlink() else "not a file")
+
+    def _kind(self, path: Path) -> FileKind:
+        """What a file is by its content; by its name, if that says a table and the content nothing else."""
+        kind = kind_of(path, self._text_field)
+        by_name = _BY_NAME.get(path.suffix.lower())
+        if by_name and (kind == BINARY or path.stat().st_size == 0):
+            return by_name
+        return as_text(kind, self._format)
+
+
+def as_text(kind: FileKind, file_format: str) -> FileKind:
+    """The kind as which `--format` has a file read: any text as the format says, all else as what it is."""
+    if file_format == "auto" or not (kind.is_text or kind.reader in {"text", "jsonl", "json"}):
+        return kind
+    return (TEXT if file_format == "text" else JSONL).packed(kind.packing)
+
+
+def _is_new(path: Path, seen: set[tuple[int, int]]) -> bool:
+    """Whether a file or folder was not seen, under this or another name; it is from now on."""
+    status = path.stat()
+    number = len(seen)
+    seen.add((status.st_dev, status.st_ino))
+    return len(seen) > number
+
+
+def _reason_by_name(path: Path) -> str:
+    """Why a file of a folder is left out, whatever it holds; "" if it is not."""
+    name = path.name.lower()
+    if name.startswith("."):
+        return HIDDEN
+    if _NOTES.fullmatch(name) and path.suffix.lower() in _NOTE_SUFFIXES:
+        return "about the data"
+    if _CHECKSUMS.fullmatch(name):
+        return "checksums"
+    if _MARKERS.fullmatch(name):
+        return "a marker"
+    return "a copy or a part of a file" if _COPIES.fullmatch(name) else ""
+
+
+def _accepted(path: Path, kind: FileKind | None) -> Source:
+    if kind and not kind.reader:
+        raise InputError(kind.refusal(path))
+    return Source(path, kind, path.stat().st_size)
+
+
+def _is_settings(path: Path, text_field: str) -> bool:
+    """Whether a small file is one JSON object, and not a document."""
+    if path.stat().st_size > HEAD_BYTES:
+        return False
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and text_field not in value

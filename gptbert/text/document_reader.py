@@ -1,0 +1,194 @@
+"""Documents out of one file or table after the other, each with its domain; bad lines and rows are counted."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from gptbert.errors import InputError
+from gptbert.io.screen import log
+from gptbert.text.corpus_config import CorpusConfig
+from gptbert.text.corpus_files import Source, as_text
+from gptbert.text.documents import MAX_DOCUMENT, cut_place, decode, label_field, parse_json, string, string_field
+from gptbert.text.file_kind import FileKind
+from gptbert.text.lines import numbered_lines, numbered_pieces, numbered_values
+from gptbert.text.opened_file import OpenedFile, opened
+from gptbert.text.tables import table_rows
+from gptbert.text.tally import Tally
+
+REPORTED_LINES = 5  # bad lines reported individually with --on_error=skip; the rest is only counted
+FEW_LINES = 36  # of a file of which more than half may be bad with --on_error=skip
+
+
+class DocumentReader:
+    """Reads documents as a CorpusConfig says, and counts what it omits.
+
+    Attributes:
+        columns: those that are read of tables.
+        first_bad: the first bad line or row that was skipped, and why; "" if there was none.
+    """
+
+    def __init__(self, config: CorpusConfig, domain_field: str | None, tally: Tally) -> None:
+        self.config = config
+        self.domain_field = domain_field
+        self.tally = tally
+        self.columns = (config.text_field, *([domain_field] if domain_field else []))
+        self.first_bad = ""
+        self._before = 0, 0  # good and bad lines before this file
+
+    def check_all(self) -> None:
+        """Raise InputError if, of all files together, most lines were bad."""
+        self._before = 0, 0
+        self._check_bad("--input")
+
+    def of_rows(self, where: str, rows: Iterator[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+        """The documents of a table's rows; `where` names it."""
+        self._before = self.tally.good_lines, self.tally.skipped_lines
+        before = self.tally.text_bytes
+        for number, row in enumerate(rows, start=1):
+            try:
+                document = self._parts(row)
+            except ValueError as error:
+                self._reject(f"{where}: row {number}", error, 0)
+            else:
+                self.tally.good_lines += 1
+                yield document
+        self.tally.read_bytes += self.tally.text_bytes - before
+        self._check_bad(where)
+
+    def of_file(self, source: Source, advance: Callable[[int], object]) -> Iterator[tuple[str, str]]:
+        """The documents of a file; `advance` is called with the number of further bytes read from the disk."""
+        file = source.path
+        if source.kind and source.kind.is_table:
+            yield from self.of_rows(str(file), table_rows(file, source.kind, self.columns, advance))
+            return
+        self._before = self.tally.good_lines, self.tally.skipped_lines
+        with opened(file, advance) as read:
+            kind = source.kind or self._kind_of_pipe(read)
+            if kind.reader == "jsonl":
+                yield from self._jsonl_documents(file, numbered_lines(read, self._count))
+            elif kind.reader == "json":
+                yield from self._json_documents(file, numbered_values(read, self._count))
+            else:
+                yield from self._text_documents(file, numbered_pieces(read, self._count))
+        self._check_bad(str(file))
+
+    def _kind_of_pipe(self, read: OpenedFile) -> FileKind:
+        kind = as_text(read.kind(self.config.text_field), self.config.format)
+        if not kind.reader:
+            raise InputError(kind.refusal(read.file))
+        if kind.is_table:
+            raise InputError(f"{read.file}: is {kind.name}, which is not read from a pipe; save it as a file")
+        return kind
+
+    def _count(self, size: int) -> None:
+        self.tally.read_bytes += size
+
+    def _jsonl_documents(self, file: Path, lines: Iterator[tuple[int, bytes]]) -> Iterator[tuple[str, str]]:
+        for number, line in lines:
+            if line.isspace():
+                continue
+            try:
+                document = self._parts(parse_json(line))
+            except ValueError as error:
+                _refuse_nul(file, number, line)
+                self._reject(f"{file}:{number}", error, len(line))
+            else:
+                self.tally.good_lines += 1
+                yield document
+
+    def _json_documents(self, file: Path, values: Iterator[tuple[int, Any]]) -> Iterator[tuple[str, str]]:
+        for number, value in values:
+            try:
+                document = self._parts(value)
+            except ValueError as error:
+                self._reject(f"{file}:{number}", error, 0)
+            else:
+                self.tally.good_lines += 1
+                yield document
+
+    def _text_documents(self, file: Path, lines: Iterator[tuple[int, bytes]]) -> Iterator[tuple[str, str]]:
+        if self.domain_field:
+            raise InputError(
+                f"{file}: plain text has no field {self.domain_field!r}; --domain_field takes JSON and tables"
+            )
+        every_line = self.config.text_documents == "line"
+        pieces, size, whole = [], 0, True
+        for number, line in lines:
+            if b"\0" in line:
+                _refuse_nul(file, number, line)
+            try:
+                piece = decode(line)
+            except ValueError as error:
+                self._reject(f"{file}:{number}", error, len(line))
+                continue
+            self.tally.good_lines += 1
+            blank = piece.isspace()
+            if every_line or not blank:
+                pieces.append(piece)
+                size += len(piece)
+                if size > MAX_DOCUMENT:
+                    text = "".join(pieces).lstrip()
+                    while len(text) > MAX_DOCUMENT:
+                        self.tally.cut_documents += whole
+                        whole, end = False, cut_place(text)
+                        yield "", text[:end]
+                        text = text[end:].lstrip()
+                    pieces, size = [text] * bool(text), len(text)
+            if pieces and line.endswith(b"\n") and (every_line or blank):
+                yield "", "".join(pieces)
+                pieces, size, whole = [], 0, True
+        if pieces:
+            yield "", "".join(pieces)
+
+    def _parts(self, record: Any) -> tuple[str, str]:
+        """The domain and the text of a line or row; ValueError with the reason if there is none."""
+        if isinstance(record, dict):
+            name = self.config.text_field
+            if name not in record:
+                fields = ", ".join(f"`{field}`" for field in list(record)[:10]) or "nothing"
+                raise ValueError(
+                    f"the object has no `{name}`, only {fields}; name the field with the text by --text_field"
+                )
+            domain = label_field(record, self.domain_field) if self.domain_field else ""
+            return domain, string_field(record, name)
+        text = string(record, "the line")
+        if self.domain_field:
+            raise ValueError(f"the line is a string, not an object with a `{self.domain_field}`")
+        return "", text
+
+    def _reject(self, place: str, reason: ValueError, size: int) -> None:
+        """Stop at a bad line or row, or count it. Only in a file of the right kind is a bad line worth skipping."""
+        if self.config.on_error == "stop":
+            good = self.tally.good_lines > self._before[0]
+            way_on = "correct it"
+            if str(reason).startswith("not UTF-8") and ": row" not in place:
+                way_on = "correct it, or convert the file if it is in another encoding (iconv -f ENCODING -t UTF-8)"
+            elif not good and str(reason).startswith("not JSON"):
+                way_on = "correct it, or --format text if it is plain text"
+            skip = ", or leave such lines out with --on_error=skip" if good else ""
+            raise InputError(f"{place}: {reason}; {way_on}{skip}")
+        self.first_bad = self.first_bad or f"{place}: {reason}"
+        self.tally.skipped_bytes += size
+        self.tally.skipped_lines += 1
+        if self.tally.skipped_lines <= REPORTED_LINES:
+            log(f"skipped {place}: {reason}")
+        elif self.tally.skipped_lines == REPORTED_LINES + 1:
+            log("skipped more lines, which are only counted")
+
+    def _check_bad(self, where: str) -> None:
+        """A file whose lines are bad for the most part is of another kind than it is read as."""
+        good, bad = self.tally.good_lines - self._before[0], self.tally.skipped_lines - self._before[1]
+        if bad > good and good + bad > FEW_LINES:
+            raise InputError(
+                f"{where}: {bad:,} of {good + bad:,} lines are bad ({bad / (good + bad):.0%}), too many to be skipped; "
+                f"the first: {self.first_bad}"
+            )
+
+
+def _refuse_nul(file: Path, number: int, line: bytes) -> None:
+    """Raise InputError if a line has NULs."""
+    if b"\0" in line:
+        column = line.index(0) + 1
+        raise InputError(
+            f"{file}:{number}: has NUL bytes from column {column} on, so it is damaged or not text; copy it again"
+        )

@@ -1,0 +1,176 @@
+"""What reading a corpus came to: counts, shares, texts that repeat; and what of it is worth a warning."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gptbert.errors import InputError
+from gptbert.text.documents import MAX_DOCUMENT
+
+SAMPLED_TEXTS = 1 << 16  # different texts that are remembered, as hashes
+MOST_SKIPPED = 0.01  # share of the text that bad lines may be without a warning
+MOST_REPEATED = 0.5
+SOME_UNKNOWN = 0.01  # share of tokens that may be unknown without a warning
+MOST_UNKNOWN = 0.5  # and without an error
+SHORT_TOKENS, LONG_TOKENS = 1.5, 12.0  # bytes per token, between which there is no warning
+LARGE_VOCABULARY = 1000  # for vocabularies from here on; smaller ones have little more than the bytes
+LEAST_TEXT = 0.1  # share of the bytes of files that is expected to be text and not fields around it
+
+
+class RepeatedTexts:
+    """The share of documents whose text came before: exact for few different texts, else of a fair sample of them.
+
+    A sample takes each text, with all its copies, by its hash. When it is full, every second text leaves it.
+    """
+
+    def __init__(self) -> None:
+        self._counts: dict[int, int] = {}
+        self._mask = 0
+
+    def add(self, text: str) -> None:
+        """Count a document."""
+        key = hash(text)
+        if key & self._mask:
+            return
+        self._counts[key] = self._counts.get(key, 0) + 1
+        if len(self._counts) > SAMPLED_TEXTS:
+            self._mask = 2 * self._mask + 1
+            self._counts = {key: count for key, count in self._counts.items() if not key & self._mask}
+
+    @property
+    def share(self) -> float:
+        """Repeated documents as a share of all."""
+        total = sum(self._counts.values())
+        return (total - len(self._counts)) / total if total else 0.0
+
+    @property
+    def exact(self) -> bool:
+        """Whether every document was counted."""
+        return self._mask == 0
+
+
+@dataclass
+class Tally:
+    """Counts of a corpus so far.
+
+    Attributes:
+        num_documents: documents yielded, long ones as several.
+        text_bytes: their size as UTF-8, in bytes.
+        empty_documents: documents omitted because they were only whitespace.
+        good_lines: lines of text, and JSON values and rows with a document, empty ones too.
+        skipped_lines: bad lines and rows skipped with `--on_error=skip`.
+        skipped_bytes: the size of those lines.
+        cut_documents: documents that were cut because of their length.
+        read_bytes: text in the files, with all fields of JSON and without those of tables.
+        repeated: how many documents repeat others.
+    """
+
+    num_documents: int = 0
+    text_bytes: int = 0
+    empty_documents: int = 0
+    good_lines: int = 0
+    skipped_lines: int = 0
+    skipped_bytes: int = 0
+    cut_documents: int = 0
+    read_bytes: int = 0
+    repeated: RepeatedTexts = field(default_factory=RepeatedTexts)
+
+    @property
+    def skipped_share(self) -> float:
+        """What was skipped, as a share of the text or of the lines, whichever is larger."""
+        of_bytes = self.skipped_bytes / max(1, self.skipped_bytes + self.text_bytes)
+        return max(of_bytes, self.skipped_lines / max(1, self.skipped_lines + self.good_lines))
+
+    @property
+    def text_share(self) -> float:
+        """The text of documents as a share of the bytes read."""
+        return min(1.0, self.text_bytes / self.read_bytes) if self.read_bytes else 1.0
+
+    def counts(self) -> str:
+        """Documents, and what was omitted."""
+        skipped = f"{self.skipped_lines:,} bad lines skipped, {self.empty_documents:,} empty documents dropped"
+        return f"{self.num_documents:,} documents, {self.text_bytes:,} bytes of text ({skipped})"
+
+    def figures(self) -> str:
+        """What would show a mistake."""
+        about = "" if self.repeated.exact else "about "
+        return (
+            f"{self.text_share:.1%} of the bytes read are text, {self.skipped_share:.2%} were skipped, "
+            f"{self.cut_documents:,} documents were cut, {about}{self.repeated.share:.1%} repeat others"
+        )
+
+    def warnings(self) -> list[str]:
+        """What is past a sensible limit."""
+        found = []
+        if self.skipped_share > MOST_SKIPPED:
+            found.append(f"{self.skipped_share:.1%} of the text was left out as bad lines; look at those named above")
+        if self.text_share < LEAST_TEXT:
+            found.append(
+                f"only {self.text_share:.1%} of the bytes read became text; the rest is whitespace, or other fields "
+                "than --text_field"
+            )
+        if self.repeated.share > MOST_REPEATED:
+            found.append(f"{self.repeated.share:.0%} of the documents repeat others")
+        if self.cut_documents:
+            found.append(
+                f"{self.cut_documents:,} documents had more than {MAX_DOCUMENT:,} characters and were cut into several"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class TokenFigures:
+    """What encoding came to.
+
+    Attributes:
+        num_tokens: tokens of the texts.
+        unknown: how many of them are the unknown token.
+        text_bytes: the size of the texts as UTF-8.
+        vocab_size: of the tokenizer.
+    """
+
+    num_tokens: int
+    unknown: int
+    text_bytes: int
+    vocab_size: int
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of text per token."""
+        return self.text_bytes / max(1, self.num_tokens)
+
+    @property
+    def unknown_share(self) -> float:
+        """Unknown tokens as a share of all."""
+        return self.unknown / max(1, self.num_tokens)
+
+    def check(self, tokenizer: Path) -> None:
+        """Raise InputError if most tokens are unknown."""
+        if self.unknown_share > MOST_UNKNOWN:
+            raise InputError(
+                f"tokenizer {tokenizer}: {self.unknown_share:.0%} of the tokens are unknown; nothing was written; "
+                "train one on these texts with tokenize_scripts/train_tokenizer.py"
+            )
+
+    def warnings(self) -> list[str]:
+        """What is past a sensible limit."""
+        found = []
+        if self.unknown_share > SOME_UNKNOWN:
+            found.append(
+                f"{self.unknown_share:.1%} of the tokens are unknown: the tokenizer lacks characters of the text"
+            )
+        fits = SHORT_TOKENS <= self.bytes_per_token <= LONG_TOKENS or not self.num_tokens
+        if not fits and self.vocab_size >= LARGE_VOCABULARY:
+            found.append(
+                f"{self.bytes_per_token:.2f} bytes per token, with a vocabulary of {self.vocab_size:,}: the tokenizer "
+                "is for other texts, or drops parts of them"
+            )
+        return found
+
+
+def close(line: str, figures: Sequence[str], warnings: Sequence[str]) -> None:
+    """Print the last line of a command, with figures at its end, after its warnings."""
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+    print("; ".join([line, *figures]))

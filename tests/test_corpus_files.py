@@ -1,0 +1,167 @@
+"""Which files of a folder are read, each once; what is left out is listed with the reasons."""
+
+import os
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from safetensors.numpy import save
+
+from gptbert.errors import InputError
+from gptbert.text.corpus import Corpus, CorpusConfig
+from tests.test_file_kinds import CSV, put, tar
+from tests.texts import jsonl
+
+
+def read(*inputs, **settings):
+    return list(Corpus(CorpusConfig(input=inputs, **settings)))
+
+
+def listing(capsys, *inputs, **settings):
+    capsys.readouterr()
+    texts = read(*inputs, **settings)
+    return texts, capsys.readouterr().err.splitlines()
+
+
+def test_notes_beside_the_data_are_left_out_and_named(tmp_path, capsys):
+    put(tmp_path, "a.jsonl", jsonl(["one", "two"]))
+    names = (
+        "README.md", "readme.txt", "LICENSE", "Licence.txt", "NOTICE", "CITATION.cff", "dataset_card.md", "SHA256SUMS",
+        "a.jsonl.md5", "md5sum.txt", "checksums.sha256", "_SUCCESS", "a.jsonl.bak", "a.jsonl~", "b.jsonl.part",
+        "sub/README_de.md", ".gitattributes", "empty.txt",
+    )  # fmt: skip
+    for name in names:
+        put(tmp_path, name, b"" if name == "empty.txt" else b"A note, and no training text.\n")
+    texts, lines = listing(capsys, tmp_path)
+    assert texts == ["one", "two"]
+    size = (tmp_path / "a.jsonl").stat().st_size
+    assert lines[0] == f"to read: JSON Lines: 1 file, {size} bytes"
+    assert lines[1].startswith("left out: ")
+    assert "README.md (about the data)" in lines[1]
+    assert "13 more; give a file by itself to have it read" in lines[1]
+    for name in names[:-2]:
+        assert read(tmp_path / name, format="text") == ["A note, and no training text."], "named, it is read"
+
+
+def test_every_left_out_file_says_why(tmp_path, capsys):
+    reasons = {
+        "LICENSE": (b"x", "about the data"),
+        "a.sha256": (b"x", "checksums"),
+        "_SUCCESS": (b"", "a marker"),
+        "b.tmp": (b"x", "a copy or a part of a file"),
+        "c.txt": (b"", "empty"),
+        "d.safetensors": (save({"a": np.zeros(2)}), "a safetensors file"),
+        "e.png": (b"\x89PNG\r\n\x1a\n" + bytes(30), "an image, a sound or a video"),
+        "f.py": (b"print()", "beside JSON or tables"),
+        "dataset_infos.json": (b'{\n "default": {}\n}', "a JSON object without `text`, see --text_field"),
+        ".hidden": (b"x", "hidden"),
+    }
+    for name, (content, reason) in reasons.items():
+        folder = tmp_path / name.strip("._")
+        put(folder, "data.jsonl", jsonl(["data"]))
+        put(folder, name, content)
+        texts, lines = listing(capsys, folder)
+        assert texts == ["data"]
+        assert lines[1] == f"left out: {folder / name} ({reason}); give a file by itself to have it read"
+
+
+def test_markdown_is_data_where_there_is_no_other(tmp_path, capsys):
+    put(tmp_path, "one/a.md", b"one")
+    put(tmp_path, "one/b.rst", b"two")
+    put(tmp_path, "one/README.md", b"no")
+    assert read(tmp_path / "one") == ["one", "two"]
+    put(tmp_path, "one/c.txt", b"three")
+    assert read(tmp_path / "one") == ["one", "two", "three"]
+    put(tmp_path, "one/sub/d.jsonl", jsonl(["four"]))
+    assert read(tmp_path / "one") == ["three", "four"]
+    assert read(tmp_path / "one" / "a.md", tmp_path / "one") == ["one", "three", "four"]
+
+
+def test_a_mixed_folder_is_read_and_listed_by_kind(tmp_path, capsys):
+    put(tmp_path, "a.jsonl", jsonl(["one", "two"]))
+    put(tmp_path, "b.txt", b"three\n\nfour\n\nfive")
+    put(tmp_path, "c", jsonl(["six"]))
+    pq.write_table(pa.table({"text": ["seven"]}), tmp_path / "d.parquet")
+    texts, (before, after) = listing(capsys, tmp_path)
+    assert texts == ["one", "two", "three", "four", "five", "six", "seven"]
+    assert before == (
+        f"to read: JSON Lines: 2 files, {len(jsonl(['one', 'two', 'six']))} bytes; plain text: 1 file, 17 bytes; "
+        f"Parquet: 1 file, {(tmp_path / 'd.parquet').stat().st_size:,} bytes"
+    )
+    assert after == (
+        "read: JSON Lines: 3 documents, 9 bytes of text; plain text: 3 documents, 13 bytes of text; "
+        "Parquet: 1 document, 5 bytes of text"
+    )
+
+
+def test_data_of_other_kinds_in_a_folder_is_refused(tmp_path):
+    put(tmp_path, "a.jsonl", jsonl(["one"]))
+    for name, content in (("b.tar", tar()), ("b.csv", CSV), ("b", "Tim\n".encode("utf-16-le") * 9)):
+        file = put(tmp_path, name, content)
+        with pytest.raises(InputError, match=f"{file}: is "):
+            Corpus(CorpusConfig(input=(tmp_path,)))
+        file.unlink()
+
+
+def test_a_folder_of_notes_only_says_what_was_left_out(tmp_path):
+    put(tmp_path, "README.md", b"A note.")
+    put(tmp_path, ".git/config", b"x")
+    with pytest.raises(
+        InputError, match=r"holds no file to read \(left out: README.md \(about the data\), .git \(hidden\);"
+    ):
+        Corpus(CorpusConfig(input=(tmp_path,)))
+
+
+# Links
+
+
+def test_linked_folders_are_read_once_and_loops_end(tmp_path, capsys):
+    corpus = tmp_path / "corpus"
+    put(corpus, "books/a.jsonl", jsonl(["book"]))
+    put(tmp_path, "elsewhere/b.jsonl", jsonl(["letter"]))
+    put(tmp_path, "elsewhere/sub/c.jsonl", jsonl(["note"]))
+    (corpus / "letters").symlink_to(tmp_path / "elsewhere")
+    assert read(corpus) == ["book", "letter", "note"]
+    (corpus / "again").symlink_to("books")
+    (corpus / "loop").symlink_to(".")
+    (corpus / "books" / "up").symlink_to("..")
+    (tmp_path / "elsewhere" / "back").symlink_to(corpus)
+    (tmp_path / "elsewhere" / "sub" / "itself").symlink_to("../sub")
+    (corpus / "more").symlink_to(tmp_path / "elsewhere" / "sub")
+    texts, lines = listing(capsys, corpus)
+    assert sorted(texts) == ["book", "letter", "note"]
+    assert "a link to a folder that is read already" in lines[1]
+    assert sorted(read(corpus, corpus / "books", tmp_path / "elsewhere")) == ["book", "letter", "note"]
+
+
+def test_linked_files_are_read_once(tmp_path, capsys):
+    """As in the caches of Hugging Face, where names are links to files without a suffix."""
+    put(tmp_path, "blobs/8f3a", jsonl(["one"]))
+    put(tmp_path, "snapshot/b.txt", b"two")
+    (tmp_path / "snapshot" / "a.jsonl").symlink_to("../blobs/8f3a")
+    assert read(tmp_path / "snapshot") == ["one", "two"]
+    (tmp_path / "snapshot" / "a2.jsonl").symlink_to("b.txt")
+    os.link(tmp_path / "snapshot" / "b.txt", tmp_path / "snapshot" / "c.txt")
+    texts, lines = listing(capsys, tmp_path / "snapshot")
+    assert texts == ["one", "two"]
+    assert f"a2.jsonl (a link to {tmp_path / 'snapshot' / 'b.txt'}, which is read already)" in lines[1]
+
+
+def test_broken_links_are_named(tmp_path, capsys):
+    put(tmp_path, "a.jsonl", jsonl(["one"]))
+    (tmp_path / "b.jsonl").symlink_to("gone.jsonl")
+    (tmp_path / "c").symlink_to("c")
+    texts, lines = listing(capsys, tmp_path)
+    assert texts == ["one"]
+    assert f"left out: {tmp_path / 'b.jsonl'} (a broken link), {tmp_path / 'c'} (a broken link)" in lines[1]
+    with pytest.raises(InputError, match=r"--input .*/b.jsonl: is a link to gone.jsonl, which is not there"):
+        read(tmp_path / "b.jsonl")
+
+
+def test_what_is_no_file_is_named(tmp_path, capsys):
+    put(tmp_path, "a.jsonl", jsonl(["one"]))
+    os.mkfifo(tmp_path / "pipe")
+    texts, lines = listing(capsys, tmp_path)
+    assert texts == ["one"]
+    assert "pipe (not a file)" in lines[1]

@@ -1,0 +1,138 @@
+"""Documents of any length are read, split and encoded in bounded memory: cut where a line or a word ends."""
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gptbert.errors import InputError
+from gptbert.text import documents, lines
+from gptbert.text.corpus import Corpus, CorpusConfig
+from gptbert.text.documents import MAX_DOCUMENT
+from tests.test_file_kinds import put
+from tokenize_scripts.train_tokenizer import learn
+
+ROOT = Path(__file__).parents[1]
+WORDS = "the sea is grey and a boat comes home late from far away islands "
+
+
+def corpus(file, **settings):
+    read = Corpus(CorpusConfig(input=(file,), **settings))
+    return read, list(read)
+
+
+@pytest.mark.parametrize("settings", [{}, {"text_documents": "line"}])
+def test_one_long_line_is_cut_at_spaces(tmp_path, settings):
+    text = WORDS * 50_000
+    read, pieces = corpus(put(tmp_path, "text8", text.encode()), **settings)
+    assert len(pieces) == 4
+    assert max(map(len, pieces)) <= MAX_DOCUMENT
+    assert " ".join(pieces) == text.strip()
+    assert (read.tally.cut_documents, read.tally.skipped_lines) == (1, 0)
+
+
+def test_a_long_line_without_spaces_is_cut_between_characters(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "MAX_DOCUMENT", 1000)
+    monkeypatch.setattr("gptbert.text.document_reader.MAX_DOCUMENT", 1000)
+    monkeypatch.setattr("gptbert.text.corpus.MAX_DOCUMENT", 1000)
+    monkeypatch.setattr(lines, "PIECE", 64)
+    for text in ("é" * 5000, "x" + "猫" * 3333, "ab🐈" * 1500, "🐈"):
+        read, pieces = corpus(put(tmp_path, "a.txt", text.encode()))
+        assert "".join(pieces) == text
+        assert max(map(len, pieces)) <= 1000
+        assert read.tally.cut_documents == (len(text) > 1000)
+
+
+@pytest.mark.parametrize("form", ["text", "jsonl", "json", "utf-16", "gzip"])
+def test_every_kind_of_file_is_cut_at_the_same_places(tmp_path, form):
+    document = "\n".join(WORDS * (i % 90) for i in range(1, 900)).strip()
+    document = "\n".join(line for line in document.split("\n") if line)
+    assert len(document) > 2 * MAX_DOCUMENT
+    content = {
+        "text": document.encode(),
+        "jsonl": json.dumps({"text": document}).encode() + b"\n",
+        "json": json.dumps([document], indent=1).encode(),
+        "utf-16": ("\ufeff" + document).encode("utf-16-le"),
+        "gzip": gzip.compress(document.encode(), 1),
+    }[form]
+    expected, start = [], 0
+    while len(document) - start > MAX_DOCUMENT:
+        end = document.rindex("\n", start, start + MAX_DOCUMENT) + 1
+        expected.append(document[start:end].strip())
+        start = end
+    expected.append(document[start:])
+    read, pieces = corpus(put(tmp_path, "a", content))
+    assert pieces == expected
+    assert (read.tally.cut_documents, read.num_documents) == (1, len(expected))
+
+
+def test_lines_of_json_have_a_limit_that_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "MAX_LINE", 1000)
+    monkeypatch.setattr(lines, "MAX_LINE", 1000)
+    file = put(tmp_path, "a.jsonl", b'"one"\n"' + b"a" * 5000 + b'"\n"two"\n')
+    with pytest.raises(InputError, match=r"a.jsonl:2: the line has more than 1,000 bytes"):
+        corpus(file)
+    assert corpus(file, on_error="skip")[1] == ["one", "two"]
+
+
+def test_bad_bytes_in_a_long_line_are_named(tmp_path):
+    with pytest.raises(InputError, match=r"a.txt:2: not UTF-8 \(byte 0xff"):
+        corpus(put(tmp_path, "a.txt", b"one\n" + b"word " * 500_000 + b"\xff\xff" + b" word" * 9))
+    with pytest.raises(InputError, match=r"a.txt:2: not UTF-8 \(byte 0xc3"):
+        corpus(put(tmp_path, "a.txt", b"one\n" + b"word " * 500_000 + b"\xc3"))
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from tokenize_scripts.{script} import {config}, {script}
+{script}({config}(input=(Path(sys.argv[1]),), **{flags}))
+lines = Path("/proc/self/status").read_text().splitlines()
+print(next(int(line.split()[1]) >> 10 for line in lines if line.startswith("VmHWM")))
+"""
+
+
+def peak(script, file, **flags):
+    """Megabytes that a script takes at most, and what it says."""
+    names = {"split_corpus": "SplitConfig", "tokenize_corpus": "TokenizeConfig"}
+    flags = {name: str(value) for name, value in flags.items()}
+    paths = "{" + ", ".join(f"{name!r}: Path({value!r})" for name, value in flags.items()) + "}"
+    code = PEAK.format(script=script, config=names[script], flags=paths)
+    command = [sys.executable, "-c", code, str(file)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    said, size = done.stdout.splitlines()
+    return int(size), said
+
+
+def test_splitting_takes_the_memory_that_the_page_promises(tmp_path):
+    """A line of 100 MB takes some megabytes; a JSON string of 60 MB, a few copies of itself."""
+    with (tmp_path / "text8").open("w") as file:
+        for _ in range(100):
+            file.write(WORDS * (1_000_000 // len(WORDS)))
+    size, said = peak("split_corpus", tmp_path / "text8", output_dir=tmp_path / "out")
+    assert size < 150, said
+    assert "1 documents were cut" in said
+    (tmp_path / "text8").unlink()
+    with (tmp_path / "a.jsonl").open("w", encoding="utf-8") as file:
+        file.write('{"text": "🐈 ')  # so that each character takes four bytes
+        for _ in range(60):
+            file.write(WORDS * (1_000_000 // len(WORDS)))
+        file.write('"}\n')
+    size, said = peak("split_corpus", tmp_path / "a.jsonl", output_dir=tmp_path / "out")
+    assert size < 1000, said
+    assert "1 documents were cut" in said
+
+
+def test_tokenizing_takes_the_memory_that_the_page_promises(tmp_path):
+    """One line, and a token for every byte: the worst that there is. As one document it would take twice as much."""
+    learn(iter(["a"]), 272, 2).save(str(tmp_path / "tokenizer.json"))
+    put(tmp_path, "a.txt", WORDS.encode() * 120_000)
+    size, said = peak(
+        "tokenize_corpus", tmp_path / "a.txt", tokenizer_path=tmp_path / "tokenizer.json", output=tmp_path / "t"
+    )
+    assert "wrote 7," in said
+    assert size < 1200, said
