@@ -24,10 +24,10 @@ def run_command(
 ) -> None:
     """Parse the command line into `settings`, call `function` with it, and end the process.
 
-    The exit status is 0 on success, 2 for a command line that cannot be parsed, 1 for other unusable input and for a
-    run that lost a process, `STOPPED` for a run that a signal stopped at a checkpoint, and 130 after Ctrl-C or SIGTERM
-    at other times, both of which clean up. Errors common to all processes are printed by the first of each host;
-    errors of a single process by that process, with its rank.
+    The exit status is 0 on success, 2 for a command line that cannot be parsed, 73 for an output that another process
+    is writing, 1 for other unusable input and for a run that lost a process, `STOPPED` for a run that a signal stopped
+    at a checkpoint, and 130 after Ctrl-C or SIGTERM at other times, both of which clean up. Errors common to all
+    processes are printed by the first of each host; errors of a single process by that process, with its rank.
     """
     if "LOCAL_RANK" not in os.environ:  # under torchrun, SIGTERM must end a process even if it waits in a collective
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -38,10 +38,10 @@ def run_command(
     try:
         function(parsed)
     except SharedError as error:
-        _fail(str(error), 1)
+        _fail(str(error), error.status)
     except (InputError, LostProcessError) as error:
         who = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
-        _fail(f"{who}{error}", 1, by_all=True)
+        _fail(f"{who}{error}", getattr(error, "status", 1), by_all=True)
     except StoppedError as error:
         _end(str(error) if _speaks() else "", STOPPED)
     except KeyboardInterrupt:

@@ -2,16 +2,18 @@
 
 import dataclasses
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 
-from gptbert.checkpoint.folder import TOKENIZER
+from gptbert.checkpoint.folder import OWNER, TOKENIZER
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.distributed.hardware import hardware_name
 from gptbert.distributed.world import World
 from gptbert.errors import InputError
 from gptbert.io.json_file import write_json
+from gptbert.io.owner import owned
 from gptbert.io.screen import log
 from kernels import cpp
 from kernels.assembler import is_right, right_assembler
@@ -82,6 +84,30 @@ def prepare_cpp_kernels(config: TrainConfig, world: World, *, is_compiled: bool)
     return "cpp"
 
 
+@contextmanager
+def own_run_dir(config: TrainConfig) -> Iterator[None]:
+    """Own the run's folder while the block runs, so that no second process trains in it; for the main rank.
+
+    Raises:
+        OwnedError: another process trains in it; names the process.
+        InputError: the folder is not writable.
+    """
+    name, way_on = f"--output_dir and --name: {config.run_dir}", "wait for it, stop it, or give another --name"
+    with _write_errors(config), ExitStack() as stack:
+        stack.enter_context(owned(config.run_dir / OWNER, name, way_on))
+        ownership = stack.pop_all()
+    with ownership:
+        yield
+
+
+@contextmanager
+def _write_errors(config: TrainConfig) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"--output_dir {config.output_dir}: cannot be written ({error.strerror})") from error
+
+
 def prepare_run_dir(config: TrainConfig, model_config: ModelConfig, world: World, backend: str) -> None:
     """Create the run's folder, with the resolved settings and a copy of the tokenizer.
 
@@ -97,10 +123,8 @@ def prepare_run_dir(config: TrainConfig, model_config: ModelConfig, world: World
         "kernels": backend,
         "torch": torch.__version__,
     }
-    try:
+    with _write_errors(config):
         config.run_dir.mkdir(parents=True, exist_ok=True)
         write_json(config.run_dir / "config.json", settings)
         with suppress(shutil.SameFileError):
             shutil.copyfile(config.tokenizer_path, config.run_dir / TOKENIZER)
-    except OSError as error:
-        raise InputError(f"--output_dir {config.output_dir}: cannot be written ({error.strerror})") from error

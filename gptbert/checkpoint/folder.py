@@ -13,6 +13,7 @@ from gptbert.io.json_file import read_json, write_json
 MODEL_CONFIG = "model_config.json"
 TRAIN_CONFIG = "train_config.json"
 TOKENIZER = "tokenizer.json"  # also in a run's folder
+OWNER = "owner.json"  # in a run's folder while a process trains in it
 TRAINING_STATE = "training_state.pt"
 SHARDS = "shards"  # a sharded checkpoint's tensors
 CHECKPOINTS = "checkpoints"  # a run's checkpoints

@@ -89,16 +89,16 @@ class World:
     @contextmanager
     def errors_on_all_ranks(self) -> Iterator[None]:
         """Context manager: if the block raises InputError on any rank, all ranks raise it, with the same message."""
-        message = None
+        failure = None
         try:
             yield
         except InputError as error:
-            message = str(error)
+            failure = str(error), error.status
         except OSError as error:
-            message = f"{error.filename}: {error.strerror}"
-        failed = [text for text in self.all_gather(message) if text]
+            failure = f"{error.filename}: {error.strerror}", InputError.status
+        failed = [reported for reported in self.all_gather(failure) if reported]
         if failed:
-            raise SharedError(failed[0])
+            raise SharedError(*failed[0])
 
 
 @contextmanager
