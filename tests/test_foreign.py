@@ -158,7 +158,8 @@ TWICE = {
         lambda one: prefixed("student.", one) | prefixed("teacher.", changed(one, BIAS)),
         f"holds 'student' and 'teacher', which differ in {BIAS}; --weights_key"),
     "two averages": (
-        lambda one: {"model": one, "ema": one, "swa": changed(one, BIAS)}, f"holds 'ema' and 'swa', which differ in {BIAS}"),
+        lambda one: {"model": one, "ema": one, "swa": changed(one, BIAS)},
+        f"holds 'ema' and 'swa', which differ in {BIAS}"),
 }  # fmt: skip
 
 

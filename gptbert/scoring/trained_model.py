@@ -8,7 +8,7 @@ import torch
 import tyro
 from tokenizers import Tokenizer
 
-from gptbert.checkpoint.folder import TOKENIZER, newest_in
+from gptbert.checkpoint.folder import newest_in, tokenizer_of
 from gptbert.checkpoint.saved_model import load_model
 from gptbert.distributed.world import choose_device
 from gptbert.errors import InputError
@@ -56,7 +56,7 @@ class TrainedModel:
         """
         device = choose_device(choice.device)
         path = newest_in(choice.run)
-        tokenizer = load_tokenizer(path / TOKENIZER)
+        tokenizer = load_tokenizer(tokenizer_of(path))
         model = load_model(path, choice.weights).to(device)
         if tokenizer.get_vocab_size() > model.config.vocab_size:
             raise InputError(
