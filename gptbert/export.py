@@ -53,9 +53,9 @@ class ExportConfig:
     The folder has weights, tokenizer, code for `trust_remote_code=True` and a model card, README.md.
     """
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """A run's folder, for its newest checkpoint, or a checkpoint's folder."""
-    output: Annotated[Path, tyro.conf.Positional]
+    output: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT")]
     """Folder to write; must not exist yet."""
     weights: Literal["ema", "model"] = "ema"
     """ema: the weights' moving average. model: the weights themselves."""

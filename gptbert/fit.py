@@ -19,7 +19,7 @@ from gptbert.io.screen import log
 from gptbert.kernel_check import agree_on_fused, kernel_check, run_of
 from gptbert.model.compilation import restored_settings
 from gptbert.monitoring.progress import print_header
-from gptbert.preparation import own_run_dir, prepare_cpp_kernels, prepare_kernels, prepare_run_dir
+from gptbert.preparation import log_choices, own_run_dir, prepare_cpp_kernels, prepare_kernels, prepare_run_dir
 from gptbert.trainer import Trainer
 
 
@@ -75,7 +75,7 @@ def _fit(config: TrainConfig, world: World, ownership: ExitStack) -> None:
             prepare_run_dir(config, inputs.model_config, world, backend)
     if world.is_main:
         print_header(config, inputs, plan, world, backend, words)
-        log(str(choice))
+        log_choices(config, world, choice)
         if resumed:
             changes = changed_settings(path, config)
             log(f"going on from {path}" + (f"; changed since: {', '.join(changes)}" if changes else ""))

@@ -34,11 +34,11 @@ class ImportConfig:
     `generate`, `fill_mask`, `score`, `evaluate` and `export` read it too.
     """
 
-    source: Annotated[Path, tyro.conf.Positional]
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """A folder for Hugging Face's transformers, from `gptbert.export` or as published by upstream (config.json,
     tokenizer.json and weights), or a file of weights: safetensors or torch.save, alone or in a training state, with the
     prefixes of any wrappers."""
-    output: Annotated[Path, tyro.conf.Positional]
+    output: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT")]
     """Folder to write; must not exist yet."""
     config_file: Path | None = None
     """JSON file with the model's shape, if it is not config.json next to the weights."""

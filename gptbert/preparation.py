@@ -10,8 +10,9 @@ import torch
 from gptbert.checkpoint.folder import OWNER, TOKENIZER
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.distributed.hardware import hardware_name
-from gptbert.distributed.world import World
+from gptbert.distributed.world import World, why_no_gpu
 from gptbert.errors import InputError
+from gptbert.io import environment
 from gptbert.io.json_file import write_json
 from gptbert.io.owner import owned
 from gptbert.io.screen import log
@@ -29,8 +30,11 @@ def prepare_kernels(config: TrainConfig, world: World) -> str:
         The backend; see `kernels.backend`.
 
     Raises:
-        InputError: the backend cannot run on this device.
+        InputError: the backend cannot run on this device, or a variable of the environment cannot be used.
     """
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        environment.check_folder(name)
+    environment.temporary_folder()
     try:
         set_default_backend(None if config.kernels == "auto" else config.kernels)
         backend = choose_backend(None, world.device)
@@ -38,6 +42,7 @@ def prepare_kernels(config: TrainConfig, world: World) -> str:
         raise InputError(f"--kernels {config.kernels}: {error}") from None
     use_fused(FUSED)  # unless `gptbert.kernel_check` finds one wrong
     if backend == "triton" and world.device.type == "cuda":
+        environment.check_program("TRITON_PTXAS_PATH")
         with right_assembler() as release:
             if not is_right(release):
                 use_fused(())
@@ -82,6 +87,23 @@ def prepare_cpp_kernels(config: TrainConfig, world: World, *, is_compiled: bool)
     if config.kernel_check == "on" and (failure := first_failure(run_checks(world.device, "cpp"))):
         raise InputError(failure)
     return "cpp"
+
+
+def log_choices(config: TrainConfig, world: World, compiling: object) -> None:
+    """Say what was chosen in the user's stead and is not in the header.
+
+    Args:
+        config: the run's settings.
+        world: the run's processes; their device and threads.
+        compiling: a line about whether the run is compiled, and why.
+    """
+    log(str(compiling))
+    if world.device.type == "cpu":
+        why = f", since {why_no_gpu()}" if config.device == "auto" else ""
+        threads = torch.get_num_threads()
+        log(f"on the CPU{why}, {threads} thread{'s'[: threads > 1]} a process (--device, --cpu_threads)")
+    if line := environment.temporary_folder()[1]:
+        log(line)
 
 
 @contextmanager

@@ -37,7 +37,7 @@ class ReportConfig:
     The run may be finished, in progress, or killed.
     """
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """A run's folder, or one of its checkpoints'."""
     output: Path | None = None
     """File to write or replace; default: RUN/report.html."""

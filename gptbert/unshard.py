@@ -35,7 +35,7 @@ class UnshardConfig:
     --resume reads sharded checkpoints with any number of processes.
     """
 
-    checkpoint: Annotated[Path, tyro.conf.Positional]
+    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """A checkpoint's folder, or a run's for its newest checkpoint."""
     output: Path
     """Folder to write; must not exist yet."""

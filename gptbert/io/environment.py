@@ -1,0 +1,115 @@
+"""Environment variables: read as numbers, words and folders, and refused in one line that names them.
+
+An empty variable is as good as none, as shells leave them (`NAME= command`).
+"""
+
+import math
+import os
+import tempfile
+from collections.abc import Collection
+from pathlib import Path
+
+from gptbert.errors import InputError
+
+
+def text(name: str) -> str | None:
+    """A variable's value; None if it is empty or absent."""
+    return os.environ.get(name, "").strip() or None
+
+
+def integer(name: str, lowest: int, highest: int, hint: str = "") -> int | None:
+    """A variable that is a whole number; None if it is empty or absent.
+
+    Args:
+        name: of the variable.
+        lowest: smallest value that is taken.
+        highest: largest one.
+        hint: the way on, for the message.
+
+    Raises:
+        InputError: it is none, or outside these bounds.
+    """
+    value = text(name)
+    if value is None:
+        return None
+    is_number = value.lstrip("-").isdecimal() and value.isascii() and len(value) <= 18
+    if not is_number or not lowest <= int(value) <= highest:
+        raise InputError(f"{_said(name)}, expected a whole number from {lowest} to {highest}{hint}")
+    return int(value)
+
+
+def seconds(name: str) -> float | None:
+    """A variable that is a positive number of seconds; None if it is empty or absent.
+
+    Raises:
+        InputError: it is none.
+    """
+    value = text(name)
+    try:
+        number = None if value is None else float(value)
+    except ValueError:
+        number = math.nan
+    if number is not None and not 0 < number < math.inf:
+        raise InputError(f"{_said(name)}, expected a positive number of seconds; unset it for the default")
+    return number
+
+
+def choice(name: str, names: Collection[str]) -> str | None:
+    """A variable that is one of some words; None if it is empty or absent.
+
+    Raises:
+        InputError: it is another one.
+    """
+    value = text(name)
+    if value is not None and value not in names:
+        raise InputError(f"{_said(name)}, expected {' or '.join(names)}; unset it for the default")
+    return value
+
+
+def check_folder(name: str) -> None:
+    """Refuse a variable that names a folder which is not there and cannot be made, or cannot be written.
+
+    Raises:
+        InputError: names the variable, its value and the reason.
+    """
+    value = os.environ.get(name)
+    if value is None:
+        return
+    if not value:  # libraries would take it for the current folder
+        raise InputError(f"{name} is empty; unset it, or name a folder")
+    try:
+        Path(value).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=value):
+            pass
+    except OSError as error:
+        raise InputError(f"{_said(name)}, a folder that cannot be written ({error.strerror}); unset it") from error
+
+
+def check_program(name: str) -> None:
+    """Refuse a variable that names a program which is not there or cannot be run.
+
+    Raises:
+        InputError: names the variable and its value.
+    """
+    if (value := text(name)) and not (Path(value).is_file() and os.access(value, os.X_OK)):
+        raise InputError(f"{_said(name)}, which is no program; unset it, or name one")
+
+
+def temporary_folder() -> tuple[Path, str]:
+    """Where temporary files go, and a line about the variable that names another folder, which cannot be used.
+
+    Raises:
+        InputError: no folder for them can be written.
+    """
+    try:
+        folder = tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise InputError(f"TMPDIR: {error.strerror or error}; set it to a folder that can be written") from error
+    named = text("TMPDIR")
+    if named is None or (Path(named).is_dir() and Path(named).samefile(folder)):
+        return Path(folder), ""
+    return Path(folder), f"{_said('TMPDIR')}, a folder that cannot be written; temporary files go to {folder}"
+
+
+def _said(name: str) -> str:
+    return f"{name} is {os.environ[name][:100]!r}"
