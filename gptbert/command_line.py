@@ -81,16 +81,17 @@ def _one_line(box: str) -> str:
     for part in parts:
         first = part[0].lstrip()
         if first.startswith("Missing from"):
-            messages.append("missing " + ", ".join(_missing(part[1:])))
+            messages.append("missing " + ", ".join(_missing(part)))
         elif not first.startswith(("For full helptext", "Argument helptext")):
             messages.append(" ".join(line.strip() for line in part))
     return "; ".join(messages) + " (see --help)"
 
 
 def _missing(lines: list[str]) -> list[str]:
-    """The arguments in tyro's list of missing ones, whose descriptions are indented further."""
+    """The arguments in tyro's list of missing ones: indented further than its title, and less than descriptions."""
     indents = [len(line) - len(line.lstrip()) for line in lines]
-    return [line.split()[0] for line, indent in zip(lines, indents, strict=True) if indent == min(indents)]
+    of_names = min((indent for indent in indents if indent > indents[0]), default=None)
+    return [line.split()[0] for line, indent in zip(lines, indents, strict=True) if indent == of_names]
 
 
 def _fail(message: str, status: int, by_all: bool = False) -> None:

@@ -66,6 +66,12 @@ def choice(name: str, names: Collection[str]) -> str | None:
     return value
 
 
+def drop_empty(prefix: str) -> None:
+    """Unset the empty variables whose names begin so, for a library that would not take them for absent."""
+    for name in [name for name in os.environ if name.startswith(prefix) and not text(name)]:
+        del os.environ[name]
+
+
 def check_folder(name: str) -> None:
     """Refuse a variable that names a folder which is not there and cannot be made, or cannot be written.
 

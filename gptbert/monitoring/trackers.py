@@ -36,6 +36,7 @@ class Wandb:
     def __init__(self, config: TrainConfig, settings: dict[str, Any]) -> None:
         import wandb  # noqa: PLC0415  slow to import, and only the main rank needs it
 
+        environment.drop_empty("WANDB_")
         id_file = config.run_dir / "wandb_id"
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(4), encoding="utf-8")
@@ -60,6 +61,8 @@ class Wandb:
         try:
             self._run = start(mode)
         except Exception as error:  # wandb's own, the network's, the service's
+            if hasattr(error, "errors"):  # pydantic's, of a setting of a wrong value
+                raise InputError(f"{_named(error)}; unset it, or --trackers without wandb") from error
             is_refused = isinstance(error, wandb.errors.AuthenticationError | wandb.errors.UsageError)
             if is_refused and config.wandb_mode == "online":
                 raise InputError(
