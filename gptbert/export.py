@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gptbert import huggingface
+from gptbert.checkpoint import manifest
 from gptbert.checkpoint.folder import (
     MODEL_CONFIG,
     RUN_CONFIG,
@@ -207,6 +208,7 @@ def model_card(origin: Origin, config: ModelConfig, weights: str, shift: bool, n
             if all(map(_is_number, values)):
                 losses.append((objective, *values))
         losses_origin = f"On {_name_of(origin.train.get('valid_path'))}, after step {validated[-1]['step']:,}."
+    is_average = weights == "ema" and not _are_one(origin.checkpoint)
     own_name, last = origin.train.get("name"), int(_number(origin.train, "max_steps"))
     return template.render(
         name=own_name if isinstance(own_name, str) and own_name else name,
@@ -215,12 +217,18 @@ def model_card(origin: Origin, config: ModelConfig, weights: str, shift: bool, n
         step=origin.step,
         words=origin.words,
         max_steps=last if last >= (origin.step or 0) else 0,
-        weights_name="the weights' moving average" if weights == "ema" else "the weights themselves",
+        weights_name="the weights' moving average" if is_average else "the weights themselves",
         shift=shift,
         facts=list(_facts(origin).items()),
         losses=losses,
         losses_origin=losses_origin,
     )
+
+
+def _are_one(checkpoint: Path) -> bool:
+    """Whether the weights and their average are the same, by the manifest: imported weights have no average."""
+    entries = manifest.listed(checkpoint) if (checkpoint / manifest.NAME).is_file() else {}
+    return "ema.safetensors" in entries and entries["ema.safetensors"] == entries.get("model.safetensors")
 
 
 def _facts(origin: Origin) -> dict[str, str]:

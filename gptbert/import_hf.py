@@ -74,7 +74,10 @@ def import_hf(config: ImportConfig) -> None:
             write_weights(written / f"{name}.safetensors", weights, model_config)
         for name, content in (
             (MODEL_CONFIG, asdict(model_config)),
-            (TRAIN_CONFIG, {"name": config.source.resolve().name}),
+            (
+                TRAIN_CONFIG,
+                {"name": config.source.resolve().stem if config.source.is_file() else config.source.resolve().name},
+            ),
         ):
             write_json(written / name, content)
         shutil.copyfile(tokenizer_path, written / TOKENIZER)

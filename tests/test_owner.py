@@ -27,8 +27,10 @@ from gptbert.report import write_report
 from tests.runs import ROOT, flags, forked_ranks, write_inputs
 
 HOLD = (
-    "import sys, time, pathlib; from gptbert.io import owner; owner.RENEWAL = 0.05\n"
-    "with owner.owned(pathlib.Path(sys.argv[1]), 'RUN'): print('owns', flush=True); time.sleep(300)"
+    "import os, sys, time, pathlib; from gptbert.io import owner; owner.RENEWAL = 0.05\n"
+    "with owner.owned(pathlib.Path(sys.argv[1]), 'RUN'):\n"
+    "    if not os.fork(): os.close(1); time.sleep(20); os._exit(0)  # a child that outlives it\n"
+    "    print('owns', flush=True); time.sleep(300)"
 )
 
 

@@ -132,6 +132,7 @@ def test_every_command_takes_every_folder_that_holds_a_model(inputs, run_dir, ma
     assert saved_step(newest_in(path)) == step
     assert (f"from step {step}" in card) == (step is not None)
     assert ("None" in card) is False
+    assert (kind != "imported") == ("the weights' moving average" in card)
     assert (run_of(newest_in(path)) is not None) == has_records
     assert ("tokens seen" in card) == (has_records and step is not None)
     generate(GenerateSettings(run=path, prompt="A", num_tokens=1))

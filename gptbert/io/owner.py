@@ -27,6 +27,9 @@ _SETTLING = 1.0  # seconds in which two processes without locks notice each othe
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}  # what file systems without locks answer
 _MOST_BYTES = 10_000
 
+_held: set[int] = set()  # open owners' files; a forked child would keep their locks after its parent's death
+os.register_at_fork(after_in_child=lambda: [os.close(handle) for handle in _held])
+
 
 @dataclass(frozen=True)
 class Owner:
@@ -150,6 +153,7 @@ class _Ownership:
 
     def _close(self) -> None:
         if self._handle >= 0:
+            _held.discard(self._handle)
             os.close(self._handle)
             self._handle = -1
 
@@ -171,6 +175,7 @@ class _Ownership:
         """Open the file and lock it; False where there are no locks."""
         while True:
             self._handle = self._open()
+            _held.add(self._handle)
             try:
                 fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
