@@ -34,7 +34,8 @@ def prepare_kernels(config: TrainConfig, world: World) -> str:
     """
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
         environment.check_folder(name)
-    environment.temporary_folder()
+    if (line := environment.settle_temporary_folder()) and world.is_main:
+        log(line)
     try:
         set_default_backend(None if config.kernels == "auto" else config.kernels)
         backend = choose_backend(None, world.device)
@@ -102,8 +103,6 @@ def log_choices(config: TrainConfig, world: World, compiling: object) -> None:
         why = f", since {why_no_gpu()}" if config.device == "auto" else ""
         threads = torch.get_num_threads()
         log(f"on the CPU{why}, {threads} thread{'s'[: threads > 1]} a process (--device, --cpu_threads)")
-    if line := environment.temporary_folder()[1]:
-        log(line)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Variables of the environment: empty, absent, absurd and contradictory ones."""
 
 import os
+import pwd
 import re
 import tempfile
 
@@ -120,16 +121,20 @@ def test_folders_of_compilers(monkeypatch, tmp_path, make_config, name):
     assert prepare_kernels(make_config(), world) == "torch"
 
 
-def test_an_absent_folder_for_temporary_files_is_said(monkeypatch, tmp_path, make_config, capfd):
+def test_an_absent_folder_for_temporary_files_is_said_and_replaced(monkeypatch, tmp_path, make_config, capfd):
     monkeypatch.setenv("TMPDIR", str(tmp_path / "absent"))
+    world = World(0, 1, torch.device("cpu"))
     with monkeypatch.context() as patch:
         patch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
-        log_choices(make_config(), World(0, 1, torch.device("cpu")), "not compiled")
-    said = capfd.readouterr().err
-    assert (
-        f"TMPDIR is '{tmp_path / 'absent'}', a folder that cannot be written; temporary files go to {tmp_path}" in said
-    )
-    assert "not compiled" in said
+        prepare_kernels(make_config(), world)
+        said = capfd.readouterr().err
+        assert (
+            f"TMPDIR is '{tmp_path / 'absent'}', a folder that cannot be written; temporary files go to {tmp_path}"
+            in said
+        )
+        assert os.environ["TMPDIR"] == str(tmp_path)
+        prepare_kernels(make_config(), world)
+        assert capfd.readouterr().err == ""
 
     def none():
         raise FileNotFoundError(2, "No usable temporary directory found")
@@ -137,7 +142,20 @@ def test_an_absent_folder_for_temporary_files_is_said(monkeypatch, tmp_path, mak
     with monkeypatch.context() as patch:
         patch.setattr(tempfile, "gettempdir", none)
         with pytest.raises(InputError, match=r"^TMPDIR: No usable temporary directory"):
-            environment.temporary_folder()
+            prepare_kernels(make_config(), world)
+
+
+def test_programs_that_need_a_home_get_one(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", "/here")
+    environment.provide_home(tmp_path)
+    assert os.environ["HOME"] == "/here"
+    monkeypatch.delenv("HOME")
+    environment.provide_home(tmp_path)
+    assert os.environ["HOME"] == pwd.getpwuid(os.getuid()).pw_dir
+    monkeypatch.setenv("HOME", "")
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 7)
+    environment.provide_home(tmp_path)
+    assert os.environ["HOME"] == str(tmp_path)
 
 
 def test_the_device_that_was_chosen_is_said(make_config, capfd):

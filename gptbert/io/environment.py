@@ -5,6 +5,7 @@ An empty variable is as good as none, as shells leave them (`NAME= command`).
 
 import math
 import os
+import pwd
 import tempfile
 from collections.abc import Collection
 from pathlib import Path
@@ -101,8 +102,11 @@ def check_program(name: str) -> None:
         raise InputError(f"{_said(name)}, which is no program; unset it, or name one")
 
 
-def temporary_folder() -> tuple[Path, str]:
-    """Where temporary files go, and a line about the variable that names another folder, which cannot be used.
+def settle_temporary_folder() -> str:
+    """Make sure that temporary files have a folder: where TMPDIR names none, libraries get the one that Python takes.
+
+    Returns:
+        A line about that; empty if TMPDIR is absent or right.
 
     Raises:
         InputError: no folder for them can be written.
@@ -113,8 +117,19 @@ def temporary_folder() -> tuple[Path, str]:
         raise InputError(f"TMPDIR: {error.strerror or error}; set it to a folder that can be written") from error
     named = text("TMPDIR")
     if named is None or (Path(named).is_dir() and Path(named).samefile(folder)):
-        return Path(folder), ""
-    return Path(folder), f"{_said('TMPDIR')}, a folder that cannot be written; temporary files go to {folder}"
+        return ""
+    line = f"{_said('TMPDIR')}, a folder that cannot be written; temporary files go to {folder}"
+    os.environ["TMPDIR"] = folder
+    return line
+
+
+def provide_home(other: Path) -> None:
+    """Set HOME where it is absent, for programs that need it: to the user's own folder, or else to `other`."""
+    if text("HOME") is None:
+        try:
+            os.environ["HOME"] = pwd.getpwuid(os.getuid()).pw_dir
+        except KeyError:  # a user without an entry, as in containers
+            os.environ["HOME"] = str(other.absolute())
 
 
 def _said(name: str) -> str:

@@ -37,6 +37,7 @@ class Wandb:
         import wandb  # noqa: PLC0415  slow to import, and only the main rank needs it
 
         environment.drop_empty("WANDB_")
+        environment.provide_home(config.run_dir)
         id_file = config.run_dir / "wandb_id"
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(4), encoding="utf-8")
