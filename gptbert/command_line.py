@@ -115,4 +115,4 @@ def _end(message: str, status: int) -> None:
 
 
 def _speaks() -> bool:
-    return (environment.text("LOCAL_RANK") or "0") == "0"
+    return environment.text("RANK") is None or (environment.text("LOCAL_RANK") or "0") == "0"

@@ -98,6 +98,13 @@ def test_a_run_ends_with_that_line(monkeypatch, make_config, capfd, variables):
     assert value in line
 
 
+def test_a_variable_that_was_left_over_silences_no_command(monkeypatch, capfd):
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(SystemExit):
+        run_command(ExportConfig, export, [])
+    assert capfd.readouterr().err.startswith("error: missing RUN")
+
+
 @pytest.mark.parametrize("value", ["soon", "-3", "0", "inf", "nan", "1,5"])
 def test_seconds(monkeypatch, value):
     monkeypatch.setenv("SOME", value)
