@@ -13,6 +13,7 @@ from typing import TypeVar
 import tyro
 
 from gptbert.errors import InputError, LostProcessError, SharedError, StoppedError
+from gptbert.io import environment
 
 Settings = TypeVar("Settings")
 
@@ -24,12 +25,14 @@ def run_command(
 ) -> None:
     """Parse the command line into `settings`, call `function` with it, and end the process.
 
-    The exit status is 0 on success, 2 for a command line that cannot be parsed, 1 for other unusable input and for a
-    run that lost a process, `STOPPED` for a run that a signal stopped at a checkpoint, and 130 after Ctrl-C or SIGTERM
-    at other times, both of which clean up. Errors common to all processes are printed by the first of each host;
-    errors of a single process by that process, with its rank.
+    The exit status is 0 on success, 2 for a command line that cannot be parsed, 73 for an output that another process
+    is writing, 1 for other unusable input and for a run that lost a process, `STOPPED` for a run that a signal stopped
+    at a checkpoint, and 130 after Ctrl-C or SIGTERM at other times, both of which clean up. Errors common to all
+    processes are printed by the first of each host; errors of a single process by that process, with its rank.
     """
-    if "LOCAL_RANK" not in os.environ:  # under torchrun, SIGTERM must end a process even if it waits in a collective
+    if (
+        environment.text("LOCAL_RANK") is None
+    ):  # under torchrun, SIGTERM must end a process even if it waits in a collective
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         parsed = parse(settings, arguments)
@@ -38,15 +41,15 @@ def run_command(
     try:
         function(parsed)
     except SharedError as error:
-        _fail(str(error), 1)
+        _fail(str(error), error.status)
     except (InputError, LostProcessError) as error:
-        who = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
-        _fail(f"{who}{error}", 1, by_all=True)
+        who = f"rank {rank}: " if (rank := environment.text("RANK")) else ""
+        _fail(f"{who}{error}", getattr(error, "status", 1), by_all=True)
     except StoppedError as error:
         _end(str(error) if _speaks() else "", STOPPED)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
-    if "RANK" in os.environ:
+    if environment.text("RANK"):
         _end("", 0)
 
 
@@ -67,20 +70,28 @@ def parse(settings: type[Settings], arguments: Sequence[str] | None = None) -> S
 def _one_line(box: str) -> str:
     """The text of tyro's error box, without borders, title and pointers to the help."""
     parts: list[list[str]] = [[]]
-    for line in (line.strip("│ ") for line in box.splitlines()):
-        if re.fullmatch("[─-]{10,}", line):
+    for line in (line.strip("│").rstrip(" │") for line in box.splitlines()):
+        if re.fullmatch("[─-]{10,}", line.strip()):
             parts.append([])
-        elif line and line[0] not in "╭╰":
+        elif line.strip() and line.lstrip()[0] not in "╭╰":
             parts[-1].append(line)
     if "╭" not in box:  # without box characters in the terminal's encoding, the title is a separate part
         parts = parts[1:]
     messages = []
     for part in parts:
-        if part[0].startswith("Missing from"):
-            messages.append("missing " + ", ".join(line.split()[0] for line in part if line.startswith("--")))
-        elif not part[0].startswith(("For full helptext", "Argument helptext")):
-            messages.append(" ".join(part))
+        first = part[0].lstrip()
+        if first.startswith("Missing from"):
+            messages.append("missing " + ", ".join(_missing(part)))
+        elif not first.startswith(("For full helptext", "Argument helptext")):
+            messages.append(" ".join(line.strip() for line in part))
     return "; ".join(messages) + " (see --help)"
+
+
+def _missing(lines: list[str]) -> list[str]:
+    """The arguments in tyro's list of missing ones: indented further than its title, and less than descriptions."""
+    indents = [len(line) - len(line.lstrip()) for line in lines]
+    of_names = min((indent for indent in indents if indent > indents[0]), default=None)
+    return [line.split()[0] for line, indent in zip(lines, indents, strict=True) if indent == of_names]
 
 
 def _fail(message: str, status: int, by_all: bool = False) -> None:
@@ -94,7 +105,7 @@ def _end(message: str, status: int) -> None:
     """
     if message:
         print(message, file=sys.stderr)
-    if "RANK" in os.environ:
+    if environment.text("RANK"):
         if status and not message:
             time.sleep(2)  # torchrun kills all once the first ends, including one yet to print the reason
         sys.stdout.flush()
@@ -104,4 +115,4 @@ def _end(message: str, status: int) -> None:
 
 
 def _speaks() -> bool:
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    return environment.text("RANK") is None or (environment.text("LOCAL_RANK") or "0") == "0"

@@ -17,11 +17,26 @@ class InputError(OneLineError):
 
     The message names the flag, file or line at fault and what would work; commands print it and exit with a nonzero
     status.
+
+    Attributes:
+        status: the exit status.
     """
+
+    status = 1
+
+
+class OwnedError(InputError):
+    """Another process writes to the same folder or file."""
+
+    status = 73  # EX_CANTCREAT of sysexits.h
 
 
 class SharedError(InputError):
-    """An `InputError` that every process of the run raises with the same message, printed once per host."""
+    """An `InputError` that every process of the run raises with the same message and status, printed once per host."""
+
+    def __init__(self, message: str, status: int = InputError.status) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class LostProcessError(OneLineError):
@@ -38,7 +53,9 @@ def prefix_errors(flag: str) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise InputError(f"{flag}: {error}") from None
+        prefixed = InputError(f"{flag}: {error}")
+        prefixed.status = error.status
+        raise prefixed from None
 
 
 def first_line(error: BaseException) -> str:

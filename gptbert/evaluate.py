@@ -6,7 +6,8 @@ checkpoint gives the numbers that the run logged for it. Texts are encoded as in
 """
 
 import json
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,12 +28,14 @@ from gptbert.io.screen import table
 from gptbert.model.objective import Objective
 from gptbert.monitoring.metrics import LossSums
 from gptbert.monitoring.validation import Validation, ValidationSettings
+from gptbert.scoring.closing import unknown_line, unknown_share
 from gptbert.scoring.trained_model import ModelChoice, TrainedModel
 from gptbert.text.corpus import Corpus, CorpusConfig
 from gptbert.text.encoding import encode_documents
 from gptbert.text.tokenizer import special_ids, tokenizer_hash
 
-_TOKEN_FILES = {".safetensors", ".bin"}
+_TOKEN_FILES = {".safetensors", ".bin"}  # under other names, by content
+_LOOKED_AT = 1000  # documents of each domain, and tokens of each of them, in which unknown ones are counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +43,8 @@ class EvaluateSettings(CorpusConfig, ModelChoice):
     """Evaluate a checkpoint on data: loss in nats, perplexity and accuracy of both objectives."""
 
     input: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
-    """A token file (.safetensors or .bin), or files or folders of documents, as for tokenize_corpus.py; omit it
-    with --dataset."""
+    """A token file (safetensors, or upstream's .bin), or files or folders of documents, as for tokenize_corpus.py;
+    omit it with --dataset."""
     domain_field: str | None = None
     """Field of JSONL objects or column of tables: gives results for each of its values, and for all together."""
     seq_length: int | None = None
@@ -118,6 +121,8 @@ def evaluate(settings: EvaluateSettings) -> None:
     of_run = ValidationSettings.from_json(trained.path)
     used = _changed(of_run, settings)
     stores = _open_data(trained, settings)
+    unknown = unknown_share(trained.tokenizer, _first_tokens(stores))
+    closing = unknown_line(unknown, "DATA")
     with ExitStack() as stack:  # before the work, refuse an output that cannot be written
         staged = [stack.enter_context(staged_outputs(path))[0] for path in outputs]
         domains = {name: evaluate_store(trained, store, used) for name, store in stores.items()}
@@ -131,6 +136,7 @@ def evaluate(settings: EvaluateSettings) -> None:
                 "seq_length": used.seq_length,
                 "mask_p": used.validation_mask_p,
                 "validation_steps": used.validation_steps,
+                "unknown_tokens": unknown,
                 "all": _as_json(together),
             }
             if settings.domain_field:
@@ -140,8 +146,28 @@ def evaluate(settings: EvaluateSettings) -> None:
     rows = f"{used.seq_length} tokens a row, {used.validation_mask_p:.0%} masked"
     print(f"{trained.path}, {settings.weights} weights, {rows}\n")
     print(_table([*(domains.items() if settings.domain_field else ()), ("all", together)], settings.domain_field))
+    evaluated = sum(int(values["count"]) for values in together.means().values())
+    print(f"\n{evaluated:,} labels; {closing}")
     if of_run.validation_steps and not settings.validation_steps:
         print(f"\nAll rows; the run itself validated with --validation_steps {of_run.validation_steps}.")
+
+
+def _first_tokens(stores: Mapping[str, TokenStore]) -> list[np.ndarray]:
+    """Token ids at the beginnings of each domain's first documents."""
+    pieces = [(store, *store.documents(0, min(store.num_documents, _LOOKED_AT))) for store in stores.values()]
+    return [store.gather(starts, np.minimum(lengths, _LOOKED_AT))[0] for store, starts, lengths in pieces]
+
+
+def is_token_file(path: Path) -> bool:
+    """Whether a file is of tokens by its content, whatever its name: safetensors, or an archive of torch.save."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start[:2] == b"PK" and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/data.pkl") for name in archive.namelist())
+    return start[8:] == b"{" and 8 + int.from_bytes(start[:8], "little") <= path.stat().st_size
 
 
 def _changed(of_run: ValidationSettings, settings: EvaluateSettings) -> ValidationSettings:
@@ -158,7 +184,7 @@ def _changed(of_run: ValidationSettings, settings: EvaluateSettings) -> Validati
 
 def _open_data(trained: TrainedModel, settings: EvaluateSettings) -> dict[str, TokenStore]:
     """Documents by domain; all under "" without a `domain_field`."""
-    token_files = [path for path in settings.input if path.suffix in _TOKEN_FILES]
+    token_files = [path for path in settings.input if path.suffix in _TOKEN_FILES or is_token_file(path)]
     if not token_files:
         return encode_domains(trained, settings, settings.domain_field)
     file = token_files[0]

@@ -12,11 +12,22 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gptbert import huggingface
-from gptbert.checkpoint.folder import MODEL_CONFIG, TOKENIZER, TRAIN_CONFIG, list_word_checkpoints, newest_in
-from gptbert.checkpoint.saved_model import read_full_weights
+from gptbert.checkpoint import manifest
+from gptbert.checkpoint.folder import (
+    MODEL_CONFIG,
+    RUN_CONFIG,
+    WORDS,
+    list_word_checkpoints,
+    newest_in,
+    run_of,
+    saved_step,
+    settings_if_any,
+    tokenizer_of,
+)
+from gptbert.checkpoint.saved_model import read_full_weights, require_weights
 from gptbert.command_line import run_command
 from gptbert.config import ModelConfig
-from gptbert.errors import InputError
+from gptbert.errors import InputError, prefix_errors
 from gptbert.huggingface.tokenizer_files import write_tokenizer_files
 from gptbert.io.files import new_folder
 from gptbert.io.json_file import read_object, write_json
@@ -43,9 +54,9 @@ class ExportConfig:
     The folder has weights, tokenizer, code for `trust_remote_code=True` and a model card, README.md.
     """
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """A run's folder, for its newest checkpoint, or a checkpoint's folder."""
-    output: Annotated[Path, tyro.conf.Positional]
+    output: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT")]
     """Folder to write; must not exist yet."""
     weights: Literal["ema", "model"] = "ema"
     """ema: the weights' moving average. model: the weights themselves."""
@@ -80,22 +91,17 @@ class Origin:
 
     @classmethod
     def of(cls, checkpoint: Path) -> "Origin":
-        """Collect it from a checkpoint's folder, which is in its run's `checkpoints/` or `words/`, or on its own."""
-        run_dir = checkpoint.absolute().parents[1]
-        here = read_object(checkpoint / "words.json") if (checkpoint / "words.json").is_file() else {}
-        step = here.get("step")
-        if step is None and checkpoint.name.startswith("step_"):
-            step = int(checkpoint.name.removeprefix("step_"))
-        records = []
-        if (run_dir / "config.json").is_file():
-            records = [record for record in read_records(run_dir / "metrics.jsonl") if record["step"] <= (step or 0)]
+        """Collect it from a checkpoint's folder, in its run's folder or anywhere else; by content, not by names."""
+        run_dir, step = run_of(checkpoint), saved_step(checkpoint)
+        records = read_records(run_dir / "metrics.jsonl") if run_dir and step is not None else []
+        words = read_object(checkpoint / WORDS).get("words") if (checkpoint / WORDS).is_file() else None
         return cls(
             checkpoint,
-            read_object(checkpoint / TRAIN_CONFIG),
-            read_object(run_dir / "config.json") if (run_dir / "config.json").is_file() else {},
-            records,
+            settings_if_any(checkpoint),
+            read_object(run_dir / RUN_CONFIG) if run_dir else {},
+            [record for record in records if record["step"] <= step],
             step,
-            here.get("words"),
+            words if _is_number(words) else None,
         )
 
 
@@ -138,8 +144,9 @@ def write_export(checkpoint: Path, folder: Path, weights: str = "ema", shift_mas
     config = ModelConfig.from_json(checkpoint / MODEL_CONFIG)
     save_file(published_weights(checkpoint, weights, config), folder / "model.safetensors", metadata={"format": "pt"})
     origin = Origin.of(checkpoint)
-    tokenizer = load_tokenizer(checkpoint / TOKENIZER)
-    write_tokenizer_files(tokenizer, folder, max(config.max_position_embeddings, origin.train.get("seq_length", 0)))
+    tokenizer = load_tokenizer(tokenizer_of(checkpoint))
+    longest = max(config.max_position_embeddings, int(_number(origin.train, "seq_length")))
+    write_tokenizer_files(tokenizer, folder, longest)
     for name in _CODE_FILES:
         shutil.copyfile(_CODE / name, folder / name)
     never = sorted(set(range(config.vocab_size)).difference(ordinary_ids(tokenizer)))
@@ -168,7 +175,9 @@ def write_export(checkpoint: Path, folder: Path, weights: str = "ema", shift_mas
 
 def published_weights(checkpoint: Path, weights: str, config: ModelConfig) -> dict[str, Tensor]:
     """A checkpoint's weights under the published names, the tied one once, as transformers writes them."""
-    published = to_upstream(read_full_weights(checkpoint, weights, config))
+    require_weights(checkpoint, weights, "; --weights {other} exports that")
+    with prefix_errors(str(checkpoint)):
+        published = to_upstream(read_full_weights(checkpoint, weights, config))
     del published[TIED_WEIGHT]
     return {name: tensor.contiguous() for name, tensor in published.items()}
 
@@ -182,19 +191,20 @@ def model_card(origin: Origin, config: ModelConfig, weights: str, shift: bool, n
     losses, losses_origin = [], ""
     if validated:
         for key, objective in (("mlm", "masked"), ("clm", "causal")):
-            values = (
-                validated[-1].get(f"{prefix}/{key}/{metric}", math.nan) for metric in ("loss", "perplexity", "accuracy")
-            )
-            losses.append((objective, *values))
+            values = [validated[-1].get(f"{prefix}/{key}/{metric}") for metric in ("loss", "perplexity", "accuracy")]
+            if all(map(_is_number, values)):
+                losses.append((objective, *values))
         losses_origin = f"On {_name_of(origin.train.get('valid_path'))}, after step {validated[-1]['step']:,}."
+    is_average = weights == "ema" and not _are_one(origin.checkpoint)
+    own_name, last = origin.train.get("name"), int(_number(origin.train, "max_steps"))
     return template.render(
-        name=origin.train.get("name", name),
+        name=own_name if isinstance(own_name, str) and own_name else name,
         num_parameters=config.num_parameters,
         vocab_size=config.vocab_size,
         step=origin.step,
         words=origin.words,
-        train=origin.train,
-        weights_name="the weights' moving average" if weights == "ema" else "the weights themselves",
+        max_steps=last if last >= (origin.step or 0) else 0,
+        weights_name="the weights' moving average" if is_average else "the weights themselves",
         shift=shift,
         facts=list(_facts(origin).items()),
         losses=losses,
@@ -202,34 +212,58 @@ def model_card(origin: Origin, config: ModelConfig, weights: str, shift: bool, n
     )
 
 
+def _are_one(checkpoint: Path) -> bool:
+    """Whether the weights and their average are the same, by the manifest: imported weights have no average."""
+    entries = manifest.listed(checkpoint) if (checkpoint / manifest.NAME).is_file() else {}
+    return "ema.safetensors" in entries and entries["ema.safetensors"] == entries.get("model.safetensors")
+
+
 def _facts(origin: Origin) -> dict[str, str]:
     """Rows of the card's table; unknown facts are omitted."""
     train, run = origin.train, origin.run
     tokens = next((record["train/tokens"] for record in reversed(origin.records) if "train/tokens" in record), None)
+    processes = run.get("world_size")
+    growth = ", and longer ones at the end" if train.get("seq_length_growth") else ""
     facts = {
         "data": _data(train),
-        "tokens seen": f"{tokens:,}" if tokens else "",
-        "masked share": f"{train.get('hybrid_numerator')}/{train.get('hybrid_denominator')}, the rest causal",
-        "rows in a step": f"{train.get('global_batch_size')} at the end, of {train.get('seq_length')} tokens"
-        + (", and longer ones at the end" if train.get("seq_length_growth") else ""),
-        "optimizer": f"{train.get('optimizer')}, learning rate {train.get('learning_rate')}, "
-        f"weight decay {train.get('weight_decay')}",
-        "masked tokens": f"{train.get('mask_p_start')} of them at first, {train.get('mask_p_end')} at the end",
-        "precision": "bf16 autocast, fp32 weights" if train.get("mixed_precision") else "fp32",
-        "seed": str(train.get("seed")),
-        "hardware": f"{run['hardware']}, {run['world_size']} process{'es'[: 2 * (run['world_size'] != 1)]}"
-        if "hardware" in run
-        else "",
-        "software": f"torch {run['torch']}" if "torch" in run else "",
+        "tokens seen": f"{tokens:,}" if _is_number(tokens) and tokens else "",
+        "masked share": _said(train, "{hybrid_numerator}/{hybrid_denominator}, the rest causal"),
+        "rows in a step": _said(train, "{global_batch_size} at the end, of {seq_length} tokens" + growth),
+        "optimizer": _said(train, "{optimizer}, learning rate {learning_rate}, weight decay {weight_decay}"),
+        "masked tokens": _said(train, "{mask_p_start} of them at first, {mask_p_end} at the end"),
+        "precision": {True: "bf16 autocast, fp32 weights", False: "fp32"}.get(train.get("mixed_precision"), ""),
+        "seed": _said(train, "{seed}"),
+        "hardware": _said(run, "{hardware}, {world_size} process") + ("es" if processes != 1 else ""),
+        "software": _said(run, "torch {torch}"),
     }
+    facts["hardware"] = facts["hardware"] if _said(run, "{hardware}{world_size}") else ""
     return {name: value for name, value in facts.items() if value}
+
+
+def _said(settings: dict[str, Any], sentence: str) -> str:
+    """A sentence with settings in it; empty if one of them is unknown."""
+    try:
+        return sentence.format_map(
+            {name: value for name, value in settings.items() if isinstance(value, str | int | float)}
+        )
+    except KeyError:
+        return ""
+
+
+def _number(settings: dict[str, Any], name: str) -> float:
+    """A setting that is a number; 0 if it is unknown."""
+    return settings[name] if _is_number(settings.get(name)) else 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _data(train: dict[str, Any]) -> str:
     """Names of the token files, with their weights if given."""
-    names = [_name_of(path) for path in (train.get("train_path") or [])]
-    weights = train.get("train_weights") or []
-    if len(weights) == len(names) > 1:
+    paths, weights = (train.get(name) or [] for name in ("train_path", "train_weights"))
+    names = [_name_of(path) for path in (paths if isinstance(paths, list) else [paths])]
+    if isinstance(weights, list) and len(weights) == len(names) > 1 and all(map(_is_number, weights)):
         return ", ".join(f"{name} (weight {weight:g})" for name, weight in zip(names, weights, strict=True))
     return ", ".join(names)
 

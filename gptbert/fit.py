@@ -1,6 +1,7 @@
 """A training run from its settings: open inputs, find a checkpoint, prepare kernels, start the trainer."""
 
 import dataclasses
+from contextlib import ExitStack
 
 from gptbert import compile_choice
 from gptbert.checkpoint.folder import saved_setting
@@ -19,7 +20,7 @@ from gptbert.io.screen import log
 from gptbert.kernel_check import agree_on_fused, kernel_check, run_of
 from gptbert.model.compilation import restored_settings
 from gptbert.monitoring.progress import print_header
-from gptbert.preparation import prepare_cpp_kernels, prepare_kernels, prepare_run_dir
+from gptbert.preparation import log_choices, own_run_dir, prepare_cpp_kernels, prepare_kernels, prepare_run_dir
 from gptbert.trainer import Trainer
 
 
@@ -31,11 +32,12 @@ def fit(config: TrainConfig) -> None:
         LostProcessError: see `connect`.
         StoppedError: a signal requested a stop, and a checkpoint was saved; see `StopSignal`.
     """
-    with restored_settings(), connect(config) as world:
-        _fit(config, world)  # frees every reference to the process group before connect() destroys it
+    with restored_settings(), connect(config) as world, ExitStack() as ownership:
+        # frees every reference to the process group before connect() destroys it
+        _fit(config, world, ownership)
 
 
-def _fit(config: TrainConfig, world: World) -> None:
+def _fit(config: TrainConfig, world: World, ownership: ExitStack) -> None:
     with world.errors_on_all_ranks():
         backend = prepare_kernels(config, world)
         inputs = Inputs.open(config)
@@ -51,6 +53,8 @@ def _fit(config: TrainConfig, world: World) -> None:
         with world.errors_on_all_ranks():
             if len(set(world.all_gather(config))) > 1:
                 raise InputError("the processes were given different flags; every host must start the same command")
+            if world.is_main:
+                ownership.enter_context(own_run_dir(config))
         path, resumed = find_for_all_ranks(config, inputs.model_config, world)
         first_step = resumed.step if resumed else 0
         with world.errors_on_all_ranks():
@@ -73,7 +77,7 @@ def _fit(config: TrainConfig, world: World) -> None:
             prepare_run_dir(config, inputs.model_config, world, backend)
     if world.is_main:
         print_header(config, inputs, plan, world, backend, words)
-        log(str(choice))
+        log_choices(config, world, choice)
         if resumed:
             changes = changed_settings(path, config)
             log(f"going on from {path}" + (f"; changed since: {', '.join(changes)}" if changes else ""))

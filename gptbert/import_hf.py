@@ -2,27 +2,29 @@
 
 import dataclasses
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from gptbert.checkpoint import manifest
-from gptbert.checkpoint.folder import MODEL_CONFIG, TOKENIZER, TRAIN_CONFIG
+from gptbert.checkpoint.folder import CHECKPOINTS, MODEL_CONFIG, TOKENIZER, TRAIN_CONFIG, differences
+from gptbert.checkpoint.foreign import find_weights, read_foreign
 from gptbert.checkpoint.weights import fitting, write_weights
 from gptbert.command_line import run_command
 from gptbert.config import ModelConfig
-from gptbert.errors import InputError, first_line
+from gptbert.errors import InputError
 from gptbert.io.files import new_folder
 from gptbert.io.json_file import read_object, write_json
-from gptbert.io.torch_file import load_torch_file
-from gptbert.text.tokenizer import load_tokenizer
+from gptbert.io.screen import log
+from gptbert.text.tokenizer import load_tokenizer, tokenizer_hash
+from gptbert.upstream import TIED_WEIGHT
 
-_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+_ROLES = {"unk": "<unk>", "bos": "<s>", "eos": "</s>", "pad": "<pad>", "mask": "<mask>"}
 
 
 @dataclass(frozen=True)
@@ -32,67 +34,72 @@ class ImportConfig:
     `generate`, `fill_mask`, `score`, `evaluate` and `export` read it too.
     """
 
-    source: Annotated[Path, tyro.conf.Positional]
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """A folder for Hugging Face's transformers, from `gptbert.export` or as published by upstream (config.json,
-    tokenizer.json and weights), or a file of weights that upstream's script wrote (.bin)."""
-    output: Annotated[Path, tyro.conf.Positional]
+    tokenizer.json and weights), or a file of weights: safetensors or torch.save, alone or in a training state, with the
+    prefixes of any wrappers."""
+    output: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT")]
     """Folder to write; must not exist yet."""
     config_file: Path | None = None
     """JSON file with the model's shape, if it is not config.json next to the weights."""
     tokenizer_path: Path | None = None
     """Tokenizer JSON file, if it is not tokenizer.json next to the weights."""
+    weights_key: str | None = None
+    """Which weights to take from a file that holds several: the keys that lead to them, with dots."""
 
 
 def import_hf(config: ImportConfig) -> None:
     """Write the folder.
 
     Raises:
-        InputError: a file is missing, damaged, or of a different kind of model; or the output cannot be written.
+        InputError: a file is missing, damaged, contradicts another, or is of a different kind of model; or the output
+            cannot be written.
     """
-    weights_file, folder = find_weights(config.source)
-    config_file = config.config_file or folder / "config.json"
+    files, folder = find_files(config.source)
+    config_file = config.config_file or _beside(folder, ("config.json", MODEL_CONFIG))
     tokenizer_path = config.tokenizer_path or folder / "tokenizer.json"
     for flag, path in (("--config_file", config_file), ("--tokenizer_path", tokenizer_path)):
         if not path.is_file():
-            raise InputError(f"{path}: no such file; name the one that goes with {weights_file} with {flag}")
+            raise InputError(f"{path}: no such file; name the one that goes with {files[0]} with {flag}")
     model_config = read_shape(config_file)
-    vocab_size = load_tokenizer(tokenizer_path).get_vocab_size()
-    if vocab_size > model_config.vocab_size:
-        raise InputError(
-            f"tokenizer {tokenizer_path} has {vocab_size} tokens, more than vocab_size {model_config.vocab_size} in "
-            f"{config_file}"
-        )
-    model, ema, left_out = read_published(weights_file, model_config)
+    check_tokenizer(load_tokenizer(tokenizer_path), tokenizer_path, model_config, config_file)
+    other = folder / "tokenizer.json"
+    if other.is_file() and tokenizer_hash(other) != tokenizer_hash(tokenizer_path):
+        log(f"--tokenizer_path {config.tokenizer_path} is taken, not {other}, which is another one")
+    foreign = read_foreign(files, config.weights_key)
+    check_tied(config_file, foreign.model)
+    read = [_fitting(state, model_config, files[0], config_file) for state in (foreign.model, foreign.ema)]
     with new_folder(config.output, "OUTPUT") as written:
-        for name, weights in (("model", model), ("ema", ema)):
+        for name, weights in zip(("model", "ema"), read, strict=True):
             write_weights(written / f"{name}.safetensors", weights, model_config)
         for name, content in (
             (MODEL_CONFIG, asdict(model_config)),
-            (TRAIN_CONFIG, {"name": config.source.absolute().name}),
+            (
+                TRAIN_CONFIG,
+                {"name": config.source.resolve().stem if config.source.is_file() else config.source.resolve().name},
+            ),
         ):
             write_json(written / name, content)
         shutil.copyfile(tokenizer_path, written / TOKENIZER)
         manifest.write(written)
+    left_out = foreign.left_out
     note = f", without {', '.join(left_out[:3])}{' and others' if len(left_out) > 3 else ''}" if left_out else ""
-    print(f"wrote {weights_file} to {config.output}{note}; train_distributed.py --initial_weights {config.output}")
+    print(f"wrote {files[0]} to {config.output}{note}; train_distributed.py --initial_weights {config.output}")
 
 
-def find_weights(source: Path) -> tuple[Path, Path]:
-    """The file of weights that `source` names, and its folder.
+def find_files(source: Path) -> tuple[list[Path], Path]:
+    """The files of weights that `source` names, and their folder.
 
     Raises:
         InputError: there are no weights.
     """
     if source.is_file():
-        return source, source.parent
+        return [source], source.parent
     if not source.is_dir():
         raise InputError(f"{source}: no such file or folder")
-    if (source / MODEL_CONFIG).is_file() or (source / "checkpoints").is_dir():
+    if (source / MODEL_CONFIG).is_file() or (source / CHECKPOINTS).is_dir():
         raise InputError(f"{source}: is a run or checkpoint of this trainer: --initial_weights takes it as it is")
-    for name in _WEIGHT_FILES:
-        if (source / name).is_file():
-            return source / name, source
-    raise InputError(f"{source}: holds neither {' nor '.join(_WEIGHT_FILES)}; name the file of weights")
+    return find_weights(source), source
 
 
 def read_shape(path: Path) -> ModelConfig:
@@ -101,40 +108,63 @@ def read_shape(path: Path) -> ModelConfig:
     Raises:
         InputError: the file cannot be read, a key is missing, or a value is invalid.
     """
-    values = read_object(path)
+    values = read_object(path, unique_keys=True)
     return ModelConfig.from_values(
         {field.name: values[field.name] for field in dataclasses.fields(ModelConfig) if field.name in values}, path
     )
 
 
-def read_published(file: Path, config: ModelConfig) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
-    """Weights and their average under the model's own names, fp32, and the names of tensors foreign to a GPT-BERT.
-
-    The average is the weights themselves if the file has none. Heads for other tasks (`head.…`) are omitted.
+def check_tokenizer(tokenizer: Tokenizer, path: Path, model_config: ModelConfig, config_file: Path) -> None:
+    """Compare what the tokenizer and the model's config.json both say: the vocabulary, and ids of special tokens.
 
     Raises:
-        InputError: the file is damaged, or its model is not the one that `config` describes.
+        InputError: they differ; names both.
     """
-    read, left_out = [], []
+    if tokenizer.get_vocab_size() > model_config.vocab_size:
+        raise InputError(
+            f"tokenizer {path} has {tokenizer.get_vocab_size()} tokens, more than vocab_size {model_config.vocab_size} "
+            f"in {config_file}"
+        )
+    values = read_object(config_file)
+    for role, token in _ROLES.items():
+        said, has = values.get(f"{role}_token_id"), tokenizer.token_to_id(token)
+        if said is not None and has is not None and said != has:
+            raise InputError(
+                f"{config_file} says {role}_token_id {said}, and tokenizer {path} gives {token} the id {has}"
+            )
+
+
+def check_tied(config_file: Path, weights: Mapping[str, Tensor]) -> None:
+    """Refuse a model whose embedding and output layer are two weights, of which its file has only one.
+
+    Raises:
+        InputError: `tie_word_embeddings` is false; weights that are both there are compared elsewhere.
+    """
+    if read_object(config_file).get("tie_word_embeddings") is False and TIED_WEIGHT not in weights:
+        raise InputError(
+            f"{config_file}: tie_word_embeddings is false, and the weights have no {TIED_WEIGHT}; a GPT-BERT has one "
+            "weight for embedding and output"
+        )
+
+
+def _fitting(published: Mapping[str, Tensor], config: ModelConfig, file: Path, config_file: Path) -> dict[str, Tensor]:
+    """Weights under the model's own names, fp32."""
     try:
-        for state in _states(load_file(file) if file.suffix == ".safetensors" else load_torch_file(file)):
-            left_out = [name for name in state if name.startswith("head.")]
-            weights = fitting({name: state[name] for name in state if name not in left_out}, config)
-            read.append({name: tensor.float() for name, tensor in weights.items()})
-    except (InputError, SafetensorError, OSError) as error:
-        raise InputError(f"{file}: {first_line(error)}") from error
-    return read[0], read[-1], left_out
+        return {name: tensor.float() for name, tensor in fitting(published, config).items()}
+    except InputError as error:
+        raise InputError(f"{file}: {error} (shape by {config_file})") from error
 
 
-def _states(content: Any) -> list[dict[str, Tensor]]:
-    """The weights in a file: alone, or from an upstream training state, followed by their average."""
-    if not isinstance(content, dict):
-        raise InputError("expected a dictionary of weights")
-    states = [content[key] for key in ("model", "ema_model") if isinstance(content.get(key), dict)] or [content]
-    for name, tensor in [item for state in states for item in state.items()]:
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise InputError(f"{str(name)[:100]} is no tensor with a name; expected a dictionary of weights")
-    return states
+def _beside(folder: Path, names: Sequence[str]) -> Path:
+    """The first of these files that is there, or the first name; they must say the same of the model's shape."""
+    there = [folder / name for name in names if (folder / name).is_file()]
+    shapes = [read_shape(file) for file in there]
+    for file, shape in zip(there[1:], shapes[1:], strict=True):
+        if changes := differences(shapes[0], shape):
+            raise InputError(
+                f"{there[0]} and {file.name} differ: {changes}; name the one that is meant (--config_file)"
+            )
+    return there[0] if there else folder / names[0]
 
 
 if __name__ == "__main__":

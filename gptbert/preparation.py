@@ -2,16 +2,19 @@
 
 import dataclasses
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 
-from gptbert.checkpoint.folder import TOKENIZER
+from gptbert.checkpoint.folder import OWNER, TOKENIZER
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.distributed.hardware import hardware_name
-from gptbert.distributed.world import World
+from gptbert.distributed.world import World, why_no_gpu
 from gptbert.errors import InputError
+from gptbert.io import environment
 from gptbert.io.json_file import write_json
+from gptbert.io.owner import owned
 from gptbert.io.screen import log
 from kernels import cpp
 from kernels.assembler import is_right, right_assembler
@@ -27,8 +30,12 @@ def prepare_kernels(config: TrainConfig, world: World) -> str:
         The backend; see `kernels.backend`.
 
     Raises:
-        InputError: the backend cannot run on this device.
+        InputError: the backend cannot run on this device, or a variable of the environment cannot be used.
     """
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        environment.check_folder(name)
+    if (line := environment.settle_temporary_folder()) and world.is_main:
+        log(line)
     try:
         set_default_backend(None if config.kernels == "auto" else config.kernels)
         backend = choose_backend(None, world.device)
@@ -36,6 +43,7 @@ def prepare_kernels(config: TrainConfig, world: World) -> str:
         raise InputError(f"--kernels {config.kernels}: {error}") from None
     use_fused(FUSED)  # unless `gptbert.kernel_check` finds one wrong
     if backend == "triton" and world.device.type == "cuda":
+        environment.check_program("TRITON_PTXAS_PATH")
         with right_assembler() as release:
             if not is_right(release):
                 use_fused(())
@@ -82,6 +90,45 @@ def prepare_cpp_kernels(config: TrainConfig, world: World, *, is_compiled: bool)
     return "cpp"
 
 
+def log_choices(config: TrainConfig, world: World, compiling: object) -> None:
+    """Say what was chosen in the user's stead and is not in the header.
+
+    Args:
+        config: the run's settings.
+        world: the run's processes; their device and threads.
+        compiling: a line about whether the run is compiled, and why.
+    """
+    log(str(compiling))
+    if world.device.type == "cpu":
+        why = f", since {why_no_gpu()}" if config.device == "auto" else ""
+        threads = torch.get_num_threads()
+        log(f"on the CPU{why}, {threads} thread{'s'[: threads > 1]} a process (--device, --cpu_threads)")
+
+
+@contextmanager
+def own_run_dir(config: TrainConfig) -> Iterator[None]:
+    """Own the run's folder while the block runs, so that no second process trains in it; for the main rank.
+
+    Raises:
+        OwnedError: another process trains in it; names the process.
+        InputError: the folder is not writable.
+    """
+    name, way_on = f"--output_dir and --name: {config.run_dir}", "wait for it, stop it, or give another --name"
+    with _write_errors(config), ExitStack() as stack:
+        stack.enter_context(owned(config.run_dir / OWNER, name, way_on))
+        ownership = stack.pop_all()
+    with ownership:
+        yield
+
+
+@contextmanager
+def _write_errors(config: TrainConfig) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"--output_dir {config.output_dir}: cannot be written ({error.strerror})") from error
+
+
 def prepare_run_dir(config: TrainConfig, model_config: ModelConfig, world: World, backend: str) -> None:
     """Create the run's folder, with the resolved settings and a copy of the tokenizer.
 
@@ -97,10 +144,8 @@ def prepare_run_dir(config: TrainConfig, model_config: ModelConfig, world: World
         "kernels": backend,
         "torch": torch.__version__,
     }
-    try:
+    with _write_errors(config):
         config.run_dir.mkdir(parents=True, exist_ok=True)
         write_json(config.run_dir / "config.json", settings)
         with suppress(shutil.SameFileError):
             shutil.copyfile(config.tokenizer_path, config.run_dir / TOKENIZER)
-    except OSError as error:
-        raise InputError(f"--output_dir {config.output_dir}: cannot be written ({error.strerror})") from error

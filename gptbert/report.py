@@ -37,8 +37,8 @@ class ReportConfig:
     The run may be finished, in progress, or killed.
     """
 
-    run: Annotated[Path, tyro.conf.Positional]
-    """A run's folder."""
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """A run's folder, or one of its checkpoints'."""
     output: Path | None = None
     """File to write or replace; default: RUN/report.html."""
 
@@ -56,6 +56,7 @@ def write_report(run_dir: Path, output: Path | None = None) -> Path:
     Raises:
         InputError: there is no run, or the page cannot be written.
     """
+    run_dir = _run_dir(run_dir)
     output = output or run_dir / "report.html"
     page = render(run_dir)
     if not output.absolute().parent.is_dir():  # perhaps a misspelled run name
@@ -63,6 +64,20 @@ def write_report(run_dir: Path, output: Path | None = None) -> Path:
     with staged_outputs(output, what="--output") as (staged,):
         staged.write_text(page, encoding="utf-8", errors="replace")  # JSON may contain lone surrogates
     return output
+
+
+def _run_dir(path: Path) -> Path:
+    """The run's folder; for a checkpoint's, or that of all checkpoints, that of its run."""
+    above = path.resolve().parent
+    if path.resolve().name == "checkpoints" and (above / "config.json").exists():
+        return above
+    if (path / "config.json").exists() or not (path / "model_config.json").exists():
+        return path
+    from gptbert.checkpoint.folder import run_of  # noqa: PLC0415  loads PyTorch
+
+    if (run_dir := run_of(path)) is None:
+        raise InputError(f"{path}: a checkpoint without its run's records; name the run's folder")
+    return run_dir
 
 
 def render(run_dir: Path) -> str:

@@ -23,6 +23,7 @@ from gptbert.errors import InputError
 from gptbert.io.outputs import check_outputs, staged_outputs
 from gptbert.io.screen import table
 from gptbert.model.objective import Objective
+from gptbert.scoring.closing import ties_line, unknown_line, unknown_share
 from gptbert.scoring.likelihood import log_likelihoods, num_predictions
 from gptbert.scoring.minimal_pairs import BLIMP_GROUP, Accuracy, MinimalPair, members, read_pairs
 from gptbert.scoring.trained_model import ModelChoice, TrainedModel
@@ -128,7 +129,12 @@ def score(settings: ScoreSettings) -> None:
     with ExitStack() as stack:  # before the work, refuse outputs that cannot be written
         staged = {path: stack.enter_context(staged_outputs(path))[0] for path in outputs}
         backends = list(dict.fromkeys(settings.backend))
+        unknown = unknown_share(trained.tokenizer, _ids(trained, pairs))
+        closing = [unknown_line(unknown, "PAIRS")]  # before the work, too
         results = score_pairs(trained, pairs, backends, temperatures, settings.batch_tokens)
+        closing += [
+            ties_line(scores.good[:, scores.best], scores.bad[:, scores.best], name) for name, scores in results.items()
+        ]
         if settings.output:
             report = {
                 "checkpoint": str(trained.path),
@@ -136,6 +142,7 @@ def score(settings: ScoreSettings) -> None:
                 "files": [str(file) for file in files],
                 "num_pairs": len(pairs),
                 "num_pairs_by_group": {field: _sizes(pairs, field) for field in pairs[0].groups},
+                "unknown_tokens": unknown,
                 "backends": {name: _as_json(scores) for name, scores in results.items()},
             }
             staged[settings.output].write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
@@ -149,7 +156,13 @@ def score(settings: ScoreSettings) -> None:
         print(f"\n{_temperature_table(results, temperatures)}")
     for field in pairs[0].groups:
         print(f"\n{_group_table(pairs, field, results)}")
-    print(f"\n{_total_table(pairs, results)}")
+    print(f"\n{_total_table(pairs, results)}\n\n{'; '.join(closing)}")
+
+
+def _ids(trained: TrainedModel, pairs: Sequence[MinimalPair]) -> list[np.ndarray]:
+    """Token ids of all sentences, without `<s>`."""
+    sentences = [sentence for pair in pairs for sentence in (pair.good, pair.bad)]
+    return [np.array(ids[1:]) for ids in encode_sentences(trained.tokenizer, sentences)]
 
 
 def _sizes(pairs: Sequence[MinimalPair], field: str) -> dict[str, int]:
@@ -159,6 +172,7 @@ def _sizes(pairs: Sequence[MinimalPair], field: str) -> dict[str, int]:
 def _as_json(scores: BackendScores) -> dict[str, Any]:
     return {
         "best_temperature": scores.temperatures[scores.best],
+        "ties": float((scores.good[:, scores.best] == scores.bad[:, scores.best]).mean()),
         "temperatures": [
             {"temperature": temperature, "micro": accuracy.micro, "macro": accuracy.macro, "groups": accuracy.groups}
             for temperature, accuracy in zip(scores.temperatures, scores.accuracies, strict=True)

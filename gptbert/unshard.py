@@ -8,13 +8,23 @@ from typing import Annotated
 import tyro
 
 from gptbert.checkpoint import manifest
-from gptbert.checkpoint.folder import MODEL_CONFIG, TOKENIZER, TRAIN_CONFIG, is_sharded, newest_in
+from gptbert.checkpoint.folder import (
+    MODEL_CONFIG,
+    STEP,
+    TOKENIZER,
+    TRAIN_CONFIG,
+    WORDS,
+    is_sharded,
+    newest_in,
+    saved_step,
+)
 from gptbert.checkpoint.saved_model import read_full_weights
 from gptbert.checkpoint.weights import write_weights
 from gptbert.command_line import run_command
 from gptbert.config import ModelConfig
 from gptbert.errors import InputError
 from gptbert.io.files import new_folder
+from gptbert.io.json_file import write_json
 
 
 @dataclass(frozen=True)
@@ -25,7 +35,7 @@ class UnshardConfig:
     --resume reads sharded checkpoints with any number of processes.
     """
 
-    checkpoint: Annotated[Path, tyro.conf.Positional]
+    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """A checkpoint's folder, or a run's for its newest checkpoint."""
     output: Path
     """Folder to write; must not exist yet."""
@@ -51,8 +61,11 @@ def write_full_weights(path: Path, output: Path) -> Path:
     with new_folder(output, "--output") as folder:
         for weights in ("model", "ema"):
             write_weights(folder / f"{weights}.safetensors", read_full_weights(path, weights, config), config)
-        for name in (MODEL_CONFIG, TRAIN_CONFIG, TOKENIZER):
-            shutil.copyfile(path / name, folder / name)
+        for name in (MODEL_CONFIG, TRAIN_CONFIG, TOKENIZER, WORDS):
+            if (path / name).is_file():
+                shutil.copyfile(path / name, folder / name)
+        if (step := saved_step(path)) is not None:
+            write_json(folder / STEP, {"step": step})
         manifest.write(folder)
     return path
 

@@ -30,28 +30,95 @@ _NAMES = {
 }
 _TO_PUBLISHED = {ours.replace("{}", "L"): published.replace("{}", "L") for ours, published in _NAMES.items()}
 _FROM_PUBLISHED = {published: ours for ours, published in _TO_PUBLISHED.items()}
+_LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 TIED_WEIGHT = "classifier.nonlinearity.5.weight"
+_EMBEDDING = "embedding.word_embedding.weight"
 _BUFFER = "transformer.attention_layers.{}.position_indices"
+_BUFFER_PATTERN = r"transformer\.attention_layers\.\d+\.position_indices"
+# parts of names that wrappers of modules put in: DDP, compile, FSDP, activation checkpointing, DeepSpeed, Lightning
+_WRAPPERS = {"module", "model", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 
 
-def from_upstream(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Convert published parameter names to this model's; buffers and the tied weight's copy are dropped.
+def from_upstream(state_dict: Mapping[str, Tensor], config: ModelConfig | None = None) -> dict[str, Tensor]:
+    """Convert published parameter names to this model's, whatever wrappers are in them.
+
+    Buffers and the tied weight's copy are compared and dropped.
+
+    Args:
+        state_dict: a published model's; the tied weight under one of its names, or both.
+        config: the model's shape, to check the buffers against; None drops them unchecked.
 
     Raises:
-        InputError: a name is not one of a GPT-BERT's.
+        InputError: a name is not one of a GPT-BERT's; or what the weights say twice differs, under names with and
+            without a wrapper, in the tied weight or in a buffer.
     """
-    converted = {}
-    for name, tensor in state_dict.items():
-        name = name.removeprefix("module.").removeprefix("_orig_mod.")  # noqa: PLW2901  DDP's and compile's prefixes
-        if name == TIED_WEIGHT or name.endswith(".position_indices"):
-            continue
-        if alpha := re.fullmatch(r"transformer\.dwa_modules\.alphas\.(\d+)", name):
+    unwrapped = without_wrappers(state_dict)
+    tied = unwrapped.pop(TIED_WEIGHT, None)
+    if tied is not None and not same(unwrapped.setdefault(_EMBEDDING, tied), tied):
+        raise InputError(f"{_EMBEDDING} and {TIED_WEIGHT} differ, and a GPT-BERT has one weight for both")
+    converted, buckets = {}, None
+    for name, tensor in unwrapped.items():
+        if re.fullmatch(_BUFFER_PATTERN, name):
+            buckets = position_buckets(config) if config and buckets is None else buckets
+            if config and not same(tensor, buckets):
+                raise InputError(
+                    f"{name} differs from what position_bucket_size and max_position_embeddings make of it"
+                )
+        elif alpha := re.fullmatch(r"transformer\.dwa_modules\.alphas\.(\d+)", name):
             layer, is_feed_forward = divmod(int(alpha[1]), 2)
             mix = "feed_forward_mix" if is_feed_forward else "attention_mix"
             converted[f"blocks.{layer}.{mix}.alpha"] = tensor
         else:
             converted[_rename(name, _FROM_PUBLISHED)] = tensor
     return converted
+
+
+def without_wrappers(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names without the parts that wrappers put in, such as `module.` and `_orig_mod.`, anywhere in them.
+
+    Raises:
+        InputError: two names become the same, and their tensors differ.
+    """
+    unwrapped: dict[str, Tensor] = {}
+    first: dict[str, str] = {}
+    for wrapped, tensor in state_dict.items():
+        name = unwrapped_name(wrapped)
+        if not same(unwrapped.setdefault(name, tensor), tensor):
+            raise InputError(f"{first[name]} and {wrapped} are the same weight, and differ")
+        first.setdefault(name, wrapped)
+    return unwrapped
+
+
+def unwrapped_name(name: str) -> str:
+    """A name without the parts that wrappers put in."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same shape and values, NaN being equal to NaN."""
+    if one is other:
+        return True
+    return one.shape == other.shape and bool(((one == other) | ((one != one) & (other != other))).all())  # noqa: PLR0124
+
+
+def is_published(name: str) -> bool:
+    """Whether a name without wrappers is one of a published model's."""
+    others = (r"transformer\.dwa_modules\.alphas\.\d+", re.escape(TIED_WEIGHT), _BUFFER_PATTERN)
+    return _generic(name) in _FROM_PUBLISHED or any(re.fullmatch(other, name) for other in others)
+
+
+def to_published(name: str) -> str | None:
+    """The published name of one of this model's parameters; None if it is none."""
+    if alpha := re.fullmatch(r"blocks\.(\d+)\.(attention|feed_forward)_mix\.alpha", name):
+        return f"transformer.dwa_modules.alphas.{2 * int(alpha[1]) + (alpha[2] == 'feed_forward')}"
+    return _rename(name, _TO_PUBLISHED) if _generic(name) in _TO_PUBLISHED else None
+
+
+def position_buckets(config: ModelConfig) -> Tensor:
+    """The published models' buffer [M, M] int32: each pair of positions' bucket."""
+    position = torch.arange(config.max_position_embeddings)
+    buckets = position_bucket(position[:, None] - position[None, :], config) + config.position_bucket_size - 1
+    return buckets.int()
 
 
 def to_upstream(state_dict: Mapping[str, Tensor], config: ModelConfig | None = None) -> dict[str, Tensor]:
@@ -66,22 +133,26 @@ def to_upstream(state_dict: Mapping[str, Tensor], config: ModelConfig | None = N
     """
     converted = {}
     for name, tensor in state_dict.items():
-        if alpha := re.fullmatch(r"blocks\.(\d+)\.(attention|feed_forward)_mix\.alpha", name):
-            converted[f"transformer.dwa_modules.alphas.{2 * int(alpha[1]) + (alpha[2] == 'feed_forward')}"] = tensor
-        else:
-            converted[_rename(name, _TO_PUBLISHED)] = tensor
-    converted[TIED_WEIGHT] = converted["embedding.word_embedding.weight"]
+        published = to_published(name)
+        if published is None:
+            raise InputError(f"{name} is no parameter of a GPT-BERT")
+        converted[published] = tensor
+    converted[TIED_WEIGHT] = converted[_EMBEDDING]
     if config is not None:
-        position = torch.arange(config.max_position_embeddings)
-        buckets = position_bucket(position[:, None] - position[None, :], config) + config.position_bucket_size - 1
+        buckets = position_buckets(config)
         for layer in range(config.num_hidden_layers):
-            converted[_BUFFER.format(layer)] = buckets.int()
+            converted[_BUFFER.format(layer)] = buckets
     return converted
 
 
 def _rename(name: str, table: dict[str, str]) -> str:
-    layer = re.search(r"(?<=\.)\d+(?=\.)", name)
-    generic = name[: layer.start()] + "L" + name[layer.end() :] if layer and "nonlinearity" not in name else name
+    generic = _generic(name)
     if generic not in table:
         raise InputError(f"{name} is no parameter of a GPT-BERT")
-    return table[generic].replace("L", layer[0]) if "L" in generic else table[generic]
+    return table[generic].replace("L", _LAYER.search(name)[0]) if "L" in generic else table[generic]
+
+
+def _generic(name: str) -> str:
+    """A name with `L` for its layer."""
+    layer = _LAYER.search(name)
+    return name[: layer.start()] + "L" + name[layer.end() :] if layer and "nonlinearity" not in name else name

@@ -21,7 +21,7 @@ def right_assembler() -> Iterator[str | None]:
     Yields:
         The release for GPUs up to Hopper, such as "12.9"; None without Triton or its NVIDIA backend.
     """
-    if _VARIABLE in os.environ:
+    if os.environ.get(_VARIABLE):
         yield _release_of("ptxas")
         return
     path, release = _choice()

@@ -80,5 +80,5 @@ def set_default_backend(backend: str | None) -> None:
 
 
 def interpreted() -> bool:
-    """Whether Triton kernels run in its interpreter, on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    """Whether Triton kernels run in its interpreter, on CPU tensors: `TRITON_INTERPRET`, read as Triton reads it."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in {"1", "true", "yes", "on", "y"}

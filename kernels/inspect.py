@@ -33,6 +33,7 @@ import tyro
 from tqdm import tqdm
 
 from kernels.assembler import right_assembler
+from kernels.backend import interpreted
 from kernels.configuration import TRITON_OPERATIONS, Configuration, fitting_warps
 
 WIDE = 128  # bits, the widest load of one instruction on all targets
@@ -132,7 +133,7 @@ def check_toolchain(targets: Sequence[str]) -> None:
     """
     if importlib.util.find_spec("triton") is None:
         raise ToolchainError("Triton is not installed: pip install triton (Linux only)")
-    if os.environ.get("TRITON_INTERPRET", "0") not in {"", "0"}:
+    if interpreted():
         raise ToolchainError("TRITON_INTERPRET is set: interpreted kernels cannot be built; unset it")
     backends = importlib.import_module("triton.backends").backends
     for name in targets:

@@ -7,6 +7,7 @@ import torch
 from tokenizers import Tokenizer
 
 from gptbert.checkpoint import checkpoint, manifest
+from gptbert.checkpoint.foreign import read_foreign
 from gptbert.checkpoint.resume import changed_settings, check_settings
 from gptbert.checkpoint.saved_model import load_model
 from gptbert.config import ModelConfig, TrainConfig
@@ -111,6 +112,12 @@ def state(path: Path) -> None:
     load_torch_file(path)
 
 
+def foreign(path: Path) -> None:
+    """Weights of others: named tensors."""
+    found = read_foreign([path])
+    assert all(isinstance(tensor, torch.Tensor) for state in (found.model, found.ema) for tensor in state.values())
+
+
 def records(path: Path) -> None:
     """The records of a run: read, and usable for resuming."""
     assert all(isinstance(record["step"] + 0, int | float) for record in read_records(path))
@@ -133,6 +140,6 @@ def pairs(path: Path) -> None:
 
 READERS = {
     "tokens": tokens, "model_config": model_config, "tokenizer": tokenizer, "resumed": resumed,
-    "resumed_settings": resumed_settings, "manifest": checked, "model": model, "state": state,
+    "resumed_settings": resumed_settings, "manifest": checked, "model": model, "state": state, "foreign": foreign,
     "records": records, "corpus": corpus, "pairs": pairs,
 }  # fmt: skip

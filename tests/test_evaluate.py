@@ -4,19 +4,23 @@ import json
 import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
 from gptbert.checkpoint import manifest
 from gptbert.command_line import parse, run_command
 from gptbert.config import TrainConfig
-from gptbert.evaluate import EvaluateSettings, encode_domains, evaluate
+from gptbert.data.token_store import TokenStoreWriter
+from gptbert.errors import InputError
+from gptbert.evaluate import EvaluateSettings, encode_domains, evaluate, is_token_file
 from gptbert.fit import fit
 from gptbert.model.objective import Objective
 from gptbert.monitoring.records import read_records
 from gptbert.scoring.trained_model import ModelChoice, TrainedModel
 from gptbert.text.corpus import CorpusConfig
 from gptbert.text.special_tokens import BOS_ID
+from gptbert.text.tokenizer import tokenizer_hash
 from tests.runs import flags, write_inputs
 
 METRICS = ("loss", "perplexity", "accuracy")
@@ -195,3 +199,38 @@ def test_damaged_settings_of_the_run_are_named(run_dir, tmp_path, capfd, setting
     with pytest.raises(SystemExit):
         run_command(EvaluateSettings, evaluate, [str(copy), str(tmp_path / "any.jsonl")])
     assert "train_config.json: " in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["valid.tok", "valid", "valid.jsonl", "valid.gz"])
+def test_a_token_file_is_one_under_any_name(inputs, run_dir, tmp_path, name):
+    expected = results(run_dir, tmp_path, inputs / "valid.safetensors")["all"]
+    shutil.copyfile(inputs / "valid.safetensors", tmp_path / name)
+    assert results(run_dir, tmp_path, tmp_path / name)["all"] == expected
+    ids = [torch.tensor([1, *range(20, 60)]), torch.tensor([1, 30, 31])]
+    torch.save(ids, tmp_path / f"upstream-{name}")
+    torch.save(ids, tmp_path / "upstream.bin")
+    of_upstream = results(run_dir, tmp_path, tmp_path / "upstream.bin")["all"]
+    assert results(run_dir, tmp_path, tmp_path / f"upstream-{name}")["all"] == of_upstream
+
+
+def test_texts_that_look_like_token_files_are_texts(tmp_path):
+    for content in (b'{"text":{"a": 1}}', b"PK is how it begins.", b"{", b"", bytes(8) + b"x"):
+        (tmp_path / "a.jsonl").write_bytes(content)
+        assert not is_token_file(tmp_path / "a.jsonl")
+    assert not is_token_file(tmp_path)
+
+
+def test_unknown_tokens_are_counted_at_the_end(inputs, run_dir, tmp_path, capsys):
+    """With a warning above a limit, and an error where the tokenizer cannot be meant."""
+    vocab_size = json.loads((inputs / "model.json").read_text())["vocab_size"]
+    for share, said in ((0.0, "0.0% unknown tokens"), (0.2, "WARNING: 20.0% unknown tokens"), (0.9, None)):
+        tokens = np.where(np.arange(100) < 100 * share, 0, 20)
+        digest = tokenizer_hash(inputs / "tokenizer.json")
+        with TokenStoreWriter(tmp_path / "t.safetensors", min(vocab_size, 300), digest) as writer:
+            writer.append(tokens, np.array([60, 40]))
+        if said is None:
+            with pytest.raises(InputError, match=r"DATA: 90% of its tokens are <unk>: the tokenizer does not know"):
+                results(run_dir, tmp_path, tmp_path / "t.safetensors")
+        else:
+            assert results(run_dir, tmp_path, tmp_path / "t.safetensors")["unknown_tokens"] == share
+            assert f" labels; {said}\n" in capsys.readouterr().out

@@ -18,13 +18,17 @@ from torch.distributed.fsdp import fully_shard
 
 from gptbert.checkpoint import checkpoint, manifest
 from gptbert.checkpoint.checkpoint import Checkpoint
+from gptbert.checkpoint.foreign import read_foreign
+from gptbert.checkpoint.weights import fitting
 from gptbert.data.token_store import TokenStoreWriter
 from gptbert.distributed.world import World
+from gptbert.errors import InputError
 from gptbert.model import GPTBert
 from gptbert.optim import Lamb
 from tests import damage
 from tests.sandbox import Sandbox
 from tests.tokenizer_kinds import kinds
+from tests.wrapped_states import wrapped_states
 from tokenize_scripts.train_tokenizer import learn
 
 LONG = settings.get_current_profile_name() == "fuzz"
@@ -184,6 +188,38 @@ def test_damaged_files_of_torch_save_are_read_or_refused_in_one_line(sandbox, va
     read(sandbox, "state", put(place, "state.pt", content))
 
 
+@examples(0.4)
+@given(data=st.data())
+def test_wrapped_weights_are_the_original_ones_or_refused_in_one_line(tiny, place, data):
+    torch.manual_seed(0)
+    wrapped = data.draw(wrapped_states(GPTBert(tiny).state_dict(), tiny))
+    torch.save(wrapped.content, place / "wrapped.bin")
+    event("refused" if wrapped.disagrees else "read")
+    if wrapped.disagrees:
+        with pytest.raises(InputError, match=r"^[^\n]* differs?\b[^\n]*$"):
+            weights_of(place / "wrapped.bin", tiny)
+        return
+    for state in weights_of(place / "wrapped.bin", tiny):
+        assert state.keys() == wrapped.model.keys()
+        assert all(torch.equal(state[name], wrapped.model[name]) for name in state)
+
+
+def weights_of(path, config):
+    """The weights and their average in a foreign file, under the trainer's names."""
+    foreign = read_foreign([path])
+    return [fitting(state, config) for state in (foreign.model, foreign.ema)]
+
+
+@examples(0.4)
+@given(data=st.data())
+def test_damaged_wrapped_weights_are_read_or_refused_in_one_line(sandbox, tiny, place, data):
+    torch.manual_seed(0)
+    wrapped = data.draw(wrapped_states(GPTBert(tiny).state_dict(), tiny))
+    torch.save(wrapped.content, place / "wrapped.bin")
+    content = data.draw(damage.damaged_torch_file((place / "wrapped.bin").read_bytes()))
+    read(sandbox, "foreign", put(place, "damaged.bin", content))
+
+
 @pytest.mark.parametrize("reader", ["resumed", "model", "resumed_settings", "manifest"])
 @examples(0.7)
 @given(data=st.data())
@@ -256,7 +292,7 @@ def test_damaged_pairs_are_read_or_refused_in_one_line(sandbox, place, data):
 @examples(0.5)
 @given(
     st.binary(max_size=200),
-    st.sampled_from(["tokens", "tokenizer", "model_config", "state", "records", "corpus", "pairs"]),
+    st.sampled_from(["tokens", "tokenizer", "model_config", "state", "foreign", "records", "corpus", "pairs"]),
 )
 def test_any_bytes_are_read_or_refused_in_one_line(sandbox, place, content, reader):
     read(sandbox, reader, put(place, "any.bin", content))

@@ -94,6 +94,7 @@ def test_refusals_name_what_is_wrong_and_leave_nothing(folder, tmp_path):
     (tmp_path / "cut.safetensors").write_bytes((folder / "exported/model.safetensors").read_bytes()[:900])
     torch.save([torch.ones(2)], tmp_path / "list.bin")
     torch.save({"a": 1}, tmp_path / "numbers.bin")
+    (folder / "inputs" / "empty").mkdir()
     before = sorted(tmp_path.iterdir())
     for source, message in (
         ("missing.safetensors", "head.bias is missing"),
@@ -102,7 +103,7 @@ def test_refusals_name_what_is_wrong_and_leave_nothing(folder, tmp_path):
         ("integers.safetensors", "head.bias is of type torch.int64"),
         ("cut.safetensors", "cut.safetensors: "),
         ("list.bin", "list.bin: expected a dictionary of weights"),
-        ("numbers.bin", "a is no tensor with a name"),
+        ("numbers.bin", r"numbers.bin: holds no weights of a GPT-BERT \(it has 'a'\)"),
         ("nothing.bin", "no such file or folder"),
     ):
         with pytest.raises(InputError, match=message):
@@ -111,7 +112,8 @@ def test_refusals_name_what_is_wrong_and_leave_nothing(folder, tmp_path):
         (folder / "exported", {"config_file": tmp_path / "no.json"}, r"no.json: no such file; .* with --config_file"),
         (tmp_path / "missing.safetensors", {}, r"config.json: no such file; .* with --config_file"),
         (folder / "checkpoint", {}, "of this trainer: --initial_weights takes it as it is"),
-        (folder, {}, "holds neither model.safetensors nor pytorch_model.bin"),
+        (folder, {}, r"several files that may be the weights \(upstream.bin, upstream_state_dict.bin\)"),
+        (folder / "inputs" / "empty", {}, "holds neither model.safetensors nor pytorch_model.bin"),
     ):
         with pytest.raises(InputError, match=message):
             import_hf(ImportConfig(source, tmp_path / "out", **changes))

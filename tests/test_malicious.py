@@ -74,7 +74,7 @@ def packed(content, form):
 
 
 @pytest.mark.parametrize("form", ["bare", "zip", "legacy", "tar"])
-@pytest.mark.parametrize("reader", ["tokens", "state"])
+@pytest.mark.parametrize("reader", ["tokens", "state", "foreign"])
 def test_code_is_not_run(sandbox, tmp_path, form, reader):
     proof, path = tmp_path / "executed", tmp_path / "t.bin"
     pickle.loads(pickle.dumps(Payload(Path.touch, proof)))
@@ -156,6 +156,12 @@ BOMBS = {
     "marks": file_of(b"(" * 10**6),
     "empty lists": file_of(b"]" * 50_000 + b"e", b"(" + b"]" * 50_000),
     "a million empty dictionaries": file_of(*[b"(" + b"}" * 900 + b"l0" for _ in range(1000)]),
+    "a parameter of a list": file_of(name("torch._utils", "_rebuild_parameter") + b"(]\x89" + name(
+        "collections", "OrderedDict") + b")RtR"),
+    "a parameter of nothing": file_of(name("torch._utils", "_rebuild_parameter") + b")R"),
+    "a parameter of a function": file_of(name("torch._utils", "_rebuild_parameter") * 2 + b"\x89NtR"),
+    "a parameter that repeats an element": file_of(name("torch._utils", "_rebuild_parameter") + b"(" + tensor(
+        size=10**10, stride=0) + b"\x89NtR"),
     "memo at the end of the world": file_of(b"]r\xff\xff\xff\x7f"),
     "string of 4 GB": file_of(b"X\xff\xff\xff\xff"),
     "bytes of an exabyte": file_of(b"\x8e" + b"\xff" * 7 + b"\x7f"),
@@ -178,6 +184,14 @@ def test_files_of_torch_save_take_no_more_than_they_hold(sandbox, tmp_path, bomb
     (tmp_path / "t.bin").write_bytes(BOMBS[bomb])
     assert sandbox.read("tokens", tmp_path / "t.bin")
     sandbox.read("state", tmp_path / "t.bin")
+    assert sandbox.read("foreign", tmp_path / "t.bin")
+
+
+def test_dictionaries_in_dictionaries_take_no_time(sandbox, tmp_path):
+    """Weights are searched in them, however often the same one is there."""
+    entries = b"".join(text(f"k{number}") + b"h\x00" for number in range(300))  # the dictionary itself
+    (tmp_path / "t.bin").write_bytes(archive({"a/data.pkl": b"\x80\x02}q\x00(" + entries + b"u."}))
+    assert "more entries" in sandbox.read("foreign", tmp_path / "t.bin")
 
 
 def test_an_archive_with_wrong_sizes_is_refused(sandbox, tmp_path):

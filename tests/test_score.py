@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from gptbert.errors import InputError
 from gptbert.fit import fit
 from gptbert.model.objective import Objective
 from gptbert.score import SWEEP, BackendScores, ScoreSettings, score
+from gptbert.scoring.closing import ties_line
 from gptbert.scoring.likelihood import log_likelihoods
 from gptbert.scoring.minimal_pairs import Accuracy, MinimalPair, read_pairs
 from gptbert.scoring.trained_model import ModelChoice, TrainedModel
@@ -201,7 +203,40 @@ def test_a_checkpoint_that_cannot_be_used_is_one_line(run_dir, tmp_path, damage)
         (copy / "tokenizer.json").unlink()
     if damage == "weights":
         (copy / "ema.safetensors").write_bytes((copy / "ema.safetensors").read_bytes()[:-1])
-    with pytest.raises(InputError, match=r"neither a checkpoint|tokenizer.json: no such file|is damaged"):
+    with pytest.raises(InputError, match=r"neither a checkpoint|has no tokenizer.json; copy|is damaged"):
         TrainedModel.load(ModelChoice(run=copy))
     if damage == "weights":
         TrainedModel.load(ModelChoice(run=copy, weights="model"))
+
+
+def test_the_figures_at_the_end_show_ties_and_unknown_tokens(run_dir, tmp_path, capsys):
+    write_pairs(tmp_path / "pairs.jsonl")
+    output = tmp_path / "scores.json"
+    score(ScoreSettings(run=run_dir, pairs=(tmp_path / "pairs.jsonl",), output=output, backend=("causal",)))
+    assert capsys.readouterr().out.splitlines()[-1] == "0.0% unknown tokens; WARNING: 25.0% ties (causal)"
+    report = json.loads(output.read_text())
+    assert (report["unknown_tokens"], report["backends"]["causal"]["ties"]) == (0, 0.25)
+    same = [{"sentence_good": "Same.", "sentence_bad": "Same."}] * 3
+    (tmp_path / "same.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in same))
+    with pytest.raises(InputError, match=r"--backend causal: both sentences score the same in every pair"):
+        score(ScoreSettings(run=run_dir, pairs=(tmp_path / "same.jsonl",), output=tmp_path / "no.json"))
+    assert not (tmp_path / "no.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "said"),
+    [
+        ([1.0, 2.0], [0.0, 1.0], "0.0% ties (x)"),
+        ([1.0, 2.0], [0.0, 2.0], "WARNING: 50.0% ties (x)"),
+        ([1.0], [1.0], "WARNING: 100.0% ties (x)"),
+        ([1.0, 1.0], [1.0, 1.0], None),
+        ([1.0, math.nan], [0.0, 1.0], None),
+        ([1.0, 2.0], [0.0, -math.inf], None),
+    ],
+)
+def test_ties(good, bad, said):
+    if said is None:
+        with pytest.raises(InputError, match="--backend x: "):
+            ties_line(np.array(good), np.array(bad), "x")
+    else:
+        assert ties_line(np.array(good), np.array(bad), "x") == said

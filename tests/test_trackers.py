@@ -1,43 +1,104 @@
 """Destinations of records, across kills and failures."""
 
 import math
+import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gptbert.distributed.world import World
 from gptbert.errors import InputError
+from gptbert.io import environment
 from gptbert.monitoring.records import read_records
 from gptbert.monitoring.trackers import TensorBoard, Trackers, _wandb_mode
 from tests.disk import small_disk
 from tests.runs import flags, kill, start, wait_for_record, write_inputs
 
+KEY = "0123456789abcdef" * 3  # of no one
+OWN = {"WANDB_BASE_URL": "https://wandb.example.org"}
+
+
+@pytest.fixture
+def login(monkeypatch, tmp_path):
+    """Sets variables and what `wandb login` has written, for a host, as on a machine where nobody is logged in."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in [name for name in os.environ if name.startswith("WANDB_") or name == "NETRC"]:
+        monkeypatch.delenv(name)
+
+    def set_up(variables, host):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        if host:
+            machine = wandb.Settings().base_url.partition("//")[2] if host == "default" else host
+            (tmp_path / ".netrc").write_text(f"machine {machine}\n  login user\n  password {KEY}\n")
+            (tmp_path / ".netrc").chmod(0o600)
+
+    wandb.teardown()
+    yield set_up
+    wandb.teardown()
+
 
 @pytest.mark.parametrize(
-    ("environment", "netrc", "mode"),
+    ("variables", "host", "mode"),
     [
         ({}, None, "offline"),
-        ({}, "machine api.wandb.ai login user password k", "online"),
-        ({}, "machine example.org login user password k", "offline"),
-        ({}, "not a netrc", "offline"),
-        ({"WANDB_API_KEY": "k"}, None, "online"),
+        ({}, "default", "online"),  # of the installed version, whichever it is
+        ({}, "example.org", "offline"),
+        (OWN, "wandb.example.org", "online"),
+        (OWN, "default", "offline"),
+        ({"WANDB_API_KEY": KEY}, None, "online"),
         ({"WANDB_API_KEY": ""}, None, "offline"),
-        ({"WANDB_API_KEY": "k", "WANDB_MODE": "offline"}, None, "offline"),
-        ({"WANDB_MODE": "disabled"}, "machine api.wandb.ai login user password k", "disabled"),
+        ({"WANDB_API_KEY": KEY, "WANDB_MODE": "offline"}, None, "offline"),
+        ({"WANDB_MODE": "", "WANDB_BASE_URL": ""}, "default", "online"),
+        ({"WANDB_MODE": "disabled"}, "default", "disabled"),
+        ({"WANDB_MODE": "online"}, None, "online"),
     ],
 )
-def test_wandb_is_online_only_for_those_who_logged_in(monkeypatch, tmp_path, environment, netrc, mode):
-    for name in ("WANDB_MODE", "WANDB_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    if netrc:
-        (tmp_path / ".netrc").write_text(netrc)
-        (tmp_path / ".netrc").chmod(0o600)
+def test_wandb_is_online_only_for_those_who_logged_in(login, capfd, variables, host, mode):
+    login(variables, host)
+    environment.drop_empty("WANDB_")
     assert _wandb_mode() == mode
+    says_why = mode == "offline" and not variables.get("WANDB_MODE")
+    assert capfd.readouterr().err.splitlines() == (
+        ["wandb records offline, since nobody is logged in (wandb login; --wandb_mode offline says that it is meant)"]
+        if says_why
+        else []
+    )
+
+
+def test_wandb_of_versions_that_cannot_be_asked_without_a_prompt(login, monkeypatch):
+    login({}, None)
+    monkeypatch.setattr(wandb, "login", lambda key=None: None)
+    for key in (None, KEY):
+        monkeypatch.setattr(wandb, "api", SimpleNamespace(api_key=key), raising=False)
+        assert _wandb_mode() == ("online" if key else "offline")
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WANDB_MODE": "of"}, "WANDB_MODE is 'of', expected online or offline or disabled; unset it"),
+        ({"WANDB_API_KEY": "k"}, "WANDB_API_KEY"),
+        ({"WANDB_BASE_URL": "nonsense", "WANDB_API_KEY": KEY}, "WANDB_BASE_URL is 'nonsense': .*valid URL"),
+        (
+            {"WANDB_BASE_URL": "nonsense", "WANDB_MODE": "offline"},
+            "WANDB_BASE_URL is 'nonsense': .*valid URL.*; unset it",
+        ),
+        ({"WANDB_INIT_TIMEOUT": "soon", "WANDB_MODE": "offline"}, "WANDB_INIT_TIMEOUT is 'soon', .* number of seconds"),
+        ({"WANDB_INIT_TIMEOUT": "-1", "WANDB_MODE": "offline"}, "WANDB_INIT_TIMEOUT is '-1', expected a positive"),
+    ],
+)
+def test_variables_of_wandb_that_cannot_be_used_are_named(login, make_config, tmp_path, variables, message):
+    login(variables, None)
+    config = make_config(output_dir=tmp_path)
+    config.run_dir.mkdir()
+    with pytest.raises(InputError, match=message) as error:
+        Trackers(config, World(0, 1, torch.device("cpu")), {}, 0)
+    assert KEY not in str(error.value)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

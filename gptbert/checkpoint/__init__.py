@@ -5,6 +5,7 @@
 - `saved_model`: a checkpoint's model, for commands after training.
 - `folder`: file names, and the files that describe the model.
 - `weights`: weights under the published names.
+- `foreign`: weights in files that others wrote.
 - `training_state`: `training_state.pt`, validated before a trainer loads it.
 - `shards`: sharded tensors on disk.
 - `manifest`: size and digest of each file of a folder.

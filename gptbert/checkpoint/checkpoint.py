@@ -34,6 +34,7 @@ from gptbert.checkpoint.folder import (
     is_sharded,
     list_checkpoints,
     read_settings,
+    step_of_name,
     write_settings,
 )
 from gptbert.checkpoint.shards import load_shards, save_shards
@@ -130,7 +131,8 @@ def load(path: Path, model_config: ModelConfig) -> Checkpoint:
     """Read a checkpoint onto the CPU, except a sharded one's tensors.
 
     Raises:
-        InputError: something is missing or damaged, or the model's shape differs from `model_config`.
+        InputError: something is missing or damaged, the model's shape differs from `model_config`, or the folder's name
+            says another step than its content.
     """
     saved_config = ModelConfig.from_json(path / MODEL_CONFIG)
     shards, weights = path / SHARDS if is_sharded(path) else None, {"model": {}, "ema": {}}
@@ -141,6 +143,11 @@ def load(path: Path, model_config: ModelConfig) -> Checkpoint:
         checkpoint = Checkpoint(**weights, **state, shards=shards)
     except InputError as error:
         raise InputError(f"--resume {path}: the checkpoint is damaged ({error}); {WAY_OUT}") from error
+    if (named := step_of_name(path)) not in {None, checkpoint.step}:
+        raise InputError(
+            f"--resume {path}: its name says step {named}, and its {TRAINING_STATE} step {checkpoint.step}; rename the "
+            "folder, after its content"
+        )
     if changes := differences(saved_config, model_config):
         raise InputError(f"--resume {path}: its model differs from --config_file: {changes}")
     return checkpoint

@@ -8,11 +8,17 @@ from typing import Any
 
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.errors import InputError
-from gptbert.io.json_file import read_json, write_json
+from gptbert.io.json_file import read_json, read_object, write_json
+from gptbert.io.screen import log
+from gptbert.io.torch_file import TorchFile
 
 MODEL_CONFIG = "model_config.json"
 TRAIN_CONFIG = "train_config.json"
 TOKENIZER = "tokenizer.json"  # also in a run's folder
+OWNER = "owner.json"  # in a run's folder while a process trains in it
+RUN_CONFIG = "config.json"  # in a run's folder: settings and machine
+WORDS = "words.json"  # of a checkpoint by words: its step, and the words seen
+STEP = "step.json"  # of weights without training state: the step that they are of
 TRAINING_STATE = "training_state.pt"
 SHARDS = "shards"  # a sharded checkpoint's tensors
 CHECKPOINTS = "checkpoints"  # a run's checkpoints
@@ -59,8 +65,14 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     folder = run_dir / CHECKPOINTS
     if not folder.is_dir():
         return []
-    complete = (path for path in folder.iterdir() if re.fullmatch(r"step_\d{8,}", path.name) and path.is_dir())
-    return sorted(complete, key=lambda path: int(path.name.removeprefix("step_")))
+    complete = (path for path in folder.iterdir() if step_of_name(path) is not None and path.is_dir())
+    return sorted(complete, key=step_of_name)
+
+
+def step_of_name(path: Path) -> int | None:
+    """The step that a checkpoint's folder is named after; None if its name is another one."""
+    match = re.fullmatch(r"step_(\d{8,})", path.name, flags=re.ASCII)
+    return int(match[1]) if match else None
 
 
 def list_word_checkpoints(run_dir: Path) -> list[Path]:
@@ -69,17 +81,102 @@ def list_word_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def newest_in(path: Path) -> Path:
-    """The folder itself if it is a checkpoint, or the newest checkpoint of a run.
+    """The folder itself if it holds a model, or the newest checkpoint of a run or of its `checkpoints` folder.
 
     Raises:
-        InputError: it is neither.
+        InputError: it is none of these, or its models have names that do not say which is the newest.
     """
     if (path / MODEL_CONFIG).is_file():
         return path
-    inside = list_checkpoints(path)
-    if not inside:
-        raise InputError(f"{path}: neither a checkpoint nor a run with checkpoints")
-    return inside[-1]
+    if inside := list_checkpoints(path) or (list_checkpoints(path.parent) if _is_checkpoints(path) else []):
+        return inside[-1]
+    folders = [folder for folder in (path / CHECKPOINTS, path) if folder.is_dir()]
+    models = sorted(file.parent for folder in folders for file in folder.glob(f"*/{MODEL_CONFIG}"))
+    if len(models) == 1:
+        return models[0]
+    if models:
+        raise InputError(f"{path}: holds several models ({', '.join(model.name for model in models[:4])}); name one")
+    raise InputError(f"{path}: neither a checkpoint nor a run with checkpoints{_what_it_is(path)}")
+
+
+def _is_checkpoints(path: Path) -> bool:
+    return path.resolve().name == CHECKPOINTS and (path.parent / CHECKPOINTS).resolve() == path.resolve()
+
+
+def _what_it_is(path: Path) -> str:
+    """What was named instead of a folder with a model, and the way on; empty if unknown."""
+    if path.is_file():
+        return f" but a file; name the folder that it is in ({path.parent})"
+    if not path.is_dir():
+        return "; there is no such folder"
+    if (path / RUN_CONFIG).is_file() and (any(path.glob("*model*.safetensors*")) or any(path.glob("*model*.bin*"))):
+        return " but a folder for transformers; python -m gptbert.import_hf makes one of it that is read here"
+    if list_word_checkpoints(path):
+        return f", but one with checkpoints by words; name one of {path / WORD_CHECKPOINTS}"
+    if (path / RUN_CONFIG).is_file() and (path / TOKENIZER).is_file():
+        return " (it has not saved one yet)"
+    return ""
+
+
+def saved_step(path: Path) -> int | None:
+    """The number of steps that a saved model was trained, by its content; None if nothing there says it."""
+    try:
+        for name in (WORDS, STEP):
+            if (path / name).is_file():
+                return _as_step(read_object(path / name).get("step"))
+        if (path / TRAINING_STATE).is_file():
+            with TorchFile(path / TRAINING_STATE) as file:
+                state = file.value(build=lambda _: None)  # reads no tensor
+            return _as_step(state.get("step") if isinstance(state, dict) else None)
+    except InputError as error:
+        log(f"{path}: its step is unknown ({error})")
+    return None
+
+
+def _as_step(value: Any) -> int | None:
+    return value if type(value) is int and value >= 0 else None
+
+
+def tokenizer_of(path: Path) -> Path:
+    """The tokenizer file in a saved model's folder.
+
+    Raises:
+        InputError: there is none.
+    """
+    if not (path / TOKENIZER).exists():
+        raise InputError(f"{path}: has no {TOKENIZER}; copy the one that the model was trained with into it")
+    return path / TOKENIZER
+
+
+def settings_if_any(path: Path) -> dict[str, Any]:
+    """The settings in a saved model's folder, whoever wrote it; empty without the file.
+
+    Raises:
+        InputError: they are damaged; names the file.
+    """
+    return read_object(path / TRAIN_CONFIG) if (path / TRAIN_CONFIG).is_file() else {}
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """The folder of the run that wrote a checkpoint, if the checkpoint lies in it.
+
+    By content: the run's config.json has the name, and the output folder or the other settings, of the checkpoint's.
+    """
+    run_dir = checkpoint.resolve().parent.parent
+    if not (run_dir / RUN_CONFIG).is_file():
+        return None
+    try:
+        here, there = settings_if_any(checkpoint), read_object(run_dir / RUN_CONFIG).get("train")
+    except InputError as error:
+        log(f"{checkpoint}: the records of {run_dir} are left out ({error})")
+        return None
+    if not isinstance(there, dict) or not here.get("name") or here["name"] != there.get("name"):
+        return None
+    if here.get("output_dir") and here["output_dir"] == there.get("output_dir"):
+        return run_dir
+    elsewhere = {"output_dir", "resume", "huge_pages"}
+    names = (here.keys() | there.keys()) - elsewhere
+    return run_dir if all(here.get(name) == there.get(name) for name in names) else None
 
 
 def is_sharded(path: Path) -> bool:

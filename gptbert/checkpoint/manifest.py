@@ -49,6 +49,22 @@ def check(folder: Path, names: Iterable[str] | None = None) -> None:
     Raises:
         InputError: a file is missing, truncated or changed; names the file, not the folder.
     """
+    entries = listed(folder)
+    for name in entries if names is None else names:
+        if name not in entries:
+            raise InputError(f"{name}: not in {NAME}")
+        try:
+            _check_file(folder, name, entries[name])
+        except (OSError, ValueError) as error:  # for example, a name that is too long or contains a NUL
+            raise InputError(f"{name[:100]}: cannot be read ({first_line(error)[:100]})") from error
+
+
+def listed(folder: Path) -> dict[str, Entry]:
+    """The entries of a folder's manifest.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
     try:
         entries = read_json(folder / NAME, _MOST_BYTES)
     except FileNotFoundError:
@@ -57,13 +73,7 @@ def check(folder: Path, names: Iterable[str] | None = None) -> None:
         raise InputError(f"{NAME}: cannot be read ({error})") from error
     if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
         raise InputError(f"{NAME}: expected an object of objects")
-    for name in entries if names is None else names:
-        if name not in entries:
-            raise InputError(f"{name}: not in {NAME}")
-        try:
-            _check_file(folder, name, entries[name])
-        except (OSError, ValueError) as error:  # for example, a name that is too long or contains a NUL
-            raise InputError(f"{name[:100]}: cannot be read ({first_line(error)[:100]})") from error
+    return entries
 
 
 def _check_file(folder: Path, name: str, expected: Entry) -> None:

@@ -11,6 +11,7 @@ from gptbert.checkpoint.shards import load_shards
 from gptbert.checkpoint.weights import read_weights, shapes
 from gptbert.config import ModelConfig
 from gptbert.errors import InputError
+from gptbert.io.screen import log
 from gptbert.model import GPTBert
 
 
@@ -26,6 +27,7 @@ def load_model(path: Path, weights: str = "ema") -> GPTBert:
     """
     path = newest_in(Path(path))
     config = ModelConfig.from_json(path / MODEL_CONFIG)
+    require_weights(path, weights, "; --weights {other} takes that")
     try:  # before memory is allocated for the model
         state = read_full_weights(path, weights, config)
     except InputError as error:
@@ -46,10 +48,38 @@ def read_full_weights(path: Path, weights: str, config: ModelConfig) -> dict[str
     Raises:
         InputError: a file's name, and what is wrong with it.
     """
+    require_weights(path, weights)
     if not is_sharded(path):
-        manifest.check(path, [MODEL_CONFIG, f"{weights}.safetensors"])
+        _check(path, [MODEL_CONFIG, f"{weights}.safetensors"])
         return read_weights(path / f"{weights}.safetensors", config)
-    manifest.check(path)
+    listed = manifest.listed(path)
+    manifest.check(path, [name for name in listed if name == MODEL_CONFIG or name.startswith(f"{SHARDS}/")])
     state = {name: torch.empty(shape) for name, shape in shapes(config).items()}
     load_shards({f"{weights}.{name}": tensor for name, tensor in state.items()}, path / SHARDS)
     return state
+
+
+def require_weights(path: Path, weights: str, hint: str = "") -> None:
+    """Refuse a folder without the file of these weights that has the other one.
+
+    Args:
+        path: the folder.
+        weights: "ema" or "model".
+        hint: the way on, for the message; `{other}` in it is the other name.
+
+    Raises:
+        InputError: names both files.
+    """
+    other = "model" if weights == "ema" else "ema"
+    files = {name: path / f"{name}.safetensors" for name in (weights, other)}
+    if not is_sharded(path) and not files[weights].exists() and files[other].is_file():
+        way_on = hint.format(other=other)
+        raise InputError(f"{path}: has no {files[weights].name}, only {files[other].name}{way_on}")
+
+
+def _check(path: Path, names: list[str]) -> None:
+    """Check files against the folder's manifest; a complete folder that someone else wrote may have none."""
+    if (path / manifest.NAME).exists() or path.name.endswith((".incomplete", ".deleted")):
+        manifest.check(path, names)
+    else:
+        log(f"{path}: has no {manifest.NAME}, so its files are taken as they are")

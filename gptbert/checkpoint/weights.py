@@ -38,9 +38,10 @@ def fitting(published: dict[str, Tensor], config: ModelConfig) -> dict[str, Tens
     """Convert weights under published names to those of a `GPTBert` of this shape.
 
     Raises:
-        InputError: a weight is missing, unknown, of a different shape, or not floating-point; names the weight.
+        InputError: a weight is missing, unknown, of a different shape, not floating-point, or given twice with
+            different values; names the weight.
     """
-    weights, expected = from_upstream(published), shapes(config)
+    weights, expected = from_upstream(published, config), shapes(config)
     for name in expected | weights:
         if name not in weights:
             raise InputError(f"{name} is missing")

@@ -15,7 +15,7 @@ A reader memory-maps files, of many shards only those read last, and keeps none 
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -38,6 +38,7 @@ from gptbert.data.token_shards import (
 )
 from gptbert.errors import InputError, first_line
 from gptbert.io.files import fsync_file
+from gptbert.io.outputs import owned_outputs
 
 SHARD_TOKENS = 50_000_000  # the writer briefly holds a shard twice: 400 MB with 4-byte ids
 MOST_MAPPED = 1024  # files; two blocks of gptbert.data.document_order span about a hundred
@@ -250,10 +251,10 @@ class TokenStoreWriter:
     def __enter__(self) -> Self:
         if self.path.is_dir():
             raise InputError(f"output {self.path}: is a folder; name a file")
-        # A missing folder is created only at the end, so a failure leaves none behind.
-        nearest = next(folder for folder in self.path.absolute().parents if folder.exists())
-        with _write_errors(self.path):
-            self._folder = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=nearest))
+        with _write_errors(self.path), ExitStack() as stack:
+            stack.enter_context(owned_outputs(self.path))
+            self._folder = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.absolute().parent))
+            self._ownership = stack.pop_all()
         return self
 
     def append(self, tokens: np.ndarray, lengths: np.ndarray, words: np.ndarray | None = None) -> None:
@@ -306,6 +307,7 @@ class TokenStoreWriter:
                 self._publish()
         finally:
             shutil.rmtree(self._folder, ignore_errors=True)
+            self._ownership.close()
 
     def _write_shard(self) -> None:
         batches, lengths, words = zip(*self._batches, strict=True)
@@ -325,7 +327,6 @@ class TokenStoreWriter:
         count = len(self._written)
         names = [self.path] if count == 1 else [shard_name(self.path, i + 1, count) for i in range(count)]
         with _write_errors(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             for file, name in zip(self._written, names, strict=True):
                 file.replace(name)
             for file in old:

@@ -22,7 +22,9 @@ from gptbert.distributed.fresh_store import fresh_store, shares_its_store
 from gptbert.distributed.hardware import usable_cores
 from gptbert.distributed.memory import keep_freed_memory
 from gptbert.errors import InputError, LostProcessError, SharedError, first_line
+from gptbert.io import environment
 
+_MOST_PROCESSES = 10**6
 REDUCE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of `--reduce_dtype`
 
 
@@ -89,16 +91,16 @@ class World:
     @contextmanager
     def errors_on_all_ranks(self) -> Iterator[None]:
         """Context manager: if the block raises InputError on any rank, all ranks raise it, with the same message."""
-        message = None
+        failure = None
         try:
             yield
         except InputError as error:
-            message = str(error)
+            failure = str(error), error.status
         except OSError as error:
-            message = f"{error.filename}: {error.strerror}"
-        failed = [text for text in self.all_gather(message) if text]
+            failure = f"{error.filename}: {error.strerror}", InputError.status
+        failed = [reported for reported in self.all_gather(failure) if reported]
         if failed:
-            raise SharedError(failed[0])
+            raise SharedError(*failed[0])
 
 
 @contextmanager
@@ -106,14 +108,15 @@ def connect(config: TrainConfig) -> Iterator[World]:
     """Join the process group of torchrun's processes (nccl on GPUs, gloo on CPUs), and destroy it at the end.
 
     Raises:
-        InputError: `--device cuda` without a GPU for this process.
+        InputError: `--device cuda` without a GPU for this process; see also `read_launch`.
         LostProcessError: torch.distributed reports, now or later, that another process cannot be reached.
     """
-    rank, world_size = _environment("RANK", 0), _environment("WORLD_SIZE", 1)
-    device = choose_device(config.device, local_rank=_environment("LOCAL_RANK", 0))
+    launch = read_launch()
+    rank, world_size = launch.rank, launch.world_size
+    device = choose_device(config.device, local_rank=launch.local_rank)
     if device.type == "cpu":
         # torchrun sets one thread per process, however many cores there are
-        torch.set_num_threads(config.cpu_threads or max(1, usable_cores() // _environment("LOCAL_WORLD_SIZE", 1)))
+        torch.set_num_threads(config.cpu_threads or max(1, usable_cores() // launch.local_world_size))
         if config.huge_pages:
             keep_freed_memory()
     else:
@@ -144,6 +147,61 @@ def connect(config: TrainConfig) -> Iterator[World]:
             dist.destroy_process_group()
 
 
+@dataclass(frozen=True)
+class Launch:
+    """What torchrun says in the environment about this process; without torchrun, it is the only one."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+
+def read_launch() -> Launch:
+    """What torchrun's variables say.
+
+    Raises:
+        InputError: one is missing, is no number, or contradicts another; names both.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    hint = "; torchrun sets it, and without torchrun it must be unset"
+    rank, world_size, local_rank, local_size = (
+        environment.integer(name, lowest, _MOST_PROCESSES, hint) for name, lowest in zip(names, (0, 1) * 2, strict=True)
+    )
+    if rank is None and world_size in {None, 1} and local_rank in {None, 0} and local_size in {None, 1}:
+        return Launch()
+    missing = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": 0 if world_size == 1 else local_rank}
+    if absent := [name for name, value in missing.items() if value is None]:
+        there = next(name for name in names if environment.text(name))
+        raise InputError(
+            f"{there} is {environment.text(there)}, and {absent[0]} is not set; torchrun sets both, and without "
+            "torchrun both must be unset"
+        )
+    launch = Launch(rank, world_size, local_rank or 0, min(local_size or world_size, world_size))
+    for smaller, larger in (("rank", "world_size"), ("local_rank", "local_world_size")):
+        here, number = getattr(launch, smaller), getattr(launch, larger)
+        if here >= number:
+            raise InputError(f"{smaller.upper()} is {here}, expected one below {larger.upper()} {number}{hint}")
+    if local_size and local_size > world_size:
+        raise InputError(f"LOCAL_WORLD_SIZE is {local_size}, expected at most WORLD_SIZE {world_size}{hint}")
+    if world_size > 1:
+        port = environment.integer("MASTER_PORT", 1, 65535, "; a port of the first host that no one uses")
+        for name, value in (("MASTER_ADDR", environment.text("MASTER_ADDR")), ("MASTER_PORT", port)):
+            if value is None:
+                raise InputError(f"{name} is not set, and WORLD_SIZE is {world_size}{hint}")
+    return launch
+
+
+def why_no_gpu() -> str:
+    """Why PyTorch sees no GPU, as far as that is known: its build, or a variable that hides GPUs."""
+    if not torch.backends.cuda.is_built():
+        return "this PyTorch is built for CPUs"
+    for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
+        if (value := os.environ.get(name)) is not None:
+            return f"{name} is {value[:100]!r}"
+    return "torch sees none"
+
+
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """The device of this process.
 
@@ -157,7 +215,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     available = torch.cuda.device_count() if name != "cpu" else 0
     if available == 0:
         if name == "cuda":
-            raise InputError("--device cuda: torch sees no GPU; --device cpu works everywhere")
+            raise InputError(f"--device cuda: torch sees no GPU ({why_no_gpu()}); --device cpu works everywhere")
         return torch.device("cpu")
     if local_rank >= available:
         raise InputError(f"--device {name}: process {local_rank} of this host has no GPU ({available} there)")
@@ -181,7 +239,3 @@ def _in_bf16(group: dist.ProcessGroup | None, bucket: dist.GradBucket) -> torch.
 def _reason(error: RuntimeError) -> str:
     """The message of gloo or nccl, without its source location and advice."""
     return re.sub(r"\[[^\]]*\.(cc|cpp|h|hpp):\d+\] *", "", first_line(error)).partition(". ")[0].strip()[:200]
-
-
-def _environment(name: str, default: int) -> int:
-    return int(os.environ.get(name, default))

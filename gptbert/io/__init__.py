@@ -1,6 +1,8 @@
 """Files and the screen, independent of text and models.
 
 - `files`: atomic writes of files and folders.
+- `owner`: one writer for a folder or file: locks and leases.
+- `environment`: environment variables, checked.
 - `outputs`: a command's outputs, checked before its work and published after it.
 - `json_file`: reading untrusted JSON, writing our own.
 - `torch_file`: reading untrusted `torch.save` files without running code.

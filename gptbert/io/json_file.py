@@ -37,14 +37,14 @@ def read_json(path: Path, most_bytes: int, unique_keys: bool = False) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """Parse a JSON object of at most 1 MB.
+def read_object(path: Path, unique_keys: bool = False) -> dict[str, Any]:
+    """Parse a JSON object of at most 1 MB; `unique_keys` as for `read_json`.
 
     Raises:
         InputError: it is missing or damaged; names the file.
     """
     try:
-        content = read_json(path, _OBJECT_BYTES)
+        content = read_json(path, _OBJECT_BYTES, unique_keys)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(content, dict):

@@ -2,11 +2,12 @@
 
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from gptbert.errors import InputError
 from gptbert.io.files import fsync_file
+from gptbert.io.owner import owned
 
 
 def check_outputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
@@ -28,6 +29,7 @@ def staged_outputs(*outputs: Path, what: str = "output") -> Iterator[Sequence[Pa
     """Yield paths to write to; when the block succeeds, fsync them and move them all to `outputs`.
 
     After an exception nothing is left behind, not even a new folder, and older files of the same names are untouched.
+    One process at a time may write an output.
 
     Args:
         outputs: files in one folder, which is created if needed.
@@ -37,18 +39,33 @@ def staged_outputs(*outputs: Path, what: str = "output") -> Iterator[Sequence[Pa
         One path per output, in a hidden folder on the same disk.
 
     Raises:
-        InputError: the folder cannot be written, or the disk is full.
+        InputError: the folder cannot be written, the disk is full, or another process writes one of the outputs.
     """
     target = outputs[0].absolute().parent
-    nearest = next(folder for folder in (target, *target.parents) if folder.exists())
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{outputs[0].name}.", dir=nearest) as folder:
+        with (
+            owned_outputs(*outputs, what=what),
+            tempfile.TemporaryDirectory(prefix=f".{outputs[0].name}.", dir=target) as folder,
+        ):
             staged = [Path(folder, output.name) for output in outputs]
             yield staged
             for file in staged:
                 fsync_file(file)
-            target.mkdir(parents=True, exist_ok=True)
             for file, output in zip(staged, outputs, strict=True):
                 file.replace(output)
     except OSError as error:
         raise InputError(f"{what} {outputs[0]}: cannot be written ({error.strerror})") from error
+
+
+@contextmanager
+def owned_outputs(*outputs: Path, what: str = "output") -> Iterator[None]:
+    """Own output files while the block runs; their folder is there meanwhile, and stays if something is in it.
+
+    Raises:
+        OwnedError: another process owns one of them.
+        OSError: their folder cannot be written.
+    """
+    with ExitStack() as stack:
+        for output in sorted(outputs):
+            stack.enter_context(owned(output.absolute().with_name(f".{output.name}.owner"), f"{what} {output}"))
+        yield

@@ -172,10 +172,12 @@ class _Mark:
     """A global that a pickle may name; it is recognized, never called."""
 
 
-_TENSOR, _TENSOR_WITH_DTYPE, _DICTIONARY, _ANY_STORAGE, _FORGOTTEN = (_Mark() for _ in range(5))
+_TENSOR, _TENSOR_WITH_DTYPE, _PARAMETER, _DICTIONARY, _ANY_STORAGE, _FORGOTTEN = (_Mark() for _ in range(6))
 _GLOBALS = {
     "torch._utils _rebuild_tensor_v2": _TENSOR,
     "torch._utils _rebuild_tensor_v3": _TENSOR_WITH_DTYPE,
+    "torch._utils _rebuild_parameter": _PARAMETER,  # a tensor, whether it needs a gradient, and hooks
+    "torch._utils _rebuild_parameter_with_state": _PARAMETER,  # and attributes
     "collections OrderedDict": _DICTIONARY,  # a module's state_dict; also an empty dictionary of hooks per tensor
     "torch.storage UntypedStorage": _ANY_STORAGE,
     **{f"torch {name}": dtype for name, dtype in _STORAGES.items()},
@@ -251,7 +253,10 @@ class _Pickle:
 
     def _global(self, _: str, name: str) -> None:
         if name not in _GLOBALS:
-            raise InputError(f"refused, since it names {name[:60]!r} and not only tensors (maybe code)")
+            raise InputError(
+                f"refused, since it names {name[:60]!r} and not only tensors (maybe code); "
+                "torch.save(model.state_dict(), FILE) writes tensors alone"
+            )
         self._stack.append(_GLOBALS[name])
 
     def _string(self, _: str, value: str) -> None:
@@ -319,6 +324,13 @@ class _Pickle:
         function, arguments = self._take(len(self._stack) - 2)
         if function is _DICTIONARY and arguments == ():
             self._push({})
+            return
+        if function is _PARAMETER:
+            tensor, _gradient, hooks, *_attributes = arguments
+            if isinstance(tensor, str | int | float | tuple | list | dict | torch.dtype | _Mark | None):
+                raise InputError("refused, since it has a parameter that is no tensor")
+            self._forget(arguments, hooks)
+            self._push(tensor)
             return
         if function is _TENSOR:
             storage, offset, shape, stride, _gradient, hooks, *_rest = arguments

@@ -1,7 +1,6 @@
 """Destinations of a run's records: its own files, Weights & Biases, TensorBoard."""
 
-import netrc
-import os
+import inspect
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from typing import Any, Protocol, Self
 from gptbert.config import TrainConfig
 from gptbert.distributed.world import World
 from gptbert.errors import InputError, first_line
+from gptbert.io import environment
 from gptbert.io.screen import log
 from gptbert.monitoring.records import JsonLines
 
@@ -36,10 +36,12 @@ class Wandb:
     def __init__(self, config: TrainConfig, settings: dict[str, Any]) -> None:
         import wandb  # noqa: PLC0415  slow to import, and only the main rank needs it
 
+        environment.drop_empty("WANDB_")
+        environment.provide_home(config.run_dir)
         id_file = config.run_dir / "wandb_id"
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(4), encoding="utf-8")
-        limits = {"init_timeout": float(os.environ.get("WANDB_INIT_TIMEOUT", "30")), "finish_timeout": 20}  # s
+        limits = {"init_timeout": environment.seconds("WANDB_INIT_TIMEOUT") or 30.0, "finish_timeout": 20}  # s
 
         def start(mode: str) -> wandb.Run:
             return wandb.init(
@@ -55,9 +57,13 @@ class Wandb:
             )
 
         mode = _wandb_mode() if config.wandb_mode == "auto" else config.wandb_mode
+        if config.wandb_mode != "auto":
+            environment.choice("WANDB_MODE", ("online", "offline", "disabled"))  # wandb reads it even so
         try:
             self._run = start(mode)
         except Exception as error:  # wandb's own, the network's, the service's
+            if hasattr(error, "errors"):  # pydantic's, of a setting of a wrong value
+                raise InputError(f"{_named(error)}; unset it, or --trackers without wandb") from error
             is_refused = isinstance(error, wandb.errors.AuthenticationError | wandb.errors.UsageError)
             if is_refused and config.wandb_mode == "online":
                 raise InputError(
@@ -79,17 +85,39 @@ class Wandb:
 
 
 def _wandb_mode() -> str:
-    """WANDB_MODE if set; else online if the user is logged in."""
-    if mode := os.environ.get("WANDB_MODE"):
-        if mode not in {"online", "offline", "disabled"}:
-            raise InputError(f"WANDB_MODE is {mode!r}, expected online, offline or disabled")
+    """WANDB_MODE if set; else online if wandb says that the user is logged in."""
+    if mode := environment.choice("WANDB_MODE", ("online", "offline", "disabled")):
         return mode
-    if os.environ.get("WANDB_API_KEY"):
+    if _is_logged_in():
         return "online"
+    log("wandb records offline, since nobody is logged in (wandb login; --wandb_mode offline says that it is meant)")
+    return "offline"
+
+
+def _is_logged_in() -> bool:
+    """Whether wandb has credentials for its server, from wherever this version of it takes them; asks no one.
+
+    Raises:
+        InputError: a variable of wandb's, such as WANDB_API_KEY or WANDB_BASE_URL, cannot be used.
+    """
+    import wandb  # noqa: PLC0415  as above
+
     try:
-        return "online" if netrc.netrc().authenticators("api.wandb.ai") else "offline"
-    except (OSError, netrc.NetrcParseError):
-        return "offline"
+        wandb.setup(settings=wandb.Settings(silent=True))
+        if "prompt" in inspect.signature(wandb.login).parameters:
+            return wandb.login(prompt=False, verify=False)
+        return bool(wandb.api.api_key)  # of versions before 0.31
+    except (ValueError, wandb.errors.Error) as error:
+        raise InputError(f"{_named(error)} (wandb login; --wandb_mode offline needs neither)") from error
+
+
+def _named(error: Exception) -> str:
+    """A wandb error, with the name of the variable that a setting of a wrong value comes from."""
+    wrong = error.errors() if hasattr(error, "errors") else []  # pydantic's
+    if not wrong:
+        return f"wandb: {first_line(error)}"
+    value = "" if "key" in str(wrong[0]["loc"]) else f" is {str(wrong[0].get('input'))[:100]!r}"
+    return f"WANDB_{'_'.join(map(str, wrong[0]['loc'])).upper()}{value}: {wrong[0]['msg']}"
 
 
 class TensorBoard:

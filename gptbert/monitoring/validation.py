@@ -53,12 +53,13 @@ class ValidationSettings:
             path: the checkpoint's folder.
 
         Raises:
-            InputError: the file is missing or damaged.
+            InputError: the file is damaged, or missing though the folder's manifest lists it.
         """
         file = path / TRAIN_CONFIG
         try:
-            manifest.check(path, [file.name])
-            content = read_json(file, SETTINGS_BYTES)
+            if (path / manifest.NAME).exists():
+                manifest.check(path, [file.name])
+            content = read_json(file, SETTINGS_BYTES) if file.exists() else {}
             settings = cls(**{name: content.get(name, getattr(TrainConfig, name)) for name in cls.__annotations__})
         except (InputError, OSError, ValueError, AttributeError) as error:
             raise InputError(f"{file}: missing or damaged ({first_line(error)})") from error

@@ -8,12 +8,13 @@ import torch
 import tyro
 from tokenizers import Tokenizer
 
-from gptbert.checkpoint.folder import TOKENIZER, newest_in
+from gptbert.checkpoint.folder import newest_in, tokenizer_of
 from gptbert.checkpoint.saved_model import load_model
 from gptbert.distributed.world import choose_device
 from gptbert.errors import InputError
 from gptbert.model import GPTBert
 from gptbert.text.tokenizer import load_tokenizer
+from kernels.backend import choose_backend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +56,12 @@ class TrainedModel:
             InputError: the checkpoint is missing or damaged, or the device does not exist.
         """
         device = choose_device(choice.device)
+        try:
+            choose_backend(None, device)
+        except ValueError as error:  # KERNELS_BACKEND in the environment
+            raise InputError(str(error)) from None
         path = newest_in(choice.run)
-        tokenizer = load_tokenizer(path / TOKENIZER)
+        tokenizer = load_tokenizer(tokenizer_of(path))
         model = load_model(path, choice.weights).to(device)
         if tokenizer.get_vocab_size() > model.config.vocab_size:
             raise InputError(

@@ -23,13 +23,14 @@ scores' gradients are laid out by distance in global memory.
 """
 
 import math
-import os
 
 import triton
 import triton.language as tl
 
+from kernels.backend import interpreted
+
 LOG2_E = tl.constexpr(math.log2(math.e))  # scores are multiplied with it, since exp2 is one instruction
-_COMPILED = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")  # the interpreter has no inline assembler
+_COMPILED = tl.constexpr(not interpreted())  # the interpreter has no inline assembler
 
 
 @triton.jit

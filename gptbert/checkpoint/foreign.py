@@ -1,0 +1,249 @@
+"""Weights in files that others wrote: of any format, in any dictionaries, with any prefixes of their names.
+
+What such files say twice is compared: tensors under two names, files side by side, an index and its files.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from gptbert.errors import InputError, first_line
+from gptbert.io.json_file import read_object
+from gptbert.io.torch_file import load_torch_file
+from gptbert.upstream import is_published, same, to_published, unwrapped_name
+
+State = dict[str, Tensor]  # by published name
+
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # as transformers names them; `.index.json` if in parts
+_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt"}
+_NOT_WEIGHTS = re.compile(r"training_args|optimizer|scheduler|rng_state|scaler|training_state")  # of other trainers
+_AVERAGE = re.compile(r"(^|[_.])(ema|avg|average|averaged|shadow|swa)([_.]|$)", re.IGNORECASE)
+_OPTIMIZER = re.compile(r"(^|[_.])(optim|optimizer|exp_avg|exp_avg_sq|momentum_buffer|grad|grads|gradients)([_.]|$)")
+_DEEPEST = 6  # dictionaries in dictionaries
+_MOST_ENTRIES = 1_000_000
+_LONGEST_NAME = 8  # parts of a published name, at most
+_FORMATS = {  # how files of other formats begin
+    b"version https://git-lfs": "a pointer of Git LFS; git lfs pull brings the file itself",
+    b"\x1f\x8b": "compressed by gzip; gunzip it",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd; unzstd it",
+    b"BZh": "compressed by bzip2; bunzip2 it",
+    b"\xfd7zXZ": "compressed by xz; unxz it",
+    b"GGUF": "GGUF, which llama.cpp reads; import the file that it was made from",
+    b"\x89HDF": "HDF5, which Keras writes; import a PyTorch file",
+    b"\x80": "a bare pickle, which may run code; torch.save(model.state_dict(), FILE) writes what is read here",
+    b"<": "a web page; download the file itself",
+}
+
+
+@dataclass(frozen=True)
+class ForeignWeights:
+    """The weights of a file, and what was not taken from it.
+
+    Attributes:
+        model: the weights.
+        ema: their moving average; the weights themselves if the file has no average.
+        left_out: names of tensors that belong to no GPT-BERT: heads for other tasks, counters of wrappers.
+    """
+
+    model: State
+    ema: State
+    left_out: list[str]
+
+
+def find_weights(folder: Path) -> list[Path]:
+    """The files of weights in a folder: those with transformers' names, all of them, or else the only other one.
+
+    Raises:
+        InputError: there is none, or there are several with other names.
+    """
+    usual = [folder / f"{name}{part}" for name in WEIGHT_FILES for part in ("", ".index.json")]
+    if found := [file for file in usual if file.is_file()]:
+        return found
+    others = sorted(
+        file
+        for file in folder.iterdir()
+        if file.is_file() and file.suffix in _SUFFIXES and not _NOT_WEIGHTS.search(file.name)
+    )
+    if not others:
+        raise InputError(f"{folder}: holds neither {' nor '.join(WEIGHT_FILES)}; name the file of weights")
+    if len(others) > 1:
+        names = ", ".join(file.name for file in others[:5])
+        raise InputError(f"{folder}: holds several files that may be the weights ({names}); name one of them")
+    return others
+
+
+def read_foreign(files: list[Path], key: str | None = None) -> ForeignWeights:
+    """The weights of a file; of several, those that all of them hold.
+
+    Args:
+        files: at least one.
+        key: which weights of a file to take if it holds several that differ, as the message names them.
+
+    Raises:
+        InputError: a file is damaged or of another format, holds no weights or several that differ, or files differ.
+    """
+    all_read = [_read(file, key) for file in files]
+    for file, other in zip(files[1:], all_read[1:], strict=True):
+        if difference := _difference(all_read[0].model, other.model) or _difference(all_read[0].ema, other.ema):
+            raise InputError(f"{files[0]} and {file.name} differ in {difference}; name the file that is meant")
+    return all_read[0]
+
+
+def _read(file: Path, key: str | None) -> ForeignWeights:
+    try:
+        content = _read_index(file) if file.name.endswith(".index.json") else _read_any(file)
+        return _search(content, key)
+    except (InputError, SafetensorError, OSError) as error:
+        raise InputError(f"{file}: {first_line(error)}") from error
+
+
+def _search(content: Any, key: str | None) -> ForeignWeights:
+    """The weights in what a file holds."""
+    if not isinstance(content, dict):
+        raise InputError("expected a dictionary of weights")
+    loose: list[str] = []
+    found = list(_candidates(content, loose, [_MOST_ENTRIES]))
+    if not found:
+        raise InputError(f"holds no weights of a GPT-BERT{_description(content)}")
+    return _choose(found, key, loose)
+
+
+def _read_any(file: Path) -> Any:
+    """The content of a file, recognized by its first bytes."""
+    if not file.is_file():  # reading a pipe or device may never end
+        raise InputError("no such file")
+    with file.open("rb") as handle:
+        start = handle.read(32)
+    if start[:2] == b"PK":
+        return load_torch_file(file)
+    if start[8:9] == b"{" or file.suffix == ".safetensors":
+        if (known := _format(start)) and start[8:9] != b"{":
+            raise InputError(f"is {known}")
+        return load_file(file)
+    if known := _format(start):
+        raise InputError(f"is {known}")
+    return load_torch_file(file)  # which says why it is none
+
+
+def _format(start: bytes) -> str | None:
+    return next((name for beginning, name in _FORMATS.items() if start.startswith(beginning)), None)
+
+
+def _read_index(index: Path) -> State:
+    """The tensors of several files, which an index lists; they must be exactly those."""
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise InputError("has no weight_map of names and files")
+    state: State = {}
+    for name in sorted(set(weight_map.values())):
+        if Path(name).name != name:
+            raise InputError(f"names {name[:100]!r}, which is not a file beside it")
+        try:
+            content = _read_any(index.with_name(name))
+        except (InputError, SafetensorError, OSError) as error:
+            raise InputError(f"its file {name}: {first_line(error)}") from error
+        expected = {key for key, file in weight_map.items() if file == name}
+        if not isinstance(content, dict) or (wrong := expected.symmetric_difference(content)):
+            about = f"differ in {min(map(str, wrong))[:100]}" if isinstance(content, dict) else "differ"
+            raise InputError(f"it and its file {name} {about}")
+        state |= content
+    return state
+
+
+def _candidates(
+    content: Mapping[Any, Any], loose: list[str], left: list[int], path: tuple[str, ...] = ()
+) -> Iterator[tuple[str, State]]:
+    """Each set of a GPT-BERT's weights in nested dictionaries, with the keys and prefixes that lead to it.
+
+    Args:
+        content: the dictionary.
+        loose: receives the names of tensors beside such sets.
+        left: one number, of entries to look at; a file may hold a dictionary many times, and in itself.
+        path: keys that lead to the dictionary.
+    """
+    left[0] -= len(content) + 1
+    if left[0] < 0:
+        raise InputError("its dictionaries have more entries than a file of weights")
+    has_own_names = any("blocks" in str(key).split(".") for key in content)  # of this trainer's model
+    groups: dict[str, dict[str, tuple[str, Tensor]]] = {}
+    unknown = []
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            if len(path) < _DEEPEST and not _OPTIMIZER.search(str(key)):
+                yield from _candidates(value, loose, left, (*path, str(key)))
+        elif isinstance(key, str) and isinstance(value, Tensor):
+            prefix, name = _parse(key, has_own_names)
+            if name is None:
+                unknown.append((prefix, key, value))
+            elif not _OPTIMIZER.search(prefix):
+                raw, tensor = groups.setdefault(prefix, {}).setdefault(name, (key, value))
+                if not same(tensor, value):
+                    raise InputError(f"{raw} and {key} are the same weight, and differ")
+    for name, key, tensor in unknown:
+        owner = max((prefix for prefix in groups if not prefix or name.startswith(f"{prefix}.")), key=len, default=None)
+        if owner is None or tensor.ndim == 0:
+            loose.append(key)
+        else:
+            groups[owner][name.removeprefix(f"{owner}.") if owner else name] = (key, tensor)
+    for prefix, group in groups.items():
+        yield ".".join(filter(None, (*path, prefix))), {name: tensor for name, (_, tensor) in group.items()}
+
+
+def _parse(key: str, has_own_names: bool) -> tuple[str, str | None]:
+    """A name's prefix without wrappers, and its published name; if it has none, the name without wrappers and None."""
+    bare = unwrapped_name(key)
+    parts = bare.split(".")[-_LONGEST_NAME:]
+    for start in range(len(parts)):
+        name = ".".join(parts[start:])
+        published = name if is_published(name) else to_published(name) if has_own_names else None
+        if published:
+            return bare.removesuffix(name).removesuffix("."), published
+    return bare, None
+
+
+def _choose(found: list[tuple[str, State]], key: str | None, loose: list[str]) -> ForeignWeights:
+    """The weights and their average among what a file holds, by what is in it and what it is called."""
+    if key is not None:
+        named = [state for label, state in found if label == key]
+        if not named:
+            raise InputError(f"--weights_key {key}: the file has {_names(found)}")
+        found = [("", named[0])]
+    averages = [(label, state) for label, state in found if _AVERAGE.search(label)]
+    models = [one for one in found if one not in averages] or averages
+    chosen = []
+    for several in (models, averages or models):
+        for label, state in several[1:]:
+            if difference := _difference(several[0][1], state):
+                raise InputError(
+                    f"holds {_names(several)}, which differ in {difference}; --weights_key names the one that is meant"
+                    if label
+                    else f"holds {_names(several)}, which differ in {difference}; write the weights alone to a file"
+                )
+        chosen.append(several[0][1])
+    left_out = [name for name in chosen[0] if name.startswith("head.")] + loose
+    model, ema = ({name: state[name] for name in state if not name.startswith("head.")} for state in chosen)
+    return ForeignWeights(model, ema, left_out)
+
+
+def _names(found: list[tuple[str, State]]) -> str:
+    return " and ".join(repr(label[:60]) if label else "weights without a key" for label, _ in found[:4])
+
+
+def _difference(one: State, other: State) -> str | None:
+    """The first name in which two sets of weights differ."""
+    names = [name for name in [*one, *(name for name in other if name not in one)] if not name.startswith("head.")]
+    return next(
+        (name for name in names if name not in one or name not in other or not same(one[name], other[name])), None
+    )
+
+
+def _description(content: Mapping[Any, Any]) -> str:
+    """The first names in a file without weights of a GPT-BERT, for a message."""
+    names = ", ".join(repr(str(name)[:60]) for name in list(content)[:3])
+    return f" (it has {names}{', …' if len(content) > 3 else ''})" if names else " (it is empty)"
