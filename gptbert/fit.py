@@ -1,15 +1,17 @@
 """A training run from its settings: open inputs, find a checkpoint, prepare kernels, start the trainer."""
 
+from pathlib import Path
+
 from gptbert import compile_choice
 from gptbert.checkpoint.folder import saved_setting
 from gptbert.checkpoint.initial_weights import read_initial_weights
-from gptbert.checkpoint.resume import changed_settings, find_for_all_ranks
+from gptbert.checkpoint.resume import changed_settings, find_for_all_ranks, progress_state
 from gptbert.checkpoint.word_checkpoints import WordCheckpoints
 from gptbert.config import TrainConfig
 from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.data.inputs import Inputs
-from gptbert.data.loader import training_streams
 from gptbert.data.mask_history import check_counts
+from gptbert.data.progress import Progress
 from gptbert.distributed.fsdp import shard_size
 from gptbert.distributed.world import World, connect
 from gptbert.errors import InputError
@@ -44,7 +46,6 @@ def _fit(config: TrainConfig, world: World) -> None:
         with world.errors_on_all_ranks():
             inputs.check_ids(world.rank, world.world_size)
             shard_size(config, world)  # raises InputError if invalid
-            words = WordCheckpoints(config, training_streams(config, inputs, plan), plan)
         with world.errors_on_all_ranks():
             if len(set(world.all_gather(config))) > 1:
                 raise InputError("the processes were given different flags; every host must start the same command")
@@ -60,6 +61,10 @@ def _fit(config: TrainConfig, world: World) -> None:
                 log(f"{config.name}: finished already, {path} is step {first_step} of {config.max_steps}")
             return
         with world.errors_on_all_ranks():
+            state, note = progress_state(path, resumed, config, inputs) if resumed else (None, "")
+            progress = Progress(config, inputs, plan, state, first_step)
+            words = WordCheckpoints(config, progress)
+        with world.errors_on_all_ranks():
             reasons = finish_check()
         agree_on_fused(reasons, world)
     was_asked = resumed is None or saved_setting(path, "compile") is not False
@@ -71,15 +76,22 @@ def _fit(config: TrainConfig, world: World) -> None:
     if world.is_main:
         print_header(config, inputs, plan, world, backend, words)
         log(str(choice))
-        if resumed:
-            changes = changed_settings(path, config)
-            log(f"going on from {path}" + (f"; changed since: {', '.join(changes)}" if changes else ""))
-        elif initial_weights:
-            log(f"starting from the weights of {config.initial_weights}")
-    trainer = Trainer(config, inputs, plan, world, initial_weights, is_compiled=choice.is_compiled)
+        _log_start(config, path, note)
+    trainer = Trainer(config, inputs, plan, world, initial_weights, is_compiled=choice.is_compiled, progress=progress)
     if world.is_main and len(inputs.train_stores) > 1:
-        log(trainer.loader.describe_corpora())
+        log(progress.describe_corpora(inputs, config.max_steps))
     if resumed:
         trainer.restore(resumed)
         del resumed  # as large as the run's own state
     trainer.run()
+
+
+def _log_start(config: TrainConfig, path: Path | None, note: str) -> None:
+    """Say what the run starts from: a checkpoint, other weights, or nothing, of which there is nothing to say."""
+    if path:
+        changes = changed_settings(path, config)
+        log(f"going on from {path}" + (f"; changed since: {', '.join(changes)}" if changes else ""))
+        if note:
+            log(note)
+    elif config.initial_weights:
+        log(f"starting from the weights of {config.initial_weights}")

@@ -17,6 +17,7 @@ from gptbert.data.inputs import Inputs
 from gptbert.data.loader import BatchLoader, LoadedShare
 from gptbert.data.micro_batch import MicroBatches
 from gptbert.data.packing import Prefetcher
+from gptbert.data.progress import Progress
 from gptbert.distributed.fsdp import full_tensor, load_moments, load_weights, new_moments, reshard, shard
 from gptbert.distributed.random_state import RandomState
 from gptbert.distributed.stop_signal import StopSignal
@@ -49,10 +50,12 @@ class Trainer:
         initial_weights: dict[str, Tensor] | None = None,
         *,
         is_compiled: bool | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self.config = config
         self.inputs = inputs
-        self.plan = plan
+        self.progress = progress or Progress(config, inputs, plan)
+        self.plan = self.progress.plan
         self.world = world
         torch.manual_seed(config.seed)  # the same weights on every rank
         self.model = GPTBert(inputs.model_config)
@@ -82,11 +85,11 @@ class Trainer:
         self.sums, self.skipped_steps = self.training_step.sums, self.training_step.skipped_steps
         self.stop_signal = StopSignal(world)
         self.micro_batches = MicroBatches(config, plan, world)
-        self.loader = BatchLoader(config, inputs, plan, world, self.micro_batches)
-        self.words = WordCheckpoints(config, self.loader.streams, plan)
+        self.loader = BatchLoader(config, inputs, plan, world, self.micro_batches, self.progress)
+        self.words = WordCheckpoints(config, self.progress)
         self.validation = Validation(ValidationSettings.of(config), inputs.valid_store, world, inputs.vocab_size)
         self.step = 0
-        self._record = TrainingRecord(config, inputs.model_config, plan, world)
+        self._record = TrainingRecord(config, inputs.model_config, self.plan, world)
         self._warm_up()
         self.random_state = RandomState(config.seed, world)
         self.random_state.start()
@@ -166,7 +169,9 @@ class Trainer:
         self.skipped_steps.raise_if_too_many(self.config.max_skipped_steps, self.step)
         means = self.sums.means(self.world)
         self.sums.reset()
-        epochs = {f"train/corpus/{name}/epochs": count for name, count in self.loader.epochs_before(self.step).items()}
+        epochs = {
+            f"train/corpus/{name}/epochs": count for name, count in self.progress.epochs_before(self.step).items()
+        }
         return (
             self._record(self.step, means, gradient_norm, throughput)
             | {"train/skipped_steps": self.skipped_steps.total()}
@@ -193,6 +198,7 @@ class Trainer:
             optimizer=self.optimizer.state_dict(),
             rank_states=self.world.all_gather(self.random_state.state_dict() | self.sums.state_dict()),
             is_compiled=self.is_compiled,
+            progress=self.progress.state_dict(self.step),
             **self.skipped_steps.state_dict(),
             **self.loader.state_dict(),
         )
