@@ -241,8 +241,9 @@ class TrainConfig:
 
     validate_every: int = 1000
     """Steps between validations; 0: only at the end."""
-    validation_steps: int = 0
-    """Validate on this many batches of global_batch_size rows per objective; 0: on the whole file."""
+    validation_steps: int | None = None
+    """Validate on this many batches of global_batch_size rows per objective, spread evenly over the file; 0: on the
+    whole file. Default: on 262,144 tokens, or the whole file if it has fewer."""
     validation_mask_p: float = 0.15
     """Fraction of tokens masked in validation; the masks are the same every time."""
     log_every: int = 10
@@ -278,7 +279,7 @@ class TrainConfig:
             "validation_steps": 0, "shard_size": 0, "log_every": 1, "save_every": 0, "keep_checkpoints": 1,
         }  # fmt: skip
         for name, lowest in at_least.items():
-            if not getattr(self, name) >= lowest:
+            if getattr(self, name) is not None and not getattr(self, name) >= lowest:
                 raise InputError(f"--{name} is {getattr(self, name)}, expected at least {lowest}")
         for name in (
             "warmup_proportion", "cooldown_proportion", "mask_p_start", "mask_p_end", "mask_random_p", "mask_keep_p",

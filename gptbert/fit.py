@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from gptbert import compile_choice
+from gptbert import compile_choice, schedules
 from gptbert.checkpoint.folder import saved_setting
 from gptbert.checkpoint.initial_weights import read_initial_weights
 from gptbert.checkpoint.resume import changed_settings, find_for_all_ranks, progress_state
@@ -19,6 +19,7 @@ from gptbert.io.screen import log
 from gptbert.kernel_check import agree_on_fused, kernel_check, run_of
 from gptbert.model.compilation import restored_settings
 from gptbert.monitoring.progress import print_header
+from gptbert.monitoring.validation import is_validated
 from gptbert.preparation import prepare_cpp_kernels, prepare_kernels, prepare_run_dir
 from gptbert.trainer import Trainer
 
@@ -54,9 +55,11 @@ def _fit(config: TrainConfig, world: World) -> None:
         with world.errors_on_all_ranks():
             check_counts(resumed.mask_counts if resumed and config.mask_history else None, inputs.num_train_tokens)
             initial_weights = None if resumed else read_initial_weights(config, inputs.model_config)
-            if first_step >= config.max_steps and config.resume != "auto":
+            is_own, is_pending = _of_this_run(config, path, first_step, world)
+            is_over = first_step >= config.max_steps and not is_pending
+            if is_over and config.resume != "auto":
                 raise InputError(f"--resume {path}: its step {first_step} is the end of --max_steps {config.max_steps}")
-        if first_step >= config.max_steps:
+        if is_over:
             if world.is_main:
                 log(f"{config.name}: finished already, {path} is step {first_step} of {config.max_steps}")
             return
@@ -78,12 +81,30 @@ def _fit(config: TrainConfig, world: World) -> None:
         log(str(choice))
         _log_start(config, path, note)
     trainer = Trainer(config, inputs, plan, world, initial_weights, is_compiled=choice.is_compiled, progress=progress)
-    if world.is_main and len(inputs.train_stores) > 1:
-        log(progress.describe_corpora(inputs, config.max_steps))
+    if world.is_main:
+        _log_data(config, inputs, trainer)
     if resumed:
-        trainer.restore(resumed)
+        trainer.restore(resumed, is_own=is_own, validation_is_pending=is_pending)
         del resumed  # as large as the run's own state
     trainer.run()
+
+
+def _of_this_run(config: TrainConfig, path: Path | None, step: int, world: World) -> tuple[bool, bool]:
+    """Whether a checkpoint is in this run's folder, and then, whether its validation has still to be done.
+
+    A checkpoint is saved before the validation of its step, so a run may end between the two. Every rank must call it.
+    """
+    is_own = path is not None and path.resolve().parents[1] == config.run_dir.resolve()
+    is_due = step <= config.max_steps and schedules.is_due(step, config.validate_every, config.max_steps)
+    is_pending = is_own and is_due and not is_validated(config.run_dir, step)
+    return world.all_gather((is_own, is_pending))[0]
+
+
+def _log_data(config: TrainConfig, inputs: Inputs, trainer: Trainer) -> None:
+    if len(inputs.train_stores) > 1:
+        log(trainer.progress.describe_corpora(inputs, config.max_steps))
+    if trainer.validation.share:
+        log(f"validating on {trainer.validation.share} (--validation_steps)")
 
 
 def _log_start(config: TrainConfig, path: Path | None, note: str) -> None:

@@ -78,6 +78,9 @@ class Progress:
         plan: `plan`, from the checkpoint's slots and tokens on.
         first_step: `step`.
         streams: each objective's training rows; a mixture if there are several corpora.
+
+    Raises:
+        InputError: `state` does not fit the files.
     """
 
     def __init__(
@@ -106,7 +109,7 @@ class Progress:
     def _streams_of_corpora(self, config: TrainConfig, stores: Sequence[TokenStore], index: int) -> list[RowStream]:
         """Each corpus's rows for the objective of this index."""
         first_slot = self.plan.slots_before(list(Objective)[index], self.first_step) if len(stores) == 1 else 0
-        return [
+        streams = [
             RowStream(
                 store,
                 config.seq_length,
@@ -116,6 +119,10 @@ class Progress:
             )
             for store, corpus in zip(stores, self._corpora, strict=True)
         ]
+        for stream, corpus in zip(streams, self._corpora, strict=True):
+            if corpus.places[index].offset >= stream.document_order.stream_length:
+                raise InputError("the checkpoint is damaged: it has read a corpus of --train_path beyond its end")
+        return streams
 
     def _stream_of(self, config: TrainConfig, objective: Objective, rows: int) -> RowStream | Mixture:
         """All rows of an objective; with several corpora, `rows` were dealt to them before."""
