@@ -137,6 +137,7 @@ def evaluate(settings: EvaluateSettings) -> None:
     rows = f"{used.seq_length} tokens a row, {used.validation_mask_p:.0%} masked"
     print(f"{trained.path}, {settings.weights} weights, {rows}\n")
     print(_table([*(domains.items() if settings.domain_field else ()), ("all", together)], settings.domain_field))
+    trained.explain()
     if of_run.validation_steps and not settings.validation_steps:
         print(f"\nAll rows; the run itself validated with --validation_steps {of_run.validation_steps}.")
     if of_run.validation_steps is None and not settings.validation_steps and together.num_tokens > DEFAULT_TOKENS:

@@ -6,6 +6,8 @@ import numpy as np
 
 from gptbert.config import TrainConfig
 
+MOST_INITIAL = 0.1  # of a moving average that is worth looking at
+
 
 def learning_rate_factor(step: int, warmup_steps: int, cooldown_steps: int, max_steps: int) -> float:
     """Fraction of the peak learning rate at `step`: linear rise from 0, cosine to a tenth, linear fall to 0."""
@@ -55,6 +57,11 @@ def batch_sizes(config: TrainConfig, steps: np.ndarray) -> np.ndarray:
 def batch_size(config: TrainConfig, step: int) -> int:
     """`batch_sizes` of one step."""
     return int(batch_sizes(config, np.array(step)))
+
+
+def initial_share(ema_decay: float, step: int) -> float:
+    """Fraction of the initial weights that their moving average still has after `step` steps."""
+    return ema_decay**step
 
 
 def values(config: TrainConfig, step: int) -> dict[str, float]:

@@ -150,6 +150,7 @@ def score(settings: ScoreSettings) -> None:
     for field in pairs[0].groups:
         print(f"\n{_group_table(pairs, field, results)}")
     print(f"\n{_total_table(pairs, results)}")
+    trained.explain()
 
 
 def _sizes(pairs: Sequence[MinimalPair], field: str) -> dict[str, int]:

@@ -1,17 +1,20 @@
 """The model of a checkpoint, sharded or not, as commands after training load it."""
 
+import re
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from gptbert.checkpoint import manifest
-from gptbert.checkpoint.folder import MODEL_CONFIG, SHARDS, is_sharded, newest_in
+from gptbert.checkpoint.folder import MODEL_CONFIG, SHARDS, is_sharded, newest_in, read_settings
 from gptbert.checkpoint.shards import load_shards
 from gptbert.checkpoint.weights import read_weights, shapes
 from gptbert.config import ModelConfig
 from gptbert.errors import InputError
 from gptbert.model import GPTBert
+from gptbert.schedules import MOST_INITIAL, initial_share
 
 
 def load_model(path: Path, weights: str = "ema") -> GPTBert:
@@ -33,6 +36,23 @@ def load_model(path: Path, weights: str = "ema") -> GPTBert:
     model = GPTBert(config)
     model.load_state_dict(state)
     return model.eval()
+
+
+def note_on_average(path: Path) -> str:
+    """A warning if a checkpoint's average still has much of the initial weights, which looks like a fault; else "".
+
+    Args:
+        path: a checkpoint's folder.
+    """
+    step = re.fullmatch(r"step_(\d+)", path.name)
+    with suppress(InputError, TypeError, ValueError, OverflowError):
+        decay = float(read_settings(path).get("ema_decay"))
+        if step and (share := initial_share(decay, int(step[1]))) > MOST_INITIAL:
+            return (
+                f"warning: after {int(step[1])} steps the average of the weights still has {share:.0%} of the initial "
+                f"ones (--ema_decay {decay:g}); --weights model takes the weights themselves"
+            )
+    return ""
 
 
 def read_full_weights(path: Path, weights: str, config: ModelConfig) -> dict[str, Tensor]:

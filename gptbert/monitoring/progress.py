@@ -17,6 +17,7 @@ from gptbert.distributed.world import World
 from gptbert.io.screen import log
 from gptbert.model.objective import Objective
 from gptbert.monitoring import recipes
+from gptbert.schedules import MOST_INITIAL, initial_share
 from kernels.assembler import right_assembler
 from kernels.wanted import FUSED, VARIANTS, is_wanted, variant
 
@@ -37,6 +38,12 @@ def print_header(
         log(words.forecast())
     if warning := recipes.warning(config):
         log(warning)
+    if (share := initial_share(config.ema_decay, config.max_steps)) > MOST_INITIAL:
+        log(
+            f"warning: after --max_steps {config.max_steps} the moving average of the weights (validation_ema, and the "
+            f"default of the commands after training) still has {share:.0%} of the initial ones; --ema_decay "
+            f"{0.01 ** (1 / config.max_steps):.2g} instead of {config.ema_decay:g} leaves 1 %"
+        )
 
 
 def _ways(config: TrainConfig, world: World) -> str:
