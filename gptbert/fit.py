@@ -18,6 +18,7 @@ from gptbert.errors import InputError
 from gptbert.io.screen import log
 from gptbert.kernel_check import agree_on_fused, kernel_check, run_of
 from gptbert.model.compilation import restored_settings
+from gptbert.monitoring import figures
 from gptbert.monitoring.progress import print_header
 from gptbert.monitoring.validation import is_validated
 from gptbert.preparation import prepare_cpp_kernels, prepare_kernels, prepare_run_dir
@@ -103,6 +104,8 @@ def _of_this_run(config: TrainConfig, path: Path | None, step: int, world: World
 def _log_data(config: TrainConfig, inputs: Inputs, trainer: Trainer) -> None:
     if len(inputs.train_stores) > 1:
         log(trainer.progress.describe_corpora(inputs, config.max_steps))
+    for line in figures.of_rows(config, inputs, trainer.progress):
+        log(line)
     if trainer.validation.share:
         log(f"validating on {trainer.validation.share} (--validation_steps)")
 

@@ -74,6 +74,11 @@ def values(config: TrainConfig, step: int) -> dict[str, float]:
     }
 
 
+def steps_since_due(step: int, every: int) -> int:
+    """Steps since something happened that happens every so many, before `step`."""
+    return step - (step - 1) // every * every
+
+
 def is_due(step: int, every: int, max_steps: int) -> bool:
     """Whether something that happens every so many steps, and at the run's end, does after `step` steps.
 

@@ -30,6 +30,7 @@ from gptbert.model import GPTBert
 from gptbert.model.batch import Batch
 from gptbert.model.compilation import compile_blocks, compiling
 from gptbert.model.objective import Objective
+from gptbert.monitoring import figures
 from gptbert.monitoring.metrics import Throughput
 from gptbert.monitoring.progress import progress_bar, summary, validation_progress
 from gptbert.monitoring.records import forget_from
@@ -93,6 +94,7 @@ class Trainer:
         self.validation = Validation(ValidationSettings.of(config), inputs.valid_store, world, inputs.vocab_size)
         self.step = 0
         self.saved_step: int | None = None  # of the newest checkpoint in this run's folder
+        self._labels: dict[Objective, float] = {}  # of the steps of the last record
         self.validation_is_pending = False  # of the checkpoint that the run resumes from
         self._record = TrainingRecord(config, inputs.model_config, self.plan, world)
         self._warm_up()
@@ -152,6 +154,9 @@ class Trainer:
                     self.stop_signal.raise_if_asked()
                 if schedules.is_due(self.step, config.validate_every, config.max_steps):
                     self.validate(trackers, samples, bar)
+        if self.world.is_main and self._labels:
+            for line in figures.of_labels(self._labels, schedules.steps_since_due(self.step, config.log_every)):
+                log(line)
 
     def validate(self, trackers: Trackers, samples: Samples, bar: tqdm) -> None:
         """Record the validation of this step; every rank must call it.
@@ -217,6 +222,7 @@ class Trainer:
         self.loader.raise_load_errors()
         self.skipped_steps.raise_if_too_many(self.config.max_skipped_steps, self.step)
         means = self.sums.means(self.world)
+        self._labels = {objective: values["count"] for objective, values in means.items()}
         self.sums.reset()
         epochs = {
             f"train/corpus/{name}/epochs": count for name, count in self.progress.epochs_before(self.step).items()

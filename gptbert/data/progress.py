@@ -153,6 +153,12 @@ class Progress:
             for name, corpus in zip(self._names, self._corpora_before(step), strict=True)
         }
 
+    def padding_share(self) -> float:
+        """Fraction of padding among the positions of an epoch of each corpus."""
+        streams = self._of_corpora[Objective.CLM]
+        positions = sum(stream.slots_per_epoch * stream.seq_length for stream in streams)
+        return 1 - sum(stream.document_order.stream_length for stream in streams) / positions
+
     def describe_corpora(self, inputs: Inputs, max_steps: int) -> str:
         """One line to print: fraction, size and epochs of each of several corpora."""
         epochs = self.epochs_before(max_steps)
