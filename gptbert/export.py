@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gptbert import huggingface
 from gptbert.checkpoint.folder import MODEL_CONFIG, TOKENIZER, TRAIN_CONFIG, list_word_checkpoints, newest_in
-from gptbert.checkpoint.saved_model import read_full_weights
+from gptbert.checkpoint.saved_model import read_full_weights, tokens_seen
 from gptbert.command_line import run_command
 from gptbert.config import ModelConfig
 from gptbert.errors import InputError
@@ -218,7 +218,8 @@ def model_card(origin: Origin, config: ModelConfig, weights: str, shift: bool, n
 def _facts(origin: Origin) -> dict[str, str]:
     """Rows of the card's table; unknown facts are omitted."""
     train, run = origin.train, origin.run
-    tokens = next((record["train/tokens"] for record in reversed(origin.records) if "train/tokens" in record), None)
+    recorded = (record["train/tokens"] for record in reversed(origin.records) if "train/tokens" in record)
+    tokens = tokens_seen(origin.checkpoint) or next(recorded, None)
     facts = {
         "data": _data(train),
         "tokens seen": f"{tokens:,}" if tokens else "",

@@ -19,6 +19,7 @@ from gptbert.data.inputs import Inputs
 from gptbert.data.progress import Progress, check_state, fresh_state
 from gptbert.data.token_store import TokenStore
 from gptbert.errors import InputError
+from gptbert.export import Origin, _facts
 from gptbert.fit import fit
 from gptbert.model.objective import Objective
 from gptbert.monitoring.records import read_records
@@ -159,7 +160,7 @@ def test_counts_are_of_what_was_trained(inputs, change, capfd):
     written = words_of(inputs / "runs" / name)
     for words in (100, 150, 200, 300):
         step = next(step for step, record in sorted(records.items()) if record["train/words"] >= words)
-        expected = {"step": step, "words": records[step]["train/words"]}
+        expected = {"step": step} | {name: records[step][f"train/{name}"] for name in ("words", "tokens")}
         if step > 3 or words == 100:
             assert written.pop(f"chck_{words}") == expected
         else:
@@ -234,3 +235,16 @@ def test_checkpoints_of_earlier_versions_are_counted_by_their_settings(inputs, c
             assert "each corpus begins anew, and words are not known" in said
             with pytest.raises(InputError, match=r"--checkpoint_words: .* or did before its checkpoint"):
                 train(inputs, name, max_steps=9, checkpoint_words=[500])
+
+
+def test_a_model_card_says_what_was_trained_between_records_too(inputs):
+    """Records at steps 2 and 4, a checkpoint at step 3 of another batch."""
+    train(inputs, "card", max_steps=2, log_every=2)
+    records = train(inputs, "card", max_steps=4, log_every=2, global_batch_size=20, checkpoint_words=[120])
+    tokens = 32 * (2 * 8 + 20)
+    assert records[2]["train/tokens"] < tokens < records[4]["train/tokens"]
+    run_dir = inputs / "runs" / "card"
+    (chosen,) = (path for path in list_checkpoints(run_dir) if path.name == "step_00000003")
+    assert _facts(Origin.of(chosen))["tokens seen"] == f"{tokens:,}"
+    by_words = run_dir / "words" / "chck_120"
+    assert _facts(Origin.of(by_words))["tokens seen"] == f"{words_of(run_dir)['chck_120']['tokens']:,}"

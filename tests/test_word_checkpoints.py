@@ -142,7 +142,7 @@ def test_a_run_saves_the_weights_of_the_step_for_good(inputs):
         manifest.check(folder)
         said = json.loads((folder / "words.json").read_text())
         step = next(step for step, record in records.items() if record["train/words"] >= threshold)
-        assert said == {"step": step, "words": records[step]["train/words"]}
+        assert said == {"step": step} | {name: records[step][f"train/{name}"] for name in ("words", "tokens")}
         saved = run_dir / "checkpoints" / f"step_{step:08d}"
         for weights in ("model", "ema"):
             ours, theirs = (load_model(path, weights).state_dict() for path in (folder, saved))

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from gptbert.checkpoint import manifest
-from gptbert.checkpoint.folder import MODEL_CONFIG, SHARDS, is_sharded, newest_in, read_settings
+from gptbert.checkpoint.folder import MODEL_CONFIG, SHARDS, TRAINING_STATE, is_sharded, newest_in, read_settings
 from gptbert.checkpoint.shards import load_shards
 from gptbert.checkpoint.weights import read_weights, shapes
 from gptbert.config import ModelConfig
 from gptbert.errors import InputError
+from gptbert.io.json_file import read_object
+from gptbert.io.torch_file import TorchFile
 from gptbert.model import GPTBert
 from gptbert.schedules import MOST_INITIAL, initial_share
 
@@ -53,6 +55,26 @@ def note_on_average(path: Path) -> str:
                 f"ones (--ema_decay {decay:g}); --weights model takes the weights themselves"
             )
     return ""
+
+
+def tokens_seen(path: Path) -> int | None:
+    """Tokens that a checkpoint's run was trained on by its step; None if the checkpoint does not say.
+
+    Records say it too, but only at their own steps.
+    """
+    with suppress(InputError):
+        if (path / "words.json").is_file():
+            return _as_count(read_object(path / "words.json").get("tokens"))
+        if (path / TRAINING_STATE).is_file():
+            with TorchFile(path / TRAINING_STATE) as file:
+                state = file.value(build=lambda _: None)  # reads no tensor
+            progress = state.get("progress") if isinstance(state, dict) else None
+            return _as_count(progress.get("tokens") if isinstance(progress, dict) else None)
+    return None
+
+
+def _as_count(value: object) -> int | None:
+    return value if type(value) is int and value >= 0 else None
 
 
 def read_full_weights(path: Path, weights: str, config: ModelConfig) -> dict[str, Tensor]:

@@ -107,7 +107,8 @@ class WordCheckpoints:
                         for name, tensors in weights.items():
                             write_weights(folder / f"{name}.safetensors", tensors, model_config)
                         write_settings(folder, self._config, model_config)
-                        write_json(folder / "words.json", {"step": step, "words": self.words_before(step)})
+                        counts = {"words": self.words_before(step), "tokens": self._progress.tokens_before(step)}
+                        write_json(folder / "words.json", {"step": step, **counts})
                         manifest.write(folder)
 
 
