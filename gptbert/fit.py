@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from gptbert import compile_choice, schedules
+from gptbert.checkpoint.checkpoint import Checkpoint
 from gptbert.checkpoint.folder import saved_setting
 from gptbert.checkpoint.initial_weights import read_initial_weights
 from gptbert.checkpoint.resume import changed_settings, find_for_all_ranks, progress_state
@@ -65,8 +66,7 @@ def _fit(config: TrainConfig, world: World) -> None:
                 log(f"{config.name}: finished already, {path} is step {first_step} of {config.max_steps}")
             return
         with world.errors_on_all_ranks():
-            state, note = progress_state(path, resumed, config, inputs) if resumed else (None, "")
-            progress = Progress(config, inputs, plan, state, first_step)
+            progress, note = _progress(config, inputs, plan, path, resumed)
             words = WordCheckpoints(config, progress)
         with world.errors_on_all_ranks():
             reasons = finish_check()
@@ -88,6 +88,22 @@ def _fit(config: TrainConfig, world: World) -> None:
         trainer.restore(resumed, is_own=is_own, validation_is_pending=is_pending)
         del resumed  # as large as the run's own state
     trainer.run()
+
+
+def _progress(
+    config: TrainConfig, inputs: Inputs, plan: HybridPlan, path: Path | None, resumed: Checkpoint | None
+) -> tuple[Progress, str]:
+    """What the run goes on from, and a note on it for the log, or ""."""
+    if resumed is None:
+        return Progress(config, inputs, plan), ""
+    state, note = progress_state(path, resumed, config, inputs)
+    progress = Progress(config, inputs, plan, state, resumed.step)
+    if config.mask_history and resumed.mask_counts is not None and not progress.has_same_corpora:
+        raise InputError(
+            "--mask_history: the checkpoint counts masks of other token files than --train_path, or of these in "
+            "another order; name them as they were, or leave --mask_history out"
+        )
+    return progress, note
 
 
 def _of_this_run(config: TrainConfig, path: Path | None, step: int, world: World) -> tuple[bool, bool]:

@@ -248,3 +248,12 @@ def test_a_model_card_says_what_was_trained_between_records_too(inputs):
     assert _facts(Origin.of(chosen))["tokens seen"] == f"{tokens:,}"
     by_words = run_dir / "words" / "chck_120"
     assert _facts(Origin.of(by_words))["tokens seen"] == f"{words_of(run_dir)['chck_120']['tokens']:,}"
+
+
+def test_a_masking_history_is_of_files_in_their_order(inputs):
+    one, two = inputs / "train.safetensors", inputs / "valid.safetensors"
+    settings = {"mask_history": True, "train_weights": [1, 1]}
+    train(inputs, "history", train_path=[one, two], **settings)
+    with pytest.raises(InputError, match="counts masks of other token files than --train_path, or of these in another"):
+        train(inputs, "history", train_path=[two, one], max_steps=4, **settings)
+    assert 4 in train(inputs, "history", train_path=[one, two], max_steps=4, **settings)

@@ -78,6 +78,7 @@ class Progress:
         plan: `plan`, from the checkpoint's slots and tokens on.
         first_step: `step`.
         streams: each objective's training rows; a mixture if there are several corpora.
+        has_same_corpora: whether the checkpoint's run had the same corpora in the same order.
 
     Raises:
         InputError: `state` does not fit the files.
@@ -97,6 +98,8 @@ class Progress:
         self._names = corpus_names(config.train_path)
         known = [CorpusProgress.from_state(each) for each in state["corpora"]]
         self._corpora, self._left_out = _recognized(inputs.train_stores, known)
+        digests = [corpus.digest for corpus in self._corpora]
+        self.has_same_corpora = [corpus.digest for corpus in known[: len(digests)]] == digests
         self._of_corpora = {
             objective: self._streams_of_corpora(config, inputs.train_stores, index)
             for index, objective in enumerate(Objective)
