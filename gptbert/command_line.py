@@ -27,13 +27,13 @@ def run_command(
 
     The exit status is 0 on success, 2 for a command line that cannot be parsed, 73 for an output that another process
     is writing, 1 for other unusable input and for a run that lost a process, `STOPPED` for a run that a signal stopped
-    at a checkpoint, and 130 after Ctrl-C or SIGTERM at other times, both of which clean up. Errors common to all
-    processes are printed by the first of each host; errors of a single process by that process, with its rank.
+    at a checkpoint, and 130 after Ctrl-C, SIGTERM or SIGUSR1 at other times, all of which clean up. Errors common to
+    all processes are printed by the first of each host; errors of a single process by that process, with its rank.
     """
-    if (
-        environment.text("LOCAL_RANK") is None
-    ):  # under torchrun, SIGTERM must end a process even if it waits in a collective
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if environment.text("LOCAL_RANK") is None:
+        # under torchrun, SIGTERM must end a process even if it waits in a collective
+        for number in (signal.SIGTERM, signal.SIGUSR1):  # a batch system's end, and its warning
+            signal.signal(number, signal.default_int_handler)
     try:
         parsed = parse(settings, arguments)
     except InputError as error:

@@ -250,8 +250,9 @@ class TrainConfig:
 
     validate_every: int = 1000
     """Steps between validations; 0: only at the end."""
-    validation_steps: int = 0
-    """Validate on this many batches of global_batch_size rows per objective; 0: on the whole file."""
+    validation_steps: int | None = None
+    """Validate on this many batches of global_batch_size rows per objective, spread evenly over the file; 0: on the
+    whole file. Default: on 262,144 tokens, or the whole file if it has fewer."""
     validation_mask_p: float = 0.15
     """Fraction of tokens masked in validation; the masks are the same every time."""
     log_every: int = 10

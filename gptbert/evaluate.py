@@ -27,7 +27,7 @@ from gptbert.io.outputs import check_outputs, staged_outputs
 from gptbert.io.screen import table
 from gptbert.model.objective import Objective
 from gptbert.monitoring.metrics import LossSums
-from gptbert.monitoring.validation import Validation, ValidationSettings
+from gptbert.monitoring.validation import DEFAULT_TOKENS, Validation, ValidationSettings
 from gptbert.scoring.closing import unknown_line, unknown_share
 from gptbert.scoring.trained_model import ModelChoice, TrainedModel
 from gptbert.text.corpus import Corpus, CorpusConfig
@@ -148,8 +148,11 @@ def evaluate(settings: EvaluateSettings) -> None:
     print(_table([*(domains.items() if settings.domain_field else ()), ("all", together)], settings.domain_field))
     evaluated = sum(int(values["count"]) for values in together.means().values())
     print(f"\n{evaluated:,} labels; {closing}")
+    trained.explain()
     if of_run.validation_steps and not settings.validation_steps:
         print(f"\nAll rows; the run itself validated with --validation_steps {of_run.validation_steps}.")
+    if of_run.validation_steps is None and not settings.validation_steps and together.num_tokens > DEFAULT_TOKENS:
+        print(f"\nAll rows; the run itself validates on {DEFAULT_TOKENS:,} tokens of a file, spread evenly over it.")
 
 
 def _first_tokens(stores: Mapping[str, TokenStore]) -> list[np.ndarray]:

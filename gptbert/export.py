@@ -24,7 +24,7 @@ from gptbert.checkpoint.folder import (
     settings_if_any,
     tokenizer_of,
 )
-from gptbert.checkpoint.saved_model import read_full_weights, require_weights
+from gptbert.checkpoint.saved_model import read_full_weights, require_weights, tokens_seen
 from gptbert.command_line import run_command
 from gptbert.config import ModelConfig
 from gptbert.errors import InputError, prefix_errors
@@ -221,7 +221,8 @@ def _are_one(checkpoint: Path) -> bool:
 def _facts(origin: Origin) -> dict[str, str]:
     """Rows of the card's table; unknown facts are omitted."""
     train, run = origin.train, origin.run
-    tokens = next((record["train/tokens"] for record in reversed(origin.records) if "train/tokens" in record), None)
+    recorded = (record["train/tokens"] for record in reversed(origin.records) if "train/tokens" in record)
+    tokens = tokens_seen(origin.checkpoint) or next(recorded, None)
     processes = run.get("world_size")
     growth = ", and longer ones at the end" if train.get("seq_length_growth") else ""
     facts = {

@@ -80,6 +80,7 @@ def fill_mask(settings: FillMaskSettings) -> None:
         cells = [cell for text, probability in candidates for cell in (repr(text), f"{probability:.1%}")]
         rows.append([str(rank), *cells])
     print(table(rows))
+    trained.explain()
 
 
 if __name__ == "__main__":

@@ -2,24 +2,28 @@
 
 import dataclasses
 from contextlib import ExitStack
+from pathlib import Path
 
-from gptbert import compile_choice
+from gptbert import compile_choice, schedules
+from gptbert.checkpoint.checkpoint import Checkpoint
 from gptbert.checkpoint.folder import saved_setting
 from gptbert.checkpoint.initial_weights import read_initial_weights
-from gptbert.checkpoint.resume import changed_settings, find_for_all_ranks
+from gptbert.checkpoint.resume import changed_settings, find_for_all_ranks, progress_state
 from gptbert.checkpoint.word_checkpoints import WordCheckpoints
 from gptbert.config import TrainConfig
 from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.data.inputs import Inputs
-from gptbert.data.loader import training_streams
 from gptbert.data.mask_history import check_counts
+from gptbert.data.progress import Progress
 from gptbert.distributed.fsdp import shard_size
 from gptbert.distributed.world import World, connect
 from gptbert.errors import InputError
 from gptbert.io.screen import log
 from gptbert.kernel_check import agree_on_fused, kernel_check, run_of
 from gptbert.model.compilation import restored_settings
+from gptbert.monitoring import figures
 from gptbert.monitoring.progress import print_header
+from gptbert.monitoring.validation import is_validated
 from gptbert.preparation import log_choices, own_run_dir, prepare_cpp_kernels, prepare_kernels, prepare_run_dir
 from gptbert.trainer import Trainer
 
@@ -49,7 +53,6 @@ def _fit(config: TrainConfig, world: World, ownership: ExitStack) -> None:
         with world.errors_on_all_ranks():
             inputs.check_ids(world.rank, world.world_size)
             shard_size(config, world)  # raises InputError if invalid
-            words = WordCheckpoints(config, training_streams(config, inputs, plan), plan)
         with world.errors_on_all_ranks():
             if len(set(world.all_gather(config))) > 1:
                 raise InputError("the processes were given different flags; every host must start the same command")
@@ -60,12 +63,13 @@ def _fit(config: TrainConfig, world: World, ownership: ExitStack) -> None:
         with world.errors_on_all_ranks():
             check_counts(resumed.mask_counts if resumed and config.mask_history else None, inputs.num_train_tokens)
             initial_weights = None if resumed else read_initial_weights(config, inputs.model_config)
-            if first_step >= config.max_steps and config.resume != "auto":
-                raise InputError(f"--resume {path}: its step {first_step} is the end of --max_steps {config.max_steps}")
-        if first_step >= config.max_steps:
-            if world.is_main:
-                log(f"{config.name}: finished already, {path} is step {first_step} of {config.max_steps}")
+            is_own, is_pending = _of_this_run(config, path, first_step, world)
+            is_over = not is_pending and _is_over(config, path, first_step, world)
+        if is_over:
             return
+        with world.errors_on_all_ranks():
+            progress, note = _progress(config, inputs, plan, path, resumed)
+            words = WordCheckpoints(config, progress)
         with world.errors_on_all_ranks():
             reasons = finish_check()
         agree_on_fused(reasons, world)
@@ -78,15 +82,69 @@ def _fit(config: TrainConfig, world: World, ownership: ExitStack) -> None:
     if world.is_main:
         print_header(config, inputs, plan, world, backend, words)
         log_choices(config, world, choice)
-        if resumed:
-            changes = changed_settings(path, config)
-            log(f"going on from {path}" + (f"; changed since: {', '.join(changes)}" if changes else ""))
-        elif initial_weights:
-            log(f"starting from the weights of {config.initial_weights}")
-    trainer = Trainer(config, inputs, plan, world, initial_weights, is_compiled=choice.is_compiled)
-    if world.is_main and len(inputs.train_stores) > 1:
-        log(trainer.loader.describe_corpora())
+        _log_start(config, path, note)
+    trainer = Trainer(config, inputs, plan, world, initial_weights, is_compiled=choice.is_compiled, progress=progress)
+    if world.is_main:
+        _log_data(config, inputs, trainer)
     if resumed:
-        trainer.restore(resumed)
+        trainer.restore(resumed, is_own=is_own, validation_is_pending=is_pending)
         del resumed  # as large as the run's own state
     trainer.run()
+
+
+def _progress(
+    config: TrainConfig, inputs: Inputs, plan: HybridPlan, path: Path | None, resumed: Checkpoint | None
+) -> tuple[Progress, str]:
+    """What the run goes on from, and a note on it for the log, or ""."""
+    if resumed is None:
+        return Progress(config, inputs, plan), ""
+    state, note = progress_state(path, resumed, config, inputs)
+    progress = Progress(config, inputs, plan, state, resumed.step)
+    if config.mask_history and resumed.mask_counts is not None and not progress.has_same_corpora:
+        raise InputError(
+            "--mask_history: the checkpoint counts masks of other token files than --train_path, or of these in "
+            "another order; name them as they were, or leave --mask_history out"
+        )
+    return progress, note
+
+
+def _of_this_run(config: TrainConfig, path: Path | None, step: int, world: World) -> tuple[bool, bool]:
+    """Whether a checkpoint is in this run's folder, and then, whether its validation has still to be done.
+
+    A checkpoint is saved before the validation of its step, so a run may end between the two. Every rank must call it.
+    """
+    is_own = path is not None and path.resolve().parents[1] == config.run_dir.resolve()
+    is_due = step <= config.max_steps and schedules.is_due(step, config.validate_every, config.max_steps)
+    is_pending = is_own and is_due and not is_validated(config.run_dir, step)
+    return world.all_gather((is_own, is_pending))[0]
+
+
+def _is_over(config: TrainConfig, path: Path | None, step: int, world: World) -> bool:
+    """Whether a run has no steps left; says so, or raises InputError if the checkpoint was asked for by name."""
+    if step < config.max_steps:
+        return False
+    if config.resume != "auto":
+        raise InputError(f"--resume {path}: its step {step} is the end of --max_steps {config.max_steps}")
+    if world.is_main:
+        log(f"{config.name}: finished already, {path} is step {step} of {config.max_steps}")
+    return True
+
+
+def _log_data(config: TrainConfig, inputs: Inputs, trainer: Trainer) -> None:
+    if len(inputs.train_stores) > 1:
+        log(trainer.progress.describe_corpora(inputs, config.max_steps))
+    for line in figures.of_rows(config, inputs, trainer.progress):
+        log(line)
+    if trainer.validation.share:
+        log(f"validating on {trainer.validation.share} (--validation_steps)")
+
+
+def _log_start(config: TrainConfig, path: Path | None, note: str) -> None:
+    """Say what the run starts from: a checkpoint, other weights, or nothing, of which there is nothing to say."""
+    if path:
+        changes = changed_settings(path, config)
+        log(f"going on from {path}" + (f"; changed since: {', '.join(changes)}" if changes else ""))
+        if note:
+            log(note)
+    elif config.initial_weights:
+        log(f"starting from the weights of {config.initial_weights}")

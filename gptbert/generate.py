@@ -136,6 +136,7 @@ def generate(settings: GenerateSettings) -> None:
         if settings.num_samples > 1:
             print(f"--- seed {settings.seed + sample}")
         print(text, flush=True)
+    trained.explain()
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from gptbert.io.outputs import staged_outputs
 from gptbert.monitoring import chart
 from gptbert.monitoring.chart import Chart, Line, draw
 from gptbert.monitoring.records import read_records
+from gptbert.schedules import MOST_INITIAL, initial_share
 
 OBJECTIVES = {"mlm": "masked", "clm": "causal"}
 WEIGHTS = {"train": "training", "validation": "validation", "validation_ema": "averaged weights"}
@@ -192,6 +193,10 @@ def _facts(run_dir: Path, settings: dict[str, Any], records: list[dict]) -> list
         facts.append(("parameters", f"{ModelConfig(**settings['model']).num_parameters:,}"))
     tokens, skipped = _points(records, "train/tokens"), _points(records, "train/skipped_steps")
     facts += [("tokens seen", chart.number(value)) for _, value in tokens[-1:]]
+    with suppress(TypeError, KeyError, ValueError, IndexError, OverflowError):
+        share = initial_share(float(settings["train"]["ema_decay"]), int(records[-1]["step"]))
+        if share > MOST_INITIAL:
+            facts.append(("averaged weights", f"{share:.0%} still initial ones"))
     facts += [("skipped steps", chart.number(value)) for _, value in skipped[-1:]]
     checkpoints = sorted(path.name for path in (run_dir / "checkpoints").glob("step_*") if path.suffix == "")
     return facts + [("newest checkpoint", name) for name in checkpoints[-1:]]

@@ -6,6 +6,8 @@ import numpy as np
 
 from gptbert.config import TrainConfig
 
+MOST_INITIAL = 0.1  # of a moving average that is worth looking at
+
 
 def learning_rate_factor(step: int, warmup_steps: int, cooldown_steps: int, max_steps: int) -> float:
     """Fraction of the peak learning rate at `step`: linear rise from 0, cosine to a tenth, linear fall to 0."""
@@ -57,6 +59,11 @@ def batch_size(config: TrainConfig, step: int) -> int:
     return int(batch_sizes(config, np.array(step)))
 
 
+def initial_share(ema_decay: float, step: int) -> float:
+    """Fraction of the initial weights that their moving average still has after `step` steps."""
+    return ema_decay**step
+
+
 def values(config: TrainConfig, step: int) -> dict[str, float]:
     """All schedules at `step`, under their names in records."""
     return {
@@ -65,6 +72,11 @@ def values(config: TrainConfig, step: int) -> dict[str, float]:
         "sequence_length": sequence_length(config, step),
         "mask_p": mask_probability(config, step),
     }
+
+
+def steps_since_due(step: int, every: int) -> int:
+    """Steps since something happened that happens every so many, before `step`."""
+    return step - (step - 1) // every * every
 
 
 def is_due(step: int, every: int, max_steps: int) -> bool:

@@ -157,6 +157,7 @@ def score(settings: ScoreSettings) -> None:
     for field in pairs[0].groups:
         print(f"\n{_group_table(pairs, field, results)}")
     print(f"\n{_total_table(pairs, results)}\n\n{'; '.join(closing)}")
+    trained.explain()
 
 
 def _ids(trained: TrainedModel, pairs: Sequence[MinimalPair]) -> list[np.ndarray]:

@@ -1,11 +1,13 @@
 """The training loop: a single step, and the run around it."""
 
 import dataclasses
+from collections.abc import Callable
 from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
+from tqdm import tqdm
 
 from gptbert import compile_choice, schedules
 from gptbert.checkpoint import checkpoint
@@ -17,9 +19,10 @@ from gptbert.data.inputs import Inputs
 from gptbert.data.loader import BatchLoader, LoadedShare
 from gptbert.data.micro_batch import MicroBatches
 from gptbert.data.packing import Prefetcher
+from gptbert.data.progress import Progress
 from gptbert.distributed.fsdp import full_tensor, load_moments, load_weights, new_moments, reshard, shard
 from gptbert.distributed.random_state import RandomState
-from gptbert.distributed.stop_signal import StopSignal
+from gptbert.distributed.stop_signal import StopRequested, StopSignal
 from gptbert.distributed.world import World
 from gptbert.errors import InputError, StoppedError
 from gptbert.io.screen import log
@@ -27,8 +30,10 @@ from gptbert.model import GPTBert
 from gptbert.model.batch import Batch
 from gptbert.model.compilation import compile_blocks, compiling
 from gptbert.model.objective import Objective
+from gptbert.monitoring import figures
 from gptbert.monitoring.metrics import Throughput
-from gptbert.monitoring.progress import progress_bar, summary
+from gptbert.monitoring.progress import progress_bar, summary, validation_progress
+from gptbert.monitoring.records import forget_from
 from gptbert.monitoring.samples import Samples
 from gptbert.monitoring.trackers import Trackers
 from gptbert.monitoring.training_record import TrainingRecord
@@ -49,10 +54,12 @@ class Trainer:
         initial_weights: dict[str, Tensor] | None = None,
         *,
         is_compiled: bool | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self.config = config
         self.inputs = inputs
-        self.plan = plan
+        self.progress = progress or Progress(config, inputs, plan)
+        self.plan = self.progress.plan
         self.world = world
         torch.manual_seed(config.seed)  # the same weights on every rank
         self.model = GPTBert(inputs.model_config)
@@ -82,13 +89,16 @@ class Trainer:
         self.sums, self.skipped_steps = self.training_step.sums, self.training_step.skipped_steps
         self.stop_signal = StopSignal(world)
         self.micro_batches = MicroBatches(config, plan, world)
-        self.loader = BatchLoader(config, inputs, plan, world, self.micro_batches)
-        self.words = WordCheckpoints(config, self.loader.streams, plan)
+        self.loader = BatchLoader(config, inputs, plan, world, self.micro_batches, self.progress)
+        self.words = WordCheckpoints(config, self.progress)
         self.validation = Validation(
             ValidationSettings.of(config), inputs.valid_store, world, inputs.vocab_size, inputs.special_ids
         )
         self.step = 0
-        self._record = TrainingRecord(config, inputs.model_config, plan, world)
+        self.saved_step: int | None = None  # of the newest checkpoint in this run's folder
+        self._labels: dict[Objective, float] = {}  # of the steps of the last record
+        self.validation_is_pending = False  # of the checkpoint that the run resumes from
+        self._record = TrainingRecord(config, inputs.model_config, self.plan, world)
         self._warm_up()
         self.random_state = RandomState(config.seed, world)
         self.random_state.start()
@@ -96,46 +106,93 @@ class Trainer:
     def run(self) -> None:
         """Train all remaining steps, with records, validation and checkpoints.
 
+        Work of a step is done in an order that loses nothing: folders by words, the checkpoint, validation. A
+        validation that a signal or a kill ends is made up by the run that resumes.
+
         Raises:
             StoppedError: a signal requested a stop, and a checkpoint was saved.
         """
         config = self.config
         with ExitStack() as stack:
-            stop_signal = stack.enter_context(self.stop_signal)
             settings = {**config.to_dict(), **dataclasses.asdict(self.inputs.model_config)}
             with self.world.errors_on_all_ranks():
-                trackers = stack.enter_context(Trackers(config, self.world, settings, self.step))
+                if self.validation_is_pending and self.world.is_main:
+                    forget_from(config.run_dir / "samples.jsonl", self.step)
                 samples = Samples(config, self.inputs.valid_store, self.world)
+                trackers = Trackers(config, self.world, settings, self.step)
+            stack.enter_context(self.stop_signal)  # until here, nothing would be lost: a signal ends the run at once
+            stack.enter_context(trackers)
             rows = stack.enter_context(Prefetcher(self.loader.load, self.step, config.max_steps))
             bar = stack.enter_context(progress_bar(config, self.world, self.step))
-            throughput = Throughput(self.plan.tokens_before(self.step))
-            while self.step < config.max_steps:
-                with throughput.waiting():
-                    step_rows = rows.get(self.step)
-                gradient_norm = self.train_step(step_rows)
-                last = self.step == config.max_steps
-                stops = stop_signal.should_stop() and not last
-                if self._record.is_due(self.step):
-                    record = self.training_record(gradient_norm, throughput)
-                    trackers.log(self.step, record)
-                    bar.set_postfix_str(summary(record, "train"), refresh=False)
-                bar.update()
-                with throughput.paused():
-                    if schedules.is_due(self.step, config.validate_every, config.max_steps):
-                        record = self.validation_record()
-                        trackers.log(self.step, record)
-                        trackers.log_samples(self.step, samples(self.model, autocast(self.config, self.world.device)))
-                        if self.world.is_main:
-                            log(f"step {self.step}: validation {summary(record, 'validation')}")
-                    if self.words.due(self.step):
-                        self.save_words()
-                    if stops or schedules.is_due(self.step, config.save_every, config.max_steps):
-                        self.save()
+            try:
+                if self.validation_is_pending:
+                    self.validate(trackers, samples, bar)
+                self._train(trackers, samples, rows, bar)
+            except StopRequested:
+                self._stop()
+
+    def _train(self, trackers: Trackers, samples: Samples, rows: Prefetcher[list[LoadedShare]], bar: tqdm) -> None:
+        """Raises StopRequested between steps, or between the parts of a validation."""
+        config = self.config
+        throughput = Throughput(self.plan.tokens_before(self.step))
+        while self.step < config.max_steps:
+            with throughput.waiting():
+                step_rows = rows.get(self.step, self.stop_signal.raise_if_alone)
+            gradient_norm = self.train_step(step_rows)
+            stops = self.stop_signal.should_stop()
+            if self._record.is_due(self.step):
+                record = self.training_record(gradient_norm, throughput)
+                trackers.log(self.step, record)
+                bar.set_postfix_str(summary(record, "train"), refresh=False)
+            bar.update()
+            with throughput.paused():
+                if has_words := bool(self.words.due(self.step)):
+                    self.save_words()
+                if is_saved := stops or schedules.is_due(self.step, config.save_every, config.max_steps):
+                    self.save()
                 if stops:
-                    raise StoppedError(
-                        f"stopped by {stop_signal.received_name} after step {self.step}, with a checkpoint in "
-                        f"{config.run_dir}; the same command with --resume auto goes on"
-                    )
+                    raise StopRequested
+                if has_words or is_saved:  # which may have taken long
+                    self.stop_signal.raise_if_asked()
+                if schedules.is_due(self.step, config.validate_every, config.max_steps):
+                    self.validate(trackers, samples, bar)
+        if self.world.is_main and self._labels:
+            for line in figures.of_labels(self._labels, schedules.steps_since_due(self.step, config.log_every)):
+                log(line)
+
+    def validate(self, trackers: Trackers, samples: Samples, bar: tqdm) -> None:
+        """Record the validation of this step; every rank must call it.
+
+        The record comes last: once it is there, a run that resumes has nothing to make up.
+
+        Raises:
+            StopRequested: a signal came in the meantime; nothing is recorded.
+        """
+        own = len(self.validation.rows_of(self.world.rank))
+        with validation_progress(bar, 2 * own) as show:  # the weights and their average
+
+            def advance(rows: int) -> None:
+                show(rows)
+                self.stop_signal.raise_if_asked()
+
+            record = self.validation_record(advance)
+        guesses = samples(self.model, autocast(self.config, self.world.device))
+        self.stop_signal.raise_if_asked()
+        trackers.log_samples(self.step, guesses)
+        trackers.log(self.step, record)
+        if self.world.is_main:
+            log(f"step {self.step}: validation {summary(record, 'validation')}")
+
+    def _stop(self) -> None:
+        """Save, unless this step's checkpoint is there, and end the run; every rank must call it."""
+        if self.step == 0:
+            raise KeyboardInterrupt  # nothing is trained that could be lost
+        if self.saved_step != self.step:
+            self.save()
+        raise StoppedError(
+            f"stopped by {self.stop_signal.received_name} after step {self.step}, with a checkpoint in "
+            f"{self.config.run_dir}; the same command with --resume auto goes on"
+        )
 
     def train_step(self, rows: list[LoadedShare]) -> Tensor:
         """Update the weights once and advance `step`, without a device sync.
@@ -167,8 +224,11 @@ class Trainer:
         self.loader.raise_load_errors()
         self.skipped_steps.raise_if_too_many(self.config.max_skipped_steps, self.step)
         means = self.sums.means(self.world)
+        self._labels = {objective: values["count"] for objective, values in means.items()}
         self.sums.reset()
-        epochs = {f"train/corpus/{name}/epochs": count for name, count in self.loader.epochs_before(self.step).items()}
+        epochs = {
+            f"train/corpus/{name}/epochs": count for name, count in self.progress.epochs_before(self.step).items()
+        }
         return (
             self._record(self.step, means, gradient_norm, throughput)
             | {"train/skipped_steps": self.skipped_steps.total()}
@@ -176,10 +236,14 @@ class Trainer:
             | epochs
         )
 
-    def validation_record(self) -> dict[str, float]:
-        """Loss, perplexity and accuracy of the weights and of the EMA; every rank must call it."""
+    def validation_record(self, advance: Callable[[int], object] = lambda _: None) -> dict[str, float]:
+        """Loss, perplexity and accuracy of the weights and of the EMA; every rank must call it.
+
+        Args:
+            advance: see `Validation.sums`.
+        """
         models = {"validation": self.model, "validation_ema": self.ema.model}
-        return self.validation.record(models, autocast(self.config, self.world.device))
+        return self.validation.record(models, autocast(self.config, self.world.device), advance)
 
     def save(self) -> None:
         """Write a checkpoint; every rank must call it, and returns once it is complete.
@@ -195,10 +259,12 @@ class Trainer:
             optimizer=self.optimizer.state_dict(),
             rank_states=self.world.all_gather(self.random_state.state_dict() | self.sums.state_dict()),
             is_compiled=self.is_compiled,
+            progress=self.progress.state_dict(self.step),
             **self.skipped_steps.state_dict(),
             **self.loader.state_dict(),
         )
         checkpoint.save(state, self.config, self.inputs.model_config, self.world)
+        self.saved_step = self.step
 
     def save_words(self) -> None:
         """Write the weights due at this number of words; every rank must call it, before `save` at the same step.
@@ -220,13 +286,20 @@ class Trainer:
                     "(--resume PATH, another --name), with a lower --learning_rate, say"
                 )
 
-    def restore(self, resumed: Checkpoint) -> None:
+    def restore(self, resumed: Checkpoint, *, is_own: bool = False, validation_is_pending: bool = False) -> None:
         """Restore the state of a checkpoint; every rank must call it.
+
+        Args:
+            resumed: the checkpoint.
+            is_own: whether it is in this run's folder.
+            validation_is_pending: whether the run ended between it and its validation.
 
         Raises:
             InputError: a shard is corrupt.
         """
         self.step = resumed.step
+        self.saved_step = resumed.step if is_own else None
+        self.validation_is_pending = validation_is_pending
         if resumed.shards:
             with self.world.errors_on_all_ranks():
                 states = (self.model.state_dict(), self.ema.model.state_dict())

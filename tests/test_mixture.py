@@ -1,6 +1,5 @@
 """Several corpora in one stream of rows: exact fractions, every token once per epoch, random access by row number."""
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from gptbert.data.inputs import Inputs, corpus_names
 from gptbert.data.loader import BatchLoader
 from gptbert.data.micro_batch import MicroBatches
 from gptbert.data.mixture import Mixture
-from gptbert.data.packing import RowStream
+from gptbert.data.packing import Position, RowStream
 from gptbert.distributed.world import World
 from gptbert.errors import InputError
 from gptbert.model.objective import Objective
@@ -70,10 +69,15 @@ def test_shares_hold_after_any_number_of_rows(weights, first):
     assert (np.abs(counts - rows * mixture.shares[:, None]) <= rounding + units).all()
 
 
+def slots_before(mixture, slot):
+    """Each corpus's slots in the rows before `slot`."""
+    return mixture._before(slot)[2].tolist()
+
+
 def test_without_weights_all_epochs_end_together():
     mixture = Mixture([Sized(50), Sized(1000), Sized(7)])
-    assert mixture.epochs_before(1057).tolist() == [1, 1, 1]
-    assert mixture.epochs_before(10_570_000).tolist() == [10_000] * 3
+    assert slots_before(mixture, 1057) == [50, 1000, 7]
+    assert slots_before(mixture, 10_570_000) == [500_000, 10_000_000, 70_000]
 
 
 def test_a_corpus_far_below_the_others_has_a_row_now_and_then():
@@ -108,7 +112,7 @@ def test_each_corpus_hands_out_its_own_rows_and_no_row_has_two(make_store, corpo
         factor = (rows.tokens.shape[1] - 1) // seq_length
         assert (rows.tokens[:, 0] == BOS_ID).all()
         for row, slot in enumerate(rows.row_ids):
-            grown = mixture.epochs_before(slot + factor) > mixture.epochs_before(slot)
+            grown = np.greater(slots_before(mixture, slot + factor), slots_before(mixture, slot))
             (corpus,) = np.flatnonzero(grown)
             own = streams[corpus].rows(int(slots[corpus]), 1, factor)
             np.testing.assert_array_equal(rows.tokens[row], own.tokens[0])
@@ -151,19 +155,37 @@ def test_one_corpus_is_its_own_stream(make_store, lengths, seq_length, counts):
         assert_equal(rows, stream.rows(int(rows.row_ids[0]), len(rows.tokens), factor))
 
 
-def test_words_of_all_corpora_add_up_by_hand(make_store):
-    """Epochs of 4 slots with 10 words and 2 slots with 7 words, rows 2 to 1, including long rows."""
+def test_places_of_all_corpora_by_hand(make_store):
+    """Epochs of 4 slots and of 2, of 4 tokens, rows 2 to 1, including long rows."""
+    mixture = Mixture([RowStream(make_store(part), 4) for part in ((9, 5), (7,))], (2, 1), [(0, 1), (3, 2)])
+    expected = [(0, 0), (1, 0), (1, 1), (2, 1), (4, 1), (4, 3), (6, 3)]
+    for slot, counts in zip((0, 1, 2, 3, 5, 7, 9), expected, strict=True):
+        places = [Position(count // size, 4 * (count % size)) for count, size in zip(counts, (4, 2), strict=True)]
+        assert mixture.places(slot) == places
+    assert [mixture.rows_before(slot) for slot in (0, 1, 2, 3, 5, 7, 9)] == [0, 1, 2, 3, 4, 5, 6]
 
-    def mixture(*num_words):
-        parts = zip(((9, 5), (7,)), num_words, strict=True)
-        stores = [dataclasses.replace(make_store(part), num_words=words) for part, words in parts]
-        return Mixture([RowStream(store, 4) for store in stores], (2, 1), [(0, 1), (3, 2)])
 
-    one, other = [0, 2, 5, 7, 10, 12, 15], [0, 3, 7, 10]  # words before each slot
-    expected = [one[0] + other[0], one[1] + other[0], one[1] + other[1], one[2] + other[1]]
-    expected += [one[4] + other[1], one[4] + other[3], one[6] + other[3]]  # rows of two slots
-    assert [mixture(10, 7).words_before(slot) for slot in (0, 1, 2, 3, 5, 7, 9)] == expected
-    assert mixture(10, None).words_before(3) is None
+@settings(max_examples=100, deadline=None)
+@given(corpora, seq_lengths, st.lists(st.integers(1, 9), min_size=3, max_size=3), st.data())
+def test_a_mixture_goes_on_where_another_stopped(make_store, corpora, seq_length, counts, data):
+    """From any row on, a mixture made from the places there has the rows of the one from the beginning."""
+    starts, shares = growing(counts), data.draw(st.just(()) | st.tuples(*[weights] * len(corpora)))
+    whole = Mixture(make_streams(make_store, corpora, seq_length), shares, starts)
+    index = data.draw(st.integers(0, 2))
+    slot, factor = starts[index]
+    slot += factor * data.draw(st.integers(0, counts[index] - 1))
+    streams = [
+        RowStream(make_store(part), seq_length, (7, number), start=place)
+        for number, (part, place) in enumerate(zip(corpora, whole.places(slot), strict=True))
+    ]
+    growth = [(slot, factor), *starts[index + 1 :]]
+    rest = Mixture(streams, shares, growth, whole.rows_before(slot))
+    ends = [first for first, _ in growth[1:]] + [growth[-1][0] + 7 * growth[-1][1]]
+    for (first, factor), end in zip(growth, ends, strict=True):
+        count = (end - first) // factor
+        assert_equal(rest.rows(first, count, factor), whole.rows(first, count, factor))
+        assert rest.places(end) == whole.places(end)
+        assert rest.rows_before(end) == whole.rows_before(end)
 
 
 def test_rows_of_another_length_or_place_are_refused(make_store):
@@ -202,7 +224,8 @@ def test_ranks_together_train_what_a_run_mixes(make_store, make_config, tiny):
         assert sum(map(len, rows)) == plan.slots_before(objective, config.max_steps) * config.seq_length
     np.testing.assert_allclose(slots / slots.sum(), [1 / 8, 5 / 8, 2 / 8], atol=0.02)
     slots_of_epochs = [35, 9, 14]  # 9 · 31, 9 · 8 and 9 · 12 tokens with their `<s>`, in slots of 8
-    assert ranks[0].epochs_before(config.max_steps) == dict(zip("abc", slots / slots_of_epochs, strict=True))
+    epochs = ranks[0].progress.epochs_before(config.max_steps)
+    assert epochs == pytest.approx(dict(zip("abc", slots / slots_of_epochs, strict=True)), abs=0.1)
 
 
 def test_one_file_is_no_mixture(make_store, make_config, tiny):
@@ -210,8 +233,8 @@ def test_one_file_is_no_mixture(make_store, make_config, tiny):
     config = make_config(train_path=(Path("a"),), train_weights=(3.0,))
     plan, world = HybridPlan(config, 1), World(0, 1, CPU)
     rows = BatchLoader(config, Inputs(tiny, 64, (store,), store), plan, world, MicroBatches(config, plan, world))
-    assert {type(stream) for stream in rows.streams.values()} == {RowStream}
-    assert rows.epochs_before(7) == {}
+    assert {type(stream) for stream in rows.progress.streams.values()} == {RowStream}
+    assert rows.progress.epochs_before(7) == {}
 
 
 def test_names_tell_files_apart(tmp_path):

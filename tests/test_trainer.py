@@ -1,5 +1,6 @@
 """White-box tests of a training step and of the run around it."""
 
+import io
 import json
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
 
 from gptbert import trainer as trainer_module
 from gptbert.checkpoint.folder import list_checkpoints
@@ -21,8 +23,11 @@ from gptbert.distributed.world import World
 from gptbert.errors import InputError
 from gptbert.fit import fit
 from gptbert.model.objective import Objective
+from gptbert.monitoring.progress import validation_progress
 from gptbert.monitoring.records import read_records
+from gptbert.report import ReportConfig, report
 from gptbert.schedules import learning_rate
+from gptbert.scoring.trained_model import ModelChoice, TrainedModel
 from gptbert.text.special_tokens import BOS_ID
 from gptbert.trainer import Trainer
 from tests.runs import flags, losses, write_inputs
@@ -252,6 +257,55 @@ def test_validation_is_the_same_every_time_and_leaves_training_alone(inputs):
     other_seed = make_trainer(inputs, validation_steps=0, seed=8)
     other_seed.model.load_state_dict(trainer.model.state_dict())
     assert other_seed.validation_record()["validation/mlm/loss"] == first["validation/mlm/loss"]
+
+
+def test_a_bounded_validation_is_spread_over_the_file(inputs, monkeypatch):
+    trainer = make_trainer(inputs, validation_steps=0)
+    slots = trainer.validation.num_rows
+    assert not trainer.validation.share
+    usual = make_trainer(inputs, validation_steps=None)
+    assert usual.validation.num_rows == slots, "all of a small file"
+    monkeypatch.setattr("gptbert.monitoring.validation.DEFAULT_TOKENS", 20 * 32)
+    bounded = make_trainer(inputs, validation_steps=None)
+    assert bounded.validation.num_rows == 20 < slots
+    assert bounded.validation.share == f"20 of {slots} rows, spread evenly over the file"
+    rows = bounded.validation._rows(0, 20)
+    assert rows.row_ids.tolist() == [row * slots // 20 for row in range(20)]
+    assert set(np.diff(rows.row_ids)) <= {slots // 20, slots // 20 + 1}
+    every = trainer.validation._rows(0, slots)
+    np.testing.assert_array_equal(rows.tokens, every.tokens[rows.row_ids])
+    np.testing.assert_array_equal(bounded.validation._rows(3, 2).tokens, rows.tokens[3:5])
+
+
+def test_a_validation_shows_how_far_it_is(inputs, monkeypatch):
+    """The bar stands still meanwhile; behind it is the part done of both kinds of weights."""
+    trainer, shown = make_trainer(inputs, validation_steps=2), []
+    bar = tqdm(total=10, file=io.StringIO(), mininterval=0)
+    monkeypatch.setattr(bar, "set_postfix_str", lambda text, refresh=True: shown.append(text))
+    with validation_progress(bar, 2 * trainer.validation.num_rows) as advance:
+        trainer.validation_record(advance)
+    assert shown[:-1] == [f"validating {part}%" for part in (12, 25, 38, 50, 62, 75, 88, 100)]
+    assert shown[-1] == "", "what was there before"
+
+
+def test_an_average_that_has_not_forgotten_its_start_is_explained(inputs, capfd):
+    """With the usual --ema_decay it has 98 % of the initial weights after 20 steps: its loss looks like a fault."""
+    settings = {"no_compile": True, "validation_steps": 1}
+    fit(parse(TrainConfig, flags(inputs, name="short", **settings, max_steps=20)))
+    said = capfd.readouterr().err
+    assert "after --max_steps 20 the moving average" in said
+    assert "still has 98% of the initial ones; --ema_decay 0.79 instead of 0.999" in said
+    run_dir = inputs / "runs" / "short"
+    for weights, count in (("ema", 1), ("model", 0)):
+        TrainedModel.load(ModelChoice(run=run_dir, weights=weights)).explain()
+        said = capfd.readouterr().err
+        assert said.count("after 20 steps the average of the weights still has 98% of the initial ones") == count
+    report(ReportConfig(run_dir))
+    assert "98% still initial ones" in (run_dir / "report.html").read_text()
+    capfd.readouterr()
+    fit(parse(TrainConfig, flags(inputs, name="suited", **settings, max_steps=20, ema_decay=0.79)))
+    TrainedModel.load(ModelChoice(run=inputs / "runs" / "suited")).explain()
+    assert "moving average" not in capfd.readouterr().err
 
 
 def run_with_kernels(inputs, kernels, **changes):

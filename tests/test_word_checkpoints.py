@@ -17,11 +17,12 @@ from gptbert.checkpoint.word_checkpoints import BABYLM, WordCheckpoints, checkpo
 from gptbert.command_line import parse
 from gptbert.config import TrainConfig
 from gptbert.data.hybrid_plan import HybridPlan
-from gptbert.data.packing import RowStream
+from gptbert.data.inputs import Inputs
+from gptbert.data.packing import Position, RowStream
+from gptbert.data.progress import Progress
 from gptbert.data.token_store import TokenStore, TokenStoreWriter
 from gptbert.errors import InputError
 from gptbert.fit import fit
-from gptbert.model.objective import Objective
 from gptbert.monitoring.records import read_records
 from gptbert.text.tokenizer import tokenizer_hash
 from gptbert.trainer import Trainer
@@ -38,44 +39,40 @@ def inputs(tmp_path_factory):
     return write_inputs(tmp_path_factory.mktemp("words"))
 
 
-def streams_of(store, num_words, seq_length=4):
-    store = dataclasses.replace(store, num_words=num_words)
-    return {objective: RowStream(store, seq_length, (1, index)) for index, objective in enumerate(Objective)}
+def words_of(store, num_words, config, tiny):
+    inputs = Inputs(tiny, 64, (dataclasses.replace(store, num_words=num_words),), store)
+    return WordCheckpoints(config, Progress(config, inputs, HybridPlan(config, 1)))
 
 
 # Which step
 
 
-def test_words_of_a_slot_by_hand(make_store):
-    """Documents of 9 and 5 tokens, each followed by an `<s>`: 16 positions, 4 slots, 10 words."""
-    (stream, _) = streams_of(make_store([9, 5]), 10).values()
-    assert stream.slots_per_epoch == 4
-    assert [stream.words_before(slot) for slot in range(9)] == [0, 2, 5, 7, 10, 12, 15, 17, 20]
+def test_words_of_a_place_by_hand():
+    """Documents of 9 and 5 tokens, each followed by an `<s>`: 16 positions, 4 slots of 4, 10 words."""
+    assert [Position(slot // 4, 4 * (slot % 4)).words(10, 16) for slot in range(9)] == [0, 2, 5, 7, 10, 12, 15, 17, 20]
     for num_words in (1, 7, 10**15 + 1):
-        (stream, _) = streams_of(make_store([9, 5]), num_words).values()
-        assert [stream.words_before(4 * epoch) for epoch in (1, 3, 10**6)] == [num_words * n for n in (1, 3, 10**6)]
-    (stream, _) = streams_of(make_store([9, 5]), None).values()
-    assert stream.words_before(3) is None
+        assert [Position(epoch).words(num_words, 16) for epoch in (1, 3, 10**6)] == [
+            num_words * n for n in (1, 3, 10**6)
+        ]
 
 
-def test_a_threshold_is_due_once_at_the_first_step_that_reaches_it(make_store, make_config):
+def test_a_threshold_is_due_once_at_the_first_step_that_reaches_it(make_store, make_config, tiny):
     """4 rows per step, 1 masked and 3 causal: a step sees 2.5 and 7.5 of 10 words, each rounded down."""
     config = make_config(
         seq_length=4, max_steps=4, global_batch_size=4, batch_reduction=1, checkpoint_words=("9", "19", "20", "27", "3")
     )
-    words = WordCheckpoints(config, streams_of(make_store([9, 5]), 10), HybridPlan(config, 1))
+    words = words_of(make_store([9, 5]), 10, config, tiny)
     assert [words.words_before(step) for step in range(5)] == [0, 2 + 7, 5 + 15, 7 + 22, 40]
     assert [words.due(step) for step in range(1, 5)] == [[3, 9], [19, 20], [27], []]
-    nothing = WordCheckpoints(dataclasses.replace(config, checkpoint_words=()), words._streams, words._plan)
+    nothing = words_of(make_store([9, 5]), 10, dataclasses.replace(config, checkpoint_words=()), tiny)
     assert nothing.due(1) == []
 
 
-def test_babylm_goes_as_far_as_the_run(make_store, make_config):
+def test_babylm_goes_as_far_as_the_run(make_store, make_config, tiny):
     config = make_config(
         seq_length=4, max_steps=10, global_batch_size=4, batch_reduction=1, checkpoint_words=("babylm",)
     )
-    streams, plan = streams_of(make_store([9, 5]), 21_000_000), HybridPlan(config, 1)
-    words = WordCheckpoints(config, streams, plan)
+    words = words_of(make_store([9, 5]), 21_000_000, config, tiny)
     assert list(map(checkpoint_name, words.thresholds)) == [
         *(f"chck_{n}M" for n in (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100, 200))
     ]
@@ -85,8 +82,7 @@ def test_babylm_goes_as_far_as_the_run(make_store, make_config):
         "chck_1000M", "chck_500K", "chck_1500K", "chck_1000500", "chck_7"
     ]  # fmt: skip
     assert len(BABYLM) == 28
-    few = WordCheckpoints(config, streams_of(make_store([9, 5]), 1000), plan)
-    assert few.thresholds == []
+    assert words_of(make_store([9, 5]), 1000, config, tiny).thresholds == []
 
 
 @pytest.mark.parametrize(
@@ -104,14 +100,13 @@ def test_babylm_goes_as_far_as_the_run(make_store, make_config):
         (("1M", "4M"), "--checkpoint_words 4M: the run sees 3,000,000 words in --max_steps 4"),
     ],
 )
-def test_checkpoint_words_become_thresholds_or_are_refused(make_store, make_config, values, expected):
+def test_checkpoint_words_become_thresholds_or_are_refused(make_store, make_config, tiny, values, expected):
     config = make_config(seq_length=4, max_steps=4, global_batch_size=4, batch_reduction=1, checkpoint_words=values)
-    streams, plan = streams_of(make_store([9, 5]), 750_000), HybridPlan(config, 1)
     if isinstance(expected, list):
-        assert WordCheckpoints(config, streams, plan).thresholds == expected
+        assert words_of(make_store([9, 5]), 750_000, config, tiny).thresholds == expected
         return
     with pytest.raises(InputError, match=re.escape(expected)):
-        WordCheckpoints(config, streams, plan)
+        words_of(make_store([9, 5]), 750_000, config, tiny)
 
 
 # Whole runs
@@ -147,7 +142,7 @@ def test_a_run_saves_the_weights_of_the_step_for_good(inputs):
         manifest.check(folder)
         said = json.loads((folder / "words.json").read_text())
         step = next(step for step, record in records.items() if record["train/words"] >= threshold)
-        assert said == {"step": step, "words": records[step]["train/words"]}
+        assert said == {"step": step} | {name: records[step][f"train/{name}"] for name in ("words", "tokens")}
         saved = run_dir / "checkpoints" / f"step_{step:08d}"
         for weights in ("model", "ema"):
             ours, theirs = (load_model(path, weights).state_dict() for path in (folder, saved))

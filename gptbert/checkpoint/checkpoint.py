@@ -3,7 +3,8 @@
 run folder/checkpoints/step_00001000/
     model.safetensors        weights, under the published names (upstream's tools load them)
     ema.safetensors          their moving average, likewise
-    training_state.pt        optimizer, step, every rank's random state and sums, skipped steps, masking history
+    training_state.pt        optimizer, step, every rank's random state and sums, skipped steps, masking history, and
+                             what the run has trained on (gptbert.data.progress)
     model_config.json        the model's shape, as --config_file reads it
     train_config.json        the run's settings
     tokenizer.json
@@ -41,6 +42,7 @@ from gptbert.checkpoint.shards import load_shards, save_shards
 from gptbert.checkpoint.training_state import STATE_KEYS, read_training_state
 from gptbert.checkpoint.weights import read_weights, write_weights
 from gptbert.config import ModelConfig, TrainConfig
+from gptbert.data.progress import check_state as check_progress
 from gptbert.distributed.world import World
 from gptbert.errors import InputError, first_line
 from gptbert.io.files import delete, publish
@@ -61,6 +63,7 @@ class Checkpoint:
         skipped_steps: `SkippedSteps.counts`.
         mask_counts: `MaskHistory.counts`, or None if it is off.
         is_compiled: whether the run was compiled; None in checkpoints of versions that did not record it.
+        progress: `Progress.state_dict`; None likewise.
         shards: folder of a loaded sharded checkpoint's tensors (model, average, moments), which are still empty here;
             see `with_shards_loaded`.
     """
@@ -73,6 +76,7 @@ class Checkpoint:
     skipped_steps: Tensor
     mask_counts: Tensor | None
     is_compiled: bool | None = None
+    progress: dict[str, Any] | None = None
     shards: Path | None = None
 
     @property
@@ -140,6 +144,8 @@ def load(path: Path, model_config: ModelConfig) -> Checkpoint:
         if shards is None:
             weights = {name: read_weights(path / f"{name}.safetensors", saved_config) for name in weights}
         state = read_training_state(path / TRAINING_STATE, weights["model"], read_settings(path).get("optimizer", ""))
+        if state.get("progress") is not None:
+            check_progress(state["progress"])
         checkpoint = Checkpoint(**weights, **state, shards=shards)
     except InputError as error:
         raise InputError(f"--resume {path}: the checkpoint is damaged ({error}); {WAY_OUT}") from error

@@ -1,17 +1,31 @@
 """`--resume`: the checkpoint to resume from, and the settings that must match it."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from gptbert.checkpoint import manifest
 from gptbert.checkpoint.checkpoint import WAY_OUT, Checkpoint, load
 from gptbert.checkpoint.folder import TOKENIZER, TRAINING_STATE, list_checkpoints, list_word_checkpoints, read_settings
 from gptbert.config import ModelConfig, TrainConfig
+from gptbert.data.hybrid_plan import HybridPlan
+from gptbert.data.inputs import Inputs
+from gptbert.data.packing import Position
+from gptbert.data.progress import CorpusProgress, Progress, fresh_state
+from gptbert.data.token_store import TokenStore
 from gptbert.distributed.world import World
 from gptbert.errors import InputError
 from gptbert.io.files import move_away
 from gptbert.io.screen import log
+from gptbert.model.objective import Objective
 from gptbert.text.tokenizer import tokenizer_hash
 
+# settings that determine what a run is trained on
+_OF_DATA = (
+    "train_path", "train_weights", "hybrid_numerator", "hybrid_denominator", "seq_length", "seq_length_growth",
+    "global_batch_size", "batch_reduction", "max_steps", "seed",
+)  # fmt: skip
+_NOTES = {"seed": " (in the rest of this epoch some documents repeat and others are left out: it is another shuffle)"}
 _NOT_OF_THE_RESULT = {"resume", "output_dir", "name", "huge_pages"}  # settings that change nothing in it
 
 
@@ -114,10 +128,49 @@ def changed_settings(path: Path, config: TrainConfig) -> list[str]:
     here = {name: _as_typed(value) for name, value in config.to_dict().items()}
     there = {name: _as_typed(saved.get(name)) for name in here}
     return [
-        f"--{name} {there[name]} -> {here[name]}"
+        f"--{name} {there[name]} -> {here[name]}{_NOTES.get(name, '')}"
         for name in here
         if name not in _NOT_OF_THE_RESULT and here[name] != there[name]
     ]
+
+
+def progress_state(path: Path, resumed: Checkpoint, config: TrainConfig, inputs: Inputs) -> tuple[dict[str, Any], str]:
+    """What a checkpoint's run was trained on, and a note on it for the log, or "".
+
+    Checkpoints of earlier versions do not have it: it is computed from their settings, as if those had always been the
+    same.
+    """
+    if resumed.progress is not None:
+        return resumed.progress, ""
+    note = f"{path} was written by an earlier version, without counts"
+    try:
+        then = _settings_of_data(path, config)
+        plan = HybridPlan(then, 1)
+        slots = [plan.slots_before(objective, resumed.step) for objective in Objective]
+        state = fresh_state() | {"tokens": plan.tokens_before(resumed.step), "slots": slots}
+    except (InputError, TypeError, ValueError, IndexError):
+        return _without_corpora(fresh_state()), f"{note}: tokens and words are counted from here on"
+    try:
+        stores = tuple(map(TokenStore.open, then.train_path))
+    except InputError as error:
+        return _without_corpora(state), f"{note}: each corpus begins anew, and words are not known ({error})"
+    state = Progress(then, replace(inputs, train_stores=stores), plan).state_dict(resumed.step)
+    return state, f"{note}: they are computed from its settings, as if those had always been the same"
+
+
+def _without_corpora(state: dict[str, Any]) -> dict[str, Any]:
+    """The state with a corpus of unknown words, so that words are not counted."""
+    unknown = CorpusProgress("unknown", (), 1, None, (Position(1, 0),) * len(Objective))
+    return state | {"corpora": [unknown.to_state()]}
+
+
+def _settings_of_data(path: Path, config: TrainConfig) -> TrainConfig:
+    """This run's settings, but those of a checkpoint where they determine what it was trained on."""
+    saved = read_settings(path)
+    settings = {name: saved.get(name, getattr(TrainConfig, name, None)) for name in _OF_DATA}
+    files = [settings["train_path"]] if isinstance(settings["train_path"], str) else settings["train_path"]
+    settings |= {"train_path": tuple(map(Path, files)), "train_weights": tuple(settings["train_weights"])}
+    return replace(config, **settings, hybrid_mode="batch", checkpoint_words=())
 
 
 def _as_typed(value: object) -> str:

@@ -1,18 +1,23 @@
 """The model of a checkpoint, sharded or not, as commands after training load it."""
 
+import re
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from gptbert.checkpoint import manifest
-from gptbert.checkpoint.folder import MODEL_CONFIG, SHARDS, is_sharded, newest_in
+from gptbert.checkpoint.folder import MODEL_CONFIG, SHARDS, TRAINING_STATE, is_sharded, newest_in, read_settings
 from gptbert.checkpoint.shards import load_shards
 from gptbert.checkpoint.weights import read_weights, shapes
 from gptbert.config import ModelConfig
 from gptbert.errors import InputError
+from gptbert.io.json_file import read_object
 from gptbert.io.screen import log
+from gptbert.io.torch_file import TorchFile
 from gptbert.model import GPTBert
+from gptbert.schedules import MOST_INITIAL, initial_share
 
 
 def load_model(path: Path, weights: str = "ema") -> GPTBert:
@@ -35,6 +40,43 @@ def load_model(path: Path, weights: str = "ema") -> GPTBert:
     model = GPTBert(config)
     model.load_state_dict(state)
     return model.eval()
+
+
+def note_on_average(path: Path) -> str:
+    """A warning if a checkpoint's average still has much of the initial weights, which looks like a fault; else "".
+
+    Args:
+        path: a checkpoint's folder.
+    """
+    step = re.fullmatch(r"step_(\d+)", path.name)
+    with suppress(InputError, TypeError, ValueError, OverflowError):
+        decay = float(read_settings(path).get("ema_decay"))
+        if step and (share := initial_share(decay, int(step[1]))) > MOST_INITIAL:
+            return (
+                f"warning: after {int(step[1])} steps the average of the weights still has {share:.0%} of the initial "
+                f"ones (--ema_decay {decay:g}); --weights model takes the weights themselves"
+            )
+    return ""
+
+
+def tokens_seen(path: Path) -> int | None:
+    """Tokens that a checkpoint's run was trained on by its step; None if the checkpoint does not say.
+
+    Records say it too, but only at their own steps.
+    """
+    with suppress(InputError):
+        if (path / "words.json").is_file():
+            return _as_count(read_object(path / "words.json").get("tokens"))
+        if (path / TRAINING_STATE).is_file():
+            with TorchFile(path / TRAINING_STATE) as file:
+                state = file.value(build=lambda _: None)  # reads no tensor
+            progress = state.get("progress") if isinstance(state, dict) else None
+            return _as_count(progress.get("tokens") if isinstance(progress, dict) else None)
+    return None
+
+
+def _as_count(value: object) -> int | None:
+    return value if type(value) is int and value >= 0 else None
 
 
 def read_full_weights(path: Path, weights: str, config: ModelConfig) -> dict[str, Tensor]:

@@ -12,14 +12,14 @@ from gptbert.errors import InputError
 from gptbert.io.torch_file import load_torch_file
 from gptbert.model.objective import Objective
 
-STATE_KEYS = ("step", "optimizer", "rank_states", "skipped_steps", "mask_counts", "is_compiled")
-_LATER_KEYS = {"is_compiled"}  # not written by earlier versions
+STATE_KEYS = ("step", "optimizer", "rank_states", "skipped_steps", "mask_counts", "is_compiled", "progress")
+_LATER_KEYS = {"is_compiled", "progress"}  # not written by earlier versions
 _LARGEST_STEP = 10**9
 _MUONS = "momentum_buffer"
 
 
 def read_training_state(path: Path, weights: Mapping[str, Tensor], optimizer: str) -> dict[str, Any]:
-    """The step, optimizer state, rank states and masking history, on the CPU.
+    """The step, optimizer state, rank states, masking history and progress (unchecked), on the CPU.
 
     Args:
         path: the file.

@@ -1,29 +1,26 @@
 """Checkpoints by words seen: `RUN/words/chck_1M` and so on, under BabyLM's names, never deleted.
 
-Words are those counted by the tokenizing step (`TokenStore.num_words`), spread evenly over an epoch's slots; repeated
-text counts again. So the words seen are a function of the step, and a threshold's weights are those of the first step
-that has seen as many words. A folder is written before the checkpoint of its step: a run that resumes from an earlier
-checkpoint passes the same threshold and rewrites identical files.
+Words are those counted by the tokenizing step (`TokenStore.num_words`), spread evenly over an epoch's tokens; repeated
+text counts again. A threshold's weights are those of the first step that has seen as many words. A folder is written
+before the checkpoint of its step: a run that resumes from an earlier checkpoint passes the same threshold and rewrites
+identical files. A threshold that a run had passed before the checkpoint that it goes on from gets no folder, since its
+weights are gone.
 """
 
 import re
-from collections.abc import Mapping
 from decimal import Decimal
 
 from gptbert.checkpoint import manifest
 from gptbert.checkpoint.folder import WORD_CHECKPOINTS, write_settings
 from gptbert.checkpoint.weights import write_weights
 from gptbert.config import ModelConfig, TrainConfig
-from gptbert.data.hybrid_plan import HybridPlan
-from gptbert.data.mixture import Mixture
-from gptbert.data.packing import RowStream
+from gptbert.data.progress import Progress
 from gptbert.distributed.fsdp import full_weights
 from gptbert.distributed.world import World
 from gptbert.errors import InputError
 from gptbert.io.files import new_folder
 from gptbert.io.json_file import write_json
 from gptbert.model import GPTBert
-from gptbert.model.objective import Objective
 
 BABYLM = tuple(10**6 * millions for millions in (*range(1, 10), *range(10, 100, 10), *range(100, 1001, 100)))
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
@@ -33,25 +30,25 @@ class WordCheckpoints:
     """Counts the words seen at a step, and saves weights by them.
 
     Attributes:
-        thresholds: numbers of words that get a folder, ascending.
+        thresholds: numbers of words that get a folder from the run's first step, or its checkpoint, on; ascending.
 
     Raises:
         InputError: a value of `--checkpoint_words` is not a number of words or is more than the run will see, or a
             token file does not record its number of words.
     """
 
-    def __init__(self, config: TrainConfig, streams: Mapping[Objective, RowStream | Mixture], plan: HybridPlan) -> None:
+    def __init__(self, config: TrainConfig, progress: Progress) -> None:
         self._config = config
-        self._streams = streams
-        self._plan = plan
+        self._progress = progress
         self.thresholds: list[int] = []
+        self._passed: list[int] = []
         if not config.checkpoint_words:
             return
         seen = self.words_before(config.max_steps)
         if seen is None:
             raise InputError(
-                "--checkpoint_words: a token file of --train_path does not say how many words it holds; tokenize the "
-                "corpus again"
+                "--checkpoint_words: a token file that this run trains on, or did before its checkpoint, does not say "
+                "how many words it holds; tokenize the corpus again"
             )
         chosen = {words: value for value in config.checkpoint_words for words in _parse(value)}
         for words, value in chosen.items():
@@ -59,19 +56,27 @@ class WordCheckpoints:
                 raise InputError(
                     f"--checkpoint_words {value}: the run sees {seen:,} words in --max_steps {config.max_steps}"
                 )
-        self.thresholds = sorted(words for words in chosen if words <= seen)
+        before = self.words_before(progress.first_step)
+        self._passed = sorted(words for words in chosen if words <= before)
+        self.thresholds = sorted(words for words in chosen if before < words <= seen)
 
     def words_before(self, step: int) -> int | None:
         """Words in all steps before `step`, of both objectives; None if a token file does not record them."""
-        words = [
-            stream.words_before(self._plan.slots_before(objective, step)) for objective, stream in self._streams.items()
-        ]
-        return None if None in words else sum(words)
+        return self._progress.words_before(step)
 
     def forecast(self) -> str:
-        """A line for the log: what the whole run will save."""
+        """A line for the log: what the run will save from here on."""
         names = " ".join(map(checkpoint_name, self.thresholds)) or "no folder"
-        return f"of the {self.words_before(self._config.max_steps):,} words that the run sees: {names} in words/"
+        before = self.words_before(self._progress.first_step)
+        parts = [
+            f"of the {self.words_before(self._config.max_steps):,} words that the run sees",
+            f", {before:,} of them before this start" if before else "",
+            f": {names} in words/",
+        ]
+        folder = self._config.run_dir / WORD_CHECKPOINTS
+        if gone := [name for name in map(checkpoint_name, self._passed) if not (folder / name).is_dir()]:
+            parts.append(f"; passed before this start, so not written: {' '.join(gone)}")
+        return "".join(parts)
 
     def record(self, step: int) -> dict[str, float]:
         """The words of a training record after `step` steps; empty if a token file does not say."""
@@ -80,7 +85,7 @@ class WordCheckpoints:
 
     def due(self, step: int) -> list[int]:
         """The thresholds reached after `step` steps, but not a step earlier."""
-        if not self.thresholds:
+        if not self.thresholds or step <= self._progress.first_step:
             return []
         before, seen = self.words_before(step - 1), self.words_before(step)
         return [words for words in self.thresholds if before < words <= seen]
@@ -102,7 +107,8 @@ class WordCheckpoints:
                         for name, tensors in weights.items():
                             write_weights(folder / f"{name}.safetensors", tensors, model_config)
                         write_settings(folder, self._config, model_config)
-                        write_json(folder / "words.json", {"step": step, "words": self.words_before(step)})
+                        counts = {"words": self.words_before(step), "tokens": self._progress.tokens_before(step)}
+                        write_json(folder / "words.json", {"step": step, **counts})
                         manifest.write(folder)
 
 

@@ -12,6 +12,7 @@ Rows:
 - `document_order`: an epoch's shuffle.
 - `packing`: documents packed end to end into rows, each addressable by number.
 - `mixture`: rows of several corpora.
+- `progress`: the places reached in the corpora, and counts of what was trained, across resumes.
 - `inputs`: a run's files, checked against each other.
 
 Batches:

@@ -1,6 +1,7 @@
 """The plan of a run: which rank trains which rows of which objective at each step."""
 
 import math
+from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -43,6 +44,7 @@ class HybridPlan:
     Attributes:
         mode: "rank" or "batch".
         length_factors: every factor that occurs in the run, with its first step.
+        earlier_slots, earlier_tokens: what `continued` adds to the counts of these settings.
 
     Raises:
         InputError: in rank mode, the world size is not a multiple of the denominator; or a step is too small for both
@@ -63,6 +65,19 @@ class HybridPlan:
             for factor, index in zip(*np.unique(steps.factors, return_index=True), strict=True):
                 self.length_factors.setdefault(int(factor), block * self._block_steps + int(index))
         self._block = lru_cache(maxsize=2)(self._draw_block)  # the trainer asks for the current step and a few ahead
+        self.earlier_slots = dict.fromkeys(Objective, 0)
+        self.earlier_tokens = 0
+
+    def continued(self, step: int, slots: dict[Objective, int], tokens: int) -> "HybridPlan":
+        """The plan of a run that goes on after `step` steps of other settings, with these slots and tokens behind it.
+
+        Counts before `step` are meaningless then.
+        """
+        plan = copy(self)
+        planned = {objective: self._slots_before(objective, step) for objective in Objective}
+        plan.earlier_slots = {objective: slots[objective] - planned[objective] for objective in Objective}
+        plan.earlier_tokens = tokens - sum(planned.values()) * self.config.seq_length
+        return plan
 
     def weight(self, objective: Objective) -> float:
         """The objective's weight in the loss: its fraction of the training."""
@@ -76,10 +91,15 @@ class HybridPlan:
 
     def tokens_before(self, step: int) -> int:
         """Tokens (positions of the model's input) in all steps before `step`."""
-        return sum(self.slots_before(objective, step) for objective in Objective) * self.config.seq_length
+        slots = sum(self._slots_before(objective, step) for objective in Objective)
+        return slots * self.config.seq_length + self.earlier_tokens
 
     def slots_before(self, objective: Objective, step: int) -> int:
         """Slots of the objective's stream in all steps before `step`: the step's first slot."""
+        return self._slots_before(objective, step) + self.earlier_slots[objective]
+
+    def _slots_before(self, objective: Objective, step: int) -> int:
+        """The same, as if all steps had had these settings."""
         block, index = divmod(step, self._block_steps)
         return int(self._block(block).first_slots[index, _COLUMNS[objective]])
 

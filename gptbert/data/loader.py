@@ -10,12 +10,12 @@ from torch import Tensor
 from gptbert import schedules
 from gptbert.config import TrainConfig
 from gptbert.data.hybrid_plan import HybridPlan, Share
-from gptbert.data.inputs import Inputs, corpus_names
+from gptbert.data.inputs import Inputs
 from gptbert.data.mask_history import MaskHistory
 from gptbert.data.micro_batch import MicroBatches
-from gptbert.data.mixture import Mixture
 from gptbert.data.objectives import Masking, causal_batch, masked_batch
-from gptbert.data.packing import Rows, RowStream
+from gptbert.data.packing import Rows
+from gptbert.data.progress import Progress
 from gptbert.distributed.world import World
 from gptbert.errors import InputError, prefix_errors
 from gptbert.model.batch import Batch
@@ -26,44 +26,31 @@ from kernels.padding import padded_length
 LoadedShare = tuple[Share, dict[str, Tensor]]  # the fields of `Rows`, on the host
 
 
-def training_streams(config: TrainConfig, inputs: Inputs, plan: HybridPlan) -> dict[Objective, RowStream | Mixture]:
-    """The stream of training rows of each objective; a mixture if there are several corpora."""
-    if len(inputs.train_stores) == 1:
-        return {
-            objective: RowStream(*inputs.train_stores, config.seq_length, (config.seed, index))
-            for index, objective in enumerate(Objective)
-        }
-    streams = {}
-    for index, objective in enumerate(Objective):
-        own = [
-            RowStream(store, config.seq_length, (config.seed, index, corpus))
-            for corpus, store in enumerate(inputs.train_stores)
-        ]
-        growth = [(plan.slots_before(objective, step), factor) for factor, step in plan.length_factors.items()]
-        streams[objective] = Mixture(own, config.train_weights, growth)
-    return streams
-
-
 class BatchLoader:
     """Loads one rank's rows of a step and turns them into a batch.
 
     Attributes:
-        streams: the stream of training rows of each objective; see `training_streams`.
+        progress: the streams of training rows, and how far they are read.
         mask_history: mask counts of the training tokens, or None without `--mask_history`.
     """
 
     def __init__(
-        self, config: TrainConfig, inputs: Inputs, plan: HybridPlan, world: World, micro_batches: MicroBatches
+        self,
+        config: TrainConfig,
+        inputs: Inputs,
+        plan: HybridPlan,
+        world: World,
+        micro_batches: MicroBatches,
+        progress: Progress | None = None,
     ) -> None:
         self._config = config
         self._inputs = inputs
-        self._plan = plan
+        self.progress = progress or Progress(config, inputs, plan)
+        self._plan = self.progress.plan
         self._world = world
         self._micro_batches = micro_batches
         self._refusal: str | None = None  # load error of this rank, kept until `raise_load_errors`
         self.mask_history = MaskHistory(inputs.num_train_tokens, world) if config.mask_history else None
-        self.streams = training_streams(config, inputs, plan)
-        self._corpora = dict(zip(corpus_names(config.train_path), inputs.train_stores, strict=True))
 
     def load(self, step: int) -> list[LoadedShare]:
         """This rank's rows of a step, on the host, padded for `span_mask`; runs ahead of the step on another thread.
@@ -90,7 +77,8 @@ class BatchLoader:
         try:
             with prefix_errors("--train_path"):
                 if share.num_rows:
-                    return self.streams[share.objective].rows(share.first_slot, share.num_rows, share.length_factor)
+                    stream = self.progress.streams[share.objective]
+                    return stream.rows(share.first_slot, share.num_rows, share.length_factor)
         except InputError as error:
             self._refusal = str(error)
         nothing = np.empty((0, share.length_factor * self._config.seq_length + 1), dtype=np.int64)
@@ -126,23 +114,6 @@ class BatchLoader:
         with self._world.errors_on_all_ranks():
             if self._refusal:
                 raise InputError(self._refusal)
-
-    def epochs_before(self, step: int) -> dict[str, float]:
-        """Epochs of each corpus before `step`, over both objectives; empty if there is only one corpus."""
-        if len(self._corpora) == 1:
-            return {}
-        epochs = sum(stream.epochs_before(self._plan.slots_before(key, step)) for key, stream in self.streams.items())
-        return dict(zip(self._corpora, epochs.tolist(), strict=True))
-
-    def describe_corpora(self) -> str:
-        """One line to print: fraction, size and epochs of each of several corpora."""
-        epochs = self.epochs_before(self._config.max_steps)
-        shares = self.streams[Objective.CLM].shares
-        parts = [
-            f"{100 * share:.3g} % {name} ({store.num_tokens:,} tokens, {epochs[name]:.3g} epochs in all)"
-            for share, (name, store) in zip(shares, self._corpora.items(), strict=True)
-        ]
-        return f"training on {', '.join(parts)}"
 
     def batch(self, loaded: list[LoadedShare], step: int) -> Batch:
         """Move rows to the device and build their inputs and labels there; without any, a row of padding."""

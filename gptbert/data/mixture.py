@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gptbert.data.packing import Rows, RowStream
+from gptbert.data.packing import Position, Rows, RowStream
 
 _ROUND = 2**30  # rows per period, about: fractions are exact to one row per period
 
@@ -49,8 +49,9 @@ class Mixture:
     Args:
         streams: one per corpus, of the same seq_length.
         weights: relative weights in tokens, positive; empty for the corpora's sizes, so that all epochs end together.
-        growth: (first slot, slots per row from there on) of each row length, in order, beginning at slot 0. With the
-            number of a corpus's rows it determines the number of its slots.
+        growth: (first slot, slots per row from there on) of each row length, in order, beginning with the mixture's
+            first slot. With the number of a corpus's rows it determines the number of its slots.
+        rows: dealt before the first slot. The streams' own slots are counted from that slot on.
 
     Attributes:
         shares: [corpora] fractions of all tokens; their sum is 1.
@@ -61,16 +62,19 @@ class Mixture:
         streams: Sequence[RowStream],
         weights: Sequence[float] = (),
         growth: Sequence[tuple[int, int]] = ((0, 1),),
+        rows: int = 0,
     ) -> None:
         self.streams = streams
-        self._epoch_slots = np.array([stream.slots_per_epoch for stream in streams])
-        scaled = np.array(weights, dtype=float) if weights else self._epoch_slots / 1
+        sizes = [stream.slots_per_epoch for stream in streams]
+        scaled = np.array(weights or sizes, dtype=float)
         scaled /= scaled.max()  # the sum of large weights may overflow
         self.shares = scaled / scaled.sum()
         parts = np.maximum(1, np.rint(_ROUND * self.shares).astype(np.int64))  # rows per period
         self._parts = {int(corpus): int(parts[corpus]) for corpus in np.argsort(-parts, kind="stable")}
         self._first_positions = np.cumsum([0, *(stream.store.num_tokens for stream in streams)])
-        self._stretches = [_Stretch(0, growth[0][1], 0, np.zeros(len(streams), np.int64))]
+        slot, length_factor = growth[0]
+        dealt = self._dealt(np.array([rows]))[:, 0]
+        self._stretches = [_Stretch(slot, length_factor, rows, -length_factor * dealt)]
         for slot, length_factor in growth[1:]:
             row, counts, slots = self._before(slot)
             self._stretches.append(_Stretch(slot, length_factor, row, slots - length_factor * counts))
@@ -97,16 +101,14 @@ class Mixture:
             positions[here] = np.where(rows.positions < 0, -1, rows.positions + self._first_positions[corpus])
         return Rows(tokens, document_ids, first_slot + length_factor * np.arange(num_rows), positions)
 
-    def epochs_before(self, slot: int) -> np.ndarray:
-        """Epochs of each corpus, for this objective, in the rows before `slot`; [corpora]."""
+    def places(self, slot: int) -> list[Position]:
+        """Where each corpus's next slot begins, for the rows from `slot` on."""
         _, _, slots = self._before(slot)
-        return slots / self._epoch_slots
+        return [stream.place(count) for stream, count in zip(self.streams, slots.tolist(), strict=True)]
 
-    def words_before(self, slot: int) -> int | None:
-        """Words in the rows before `slot`, of all corpora; None if a store does not record them. See `RowStream`."""
-        _, _, slots = self._before(slot)
-        words = [stream.words_before(count) for stream, count in zip(self.streams, slots.tolist(), strict=True)]
-        return None if None in words else sum(words)
+    def rows_before(self, slot: int) -> int:
+        """Rows dealt before `slot`, since the run's beginning."""
+        return self._before(slot)[0]
 
     def _stretch(self, slot: int) -> _Stretch:
         return next(stretch for stretch in reversed(self._stretches) if stretch.first_slot <= slot)

@@ -11,9 +11,11 @@ resuming needs no replay.
     rows     S a a a a,  S a S b b,  S S c c c,  S c P P S          S = <s>, P = <pad>
 """
 
+import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Generic, Self, TypeVar
 
 import numpy as np
@@ -23,6 +25,8 @@ from gptbert.data.token_store import TokenStore
 from gptbert.text.special_tokens import BOS_ID, PAD_ID
 
 T = TypeVar("T")
+_POLLING = 0.2  # seconds between calls of `while_waiting`
+_PATIENCE = 2.0  # seconds that a thread may take to end
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,25 @@ class Rows:
     positions: np.ndarray
 
 
+@dataclass(frozen=True)
+class Position:
+    """A place in the stream of a corpus: tokens of an epoch that are behind it, and whole epochs before."""
+
+    epoch: int = 0
+    offset: int = 0
+
+    def words(self, num_words: int, length: int) -> int:
+        """Words behind it, rounded down, if each of an epoch's `length` tokens counts the same fraction of its words.
+
+        Whole epochs are exact; within one it is an estimate, for which no documents are read.
+        """
+        return self.epoch * num_words + self.offset * num_words // max(1, length)
+
+    def epochs(self, length: int) -> float:
+        """Epochs behind it, of `length` tokens."""
+        return self.epoch + self.offset / max(1, length)
+
+
 class RowStream:
     """All rows of one objective.
 
@@ -51,6 +74,11 @@ class RowStream:
         seed: numbers that seed the shuffle, such as (seed, objective).
         shuffle: False keeps the documents in the store's order in every epoch.
         sizes: of the shuffle's chunks and blocks; they bound the stream's memory.
+        start: the place where the first slot begins; the rest of its epoch is cut into slots from there.
+        first_slot: the number of that slot.
+
+    Attributes:
+        slots_per_epoch: of whole epochs.
     """
 
     def __init__(
@@ -60,11 +88,15 @@ class RowStream:
         seed: tuple[int, ...] = (0,),
         shuffle: bool = True,
         sizes: ShuffleSizes = SIZES,
+        start: Position = Position(),
+        first_slot: int = 0,
     ) -> None:
         self.store = store
         self.seq_length = seq_length
         self.document_order = DocumentOrder(store, seed, shuffle, sizes)
         self.slots_per_epoch = -(-self.document_order.stream_length // seq_length)
+        self._start, self._first_slot = start, first_slot
+        self._slots_of_first_epoch = -(-(self.document_order.stream_length - start.offset) // seq_length)
 
     def rows(self, first_slot: int, num_rows: int, length_factor: int = 1) -> Rows:
         """Rows that cover the slots first_slot … first_slot + num_rows · length_factor − 1.
@@ -81,10 +113,11 @@ class RowStream:
         chunks = []
         slot = first_slot
         while slot < end:
-            epoch, slot_in_epoch = divmod(slot, self.slots_per_epoch)
-            stop = min(end - epoch * self.slots_per_epoch, self.slots_per_epoch)
-            chunks.append(self._stream(epoch, slot_in_epoch, stop))
-            slot = epoch * self.slots_per_epoch + stop
+            place = self.place(slot)
+            left = -(-(self.document_order.stream_length - place.offset) // self.seq_length)
+            count = min(end - slot, left)
+            chunks.append(self._stream(place.epoch, place.offset, place.offset + count * self.seq_length))
+            slot += count
         width = length_factor * self.seq_length
         streams = chunks[0] if len(chunks) == 1 else [np.concatenate(parts) for parts in zip(*chunks, strict=True)]
         tokens, positions = (stream.reshape(num_rows, width) for stream in streams)
@@ -97,18 +130,25 @@ class RowStream:
         row_ids = np.arange(first_slot, end, length_factor)
         return Rows(tokens, document_ids, row_ids, positions)
 
-    def words_before(self, slot: int) -> int | None:
-        """Words in the slots before this one, counted from 0 across epochs; None if the store does not record them.
+    def place(self, slot: int) -> Position:
+        """Where a slot begins."""
+        slot -= self._first_slot
+        if slot < self._slots_of_first_epoch:
+            return Position(self._start.epoch, self._start.offset + slot * self.seq_length)
+        epochs, slot = divmod(slot - self._slots_of_first_epoch, self.slots_per_epoch)
+        return Position(self._start.epoch + 1 + epochs, slot * self.seq_length)
 
-        Every slot counts the same fraction of an epoch's words: whole epochs are exact; within one it is an estimate,
-        rounded down, for which no documents are read.
-        """
-        words = self.store.num_words
-        return None if words is None else slot * words // self.slots_per_epoch
+    def places(self, slot: int) -> list[Position]:
+        """Like `Mixture.places`, of a single corpus."""
+        return [self.place(slot)]
 
-    def _stream(self, epoch: int, first: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and store positions of the slots first … stop − 1 of an epoch."""
-        start, end = first * self.seq_length, stop * self.seq_length
+    def rows_before(self, slot: int) -> int:
+        """Like `Mixture.rows_before`: nothing is dealt."""
+        del slot
+        return 0
+
+    def _stream(self, epoch: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and store positions of the slots that begin at `start` and end before `end` in an epoch's stream."""
         tokens = np.full(end - start, BOS_ID)
         positions = np.full(end - start, -1)
         is_content = np.ones(end - start, dtype=bool)
@@ -121,7 +161,7 @@ class RowStream:
         filled = int(min(end, ends[-1]) - start)
         is_content[filled:] = False
         tokens[is_content], positions[is_content] = self.store.gather(sources + skipped, kept)
-        if stop == self.slots_per_epoch:
+        if end >= self.document_order.stream_length:
             # the last document's `<s>` moves after the padding, to lead the next epoch
             tokens[filled - 1 : -1] = PAD_ID
         return tokens, positions
@@ -129,6 +169,8 @@ class RowStream:
 
 class Prefetcher(Generic[T]):
     """Computes a function of the step a few steps ahead on its own thread; the context manager ends the thread.
+
+    A thread that hangs (a disk that does not answer) is left behind, and does not keep the process from ending.
 
     Args:
         function: pure; called with consecutive steps.
@@ -141,22 +183,44 @@ class Prefetcher(Generic[T]):
         self._function = function
         self._last_step = last_step
         self._depth = depth
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="rows")
         self._pending: dict[int, Future[T]] = {}
+        self._queue: SimpleQueue[tuple[Future[T], int] | None] = SimpleQueue()
+        self._worker = threading.Thread(target=self._work, name="rows", daemon=True)
+        self._worker.start()
         self._submit_from(first_step)
 
-    def get(self, step: int) -> T:
-        """The function's value at `step`; waits if it is not ready, and re-raises the function's exceptions."""
+    def get(self, step: int, while_waiting: Callable[[], None] = lambda: None) -> T:
+        """The function's value at `step`; waits if it is not ready, and re-raises the function's exceptions.
+
+        Args:
+            step: the next one.
+            while_waiting: called a few times a second until the value is ready; may raise.
+        """
         self._submit_from(step)
+        while not wait([self._pending[step]], _POLLING).done:
+            while_waiting()
         return self._pending.pop(step).result()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._worker.shutdown(cancel_futures=True)
+        for future in self._pending.values():
+            future.cancel()
+        self._queue.put(None)
+        self._worker.join(_PATIENCE)
+
+    def _work(self) -> None:
+        while task := self._queue.get():
+            future, step = task
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(self._function(step))
+                except BaseException as error:  # noqa: BLE001  re-raised by `get`
+                    future.set_exception(error)
 
     def _submit_from(self, step: int) -> None:
         for ahead in range(step, min(step + self._depth, self._last_step)):
             if ahead not in self._pending:
-                self._pending[ahead] = self._worker.submit(self._function, ahead)
+                self._pending[ahead] = Future()
+                self._queue.put((self._pending[ahead], ahead))

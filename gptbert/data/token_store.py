@@ -180,12 +180,26 @@ class TokenStore:
             InputError: an id is not below `vocab_size`.
         """
         start, end = self.num_tokens * part // parts, self.num_tokens * (part + 1) // parts
-        end = end if most is None else min(end, start + most)
+        for first, tokens in self.slices(start, end if most is None else min(end, start + most)):
+            self._check(tokens, range(first, first + len(tokens)))
+
+    def slices(self, start: int, end: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Consecutive tokens, at most `SLICE` at a time, so that a signal is not kept waiting by a slow disk.
+
+        Args:
+            start: position of the first one, counted across shards.
+            end: one past the last one.
+
+        Yields:
+            The position of the first of them, and their ids.
+        """
         shard = int(np.searchsorted(self.shard_starts, start, side="right")) - 1
         while start < end:
-            shard_start, stop = self.shard_starts[shard : shard + 2].tolist()
-            self._check(self.shards[shard][start - shard_start : end - shard_start], range(start, stop))
-            start, shard = stop, shard + 1
+            shard_start, shard_end = self.shard_starts[shard : shard + 2].tolist()
+            stop = min(start + SLICE, end, shard_end)
+            if stop > start:
+                yield start, self.shards[shard][start - shard_start : stop - shard_start]
+            start, shard = stop, shard + (stop == shard_end)
 
     def gather(self, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Read pieces of documents, concatenated.

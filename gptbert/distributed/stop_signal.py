@@ -15,8 +15,12 @@ from gptbert.distributed.world import World
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C; SLURM's end, torchrun's end; SLURM's warning
 
 
+class StopRequested(Exception):  # noqa: N818  not an error
+    """The run was asked to stop; raised on all ranks at the same place."""
+
+
 class StopSignal:
-    """Records a request to stop while the context is entered, and makes all ranks stop at the same step.
+    """Records a request to stop while the context is entered, and makes all ranks stop at the same place.
 
     The first signal is only recorded and acknowledged on the screen; a second Ctrl-C interrupts at once. Repeats of
     the other signals are ignored, since batch systems may send several.
@@ -65,6 +69,25 @@ class StopSignal:
         previous, arrived = self._totals[0]
         arrived.synchronize()
         return previous.item() > 0
+
+    def raise_if_asked(self) -> None:
+        """Between the parts of long work other than steps; every rank must call it.
+
+        Raises:
+            StopRequested: some rank was asked to stop; on a GPU with several ranks, before the previous call.
+        """
+        self.note(self._world.all_reduce_sum(self.requests()))
+        if self.should_stop():
+            raise StopRequested
+
+    def raise_if_alone(self) -> None:
+        """While this process waits for something, the others cannot be asked.
+
+        Raises:
+            StopRequested: this process, the only one, was asked to stop.
+        """
+        if self._world.world_size == 1 and self.received is not None:
+            raise StopRequested
 
     @property
     def received_name(self) -> str:

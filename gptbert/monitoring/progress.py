@@ -1,7 +1,11 @@
 """A run's screen output."""
 
+import math
 import shutil
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from tqdm import tqdm
 
@@ -13,6 +17,7 @@ from gptbert.distributed.world import World
 from gptbert.io.screen import log
 from gptbert.model.objective import Objective
 from gptbert.monitoring import recipes
+from gptbert.schedules import MOST_INITIAL, initial_share
 from kernels.assembler import right_assembler
 from kernels.wanted import FUSED, VARIANTS, is_wanted, variant
 
@@ -35,6 +40,12 @@ def print_header(
         log(words.forecast())
     if warning := recipes.warning(config):
         log(warning)
+    if (share := initial_share(config.ema_decay, config.max_steps)) > MOST_INITIAL:
+        log(
+            f"warning: after --max_steps {config.max_steps} the moving average of the weights (validation_ema, and the "
+            f"default of the commands after training) still has {share:.0%} of the initial ones; --ema_decay "
+            f"{0.01 ** (1 / config.max_steps):.2g} instead of {config.ema_decay:g} leaves 1 %"
+        )
 
 
 def _ways(config: TrainConfig, world: World) -> str:
@@ -60,6 +71,31 @@ def progress_bar(config: TrainConfig, world: World, first_step: int) -> tqdm:
         maxinterval=interval,
         ncols=shutil.get_terminal_size(fallback=(100, 24)).columns,  # some terminals report 0, which tqdm would accept
     )
+
+
+@contextmanager
+def validation_progress(bar: tqdm, total: int) -> Iterator[Callable[[int], None]]:
+    """Context manager: shows how far a validation is, behind the bar of the steps, which stands still meanwhile.
+
+    Args:
+        bar: from `progress_bar`.
+        total: rows to evaluate.
+
+    Yields:
+        A function to call with the number of rows just finished.
+    """
+    done, shown = 0, -math.inf if sys.stderr.isatty() else time.monotonic()
+
+    def advance(rows: int) -> None:
+        nonlocal done, shown
+        done += rows
+        if not bar.disable and time.monotonic() - shown >= bar.mininterval:
+            bar.set_postfix_str(f"validating {done / max(1, total):.0%}")
+            shown = time.monotonic()
+
+    before = None if bar.disable else bar.postfix
+    yield advance
+    bar.set_postfix_str(before or "", refresh=False)
 
 
 def summary(record: dict[str, float], prefix: str) -> str:

@@ -36,6 +36,12 @@ class JsonLines:
         self._file.close()
 
 
+def forget_from(path: Path, step: int) -> None:
+    """Drop the records of `step` and of later steps."""
+    if path.is_file():
+        JsonLines(path, step - 1).close()
+
+
 def read_records(path: Path) -> list[dict[str, Any]]:
     """All records of a file; a last line truncated by a kill is omitted."""
     return [record for _, record in _records(path)]

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from gptbert.checkpoint import manifest
 from gptbert.checkpoint.folder import SETTINGS_BYTES, TRAIN_CONFIG
 from gptbert.config import TrainConfig
 from gptbert.data.objectives import Masking, causal_batch, masked_batch
-from gptbert.data.packing import RowStream
+from gptbert.data.packing import Rows, RowStream
 from gptbert.data.token_store import TokenStore
 from gptbert.distributed.fsdp import reshard
 from gptbert.distributed.world import World
@@ -23,7 +24,9 @@ from gptbert.model import GPTBert
 from gptbert.model.batch import Batch
 from gptbert.model.objective import Objective
 from gptbert.monitoring.metrics import LossSums
+from gptbert.monitoring.records import read_records
 
+DEFAULT_TOKENS = 2**18  # of a validation without --validation_steps, unless the file has fewer
 _MASK_SEED = 0x5EED_0F_7A11D  # independent of the run's seed, so that runs are compared on the same masks
 
 
@@ -34,7 +37,7 @@ class ValidationSettings:
     seq_length: int
     local_batch_size: int
     global_batch_size: int
-    validation_steps: int
+    validation_steps: int | None
     validation_mask_p: float
     mask_random_p: float
     mask_keep_p: float
@@ -64,8 +67,9 @@ class ValidationSettings:
         except (InputError, OSError, ValueError, AttributeError) as error:
             raise InputError(f"{file}: missing or damaged ({first_line(error)})") from error
         for name, value in asdict(settings).items():
-            kind = type(getattr(TrainConfig, name))
-            if type(value) not in ({int, float} if kind is float else {kind}):
+            usual = getattr(TrainConfig, name)
+            kind = int if usual is None else type(usual)
+            if type(value) not in ({int, float} if kind is float else {kind, type(usual)}):
                 raise InputError(f"{file}: {name} is {reprlib.repr(value)}, expected one of type {kind.__name__}")
         return settings
 
@@ -79,6 +83,9 @@ class Validation:
         world: rows are split over its ranks; means are over all of them.
         vocab_size: the tokenizer's, to draw random replacement tokens.
         special_ids: the tokenizer's, which are neither masked nor drawn.
+
+    Attributes:
+        num_rows: that are evaluated: all, or always the same ones, spread evenly over the file.
     """
 
     def __init__(
@@ -101,23 +108,44 @@ class Validation:
             seed=_MASK_SEED,
         )
         self.num_rows = self._stream.slots_per_epoch
-        if settings.validation_steps:
+        if settings.validation_steps is None:
+            self.num_rows = min(self.num_rows, -(-DEFAULT_TOKENS // settings.seq_length))
+        elif settings.validation_steps:
             self.num_rows = min(self.num_rows, settings.validation_steps * settings.global_batch_size)
 
-    def __call__(self, model: GPTBert, precision: AbstractContextManager) -> dict[Objective, dict[str, float]]:
+    @property
+    def share(self) -> str:
+        """Which rows are evaluated, for the log; empty for all."""
+        if self.num_rows == self._stream.slots_per_epoch:
+            return ""
+        return f"{self.num_rows:,} of {self._stream.slots_per_epoch:,} rows, spread evenly over the file"
+
+    def rows_of(self, rank: int) -> range:
+        """The rows that a rank evaluates."""
+        first, end = (self.num_rows * number // self._world.world_size for number in (rank, rank + 1))
+        return range(first, end)
+
+    def __call__(
+        self, model: GPTBert, precision: AbstractContextManager, advance: Callable[[int], object] = lambda _: None
+    ) -> dict[Objective, dict[str, float]]:
         """Evaluate `model`; its train/eval mode is restored. Every rank must call it.
 
         Returns:
             Per objective: loss, perplexity, accuracy, z_loss, count of labels.
         """
-        return self.sums(model, precision).means(self._world)
+        return self.sums(model, precision, advance).means(self._world)
 
-    def record(self, models: Mapping[str, GPTBert], precision: AbstractContextManager) -> dict[str, float]:
+    def record(
+        self,
+        models: Mapping[str, GPTBert],
+        precision: AbstractContextManager,
+        advance: Callable[[int], object] = lambda _: None,
+    ) -> dict[str, float]:
         """Loss, perplexity and accuracy of models by the names of their records; every rank must call it."""
         return {
             f"{prefix}/{objective.value}/{name}": values[name]
             for prefix, model in models.items()
-            for objective, values in self(model, precision).items()
+            for objective, values in self(model, precision, advance).items()
             for name in ("loss", "perplexity", "accuracy")
         }
 
@@ -130,32 +158,48 @@ class Validation:
         Args:
             model: its train/eval mode is restored.
             precision: an autocast context or similar.
-            advance: called with the number of rows just finished; `num_rows` in total over all ranks.
+            advance: called, equally often on every rank, with the number of rows just finished; it may raise. The sum
+                over all ranks is `num_rows`.
         """
         was_training = model.training
         model.eval()
         sums = LossSums(self._world.device)
-        rank, world_size, step = self._world.rank, self._world.world_size, self._settings.local_batch_size
-        first, end = self.num_rows * rank // world_size, self.num_rows * (rank + 1) // world_size
-        most = -(-self.num_rows // world_size)  # on each rank: sharded weights need equally many forwards
-        for row in range(first, first + most, step):
-            for batch in self._batches(row, min(step, end - row)):
-                with precision:
-                    sums.add(model(batch))
-            advance(max(0, min(step, end - row)))
-        reshard(model)
-        model.train(was_training)
+        step, own = self._settings.local_batch_size, self.rows_of(self._world.rank)
+        most = -(-self.num_rows // self._world.world_size)  # sharded weights need equally many forwards on every rank
+        try:
+            for row in range(own.start, own.start + most, step):
+                for batch in self._batches(row, min(step, own.stop - row)):
+                    with precision:
+                        sums.add(model(batch))
+                advance(max(0, min(step, own.stop - row)))
+        finally:
+            reshard(model)
+            model.train(was_training)
         return sums
 
     def _batches(self, first: int, count: int) -> list[Batch]:
         """Both objectives' batches of the same rows; batches of padding if `count` is not positive."""
         if count <= 0:
             return [Batch.padding(self._settings.seq_length, self._world.device)] * len(Objective)
-        rows = self._stream.rows(first, count)
+        rows = self._rows(first, count)
         tokens, document_ids, row_ids = (
             torch.from_numpy(array).to(self._world.device) for array in (rows.tokens, rows.document_ids, rows.row_ids)
         )
         return [masked_batch(tokens, document_ids, row_ids, self._masking), causal_batch(tokens, document_ids)]
+
+    def _rows(self, first: int, count: int) -> Rows:
+        """Consecutive ones of the evaluated rows."""
+        if self.num_rows == self._stream.slots_per_epoch:
+            return self._stream.rows(first, count)
+        slots = [row * self._stream.slots_per_epoch // self.num_rows for row in range(first, first + count)]
+        rows = [self._stream.rows(slot, 1) for slot in slots]
+        return Rows(*(np.concatenate([getattr(row, field.name) for row in rows]) for field in fields(Rows)))
+
+
+def is_validated(run_dir: Path, step: int) -> bool:
+    """Whether a run has the record of the validation after `step` steps."""
+    records = read_records(run_dir / "metrics.jsonl")
+    return any(record["step"] == step and any(name.startswith("validation/") for name in record) for record in records)
 
 
 def unigram_entropy(tokens: Tensor) -> float:

@@ -9,9 +9,10 @@ import tyro
 from tokenizers import Tokenizer
 
 from gptbert.checkpoint.folder import newest_in, tokenizer_of
-from gptbert.checkpoint.saved_model import load_model
+from gptbert.checkpoint.saved_model import load_model, note_on_average
 from gptbert.distributed.world import choose_device
 from gptbert.errors import InputError
+from gptbert.io.screen import log
 from gptbert.model import GPTBert
 from gptbert.text.tokenizer import load_tokenizer
 from kernels.backend import choose_backend
@@ -37,11 +38,18 @@ class TrainedModel:
         path: the checkpoint's folder.
         model: in eval mode, on its device.
         tokenizer: the one it was trained with.
+        note: to be shown below its results, unless empty; see `note_on_average`.
     """
 
     path: Path
     model: GPTBert
     tokenizer: Tokenizer
+    note: str = ""
+
+    def explain(self) -> None:
+        """Log the note, if there is one."""
+        if self.note:
+            log(self.note)
 
     @property
     def device(self) -> torch.device:
@@ -68,4 +76,4 @@ class TrainedModel:
                 f"{path}: its tokenizer has {tokenizer.get_vocab_size()} tokens, more than the model's "
                 f"{model.config.vocab_size}"
             )
-        return cls(path, model, tokenizer)
+        return cls(path, model, tokenizer, note_on_average(path) if choice.weights == "ema" else "")
