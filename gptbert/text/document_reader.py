@@ -8,7 +8,7 @@ from gptbert.errors import InputError
 from gptbert.io.screen import log
 from gptbert.text.corpus_config import CorpusConfig
 from gptbert.text.corpus_files import Source, as_text
-from gptbert.text.documents import MAX_DOCUMENT, cut_place, label_field, not_utf8, parse_json, string, string_field
+from gptbert.text.documents import MAX_DOCUMENT, cut_place, label_field, not_utf8, parse_json, string
 from gptbert.text.file_kind import FileKind
 from gptbert.text.lines import numbered_lines, numbered_pieces, numbered_values
 from gptbert.text.opened_file import OpenedFile, opened
@@ -155,7 +155,7 @@ class DocumentReader:
                     f"the object has no `{name}`, only {fields}; name the field with the text by --text_field"
                 )
             domain = label_field(record, self.domain_field) if self.domain_field else ""
-            return domain, string_field(record, name)
+            return domain, string(record[name], f"`{name}`")
         text = string(record, "the line")
         if self.domain_field:
             raise ValueError(f"the line is a string, not an object with a `{self.domain_field}`")
