@@ -8,7 +8,7 @@ from gptbert.errors import InputError
 from gptbert.io.screen import log
 from gptbert.text.corpus_config import CorpusConfig
 from gptbert.text.corpus_files import Source, as_text
-from gptbert.text.documents import MAX_DOCUMENT, cut_place, decode, label_field, parse_json, string, string_field
+from gptbert.text.documents import MAX_DOCUMENT, cut_place, label_field, not_utf8, parse_json, string
 from gptbert.text.file_kind import FileKind
 from gptbert.text.lines import numbered_lines, numbered_pieces, numbered_values
 from gptbert.text.opened_file import OpenedFile, opened
@@ -112,31 +112,36 @@ class DocumentReader:
                 f"{file}: plain text has no field {self.domain_field!r}; --domain_field takes JSON and tables"
             )
         every_line = self.config.text_documents == "line"
-        pieces, size, whole = [], 0, True
+        pieces, size, whole, good = [], 0, True, 0
         for number, line in lines:
-            if b"\0" in line:
-                _refuse_nul(file, number, line)
             try:
-                piece = decode(line)
-            except ValueError as error:
-                self._reject(f"{file}:{number}", error, len(line))
+                piece = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                _refuse_nul(file, number, line)
+                self.tally.good_lines += good
+                good = 0
+                self._reject(f"{file}:{number}", not_utf8(error), len(line))
                 continue
-            self.tally.good_lines += 1
+            if "\0" in piece:
+                _refuse_nul(file, number, line)
+            good += 1
             blank = piece.isspace()
             if every_line or not blank:
                 pieces.append(piece)
                 size += len(piece)
-                if size > MAX_DOCUMENT:
-                    text = "".join(pieces).lstrip()
-                    while len(text) > MAX_DOCUMENT:
-                        self.tally.cut_documents += whole
-                        whole, end = False, cut_place(text)
-                        yield "", text[:end]
-                        text = text[end:].lstrip()
-                    pieces, size = [text] * bool(text), len(text)
-            if pieces and line.endswith(b"\n") and (every_line or blank):
+            if size > MAX_DOCUMENT:
+                text = "".join(pieces).lstrip()
+                while len(text) > MAX_DOCUMENT:
+                    self.tally.cut_documents += whole
+                    whole, end = False, cut_place(text)
+                    yield "", text[:end]
+                    text = text[end:].lstrip()
+                pieces, size = [text] * bool(text), len(text)
+            if (blank or every_line) and pieces and line.endswith(b"\n"):
+                self.tally.good_lines += good
                 yield "", "".join(pieces)
-                pieces, size, whole = [], 0, True
+                pieces, size, whole, good = [], 0, True, 0
+        self.tally.good_lines += good
         if pieces:
             yield "", "".join(pieces)
 
@@ -150,7 +155,7 @@ class DocumentReader:
                     f"the object has no `{name}`, only {fields}; name the field with the text by --text_field"
                 )
             domain = label_field(record, self.domain_field) if self.domain_field else ""
-            return domain, string_field(record, name)
+            return domain, string(record[name], f"`{name}`")
         text = string(record, "the line")
         if self.domain_field:
             raise ValueError(f"the line is a string, not an object with a `{self.domain_field}`")

@@ -9,12 +9,17 @@ from gptbert.text.lines import MAX_LINE
 MAX_DOCUMENT = 1 << 20  # characters, so that what reads and encodes documents takes bounded memory
 
 
-def decode(line: bytes) -> str:
+def decode(content: bytes) -> str:
     """UTF-8 bytes as text; ValueError with the reason if they are not UTF-8."""
     try:
-        return line.decode("utf-8")
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 (byte 0x{line[error.start]:02x} at column {error.start + 1})") from None
+        raise not_utf8(error) from None
+
+
+def not_utf8(error: UnicodeDecodeError) -> ValueError:
+    """The reason, as users are told it."""
+    return ValueError(f"not UTF-8 (byte 0x{error.object[error.start]:02x} at column {error.start + 1})")
 
 
 def parse_json(line: bytes) -> Any:

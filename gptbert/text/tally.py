@@ -8,7 +8,7 @@ from pathlib import Path
 from gptbert.errors import InputError
 from gptbert.text.documents import MAX_DOCUMENT
 
-SAMPLED_TEXTS = 1 << 16  # different texts that are remembered, as hashes
+SAMPLED_TEXTS = 1 << 13  # different texts that are remembered, as hashes
 MOST_SKIPPED = 0.01  # share of the text that bad lines may be without a warning
 MOST_REPEATED = 0.5
 SOME_UNKNOWN = 0.01  # share of tokens that may be unknown without a warning
@@ -22,21 +22,24 @@ class RepeatedTexts:
     """The share of documents whose text came before: exact for few different texts, else of a fair sample of them.
 
     A sample takes each text, with all its copies, by its hash. When it is full, every second text leaves it.
+
+    Attributes:
+        mask: texts whose hash has one of these bits are not in the sample.
     """
 
     def __init__(self) -> None:
         self._counts: dict[int, int] = {}
-        self._mask = 0
+        self.mask = 0
 
     def add(self, text: str) -> None:
         """Count a document."""
         key = hash(text)
-        if key & self._mask:
+        if key & self.mask:
             return
         self._counts[key] = self._counts.get(key, 0) + 1
         if len(self._counts) > SAMPLED_TEXTS:
-            self._mask = 2 * self._mask + 1
-            self._counts = {key: count for key, count in self._counts.items() if not key & self._mask}
+            self.mask = 2 * self.mask + 1
+            self._counts = {key: count for key, count in self._counts.items() if not key & self.mask}
 
     @property
     def share(self) -> float:
@@ -47,7 +50,7 @@ class RepeatedTexts:
     @property
     def exact(self) -> bool:
         """Whether every document was counted."""
-        return self._mask == 0
+        return self.mask == 0
 
 
 @dataclass
