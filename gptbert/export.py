@@ -29,8 +29,8 @@ from gptbert.command_line import run_command
 from gptbert.config import ModelConfig
 from gptbert.errors import InputError, prefix_errors
 from gptbert.huggingface.tokenizer_files import write_tokenizer_files
-from gptbert.io.files import new_folder
 from gptbert.io.json_file import read_object, write_json
+from gptbert.io.outputs import new_folder
 from gptbert.monitoring.records import read_records
 from gptbert.text.special_tokens import BOS_ID, EOS_ID, MASK_ID, PAD_ID
 from gptbert.text.tokenizer import load_tokenizer, ordinary_ids

@@ -18,8 +18,8 @@ from gptbert.checkpoint.weights import fitting, write_weights
 from gptbert.command_line import run_command
 from gptbert.config import ModelConfig
 from gptbert.errors import InputError
-from gptbert.io.files import new_folder
 from gptbert.io.json_file import read_object, write_json
+from gptbert.io.outputs import new_folder
 from gptbert.io.screen import log
 from gptbert.text.tokenizer import load_tokenizer, tokenizer_hash
 from gptbert.upstream import TIED_WEIGHT

@@ -23,8 +23,8 @@ from gptbert.checkpoint.weights import write_weights
 from gptbert.command_line import run_command
 from gptbert.config import ModelConfig
 from gptbert.errors import InputError
-from gptbert.io.files import new_folder
 from gptbert.io.json_file import write_json
+from gptbert.io.outputs import new_folder
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,7 @@ from gptbert.data.token_store import TokenStore, TokenStoreWriter
 from gptbert.errors import OwnedError
 from gptbert.fit import fit
 from gptbert.io import owner
-from gptbert.io.files import new_folder
-from gptbert.io.outputs import staged_outputs
+from gptbert.io.outputs import new_folder, staged_outputs
 from gptbert.io.owner import Owner, owned
 from gptbert.report import write_report
 from tests.runs import ROOT, flags, forked_ranks, write_inputs

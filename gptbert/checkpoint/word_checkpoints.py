@@ -18,8 +18,8 @@ from gptbert.data.progress import Progress
 from gptbert.distributed.fsdp import full_weights
 from gptbert.distributed.world import World
 from gptbert.errors import InputError
-from gptbert.io.files import new_folder
 from gptbert.io.json_file import write_json
+from gptbert.io.outputs import new_folder
 from gptbert.model import GPTBert
 
 BABYLM = tuple(10**6 * millions for millions in (*range(1, 10), *range(10, 100, 10), *range(100, 1001, 100)))

@@ -1,12 +1,15 @@
-"""Outputs of commands: obvious mistakes are refused before any work, and outputs appear only when complete."""
+"""Outputs of commands, files and folders: mistakes are refused before any work, and each appears only when complete."""
 
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from gptbert.errors import InputError
-from gptbert.io.files import fsync_file
+from safetensors import SafetensorError
+
+from gptbert.errors import InputError, first_line
+from gptbert.io.files import fsync_file, publish
 from gptbert.io.owner import owned
 
 
@@ -69,3 +72,39 @@ def owned_outputs(*outputs: Path, what: str = "output") -> Iterator[None]:
         for output in sorted(outputs):
             stack.enter_context(owned(output.absolute().with_name(f".{output.name}.owner"), f"{what} {output}"))
         yield
+
+
+@contextmanager
+def new_folder(output: Path, what: str, replace: bool = False) -> Iterator[Path]:
+    """A temporary folder to fill, renamed to `output` when the block succeeds, deleted when it fails.
+
+    One process at a time (`gptbert.io.owner`).
+
+    Args:
+        output: must not exist unless `replace`.
+        what: its name in messages, such as a flag.
+        replace: replace an existing folder.
+
+    Raises:
+        InputError: it exists already, is being written by another process, or cannot be written.
+    """
+    named, output = f"{what} {output}", output.absolute()
+    if not output.name:
+        raise InputError(f"{named}: is no name for a new folder")
+    if output.exists() and not replace:
+        raise InputError(f"{named}: is there already")
+    temporary, deleted = (output.with_name(f".{output.name}.{state}") for state in ("incomplete", "deleted"))
+    try:
+        with owned(output.with_name(f".{output.name}.owner"), named):
+            if output.exists() and not replace:  # finished by another process a moment ago
+                raise InputError(f"{named}: is there already")
+            try:
+                for leftover in (temporary, deleted) if replace else (temporary,):  # from a killed process
+                    shutil.rmtree(leftover, ignore_errors=True)
+                temporary.mkdir(parents=True)
+                yield temporary
+                publish(temporary, output)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{named}: cannot be written ({first_line(error)})") from error
