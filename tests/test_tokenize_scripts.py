@@ -28,7 +28,7 @@ from tests.texts import DOCUMENTS, jsonl
 from tokenize_scripts.demo_corpus import DemoConfig, demo_corpus
 from tokenize_scripts.split_corpus import SplitConfig, side_of, split_corpus
 from tokenize_scripts.tokenize_corpus import TokenizeConfig, tokenize_corpus
-from tokenize_scripts.train_tokenizer import TrainTokenizerConfig, learn, train_tokenizer
+from tokenize_scripts.train_tokenizer import TrainTokenizerConfig, _announce_merges, learn, train_tokenizer
 
 REPOSITORY = Path(__file__).parents[1]
 SCRIPTS = ("train_tokenizer", "tokenize_corpus", "split_corpus", "demo_corpus")
@@ -202,6 +202,17 @@ def test_small_corpus_gives_a_smaller_vocabulary_and_says_so(tmp_path, capsys):
     config.output.unlink()
     train_tokenizer(config)
     assert config.output.read_bytes() == first, "the same corpus gives the same file"
+
+
+def test_words_without_an_end_are_learned_from_in_parts(tmp_path):
+    """The library takes the square of a word's length."""
+    words = ["short", "a" * 999, "acgt" * 5000, "é" * 2500]
+    (tmp_path / "a.txt").write_text(" ".join(words), encoding="utf-8")
+    sample = []
+    (text,) = _announce_merges(Corpus(CorpusConfig(input=(tmp_path,))), sample)
+    assert sample == [" ".join(words)]
+    assert max(map(len, text.split())) == 1000
+    assert text.replace("\n", "") == sample[0]
 
 
 @pytest.mark.parametrize(("flag", "value"), [("vocab_size", 271), ("min_frequency", 0)])
