@@ -133,4 +133,3 @@ def test_a_run_that_is_not_compiled_can_use_cpp(tmp_path, monkeypatch, mixed_pre
         losses[kernels] = torch.tensor([record["train/loss"] for record in records if "train/loss" in record])
         assert len(taken) == (4 if kernels == "cpp" else 0)
     torch.testing.assert_close(*losses.values(), rtol=1e-2 if mixed_precision else 1e-5, atol=0)
-    assert torch.equal(*losses.values()) is False  # the kernels round at different places

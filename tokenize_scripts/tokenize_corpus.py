@@ -10,9 +10,9 @@ from gptbert.data.token_store import SHARD_TOKENS, TokenStoreWriter
 from gptbert.errors import InputError
 from gptbert.io.outputs import check_outputs
 from gptbert.text.corpus import Corpus, CorpusConfig
-from gptbert.text.encoding import encode_documents, unknown_token
+from gptbert.text.encoding import encode_documents
 from gptbert.text.tally import TokenFigures, close
-from gptbert.text.tokenizer import load_tokenizer, notes, tokenizer_hash
+from gptbert.text.tokenizer import load_tokenizer, notes, tokenizer_hash, unknown_id
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +43,11 @@ def tokenize_corpus(config: TokenizeConfig) -> None:
     corpus = Corpus(config)
     check_outputs([config.output], [*corpus.files, config.tokenizer_path])
     digest = tokenizer_hash(config.tokenizer_path)
-    unknown_id, unknown = unknown_token(tokenizer), 0
+    unknown_token, unknown = unknown_id(tokenizer), 0
     with TokenStoreWriter(config.output, tokenizer.get_vocab_size(), digest, config.shard_tokens) as writer:
         for tokens, lengths, words in encode_documents(tokenizer, corpus):
             writer.append(tokens, lengths, words)
-            unknown += np.count_nonzero(tokens == unknown_id)
+            unknown += np.count_nonzero(tokens == unknown_token)
         corpus.require_documents()
         token_figures = TokenFigures(writer.num_tokens, unknown, corpus.text_bytes, tokenizer.get_vocab_size())
         token_figures.check(config.tokenizer_path)

@@ -1,6 +1,5 @@
 """The model of a checkpoint, sharded or not, as commands after training load it."""
 
-import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -8,7 +7,16 @@ import torch
 from torch import Tensor
 
 from gptbert.checkpoint import manifest
-from gptbert.checkpoint.folder import MODEL_CONFIG, SHARDS, TRAINING_STATE, is_sharded, newest_in, read_settings
+from gptbert.checkpoint.folder import (
+    MODEL_CONFIG,
+    SHARDS,
+    TRAINING_STATE,
+    WORDS,
+    is_sharded,
+    newest_in,
+    read_settings,
+    saved_step,
+)
 from gptbert.checkpoint.shards import load_shards
 from gptbert.checkpoint.weights import read_weights, shapes
 from gptbert.config import ModelConfig
@@ -48,12 +56,12 @@ def note_on_average(path: Path) -> str:
     Args:
         path: a checkpoint's folder.
     """
-    step = re.fullmatch(r"step_(\d+)", path.name)
+    step = saved_step(path)
     with suppress(InputError, TypeError, ValueError, OverflowError):
         decay = float(read_settings(path).get("ema_decay"))
-        if step and (share := initial_share(decay, int(step[1]))) > MOST_INITIAL:
+        if step and (share := initial_share(decay, step)) > MOST_INITIAL:
             return (
-                f"warning: after {int(step[1])} steps the average of the weights still has {share:.0%} of the initial "
+                f"warning: after {step} steps the average of the weights still has {share:.0%} of the initial "
                 f"ones (--ema_decay {decay:g}); --weights model takes the weights themselves"
             )
     return ""
@@ -65,8 +73,8 @@ def tokens_seen(path: Path) -> int | None:
     Records say it too, but only at their own steps.
     """
     with suppress(InputError):
-        if (path / "words.json").is_file():
-            return _as_count(read_object(path / "words.json").get("tokens"))
+        if (path / WORDS).is_file():
+            return _as_count(read_object(path / WORDS).get("tokens"))
         if (path / TRAINING_STATE).is_file():
             with TorchFile(path / TRAINING_STATE) as file:
                 state = file.value(build=lambda _: None)  # reads no tensor

@@ -10,8 +10,8 @@ from gptbert.config import ModelConfig, TrainConfig
 from gptbert.data.token_store import TokenStore
 from gptbert.errors import InputError, prefix_errors
 from gptbert.io.json_file import read_object
-from gptbert.text.special_tokens import SPECIAL_TOKENS
-from gptbert.text.tokenizer import load_tokenizer, special_ids, tokenizer_hash
+from gptbert.text.special_tokens import SPECIAL_TOKENS, UNK_ID
+from gptbert.text.tokenizer import load_tokenizer, special_ids, tokenizer_hash, unknown_id
 
 CHECKED_TOKENS = 10**9  # per rank, before the first step
 USUAL_SPECIAL_IDS = tuple(range(len(SPECIAL_TOKENS)))
@@ -27,6 +27,7 @@ class Inputs:
         train_stores: training documents, one store per corpus.
         valid_store: validation documents.
         special_ids: the tokenizer's special tokens, ascending.
+        unknown_id: of the token that it gives for unknown text, or None.
         remark: what to tell the user about the vocabulary; empty if there is nothing special about it.
     """
 
@@ -35,6 +36,7 @@ class Inputs:
     train_stores: tuple[TokenStore, ...]
     valid_store: TokenStore
     special_ids: tuple[int, ...] = USUAL_SPECIAL_IDS
+    unknown_id: int | None = UNK_ID
     remark: str = ""
 
     @property
@@ -71,6 +73,7 @@ class Inputs:
             ),
             _open_store("--valid_path", config.valid_path, config, vocab_size, digest, config.seq_length),
             special,
+            unknown_id(tokenizer),
             _remark(config, tokenizer, model_config),
         )
 

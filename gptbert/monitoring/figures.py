@@ -6,7 +6,6 @@ from gptbert.config import TrainConfig
 from gptbert.data.inputs import Inputs
 from gptbert.data.progress import Progress
 from gptbert.model.objective import Objective
-from gptbert.text.special_tokens import UNK_ID
 
 MOST_UNKNOWN = 0.01  # of the tokens
 MOST_PADDING = 0.1  # of the positions
@@ -24,7 +23,7 @@ def of_rows(config: TrainConfig, inputs: Inputs, progress: Progress) -> list[str
     tokens = unknown = documents = longer = 0
     for store in inputs.train_stores:
         for _, ids in store.slices(0, min(_SAMPLED, store.num_tokens)):
-            tokens, unknown = tokens + len(ids), unknown + np.count_nonzero(ids == UNK_ID)
+            tokens, unknown = tokens + len(ids), unknown + np.count_nonzero(ids == inputs.unknown_id)
         _, lengths = store.documents(0, min(_SAMPLED, store.num_documents))
         documents, longer = documents + len(lengths), longer + np.count_nonzero(lengths > config.seq_length)
     padding = progress.padding_share()

@@ -6,14 +6,14 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from gptbert.errors import InputError
+from gptbert.text.tokenizer import unknown_id
 
 _FEW, _MOST = 0.05, 0.5  # shares of unknown tokens: above the first a warning, above the second an error
-_UNKNOWN = "<unk>"
 
 
 def unknown_share(tokenizer: Tokenizer, ids: Sequence[np.ndarray]) -> float:
     """The share of unknown tokens in arrays of token ids; 0 if the tokenizer has no such token."""
-    unknown, total = tokenizer.token_to_id(_UNKNOWN), sum(map(len, ids))
+    unknown, total = unknown_id(tokenizer), sum(map(len, ids))
     if unknown is None or not total:
         return 0.0
     return sum(int((tokens == unknown).sum()) for tokens in ids) / total
@@ -30,7 +30,7 @@ def unknown_line(share: float, what: str) -> str:
         InputError: they are so many that the tokenizer cannot be meant for this text.
     """
     if share > _MOST:
-        raise InputError(f"{what}: {share:.0%} of its tokens are {_UNKNOWN}: the tokenizer does not know this text")
+        raise InputError(f"{what}: {share:.0%} of its tokens are unknown: the tokenizer does not know this text")
     return f"{_warning(share > _FEW)}{share:.1%} unknown tokens"
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from gptbert.errors import InputError
-from gptbert.text.special_tokens import BOS_ID, SPECIAL_TOKENS, UNK_ID
+from gptbert.text.special_tokens import BOS_ID
 
 BATCH_BYTES = 2_000_000  # of text per call of the library, which takes some 100 bytes per token, at most one per byte
 DOCUMENT_OVERHEAD = 500  # memory of a short document's objects, in bytes of text
@@ -50,12 +50,6 @@ def encode_documents(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator
             yield _to_arrays(*waiting.popleft()[1].result())
     finally:
         encoder.shutdown(cancel_futures=True)
-
-
-def unknown_token(tokenizer: Tokenizer) -> int | None:
-    """The id that stands for what the vocabulary lacks; None if there is none."""
-    named = getattr(tokenizer.model, "unk_token", None) or SPECIAL_TOKENS[UNK_ID]
-    return tokenizer.token_to_id(named)
 
 
 def encode_sentences(tokenizer: Tokenizer, sentences: Sequence[str]) -> list[list[int]]:

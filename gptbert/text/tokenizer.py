@@ -72,6 +72,12 @@ def ordinary_ids(tokenizer: Tokenizer) -> list[int]:
     return sorted(set(range(tokenizer.get_vocab_size())).difference(special_ids(tokenizer)))
 
 
+def unknown_id(tokenizer: Tokenizer) -> int | None:
+    """The id that a loaded tokenizer gives for what its vocabulary lacks; None if there is none."""
+    token = _unknown_token(tokenizer, json.loads(tokenizer.to_str()))
+    return None if token is None else tokenizer.token_to_id(token)
+
+
 def tokenizer_hash(path: str | Path) -> str:
     """SHA-256 of the tokenizer's JSON content, independent of whitespace and key order."""
     canonical = json.dumps(read_tokenizer_file(Path(path)), sort_keys=True, separators=(",", ":"))
