@@ -19,6 +19,7 @@ from gptbert.trainer import Trainer
 from gptbert.training.step import autocast
 from kernels import IGNORE_INDEX
 from tests.conftest import TINY
+from tests.gpu.tracing import trace_only
 from tests.numerics import assert_accurate
 from tests.runs import flags, write_inputs
 
@@ -95,6 +96,7 @@ def test_rows_and_objectives_do_not_recompile():
 
 
 def test_without_unbacked_sizes_one_row_has_code_of_its_own(monkeypatch):
+    trace_only(monkeypatch)
     monkeypatch.delattr("torch._dynamo.decorators.mark_unbacked")
     model, eager = make_model(), make_model()
     compile_blocks(model.blocks)
@@ -108,8 +110,9 @@ def even_short_runs(monkeypatch):
     monkeypatch.setitem(compile_choice.COMPILE_SECONDS, "cpu", 0)
 
 
-def test_a_whole_run_compiles_its_shapes_once(tmp_path, even_short_runs):
+def test_a_whole_run_compiles_its_shapes_once(tmp_path, even_short_runs, monkeypatch):
     """Batch size, mask fraction and row length change, objectives alternate, and validation runs in between."""
+    trace_only(monkeypatch)
     inputs = write_inputs(tmp_path)
     settings = {"mixed_precision": True, "seq_length_growth": True, "seq_length": 8}
     config = parse(TrainConfig, flags(inputs, **settings, max_steps=40, hybrid_denominator=2, hybrid_mode="batch"))
@@ -135,6 +138,7 @@ def test_short_runs_are_not_compiled(tmp_path, compiled, monkeypatch):
     inputs = write_inputs(tmp_path)
     config = parse(TrainConfig, flags(inputs))
     plan = HybridPlan(config, 1)
+    trace_only(monkeypatch)
     if compiled:
         monkeypatch.setattr(plan, "tokens_before", lambda step: 10**12)
     trainer = Trainer(config, Inputs.open(config), plan, World(0, 1, CPU))
