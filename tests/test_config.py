@@ -303,7 +303,10 @@ def test_commands_end_with_a_status_and_one_line(capsys, monkeypatch, error, sta
     def fail(_):
         raise error
 
+    monkeypatch.setattr("os._exit", sys.exit)  # with which one of several processes ends
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
     for rank, lines in (("0", 1), ("3", speakers - 1)):
+        monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("LOCAL_RANK", rank)
         with pytest.raises(SystemExit) as end:
             run_command(TrainConfig, fail, REQUIRED)

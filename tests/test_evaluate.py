@@ -229,7 +229,7 @@ def test_unknown_tokens_are_counted_at_the_end(inputs, run_dir, tmp_path, capsys
         with TokenStoreWriter(tmp_path / "t.safetensors", min(vocab_size, 300), digest) as writer:
             writer.append(tokens, np.array([60, 40]))
         if said is None:
-            with pytest.raises(InputError, match=r"DATA: 90% of its tokens are <unk>: the tokenizer does not know"):
+            with pytest.raises(InputError, match=r"DATA: 90% of its tokens are unknown: the tokenizer does not know"):
                 results(run_dir, tmp_path, tmp_path / "t.safetensors")
         else:
             assert results(run_dir, tmp_path, tmp_path / "t.safetensors")["unknown_tokens"] == share

@@ -119,7 +119,7 @@ def test_a_sharded_checkpoint_becomes_an_ordinary_one(inputs, one, capfd):
     run_command(UnshardConfig, unshard, [str(run), "--output", str(output)])
     assert {path.name for path in output.iterdir()} == {
         "model.safetensors", "ema.safetensors", "model_config.json", "train_config.json", "tokenizer.json",
-        "manifest.json",
+        "manifest.json", "step.json",
     }  # fmt: skip
     for weights in ("model", "ema"):
         ours, theirs = load_model(output, weights).state_dict(), load_model(sharded, weights).state_dict()

@@ -21,8 +21,9 @@ from kernels.configuration import TRITON_OPERATIONS, Configuration
 ROOT = Path(__file__).parents[1]
 
 COMMON = (
-    r"attention_context/.* d=64 T=(128|512) dropout$|cross_entropy/.*(bf16|fp32)|lamb/|span_mask/.*i64 .* spans to 3\b|"
-    r"depth_mix/|gated_norm/|normalize/|dropout/"
+    r"attention_context/.* d=64 T=(128|512) dropout$|cross_entropy/(sum|multiply|scale|rows .* V=(16384|65536)\b)|"
+    r"lamb/[^(]*$|span_mask/.*i64 T=(256|4096) spans to 3\b|depth_mix/.*(D=768|\d bf16$|sums)|gated_norm/.* bf16|"
+    r"normalize/.*(bf16|embedding)|dropout/"
 )
 WIDEST = (
     r"attention.* d=64 T=128 dropout$|cross_entropy/rows bf16 V=(16384|32768)$|lamb/[^(]*$|"
