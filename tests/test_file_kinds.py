@@ -314,7 +314,7 @@ def test_skipping_is_advised_only_after_good_lines(tmp_path):
         assert "--on_error" not in str(error.value)
     file = put(tmp_path, "a.jsonl", b'{"content": "A text.", "id": 1}')
     with pytest.raises(
-        InputError, match=r"a.jsonl:1: the object has no `text`, only `content`, `id`; .* by --text_field"
+        InputError, match=r"a.jsonl:1: .* no `text`, only `content`, `id` \(--text_field names another\); correct it$"
     ):
         read(file)
     with pytest.raises(InputError, match=r"a.jsonl:3: .* --on_error=skip"):

@@ -151,9 +151,7 @@ class DocumentReader:
             name = self.config.text_field
             if name not in record:
                 fields = ", ".join(f"`{field}`" for field in list(record)[:10]) or "nothing"
-                raise ValueError(
-                    f"the object has no `{name}`, only {fields}; name the field with the text by --text_field"
-                )
+                raise ValueError(f"the object has no `{name}`, only {fields} (--text_field names another)")
             domain = label_field(record, self.domain_field) if self.domain_field else ""
             return domain, string(record[name], f"`{name}`")
         text = string(record, "the line")
