@@ -115,7 +115,7 @@ def test_splitting_takes_the_memory_that_the_page_promises(tmp_path):
             file.write(WORDS * (1_000_000 // len(WORDS)))
     size, said = peak("split_corpus", tmp_path / "text8", output_dir=tmp_path / "out")
     assert size < 150, said
-    assert "1 documents were cut" in said
+    assert "1 document cut" in said
     (tmp_path / "text8").unlink()
     with (tmp_path / "a.jsonl").open("w", encoding="utf-8") as file:
         file.write('{"text": "🐈 ')  # so that each character takes four bytes
@@ -124,7 +124,7 @@ def test_splitting_takes_the_memory_that_the_page_promises(tmp_path):
         file.write('"}\n')
     size, said = peak("split_corpus", tmp_path / "a.jsonl", output_dir=tmp_path / "out")
     assert size < 1000, said
-    assert "1 documents were cut" in said
+    assert "1 document cut" in said
 
 
 def test_tokenizing_takes_the_memory_that_the_page_promises(tmp_path):

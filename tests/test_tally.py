@@ -87,11 +87,11 @@ def test_skipped_cut_repeated_and_other_fields(tmp_path, capsys, script):
     }[script]
     file = put(tmp_path, "a.jsonl", jsonl([f"one document {i}" for i in range(50)]))
     line, warnings = run(script, config, capsys, input=(file,), **outputs)
-    assert line.endswith("0.00% were skipped, 0 documents were cut, 0.0% repeat others")
+    assert line.endswith("0.00% were skipped, 0 documents cut, 0.0% repeat others")
     assert warnings == []
     file.write_bytes(jsonl(["the same document"] * 40 + ["another"] * 9) + b"a bad line\n")
     line, warnings = run(script, config, capsys, input=(file,), on_error="skip", **outputs)
-    assert "2.00% were skipped, 0 documents were cut, 95.9% repeat others" in line
+    assert "2.00% were skipped, 0 documents cut, 95.9% repeat others" in line
     assert warnings == [
         "2.0% of the text was left out as bad lines; look at those named above",
         "96% of the documents repeat others",
@@ -102,8 +102,8 @@ def test_skipped_cut_repeated_and_other_fields(tmp_path, capsys, script):
     assert "other fields" in "".join(warnings)
     file.write_bytes(jsonl(["word " * 300_000]))
     line, warnings = run(script, config, capsys, input=(file,), **outputs)
-    assert "1 documents were cut" in line
-    assert "1 documents had more than 1,048,576 characters and were cut into several" in warnings
+    assert "1 document cut" in line
+    assert "1 document of more than 1,048,576 characters cut into several" in warnings
 
 
 def test_a_split_without_documents_is_a_warning(tmp_path, capsys):

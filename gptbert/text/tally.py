@@ -100,7 +100,7 @@ class Tally:
         about = "" if self.repeated.exact else "about "
         return (
             f"{self.text_share:.1%} of the bytes read are text, {self.skipped_share:.2%} were skipped, "
-            f"{self.cut_documents:,} documents were cut, {about}{self.repeated.share:.1%} repeat others"
+            f"{_documents(self.cut_documents)} cut, {about}{self.repeated.share:.1%} repeat others"
         )
 
     def warnings(self) -> list[str]:
@@ -116,9 +116,7 @@ class Tally:
         if self.repeated.share > MOST_REPEATED:
             found.append(f"{self.repeated.share:.0%} of the documents repeat others")
         if self.cut_documents:
-            found.append(
-                f"{self.cut_documents:,} documents had more than {MAX_DOCUMENT:,} characters and were cut into several"
-            )
+            found.append(f"{_documents(self.cut_documents)} of more than {MAX_DOCUMENT:,} characters cut into several")
         return found
 
 
@@ -177,3 +175,7 @@ def close(line: str, figures: Sequence[str], warnings: Sequence[str]) -> None:
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
     print("; ".join([line, *figures]))
+
+
+def _documents(number: int) -> str:
+    return f"{number:,} document{'s' * (number != 1)}"
