@@ -87,8 +87,7 @@ class Corpus:
                 for piece in (text,) if len(text) <= MAX_DOCUMENT else self._cut(text):
                     tally.num_documents += 1
                     tally.text_bytes += len(piece) if piece.isascii() else len(piece.encode())
-                    if not hash(piece) & repeated.mask:
-                        repeated.add(piece)
+                    repeated.add(piece)
                     yield domain, piece
         if len(self._by_kind) > 1:
             kinds = (
