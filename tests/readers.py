@@ -53,7 +53,7 @@ def tokenizer(path: Path) -> None:
     """A tokenizer: a text has one encoding, to ids of its vocabulary, in which special tokens are text."""
     loaded = load_tokenizer(path)
     assert len(tokenizer_hash(path)) == 64
-    assert all(isinstance(note, str) for note in notes(path))
+    assert all(isinstance(note, str) for note in notes(path, loaded))
     size, special = loaded.get_vocab_size(), special_ids(loaded)
     assert special[:5] == tuple(range(5))
     text = "the fox, 1 or 2"

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from gptbert.errors import InputError
 from gptbert.text import tally
 from gptbert.text.special_tokens import SPECIAL_TOKENS
-from gptbert.text.tally import RepeatedTexts
+from gptbert.text.tally import Tally
 from tests.test_file_kinds import put
 from tests.texts import jsonl
 from tokenize_scripts.split_corpus import SplitConfig, split_corpus
@@ -121,19 +121,19 @@ def test_skipped_lines_of_a_text_are_shares_of_its_lines(tmp_path, capsys):
 
 
 def test_repeated_texts_are_counted_in_bounded_memory(monkeypatch):
-    exact = RepeatedTexts()
+    exact = Tally()
     for number in range(3000):
         exact.add(f"text {number % 1000}")
-    assert exact.exact
-    assert exact.share == pytest.approx(2 / 3)
+    assert exact.repeated.exact
+    assert exact.repeated_share == pytest.approx(2 / 3)
     monkeypatch.setattr(tally, "SAMPLED_TEXTS", 500)
-    sampled = RepeatedTexts()
+    sampled = Tally()
     for _ in range(3):
         for number in range(20_000):
             sampled.add(f"text {number}")
-            assert len(sampled._hashes) <= 500
-    assert not sampled.exact
-    assert sampled.share == pytest.approx(2 / 3, abs=0.03)
+            assert len(sampled.repeated._hashes) <= 500
+    assert not sampled.repeated.exact
+    assert sampled.repeated_share == pytest.approx(2 / 3, abs=0.03)
     for _ in range(60_000):
         sampled.add("one text")
-    assert sampled.share == pytest.approx(5 / 6, abs=0.03), "however often a single text comes"
+    assert sampled.repeated_share == pytest.approx(5 / 6, abs=0.03), "however often a single text comes"

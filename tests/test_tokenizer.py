@@ -115,7 +115,8 @@ def test_the_hash_is_of_the_file_as_it_is_written(write):
     ],
 )
 def test_what_a_user_should_know(write, kind, expected):
-    assert notes(write(kind)) == expected
+    path = write(kind)
+    assert notes(path, load_tokenizer(path)) == expected
 
 
 def test_characters_that_no_token_has_are_not_dropped(write):

@@ -38,7 +38,7 @@ def tokenize_corpus(config: TokenizeConfig) -> None:
     if config.shard_tokens < 1:
         raise InputError(f"--shard_tokens={config.shard_tokens}: must be at least 1")
     tokenizer = load_tokenizer(config.tokenizer_path)
-    for note in notes(config.tokenizer_path):
+    for note in notes(config.tokenizer_path, tokenizer):
         print(f"note: tokenizer {config.tokenizer_path} {note}")
     corpus = Corpus(config)
     check_outputs([config.output], [*corpus.files, config.tokenizer_path])

@@ -73,7 +73,7 @@ class Corpus:
         # Smooth on a terminal, an occasional line in the log of a batch job.
         interval = 0.2 if sys.stderr.isatty() else 30.0
         total = None if self.config.dataset else self.num_bytes
-        tally, repeated = self.tally, self.tally.repeated
+        tally = self.tally
         if len(self.files) > 1 or any(path.is_dir() for path in self.config.input):
             for line in self._listing.lines():
                 log(line)
@@ -85,9 +85,7 @@ class Corpus:
                     tally.empty_documents += 1
                     continue
                 for piece in (text,) if len(text) <= MAX_DOCUMENT else self._cut(text):
-                    tally.num_documents += 1
-                    tally.text_bytes += len(piece) if piece.isascii() else len(piece.encode())
-                    repeated.add(piece)
+                    tally.add(piece)
                     yield domain, piece
         if len(self._by_kind) > 1:
             kinds = (

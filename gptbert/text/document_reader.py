@@ -1,6 +1,8 @@
 """Documents out of one file or table after the other, each with its domain; bad lines and rows are counted."""
 
-from collections.abc import Callable, Iterator
+import io
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from gptbert.text.corpus_config import CorpusConfig
 from gptbert.text.corpus_files import Source, as_text
 from gptbert.text.documents import MAX_DOCUMENT, cut_place, label_field, not_utf8, parse_json, string
 from gptbert.text.file_kind import FileKind
-from gptbert.text.lines import numbered_lines, numbered_pieces, numbered_values
+from gptbert.text.lines import numbered_blocks, numbered_lines, numbered_values
 from gptbert.text.opened_file import OpenedFile, opened
 from gptbert.text.tables import table_rows
 from gptbert.text.tally import Tally
@@ -69,7 +71,7 @@ class DocumentReader:
             elif kind.reader == "json":
                 yield from self._json_documents(file, numbered_values(read, self._count))
             else:
-                yield from self._text_documents(file, numbered_pieces(read, self._count))
+                yield from self._text_documents(file, numbered_blocks(read, self._count))
         self._check_bad(str(file))
 
     def _kind_of_pipe(self, read: OpenedFile) -> FileKind:
@@ -106,26 +108,21 @@ class DocumentReader:
                 self.tally.good_lines += 1
                 yield document
 
-    def _text_documents(self, file: Path, lines: Iterator[tuple[int, bytes]]) -> Iterator[tuple[str, str]]:
+    def _text_documents(self, file: Path, blocks: Iterator[tuple[int, bytes]]) -> Iterator[tuple[str, str]]:
         if self.domain_field:
             raise InputError(
                 f"{file}: plain text has no field {self.domain_field!r}; --domain_field takes JSON and tables"
             )
         every_line = self.config.text_documents == "line"
-        pieces, size, whole, good = [], 0, True, 0
-        for number, line in lines:
-            try:
-                piece = line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                _refuse_nul(file, number, line)
-                self.tally.good_lines += good
-                good = 0
-                self._reject(f"{file}:{number}", not_utf8(error), len(line))
-                continue
-            if "\0" in piece:
-                _refuse_nul(file, number, line)
-            good += 1
+        pieces, size, whole = [], 0, True
+        for piece in itertools.chain.from_iterable(self._lines(file, *block) for block in blocks):
             blank = piece.isspace()
+            ended = (every_line or blank) and piece.endswith("\n")
+            if ended and not pieces:
+                whole = True
+                if every_line:
+                    yield "", piece
+                continue
             if every_line or not blank:
                 pieces.append(piece)
                 size += len(piece)
@@ -137,13 +134,35 @@ class DocumentReader:
                     yield "", text[:end]
                     text = text[end:].lstrip()
                 pieces, size = [text] * bool(text), len(text)
-            if (blank or every_line) and pieces and line.endswith(b"\n"):
-                self.tally.good_lines += good
+            if ended and pieces:
                 yield "", "".join(pieces)
-                pieces, size, whole, good = [], 0, True, 0
-        self.tally.good_lines += good
+            if ended:
+                pieces, size, whole = [], 0, True
         if pieces:
             yield "", "".join(pieces)
+
+    def _lines(self, file: Path, number: int, block: bytes) -> Iterable[str]:
+        """The lines of a block, with line ends; bad ones are rejected."""
+        try:
+            text = block.decode("utf-8")
+        except UnicodeDecodeError:
+            return self._good_lines(file, number, block)
+        if "\0" in text:
+            _refuse_nul(file, number, block)
+        self.tally.good_lines += text.count("\n") + (not text.endswith("\n"))
+        return io.StringIO(text, newline="\n")
+
+    def _good_lines(self, file: Path, number: int, block: bytes) -> Iterator[str]:
+        """As `_lines`, line by line."""
+        for place, line in enumerate(io.BytesIO(block), start=number):
+            _refuse_nul(file, place, line)
+            try:
+                piece = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                self._reject(f"{file}:{place}", not_utf8(error), len(line))
+            else:
+                self.tally.good_lines += 1
+                yield piece
 
     def _parts(self, record: Any) -> tuple[str, str]:
         """The domain and the text of a line or row; ValueError with the reason if there is none."""
@@ -188,10 +207,10 @@ class DocumentReader:
             )
 
 
-def _refuse_nul(file: Path, number: int, line: bytes) -> None:
-    """Raise InputError if a line has NULs."""
-    if b"\0" in line:
-        column = line.index(0) + 1
+def _refuse_nul(file: Path, number: int, lines: bytes) -> None:
+    """Raise InputError if lines, of which the first has this number, have NULs."""
+    if (place := lines.find(0)) >= 0:
+        line, column = number + lines.count(b"\n", 0, place), place - lines.rfind(b"\n", 0, place)
         raise InputError(
-            f"{file}:{number}: has NUL bytes from column {column} on, so it is damaged or not text; copy it again"
+            f"{file}:{line}: has NUL bytes from column {column} on, so it is damaged or not text; copy it again"
         )

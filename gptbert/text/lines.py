@@ -50,19 +50,22 @@ def numbered_lines(read: OpenedFile, count: Count = lambda _: None) -> Iterator[
             line = stream.readline(MAX_LINE + 1)
 
 
-def numbered_pieces(read: OpenedFile, count: Count = lambda _: None) -> Iterator[tuple[int, bytes]]:
-    """As `numbered_lines`, but longer lines come in several pieces, none of which ends inside of a character."""
+def numbered_blocks(read: OpenedFile, count: Count = lambda _: None) -> Iterator[tuple[int, bytes]]:
+    """Yield a file's text in blocks of some `PIECE` bytes, with the number of the line that each begins on.
+
+    A block ends after the end of a line or, in a line longer than `PIECE`, between two characters.
+    """
     stream = read.utf8(count)
-    number, cut = 1, b""
-    while line := stream.readline(PIECE):
-        ended = line.endswith(b"\n")
-        if cut or not ended:
-            line = cut + line
-            line, cut = (line, b"") if ended else _at_character(line)
-        yield number, line
-        number += ended
-    if cut:
-        yield number, cut
+    number, rest = 1, b""
+    while data := stream.read(PIECE):
+        data = rest + data
+        end = data.rfind(b"\n") + 1
+        block, rest = (data[:end], data[end:]) if end or len(data) < PIECE else _at_character(data)
+        if block:
+            yield number, block
+            number += block.count(b"\n")
+    if rest:
+        yield number, rest
 
 
 def _at_character(piece: bytes) -> tuple[bytes, bytes]:

@@ -31,25 +31,19 @@ class RepeatedTexts:
 
     def __init__(self) -> None:
         self._hashes: set[int] = set()
-        self._total = 0
         self.mask = 0
 
-    def add(self, text: str) -> None:
-        """Count a document."""
-        self._total += 1
-        key = zlib.crc32(text.encode())  # the same in every run, unlike `hash`
-        if key & self.mask:
-            return
+    def add(self, key: int) -> None:
+        """Remember a document's hash, which has none of the bits of `mask`."""
         self._hashes.add(key)
         if len(self._hashes) > SAMPLED_TEXTS:
             self.mask = 2 * self.mask + 1
             self._hashes = {key for key in self._hashes if not key & self.mask}
 
-    @property
-    def share(self) -> float:
+    def share(self, num_documents: int) -> float:
         """Repeated documents as a share of all."""
         different = len(self._hashes) * (self.mask + 1)
-        return max(0.0, 1 - different / self._total) if self._total else 0.0
+        return max(0.0, 1 - different / num_documents) if num_documents else 0.0
 
     @property
     def exact(self) -> bool:
@@ -83,11 +77,25 @@ class Tally:
     read_bytes: int = 0
     repeated: RepeatedTexts = field(default_factory=RepeatedTexts)
 
+    def add(self, document: str) -> None:
+        """Count a document."""
+        text = document.encode()
+        self.num_documents += 1
+        self.text_bytes += len(text)
+        key = zlib.crc32(text)  # the same in every run, unlike `hash`
+        if not key & self.repeated.mask:
+            self.repeated.add(key)
+
     @property
     def skipped_share(self) -> float:
         """What was skipped, as a share of the text or of the lines, whichever is larger."""
         of_bytes = self.skipped_bytes / max(1, self.skipped_bytes + self.text_bytes)
         return max(of_bytes, self.skipped_lines / max(1, self.skipped_lines + self.good_lines))
+
+    @property
+    def repeated_share(self) -> float:
+        """Documents whose text came before, as a share of all."""
+        return self.repeated.share(self.num_documents)
 
     @property
     def text_share(self) -> float:
@@ -104,7 +112,7 @@ class Tally:
         about = "" if self.repeated.exact else "about "
         return (
             f"{self.text_share:.1%} of the bytes read are text, {self.skipped_share:.2%} were skipped, "
-            f"{_documents(self.cut_documents)} cut, {about}{self.repeated.share:.1%} repeat others"
+            f"{_documents(self.cut_documents)} cut, {about}{self.repeated_share:.1%} repeat others"
         )
 
     def warnings(self) -> list[str]:
@@ -117,8 +125,8 @@ class Tally:
                 f"only {self.text_share:.1%} of the bytes read became text; the rest is whitespace, or other fields "
                 "than --text_field"
             )
-        if self.repeated.share > MOST_REPEATED:
-            found.append(f"{self.repeated.share:.0%} of the documents repeat others")
+        if self.repeated_share > MOST_REPEATED:
+            found.append(f"{self.repeated_share:.0%} of the documents repeat others")
         if self.cut_documents:
             found.append(f"{_documents(self.cut_documents)} of more than {MAX_DOCUMENT:,} characters cut into several")
         return found

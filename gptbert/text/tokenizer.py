@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, processors
 
 from gptbert.errors import InputError, first_line
 from gptbert.text.special_tokens import BOS_ID, MASK_ID, SPECIAL_TOKENS, UNK_ID
@@ -74,7 +74,8 @@ def ordinary_ids(tokenizer: Tokenizer) -> list[int]:
 
 def unknown_id(tokenizer: Tokenizer) -> int | None:
     """The id that a loaded tokenizer gives for what its vocabulary lacks; None if there is none."""
-    token = _unknown_token(tokenizer, json.loads(tokenizer.to_str()))
+    unigram = isinstance(tokenizer.model, models.Unigram)  # its token is only in the file
+    token = _unknown_token(tokenizer, json.loads(tokenizer.to_str()) if unigram else {"model": {}})
     return None if token is None else tokenizer.token_to_id(token)
 
 
@@ -91,16 +92,22 @@ def are_same(path: str | Path, other: str | Path) -> bool:
     return load_tokenizer(path).to_str() == load_tokenizer(other).to_str()
 
 
-def notes(path: str | Path) -> list[str]:
-    """What someone who encodes a corpus with this file should know, in sentences without a subject; usually nothing."""
-    content, as_written = _open(Path(path))
-    tokenizer, found = load_tokenizer(path), []
+def notes(path: str | Path, tokenizer: Tokenizer) -> list[str]:
+    """What someone who encodes a corpus with this file should know, in sentences without a subject; usually nothing.
+
+    Args:
+        path: a tokenizer's file.
+        tokenizer: it, loaded.
+    """
+    content, found = read_tokenizer_file(Path(path)), []
     settings = [name for name in _SAMPLING if content["model"].get(name)]
     settings += [name for name in ("truncation", "padding") if content.get(name)]
-    _encode_alike(as_written)
-    plain = as_written.encode(_PROBE, add_special_tokens=False).ids
-    if as_written.encode(_PROBE).ids not in (plain, [BOS_ID, *plain]):
-        settings.append("the tokens that it puts around a text")
+    if content.get("post_processor") not in (None, json.loads(_template().__getstate__())):
+        _, as_written = _open(Path(path))
+        _encode_alike(as_written)
+        plain = as_written.encode(_PROBE, add_special_tokens=False).ids
+        if as_written.encode(_PROBE).ids not in (plain, [BOS_ID, *plain]):
+            settings.append("the tokens that it puts around a text")
     if settings:
         found.append(f"is used without {', '.join(settings)}")
     kept = tokenizer.decode(tokenizer.encode(_PROBE, add_special_tokens=False).ids, skip_special_tokens=False)
@@ -148,8 +155,13 @@ def _normalize(tokenizer: Tokenizer, content: Any) -> None:
     tokenizer.add_special_tokens(
         [AddedToken(known[number], normalized=False, special=True) for number in sorted(known)]
     )
+    tokenizer.post_processor = _template()
+
+
+def _template() -> processors.TemplateProcessing:
+    """`<s>` in front of a text."""
     start = SPECIAL_TOKENS[BOS_ID]
-    tokenizer.post_processor = processors.TemplateProcessing(
+    return processors.TemplateProcessing(
         single=f"{start} $A", pair=f"{start} $A {start} $B", special_tokens=[(start, BOS_ID)]
     )
 
