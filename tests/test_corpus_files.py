@@ -1,6 +1,10 @@
 """Which files of a folder are read, each once; what is left out is listed with the reasons."""
 
+import bz2
+import gzip
+import json
 import os
+from random import Random
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +13,9 @@ import pytest
 from safetensors.numpy import save
 
 from gptbert.errors import InputError
+from gptbert.text import forecast
 from gptbert.text.corpus import Corpus, CorpusConfig
+from gptbert.text.forecast import forecasts
 from tests.test_file_kinds import CSV, put, tar
 from tests.texts import jsonl
 
@@ -36,7 +42,7 @@ def test_notes_beside_the_data_are_left_out_and_named(tmp_path, capsys):
     texts, lines = listing(capsys, tmp_path)
     assert texts == ["one", "two"]
     size = (tmp_path / "a.jsonl").stat().st_size
-    assert lines[0] == f"to read: JSON Lines: 1 file, {size} bytes"
+    assert lines[0] == f"to read: JSON Lines: 1 file, {size} bytes, 2 documents"
     assert lines[1].startswith("left out: ")
     assert "README.md (about the data)" in lines[1]
     assert "13 more; give a file by itself to have it read" in lines[1]
@@ -78,6 +84,50 @@ def test_markdown_is_data_where_there_is_no_other(tmp_path, capsys):
     assert read(tmp_path / "one" / "a.md", tmp_path / "one") == ["one", "three", "four"]
 
 
+@pytest.mark.parametrize("form", ["jsonl", "json", "blank_line", "line", "gzip", "bzip2", "parquet", "arrow"])
+def test_documents_are_foretold(tmp_path, form, monkeypatch):
+    """Exactly if the files are small, to some per cent from the beginning of a large one."""
+    random = Random(0)
+    texts = [random.randbytes(random.randrange(10, 180)).hex() for _ in range(30_000)]
+    content = {
+        "json": lambda: json.dumps([{"text": text} for text in texts]).encode(),
+        "blank_line": lambda: "\n\n".join(texts).encode(),
+        "line": lambda: "\n".join(texts).encode(),
+        "gzip": lambda: gzip.compress(jsonl(texts), 1),
+        "bzip2": lambda: bz2.compress(jsonl(texts)),
+        "jsonl": lambda: jsonl(texts),
+    }
+    table = pa.table({"text": texts})
+    if form == "parquet":
+        pq.write_table(table, tmp_path / "a", compression="none", use_dictionary=False)
+    elif form == "arrow":
+        with pa.ipc.new_stream(tmp_path / "a", table.schema) as writer:
+            writer.write_table(table, max_chunksize=1000)
+    else:
+        put(tmp_path, "a", content[form]())
+    config = CorpusConfig(input=(tmp_path,), text_documents="line" if form == "line" else "blank_line")
+    assert str(_forecast(config, monkeypatch, 1 << 30)) == "30,000 documents"
+    about = _forecast(config, monkeypatch, 1 << 17)
+    assert not about.exact
+    packed = form in {"gzip", "bzip2"}
+    assert about.documents * about.size / about.sampled == pytest.approx(30_000, rel=0.5 if packed else 0.1)
+    assert str(about).startswith("about ")
+
+
+def test_what_cannot_be_foretold_is_not(tmp_path):
+    put(tmp_path, "a.parquet", b"PAR1" + bytes(2000) + b"PAR1")
+    config = CorpusConfig(input=(tmp_path,))
+    (unknown,) = forecasts(Corpus(config)._listing.sources, config, None).values()
+    assert str(unknown) == "an unknown number of documents"
+
+
+def _forecast(config, monkeypatch, sampled_bytes):
+    monkeypatch.setattr(forecast, "SAMPLED_BYTES", sampled_bytes)
+    monkeypatch.setattr(forecast, "SAMPLED_PACKED", sampled_bytes)
+    (found,) = forecasts(Corpus(config)._listing.sources, config, None).values()
+    return found
+
+
 def test_a_mixed_folder_is_read_and_listed_by_kind(tmp_path, capsys):
     put(tmp_path, "a.jsonl", jsonl(["one", "two"]))
     put(tmp_path, "b.txt", b"three\n\nfour\n\nfive")
@@ -86,8 +136,9 @@ def test_a_mixed_folder_is_read_and_listed_by_kind(tmp_path, capsys):
     texts, (before, after) = listing(capsys, tmp_path)
     assert texts == ["one", "two", "three", "four", "five", "six", "seven"]
     assert before == (
-        f"to read: JSON Lines: 2 files, {len(jsonl(['one', 'two', 'six']))} bytes; plain text: 1 file, 17 bytes; "
-        f"Parquet: 1 file, {(tmp_path / 'd.parquet').stat().st_size:,} bytes"
+        f"to read: JSON Lines: 2 files, {len(jsonl(['one', 'two', 'six']))} bytes, 3 documents; "
+        "plain text: 1 file, 17 bytes, 3 documents; "
+        f"Parquet: 1 file, {(tmp_path / 'd.parquet').stat().st_size:,} bytes, 1 document"
     )
     assert after == (
         "read: JSON Lines: 3 documents, 9 bytes of text; plain text: 3 documents, 13 bytes of text; "

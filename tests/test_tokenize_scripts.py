@@ -383,7 +383,7 @@ def test_input_error_is_one_line_and_exit_status_one(tmp_path):
     assert done.returncode == 1
     assert done.stdout == ""
     listing, error = done.stderr.splitlines()
-    assert listing == "to read: JSON Lines: 1 file, 19 bytes"
+    assert listing == "to read: JSON Lines: 1 file, 19 bytes, 1 document"
     assert error.startswith(f"error: {tmp_path}/a.jsonl:2: `text` is a number, not a string; ")
 
 

@@ -4,6 +4,7 @@
 - `corpus_config`: its settings, which commands have as flags.
 - `document_reader`: documents out of one file after the other; bad lines are counted.
 - `corpus_files`: the files to read, and those of a folder that are left out.
+- `forecast`: how many documents they hold, told from a part of them.
 - `file_kind`, `text_kind`: what a file is, by its first bytes.
 - `opened_file`: a file unpacked and decoded as it streams.
 - `lines`: numbered lines, and JSON over several lines.

@@ -15,6 +15,7 @@ from gptbert.text.corpus_config import CorpusConfig
 from gptbert.text.corpus_files import CorpusFiles
 from gptbert.text.document_reader import DocumentReader
 from gptbert.text.documents import MAX_DOCUMENT, cut
+from gptbert.text.forecast import forecasts
 from gptbert.text.tables import dataset_rows, require_library
 from gptbert.text.tally import Tally
 
@@ -75,7 +76,8 @@ class Corpus:
         total = None if self.config.dataset else self.num_bytes
         tally = self.tally
         if len(self.files) > 1 or any(path.is_dir() for path in self.config.input):
-            for line in self._listing.lines():
+            expected = forecasts(self._listing.sources, self.config, self._reader.domain_field)
+            for line in self._listing.lines(expected):
                 log(line)
         delay = 0.0 if self.config.on_error == "skip" else 0.5  # lines above a bar show it before its time
         with tqdm(total=total, unit="B", unit_scale=True, delay=delay, mininterval=interval) as bar:

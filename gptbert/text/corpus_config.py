@@ -13,7 +13,8 @@ class CorpusConfig:
     """Files or folders of documents.
     What a file is, its content tells: text, JSON Lines, JSON, Parquet or Arrow, plain or compressed; anything else is
     refused.
-    Folders are read recursively, sorted by name, without hidden files and notes beside the data, which are listed.
+    Folders are read recursively, sorted by name, without hidden files and notes beside the data.
+    What is read and what is left out is listed first.
     A folder written by save_to_disk of Hugging Face's datasets is read as that dataset."""
     dataset: str | None = None
     """Instead of --input: a Hugging Face dataset, streamed; its name on the Hub or a folder of data files."""

@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,14 +94,21 @@ class CorpusFiles:
                 kind = self._kind(path) if path.is_file() else None
                 self.sources.append(_accepted(path, kind))
 
-    def lines(self) -> Iterator[str]:
-        """The listing: files and bytes of each kind, and what is left out."""
+    def lines(self, documents: Mapping[str, object]) -> Iterator[str]:
+        """The listing: files, bytes and documents of each kind, and what is left out.
+
+        Args:
+            documents: what to say of the documents of each kind, by its title.
+        """
         files: Counter[str] = Counter()
         sizes: Counter[str] = Counter()
         for source in self.sources:
             files[source.title] += 1
             sizes[source.title] += source.size
-        kinds = (f"{kind}: {count:,} file{'s' * (count > 1)}, {sizes[kind]:,} bytes" for kind, count in files.items())
+        kinds = []
+        for kind, count in files.items():
+            expected = f", {documents[kind]}" if kind in documents else ""
+            kinds.append(f"{kind}: {count:,} file{'s' * (count > 1)}, {sizes[kind]:,} bytes{expected}")
         yield f"to read: {'; '.join(kinds)}"
         if self.left_out:
             yield f"left out: {self._named()}; give a file by itself to have it read"

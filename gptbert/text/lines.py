@@ -12,7 +12,7 @@ from gptbert.errors import InputError
 from gptbert.text.opened_file import OpenedFile, opened
 
 MAX_LINE = 1 << 26  # bytes of a line that must be in memory whole, so that a few kilobytes of gzip cannot fill it
-PIECE = 1 << 20  # bytes of a longer line of plain text at a time
+PIECE = 1 << 18  # bytes of plain text, and at least of JSON over several lines, at a time
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 Count = Callable[[int], object]

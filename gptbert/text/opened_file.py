@@ -110,6 +110,11 @@ class _CountedFile(io.FileIO):
         super().__init__(file)
         self._advance = advance
 
+    def read(self, size: int = -1) -> bytes:  # of FileIO, it does not call readinto
+        data = super().read(size)
+        self._advance(len(data))
+        return data
+
     def readinto(self, buffer: bytearray | memoryview) -> int:
         count = super().readinto(buffer)
         self._advance(count)

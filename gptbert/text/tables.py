@@ -59,6 +59,21 @@ def table_rows(file: Path, kind: FileKind, columns: Sequence[str], advance: Call
             yield from _rows(batch, columns)
 
 
+def num_rows(file: Path, kind: FileKind) -> int:
+    """The number of rows of a Parquet or Arrow file; 0 if it is damaged, which reading it says."""
+    pyarrow = require_library("pyarrow", str(file))
+    try:
+        if kind.reader == "parquet":
+            return require_library("pyarrow.parquet", str(file)).read_metadata(str(file)).num_rows
+        with pyarrow.memory_map(str(file)) as source:
+            if kind.reader == "arrow_stream":
+                return sum(batch.num_rows for batch in pyarrow.ipc.open_stream(source))
+            reader = pyarrow.ipc.open_file(source)
+            return sum(reader.get_batch(number).num_rows for number in range(reader.num_record_batches))
+    except (pyarrow.ArrowException, OSError, ValueError):
+        return 0
+
+
 def dataset_rows(
     name: str, config: str | None, split: str | None, columns: Sequence[str], advance: Callable[[int], object]
 ) -> Iterator[Row]:
