@@ -72,6 +72,22 @@ def test_every_left_out_file_says_why(tmp_path, capsys):
         assert lines[1] == f"left out: {folder / name} ({reason}); give a file by itself to have it read"
 
 
+def test_a_few_files_that_are_not_read_do_not_stop_a_folder(tmp_path, capsys):
+    """But they do if they are a share of it that matters."""
+    xml = b'<?xml version="1.0"?>\n<a>text</a>\n'
+    put(tmp_path, "a.txt", b"text\n" * 20 * len(xml))
+    put(tmp_path, "b.txt", xml)
+    config = CorpusConfig(input=(tmp_path,))
+    corpus = Corpus(config)
+    assert len(list(corpus)) == 1
+    left = capsys.readouterr().err.splitlines()[1]
+    assert left.startswith(f"left out: {tmp_path / 'b.txt'} (XML, not read); ")
+    assert corpus.tally.figures().startswith(f"{len(xml)} bytes of files were left out, 100.0% of")
+    put(tmp_path, "c.txt", xml)
+    with pytest.raises(InputError, match=rf"{tmp_path}/b.txt: is XML and not read as training text; "):
+        Corpus(config)
+
+
 def test_markdown_is_data_where_there_is_no_other(tmp_path, capsys):
     put(tmp_path, "one/a.md", b"one")
     put(tmp_path, "one/b.rst", b"two")

@@ -53,7 +53,7 @@ class Corpus:
         if tables := [source.path for source in self._listing.sources if source.kind and source.kind.is_table]:
             require_library("pyarrow", str(tables[0]))
         self.num_bytes = sum(source.size for source in self._listing.sources)
-        self.tally = Tally()
+        self.tally = Tally(left_out_bytes=self._listing.left_out_bytes)
         self._by_kind: dict[str, list[int]] = defaultdict(lambda: [0, 0])  # documents, and bytes of text
         self._reader = DocumentReader(config, domain_field, self.tally)
 

@@ -15,6 +15,7 @@ from gptbert.text.tables import saved_dataset_files
 from gptbert.text.text_kind import JSON, JSONL, TEXT, unpacked_suffix
 
 HIDDEN = "hidden"
+MOST_REFUSED = 0.01  # share of a folder's bytes in files of kinds that are not read, which are left out
 NAMED = 5  # files that are left out; the others are only counted
 
 _NOTES = re.compile(
@@ -157,8 +158,13 @@ class CorpusFiles:
             elif kind == JSON and path.suffix.lower() == ".json" and _is_settings(path, self._text_field):
                 self._leave_out(path, f"a JSON object without `{self._text_field}`, see --text_field")
             else:
-                sources.append(_accepted(path, kind))
-        return sources
+                sources.append(Source(path, kind, path.stat().st_size))
+        refused = [source for source in sources if not source.kind.reader]
+        if sum(source.size for source in refused) > MOST_REFUSED * sum(source.size for source in sources):
+            raise InputError(refused[0].kind.refusal(refused[0].path))
+        for source in refused:
+            self._leave_out(source.path, f"{source.kind.title}, not read")
+        return [source for source in sources if source.kind.reader]
 
     def _walk(self, root: Path) -> Iterator[Path]:
         """Files below a folder; links to folders last, so that each real one is found under its own name."""

@@ -64,6 +64,7 @@ class Tally:
         skipped_bytes: the size of those lines.
         cut_documents: documents that were cut because of their length.
         read_bytes: text in the files, with all fields of JSON and without those of tables.
+        left_out_bytes: the size on disk of a folder's files that are not read.
         repeated: how many documents repeat others.
     """
 
@@ -75,6 +76,7 @@ class Tally:
     skipped_bytes: int = 0
     cut_documents: int = 0
     read_bytes: int = 0
+    left_out_bytes: int = 0
     repeated: RepeatedTexts = field(default_factory=RepeatedTexts)
 
     def add(self, document: str) -> None:
@@ -110,8 +112,9 @@ class Tally:
     def figures(self) -> str:
         """What would show a mistake."""
         about = "" if self.repeated.exact else "about "
+        left_out = f"{self.left_out_bytes:,} bytes of files were left out, " if self.left_out_bytes else ""
         return (
-            f"{self.text_share:.1%} of the bytes read are text, {self.skipped_share:.2%} were skipped, "
+            f"{left_out}{self.text_share:.1%} of the bytes read are text, {self.skipped_share:.2%} were skipped, "
             f"{_documents(self.cut_documents)} cut, {about}{self.repeated_share:.1%} repeat others"
         )
 
