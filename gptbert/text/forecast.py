@@ -1,7 +1,8 @@
 """How many documents of each kind a corpus holds, told from a part of it before it is read."""
 
+import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from gptbert.errors import InputError
@@ -15,7 +16,7 @@ from gptbert.text.tally import Tally
 SAMPLED_BYTES = 1 << 20  # on disk, of a file
 SAMPLED_PACKED = 1 << 22  # of a compressed one, whose text comes a megabyte at a time
 SAMPLED_OF_KIND = 1 << 23  # of all files of a kind
-SAMPLED_FILES = 1000  # of a kind
+SAMPLED_FILES = 5000  # of a kind
 
 
 @dataclass
@@ -26,14 +27,12 @@ class Forecast:
         documents: how many there are in what was looked at.
         sampled: the size of that, in bytes on disk.
         size: of all files, in bytes on disk.
-        files: how many were looked at.
         exact: whether everything was.
     """
 
     documents: int = 0
     sampled: int = 0
     size: int = 0
-    files: int = 0
     exact: bool = True
 
     def __str__(self) -> str:
@@ -57,30 +56,37 @@ def forecasts(sources: Iterable[Source], config: CorpusConfig, domain_field: str
     Returns:
         What to expect of the files of each kind, by its title.
     """
-    found: dict[str, Forecast] = defaultdict(Forecast)
+    kinds: dict[str, list[Source]] = defaultdict(list)
     for source in sources:
-        if source.kind is None:
-            continue
-        forecast = found[source.title]
-        forecast.size += source.size
-        if forecast.sampled >= SAMPLED_OF_KIND or forecast.files >= SAMPLED_FILES:
-            forecast.exact = False
-            continue
-        forecast.files += 1
-        if source.kind.is_table and source.size > SAMPLED_BYTES:
-            documents, sampled = num_rows(source.path, source.kind), source.size
+        if source.kind is not None:
+            kinds[source.title].append(source)
+    return {title: _forecast(files, config, domain_field) for title, files in kinds.items()}
+
+
+def _forecast(files: Sequence[Source], config: CorpusConfig, domain_field: str | None) -> Forecast:
+    """What to expect of files of one kind: every so many of them are looked at."""
+    to_read = sum(min(file.size, _enough(file)) for file in files)
+    step = max(math.ceil(to_read / SAMPLED_OF_KIND), math.ceil(len(files) / SAMPLED_FILES))
+    forecast = Forecast(size=sum(file.size for file in files), exact=step == 1)
+    for file in files[::step]:
+        if file.kind.is_table and file.size > SAMPLED_BYTES:
+            documents, sampled = num_rows(file.path, file.kind), file.size
             forecast.exact = False  # some may be empty
         else:
-            documents, sampled = _sample(source, _Sampler(config, domain_field, Tally()))
-            forecast.exact &= sampled >= source.size
+            documents, sampled = _sample(file, _Sampler(config, domain_field, Tally()))
+            forecast.exact &= sampled >= file.size
         forecast.documents += documents
         forecast.sampled += sampled
-    return dict(found)
+    return forecast
+
+
+def _enough(file: Source) -> int:
+    """Bytes on disk of a file that are enough to judge it by."""
+    return SAMPLED_PACKED if file.kind and file.kind.packing else SAMPLED_BYTES
 
 
 def _sample(source: Source, reader: DocumentReader) -> tuple[int, int]:
     """Documents at the beginning of a file, and the bytes on disk that they take: `source.size` if that is all."""
-    enough = SAMPLED_PACKED if source.kind and source.kind.packing else SAMPLED_BYTES
     count = before = read = 0
 
     def advance(size: int) -> None:
@@ -90,7 +96,7 @@ def _sample(source: Source, reader: DocumentReader) -> tuple[int, int]:
     try:
         for _, text in reader.of_file(source, advance):
             if read != before:  # what came so far was in the bytes before
-                if before >= enough:
+                if before >= _enough(source):
                     return count, before
                 before = read
             count += sum(1 for piece in cut(text.strip()) if piece)
