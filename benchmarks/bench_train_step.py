@@ -24,7 +24,6 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 
 from benchmarks import machine
 from benchmarks.stopwatch import PARTS, Stopwatch
-from gptbert import compile_choice
 from gptbert.command_line import run_command
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.data.hybrid_plan import HybridPlan
@@ -37,8 +36,9 @@ from gptbert.distributed.world import World, connect
 from gptbert.errors import InputError
 from gptbert.io.screen import table_row
 from gptbert.monitoring.flops import forward_flops, measure_matmul_flops, training_flops
-from gptbert.preparation import prepare_cpp_kernels, prepare_kernels
 from gptbert.trainer import Trainer
+from gptbert.training import compile_choice
+from gptbert.training.preparation import prepare_cpp_kernels, prepare_kernels
 from kernels import IGNORE_INDEX
 from kernels.padding import padded_length
 

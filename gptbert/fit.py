@@ -4,7 +4,7 @@ import dataclasses
 from contextlib import ExitStack
 from pathlib import Path
 
-from gptbert import compile_choice, schedules
+from gptbert import schedules
 from gptbert.checkpoint.checkpoint import Checkpoint
 from gptbert.checkpoint.folder import saved_setting
 from gptbert.checkpoint.initial_weights import read_initial_weights
@@ -19,13 +19,14 @@ from gptbert.distributed.fsdp import shard_size
 from gptbert.distributed.world import World, connect
 from gptbert.errors import InputError
 from gptbert.io.screen import log
-from gptbert.kernel_check import agree_on_fused, kernel_check, run_of
 from gptbert.model.compilation import restored_settings
 from gptbert.monitoring import figures
 from gptbert.monitoring.progress import print_header
 from gptbert.monitoring.validation import is_validated
-from gptbert.preparation import log_choices, own_run_dir, prepare_cpp_kernels, prepare_kernels, prepare_run_dir
 from gptbert.trainer import Trainer
+from gptbert.training import compile_choice
+from gptbert.training.kernel_check import agree_on_fused, kernel_check, run_of
+from gptbert.training.preparation import log_choices, own_run_dir, prepare_cpp_kernels, prepare_kernels, prepare_run_dir
 
 
 def fit(config: TrainConfig) -> None:

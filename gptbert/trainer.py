@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
-from gptbert import compile_choice, schedules
+from gptbert import schedules
 from gptbert.checkpoint import checkpoint
 from gptbert.checkpoint.checkpoint import Checkpoint
 from gptbert.checkpoint.word_checkpoints import WordCheckpoints
@@ -39,6 +39,7 @@ from gptbert.monitoring.trackers import Trackers
 from gptbert.monitoring.training_record import TrainingRecord
 from gptbert.monitoring.validation import Validation, ValidationSettings
 from gptbert.optim import WeightAverage, build_optimizer
+from gptbert.training import compile_choice
 from gptbert.training.step import EagerStep, RecordedStep, autocast
 
 

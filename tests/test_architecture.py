@@ -70,7 +70,7 @@ FLOORS = [
     {"optim", "data"},
     {"checkpoint"},
     {"monitoring", "scoring"},
-    {"preparation", "kernel_check", "compile_choice", "training"},
+    {"training"},
     {"trainer", "huggingface"},
     {"fit"},
     {"evaluate", "score", "generate", "fill_mask", "export", "import_hf", "unshard", "report"},  # python -m gptbert.X

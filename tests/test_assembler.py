@@ -6,9 +6,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from gptbert import preparation
 from gptbert.distributed.world import World
 from gptbert.monitoring import progress
+from gptbert.training import preparation
 from kernels import assembler, wanted
 from kernels.assembler import is_right, right_assembler
 

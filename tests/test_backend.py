@@ -6,13 +6,13 @@ import json
 import pytest
 import torch
 
-from gptbert import preparation
 from gptbert.command_line import parse
 from gptbert.config import TrainConfig
 from gptbert.distributed.world import World
 from gptbert.errors import InputError
 from gptbert.fit import fit
-from gptbert.preparation import prepare_cpp_kernels, prepare_kernels
+from gptbert.training import preparation
+from gptbert.training.preparation import prepare_cpp_kernels, prepare_kernels
 from kernels import cpp
 from kernels.backend import choose_backend, set_default_backend, uses_cpp
 from kernels.check import Row

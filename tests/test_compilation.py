@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from gptbert import compile_choice
 from gptbert.command_line import parse
 from gptbert.config import TrainConfig
 from gptbert.data.hybrid_plan import HybridPlan
@@ -16,6 +15,7 @@ from gptbert.model.compilation import compile_blocks
 from gptbert.monitoring.samples import Samples
 from gptbert.schedules import batch_size, length_factor
 from gptbert.trainer import Trainer
+from gptbert.training import compile_choice
 from gptbert.training.step import autocast
 from kernels import IGNORE_INDEX
 from tests.conftest import TINY

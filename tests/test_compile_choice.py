@@ -6,18 +6,19 @@ import pytest
 import torch
 import torch._functorch.config
 
-from gptbert import compile_choice, trainer
+from gptbert import trainer
 from gptbert.checkpoint import manifest
 from gptbert.checkpoint.checkpoint import load
 from gptbert.checkpoint.folder import list_checkpoints
 from gptbert.command_line import parse
-from gptbert.compile_choice import choose, seconds_saved
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.distributed.world import World
 from gptbert.fit import fit
 from gptbert.model.block import Block
 from gptbert.model.compilation import compile_blocks
+from gptbert.training import compile_choice
+from gptbert.training.compile_choice import choose, seconds_saved
 from tests.runs import MODEL, flags, write_inputs
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

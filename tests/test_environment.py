@@ -14,8 +14,8 @@ from gptbert.distributed.world import Launch, World, choose_device, read_launch
 from gptbert.errors import InputError
 from gptbert.export import ExportConfig, export
 from gptbert.io import environment
-from gptbert.preparation import log_choices, prepare_kernels
 from gptbert.scoring.trained_model import ModelChoice, TrainedModel
+from gptbert.training.preparation import log_choices, prepare_kernels
 from kernels import assembler
 from kernels.backend import choose_backend, interpreted
 

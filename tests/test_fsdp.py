@@ -12,7 +12,6 @@ from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
-from gptbert import compile_choice
 from gptbert.checkpoint import manifest
 from gptbert.checkpoint.checkpoint import load
 from gptbert.checkpoint.folder import list_checkpoints
@@ -29,6 +28,7 @@ from gptbert.model import GPTBert
 from gptbert.monitoring.records import read_records
 from gptbert.optim import Lamb, parameter_groups
 from gptbert.trainer import Trainer
+from gptbert.training import compile_choice
 from gptbert.unshard import UnshardConfig, unshard
 from tests.runs import flags, losses, on_ranks, train, write_inputs
 

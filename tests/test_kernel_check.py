@@ -7,15 +7,15 @@ import time
 import pytest
 import torch
 
-from gptbert import kernel_check as module
 from gptbert.command_line import parse
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.distributed.world import World
 from gptbert.errors import InputError
 from gptbert.fit import fit
-from gptbert.kernel_check import kernel_check, run_of
 from gptbert.monitoring import progress
+from gptbert.training import kernel_check as module
+from gptbert.training.kernel_check import kernel_check, run_of
 from kernels import wanted
 from kernels.attention_context.fused import distance_tables
 from kernels.run import Run

@@ -19,8 +19,8 @@ from benchmarks.gpu.settings import Settings
 from gptbert.config import ModelConfig
 from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.distributed.world import connect
-from gptbert.kernel_check import kernel_check, run_of
-from gptbert.preparation import prepare_kernels
+from gptbert.training.kernel_check import kernel_check, run_of
+from gptbert.training.preparation import prepare_kernels
 from kernels.check import first_failure, run_checks
 
 TIMEOUT = 100.0

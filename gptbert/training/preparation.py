@@ -41,7 +41,7 @@ def prepare_kernels(config: TrainConfig, world: World) -> str:
         backend = choose_backend(None, world.device)
     except ValueError as error:
         raise InputError(f"--kernels {config.kernels}: {error}") from None
-    use_fused(FUSED)  # unless `gptbert.kernel_check` finds one wrong
+    use_fused(FUSED)  # unless `gptbert.training.kernel_check` finds one wrong
     if backend == "triton" and world.device.type == "cuda":
         environment.check_program("TRITON_PTXAS_PATH")
         with right_assembler() as release:
