@@ -23,10 +23,10 @@ from torch import Tensor
 from gptbert.command_line import run_command
 from gptbert.config import TrainConfig
 from gptbert.errors import InputError
-from gptbert.fit import fit
 from gptbert.io.screen import table
 from gptbert.model import gptbert as model_module
 from gptbert.monitoring.records import read_records
+from gptbert.train import fit
 from kernels.depth_mix import fused
 from kernels.dropout import dropout
 

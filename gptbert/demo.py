@@ -88,5 +88,10 @@ def _show_samples(run_dir: Path) -> None:
     print(f"\nContinuation\n  {' '.join(text.split())}")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Entry point."""
     run_command(DemoSettings, show)
+
+
+if __name__ == "__main__":
+    main()

@@ -267,5 +267,10 @@ def _table(results: list[tuple[str, Evaluation]], domain_field: str | None) -> s
     return table(rows)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Entry point."""
     run_command(EvaluateSettings, evaluate)
+
+
+if __name__ == "__main__":
+    main()

@@ -273,5 +273,10 @@ def _name_of(path: Any) -> str:
     return Path(path).name if isinstance(path, str) else "?"
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Entry point."""
     run_command(ExportConfig, export)
+
+
+if __name__ == "__main__":
+    main()

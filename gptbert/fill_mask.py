@@ -83,5 +83,10 @@ def fill_mask(settings: FillMaskSettings) -> None:
     trained.explain()
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Entry point."""
     run_command(FillMaskSettings, fill_mask)
+
+
+if __name__ == "__main__":
+    main()

@@ -139,5 +139,10 @@ def generate(settings: GenerateSettings) -> None:
     trained.explain()
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Entry point."""
     run_command(GenerateSettings, generate)
+
+
+if __name__ == "__main__":
+    main()

@@ -167,5 +167,10 @@ def _beside(folder: Path, names: Sequence[str]) -> Path:
     return there[0] if there else folder / names[0]
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Entry point."""
     run_command(ImportConfig, import_hf)
+
+
+if __name__ == "__main__":
+    main()

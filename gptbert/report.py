@@ -307,5 +307,10 @@ def report(config: ReportConfig) -> None:
     print(f"wrote {write_report(config.run, config.output)}")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Entry point."""
     run_command(ReportConfig, report)
+
+
+if __name__ == "__main__":
+    main()

@@ -224,5 +224,10 @@ def _total_table(pairs: Sequence[MinimalPair], results: dict[str, BackendScores]
     return table(rows)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Entry point."""
     run_command(ScoreSettings, score)
+
+
+if __name__ == "__main__":
+    main()

@@ -76,5 +76,10 @@ def unshard(config: UnshardConfig) -> None:
     print(f"wrote the weights of {path} to {config.output}")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Entry point."""
     run_command(UnshardConfig, unshard)
+
+
+if __name__ == "__main__":
+    main()

@@ -42,7 +42,7 @@ MODEL = {
 }
 
 _CONTEXT = multiprocessing.get_context("forkserver" if DEVICE == "cpu" else "spawn")  # CUDA does not survive a fork
-_CONTEXT.set_forkserver_preload(["gptbert.fit", "gptbert.command_line", "torch._dynamo"])
+_CONTEXT.set_forkserver_preload(["gptbert.train", "gptbert.command_line", "torch._dynamo"])
 
 
 def write_inputs(folder: Path, train_characters: int = 60_000) -> Path:

@@ -72,9 +72,9 @@ FLOORS = [
     {"monitoring", "scoring"},
     {"training"},
     {"trainer", "huggingface"},
-    {"fit"},
+    {"train"},
     {"evaluate", "score", "generate", "fill_mask", "export", "import_hf", "unshard", "report"},  # python -m gptbert.X
-    {"demo"},
+    {"demo", "__main__"},
 ]
 
 

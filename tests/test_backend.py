@@ -10,7 +10,7 @@ from gptbert.command_line import parse
 from gptbert.config import TrainConfig
 from gptbert.distributed.world import World
 from gptbert.errors import InputError
-from gptbert.fit import fit
+from gptbert.train import fit
 from gptbert.training import preparation
 from gptbert.training.preparation import prepare_cpp_kernels, prepare_kernels
 from kernels import cpp

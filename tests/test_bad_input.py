@@ -12,8 +12,8 @@ from gptbert.config import TrainConfig
 from gptbert.data.token_store import TokenStoreWriter
 from gptbert.distributed.world import connect
 from gptbert.errors import InputError
-from gptbert.fit import fit
 from gptbert.text.tokenizer import tokenizer_hash
+from gptbert.train import fit
 from tests.runs import MODEL, flags, on_ranks, write_inputs
 
 

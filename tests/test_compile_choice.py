@@ -14,9 +14,9 @@ from gptbert.command_line import parse
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.distributed.world import World
-from gptbert.fit import fit
 from gptbert.model.block import Block
 from gptbert.model.compilation import compile_blocks
+from gptbert.train import fit
 from gptbert.training import compile_choice
 from gptbert.training.compile_choice import choose, seconds_saved
 from tests.runs import MODEL, flags, write_inputs
@@ -114,7 +114,7 @@ def taken(monkeypatch):
     """Calls of compile_blocks: whether each Trainer compiles, without running the compiler."""
     decided = []
     monkeypatch.setattr(trainer, "compile_blocks", lambda blocks, **_: decided.append(blocks))
-    monkeypatch.setattr("gptbert.fit.prepare_cpp_kernels", lambda *_, **__: "torch")
+    monkeypatch.setattr("gptbert.train.prepare_cpp_kernels", lambda *_, **__: "torch")
     return decided
 
 
@@ -164,7 +164,7 @@ def test_a_run_leaves_the_settings_of_pytorchs_compiler_as_they_were(monkeypatch
         compile_blocks(torch.nn.ModuleList([Block(SMALL, 0)]))
         inside.append(settings.activation_memory_budget)
 
-    monkeypatch.setattr("gptbert.fit._fit", compiles)
+    monkeypatch.setattr("gptbert.train._fit", compiles)
     with settings.patch(activation_memory_budget=0.625):
         fit(make_config())
         assert inside == [0.8]

@@ -9,8 +9,8 @@ from gptbert.command_line import parse
 from gptbert.config import TrainConfig
 from gptbert.demo import DemoSettings, show
 from gptbert.errors import InputError
-from gptbert.fit import fit
 from gptbert.monitoring.validation import unigram_entropy
+from gptbert.train import fit
 from tests.runs import flags, write_inputs
 
 

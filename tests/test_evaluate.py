@@ -14,13 +14,13 @@ from gptbert.config import TrainConfig
 from gptbert.data.token_store import TokenStoreWriter
 from gptbert.errors import InputError
 from gptbert.evaluate import EvaluateSettings, encode_domains, evaluate, is_token_file
-from gptbert.fit import fit
 from gptbert.model.objective import Objective
 from gptbert.monitoring.records import read_records
 from gptbert.scoring.trained_model import ModelChoice, TrainedModel
 from gptbert.text.corpus import CorpusConfig
 from gptbert.text.special_tokens import BOS_ID
 from gptbert.text.tokenizer import tokenizer_hash
+from gptbert.train import fit
 from tests.runs import flags, write_inputs
 
 METRICS = ("loss", "perplexity", "accuracy")

@@ -10,11 +10,11 @@ from gptbert.config import TrainConfig
 from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.data.inputs import Inputs
 from gptbert.data.progress import Progress
-from gptbert.fit import fit
 from gptbert.model.objective import Objective
 from gptbert.monitoring.figures import of_labels, of_rows
 from gptbert.schedules import steps_since_due
 from gptbert.text.special_tokens import UNK_ID
+from gptbert.train import fit
 from tests.runs import flags, write_inputs
 
 

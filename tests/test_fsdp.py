@@ -23,10 +23,10 @@ from gptbert.data.inputs import Inputs
 from gptbert.distributed.fsdp import new_moments, shard_size
 from gptbert.distributed.world import World
 from gptbert.errors import InputError
-from gptbert.fit import fit
 from gptbert.model import GPTBert
 from gptbert.monitoring.records import read_records
 from gptbert.optim import Lamb, parameter_groups
+from gptbert.train import fit
 from gptbert.trainer import Trainer
 from gptbert.training import compile_choice
 from gptbert.unshard import UnshardConfig, unshard

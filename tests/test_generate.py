@@ -7,12 +7,12 @@ from gptbert.command_line import parse, run_command
 from gptbert.config import TrainConfig
 from gptbert.errors import InputError
 from gptbert.fill_mask import FillMaskSettings, fill_mask, fill_masks
-from gptbert.fit import fit
 from gptbert.generate import GenerateSettings, continue_text, distribution, generate
 from gptbert.scoring.trained_model import ModelChoice, TrainedModel
 from gptbert.text.encoding import encode_sentences
 from gptbert.text.special_tokens import BOS_ID, MASK_ID, SPECIAL_TOKENS
 from gptbert.text.tokenizer import load_tokenizer, ordinary_ids
+from gptbert.train import fit
 from tests.runs import flags, write_inputs
 
 

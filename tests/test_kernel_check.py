@@ -12,8 +12,8 @@ from gptbert.config import ModelConfig, TrainConfig
 from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.distributed.world import World
 from gptbert.errors import InputError
-from gptbert.fit import fit
 from gptbert.monitoring import progress
+from gptbert.train import fit
 from gptbert.training import kernel_check as module
 from gptbert.training.kernel_check import kernel_check, run_of
 from kernels import wanted

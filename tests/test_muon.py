@@ -15,10 +15,10 @@ from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.data.inputs import Inputs
 from gptbert.distributed.world import connect
 from gptbert.errors import InputError
-from gptbert.fit import fit
 from gptbert.model import GPTBert
 from gptbert.muon import hidden_matrices
 from gptbert.optim import build_optimizer
+from gptbert.train import fit
 from gptbert.trainer import Trainer
 from tests.runs import assert_same_checkpoint, flags, on_ranks, write_inputs
 

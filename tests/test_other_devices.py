@@ -15,8 +15,8 @@ from gptbert.config import TrainConfig
 from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.data.inputs import Inputs
 from gptbert.distributed.world import World
-from gptbert.fit import fit
 from gptbert.io.torch_file import load_torch_file
+from gptbert.train import fit
 from gptbert.trainer import Trainer
 from kernels.configuration import TRITON_OPERATIONS
 from tests.runs import assert_same, flags, write_inputs

@@ -18,11 +18,11 @@ from gptbert.command_line import run_command
 from gptbert.config import TrainConfig
 from gptbert.data.token_store import TokenStore, TokenStoreWriter
 from gptbert.errors import OwnedError
-from gptbert.fit import fit
 from gptbert.io import owner
 from gptbert.io.outputs import new_folder, staged_outputs
 from gptbert.io.owner import Owner, owned
 from gptbert.report import write_report
+from gptbert.train import fit
 from tests.runs import ROOT, flags, forked_ranks, write_inputs
 
 HOLD = (

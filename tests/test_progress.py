@@ -20,10 +20,10 @@ from gptbert.data.progress import Progress, check_state, fresh_state
 from gptbert.data.token_store import TokenStore
 from gptbert.errors import InputError
 from gptbert.export import Origin, _facts
-from gptbert.fit import fit
 from gptbert.model.objective import Objective
 from gptbert.monitoring.records import read_records
 from gptbert.schedules import batch_size, sequence_length
+from gptbert.train import fit
 from tests.runs import flags, write_inputs
 
 legs = st.fixed_dictionaries(

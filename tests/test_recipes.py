@@ -23,9 +23,9 @@ from torch.distributed.run import get_args_parser
 from gptbert.checkpoint.folder import list_checkpoints
 from gptbert.command_line import parse
 from gptbert.config import TrainConfig
-from gptbert.fit import fit
 from gptbert.monitoring import recipes
 from gptbert.monitoring.records import read_records
+from gptbert.train import fit
 from tests.runs import MODEL, ROOT, assert_same_end, flags, process_ids, train, wait_for_record, write_inputs
 
 FOLDER = ROOT / "configs" / "runs"

@@ -18,8 +18,8 @@ from gptbert.distributed import flat_gradients
 from gptbert.distributed.flat_gradients import FlatGradients
 from gptbert.distributed.world import World, connect
 from gptbert.errors import InputError
-from gptbert.fit import fit
 from gptbert.model.batch import Batch
+from gptbert.train import fit
 from gptbert.trainer import Trainer
 from gptbert.training import step as step_module
 from gptbert.training.step import EagerStep, RecordedStep

@@ -10,12 +10,12 @@ from gptbert.config import TrainConfig
 from gptbert.data.inputs import Inputs
 from gptbert.data.token_store import TokenStore
 from gptbert.distributed.world import World
-from gptbert.fit import fit
 from gptbert.model import GPTBert
 from gptbert.monitoring.records import read_records
 from gptbert.monitoring.samples import NUM_TEXTS, TOP, Samples
 from gptbert.text.special_tokens import BOS_ID, MASK_ID
 from gptbert.text.tokenizer import load_tokenizer
+from gptbert.train import fit
 from tests.runs import flags, write_inputs
 
 ALONE = World(0, 1, torch.device("cpu"))

@@ -10,7 +10,6 @@ import pytest
 from gptbert.command_line import parse, run_command
 from gptbert.config import TrainConfig
 from gptbert.errors import InputError
-from gptbert.fit import fit
 from gptbert.model.objective import Objective
 from gptbert.score import SWEEP, BackendScores, ScoreSettings, score
 from gptbert.scoring.closing import ties_line
@@ -19,6 +18,7 @@ from gptbert.scoring.minimal_pairs import Accuracy, MinimalPair, read_pairs
 from gptbert.scoring.trained_model import ModelChoice, TrainedModel
 from gptbert.text.encoding import encode_sentences
 from gptbert.text.special_tokens import BOS_ID, MASK_ID
+from gptbert.train import fit
 from tests.runs import flags, write_inputs
 
 PAIRS = [

@@ -12,8 +12,8 @@ from gptbert.config import TrainConfig
 from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.data.inputs import Inputs
 from gptbert.distributed.world import connect
-from gptbert.fit import fit
 from gptbert.monitoring.records import read_records
+from gptbert.train import fit
 from gptbert.trainer import Trainer
 from tests.runs import assert_same, assert_same_checkpoint, flags, on_ranks, write_inputs
 

@@ -19,11 +19,11 @@ from gptbert.data.packing import Prefetcher
 from gptbert.data.token_store import TokenStore
 from gptbert.distributed.stop_signal import SIGNALS
 from gptbert.errors import StoppedError
-from gptbert.fit import fit
 from gptbert.monitoring.records import read_records
 from gptbert.monitoring.samples import Samples
 from gptbert.monitoring.trackers import Trackers
 from gptbert.monitoring.validation import Validation
+from gptbert.train import fit
 from gptbert.trainer import Trainer
 from tests.runs import assert_same_end, flags, on_ranks, train, write_inputs
 
@@ -158,7 +158,7 @@ def test_rows_that_never_come_at_the_first_step(inputs, monkeypatch):
     [
         (signal.SIGTERM, "gptbert.data.inputs.Inputs.open"),
         (signal.SIGUSR1, "gptbert.data.token_store.TokenStore._check"),
-        (signal.SIGINT, "gptbert.fit.find_for_all_ranks"),
+        (signal.SIGINT, "gptbert.train.find_for_all_ranks"),
         (signal.SIGUSR1, "gptbert.trainer.Trainer._warm_up"),
         (signal.SIGTERM, "gptbert.trainer.Trackers"),
     ],

@@ -12,8 +12,8 @@ from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.data.packing import RowStream
 from gptbert.data.token_store import TokenStore, TokenStoreWriter
 from gptbert.errors import InputError
-from gptbert.fit import fit
 from gptbert.text.tokenizer import tokenizer_hash
+from gptbert.train import fit
 from tests.runs import flags, on_ranks, write_inputs
 
 

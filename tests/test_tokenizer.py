@@ -14,13 +14,13 @@ from gptbert.data.objectives import Masking, masked_batch
 from gptbert.errors import InputError
 from gptbert.evaluate import EvaluateSettings, evaluate
 from gptbert.fill_mask import fill_masks
-from gptbert.fit import fit
 from gptbert.generate import continue_text
 from gptbert.model import GPTBert
 from gptbert.monitoring.records import read_records
 from gptbert.text.encoding import encode_documents, encode_sentences, encode_with_masks
 from gptbert.text.special_tokens import BOS_ID, MASK_ID, SPECIAL_TOKENS, UNK_ID
 from gptbert.text.tokenizer import are_same, load_tokenizer, notes, ordinary_ids, special_ids, tokenizer_hash
+from gptbert.train import fit
 from kernels import span_mask
 from tests.runs import MODEL, flags, write_inputs
 from tests.tokenizer_kinds import FIVE, TEXT, kinds, special_names

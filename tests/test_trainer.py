@@ -21,7 +21,6 @@ from gptbert.data.inputs import Inputs
 from gptbert.data.token_store import TokenStore
 from gptbert.distributed.world import World
 from gptbert.errors import InputError
-from gptbert.fit import fit
 from gptbert.model.objective import Objective
 from gptbert.monitoring.progress import validation_progress
 from gptbert.monitoring.records import read_records
@@ -29,6 +28,7 @@ from gptbert.report import ReportConfig, report
 from gptbert.schedules import learning_rate
 from gptbert.scoring.trained_model import ModelChoice, TrainedModel
 from gptbert.text.special_tokens import BOS_ID
+from gptbert.train import fit
 from gptbert.trainer import Trainer
 from tests.runs import flags, losses, write_inputs
 

@@ -22,9 +22,9 @@ from gptbert.data.packing import Position, RowStream
 from gptbert.data.progress import Progress
 from gptbert.data.token_store import TokenStore, TokenStoreWriter
 from gptbert.errors import InputError
-from gptbert.fit import fit
 from gptbert.monitoring.records import read_records
 from gptbert.text.tokenizer import tokenizer_hash
+from gptbert.train import fit
 from gptbert.trainer import Trainer
 from tests.runs import assert_same_end, flags, kill, start, train, wait_for_record, write_inputs
 

@@ -21,7 +21,7 @@ from benchmarks.gpu.steps import without_code
 from gptbert.checkpoint.folder import list_checkpoints
 from gptbert.command_line import run_command
 from gptbert.config import TrainConfig
-from gptbert.fit import fit
+from gptbert.train import fit
 from tests.runs import flags, write_inputs
 
 STEPS = 20

@@ -60,7 +60,7 @@ class Owner:
             host=socket.gethostname(),
             pid=os.getpid(),
             since=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %z"),
-            command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])[:200],
+            command=f"{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}"[:200],
             machine=_machine(),
             namespace=_pid_namespace(),
             token=secrets.token_hex(8),

@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 
 from gptbert.command_line import parse
 from gptbert.config import TrainConfig
-from gptbert.fit import fit
+from gptbert.train import fit
 from gptbert.training import compile_choice
 from tests.gpu.tracing import trace_only
 from tests.lanes import DEVICE

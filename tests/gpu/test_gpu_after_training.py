@@ -14,7 +14,6 @@ from gptbert.config import ModelConfig, TrainConfig
 from gptbert.evaluate import EvaluateSettings, evaluate
 from gptbert.export import ExportConfig, export
 from gptbert.fill_mask import fill_masks
-from gptbert.fit import fit
 from gptbert.generate import continue_text
 from gptbert.model.objective import Objective
 from gptbert.monitoring.records import read_records
@@ -22,6 +21,7 @@ from gptbert.score import ScoreSettings, score
 from gptbert.scoring.likelihood import log_likelihoods
 from gptbert.scoring.trained_model import ModelChoice, TrainedModel
 from gptbert.text.encoding import encode_sentences
+from gptbert.train import fit
 from gptbert.upstream import from_upstream
 from tests.runs import flags, losses
 

@@ -10,8 +10,8 @@ import pytest
 from gptbert.checkpoint.folder import list_checkpoints
 from gptbert.command_line import parse
 from gptbert.config import TrainConfig
-from gptbert.fit import fit
 from gptbert.monitoring.records import read_records
+from gptbert.train import fit
 from tests.lanes import DEVICE
 from tests.runs import MODEL, ROOT, assert_same_checkpoint, flags, losses, train
 

@@ -1,4 +1,4 @@
-"""A training run from its settings: open inputs, find a checkpoint, prepare kernels, start the trainer."""
+"""`torchrun -m gptbert.train …`: open inputs, find a checkpoint, prepare kernels, start the trainer."""
 
 import dataclasses
 from contextlib import ExitStack
@@ -10,6 +10,7 @@ from gptbert.checkpoint.folder import saved_setting
 from gptbert.checkpoint.initial_weights import read_initial_weights
 from gptbert.checkpoint.resume import changed_settings, find_for_all_ranks, progress_state
 from gptbert.checkpoint.word_checkpoints import WordCheckpoints
+from gptbert.command_line import run_command
 from gptbert.config import TrainConfig
 from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.data.inputs import Inputs
@@ -149,3 +150,12 @@ def _log_start(config: TrainConfig, path: Path | None, note: str) -> None:
             log(note)
     elif config.initial_weights:
         log(f"starting from the weights of {config.initial_weights}")
+
+
+def main() -> None:
+    """Entry point."""
+    run_command(TrainConfig, fit)
+
+
+if __name__ == "__main__":
+    main()

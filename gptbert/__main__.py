@@ -1,0 +1,47 @@
+"""The command `gptbert`, or `python -m gptbert`: its first argument names what to do, the others are that command's."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+_COMMANDS = {
+    "split": ("tokenize_scripts.split_corpus", "split documents into train, validation and test"),
+    "train-tokenizer": ("tokenize_scripts.train_tokenizer", "learn a tokenizer"),
+    "tokenize": ("tokenize_scripts.tokenize_corpus", "turn documents into a token file"),
+    "train": ("gptbert.train", "train a model"),
+    "evaluate": ("gptbert.evaluate", "loss, perplexity and accuracy on data"),
+    "score": ("gptbert.score", "log-probabilities of sentences, minimal pairs and words"),
+    "generate": ("gptbert.generate", "continue a text"),
+    "fill-mask": ("gptbert.fill_mask", "fill <mask> in texts"),
+    "report": ("gptbert.report", "compare runs on one page"),
+    "export": ("gptbert.export", "write a folder that transformers loads"),
+    "import": ("gptbert.import_hf", "make a checkpoint of a published model"),
+    "unshard": ("gptbert.unshard", "make one file of an FSDP checkpoint"),
+    "check": ("kernels.check", "compare kernels with their references on this machine"),
+}  # by name: a module with `main`, and what it does
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command. The exit status is its own; 2 if there is none of that name.
+
+    Args:
+        arguments: the name of a command, and its own; by default those of the command line.
+    """
+    name, *rest = arguments or sys.argv[1:] or ["--help"]
+    if name in {"-h", "--help"}:
+        width = max(map(len, _COMMANDS)) + 2
+        lines = (f"  {command:{width}}{what}" for command, (_, what) in _COMMANDS.items())
+        print("usage: gptbert COMMAND …\n", *lines, "\ngptbert COMMAND --help says more.", sep="\n")
+        return
+    if name not in _COMMANDS:
+        meant = get_close_matches(name, _COMMANDS, n=1)
+        way_on = f"did you mean {meant[0]}?" if meant else "gptbert --help lists them"
+        print(f"error: gptbert has no command {name!r}; {way_on}", file=sys.stderr)
+        sys.exit(2)
+    sys.argv = [f"gptbert {name}", *rest]
+    importlib.import_module(_COMMANDS[name][0]).main()
+
+
+if __name__ == "__main__":
+    main()
