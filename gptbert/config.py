@@ -15,6 +15,16 @@ from gptbert.io.json_file import read_json
 _LARGEST_SIZE = 10_000_000
 _LARGEST = {"num_hidden_layers": 1000, "max_position_embeddings": 2**20}  # costly even without weights
 _MODEL_JSON_BYTES = 1 << 16
+_SHAPES = Path(__file__).parent / "configs"
+
+
+def shape_file(path: Path) -> Path:
+    """The JSON file of a model's shape: `path`, or the file of that name in gptbert/configs."""
+    return path if path.is_file() or str(path) not in _named_shapes() else _SHAPES / f"{path}.json"
+
+
+def _named_shapes() -> list[str]:
+    return sorted(file.stem for file in _SHAPES.glob("*.json"))
 
 
 @dataclass(frozen=True)
@@ -77,17 +87,17 @@ class ModelConfig:
         """Read a published or own JSON file.
 
         Args:
-            path: the file.
+            path: the file, or the name of one in gptbert/configs, such as small.
             vocab_size: a tokenizer's, which the model's is at least, whatever the file says; the file may lack it then.
 
         Raises:
             InputError: the file cannot be read, a key is unknown or missing, or a value is invalid.
         """
-        path = Path(path)
+        path = shape_file(Path(path))
         try:
             values = read_json(path, _MODEL_JSON_BYTES, unique_keys=True)
         except FileNotFoundError as error:
-            raise InputError(f"model config {path}: no such file (see configs/ for examples)") from error
+            raise InputError(f"model config {path}: no such file, nor one of {', '.join(_named_shapes())}") from error
         except ValueError as error:
             raise InputError(f"model config {path}: cannot be read as JSON ({error})") from error
         if not isinstance(values, dict):
@@ -133,8 +143,8 @@ class TrainConfig:
     valid_path: Path
     """Token file to validate on."""
     config_file: Path
-    """JSON file with the model's shape, for example configs/small.json. If its vocab_size is less than the tokenizer's,
-    or missing, the model takes the tokenizer's."""
+    """JSON file with the model's shape; or tiny, small, base, base_32k or 1b, whose files are in gptbert/configs.
+    If its vocab_size is less than the tokenizer's, or missing, the model takes the tokenizer's."""
     tokenizer_path: Path
     """Tokenizer JSON file that the token files were written with."""
     output_dir: Path = Path("checkpoints")

@@ -71,6 +71,17 @@ def test_configs_of_the_repository_are_valid(name):
     assert shape == published.get(name, shape)
 
 
+def test_shapes_have_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert ModelConfig.from_json("small") == ModelConfig.from_json(ROOT / "configs" / "small.json")
+    (tmp_path / "small").write_bytes((ROOT / "configs" / "tiny.json").read_bytes())
+    assert ModelConfig.from_json("small") == ModelConfig.from_json("tiny"), "a file counts more"
+    with pytest.raises(
+        InputError, match="^model config large: no such file, nor one of 1b, base, base_32k, small, tiny$"
+    ):
+        ModelConfig.from_json("large")
+
+
 @pytest.mark.parametrize("key", [field.name for field in dataclasses.fields(ModelConfig)])
 def test_a_missing_or_wrongly_typed_key_is_named(tmp_path, tiny, key):
     with pytest.raises(InputError, match=rf"model\.json: missing key {key}$"):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from gptbert.config import ModelConfig, TrainConfig
+from gptbert.config import ModelConfig, TrainConfig, shape_file
 from gptbert.data.token_store import TokenStore
 from gptbert.errors import InputError, prefix_errors
 from gptbert.io.json_file import read_object
@@ -107,7 +107,7 @@ def _remark(config: TrainConfig, tokenizer: Tokenizer, model_config: ModelConfig
     size, special, remarks = tokenizer.get_vocab_size(), special_ids(tokenizer), []
     if special != USUAL_SPECIAL_IDS:
         remarks.append(f"{len(special)} special tokens of {size}: {_in_words(tokenizer, special)}")
-    stated = read_object(config.config_file).get("vocab_size")
+    stated = read_object(shape_file(config.config_file)).get("vocab_size")
     if stated != model_config.vocab_size:
         other = f"not {stated} as" if stated else "which is not"
         remarks.append(f"vocab_size is {size}, as in --tokenizer_path, {other} in --config_file")
