@@ -77,7 +77,7 @@ def test_shapes_have_names(tmp_path, monkeypatch):
     (tmp_path / "small").write_bytes((ROOT / "configs" / "tiny.json").read_bytes())
     assert ModelConfig.from_json("small") == ModelConfig.from_json("tiny"), "a file counts more"
     with pytest.raises(
-        InputError, match="^model config large: no such file, nor one of 1b, base, base_32k, small, tiny$"
+        InputError, match=r"^model config large: no such file, nor one of 1b, base, base_32k, small, tiny$"
     ):
         ModelConfig.from_json("large")
 
