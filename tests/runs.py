@@ -131,7 +131,7 @@ def start(arguments: list[str], world_size: int = 1, *torchrun: str, **variables
 
 def wait_for_record(process: "subprocess.Popen[str] | Ranks", run_dir: Path, number: int) -> None:
     """Wait until the run has written its `number`-th record."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while len(read_records(run_dir / "metrics.jsonl")) < number:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
