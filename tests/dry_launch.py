@@ -4,7 +4,8 @@ Triton's own launch path runs (argument binding, specialization, options, compil
 launch, which is replaced by a stub. This finds launcher bugs that TRITON_INTERPRET would hide, and compares what is
 compiled with `configurations()`.
 
-Prints a JSON list of launches: operation, kernel, types, constants, aligned arguments, num_warps, max_registers.
+Prints a JSON list of launches, each once: check (the operation whose check made it), operation, kernel, types,
+constants, aligned arguments, num_warps, max_registers.
 """
 
 import importlib
@@ -25,10 +26,11 @@ from kernels.attention_context import fused
 from kernels.configuration import TRITON_OPERATIONS
 
 launches = {}
+current = {"check": ""}  # the operation whose check runs
 
 
 def record(source, metadata):
-    """Record a launch instead of executing it."""
+    """A kernel's launcher, which records a launch instead of executing it."""
     names = list(source.fn.arg_names)
     constants = {names[path[0]]: value for path, value in source.constants.items()}
     launch = {
@@ -42,8 +44,8 @@ def record(source, metadata):
         "num_warps": metadata.num_warps,
         "max_registers": metadata.maxnreg,
     }
-    launches[json.dumps(launch, sort_keys=True)] = launch
-    return lambda *_: None
+    kind = json.dumps(launch, sort_keys=True)
+    return lambda *_: launches.setdefault((current["check"], kind), launch | current)
 
 
 stand_in = SimpleNamespace(
@@ -66,6 +68,7 @@ def main() -> None:
     fused.DTYPES["cpu"] = torch.bfloat16
     whole_rows.ROWS_INTERPRETED = whole_rows.ROWS
     for op in sys.argv[1:] or TRITON_OPERATIONS:
+        current["check"] = op
         for _ in importlib.import_module(f"kernels.{op}.check").comparisons(torch.device("cpu"), "triton"):
             pass
     print(json.dumps(list(launches.values())))

@@ -129,9 +129,9 @@ def start(arguments: list[str], world_size: int = 1, *torchrun: str, **variables
     )
 
 
-def wait_for_record(process: subprocess.Popen, run_dir: Path, number: int) -> None:
+def wait_for_record(process: "subprocess.Popen[str] | Ranks", run_dir: Path, number: int) -> None:
     """Wait until the run has written its `number`-th record."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while len(read_records(run_dir / "metrics.jsonl")) < number:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
@@ -170,21 +170,53 @@ def kill(process: subprocess.Popen, name: str) -> None:
     process.wait()
 
 
+class Ranks:
+    """The processes of a run, from `forked_ranks`, which a test can disturb.
+
+    Args:
+        arguments: command line from `flags`.
+        world_size: number of processes.
+        log: file for what all of them print; replaced.
+    """
+
+    def __init__(self, arguments: list[str], world_size: int, log: Path) -> None:
+        log.unlink(missing_ok=True)
+        self.log = log
+        self.processes = forked_ranks(world_size, _train, arguments, log)
+
+    def poll(self) -> int | None:
+        """The status of the first process that failed, or else 0 if all have ended and None if some have not."""
+        codes = [process.exitcode for process in self.processes]
+        return next((code for code in codes if code), None if None in codes else 0)
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal to every process."""
+        for process in self.processes:
+            os.kill(process.pid, number)
+
+    def kill(self) -> None:
+        """Kill all remaining processes at once."""
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+
+    def communicate(self) -> tuple[str, int]:
+        """Wait until all have ended, or one has failed, for which the others may wait; returns output and status."""
+        deadline = time.monotonic() + 300
+        while self.poll() is None and time.monotonic() < deadline:
+            running = [process.sentinel for process in self.processes if process.is_alive()]
+            multiprocessing.connection.wait(running, timeout=deadline - time.monotonic())
+        status = self.poll()
+        self.kill()
+        return self.log.read_text(), status
+
+
 def train(inputs: Path, name: str, world_size: int = 1, **changes: object) -> list[dict]:
     """Run training to the end in processes from `forked_ranks`; returns the records of metrics.jsonl."""
-    log = inputs / f"{name}.log"
-    log.unlink(missing_ok=True)
-    ranks = forked_ranks(world_size, _train, flags(inputs, name=name, **changes), log)
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and not any(rank.exitcode for rank in ranks):
-        running = [rank.sentinel for rank in ranks if rank.is_alive()]
-        if not running:
-            break
-        multiprocessing.connection.wait(running, timeout=deadline - time.monotonic())
-    for rank in ranks:
-        rank.kill()  # it may be waiting for a rank that failed
-        rank.join()
-    assert not any(rank.exitcode for rank in ranks), log.read_text()
+    ranks = Ranks(flags(inputs, name=name, **changes), world_size, inputs / f"{name}.log")
+    output, status = ranks.communicate()
+    assert status == 0, output
     return read_records(inputs / "runs" / name / "metrics.jsonl")
 
 

@@ -22,7 +22,7 @@ from gptbert.import_hf import ImportConfig, import_hf
 from gptbert.text.tokenizer import tokenizer_hash
 from gptbert.upstream import to_upstream
 from tests.exported import SHAPE, random_model, write_checkpoint
-from tests.runs import flags, start
+from tests.runs import Ranks, flags
 from tests.tokenizer_kinds import kinds
 
 
@@ -129,22 +129,25 @@ def test_the_command_ends_with_one_line(folder, tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def run_to_the_end(arguments, folder, status):
+    """What a run prints that ends with this status."""
+    output, ended = Ranks(arguments, 1, folder / "run.log").communicate()
+    assert ended == status, output
+    return output
+
+
 def test_a_run_starts_from_the_weights(folder, tmp_path):
     """At learning rate 0 the weights are unchanged at the end; a run with a checkpoint resumes from that instead."""
     inputs = folder / "inputs"
     import_hf(ImportConfig(folder / "exported", tmp_path / "imported"))
     settings = {"config_file": folder / "config.json", "output_dir": tmp_path, "log_every": 1, "max_steps": 2}
     settings |= {"initial_weights": tmp_path / "imported", "learning_rate": 0}
-    process = start(flags(inputs, name="still", **settings))
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+    output = run_to_the_end(flags(inputs, name="still", **settings), tmp_path, 0)
     assert f"starting from the weights of {tmp_path / 'imported'}" in output
     for weights in ("model", "ema"):
         assert_holds(list_checkpoints(tmp_path / "still")[-1], 2, weights)
     settings |= {"max_steps": 3, "learning_rate": 1e-2, "resume": "auto", "initial_weights": tmp_path / "gone"}
-    process = start(flags(inputs, name="still", **settings))
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+    output = run_to_the_end(flags(inputs, name="still", **settings), tmp_path, 0)
     assert "going on from" in output
 
 
@@ -173,9 +176,7 @@ def test_initial_weights_that_do_not_fit_are_refused(folder, tmp_path):
         ({"resume": folder / "checkpoint"}, "--resume .*: holds weights and no run .* --initial_weights starts one"),
         ({"initial_weights": folder / "checkpoint"}, "differs from --config_file: num_hidden_layers 3 there, 2 here"),
     ):
-        process = start(flags(inputs, name="refused", output_dir=tmp_path, **changes))
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 1
+        output = run_to_the_end(flags(inputs, name="refused", output_dir=tmp_path / "runs", **changes), tmp_path, 1)
         (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
         assert re.search(message, line), line
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "runs").exists()

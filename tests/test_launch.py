@@ -12,19 +12,25 @@ from kernels.configuration import TRITON_OPERATIONS
 from tests.runs import ROOT
 
 
-@pytest.fixture(scope="module", params=TRITON_OPERATIONS)
+@pytest.fixture(params=TRITON_OPERATIONS)
 def operation(request):
     return request.param
 
 
 @pytest.fixture(scope="module")
-def launches(operation):
+def all_launches():
+    """Those of all checks."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.dry_launch", operation]
+    command = [sys.executable, "-m", "tests.dry_launch"]
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr[-3000:]
-    launched = json.loads(process.stdout)
-    return [launch for launch in launched if launch["operation"] == operation]  # attention's check has gated norms too
+    return json.loads(process.stdout)
+
+
+@pytest.fixture
+def launches(operation, all_launches):
+    """Those of the operation's kernels by its own check; attention's check has gated norms too."""
+    return [launch for launch in all_launches if launch["check"] == launch["operation"] == operation]
 
 
 def matches(launch, configuration):

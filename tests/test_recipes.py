@@ -161,7 +161,7 @@ def test_a_recipe_is_the_whole_path(commands, documents, name, processes):
     names = {"tokenizer.json", "train.safetensors", "validation.safetensors"}
     assert names == {file.name for file in (documents / "out").glob("*.*")}
     assert all(file.stat().st_mtime_ns == time for file, time in made.items()), "made once"
-    if name == "babylm_10m":
+    if name == "babylm_100m":  # in one process, which starts in less time than two
         assert "finished already" in run_recipe(name, documents, **shared).stdout, "the same command goes on"
 
 

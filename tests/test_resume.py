@@ -6,9 +6,9 @@ import pytest
 
 from gptbert.checkpoint.folder import list_checkpoints
 from gptbert.monitoring.records import read_records
-from tests.runs import assert_same_end, flags, kill, losses, start, train, wait_for_record, write_inputs
+from tests.runs import Ranks, assert_same_end, flags, losses, train, wait_for_record, write_inputs
 
-STEPS, SAVE_EVERY = 46, 5
+STEPS, SAVE_EVERY = 21, 5
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def test_killed_and_resumed_equals_undisturbed(inputs, optimizer, world_size, mo
         "save_every": SAVE_EVERY,
         "keep_checkpoints": 2,
         "global_batch_size": 24,
-        "validate_every": 9,
+        "validate_every": 6,
         "validation_steps": 1,
         **more,
     }
@@ -42,13 +42,13 @@ def test_killed_and_resumed_equals_undisturbed(inputs, optimizer, world_size, mo
     run = inputs / "runs" / name
     # in the first half, so that even a slow machine kills it long before its end
     records_at_kill = random.Random(optimizer).randint(2, len(undisturbed) // 2)
-    process = start(flags(inputs, name=name, **settings), world_size)
-    wait_for_record(process, run, records_at_kill)
-    kill(process, name)
+    ranks = Ranks(flags(inputs, name=name, **settings), world_size, inputs / f"{name}.log")
+    wait_for_record(ranks, run, records_at_kill)
+    ranks.kill()
     assert read_records(run / "metrics.jsonl")[-1]["step"] < STEPS, "killed too late to show anything"
     train(inputs, name, world_size, **settings, resume="auto")
     assert_same_end(inputs / "runs" / f"{optimizer}-{world_size}-whole", run)
-    assert [path.name for path in list_checkpoints(run)] == ["step_00000045", "step_00000046"]
+    assert [path.name for path in list_checkpoints(run)] == ["step_00000020", "step_00000021"]
 
 
 def test_the_number_of_ranks_may_change_on_the_way(inputs):

@@ -16,7 +16,7 @@ from gptbert.io import environment
 from gptbert.monitoring.records import read_records
 from gptbert.monitoring.trackers import TensorBoard, Trackers, _wandb_mode
 from tests.disk import small_disk
-from tests.runs import flags, kill, start, wait_for_record, write_inputs
+from tests.runs import Ranks, flags, wait_for_record, write_inputs
 
 KEY = "0123456789abcdef" * 3  # of no one
 OWN = {"WANDB_BASE_URL": "https://wandb.example.org"}
@@ -172,14 +172,13 @@ def test_trackers_of_a_run_that_was_killed_hold_each_record_once(tmp_path):
     arguments = flags(inputs, name="both", resume="auto", max_steps=46, save_every=20, wandb_mode="offline")
     arguments += ["--trackers", "wandb", "tensorboard"]
     run = inputs / "runs" / "both"
-    process = start(arguments)
-    wait_for_record(process, run, 25)  # includes a validation record
-    kill(process, "both")
+    killed = Ranks(arguments, 1, tmp_path / "killed.log")
+    wait_for_record(killed, run, 25)  # includes a validation record
+    killed.kill()
     (first_events,) = (run / "tensorboard").iterdir()
     assert scalars(first_events)["train/loss"][-1][0] > 20, "killed too early to show anything"
-    process = start(arguments)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
+    output, status = Ranks(arguments, 1, tmp_path / "resumed.log").communicate()
+    assert status == 0, output
     assert "step_00000020" in output
     expected = {}
     for record in read_records(run / "metrics.jsonl"):

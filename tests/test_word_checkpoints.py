@@ -26,7 +26,7 @@ from gptbert.monitoring.records import read_records
 from gptbert.text.tokenizer import tokenizer_hash
 from gptbert.train import fit
 from gptbert.trainer import Trainer
-from tests.runs import assert_same_end, flags, kill, start, train, wait_for_record, write_inputs
+from tests.runs import Ranks, assert_same_end, flags, train, wait_for_record, write_inputs
 
 FILES = {
     "model.safetensors", "ema.safetensors", "model_config.json", "train_config.json", "tokenizer.json", "words.json",
@@ -207,10 +207,10 @@ def test_two_sharded_ranks_killed_and_resumed(inputs):
         "save_every": 15,
         "checkpoint_words": "500",
     }
-    process = start(flags(inputs, name="sharded", **settings), 2)
+    ranks = Ranks(flags(inputs, name="sharded", **settings), 2, inputs / "sharded.log")
     run_dir = inputs / "runs" / "sharded"
-    wait_for_record(process, run_dir, 11)  # one record per step; the threshold is reached at step 8
-    kill(process, run_dir.name)
+    wait_for_record(ranks, run_dir, 11)  # one record per step; the threshold is reached at step 8
+    ranks.kill()
     assert not list_checkpoints(run_dir), "killed too late to show anything"
     (folder,) = list_word_checkpoints(run_dir)
     before, written = folders(run_dir), folder.stat().st_mtime_ns

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.runs import ROOT, flags, losses, train, write_inputs
+from tests.runs import ROOT, Ranks, flags, losses, train, write_inputs
 
 
 @pytest.fixture(scope="module")
@@ -102,16 +102,9 @@ def test_the_users_own_command(inputs):
     assert list((run / "wandb").glob("offline-run-*")), "wandb records offline without an account"
 
 
-def test_indivisible_world_ends_every_rank_with_one_line(inputs):
+def test_an_indivisible_world_ends_with_one_line(inputs):
     arguments = flags(inputs, name="indivisible", hybrid_mode="rank")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, "--redirects=3", f"--log_dir={inputs / 'logs'}", "train_distributed.py", *arguments],
-        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode != 0
-    said = [file.read_text() for file in (inputs / "logs").rglob("stderr.log")]
-    assert len(said) == 2
-    lines = [line for text in said for line in text.splitlines()]
-    (line,) = lines
+    output, status = Ranks(arguments, 2, inputs / "indivisible.log").communicate()
+    assert status == 1
+    (line,) = output.splitlines()
     assert line.startswith("error: --hybrid_mode rank with --hybrid_denominator 4 needs 4, 8, 12, … processes, not 2;")

@@ -25,7 +25,8 @@ def measure(settings: Settings) -> Iterator[dict[str, Any]]:
     count = settings.times(STEPS, 3 * RECORD_EVERY)
     samples: list[dict[str, float]] = []
     losses = []
-    with TrainingSteps(CASE, settings, "ours", count) as steps:
+    way = "plain" if settings.rehearse else "ours"  # the parts of `steps` rehearse compilation
+    with TrainingSteps(CASE, settings, way, count) as steps:
         throughput = Throughput(0)
         for _ in range(count // RECORD_EVERY):
             norm = steps.take(RECORD_EVERY)

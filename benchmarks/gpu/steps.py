@@ -125,7 +125,8 @@ def figures(case: StepCase, settings: Settings, way: str) -> dict[str, Any]:
         model's creation to the end of the first step, without the kernel check.
     """
     round_steps = settings.times(round(ROUND_STEPS * WAYS[way]["share"]), 1)
-    count = 1 + WARM_UPS + ROUNDS * round_steps + HOST_STEPS + PROFILED_STEPS
+    profiled_steps = 1 if settings.rehearse else PROFILED_STEPS  # the profiler's own work on a CPU takes seconds
+    count = 1 + WARM_UPS + ROUNDS * round_steps + HOST_STEPS + profiled_steps
     start = time.perf_counter()
     with TrainingSteps(case, settings, way, count) as steps:
         steps.take(1)
@@ -135,7 +136,7 @@ def figures(case: StepCase, settings: Settings, way: str) -> dict[str, Any]:
         rounds = [machine.seconds(lambda: steps.take(round_steps)) / round_steps for _ in range(ROUNDS)]
         host = [launch_seconds(lambda: steps.take(1)) for _ in range(HOST_STEPS)]
         peak = peak_memory(machine.device())
-        kernels = profile(lambda: steps.take(1), PROFILED_STEPS)
+        kernels = profile(lambda: steps.take(1), profiled_steps)
         share = statistics.mean(labeled_fraction(steps.trainer, step) for step in range(0, count, max(1, count // 4)))
         tokens = steps.case.rows * steps.case.seq_length
         flops = tokens * training_flops(steps.model_config, steps.case.seq_length, share)
