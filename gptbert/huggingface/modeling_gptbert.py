@@ -29,6 +29,7 @@ from .layers_gptbert import (
     Encoder,
     LanguageModelHead,
     LayerWeighting,
+    attended,
     position_buckets,
     visible_keys,
 )
@@ -108,15 +109,15 @@ class GPTBertPreTrainedModel(PreTrainedModel):
 
         Args:
             input_ids: [B, T].
-            attention_mask: [B, K] or [B, T, K] (or [B, 1, T, K]), 1 where a key may be attended to, 0 where not;
-                None attends to all.
+            attention_mask: [B, K], [B, T, K] or [B or 1, 1, T or 1, K]; see `layers_gptbert.attended` for its values,
+                such as 1 where a key may be attended to, 0 where not; None attends to all.
             causal: attend only to positions up to one's own.
             cache: keys and values of earlier positions, to which this call adds its own.
             output_hidden_states: None uses the configuration's.
             output_attentions: None uses the configuration's.
 
         Raises:
-            ValueError: the mask has a different shape.
+            ValueError: the mask has a different shape or unclear values.
         """
         num_past = 0 if cache is None else cache.get_seq_length()
         mask = visible_keys(input_ids, attention_mask, causal, num_past)
@@ -205,12 +206,13 @@ class GPTBertForMaskedLM(_LanguageModel):
             output_attentions: None uses the configuration's.
             return_dict: False returns a tuple.
         """
+        attention_mask = attended(attention_mask)
         hidden_states, extras = self.encode(
             input_ids, attention_mask, False, None, output_hidden_states, output_attentions
         )
         if self.config.shift_masked_logits:
             if attention_mask is not None and attention_mask.ndim == 2:  # left padding is not context
-                hidden_states = hidden_states.masked_fill(attention_mask.unsqueeze(-1) == 0, 0)
+                hidden_states = hidden_states.masked_fill(~attention_mask.unsqueeze(-1), 0)
             hidden_states = F.pad(hidden_states, (0, 0, 1, 0))[:, :-1]
         logits = self.classifier(hidden_states)
         loss = None if labels is None else _mean_loss(logits, labels)
@@ -317,6 +319,7 @@ class GPTBertForSequenceClassification(_Classifier):
             return_dict: False returns a tuple.
         """
         causal = self.config.is_decoder
+        attention_mask = attended(attention_mask)
         hidden_states, extras = self.encode(
             input_ids, attention_mask, causal, None, output_hidden_states, output_attentions
         )
