@@ -44,7 +44,7 @@ CLASSES = {
     "AutoModelForTokenClassification": "GPTBertForTokenClassification",
 }
 _CODE = Path(huggingface.__file__).parent
-_CODE_FILES = ("configuration_gptbert.py", "layers_gptbert.py", "modeling_gptbert.py")
+_CODE_FILES = ("configuration_gptbert.py", "layers_gptbert.py", "pretrained_gptbert.py", "modeling_gptbert.py")
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,9 @@ class Embedding(nn.Module):
         self.relative_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, T] ids to [B, T, D] and the position vectors [P, D]."""
-        hidden_states = self.dropout(self.word_layer_norm(self.word_embedding(input_ids)))
+    def forward(self, inputs_embeds: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of the word embedding [B, T, D] to [B, T, D] and the position vectors [P, D]."""
+        hidden_states = self.dropout(self.word_layer_norm(inputs_embeds))
         return hidden_states, self.relative_layer_norm(self.relative_embedding)
 
 
@@ -230,15 +230,15 @@ def attended(attention_mask: Tensor | None) -> Tensor | None:
     )
 
 
-def visible_keys(input_ids: Tensor, attention_mask: Tensor | None, causal: bool, num_past: int) -> Tensor:
+def visible_keys(inputs_embeds: Tensor, attention_mask: Tensor | None, causal: bool, num_past: int) -> Tensor:
     """[B or 1, 1, T or 1, K] bool: True where a query may see a key; arguments as in `GPTBertPreTrainedModel.encode`.
 
     Raises:
         ValueError: the mask has a different shape or unclear values.
     """
-    num_rows, length = input_ids.shape
+    num_rows, length = inputs_embeds.shape[:2]
     num_keys = num_past + length
-    mask = torch.ones(1, 1, 1, num_keys, dtype=torch.bool, device=input_ids.device)
+    mask = torch.ones(1, 1, 1, num_keys, dtype=torch.bool, device=inputs_embeds.device)
     if attention_mask is not None:
         shape = tuple(attention_mask.shape)
         rows, queries = {1, num_rows}, {1, length}
@@ -256,8 +256,8 @@ def visible_keys(input_ids: Tensor, attention_mask: Tensor | None, causal: bool,
         elif mask.ndim == 3:
             mask = mask.unsqueeze(1)
     if causal:
-        query = torch.arange(num_past, num_keys, device=input_ids.device)
-        mask = mask & (torch.arange(num_keys, device=input_ids.device) <= query[:, None])
+        query = torch.arange(num_past, num_keys, device=inputs_embeds.device)
+        mask = mask & (torch.arange(num_keys, device=inputs_embeds.device) <= query[:, None])
     return mask
 
 
