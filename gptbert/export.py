@@ -44,7 +44,7 @@ CLASSES = {
     "AutoModelForTokenClassification": "GPTBertForTokenClassification",
 }
 _CODE = Path(huggingface.__file__).parent
-_CODE_FILES = ("configuration_gptbert.py", "layers_gptbert.py", "modeling_gptbert.py")
+_CODE_FILES = ("configuration_gptbert.py", "layers_gptbert.py", "pretrained_gptbert.py", "modeling_gptbert.py")
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,9 @@ class ExportConfig:
     """Whether AutoModelForMaskedLM returns the scores of token t at position t, as users of masked language models
     expect. False: at the position before, where the model computes them, for evaluations that shift by themselves
     ("mntp" in BabyLM's evaluation, whose "mlm" needs the default). Also a key of config.json."""
+    babylm: bool = False
+    """Write what BabyLM's evaluation reads of the published models: masked logits where the model computes them, for
+    --backend mntp (and causal), and the checkpoints by words, if the run has any (as with --words)."""
     words: bool = False
     """Export the run's checkpoints by words as well (--checkpoint_words), into output/chck_1M, output/chck_2M and so
     on; published, each becomes the branch of that name."""
@@ -112,20 +115,26 @@ def export(config: ExportConfig) -> None:
         InputError: the checkpoint is missing or damaged, or the output cannot be written.
     """
     checkpoint = newest_in(config.run)
+    shift = config.shift_masked_logits and not config.babylm
     by_words = []
-    if config.words:
+    if config.words or config.babylm:
         by_words = list_word_checkpoints(config.run)
         by_words.sort(key=lambda path: read_object(path / "words.json").get("words", 0))
-        if not by_words:
+        if config.words and not by_words:
             raise InputError(f"--words: {config.run} has no checkpoints by words (train with --checkpoint_words)")
     with new_folder(config.output, "OUTPUT") as folder:
-        write_export(checkpoint, folder, config.weights, config.shift_masked_logits)
+        write_export(checkpoint, folder, config.weights, shift)
         for path in by_words:
             (folder / path.name).mkdir()
-            write_export(path, folder / path.name, config.weights, config.shift_masked_logits)
+            write_export(path, folder / path.name, config.weights, shift)
     print(f"wrote {checkpoint} ({config.weights} weights) to {config.output}")
     if by_words:
         print(f"and {len(by_words)} checkpoints by words, {by_words[0].name} to {by_words[-1].name}, into it")
+    right, wrong, where = ("mlm", "mntp", "its own") if shift else ("mntp", "mlm", "the previous")
+    print(
+        f"masked logits of a token are at {where} position: BabyLM's evaluation needs --backend {right} (or causal); "
+        f"{wrong} would read those of another token"
+    )
 
 
 def write_export(checkpoint: Path, folder: Path, weights: str = "ema", shift_masked_logits: bool = True) -> None:
@@ -162,6 +171,7 @@ def write_export(checkpoint: Path, folder: Path, weights: str = "ema", shift_mas
             "mask_token_id": MASK_ID,
             "tie_word_embeddings": True,
             "shift_masked_logits": shift_masked_logits,
+            "masked_logits_alignment": "token" if shift_masked_logits else "previous",
             "torch_dtype": "float32",
         },
         "generation_config.json": {**special, "suppress_tokens": never},  # as in gptbert.generate

@@ -25,6 +25,8 @@ from gptbert.text.tokenizer import load_tokenizer, tokenizer_hash
 from gptbert.upstream import TIED_WEIGHT
 
 _ROLES = {"unk": "<unk>", "bos": "<s>", "eos": "</s>", "pad": "<pad>", "mask": "<mask>"}
+_OTHER_KEYS = {"num_layers": "num_hidden_layers"}  # of BabyLM's baselines of 2025, whose code reads both
+_MOST_NAMED = 20  # keys that are left out
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,9 @@ class ImportConfig:
     """
 
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """A folder for Hugging Face's transformers, from `gptbert.export` or as published by upstream (config.json,
-    tokenizer.json and weights), or a file of weights: safetensors or torch.save, alone or in a training state, with the
-    prefixes of any wrappers."""
+    """A folder for Hugging Face's transformers, from `gptbert.export` or as published by upstream or for BabyLM
+    (config.json, tokenizer.json and weights), or a file of weights: safetensors or torch.save, alone or in a training
+    state, with the prefixes of any wrappers."""
     output: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT")]
     """Folder to write; must not exist yet."""
     config_file: Path | None = None
@@ -68,7 +70,8 @@ def import_hf(config: ImportConfig) -> None:
         log(f"--tokenizer_path {config.tokenizer_path} is taken, not {other}, which is another one")
     foreign = read_foreign(files, config.weights_key)
     check_tied(config_file, foreign.model)
-    read = [_fitting(state, model_config, files[0], config_file) for state in (foreign.model, foreign.ema)]
+    both = ((foreign.model, foreign.model_keys), (foreign.ema, foreign.ema_keys))
+    read = [_fitting(*weights, model_config, files[0], config_file) for weights in both]
     with new_folder(config.output, "OUTPUT") as written:
         for name, weights in zip(("model", "ema"), read, strict=True):
             write_weights(written / f"{name}.safetensors", weights, model_config)
@@ -83,7 +86,8 @@ def import_hf(config: ImportConfig) -> None:
         shutil.copyfile(tokenizer_path, written / TOKENIZER)
         manifest.write(written)
     left_out = foreign.left_out
-    note = f", without {', '.join(left_out[:3])}{' and others' if len(left_out) > 3 else ''}" if left_out else ""
+    more = f" and {len(left_out) - _MOST_NAMED} more" if len(left_out) > _MOST_NAMED else ""
+    note = f", without {', '.join(left_out[:_MOST_NAMED])}{more}" if left_out else ""
     print(f"wrote {files[0]} to {config.output}{note}; train_distributed.py --initial_weights {config.output}")
 
 
@@ -106,9 +110,12 @@ def read_shape(path: Path) -> ModelConfig:
     """A model's shape from a config.json; unrelated keys are ignored.
 
     Raises:
-        InputError: the file cannot be read, a key is missing, or a value is invalid.
+        InputError: the file cannot be read, a key is missing, a value is invalid, or two keys contradict each other.
     """
     values = read_object(path, unique_keys=True)
+    for other, key in _OTHER_KEYS.items():
+        if other in values and values.setdefault(key, values[other]) != values[other]:
+            raise InputError(f"{path}: {key} {values[key]} and {other} {values[other]} are the same, and differ")
     return ModelConfig.from_values(
         {field.name: values[field.name] for field in dataclasses.fields(ModelConfig) if field.name in values}, path
     )
@@ -147,10 +154,12 @@ def check_tied(config_file: Path, weights: Mapping[str, Tensor]) -> None:
         )
 
 
-def _fitting(published: Mapping[str, Tensor], config: ModelConfig, file: Path, config_file: Path) -> dict[str, Tensor]:
+def _fitting(
+    published: dict[str, Tensor], keys: Mapping[str, str], config: ModelConfig, file: Path, config_file: Path
+) -> dict[str, Tensor]:
     """Weights under the model's own names, fp32."""
     try:
-        return {name: tensor.float() for name, tensor in fitting(published, config).items()}
+        return {name: tensor.float() for name, tensor in fitting(published, config, keys).items()}
     except InputError as error:
         raise InputError(f"{file}: {error} (shape by {config_file})") from error
 

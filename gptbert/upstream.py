@@ -1,4 +1,4 @@
-"""Conversion to and from the parameter names of upstream GPT-BERT's checkpoints."""
+"""Conversion to and from the parameter names of published GPT-BERTs, in any layout (docs/published.md)."""
 
 import re
 from collections.abc import Mapping
@@ -35,34 +35,48 @@ TIED_WEIGHT = "classifier.nonlinearity.5.weight"
 _EMBEDDING = "embedding.word_embedding.weight"
 _BUFFER = "transformer.attention_layers.{}.position_indices"
 _BUFFER_PATTERN = r"transformer\.attention_layers\.\d+\.position_indices"
+# how names begin where the encoder is no module of its own, as in BabyLM's baselines of 2025; and upstream's beginning
+_OTHER_LAYOUT = {
+    "attention_layers.": "transformer.attention_layers.",
+    "mlp_layers.": "transformer.mlp_layers.",
+    "dwa_modules.": "transformer.dwa_modules.",
+    "lm_head.": "classifier.",
+}
+_MOST_NAMED = 5  # in a message
 # parts of names that wrappers of modules put in: DDP, compile, FSDP, activation checkpointing, DeepSpeed, Lightning
 _WRAPPERS = {"module", "model", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 
 
-def from_upstream(state_dict: Mapping[str, Tensor], config: ModelConfig | None = None) -> dict[str, Tensor]:
-    """Convert published parameter names to this model's, whatever wrappers are in them.
+def from_upstream(
+    state_dict: Mapping[str, Tensor], config: ModelConfig | None = None, keys: Mapping[str, str] | None = None
+) -> dict[str, Tensor]:
+    """Convert published parameter names to this model's, of any layout, whatever wrappers are in them.
 
     Buffers and the tied weight's copy are compared and dropped.
 
     Args:
         state_dict: a published model's; the tied weight under one of its names, or both.
         config: the model's shape, to check the buffers against; None drops them unchecked.
+        keys: what messages call a weight, by its name in upstream's layout; None: as it is called here.
 
     Raises:
-        InputError: a name is not one of a GPT-BERT's; or what the weights say twice differs, under names with and
-            without a wrapper, in the tied weight or in a buffer.
+        InputError: names are not those of a GPT-BERT; or what the weights say twice differs, under names with and
+            without a wrapper or of two layouts, in the tied weight or in a buffer.
     """
-    unwrapped = without_wrappers(state_dict)
+    unwrapped, first = _unwrapped(state_dict)
+    keys = first if keys is None else {**first, **keys}
     tied = unwrapped.pop(TIED_WEIGHT, None)
     if tied is not None and not same(unwrapped.setdefault(_EMBEDDING, tied), tied):
-        raise InputError(f"{_EMBEDDING} and {TIED_WEIGHT} differ, and a GPT-BERT has one weight for both")
+        raise InputError(f"{keys[_EMBEDDING]} and {keys[TIED_WEIGHT]} differ, and a GPT-BERT has one weight for both")
+    if unknown := [keys[name] for name in unwrapped if not is_published(name)]:
+        raise InputError(f"{unknown[0]} is no parameter of a GPT-BERT{_and_others(unknown[1:])}")
     converted, buckets = {}, None
     for name, tensor in unwrapped.items():
         if re.fullmatch(_BUFFER_PATTERN, name):
             buckets = position_buckets(config) if config and buckets is None else buckets
             if config and not same(tensor, buckets):
                 raise InputError(
-                    f"{name} differs from what position_bucket_size and max_position_embeddings make of it"
+                    f"{keys[name]} differs from what position_bucket_size and max_position_embeddings make of it"
                 )
         elif alpha := re.fullmatch(r"transformer\.dwa_modules\.alphas\.(\d+)", name):
             layer, is_feed_forward = divmod(int(alpha[1]), 2)
@@ -73,8 +87,8 @@ def from_upstream(state_dict: Mapping[str, Tensor], config: ModelConfig | None =
     return converted
 
 
-def without_wrappers(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names without the parts that wrappers put in, such as `module.` and `_orig_mod.`, anywhere in them.
+def _unwrapped(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors by their name in upstream's layout without the parts that wrappers put in, and each one's first key.
 
     Raises:
         InputError: two names become the same, and their tensors differ.
@@ -82,11 +96,19 @@ def without_wrappers(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     unwrapped: dict[str, Tensor] = {}
     first: dict[str, str] = {}
     for wrapped, tensor in state_dict.items():
-        name = unwrapped_name(wrapped)
+        name = upstream_name(unwrapped_name(wrapped))
         if not same(unwrapped.setdefault(name, tensor), tensor):
             raise InputError(f"{first[name]} and {wrapped} are the same weight, and differ")
         first.setdefault(name, wrapped)
-    return unwrapped
+    return unwrapped, first
+
+
+def upstream_name(name: str) -> str:
+    """A name of any published layout, without wrappers, in upstream's; other names as they are."""
+    for beginning, upstreams in _OTHER_LAYOUT.items():
+        if name.startswith(beginning):
+            return upstreams + name.removeprefix(beginning)
+    return name
 
 
 def unwrapped_name(name: str) -> str:
@@ -143,6 +165,12 @@ def to_upstream(state_dict: Mapping[str, Tensor], config: ModelConfig | None = N
         for layer in range(config.num_hidden_layers):
             converted[_BUFFER.format(layer)] = buckets
     return converted
+
+
+def _and_others(names: list[str]) -> str:
+    """The end of a message about one name that holds for these as well."""
+    rest = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return f", nor are {', '.join(names[:_MOST_NAMED])}{rest}" if names else ""
 
 
 def _rename(name: str, table: dict[str, str]) -> str:

@@ -1,6 +1,7 @@
 """Exported folders in real transformers: `make test` runs this file with the newest release and with 4.51."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -351,3 +352,92 @@ def test_configuration_keeps_the_published_keys(folder):
     for name, value in vars(SHAPE).items():
         assert getattr(config, name) == value
     assert json.loads((folder / "config.json").read_text())["torch_dtype"] == "float32"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("auto", [AutoModelForMaskedLM, AutoModelForCausalLM])
+@pytest.mark.parametrize(
+    "hiding", [-math.inf, -10_000.0, torch.finfo(torch.float32).min, torch.finfo(torch.float16).min]
+)
+def test_additive_masks_are_understood(folder, auto, hiding):
+    """As transformers makes them: 0 to attend; also of one row or query for all, and with nothing hidden."""
+    loaded, ids = load(auto, folder), some_ids()
+    mask = torch.rand(3, LENGTH, LENGTH, generator=torch.Generator().manual_seed(1)) < 0.7
+    mask |= torch.eye(LENGTH, dtype=torch.bool)
+    additive = torch.zeros(3, 1, LENGTH, LENGTH).masked_fill(~mask[:, None], hiding)
+    expected = loaded(ids, mask).logits
+    for same in (additive, mask[:, None], mask[:, None].long(), mask[:, None].float(), mask.half()):
+        torch.testing.assert_close(loaded(ids, same).logits, expected, **CLOSE)
+    torch.testing.assert_close(
+        loaded(ids, additive[1:2]).logits, loaded(ids, mask[1:2].expand(3, -1, -1)).logits, **CLOSE
+    )
+    by_key = loaded(ids, mask[:, 0]).logits
+    keys = additive[:, :, :1].clone()
+    if auto is AutoModelForCausalLM:
+        torch.testing.assert_close(loaded(ids, keys).logits, by_key, **CLOSE)
+    torch.testing.assert_close(loaded(ids, keys[:, 0, 0]).logits, by_key, **CLOSE)
+    torch.testing.assert_close(loaded(ids, torch.zeros_like(additive)).logits, loaded(ids).logits, **CLOSE)
+
+
+@pytest.mark.parametrize("auto", [AutoModelForMaskedLM, AutoModelForCausalLM, AutoModelForSequenceClassification])
+def test_unclear_masks_are_refused(folder, auto):
+    loaded, ids = load(auto, folder), some_ids()
+    pairs = torch.zeros(3, 1, LENGTH, LENGTH)
+    for mask, message in (
+        (pairs - 0.5, "values from -0.5 to -0.5"),
+        (torch.where(torch.rand_like(pairs) < 0.5, 1.0, -math.inf), "values from -inf to 1"),
+        (pairs + math.nan, "values from nan to nan"),
+        ((pairs - 10_000).long(), "values from -10000 to -10000"),
+        (torch.arange(3 * LENGTH).view(3, LENGTH) // 20, "values from 0 to 5"),
+        (torch.zeros(3, LENGTH), "0 everywhere, of floats"),
+        (pairs.expand(3, 2, LENGTH, LENGTH).bool(), "attention_mask has shape"),
+    ):
+        with pytest.raises(ValueError, match=f"attention_mask .*{message}|{message}"):
+            loaded(ids, mask)
+
+
+@torch.no_grad()
+def test_a_classifier_reads_its_token_by_an_additive_mask(folder):
+    ids = torch.nn.functional.pad(some_ids(rows=1, length=9), (4, 0), value=3)
+    mask = (ids != 3).long()
+    for is_decoder in (False, True):
+        loaded = load(AutoModelForSequenceClassification, folder, num_labels=3, is_decoder=is_decoder)
+        torch.manual_seed(0)
+        loaded.head.nonlinearity[5].reset_parameters()
+        additive = torch.zeros(ids.shape).masked_fill(mask == 0, -math.inf)
+        torch.testing.assert_close(loaded(ids, additive).logits, loaded(ids, mask).logits, **CLOSE)
+
+
+@torch.no_grad()
+def test_the_config_says_where_masked_logits_are(exported, tmp_path, capsys):
+    """Each backend of BabyLM's evaluation reads a token's score where the trainer computes it."""
+    folder, models = exported
+    ids = some_ids(rows=1)
+    raw = expected_logits(models["ema"], ids, causal=False)
+    for settings, alignment, backend in (
+        ({}, "token", "mlm"), ({"babylm": True}, "previous", "mntp"),
+        ({"shift_masked_logits": False}, "previous", "mntp"),
+    ):  # fmt: skip
+        output = tmp_path / "-".join(["out", *settings])
+        export(ExportConfig(folder / "checkpoint", output, **settings))
+        assert f"--backend {backend} (or causal)" in capsys.readouterr().out
+        assert json.loads((output / "config.json").read_text())["masked_logits_alignment"] == alignment
+        assert f"`--backend {backend}`" in " ".join((output / "README.md").read_text().split())
+        logits = load(AutoModelForMaskedLM, output)(ids).logits
+        position = 7  # of a token: mlm reads its own position, mntp the one before
+        read = logits[0, position if backend == "mlm" else position - 1]
+        torch.testing.assert_close(read, raw[0, position - 1], **CLOSE)
+
+
+def test_a_config_that_contradicts_itself_does_not_load(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    values = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(values | {"shift_masked_logits": False}))
+    with pytest.raises(ValueError, match=r'shift_masked_logits is false, .*: "previous", not "token"; change both'):
+        AutoConfig.from_pretrained(copy, trust_remote_code=True)
+    del values["masked_logits_alignment"]  # as older folders
+    (copy / "config.json").write_text(json.dumps(values | {"shift_masked_logits": False}))
+    assert AutoConfig.from_pretrained(copy, trust_remote_code=True).masked_logits_alignment == "previous"
+    turned = AutoConfig.from_pretrained(folder, trust_remote_code=True, shift_masked_logits=False)
+    turned.save_pretrained(tmp_path / "turned")
+    assert json.loads((tmp_path / "turned" / "config.json").read_text())["masked_logits_alignment"] == "previous"

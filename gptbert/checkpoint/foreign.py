@@ -16,9 +16,10 @@ from torch import Tensor
 from gptbert.errors import InputError, first_line
 from gptbert.io.json_file import read_object
 from gptbert.io.torch_file import load_torch_file
-from gptbert.upstream import is_published, same, to_published, unwrapped_name
+from gptbert.upstream import is_published, same, to_published, unwrapped_name, upstream_name
 
-State = dict[str, Tensor]  # by published name
+State = dict[str, Tensor]  # by name in upstream's layout
+_Found = dict[str, tuple[str, Tensor]]  # by the same name: a tensor's key in the file, and the tensor
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # as transformers names them; `.index.json` if in parts
 _SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt"}
@@ -48,12 +49,16 @@ class ForeignWeights:
     Attributes:
         model: the weights.
         ema: their moving average; the weights themselves if the file has no average.
-        left_out: names of tensors that belong to no GPT-BERT: heads for other tasks, counters of wrappers.
+        left_out: keys that are no weights of a GPT-BERT: heads for other tasks, counters of wrappers, optimizers.
+        model_keys: what the file calls each weight.
+        ema_keys: the same of the average.
     """
 
     model: State
     ema: State
     left_out: list[str]
+    model_keys: dict[str, str]
+    ema_keys: dict[str, str]
 
 
 def find_weights(folder: Path) -> list[Path]:
@@ -158,12 +163,12 @@ def _read_index(index: Path) -> State:
 
 def _candidates(
     content: Mapping[Any, Any], loose: list[str], left: list[int], path: tuple[str, ...] = ()
-) -> Iterator[tuple[str, State]]:
+) -> Iterator[tuple[str, _Found]]:
     """Each set of a GPT-BERT's weights in nested dictionaries, with the keys and prefixes that lead to it.
 
     Args:
         content: the dictionary.
-        loose: receives the names of tensors beside such sets.
+        loose: receives the keys of what is beside such sets.
         left: one number, of entries to look at; a file may hold a dictionary many times, and in itself.
         path: keys that lead to the dictionary.
     """
@@ -171,43 +176,53 @@ def _candidates(
     if left[0] < 0:
         raise InputError("its dictionaries have more entries than a file of weights")
     has_own_names = any("blocks" in str(key).split(".") for key in content)  # of this trainer's model
-    groups: dict[str, dict[str, tuple[str, Tensor]]] = {}
+    groups: dict[str, _Found] = {}
     unknown = []
     for key, value in content.items():
-        if isinstance(value, Mapping):
-            if len(path) < _DEEPEST and not _OPTIMIZER.search(str(key)):
-                yield from _candidates(value, loose, left, (*path, str(key)))
+        if isinstance(value, Mapping) and len(path) < _DEEPEST and not _OPTIMIZER.search(str(key)):
+            yield from _candidates(value, loose, left, (*path, str(key)))
         elif isinstance(key, str) and isinstance(value, Tensor):
             prefix, name = _parse(key, has_own_names)
             if name is None:
                 unknown.append((prefix, key, value))
-            elif not _OPTIMIZER.search(prefix):
+            elif _OPTIMIZER.search(prefix):
+                loose.append(key)
+            else:
                 raw, tensor = groups.setdefault(prefix, {}).setdefault(name, (key, value))
                 if not same(tensor, value):
                     raise InputError(f"{raw} and {key} are the same weight, and differ")
+        else:
+            loose.append(".".join((*path, str(key))))
+    _assign(unknown, groups, loose)
+    for prefix, group in groups.items():
+        yield ".".join(filter(None, (*path, prefix))), group
+
+
+def _assign(unknown: list[tuple[str, str, Tensor]], groups: dict[str, _Found], loose: list[str]) -> None:
+    """Add tensors of unknown names to the weights that they are among, for a message; or their keys to `loose`."""
     for name, key, tensor in unknown:
         owner = max((prefix for prefix in groups if not prefix or name.startswith(f"{prefix}.")), key=len, default=None)
         if owner is None or tensor.ndim == 0:
             loose.append(key)
         else:
-            groups[owner][name.removeprefix(f"{owner}.") if owner else name] = (key, tensor)
-    for prefix, group in groups.items():
-        yield ".".join(filter(None, (*path, prefix))), {name: tensor for name, (_, tensor) in group.items()}
+            groups[owner][upstream_name(name.removeprefix(f"{owner}.") if owner else name)] = (key, tensor)
 
 
 def _parse(key: str, has_own_names: bool) -> tuple[str, str | None]:
-    """A name's prefix without wrappers, and its published name; if it has none, the name without wrappers and None."""
+    """A name's prefix without wrappers, and its name in upstream's layout; without one, the name unwrapped and None."""
     bare = unwrapped_name(key)
     parts = bare.split(".")[-_LONGEST_NAME:]
     for start in range(len(parts)):
         name = ".".join(parts[start:])
-        published = name if is_published(name) else to_published(name) if has_own_names else None
+        published = upstream_name(name)
+        if not is_published(published):
+            published = to_published(name) if has_own_names else None
         if published:
             return bare.removesuffix(name).removesuffix("."), published
     return bare, None
 
 
-def _choose(found: list[tuple[str, State]], key: str | None, loose: list[str]) -> ForeignWeights:
+def _choose(found: list[tuple[str, _Found]], key: str | None, loose: list[str]) -> ForeignWeights:
     """The weights and their average among what a file holds, by what is in it and what it is called."""
     if key is not None:
         named = [state for label, state in found if label == key]
@@ -219,7 +234,7 @@ def _choose(found: list[tuple[str, State]], key: str | None, loose: list[str]) -
     chosen = []
     for several in (models, averages or models):
         for label, state in several[1:]:
-            if difference := _difference(several[0][1], state):
+            if difference := _difference(_tensors(several[0][1]), _tensors(state)):
                 raise InputError(
                     f"holds {_names(several)}, which differ in {difference}; --weights_key names the one that is meant"
                     if label
@@ -227,12 +242,17 @@ def _choose(found: list[tuple[str, State]], key: str | None, loose: list[str]) -
                 )
         chosen.append(several[0][1])
     left_out = [name for name in chosen[0] if name.startswith("head.")] + loose
-    model, ema = ({name: state[name] for name in state if not name.startswith("head.")} for state in chosen)
-    return ForeignWeights(model, ema, left_out)
+    weights = [{name: state[name] for name in state if not name.startswith("head.")} for state in chosen]
+    keys = [{name: key for name, (key, _) in state.items()} for state in weights]
+    return ForeignWeights(*map(_tensors, weights), left_out, *keys)
 
 
-def _names(found: list[tuple[str, State]]) -> str:
+def _names(found: list[tuple[str, _Found]]) -> str:
     return " and ".join(repr(label[:60]) if label else "weights without a key" for label, _ in found[:4])
+
+
+def _tensors(found: _Found) -> State:
+    return {name: tensor for name, (_, tensor) in found.items()}
 
 
 def _difference(one: State, other: State) -> str | None:

@@ -1,5 +1,6 @@
 """A model's weights in a file, under the published names."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from gptbert.config import ModelConfig
 from gptbert.errors import InputError, first_line
 from gptbert.model import GPTBert
-from gptbert.upstream import from_upstream, to_upstream
+from gptbert.upstream import from_upstream, to_published, to_upstream
 
 
 def write_weights(path: Path, weights: dict[str, Tensor], config: ModelConfig) -> None:
@@ -34,23 +35,35 @@ def read_weights(file: Path, config: ModelConfig) -> dict[str, Tensor]:
         raise InputError(f"{file.name}: {first_line(error)[:200]}") from error
 
 
-def fitting(published: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+def fitting(
+    published: dict[str, Tensor], config: ModelConfig, keys: Mapping[str, str] | None = None
+) -> dict[str, Tensor]:
     """Convert weights under published names to those of a `GPTBert` of this shape.
+
+    Args:
+        published: of any published layout.
+        config: the shape.
+        keys: what the file that they are from calls them, by their name in upstream's layout, for messages.
 
     Raises:
         InputError: a weight is missing, unknown, of a different shape, not floating-point, or given twice with
             different values; names the weight.
     """
-    weights, expected = from_upstream(published, config), shapes(config)
+    weights, expected = from_upstream(published, config, keys), shapes(config)
+    if missing := [name for name in expected if name not in weights]:
+        others = f", and so are {', '.join(missing[1:5])}" if missing[1:] else ""
+        raise InputError(f"{missing[0]} is missing{others}{f' and {len(missing) - 5} more' if missing[5:] else ''}")
     for name in expected | weights:
-        if name not in weights:
-            raise InputError(f"{name} is missing")
+        published_name = to_published(name)
+        key = (keys or {}).get(published_name, published_name)
+        in_file = f", {key} in the file" if key != published_name else ""
         if name not in expected:
-            raise InputError(f"{name} is not a weight of a model of this shape")
+            raise InputError(f"{name} is not a weight of a model of this shape{in_file}")
         if weights[name].shape != expected[name]:
-            raise InputError(f"{name} does not fit the model: {list(weights[name].shape)} for {list(expected[name])}")
+            shape = f"{list(weights[name].shape)} for {list(expected[name])}"
+            raise InputError(f"{name} does not fit the model: {shape}{in_file}")
         if not weights[name].is_floating_point():
-            raise InputError(f"{name} is of type {weights[name].dtype}")
+            raise InputError(f"{name} is of type {weights[name].dtype}{in_file}")
     return weights
 
 

@@ -25,6 +25,7 @@ class GPTBertConfig(PretrainedConfig):
         shift_masked_logits: whether `AutoModelForMaskedLM` returns the scores of token t at position t, as users of
             masked language models expect. The model is trained to predict a masked token from the position *before*
             it; False returns the scores where the model computes them, for evaluations that shift by themselves.
+        masked_logits_alignment: in files only, what `shift_masked_logits` means: "token" or "previous".
         use_cache: whether the causal model returns keys and values for the next step of `generate`.
         bos_token_id: `<s>`, at the start of every text.
         eos_token_id: `</s>`; not used in training.
@@ -32,6 +33,9 @@ class GPTBertConfig(PretrainedConfig):
         mask_token_id: `<mask>`.
         tie_word_embeddings: the output matrix is the embedding.
         kwargs: for `PretrainedConfig`.
+
+    Raises:
+        ValueError: `masked_logits_alignment` contradicts `shift_masked_logits`.
     """
 
     model_type = "gptbert"
@@ -51,6 +55,7 @@ class GPTBertConfig(PretrainedConfig):
         classifier_dropout: float | None = None,
         is_decoder: bool = False,
         shift_masked_logits: bool = True,
+        masked_logits_alignment: str | None = None,
         use_cache: bool = True,
         bos_token_id: int = 1,
         eos_token_id: int = 2,
@@ -81,3 +86,21 @@ class GPTBertConfig(PretrainedConfig):
             **kwargs,
         )
         self.is_decoder = is_decoder
+        if masked_logits_alignment not in {None, self.masked_logits_alignment}:
+            raise ValueError(
+                f"config.json: shift_masked_logits is {str(shift_masked_logits).lower()}, which is "
+                f'"masked_logits_alignment": "{self.masked_logits_alignment}", not "{masked_logits_alignment}"; '
+                "change both"
+            )
+
+    @property
+    def masked_logits_alignment(self) -> str:
+        """Where `AutoModelForMaskedLM` has the scores of a token: at its position, or at the previous one.
+
+        "token": BabyLM's evaluation reads them with `--backend mlm`; "previous": with `--backend mntp`.
+        """
+        return "token" if self.shift_masked_logits else "previous"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, with `masked_logits_alignment`."""
+        return {**super().to_dict(), "masked_logits_alignment": self.masked_logits_alignment}

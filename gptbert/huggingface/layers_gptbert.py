@@ -14,6 +14,8 @@ from transformers.cache_utils import Cache
 
 from .configuration_gptbert import GPTBertConfig
 
+LARGEST_HIDING = -1000.0  # values of additive masks that hide a key: −10,000 in old code, the dtype's least, −inf
+
 
 class Embedding(nn.Module):
     """Token embeddings and the P vectors of relative positions."""
@@ -26,9 +28,9 @@ class Embedding(nn.Module):
         self.relative_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, T] ids to [B, T, D] and the position vectors [P, D]."""
-        hidden_states = self.dropout(self.word_layer_norm(self.word_embedding(input_ids)))
+    def forward(self, inputs_embeds: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of the word embedding [B, T, D] to [B, T, D] and the position vectors [P, D]."""
+        hidden_states = self.dropout(self.word_layer_norm(inputs_embeds))
         return hidden_states, self.relative_layer_norm(self.relative_embedding)
 
 
@@ -194,32 +196,68 @@ class ClassificationHead(nn.Module):
         return self.nonlinearity(hidden_states)
 
 
-def visible_keys(input_ids: Tensor, attention_mask: Tensor | None, causal: bool, num_past: int) -> Tensor:
+def attended(attention_mask: Tensor | None) -> Tensor | None:
+    """A mask of any kind as bool of the same shape, True where a key may be attended to; None stays None.
+
+    Args:
+        attention_mask: bool, True to attend; or numbers, 1 to attend and 0 not to; or an additive mask, floats that
+            are 0 to attend and −1000 or less not to, as transformers' four-dimensional masks are.
+
+    Raises:
+        ValueError: the mask is none of these, or could be two of them.
+    """
+    if attention_mask is None or attention_mask.dtype == torch.bool:
+        return attention_mask
+    if torch.compiler.is_compiling():  # values are unknown then
+        if attention_mask.is_floating_point():
+            raise ValueError("a compiled model takes an attention_mask of bool or integers, not of floats")
+        return attention_mask != 0
+    zero, one = attention_mask == 0, attention_mask == 1
+    if (zero | one).all():
+        if not attention_mask.is_floating_point() or one.any():
+            return one
+        if attention_mask.ndim != 4:
+            raise ValueError(
+                "attention_mask is 0 everywhere, of floats: all positions by an additive mask, none by one of 0 and 1; "
+                "pass bool or integers"
+            )
+        return zero
+    if attention_mask.is_floating_point() and (zero | (attention_mask <= LARGEST_HIDING)).all():
+        return zero
+    raise ValueError(
+        f"attention_mask holds neither 0 and 1 (attend) nor 0 (attend) and numbers up to {LARGEST_HIDING:g}: values "
+        f"from {attention_mask.min().item():g} to {attention_mask.max().item():g}"
+    )
+
+
+def visible_keys(inputs_embeds: Tensor, attention_mask: Tensor | None, causal: bool, num_past: int) -> Tensor:
     """[B or 1, 1, T or 1, K] bool: True where a query may see a key; arguments as in `GPTBertPreTrainedModel.encode`.
 
     Raises:
-        ValueError: the mask has a different shape.
+        ValueError: the mask has a different shape or unclear values.
     """
-    num_rows, length = input_ids.shape
+    num_rows, length = inputs_embeds.shape[:2]
     num_keys = num_past + length
-    mask = torch.ones(1, 1, 1, num_keys, dtype=torch.bool, device=input_ids.device)
+    mask = torch.ones(1, 1, 1, num_keys, dtype=torch.bool, device=inputs_embeds.device)
     if attention_mask is not None:
         shape = tuple(attention_mask.shape)
-        if shape not in {
-            (num_rows, num_keys), (num_rows, length, num_keys), (num_rows, 1, length, num_keys)
-        }:  # fmt: skip
+        rows, queries = {1, num_rows}, {1, length}
+        fits = shape in {(num_rows, num_keys), (num_rows, length, num_keys)} or (
+            len(shape) == 4 and shape[0] in rows and shape[1] == 1 and shape[2] in queries and shape[3] == num_keys
+        )
+        if not fits:
             raise ValueError(
                 f"attention_mask has shape {shape}, expected ({num_rows}, {num_keys}) or "
-                f"({num_rows}, {length}, {num_keys})"
+                f"({num_rows}, {length}, {num_keys}), or ({num_rows}, 1, {length}, {num_keys})"
             )
-        mask = attention_mask != 0
+        mask = attended(attention_mask)
         if mask.ndim == 2:
             mask = mask[:, None, None, :]
         elif mask.ndim == 3:
             mask = mask.unsqueeze(1)
     if causal:
-        query = torch.arange(num_past, num_keys, device=input_ids.device)
-        mask = mask & (torch.arange(num_keys, device=input_ids.device) <= query[:, None])
+        query = torch.arange(num_past, num_keys, device=inputs_embeds.device)
+        mask = mask & (torch.arange(num_keys, device=inputs_embeds.device) <= query[:, None])
     return mask
 
 

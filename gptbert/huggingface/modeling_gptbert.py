@@ -3,16 +3,15 @@
 One transformer that is both a masked and a causal language model: `AutoModelForMaskedLM` attends to all positions,
 `AutoModelForCausalLM` to earlier ones, with the same weights. Parameters have the published names.
 
-Letters of shapes: B rows, T positions, K keys (cached ones and T), D hidden, H heads, V vocabulary.
+Letters of shapes: B rows, T positions, D hidden, V vocabulary.
 """
 
-import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -23,115 +22,13 @@ from transformers.modeling_outputs import (
 )
 
 from .configuration_gptbert import GPTBertConfig
-from .layers_gptbert import (
-    ClassificationHead,
-    Embedding,
-    Encoder,
-    LanguageModelHead,
-    LayerWeighting,
-    position_buckets,
-    visible_keys,
-)
+from .layers_gptbert import ClassificationHead, LanguageModelHead, attended
+from .pretrained_gptbert import GPTBertPreTrainedModel
 
 # renamed in newer transformers
 _CACHE_FIELD = next(
     name for name in ("cache", "past_key_values") if name in CausalLMOutputWithPast.__dataclass_fields__
 )
-
-
-class GPTBertPreTrainedModel(PreTrainedModel):
-    """Base of all models: embedding, encoder, and strict loading."""
-
-    config_class = GPTBertConfig
-    base_model_prefix = "gptbert"
-    _no_split_modules = ("Attention", "FeedForward")
-    _supports_cache_class = True
-    _keys_to_ignore_on_load_unexpected = (r"\.position_indices$",)  # a buffer in published checkpoints
-    accepts_loss_kwargs = False  # the loss is a mean over this batch's labels
-
-    def __init__(self, config: GPTBertConfig) -> None:
-        super().__init__(config)
-        self.embedding = Embedding(config)
-        self.transformer = Encoder(config)
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As in transformers, but strict: only a new head may lack its weights.
-
-        Raises:
-            ValueError: weights are missing or unexpected.
-        """
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        missing = [name for name in info["missing_keys"] if not name.startswith("head.")]
-        for problem, names in (("missing", missing), ("unknown", info["unexpected_keys"])):
-            if names:
-                raise ValueError(f"{cls.__name__}: {len(names)} {problem} weights: {', '.join(sorted(names)[:5])}")
-        return (model, info) if output_loading_info else model
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        """The word embedding."""
-        return self.embedding.word_embedding
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replace the word embedding."""
-        self.embedding.word_embedding = value
-
-    def _init_weights(self, module: nn.Module) -> None:
-        std = math.sqrt(2 / (5 * self.config.hidden_size))
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm) and module.elementwise_affine:
-            nn.init.ones_(module.weight)
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, Embedding):
-            nn.init.trunc_normal_(module.relative_embedding, std=std, a=-2 * std, b=2 * std)
-        elif isinstance(module, LayerWeighting):
-            for alpha in module.alphas:
-                nn.init.zeros_(alpha)
-                nn.init.ones_(alpha[-1:])
-
-    def encode(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        causal: bool,
-        cache: Cache | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-    ) -> tuple[Tensor, dict[str, tuple[Tensor, ...] | None]]:
-        """Contextual representations [B, T, D], and the optional fields of transformers' outputs.
-
-        These are `hidden_states`, the embedding and each layer's output [B, T, D], and `attentions`, each layer's
-        probabilities [B, H, T, K]; None unless requested.
-
-        Args:
-            input_ids: [B, T].
-            attention_mask: [B, K] or [B, T, K] (or [B, 1, T, K]), 1 where a key may be attended to, 0 where not;
-                None attends to all.
-            causal: attend only to positions up to one's own.
-            cache: keys and values of earlier positions, to which this call adds its own.
-            output_hidden_states: None uses the configuration's.
-            output_attentions: None uses the configuration's.
-
-        Raises:
-            ValueError: the mask has a different shape.
-        """
-        num_past = 0 if cache is None else cache.get_seq_length()
-        mask = visible_keys(input_ids, attention_mask, causal, num_past)
-        hidden_states, relative = self.embedding(input_ids)
-        buckets = position_buckets(input_ids.shape[1], num_past, self.config, input_ids.device)
-        states, attentions = self.transformer(hidden_states, relative, buckets, mask, cache)
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        if output_attentions is None:
-            output_attentions = self.config.output_attentions
-        extras = {
-            "hidden_states": tuple(states) if output_hidden_states else None,
-            "attentions": tuple(attentions) if output_attentions else None,
-        }
-        return states[-1], extras
 
 
 class GPTBertModel(GPTBertPreTrainedModel):
@@ -145,16 +42,19 @@ class GPTBertModel(GPTBertPreTrainedModel):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        inputs_embeds: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
     ) -> BaseModelOutputWithPast | tuple[Tensor, ...]:
         """Representations [B, T, D]; see `GPTBertPreTrainedModel.encode`."""
         causal = self.config.is_decoder
+        inputs_embeds = self.embed(input_ids, inputs_embeds, token_type_ids)
         hidden_states, extras = self.encode(
-            input_ids, attention_mask, causal, None, output_hidden_states, output_attentions
+            inputs_embeds, attention_mask, causal, None, output_hidden_states, output_attentions
         )
         return _returned(BaseModelOutputWithPast(last_hidden_state=hidden_states, **extras), return_dict)
 
@@ -188,12 +88,14 @@ class GPTBertForMaskedLM(_LanguageModel):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        inputs_embeds: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
     ) -> MaskedLMOutput | tuple[Tensor, ...]:
         """Logits [B, T, V], and the mean loss if there are labels.
 
@@ -204,13 +106,17 @@ class GPTBertForMaskedLM(_LanguageModel):
             output_hidden_states: None uses the configuration's.
             output_attentions: None uses the configuration's.
             return_dict: False returns a tuple.
+            inputs_embeds: see `GPTBertPreTrainedModel.embed`.
+            token_type_ids: see there.
         """
+        attention_mask = attended(attention_mask)
+        inputs_embeds = self.embed(input_ids, inputs_embeds, token_type_ids)
         hidden_states, extras = self.encode(
-            input_ids, attention_mask, False, None, output_hidden_states, output_attentions
+            inputs_embeds, attention_mask, False, None, output_hidden_states, output_attentions
         )
         if self.config.shift_masked_logits:
             if attention_mask is not None and attention_mask.ndim == 2:  # left padding is not context
-                hidden_states = hidden_states.masked_fill(attention_mask.unsqueeze(-1) == 0, 0)
+                hidden_states = hidden_states.masked_fill(~attention_mask.unsqueeze(-1), 0)
             hidden_states = F.pad(hidden_states, (0, 0, 1, 0))[:, :-1]
         logits = self.classifier(hidden_states)
         loss = None if labels is None else _mean_loss(logits, labels)
@@ -228,14 +134,22 @@ class GPTBertForCausalLM(_LanguageModel, GenerationMixin):
         cache: Cache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
+        inputs_embeds: Tensor | None = None,
         **_: Any,
     ) -> dict[str, Any]:
-        """The arguments that `generate` passes to `forward`: only the ids [B, T] not in the cache yet."""
+        """The arguments that `generate` passes to `forward`: only the ids [B, T] not in the cache yet.
+
+        Embeddings [B, T, D] begin a text; the cache is then longer than the ids, of which the last is new.
+        """
         cache = cache if cache is not None else past_key_values
-        if cache is not None:
-            input_ids = input_ids[:, cache.get_seq_length() :]
+        num_past = 0 if cache is None else cache.get_seq_length()
+        if inputs_embeds is not None and num_past < inputs_embeds.shape[1]:
+            inputs = {"inputs_embeds": inputs_embeds[:, num_past:]}
+        else:
+            num_new = max(input_ids.shape[1] - num_past, 1)
+            inputs = {"input_ids": input_ids[:, -num_new:]}
         return {
-            "input_ids": input_ids,
+            **inputs,
             "attention_mask": attention_mask,
             "past_key_values": cache,
             "use_cache": use_cache,
@@ -244,7 +158,7 @@ class GPTBertForCausalLM(_LanguageModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         cache: Cache | None = None,
@@ -254,6 +168,8 @@ class GPTBertForCausalLM(_LanguageModel, GenerationMixin):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int = 0,
+        inputs_embeds: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
     ) -> CausalLMOutputWithPast | tuple[Tensor, ...]:
         """Logits [B, T, V] of each position's next token, and the mean loss if there are labels.
 
@@ -268,13 +184,16 @@ class GPTBertForCausalLM(_LanguageModel, GenerationMixin):
             output_attentions: None uses the configuration's.
             return_dict: False returns a tuple.
             logits_to_keep: compute logits only for this many last positions; 0: for all.
+            inputs_embeds: see `GPTBertPreTrainedModel.embed`.
+            token_type_ids: see there.
         """
         cache = cache if cache is not None else past_key_values
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
         if cache is None and use_cache:
             cache = DynamicCache()
+        inputs_embeds = self.embed(input_ids, inputs_embeds, token_type_ids)
         hidden_states, extras = self.encode(
-            input_ids, attention_mask, True, cache, output_hidden_states, output_attentions
+            inputs_embeds, attention_mask, True, cache, output_hidden_states, output_attentions
         )
         logits = self.classifier(hidden_states[:, -logits_to_keep:])
         loss = None if labels is None else _mean_loss(logits[:, :-1], labels[:, 1:])
@@ -298,12 +217,14 @@ class GPTBertForSequenceClassification(_Classifier):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        inputs_embeds: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
     ) -> SequenceClassifierOutput | tuple[Tensor, ...]:
         """Logits [B, num_labels], and the mean loss if there are labels.
 
@@ -315,10 +236,14 @@ class GPTBertForSequenceClassification(_Classifier):
             output_hidden_states: None uses the configuration's.
             output_attentions: None uses the configuration's.
             return_dict: False returns a tuple.
+            inputs_embeds: see `GPTBertPreTrainedModel.embed`.
+            token_type_ids: see there.
         """
         causal = self.config.is_decoder
+        attention_mask = attended(attention_mask)
+        inputs_embeds = self.embed(input_ids, inputs_embeds, token_type_ids)
         hidden_states, extras = self.encode(
-            input_ids, attention_mask, causal, None, output_hidden_states, output_attentions
+            inputs_embeds, attention_mask, causal, None, output_hidden_states, output_attentions
         )
         logits = self.head(self._pooled(hidden_states, attention_mask))
         loss = None if labels is None else self._loss(logits, labels)
@@ -352,17 +277,20 @@ class GPTBertForTokenClassification(_Classifier):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        inputs_embeds: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
     ) -> TokenClassifierOutput | tuple[Tensor, ...]:
         """Logits [B, T, num_labels], and the mean loss if there are labels [B, T], −100 to ignore."""
         causal = self.config.is_decoder
+        inputs_embeds = self.embed(input_ids, inputs_embeds, token_type_ids)
         hidden_states, extras = self.encode(
-            input_ids, attention_mask, causal, None, output_hidden_states, output_attentions
+            inputs_embeds, attention_mask, causal, None, output_hidden_states, output_attentions
         )
         logits = self.head(hidden_states)
         loss = None if labels is None else _mean_loss(logits, labels)

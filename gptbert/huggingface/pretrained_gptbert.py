@@ -1,0 +1,129 @@
+"""What all models of modeling_gptbert.py share: embedding, encoder, initialization and strict loading.
+
+Letters of shapes: B rows, T positions, K keys (cached ones and T), D hidden, H heads.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from .configuration_gptbert import GPTBertConfig
+from .layers_gptbert import Embedding, Encoder, LayerWeighting, position_buckets, visible_keys
+
+
+class GPTBertPreTrainedModel(PreTrainedModel):
+    """Base of all models: embedding, encoder, and strict loading."""
+
+    config_class = GPTBertConfig
+    base_model_prefix = "gptbert"
+    _no_split_modules = ("Attention", "FeedForward")
+    _supports_cache_class = True
+    _keys_to_ignore_on_load_unexpected = (r"\.position_indices$",)  # a buffer in published checkpoints
+    accepts_loss_kwargs = False  # the loss is a mean over this batch's labels
+
+    def __init__(self, config: GPTBertConfig) -> None:
+        super().__init__(config)
+        self.embedding = Embedding(config)
+        self.transformer = Encoder(config)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As in transformers, but strict: only a new head may lack its weights.
+
+        Raises:
+            ValueError: weights are missing or unexpected.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        missing = [name for name in info["missing_keys"] if not name.startswith("head.")]
+        for problem, names in (("missing", missing), ("unknown", info["unexpected_keys"])):
+            if names:
+                raise ValueError(f"{cls.__name__}: {len(names)} {problem} weights: {', '.join(sorted(names)[:5])}")
+        return (model, info) if output_loading_info else model
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The word embedding."""
+        return self.embedding.word_embedding
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the word embedding."""
+        self.embedding.word_embedding = value
+
+    def _init_weights(self, module: nn.Module) -> None:
+        std = math.sqrt(2 / (5 * self.config.hidden_size))
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm) and module.elementwise_affine:
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, Embedding):
+            nn.init.trunc_normal_(module.relative_embedding, std=std, a=-2 * std, b=2 * std)
+        elif isinstance(module, LayerWeighting):
+            for alpha in module.alphas:
+                nn.init.zeros_(alpha)
+                nn.init.ones_(alpha[-1:])
+
+    def embed(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        """Rows of the word embedding [B, T, D], or what is given in their place.
+
+        Args:
+            input_ids: [B, T], or None.
+            inputs_embeds: [B, T, D], or None.
+            token_type_ids: zeros, as some tokenizers add: there is one type.
+
+        Raises:
+            ValueError: neither ids nor embeddings are given, or both; or a token is of another type than 0.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass either input_ids or inputs_embeds")
+        if token_type_ids is not None and not torch.compiler.is_compiling() and token_type_ids.any():
+            raise ValueError("token_type_ids are not all 0, and a GPT-BERT has no types of tokens")
+        return self.embedding.word_embedding(input_ids) if inputs_embeds is None else inputs_embeds
+
+    def encode(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        causal: bool,
+        cache: Cache | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> tuple[Tensor, dict[str, tuple[Tensor, ...] | None]]:
+        """Contextual representations [B, T, D], and the optional fields of transformers' outputs.
+
+        These are `hidden_states`, the embedding and each layer's output [B, T, D], and `attentions`, each layer's
+        probabilities [B, H, T, K]; None unless requested.
+
+        Args:
+            inputs_embeds: [B, T, D], from `embed`.
+            attention_mask: [B, K], [B, T, K] or [B or 1, 1, T or 1, K]; see `layers_gptbert.attended` for its values,
+                such as 1 where a key may be attended to, 0 where not; None attends to all.
+            causal: attend only to positions up to one's own.
+            cache: keys and values of earlier positions, to which this call adds its own.
+            output_hidden_states: None uses the configuration's.
+            output_attentions: None uses the configuration's.
+
+        Raises:
+            ValueError: the mask has a different shape or unclear values.
+        """
+        num_past = 0 if cache is None else cache.get_seq_length()
+        mask = visible_keys(inputs_embeds, attention_mask, causal, num_past)
+        hidden_states, relative = self.embedding(inputs_embeds)
+        buckets = position_buckets(inputs_embeds.shape[1], num_past, self.config, inputs_embeds.device)
+        states, attentions = self.transformer(hidden_states, relative, buckets, mask, cache)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        extras = {
+            "hidden_states": tuple(states) if output_hidden_states else None,
+            "attentions": tuple(attentions) if output_attentions else None,
+        }
+        return states[-1], extras
