@@ -12,7 +12,7 @@ from gptbert.errors import InputError
 from gptbert.io.screen import table
 from gptbert.model import GPTBert
 from gptbert.scoring.trained_model import ModelChoice, TrainedModel
-from gptbert.text.encoding import encode_with_masks
+from gptbert.text.encoding import decode_behind, encode_with_masks
 from gptbert.text.special_tokens import MASK_ID
 from gptbert.text.tokenizer import ordinary_ids
 
@@ -61,9 +61,10 @@ def fill_masks(model: GPTBert, tokenizer: Tokenizer, text: str, top_k: int = 3) 
     hidden_states = model.encode(ids, torch.zeros_like(ids), causal=False)
     logits = model.logits(hidden_states[0, masks - 1]).float()[:, allowed]  # [masks, allowed]
     best = logits.softmax(dim=-1).topk(min(top_k, len(allowed)))  # [masks, top_k]
+    before = [ids[0, :mask].tolist() for mask in masks]
     return [
-        [(tokenizer.decode([token]), probability) for token, probability in zip(*row, strict=True)]
-        for row in zip(allowed[best.indices].tolist(), best.values.tolist(), strict=True)
+        [(decode_behind(tokenizer, text_ids, [token]), probability) for token, probability in zip(*row, strict=True)]
+        for text_ids, *row in zip(before, allowed[best.indices].tolist(), best.values.tolist(), strict=True)
     ]
 
 

@@ -13,7 +13,7 @@ from gptbert.command_line import run_command
 from gptbert.errors import InputError
 from gptbert.model import GPTBert
 from gptbert.scoring.trained_model import ModelChoice, TrainedModel
-from gptbert.text.encoding import encode_sentences
+from gptbert.text.encoding import decode_behind, encode_prompt
 from gptbert.text.tokenizer import ordinary_ids
 
 
@@ -74,7 +74,7 @@ def continue_text(
         seed: of the sampling.
 
     Returns:
-        The prompt and its continuation.
+        The prompt, as it is, and its continuation.
 
     Raises:
         InputError: the prompt is not UTF-8.
@@ -82,7 +82,8 @@ def continue_text(
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     allowed = torch.tensor(ordinary_ids(tokenizer))
-    ids = torch.tensor(encode_sentences(tokenizer, [prompt]), device=device)  # [1, T]
+    prompt_ids = encode_prompt(tokenizer, prompt)
+    ids = torch.tensor([prompt_ids], device=device)  # [1, T]
     for _ in range(num_tokens):
         hidden_states = model.encode(ids, torch.zeros_like(ids), causal=True)
         logits = model.logits(hidden_states[:, -1])[0].float().cpu()[allowed]
@@ -90,7 +91,7 @@ def continue_text(
         if temperature > 0:
             choice = int(torch.multinomial(distribution(logits, temperature, top_k, top_p), 1, generator=generator))
         ids = torch.cat([ids, allowed[choice].view(1, 1).to(device)], dim=1)
-    return tokenizer.decode(ids[0].tolist())
+    return prompt + decode_behind(tokenizer, prompt_ids, ids[0, len(prompt_ids) :].tolist())
 
 
 def distribution(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:

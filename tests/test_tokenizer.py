@@ -23,10 +23,8 @@ from gptbert.text.tokenizer import are_same, load_tokenizer, notes, ordinary_ids
 from gptbert.train import fit
 from kernels import span_mask
 from tests.runs import MODEL, flags, write_inputs
-from tests.tokenizer_kinds import FIVE, TEXT, kinds, special_names
+from tests.tokenizer_kinds import FIVE, OURS, TEXT, kinds, special_names
 from tokenize_scripts.tokenize_corpus import TokenizeConfig, tokenize_corpus
-
-OURS = "as train_tokenizer.py makes them"
 
 
 @pytest.fixture(params=kinds())
@@ -79,16 +77,16 @@ def test_special_tokens_in_a_text_are_text_unless_they_are_meant(write, kind):
         assert not set(ids) & set(special_ids(tokenizer)) - {UNK_ID}
     masked = encode_with_masks(tokenizer, "The cook<mask> a red boat<mask>.")
     assert masked.count(MASK_ID) == 2
-    before, behind = encode_sentences(tokenizer, ["The cook", " a red boat"])
+    before, whole = encode_sentences(tokenizer, ["The cook", "The cook a red boat"])
     assert masked[: len(before) + 1] == [*before, MASK_ID]
-    assert masked[len(before) + 1 :][: len(behind) - 1] == behind[1:]
+    assert masked[len(before) + 1 :][: len(whole) - len(before)] == whole[len(before) :]
 
 
 def test_what_is_loaded_and_written_again_stays(write, kind, tmp_path):
     once = load_tokenizer(write(kind)).to_str()
     (tmp_path / "again.json").write_text(once)
     assert load_tokenizer(tmp_path / "again.json").to_str() == once
-    assert (json.loads(once) == json.loads(kinds()[kind])) == (kind == OURS)
+    assert (json.loads(once) == json.loads(kinds()[kind])) == kind.startswith(OURS)
     assert are_same(write(kind), tmp_path / "again.json")
     other = write(OURS if kind != OURS else "NFC", "other.json")
     assert not are_same(write(kind), other) or kind.startswith("special tokens not")

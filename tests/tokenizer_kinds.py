@@ -6,12 +6,26 @@ from functools import cache
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from gptbert.text.special_tokens import SPECIAL_TOKENS
+from gptbert.text.splitting import own_splitting, upstream_splitting
 from tokenize_scripts.train_tokenizer import learn
 
 TEXT = "The cook paints a red boat. A neighbour (quietly) repairs the broken clock, and his 3 chairs!"
 FIVE = list(SPECIAL_TOKENS[:5])
 BOS, EOS = ("<s>", 1), ("</s>", 2)
 UNK = {"unk_token": "<unk>"}
+OURS = "as train_tokenizer.py makes them"
+SPLITTINGS = {  # by the flags of train_tokenizer.py
+    "the default": own_splitting(),
+    "--prefix_space": own_splitting(prefix_space=True),
+    "--normalizer none": own_splitting(normalizer="none"),
+    "--normalizer nfkc": own_splitting(normalizer="nfkc"),
+    "--no_marks_in_words": own_splitting(marks_in_words=False),
+    "--normalizer none --no_marks_in_words": own_splitting(normalizer="none", marks_in_words=False),
+    "--prefix_space --normalizer nfkc --no_marks_in_words": own_splitting(
+        prefix_space=True, normalizer="nfkc", marks_in_words=False
+    ),
+    "--like upstream": upstream_splitting(),
+}
 
 
 def _trained(model, trainer, special=FIVE, **parts) -> dict:
@@ -54,7 +68,12 @@ def kinds() -> dict[str, str]:
     truncation = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
     template = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[BOS, EOS])
     found = {
-        "as train_tokenizer.py makes them": ours,
+        OURS: ours,
+        **{
+            f"{OURS}, {flags}": json.loads(learn(iter([TEXT] * 20), 340, 2, splitting).to_str())
+            for flags, splitting in SPLITTINGS.items()
+            if flags != "the default"
+        },
         "five special tokens": five,
         "sixty-five special tokens": _byte_level([*FIVE, *(f"<extra_{index}>" for index in range(60))]),
         "RoBERTa's post-processor": _byte_level(post_processor=processors.RobertaProcessing(EOS, BOS)),
@@ -111,5 +130,5 @@ def special_names(name: str) -> set[str]:
     if name == "sixty-five special tokens":
         return {*FIVE, *(f"<extra_{index}>" for index in range(60))}
     more = {"added tokens at the end": {"<end>"}, "special tokens in the middle": {"<between>", "<end>"}}
-    ours = {"as train_tokenizer.py makes them", "special tokens not added", "special tokens not special"}
-    return set(SPECIAL_TOKENS) if name in ours else {*FIVE, *more.get(name, ())}
+    ours = name.startswith((OURS, "special tokens not"))
+    return set(SPECIAL_TOKENS) if ours else {*FIVE, *more.get(name, ())}

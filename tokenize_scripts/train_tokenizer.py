@@ -2,11 +2,13 @@
 
 import re
 import sys
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 
 from gptbert.command_line import run_command
@@ -15,17 +17,19 @@ from gptbert.io.outputs import check_outputs, staged_outputs
 from gptbert.text.corpus import Corpus, CorpusConfig
 from gptbert.text.encoding import encode_documents
 from gptbert.text.special_tokens import BOS_ID, SPECIAL_TOKENS, UNK_ID
+from gptbert.text.splitting import NormalForm, Splitting, own_splitting, upstream_splitting
 from gptbert.text.tally import TokenFigures, close
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())  # 256 characters, one per byte
 LONG_WORD = re.compile(r"\S{1000}")  # what the library learns of a word takes the square of its length: it gets an end
 SAMPLED_CHARACTERS = 1_000_000  # of the corpus, encoded at the end to show what the tokenizer does with it
+MOST_DECOMPOSED = 0.01  # share of the documents that may be without a warning
 SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + len(ALPHABET)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTokenizerConfig(CorpusConfig):
-    """Train a byte-level BPE tokenizer: any text can be encoded, and decoding restores every byte."""
+    """Train a byte-level BPE tokenizer: any text can be encoded, and decoding restores it, in its normal form."""
 
     output: Path
     """The tokenizer, a JSON file of the `tokenizers` library."""
@@ -33,6 +37,63 @@ class TrainTokenizerConfig(CorpusConfig):
     """Tokens in the vocabulary, including the 16 special ones and the 256 bytes; a small corpus may give fewer."""
     min_frequency: int = 2
     """How often a pair must occur in the corpus to become a token."""
+    prefix_space: bool = False
+    """Put a space in front of each text, so that its first word has the token that the word has inside of a text."""
+    normalizer: NormalForm | None = None
+    """The Unicode normal form of all text. nfc, the default: letters and their accents composed, the same text to a
+    reader. nfkc: also without variants such as ligatures and wide letters. none: as it is, so that decoding restores
+    every byte."""
+    marks_in_words: bool = True
+    """A combining mark belongs to the word whose letter it is on. If not, it ends the word, as in GPT-2."""
+    like: Literal["upstream"] | None = None
+    """upstream: normalizer and splitter of the published GPT-BERT tokenizers, with a space in front and NFKC."""
+
+    def __post_init__(self) -> None:
+        if self.like and self.normalizer not in {None, "nfkc"}:
+            raise InputError(f"--normalizer {self.normalizer}: --like {self.like} is nfkc; use one of the two flags")
+        if self.like and not self.marks_in_words:
+            raise InputError(f"--no_marks_in_words: --like {self.like} has marks in words; use one of the two flags")
+
+    @property
+    def normal_form(self) -> NormalForm:
+        """The normal form that text gets."""
+        return self.normalizer or ("nfkc" if self.like else "nfc")
+
+    @property
+    def splitting(self) -> Splitting:
+        """The tokenizer's parts around its vocabulary."""
+        if self.like:
+            return upstream_splitting()
+        return own_splitting(
+            prefix_space=self.prefix_space, normalizer=self.normal_form, marks_in_words=self.marks_in_words
+        )
+
+
+@dataclass
+class Forms:
+    """Counts of documents with other than ASCII characters.
+
+    Attributes:
+        number: all of them.
+        decomposed: those that are not in NFC, mostly because letters and their accents are characters of their own.
+    """
+
+    number: int = 0
+    decomposed: int = 0
+
+    def counted(self, texts: Iterable[str]) -> Iterator[str]:
+        """The documents, which are counted as they pass."""
+        for text in texts:
+            if not text.isascii():
+                self.number += 1
+                self.decomposed += not unicodedata.is_normalized("NFC", text)
+            yield text
+
+    def __str__(self) -> str:
+        return (
+            f"{self.decomposed:,} of {self.number:,} documents with other than ASCII characters are decomposed, at "
+            "least in part (a letter and its accent are two characters)"
+        )
 
 
 def train_tokenizer(config: TrainTokenizerConfig) -> None:
@@ -53,8 +114,10 @@ def train_tokenizer(config: TrainTokenizerConfig) -> None:
     corpus = Corpus(config)
     check_outputs([config.output], corpus.files)
     sample: list[str] = []
+    forms = Forms()
     with staged_outputs(config.output) as (staged,):
-        tokenizer = learn(_announce_merges(corpus, sample), config.vocab_size, config.min_frequency)
+        texts = forms.counted(_announce_merges(corpus, sample))
+        tokenizer = learn(texts, config.vocab_size, config.min_frequency, config.splitting)
         corpus.require_documents()
         staged.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     size = tokenizer.get_vocab_size()
@@ -63,27 +126,36 @@ def train_tokenizer(config: TrainTokenizerConfig) -> None:
             f"note: the vocabulary has {size} tokens, not {config.vocab_size}: the corpus is too small, it has no more "
             f"pairs that occur {config.min_frequency} times; training works with it as it is, or use more text"
         )
+    if config.like:
+        print(
+            f"normalizer and splitter are {config.like}'s: a space in front of each text, {config.normal_form.upper()}"
+        )
+    if forms.decomposed and config.normal_form != "none":
+        print(f"note: {forms}; the tokenizer composes them ({config.normal_form.upper()}), and decoding leaves it so")
     token_figures = TokenFigures(*_encoded(tokenizer, sample), size)
     close(
         f"wrote {config.output}: {size} tokens, learned from {corpus.counts()}",
         [f"{token_figures.bytes_per_token:.2f} bytes per token at its start", corpus.tally.figures()],
-        corpus.tally.warnings() + token_figures.warnings(),
+        corpus.tally.warnings() + token_figures.warnings() + _warnings(forms, config),
     )
 
 
-def learn(texts: Iterator[str], vocab_size: int, min_frequency: int) -> Tokenizer:
+def learn(texts: Iterator[str], vocab_size: int, min_frequency: int, splitting: Splitting | None = None) -> Tokenizer:
     """Learn a tokenizer whose special tokens have the ids 0 … 15 and whose encodings start with `<s>`.
 
     Args:
         texts: documents.
         vocab_size: maximum number of tokens; fewer if no remaining pair is frequent enough.
         min_frequency: occurrences that a pair needs to become a token.
+        splitting: of texts into words; None is the command's default. None puts letters and `>` into one word, so no
+            sequence of merges can spell a special token.
     """
-    tokenizer = Tokenizer(models.BPE(unk_token=SPECIAL_TOKENS[UNK_ID]))
-    # No normalizer, since it would change the text irreversibly. The byte-level splitter never puts letters and `<` or
-    # `>` into one word, so no sequence of merges can spell a special token.
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    splitting = splitting or own_splitting()
+    tokenizer = Tokenizer(models.BPE(unk_token=SPECIAL_TOKENS[UNK_ID], ignore_merges=splitting.takes_whole_words))
+    if splitting.normalizer:
+        tokenizer.normalizer = splitting.normalizer
+    tokenizer.pre_tokenizer = splitting.pre_tokenizer
+    tokenizer.decoder = splitting.decoder
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=min_frequency,
@@ -108,6 +180,13 @@ def _announce_merges(corpus: Corpus, sample: list[str]) -> Iterator[str]:
             size += len(text)
         yield LONG_WORD.sub(lambda word: f"{word[0]}\n", text)
     tqdm.write(f"read {corpus.num_documents:,} documents; learning the merges", file=sys.stderr)
+
+
+def _warnings(forms: Forms, config: TrainTokenizerConfig) -> list[str]:
+    """What is past a sensible limit in the form of the text."""
+    if config.normal_form != "none" or forms.decomposed <= MOST_DECOMPOSED * forms.number:
+        return []
+    return [f"{forms}: the same word in another form has other tokens; --normalizer nfc makes them one"]
 
 
 def _encoded(tokenizer: Tokenizer, texts: list[str]) -> tuple[int, int, int]:

@@ -18,6 +18,7 @@ from gptbert.data.token_store import TokenStore
 from gptbert.distributed.fsdp import reshard
 from gptbert.distributed.world import World
 from gptbert.model import GPTBert
+from gptbert.text.encoding import decode_behind, encode_prompt
 from gptbert.text.special_tokens import BOS_ID, MASK_ID, PAD_ID
 from gptbert.text.tokenizer import load_tokenizer, special_ids
 
@@ -43,6 +44,7 @@ class Samples:
 
     def __init__(self, config: TrainConfig, store: TokenStore, world: World) -> None:
         self._tokenizer = load_tokenizer(config.tokenizer_path)
+        self._before = encode_prompt(self._tokenizer, "a")[1:]  # excerpts and answers are not at the start of a text
         texts = _excerpts(store, min(MOST_TOKENS, config.seq_length - 1))
         special = special_ids(self._tokenizer)
         masked = [(text, _places(text, number, special)) for number, text in enumerate(texts)]
@@ -84,7 +86,7 @@ class Samples:
         return [{**text, "guesses": [next(guesses) for _ in text["answers"]]} for text in self._texts]
 
     def _decode(self, *tokens: int) -> str:
-        return self._tokenizer.decode([int(token) for token in tokens], skip_special_tokens=False)
+        return decode_behind(self._tokenizer, self._before, list(map(int, tokens)), skip_special_tokens=False)
 
 
 def _excerpts(store: TokenStore, most_tokens: int) -> list[np.ndarray]:

@@ -14,5 +14,7 @@
 - `tokenizer_file`: a tokenizer's JSON file, as untrusted content.
 - `tokenizer`: loading it, normalized; its special tokens and its hash.
 - `special_tokens`: the special tokens and their ids.
-- `encoding`: documents and sentences to token ids.
+- `splitting`: normalizer, splitter and decoder of a new tokenizer.
+- `prefix`: what tokenizers put in front of a text, and encoding without it.
+- `encoding`: documents and sentences to token ids, and back.
 """

@@ -1,5 +1,6 @@
 """Texts to token ids: documents, streamed and using all cores; sentences."""
 
+import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,7 +10,9 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from gptbert.errors import InputError
+from gptbert.text.prefix import without_prefix
 from gptbert.text.special_tokens import BOS_ID
+from gptbert.text.tokenizer import special_ids
 
 BATCH_BYTES = 2_000_000  # of text per call of the library, which takes some 100 bytes per token, at most one per byte
 DOCUMENT_OVERHEAD = 500  # memory of a short document's objects, in bytes of text
@@ -69,8 +72,25 @@ def encode_sentences(tokenizer: Tokenizer, sentences: Sequence[str]) -> list[lis
     return [[BOS_ID, *encoding.ids] for encoding in encodings]
 
 
+def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Encode a text that goes on, as plain text and preceded by `<s>`.
+
+    Upstream's tokenizers put a space behind a line break, which is the next word's: at the end it is left out.
+
+    Args:
+        tokenizer: its setting for special tokens is modified.
+        text: any text.
+
+    Raises:
+        InputError: the text is not UTF-8.
+    """
+    return _without_added_end(tokenizer, encode_sentences(tokenizer, [text])[0])
+
+
 def encode_with_masks(tokenizer: Tokenizer, text: str) -> list[int]:
     """Encode a text, preceded by `<s>`, in which "<mask>" and other special tokens are parsed as such.
+
+    What a tokenizer puts in front of a text it puts there only, not behind each special token.
 
     Args:
         tokenizer: its setting for special tokens is modified.
@@ -81,7 +101,43 @@ def encode_with_masks(tokenizer: Tokenizer, text: str) -> list[int]:
     """
     _check_text(text)
     tokenizer.encode_special_tokens = False
-    return [BOS_ID, *tokenizer.encode(text, add_special_tokens=False).ids]
+    inside = without_prefix(tokenizer)
+    if inside is tokenizer:
+        return [BOS_ID, *tokenizer.encode(text, add_special_tokens=False).ids]
+    names = {tokenizer.id_to_token(number): number for number in special_ids(tokenizer)}
+    pattern = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+    first, *others = re.split(f"({pattern})", text)
+    ids = [BOS_ID, *tokenizer.encode(first, add_special_tokens=False).ids]
+    for name, stretch in zip(others[::2], others[1::2], strict=True):
+        ids = _without_added_end(tokenizer, ids) if ids[-1] not in names.values() else ids
+        ids += [names[name], *inside.encode(stretch, add_special_tokens=False).ids]
+    return ids
+
+
+def decode_behind(
+    tokenizer: Tokenizer, before: Sequence[int], tokens: Sequence[int], *, skip_special_tokens: bool = True
+) -> str:
+    """The text that tokens add behind others: with the space in front that decoding removes from a text's start.
+
+    Args:
+        tokenizer: any.
+        before: ids of the text so far.
+        tokens: ids of what follows.
+        skip_special_tokens: leave special tokens out.
+    """
+    start, whole = (
+        tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens) for ids in (before, [*before, *tokens])
+    )
+    if whole.startswith(start):
+        return whole[len(start) :]
+    return tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens)
+
+
+def _without_added_end(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+    """Ids without a space at the end that is not in the text: decoding does not show it."""
+    text = tokenizer.decode(ids)
+    added = len(ids) > 1 and text.endswith("\n") and tokenizer.decode(ids[:-1]) == text
+    return ids[:-1] if added else ids
 
 
 def _check_text(text: str) -> None:
