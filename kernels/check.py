@@ -20,6 +20,7 @@ import tyro
 
 from kernels.backend import BACKENDS, interpreted
 from kernels.configuration import OPERATIONS, operations
+from kernels.interpreter import leave_out_dead_work
 from kernels.numerics import Comparison
 from kernels.run import Run
 
@@ -73,6 +74,8 @@ def run_checks(
     if backend == "triton":
         with suppress(Exception):  # once, before threads import it; the checks report its errors
             importlib.import_module("triton")
+            if interpreted():
+                leave_out_dead_work()
     with torch.random.fork_rng(devices):  # a run's random numbers must not depend on the check
         chosen = [op for op in operations(backend) if op in ops and (run is None or op in run.operations)]
         check = partial(_check_operation, device, backend, run)

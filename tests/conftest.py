@@ -2,6 +2,7 @@
 
 import atexit
 import importlib
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -25,6 +26,7 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="gptbert-hf-")
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.data.token_store import TokenStore
 from kernels.backend import BACKENDS, set_default_backend
+from kernels.interpreter import leave_out_dead_work
 from kernels.wanted import use_fused
 from tests.scans import scan_by_doubling
 
@@ -71,6 +73,12 @@ def seed_of_a_test():
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_interpreter():
+    if DEVICE == "cpu" and importlib.util.find_spec("triton"):
+        leave_out_dead_work()
 
 
 @pytest.fixture(scope="session")

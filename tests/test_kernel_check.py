@@ -22,6 +22,7 @@ from kernels.run import Run
 from tests.runs import MODEL, flags, write_inputs
 
 SMALL = Run("float32", 40, (9,), 9, mask_history=False, lamb=True, buckets=False)
+WITH_ATTENTION = dataclasses.replace(SMALL, row_lengths=(17,), validation_length=17, lamb=False, attention=(1, 32, 16))
 ALONE = World(0, 1, torch.device("cpu"))
 PLANTS = {  # executed by Python before the check's own module
     "wrong": "import kernels.lamb.kernel as kernel\nkernel._log = lambda beta: -1.0\n",
@@ -69,8 +70,8 @@ def test_right_kernels_pass(monkeypatch):
 
 
 def test_fused_operations_that_fail_are_done_without(plant, capfd):
-    run = dataclasses.replace(SMALL, row_lengths=(17,), validation_length=17, attention=(1, 32, 16), mixes=(8, 2))
-    assert finish(run) == {}
+    """Either of two groups, of which the other passes."""
+    run = dataclasses.replace(WITH_ATTENTION, mixes=(8, 2))
     plant("wrong attention")
     reasons = finish(run)
     assert reasons.keys() == {("attention_context", "gather"), ("attention_context", "load")}
@@ -85,13 +86,12 @@ def test_fused_operations_that_fail_are_done_without(plant, capfd):
             f"attention_context in its variant {variant} is not fused in this run: kernel check fail"
         )
     plant("wrong mixes")
-    assert finish(dataclasses.replace(run, attention=None)).keys() == {("depth_mix", None)}
+    assert finish(run).keys() == {("depth_mix", None)}
 
 
 def test_another_variant_takes_the_place_of_one_that_fails(plant, capfd, make_config):
-    run = dataclasses.replace(SMALL, row_lengths=(17,), validation_length=17, attention=(1, 32, 16))
     plant("wrong gather")
-    failures = finish(run)
+    failures = finish(WITH_ATTENTION)
     assert failures.keys() == {("attention_context", "gather")}
     wanted.use_fused(wanted.FUSED)
     assert wanted.variant("attention_context") == "gather"
@@ -162,10 +162,9 @@ def inputs(tmp_path_factory):
 def test_kernels_that_fail_their_check_stop_the_run_before_it_starts(inputs, plant, kernels, check, stops):
     plant("crash")
     name = f"check_{kernels}_{check}"
-    config = parse(
-        TrainConfig,
-        flags(inputs, name=name, kernels=kernels, kernel_check=check, max_steps=1, seq_length=16, validation_steps=1),
-    )
+    small = {"max_steps": 1, "seq_length": 16, "batch_reduction": 1, "validation_steps": 1}
+    small |= {"global_batch_size": 2, "local_batch_size": 2}
+    config = parse(TrainConfig, flags(inputs, name=name, kernels=kernels, kernel_check=check, **small))
     if not stops:
         fit(config)
         return

@@ -1,0 +1,60 @@
+"""Triton's interpreter without dead work computes the same; the work that is left out is seen to be left out."""
+
+import dataclasses
+
+import torch
+import triton
+import triton.language as tl
+from triton.runtime import interpreter
+
+from kernels.interpreter import leave_out_dead_work
+
+
+@triton.jit
+def _mixed(x, factor: tl.constexpr):
+    return x * factor + (x >> 3)
+
+
+@triton.jit
+def _kernel(x_ptr, out_ptr, n: tl.constexpr):
+    index = tl.arange(0, n)
+    x = tl.load(x_ptr + index)
+    tl.store(out_ptr + index, _mixed(_mixed(x, 3), 5) + tl.sum(x) + tl.cumsum(x))
+
+
+def launched(monkeypatch):
+    """Output of integers that wrap around, how often the language was replaced, and of products in int64."""
+    replaced, wide, own, own_mul = [], [], interpreter._patch_lang, interpreter.InterpreterBuilder.create_mul
+    with monkeypatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", lambda fn: (replaced.append(fn), own(fn))[1])
+        patch.setattr(
+            interpreter.InterpreterBuilder,
+            "create_mul",
+            lambda self, lhs, rhs: (wide.append(lhs.data.dtype == "int64"), own_mul(self, lhs, rhs))[1],
+        )
+        x = torch.arange(-8, 8, dtype=torch.int32) * 2**27
+        out = torch.empty_like(x)
+        _kernel[1,](x, out, 16)
+    return out, len(replaced), sum(wide)
+
+
+def test_results_are_the_same_with_less_work(monkeypatch):
+    builder, function = interpreter.interpreter_builder, interpreter.InterpretedFunction
+    quick = [launched(monkeypatch) for _ in range(2)][1]
+    with monkeypatch.context() as patch:
+        patch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=True))
+        patch.setattr(function, "__call__", function.replacing_call)
+        own = launched(monkeypatch)
+    assert torch.equal(quick[0], own[0])
+    assert quick[1:] == (1, 0)
+    assert own[1] > 3, "for each call"
+    assert own[2] == 2, "for each product"
+
+
+def test_it_can_be_asked_for_twice_and_of_a_version_without_these_names(monkeypatch):
+    before = interpreter.InterpretedFunction.__call__, interpreter.InterpretedFunction.replacing_call
+    leave_out_dead_work()
+    assert (interpreter.InterpretedFunction.__call__, interpreter.InterpretedFunction.replacing_call) == before
+    monkeypatch.delattr(interpreter, "interpreter_builder")
+    monkeypatch.delattr(interpreter, "InterpretedFunction")
+    leave_out_dead_work()
