@@ -322,6 +322,9 @@ def test_a_run_says_on_its_card_what_it_was(exported, tmp_path):
         load(AutoModel, by_words).embedding.relative_embedding, weights[0]["embedding.relative_embedding"]
     )
     assert weights[0]["classifier.nonlinearity.5.bias"].shape == weights[1]["classifier.nonlinearity.5.bias"].shape
+    export(ExportConfig(run_dir, tmp_path / "babylm", babylm=True))
+    for folder in (tmp_path / "babylm", tmp_path / "babylm" / "chck_120"):
+        assert json.loads((folder / "config.json").read_text())["masked_logits_alignment"] == "previous"
 
 
 def test_a_checkpoint_alone_has_a_card_too(exported):

@@ -191,8 +191,8 @@ def _candidates(
                 raw, tensor = groups.setdefault(prefix, {}).setdefault(name, (key, value))
                 if not same(tensor, value):
                     raise InputError(f"{raw} and {key} are the same weight, and differ")
-        else:
-            loose.append(".".join((*path, str(key))))
+        elif not path:  # a few; inside of dictionaries there may be millions
+            loose.append(str(key))
     _assign(unknown, groups, loose)
     for prefix, group in groups.items():
         yield ".".join(filter(None, (*path, prefix))), group
