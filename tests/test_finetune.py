@@ -2,13 +2,18 @@
 
 import json
 import random
+import unicodedata
 
 import pytest
 from transformers import AutoTokenizer, pipeline
 
 from examples.finetune import IGNORE_INDEX, Settings, encode_words, finetune
 from gptbert.export import ExportConfig, export
+from gptbert.huggingface.tokenizer_files import write_tokenizer_files
 from tests.runs import train, write_inputs
+from tests.texts import GREEK, HINDI
+from tests.tokenizer_kinds import SPLITTINGS
+from tokenize_scripts.train_tokenizer import learn
 
 ANIMALS, PLACES, VERBS = ("cat", "dog", "horse", "mouse"), ("house", "garden", "river"), ("saw", "left", "liked")
 
@@ -79,3 +84,18 @@ def test_labels_stand_on_the_first_token_of_each_word(exported):
     assert len(tokens) > len(words) + 1
     cut = encode_words(tokenizer, {"words": words, "tags": tags}, ["a", "b"], max_length=3)
     assert len(cut["labels"]) == 3
+
+
+@pytest.mark.parametrize("flags", SPLITTINGS)
+def test_labels_stand_on_words_whatever_the_normal_form(flags, tmp_path):
+    """Offsets are those of the words as they were given, composed or not, with and without a space in front."""
+    words = ["The", *unicodedata.normalize("NFD", GREEK).split()[:9], *HINDI.split()[:9], "2", "cooks"]
+    write_tokenizer_files(learn(iter([f"{HINDI} {GREEK}"] * 9), 500, 2, SPLITTINGS[flags]), tmp_path, 500)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tags = [str(number) for number in range(len(words))]
+    encoding = encode_words(tokenizer, {"words": words, "tags": tags}, tags, max_length=500)
+    starts = [place for place, label in enumerate(encoding["labels"]) if label != IGNORE_INDEX]
+    assert [encoding["labels"][place] for place in starts] == list(range(len(words)))
+    for word, start, end in zip(words, starts, [*starts[1:], None], strict=True):
+        found = tokenizer.decode(encoding["input_ids"][start:end])
+        assert unicodedata.normalize("NFC", found.strip()) == unicodedata.normalize("NFC", word)

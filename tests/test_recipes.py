@@ -189,6 +189,7 @@ def test_a_recipe_trains_with_what_it_is_known_for(commands, documents, name):
     assert config.checkpoint_words == ("babylm",)
     log = (commands / "python.log").read_text()
     assert "--input my corpus.jsonl" in log, "a name with a space stays one"
+    assert ("--like=upstream" in log) == name.startswith("babylm")
     assert re.findall(r"^tokenize_scripts/(\w+)", log, re.MULTILINE) == [
         "split_corpus", "train_tokenizer", "tokenize_corpus", "tokenize_corpus"
     ]  # fmt: skip

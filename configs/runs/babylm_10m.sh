@@ -23,7 +23,8 @@ MAX_STEPS=${MAX_STEPS:-7812}                 # published: 31,250 / 4
 LOCAL_BATCH_SIZE=${LOCAL_BATCH_SIZE:-256}    # rows per micro-batch on a GPU; published; does not affect the result
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # torchrun's default; set here, it prints no warning
 
-configs/runs/prepare.sh "$DATA" "$OUT" "$CONFIG" "$VALIDATION"
+# Published: its tokenizer's normalizer and splitter, with the space in front that BabyLM's reading tasks count on.
+configs/runs/prepare.sh "$DATA" "$OUT" "$CONFIG" "$VALIDATION" --like=upstream
 
 # 15/16 masked is published, there with each GPU training one objective; here each GPU trains both if the number of GPUs
 # is not divisible by 16, with the same loss. Ours: validation on the whole file, --checkpoint_words, --resume.

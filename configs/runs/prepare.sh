@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From documents to token files, for the recipes in this folder. From the repository's root:
 #
-#     configs/runs/prepare.sh DATA OUT CONFIG [VALIDATION]
+#     configs/runs/prepare.sh DATA OUT CONFIG [VALIDATION [further flags of train_tokenizer.py]]
 #
 # DATA and VALIDATION are files or folders of documents; without VALIDATION, 5 % of DATA's documents are held out.
 # Writes to the folder OUT: tokenizer.json, with the vocabulary size of CONFIG, and train and validation .safetensors.
@@ -10,7 +10,7 @@
 set -euo pipefail
 
 data=${1:?the documents to train on} out=${2:?the folder to write to} config=${3:?the JSON file of the model}
-validation=${4:-}
+validation=${4:-} tokenizer_flags=("${@:5}")
 train=$data
 
 if [[ -z $validation ]]; then
@@ -20,7 +20,8 @@ if [[ -z $validation ]]; then
 fi
 [[ -e $out/tokenizer.json ]] || python tokenize_scripts/train_tokenizer.py --input "$train" \
     --output "$out/tokenizer.json" \
-    --vocab_size "$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["vocab_size"])' "$config")"
+    --vocab_size "$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["vocab_size"])' "$config")" \
+    "${tokenizer_flags[@]}"
 for part in train validation; do
     compgen -G "$out/$part*.safetensors" >/dev/null || # a large corpus is split into several files
         python tokenize_scripts/tokenize_corpus.py --input "${!part}" --tokenizer_path "$out/tokenizer.json" \
