@@ -86,15 +86,15 @@ def test_a_rank_that_is_killed_is_started_again_by_torchrun(inputs, undisturbed,
     assert_same_end(run, undisturbed[2])
 
 
-def test_a_signal_saves_at_the_next_step_and_the_run_goes_on(inputs, undisturbed, fork):
-    """Each signal once, one after the other, to the same run."""
+def test_a_signal_saves_at_the_next_step_and_the_run_goes_on(inputs, undisturbed, launch, fork):
+    """Each signal once, one after the other, to the same run; the first to a run that was started as by a user."""
     run, steps = inputs / "runs" / "signals", []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        process = fork("signals", resume="auto")
+        process = (launch if number == signal.SIGTERM else fork)("signals", resume="auto")
         wait_for_record(process, run, len(read_records(run / "metrics.jsonl")) + RANDOM.randint(3, 6))
         process.send_signal(number)
-        output, status = process.communicate()
-        assert status == STOPPED == 75, output
+        output, _ = process.communicate()
+        assert process.poll() == STOPPED == 75, output
         lines = output.splitlines()
         assert f"{number.name}: saving a checkpoint at the next step, then stopping" in lines
         assert re.fullmatch(rf"stopped by {number.name} after step \d+, .*--resume auto goes on", lines[-1])
