@@ -165,11 +165,15 @@ def test_programs_that_need_a_home_get_one(monkeypatch, tmp_path):
     assert os.environ["HOME"] == str(tmp_path)
 
 
-def test_the_device_that_was_chosen_is_said(make_config, capfd):
+def test_the_device_that_was_chosen_is_said(make_config, capfd, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     log_choices(make_config(), World(0, 1, torch.device("cpu")), "compiled")
     assert "on the CPU, since " in capfd.readouterr().err
     log_choices(make_config(device="cpu"), World(0, 1, torch.device("cpu")), "compiled")
     assert "on the CPU, 1 thread a process (--device, --cpu_threads)" in capfd.readouterr().err
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    log_choices(make_config(device="cpu"), World(0, 1, torch.device("cpu")), "compiled")
+    assert "on the CPU, 3 threads a process (--device, --cpu_threads)" in capfd.readouterr().err
 
 
 def test_a_gpu_that_a_variable_hides_is_explained(monkeypatch):
