@@ -1,6 +1,6 @@
 """Errors that end a command with one line and no traceback; none of them indicates a bug of ours."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -56,6 +56,12 @@ def prefix_errors(flag: str) -> Iterator[None]:
         prefixed = InputError(f"{flag}: {error}")
         prefixed.status = error.status
         raise prefixed from None
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """Names for a message: the first `most` of them, and the number of the others."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
 
 
 def first_line(error: BaseException) -> str:

@@ -17,7 +17,7 @@ from gptbert.checkpoint.foreign import find_weights, read_foreign
 from gptbert.checkpoint.weights import fitting, write_weights
 from gptbert.command_line import run_command
 from gptbert.config import ModelConfig
-from gptbert.errors import InputError
+from gptbert.errors import InputError, listed
 from gptbert.io.json_file import read_object, write_json
 from gptbert.io.outputs import new_folder
 from gptbert.io.screen import log
@@ -86,8 +86,7 @@ def import_hf(config: ImportConfig) -> None:
         shutil.copyfile(tokenizer_path, written / TOKENIZER)
         manifest.write(written)
     left_out = foreign.left_out
-    more = f" and {len(left_out) - _MOST_NAMED} more" if len(left_out) > _MOST_NAMED else ""
-    note = f", without {', '.join(left_out[:_MOST_NAMED])}{more}" if left_out else ""
+    note = f", without {listed(left_out, _MOST_NAMED)}" if left_out else ""
     print(f"wrote {files[0]} to {config.output}{note}; train_distributed.py --initial_weights {config.output}")
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gptbert.config import ModelConfig
-from gptbert.errors import InputError
+from gptbert.errors import InputError, listed
 from gptbert.model.gptbert import position_bucket
 
 # our name → published name; {} is the layer
@@ -69,7 +69,8 @@ def from_upstream(
     if tied is not None and not same(unwrapped.setdefault(_EMBEDDING, tied), tied):
         raise InputError(f"{keys[_EMBEDDING]} and {keys[TIED_WEIGHT]} differ, and a GPT-BERT has one weight for both")
     if unknown := [keys[name] for name in unwrapped if not is_published(name)]:
-        raise InputError(f"{unknown[0]} is no parameter of a GPT-BERT{_and_others(unknown[1:])}")
+        others = f", nor are {listed(unknown[1:], _MOST_NAMED)}" if unknown[1:] else ""
+        raise InputError(f"{unknown[0]} is no parameter of a GPT-BERT{others}")
     converted, buckets = {}, None
     for name, tensor in unwrapped.items():
         if re.fullmatch(_BUFFER_PATTERN, name):
@@ -165,12 +166,6 @@ def to_upstream(state_dict: Mapping[str, Tensor], config: ModelConfig | None = N
         for layer in range(config.num_hidden_layers):
             converted[_BUFFER.format(layer)] = buckets
     return converted
-
-
-def _and_others(names: list[str]) -> str:
-    """The end of a message about one name that holds for these as well."""
-    rest = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return f", nor are {', '.join(names[:_MOST_NAMED])}{rest}" if names else ""
 
 
 def _rename(name: str, table: dict[str, str]) -> str:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gptbert.config import ModelConfig
-from gptbert.errors import InputError, first_line
+from gptbert.errors import InputError, first_line, listed
 from gptbert.model import GPTBert
 from gptbert.upstream import from_upstream, to_published, to_upstream
 
@@ -51,8 +51,8 @@ def fitting(
     """
     weights, expected = from_upstream(published, config, keys), shapes(config)
     if missing := [name for name in expected if name not in weights]:
-        others = f", and so are {', '.join(missing[1:5])}" if missing[1:] else ""
-        raise InputError(f"{missing[0]} is missing{others}{f' and {len(missing) - 5} more' if missing[5:] else ''}")
+        others = f", and so are {listed(missing[1:], 4)}" if missing[1:] else ""
+        raise InputError(f"{missing[0]} is missing{others}")
     for name in expected | weights:
         published_name = to_published(name)
         key = (keys or {}).get(published_name, published_name)

@@ -82,7 +82,7 @@ def _forecast(files: Sequence[Source], config: CorpusConfig, domain_field: str |
 
 def _enough(file: Source) -> int:
     """Bytes on disk of a file that are enough to judge it by."""
-    return SAMPLED_PACKED if file.kind and file.kind.packing else SAMPLED_BYTES
+    return SAMPLED_PACKED if file.kind.packing else SAMPLED_BYTES
 
 
 def _sample(source: Source, reader: DocumentReader) -> tuple[int, int]:
