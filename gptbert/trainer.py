@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import torch
 from torch import Tensor
@@ -138,7 +138,7 @@ class Trainer:
         throughput = Throughput(self.plan.tokens_before(self.step))
         while self.step < config.max_steps:
             with throughput.waiting():
-                step_rows = rows.get(self.step, self.stop_signal.raise_if_alone)
+                step_rows = self._next_rows(rows)
             gradient_norm = self.train_step(step_rows)
             stops = self.stop_signal.should_stop()
             if self._record.is_due(self.step):
@@ -160,6 +160,14 @@ class Trainer:
         if self.world.is_main and self._labels:
             for line in figures.of_labels(self._labels, schedules.steps_since_due(self.step, config.log_every)):
                 log(line)
+
+    def _next_rows(self, rows: Prefetcher[list[LoadedShare]]) -> list[LoadedShare]:
+        """Raises StopRequested on all ranks if one of them waits for rows and is asked to stop."""
+        with suppress(StopRequested):  # the other ranks, which may wait for this one, are told below
+            step_rows = rows.get(self.step, self.stop_signal.raise_if_received)
+        if self.stop_signal.can_stop_before_a_step:
+            self.stop_signal.raise_if_asked()
+        return step_rows
 
     def validate(self, trackers: Trackers, samples: Samples, bar: tqdm) -> None:
         """Record the validation of this step; every rank must call it.
