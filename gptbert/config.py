@@ -222,7 +222,8 @@ class TrainConfig:
     are; this is a check, which ends the run if the number is another one. Default: no check."""
 
     mixed_precision: bool = False
-    """Compute in bf16 (autocast); weights, gradients and optimizer state stay fp32."""
+    """Compute in bf16 (autocast); weights, gradients and optimizer state stay fp32. A device without instructions for
+    products of bf16 computes in fp32, which is several times as fast there; a line says so."""
     compile: bool = True
     """Compile the model's blocks with torch.compile if that saves the whole run more time than it costs: half a minute
     at the first start, seconds at later ones. A resumed run keeps its choice."""

@@ -27,7 +27,14 @@ from gptbert.monitoring.validation import is_validated
 from gptbert.trainer import Trainer
 from gptbert.training import compile_choice
 from gptbert.training.kernel_check import agree_on_fused, kernel_check, run_of
-from gptbert.training.preparation import log_choices, own_run_dir, prepare_cpp_kernels, prepare_kernels, prepare_run_dir
+from gptbert.training.preparation import (
+    log_choices,
+    own_run_dir,
+    prepare_cpp_kernels,
+    prepare_kernels,
+    prepare_run_dir,
+    with_fast_precision,
+)
 
 
 def fit(config: TrainConfig) -> None:
@@ -44,6 +51,7 @@ def fit(config: TrainConfig) -> None:
 
 
 def _fit(config: TrainConfig, world: World, ownership: ExitStack) -> None:
+    config = with_fast_precision(config, world)
     with world.errors_on_all_ranks():
         backend = prepare_kernels(config, world)
         inputs = Inputs.open(config)

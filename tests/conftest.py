@@ -23,8 +23,10 @@ else:
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="gptbert-hf-")
 
+from gptbert import evaluate
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.data.token_store import TokenStore
+from gptbert.training import preparation
 from kernels.backend import BACKENDS, set_default_backend
 from kernels.interpreter import leave_out_dead_work
 from kernels.wanted import use_fused
@@ -68,6 +70,13 @@ def seed_of_a_module():
 def seed_of_a_test():
     """What a test draws without a generator depends on no test before."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def bf16_everywhere(monkeypatch):
+    """Runs of this process, and those forked from it, compute in bf16 also where fp32 would be faster."""
+    for module in (preparation, evaluate):
+        monkeypatch.setattr(module, "has_bf16", lambda device: True)
 
 
 @pytest.fixture(autouse=True, scope="session")
