@@ -23,13 +23,12 @@ else:
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="gptbert-hf-")
 
-from gptbert import evaluate
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.data.token_store import TokenStore
-from gptbert.training import preparation
 from kernels.backend import BACKENDS, set_default_backend
 from kernels.interpreter import leave_out_dead_work
 from kernels.wanted import use_fused
+from tests.runs import TAKE_BF16, take_bf16
 from tests.scans import scan_by_doubling
 
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
@@ -74,9 +73,9 @@ def seed_of_a_test():
 
 @pytest.fixture
 def bf16_everywhere(monkeypatch):
-    """Runs of this process, and those forked from it, compute in bf16 also where fp32 would be faster."""
-    for module in (preparation, evaluate):
-        monkeypatch.setattr(module, "has_bf16", lambda device: True)
+    """Runs of this process, and of `forked_ranks`, compute in bf16 also where fp32 would be faster."""
+    take_bf16(monkeypatch.setattr)
+    monkeypatch.setenv(TAKE_BF16, "1")
 
 
 @pytest.fixture(autouse=True, scope="session")
