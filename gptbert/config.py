@@ -151,6 +151,9 @@ class TrainConfig:
     """Folder of all runs; this run writes to output_dir/name."""
     name: str = "gptbert"
     """Name of the run: its folder's name, and its name in wandb."""
+    run_file: Path | None = None
+    """YAML or TOML file with flags of this command; those on the command line count more. A run's folder has one with
+    all of its flags, run.yaml."""
 
     train_weights: tuple[float, ...] = ()
     """Relative weight of each corpus in the training tokens, in the order of --train_path: a corpus with more than its

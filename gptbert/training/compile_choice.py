@@ -16,9 +16,10 @@ from gptbert.monitoring.flops import training_flops
 # Per row length of a run, each compiled separately; ten seconds if Inductor has it in its disk cache.
 COMPILE_SECONDS = {"cpu": 30.0, "cuda": 30.0}
 
-# On a CPU, per token, layer and dimension of the hidden states: compiling spares work between matrix products. Measured,
-# on one core or two: 0.4 µs with D 256 and 6 layers (22.6 s a step, compiled 7.6), 0.17 with small.json on two cores (830
-# tokens/s, compiled 2,500), 0.3 with tiny.json in fp32 on a busy machine (1,350 tokens/s a process, compiled 2,350).
+# On a CPU, per token, layer and dimension of the hidden states: compiling spares work between matrix products.
+# Measured, on one core or two: 0.4 µs with D 256 and 6 layers (22.6 s a step, compiled 7.6), 0.17 with small.json on
+# two cores (830 tokens/s, compiled 2,500), 0.3 with tiny.json in fp32 on a busy machine (1,350 tokens/s a process,
+# compiled 2,350).
 _CPU_SECONDS_SAVED = 2.5e-7
 
 # On a GPU, where a step is bound by the host or the device. A compiled step of 12 layers has some 2,500 launches per

@@ -15,6 +15,7 @@ from gptbert.errors import InputError
 from gptbert.io import environment
 from gptbert.io.json_file import write_json
 from gptbert.io.owner import owned
+from gptbert.io.run_file import write_run_file
 from gptbert.io.screen import log
 from kernels import cpp
 from kernels.assembler import is_right, right_assembler
@@ -160,5 +161,6 @@ def prepare_run_dir(config: TrainConfig, model_config: ModelConfig, world: World
     with _write_errors(config):
         config.run_dir.mkdir(parents=True, exist_ok=True)
         write_json(config.run_dir / "config.json", settings)
+        write_run_file(config.run_dir / "run.yaml", config)
         with suppress(shutil.SameFileError):
             shutil.copyfile(config.tokenizer_path, config.run_dir / TOKENIZER)
