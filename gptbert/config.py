@@ -208,7 +208,11 @@ class TrainConfig:
     warmup_proportion: float = 0.016
     """Fraction of the steps over which the learning rate rises from 0."""
     cooldown_proportion: float = 0.016
-    """Fraction of the steps, at the end, over which the learning rate falls from a tenth to 0."""
+    """Fraction of the steps, at the end, over which the learning rate falls to 0: from a tenth, or with --schedule
+    trapezoid from the peak."""
+    schedule: Literal["cosine", "trapezoid", "constant"] = "cosine"
+    """Between warmup and cooldown the learning rate falls to a tenth (cosine), or stays at its peak (trapezoid).
+    constant: it stays there to the end, without a cooldown; --branch_from gives such a run any number of endings."""
 
     mask_p_start: float = 0.3
     """Fraction of tokens masked at the first step; it changes linearly to mask_p_end."""
@@ -273,8 +277,10 @@ class TrainConfig:
     """Steps between log records; in between, nothing is read back from the device."""
     save_every: int = 1000
     """Steps between checkpoints; 0: only at the end."""
+    save_steps: tuple[int, ...] = ()
+    """Also save checkpoints after these numbers of steps, and keep them."""
     keep_checkpoints: int = 3
-    """Number of checkpoints to keep, the newest ones."""
+    """Number of checkpoints to keep, the newest ones, besides those of --save_steps."""
     checkpoint_words: tuple[str, ...] = ()
     """Also save weights after these numbers of words seen, permanently, in the run's words/chck_1M and so on: such as
     500_000 1M 1.5B, or babylm for 1M, 2M, … 10M, 20M, … 100M, 200M, … 1000M, as far as the run goes."""
@@ -284,6 +290,9 @@ class TrainConfig:
     resume: str | None = None
     """auto: resume from the run's newest checkpoint, or start from scratch if there is none.
     A path: resume from that checkpoint."""
+    branch_from: Path | None = None
+    """Go on from this checkpoint of another run, or from that run's newest one, to an end of its own at --max_steps:
+    the learning rate falls linearly from what it is there to 0."""
     trackers: tuple[Literal["wandb", "tensorboard"], ...] = ("wandb",)
     """Where records go besides metrics.jsonl: any of these, or nothing after the flag for none."""
     wandb_project: str = "gptbert"
@@ -319,6 +328,8 @@ class TrainConfig:
         for name, limit in below.items():
             if not getattr(self, name) < limit:
                 raise InputError(f"--{name} is {getattr(self, name)}, expected a number below {limit}")
+        if wrong := [step for step in self.save_steps if not 1 <= step <= self.max_steps]:
+            raise InputError(f"--save_steps has {wrong[0]}, expected steps from 1 to --max_steps {self.max_steps}")
         self._check_corpora()
         self._check_combinations()
 

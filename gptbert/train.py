@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from gptbert import schedules
+from gptbert.checkpoint.branch import branched
 from gptbert.checkpoint.checkpoint import Checkpoint
 from gptbert.checkpoint.folder import saved_setting
 from gptbert.checkpoint.initial_weights import read_initial_weights
@@ -53,6 +54,7 @@ def fit(config: TrainConfig) -> None:
 def _fit(config: TrainConfig, world: World, ownership: ExitStack) -> None:
     config = with_fast_precision(config, world)
     with world.errors_on_all_ranks():
+        config, branch_line = branched(config)
         backend = prepare_kernels(config, world)
         inputs = Inputs.open(config)
         config = dataclasses.replace(config, n_special_tokens=len(inputs.special_ids))  # for the records
@@ -92,7 +94,7 @@ def _fit(config: TrainConfig, world: World, ownership: ExitStack) -> None:
     if world.is_main:
         print_header(config, inputs, plan, world, backend, words)
         log_choices(config, world, choice)
-        _log_start(config, path, note)
+        _log_start(config, path, "\n".join(filter(None, [note, branch_line])))
     trainer = Trainer(config, inputs, plan, world, initial_weights, is_compiled=choice.is_compiled, progress=progress)
     if world.is_main:
         _log_data(config, inputs, trainer)

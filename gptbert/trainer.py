@@ -149,7 +149,9 @@ class Trainer:
             with throughput.paused():
                 if has_words := bool(self.words.due(self.step)):
                     self.save_words()
-                if is_saved := stops or schedules.is_due(self.step, config.save_every, config.max_steps):
+                if is_saved := stops or schedules.is_due(
+                    self.step, config.save_every, config.max_steps, config.save_steps
+                ):
                     self.save()
                 if stops:
                     raise StopRequested
