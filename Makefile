@@ -8,7 +8,7 @@ DEMO := demo
 
 install: .venv/.installed
 
-.venv/.installed: pyproject.toml constraints.txt
+.venv/.installed: pyproject.toml setup.py constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" -c constraints.txt
 	@touch $@
@@ -58,7 +58,7 @@ test-torch: .venv/torch-$(TORCH)/.installed
 	.venv/torch-$(TORCH)/bin/python -m pytest -n 2 --dist loadfile $(TORCH_TESTS:%=tests/test_%.py)
 
 # Triton 3.6, which PyTorch 2.11 brings, cannot interpret kernels with numpy 2.4.
-.venv/torch-%/.installed: pyproject.toml
+.venv/torch-%/.installed: pyproject.toml setup.py
 	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" "torch==$*" \
 		$(if $(filter 2.11.%,$*),"numpy<2.4")
