@@ -2,4 +2,5 @@
 
 from gptbert import kernels_finder
 
+__version__ = "0.1.0"
 kernels_finder.install()  # before anything imports `kernels`

@@ -9,10 +9,11 @@ import zipfile
 
 import pytest
 
+import gptbert
 from tests.namesake import write_wheel
 from tests.runs import ROOT, flags, write_inputs
 
-SOURCES = ("gptbert", "kernels", "tokenize_scripts", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = ("gptbert", "kernels", "tokenize_scripts", "setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE")
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +67,7 @@ def test_a_wheel_has_every_file_of_the_packages_and_no_other_folder(wheel):
         assert needed
         within = "gptbert/_packages/" if package == "kernels" else ""
         assert not {name for name in needed if within + name not in names}
+    assert {f"gptbert-{gptbert.__version__}.dist-info/licenses/{name}" for name in ("LICENSE", "NOTICE")} <= set(names)
 
 
 def test_a_wheel_trains_and_another_distribution_named_kernels_works_too(wheel, environment, tmp_path):
