@@ -97,7 +97,7 @@ lint-files: install
 # All pages as a site, in build/site; a link that leads nowhere is an error.
 docs: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]" -c constraints.txt
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/mkdocs build --strict
 
 # On a GPU, `pip install -e '.[bench]'` first adds the peers that need one. Passive, because OpenMP's threads otherwise
 # spin while they wait for each other, and beside other work on the machine that makes many small steps look slow.
