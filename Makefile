@@ -86,6 +86,7 @@ soak: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # Dockerfile, workflow and citation by their own linters.
 lint-files: install
@@ -113,5 +114,5 @@ gpu: install
 	$(BIN)/python -m benchmarks.gpu
 
 clean:
-	rm -rf benchmarks/results/work $(DEMO) .pytest_cache .ruff_cache .hypothesis .benchmarks build *.egg-info
+	rm -rf benchmarks/results/work $(DEMO) .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks build *.egg-info
 	find . -name __pycache__ -not -path './.venv/*' -exec rm -rf {} +

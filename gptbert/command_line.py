@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import tyro
 
@@ -65,7 +65,7 @@ def parse(settings: type[Settings], arguments: Sequence[str] | None = None) -> S
     output, errors = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
-            parsed = tyro.cli(settings, args=[*(file.arguments if file else []), *own], use_underscores=True)
+            parsed: Any = tyro.cli(settings, args=[*(file.arguments if file else []), *own], use_underscores=True)
         return dataclasses.replace(parsed, **{FLAG: None}) if file else parsed
     except InputError as error:
         raise InputError(f"{error}{file.origin(str(error), own)}" if file else str(error)) from None
@@ -105,11 +105,11 @@ def _missing(lines: list[str]) -> list[str]:
     return [line.split()[0] for line, indent in zip(lines, indents, strict=True) if indent == of_names]
 
 
-def _fail(message: str, status: int, by_all: bool = False) -> None:
+def _fail(message: str, status: int, by_all: bool = False) -> NoReturn:
     _end(f"error: {message}" if by_all or _speaks() else "", status)
 
 
-def _end(message: str, status: int) -> None:
+def _end(message: str, status: int) -> NoReturn:
     """End the process; one of several processes skips interpreter shutdown.
 
     In shutdown, a gloo thread that frees the last collective's tensors would find no interpreter and abort the process.

@@ -48,7 +48,7 @@ class ModelConfig:
             kinds = (int,) if field.type is int else (int, float)
             if isinstance(value, bool) or not isinstance(value, kinds):
                 found = reprlib.repr(value)
-                raise InputError(f"{field.name} is {found}, expected a number of type {field.type.__name__}")
+                raise InputError(f"{field.name} is {found}, expected a number of type {kinds[-1].__name__}")
             largest = _LARGEST.get(field.name, _LARGEST_SIZE)
             if field.type is int and not 1 <= value <= largest:
                 raise InputError(f"{field.name} is {reprlib.repr(value)}, expected a number from 1 to {largest}")

@@ -242,7 +242,7 @@ def _facts(origin: Origin) -> dict[str, str]:
         "rows in a step": _said(train, "{global_batch_size} at the end, of {seq_length} tokens" + growth),
         "optimizer": _said(train, "{optimizer}, learning rate {learning_rate}, weight decay {weight_decay}"),
         "masked tokens": _said(train, "{mask_p_start} of them at first, {mask_p_end} at the end"),
-        "precision": {True: "bf16 autocast, fp32 weights", False: "fp32"}.get(train.get("mixed_precision"), ""),
+        "precision": {True: "bf16 autocast, fp32 weights", False: "fp32"}.get(train.get("mixed_precision"), ""),  # type: ignore[arg-type]  # None is no key
         "seed": _said(train, "{seed}"),
         "hardware": _said(run, "{hardware}, {world_size} process") + ("es" if processes != 1 else ""),
         "software": _said(run, "torch {torch}"),

@@ -1,6 +1,6 @@
 """Muon for a model's hidden matrices and AdamW for the rest, as one optimizer."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ class MuonWithAdamW(Optimizer):
         super().__init__([*self._muon.param_groups, *self._adamw.param_groups], {})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient."""
         if closure is not None:
             raise ValueError("MuonWithAdamW takes no closure")
@@ -61,7 +61,7 @@ class MuonWithAdamW(Optimizer):
             if matrix.grad is not None:
                 self._step_matrix(matrix, matrices, found_inf)
         self._adamw.param_groups = groups
-        self._adamw.found_inf = found_inf
+        self._adamw.found_inf = found_inf  # type: ignore[attr-defined]  # as GradScaler does
         self._adamw.step()
 
     def _step_matrix(self, matrix: Tensor, group: dict[str, Any], found_inf: Tensor | None) -> None:

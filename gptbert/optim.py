@@ -68,7 +68,7 @@ class Lamb(Optimizer):
         self._prepared_for: tuple | None = None
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; returns the closure's loss, if any."""
         loss = None
         if closure is not None:
@@ -107,8 +107,11 @@ class Lamb(Optimizer):
         averages: Mapping[Tensor, Tensor] | None = None,
         average_decay: float = 0.0,
         copies: Mapping[Tensor, Tensor] | None = None,
-    ) -> Tensor | None:
-        """One call of the kernel for all parameters whose settings differ at most in weight decay."""
+    ) -> Any:
+        """One call of the kernel for all parameters whose settings differ at most in weight decay.
+
+        Returns the gradient norm; None without `max_grad_norm`.
+        """
         params = [param for group in self.param_groups for param in group["params"]]
         grads = [param.grad for param in params]
         calls, idle = self._find_calls(params, grads, averages or {}, copies or {})
@@ -187,13 +190,15 @@ class Lamb(Optimizer):
         for places in members.values():
             own = [params[place] for place in places]
             states = [self._state_of(param) for param in own]
-            lists = (own, *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")))
+            moments = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
+            exp_avgs, exp_avg_sqs, steps = moments
+            lists = (own, exp_avgs, exp_avg_sqs, steps)
             means = [averages[param] for param in own] if averages else []
             own_copies = [copies.get(param) for param in own]
             decays = [self.param_groups[owners[place]]["weight_decay"] for place in places]
             is_whole = group_of_shards is None and own[0].dtype == torch.float32
             if is_whole and choose_backend(None, own[0].device) == "triton":
-                step = PreparedStep(*lists, means, decays, own_copies)
+                step: Callable[..., Tensor | None] = PreparedStep(*lists, means, decays, own_copies)
             else:
                 step = partial(_plain_step, lists, means, decays, own_copies, group_of_shards)
             calls.append(_Call(self.param_groups[owners[places[0]]], places, step))
@@ -260,7 +265,7 @@ class WeightAverage:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.model = deepcopy(model).eval().requires_grad_(False)
+        self.model: Any = deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
         self._pairs_of: nn.Module | None = None
         self._pairs: dict[Tensor, Tensor] = {}
@@ -303,7 +308,7 @@ def _shard_group(params: Iterable[Tensor]) -> ProcessGroup | None:
         spread = [dim for dim, placement in enumerate(placements) if not placement.is_replicate()]
         if len(spread) > 1 or not all(isinstance(placements[dim], Shard) for dim in spread):
             raise ValueError(f"Lamb: a parameter is placed {placements}; at most one dimension of a mesh may shard it")
-        groups.add(param.device_mesh.get_group(spread[0]) if spread else None)
+        groups.add(param.device_mesh.get_group(spread[0]) if isinstance(param, DTensor) and spread else None)
     if len(groups) > 1:
         raise ValueError("Lamb: parameters are spread over different processes; give each kind its own optimizer")
     return groups.pop() if groups else None
@@ -333,9 +338,10 @@ def update_weights(
     if isinstance(optimizer, Lamb):
         return optimizer.clip_step_average(max_grad_norm, average.of(model), average.decay, copies)
     gradient_norm = full_tensor(clip_grad_norm_(model.parameters(), max_grad_norm))
-    optimizer.found_inf = (~gradient_norm.isfinite()).float()  # how GradScaler makes fused optimizers skip a step
+    # how GradScaler makes fused optimizers skip a step
+    optimizer.found_inf = (~gradient_norm.isfinite()).float()  # type: ignore[attr-defined]  # none declares it
     optimizer.step()
-    del optimizer.found_inf
+    del optimizer.found_inf  # type: ignore[attr-defined]  # likewise
     average.update(model, gradient_norm)
     if copies:
         with torch.no_grad():
@@ -361,7 +367,7 @@ def build_optimizer(config: TrainConfig, model: nn.Module, *, is_recorded: bool 
         model: its parameters are updated.
         is_recorded: whether a CUDA graph records the steps.
     """
-    settings = {
+    settings: dict[str, Any] = {
         "lr": config.learning_rate,
         "betas": (config.optimizer_beta1, config.optimizer_beta2),
         "eps": config.optimizer_eps,

@@ -85,7 +85,7 @@ def _fit(config: TrainConfig, world: World, ownership: ExitStack) -> None:
         with world.errors_on_all_ranks():
             reasons = finish_check()
         agree_on_fused(reasons, world)
-    was_asked = resumed is None or saved_setting(path, "compile") is not False
+    was_asked = resumed is None or path is None or saved_setting(path, "compile") is not False
     choice = compile_choice.choose(config, inputs.model_config, plan, world, resumed, was_asked)
     with world.errors_on_all_ranks():
         backend = prepare_cpp_kernels(config, world, is_compiled=choice.is_compiled)
@@ -108,7 +108,7 @@ def _progress(
     config: TrainConfig, inputs: Inputs, plan: HybridPlan, path: Path | None, resumed: Checkpoint | None
 ) -> tuple[Progress, str]:
     """What the run goes on from, and a note on it for the log, or ""."""
-    if resumed is None:
+    if resumed is None or path is None:
         return Progress(config, inputs, plan), ""
     state, note = progress_state(path, resumed, config, inputs)
     progress = Progress(config, inputs, plan, state, resumed.step)

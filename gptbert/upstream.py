@@ -74,8 +74,9 @@ def from_upstream(
     converted, buckets = {}, None
     for name, tensor in unwrapped.items():
         if re.fullmatch(_BUFFER_PATTERN, name):
-            buckets = position_buckets(config) if config and buckets is None else buckets
-            if config and not same(tensor, buckets):
+            if config and buckets is None:
+                buckets = position_buckets(config)
+            if buckets is not None and not same(tensor, buckets):
                 raise InputError(
                     f"{keys[name]} differs from what position_bucket_size and max_position_embeddings make of it"
                 )
@@ -172,7 +173,7 @@ def _rename(name: str, table: dict[str, str]) -> str:
     generic = _generic(name)
     if generic not in table:
         raise InputError(f"{name} is no parameter of a GPT-BERT")
-    return table[generic].replace("L", _LAYER.search(name)[0]) if "L" in generic else table[generic]
+    return table[generic].replace("L", _LAYER.findall(name)[0]) if "L" in generic else table[generic]
 
 
 def _generic(name: str) -> str:

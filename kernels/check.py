@@ -126,11 +126,11 @@ class CheckConfig:
 
     device: str | None = None
     """Where; by default the GPU, if there is one. On the CPU, Triton's kernels run in its interpreter."""
-    backend: Literal[BACKENDS] = "triton"
+    backend: Literal[BACKENDS] = "triton"  # type: ignore[valid-type]  # tyro sees the values
     """Which implementation; see kernels.backend."""
     run: str | None = None
     """Check only what one training run launches, given as `kernels.run.Run` in JSON; the trainer does so."""
-    op: tuple[Literal[OPERATIONS], ...] = OPERATIONS
+    op: tuple[Literal[OPERATIONS], ...] = OPERATIONS  # type: ignore[valid-type]  # likewise
     """Operations to check."""
 
 

@@ -44,7 +44,7 @@ class Target(NamedTuple):
     """The arguments of Triton's GPUTarget, and the shared memory available to a program, in bytes."""
 
     backend: str
-    arch: int | str
+    arch: Any  # a number for CUDA, a name for HIP
     warp_size: int
     shared_bytes: int
 
@@ -259,7 +259,7 @@ def _broken_bars(configuration: Configuration, target: Target, result: Build, tt
 
 def _measure_nvidia(ptx: str, log: str) -> dict[str, Any]:
     return {
-        "registers": int(re.search(r"Used (\d+) registers", log)[1]),
+        "registers": int(re.findall(r"Used (\d+) registers", log)[0]),
         "spill_bytes": sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", log))),
         "loads": dict(Counter(_ptx_widths("ld", ptx))),
         "stores": dict(Counter(_ptx_widths("st", ptx))),
@@ -272,7 +272,7 @@ def _ptx_widths(kind: str, ptx: str) -> Iterable[int]:
     for modifiers in re.findall(rf"\b{kind}\.((?:[\w:]+\.)*global(?:\.[\w:]+)*)", ptx):
         parts = modifiers.split(".")
         count = next((int(part[1:]) for part in parts if re.fullmatch(r"v\d+", part)), 1)
-        yield count * int(re.fullmatch(r"[a-z]+(\d+)\w*", parts[-1])[1])
+        yield count * int(re.findall(r"\d+", parts[-1])[0])
     if kind == "ld":
         for size in re.findall(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?\], (\w+)", ptx):
             yield 8 * int(size, base=0)
@@ -280,7 +280,7 @@ def _ptx_widths(kind: str, ptx: str) -> Iterable[int]:
 
 def _measure_amd(assembly: str) -> dict[str, Any]:
     def number(key: str) -> int:
-        return int(re.search(rf"^\s+\.{key}:\s+(\d+)", assembly, re.MULTILINE)[1])
+        return int(re.findall(rf"^\s+\.{key}:\s+(\d+)", assembly, re.MULTILINE)[0])
 
     return {
         "registers": number("vgpr_count"),
@@ -302,9 +302,9 @@ def _amd_widths(kind: str, assembly: str) -> Iterable[int]:
 class InspectConfig:
     """Build every configuration of every kernel for every GPU, and report registers, spills and word widths."""
 
-    op: tuple[Literal[TRITON_OPERATIONS], ...] = TRITON_OPERATIONS
+    op: tuple[Literal[TRITON_OPERATIONS], ...] = TRITON_OPERATIONS  # type: ignore[valid-type]  # tyro sees the values
     """Operations to build."""
-    target: tuple[Literal[tuple(TARGETS)], ...] = tuple(TARGETS)
+    target: tuple[Literal[tuple(TARGETS)], ...] = tuple(TARGETS)  # type: ignore[valid-type]  # likewise
     """GPUs to build for."""
     match: str = ""
     """Build only configurations whose name matches this regular expression, such as "bf16 V=16384$"."""
@@ -342,8 +342,8 @@ def main() -> None:
 def print_table(builds: Sequence[Build]) -> None:
     """Print one line per build, with the configuration's name on its first line only."""
     width = max((len(built.configuration) for built in builds), default=0)
-    columns = ("registers", "spilled B", "shared B", "load bits", "store bits", "tensor cores")
-    columns += ("instructions a tile", "shared wavefronts a tile")
+    columns = ["registers", "spilled B", "shared B", "load bits", "store bits", "tensor cores"]
+    columns += ["instructions a tile", "shared wavefronts a tile"]
     print(" ".join([f"{'configuration':{width}} {'target':7}", *columns]))
     previous = None
     for built in builds:

@@ -15,11 +15,11 @@ def leave_out_dead_work() -> None:
     Names of the interpreter that a version of Triton does not have are left alone.
     """
     interpreter = importlib.import_module("triton.runtime.interpreter")
-    builder = getattr(interpreter, "interpreter_builder", None)
-    options = getattr(builder, "options", None)
+    builder: Any = getattr(interpreter, "interpreter_builder", None)
+    options: Any = getattr(builder, "options", None)
     if getattr(options, "sanitize_overflow", False) and not getattr(options, "debug", True):
         builder.options = dataclasses.replace(options, sanitize_overflow=False)
-    function = getattr(interpreter, "InterpretedFunction", None)
+    function: Any = getattr(interpreter, "InterpretedFunction", None)
     if hasattr(function, "rewrite") and not hasattr(function, "replacing_call"):
         function.replacing_call, function.__call__ = function.__call__, _call
 

@@ -36,8 +36,10 @@ class Packed(NamedTuple):
 
     def with_gradient(self) -> Self:
         """With the memory of the parameters' `grad`, if those are fp32 and side by side in one tensor."""
-        grads = [part.grad for part in self.parts]
-        if any(grad is None or grad.dtype != torch.float32 or not grad.is_contiguous() for grad in grads):
+        grads = [part.grad for part in self.parts if part.grad is not None]
+        if len(grads) < len(self.parts):
+            return self
+        if any(grad.dtype != torch.float32 or not grad.is_contiguous() for grad in grads):
             return self
         places = [grad.storage_offset() for grad in grads]
         ends = [place + grad.numel() for place, grad in zip(places, grads, strict=True)]
@@ -81,7 +83,8 @@ class PackedGradient:
 
     def of_bias(self, grad: Tensor, first_grad: Tensor | None = None) -> tuple[Tensor | None, ...]:
         """Sums over the rows of [R, E], likewise."""
-        sums, of_first = (None if each is None else each.sum(dim=0, dtype=torch.float32) for each in (grad, first_grad))
+        sums = grad.sum(dim=0, dtype=torch.float32)
+        of_first = None if first_grad is None else first_grad.sum(dim=0, dtype=torch.float32)
         if self._gradient is None:
             return self._split(sums, of_first)
         if of_first is not None:
@@ -148,7 +151,8 @@ class _Linear(torch.autograd.Function):
         ctx.has_bias, ctx.first_rows = bias is not None, len(parts[0])
         of_first = None
         if first_x is not None:
-            of_first = F.linear(first_x, weight[: ctx.first_rows], bias[: ctx.first_rows])
+            first_bias = None if bias is None else bias[: ctx.first_rows]
+            of_first = F.linear(first_x, weight[: ctx.first_rows], first_bias)
         return F.linear(x, weight, bias), of_first
 
     @staticmethod
@@ -183,7 +187,7 @@ def add_weight_gradient(
 ) -> None:
     """Add `weight_gradient` to [E, D]; and that of [R', E'] and [R', D] to its first E' rows."""
     _add_product(total, grad.T, x)
-    if first_grad is not None:
+    if first_grad is not None and first_x is not None:
         _add_product(total[: first_grad.shape[1]], first_grad.T, first_x)
 
 

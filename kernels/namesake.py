@@ -13,6 +13,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import module_from_spec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 _OURS = Path(__file__).resolve().parent
 _loaded: ModuleType | None = None  # the other package, once it was needed
@@ -21,10 +22,10 @@ _loaded: ModuleType | None = None  # the other package, once it was needed
 def folders() -> list[str]:
     """Where the other package's modules are: one folder, or none without such a package."""
     spec = _spec()
-    return [] if spec is None else list(spec.submodule_search_locations)
+    return [] if spec is None else list(spec.submodule_search_locations or [])
 
 
-def use(package: ModuleType) -> None:
+def use(package: ModuleType | None) -> None:
     """Take this as the other package: it was imported before ours."""
     global _loaded  # noqa: PLW0603 - like every module, it is loaded once in a process
     _loaded = package
@@ -54,9 +55,11 @@ def _spec() -> ModuleSpec | None:
 def _package() -> ModuleType | None:
     """The other package, not in `sys.modules`: its modules are, as `kernels.…`, and `kernels` is ours."""
     if _loaded is None and (spec := _spec()) is not None:
-        use(module_from_spec(spec))  # before it is executed: it may import from itself, which leads here
+        package = module_from_spec(spec)
+        loader: Any = spec.loader  # which every package has that is not a mere folder
+        use(package)  # before it is executed: it may import from itself, which leads here
         try:
-            spec.loader.exec_module(_loaded)
+            loader.exec_module(package)
         except BaseException:
             use(None)
             raise

@@ -32,7 +32,7 @@ def assert_async(condition: Tensor, message: str) -> None:
         raise RuntimeError(message)
 
 
-def copy_each(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+def copy_each(targets: list[Tensor], sources: list[Tensor]) -> None:
     """Copy each source into its target, whose dtype may be another, in a few launches.
 
     Without `torch._foreach_copy_` in a launch for each.
@@ -69,7 +69,7 @@ def process_group(name: str) -> ProcessGroup:
 
 def loads_cpp() -> bool:
     """Whether `load_cpp` works; otherwise the backend "cpp" is unavailable."""
-    code_cache = getattr(_module("torch._inductor.codecache"), "CppCodeCache", None)
+    code_cache: Any = getattr(_module("torch._inductor.codecache"), "CppCodeCache", None)
     return hasattr(code_cache, "load_async") and {"device_type", "extra_flags"} <= _parameters(code_cache.load_async)
 
 

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from gptbert import schedules
 from gptbert.checkpoint.folder import list_checkpoints, newest_in, read_settings, saved_step
@@ -34,6 +34,7 @@ def branched(config: TrainConfig) -> tuple[TrainConfig, str]:
     ):
         if value:
             raise InputError(f"--branch_from and {name} name two starts; leave one out")
+    first: int | None
     own = list_checkpoints(config.run_dir) if config.resume == "auto" else []
     if own:
         then = _Rate.of(own[-1])
@@ -50,7 +51,7 @@ def branched(config: TrainConfig) -> tuple[TrainConfig, str]:
         config = replace(config, resume=str(path))
     if config.max_steps <= first:
         raise InputError(f"--max_steps {config.max_steps}: the branch begins at step {first} and must end after it")
-    settings = {"schedule": "trapezoid", "learning_rate": peak, "warmup_proportion": 0.0}
+    settings: dict[str, Any] = {"schedule": "trapezoid", "learning_rate": peak, "warmup_proportion": 0.0}
     proportion = (config.max_steps - first) / config.max_steps
     line = f"a branch from step {first}: the learning rate falls from {peak:.3g} there to 0 at step {config.max_steps}"
     return replace(config, **settings, cooldown_proportion=proportion), line
@@ -70,7 +71,7 @@ class _Rate:
     def of(cls, path: Path) -> Self:
         """Of the run that wrote a checkpoint; InputError if its settings cannot be."""
         saved = read_settings(path)
-        numbers = [
+        numbers: list[Any] = [
             saved.get(name) for name in ("max_steps", "learning_rate", "warmup_proportion", "cooldown_proportion")
         ]
         if any(type(number) not in {int, float} or not 0 <= number < math.inf for number in numbers):

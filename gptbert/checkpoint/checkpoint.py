@@ -87,11 +87,13 @@ class Checkpoint:
     def with_shards_loaded(
         self, model: dict[str, Tensor], ema: dict[str, Tensor], moments: dict[int, dict[str, Tensor]]
     ) -> "Checkpoint":
-        """Read `shards` into these tensors, full or sharded in any way; every rank must call it.
+        """Read `shards`, if there are any, into these tensors, full or sharded in any way; every rank must call it.
 
         Raises:
             InputError: files are damaged, or shapes differ.
         """
+        if self.shards is None:
+            return self
         load_shards(_named(model, ema, moments), self.shards)
         state = {index: values | moments[index] for index, values in self.optimizer["state"].items()}
         return replace(self, model=model, ema=ema, optimizer=self.optimizer | {"state": state}, shards=None)
@@ -139,7 +141,8 @@ def load(path: Path, model_config: ModelConfig) -> Checkpoint:
             says another step than its content.
     """
     saved_config = ModelConfig.from_json(path / MODEL_CONFIG)
-    shards, weights = path / SHARDS if is_sharded(path) else None, {"model": {}, "ema": {}}
+    shards = path / SHARDS if is_sharded(path) else None
+    weights: dict[str, Any] = {"model": {}, "ema": {}}
     try:
         if shards is None:
             weights = {name: read_weights(path / f"{name}.safetensors", saved_config) for name in weights}
@@ -195,7 +198,7 @@ def _delete_old(final: Path, config: TrainConfig) -> None:
 
 def _moments_apart(optimizer: dict[str, Any]) -> tuple[dict[int, dict[str, Tensor]], dict[str, Any]]:
     """The sharded part of an optimizer's state by parameter, and its state_dict without that part."""
-    moments = {
+    moments: dict[int, dict[str, Tensor]] = {
         index: {name: value for name, value in values.items() if isinstance(value, DTensor)}
         for index, values in optimizer["state"].items()
     }

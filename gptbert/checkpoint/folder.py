@@ -66,7 +66,7 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     complete = (path for path in folder.iterdir() if step_of_name(path) is not None and path.is_dir())
-    return sorted(complete, key=step_of_name)
+    return sorted(complete, key=lambda path: step_of_name(path) or 0)
 
 
 def step_of_name(path: Path) -> int | None:

@@ -216,7 +216,7 @@ def _parse(key: str, has_own_names: bool) -> tuple[str, str | None]:
         name = ".".join(parts[start:])
         published = upstream_name(name)
         if not is_published(published):
-            published = to_published(name) if has_own_names else None
+            published = (to_published(name) if has_own_names else None) or ""
         if published:
             return bare.removesuffix(name).removesuffix("."), published
     return bare, None
@@ -244,7 +244,7 @@ def _choose(found: list[tuple[str, _Found]], key: str | None, loose: list[str]) 
     left_out = [name for name in chosen[0] if name.startswith("head.")] + loose
     weights = [{name: state[name] for name in state if not name.startswith("head.")} for state in chosen]
     keys = [{name: key for name, (key, _) in state.items()} for state in weights]
-    return ForeignWeights(*map(_tensors, weights), left_out, *keys)
+    return ForeignWeights(_tensors(weights[0]), _tensors(weights[1]), left_out, keys[0], keys[1])
 
 
 def _names(found: list[tuple[str, _Found]]) -> str:

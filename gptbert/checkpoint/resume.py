@@ -174,7 +174,7 @@ def _without_corpora(state: dict[str, Any]) -> dict[str, Any]:
 def _settings_of_data(path: Path, config: TrainConfig) -> TrainConfig:
     """This run's settings, but those of a checkpoint where they determine what it was trained on."""
     saved = read_settings(path)
-    settings = {name: saved.get(name, getattr(TrainConfig, name, None)) for name in _OF_DATA}
+    settings: dict[str, Any] = {name: saved.get(name, getattr(TrainConfig, name, None)) for name in _OF_DATA}
     files = [settings["train_path"]] if isinstance(settings["train_path"], str) else settings["train_path"]
     settings |= {"train_path": tuple(map(Path, files)), "train_weights": tuple(settings["train_weights"])}
     return replace(config, **settings, hybrid_mode="batch", checkpoint_words=())

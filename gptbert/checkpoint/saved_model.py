@@ -57,8 +57,8 @@ def note_on_average(path: Path) -> str:
         path: a checkpoint's folder.
     """
     step = saved_step(path)
-    with suppress(InputError, TypeError, ValueError, OverflowError):
-        decay = float(read_settings(path).get("ema_decay"))
+    with suppress(InputError, KeyError, TypeError, ValueError, OverflowError):
+        decay = float(read_settings(path)["ema_decay"])
         if step and (share := initial_share(decay, step)) > MOST_INITIAL:
             return (
                 f"warning: after {step} steps the average of the weights still has {share:.0%} of the initial "

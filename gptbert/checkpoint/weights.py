@@ -54,7 +54,7 @@ def fitting(
         others = f", and so are {listed(missing[1:], 4)}" if missing[1:] else ""
         raise InputError(f"{missing[0]} is missing{others}")
     for name in expected | weights:
-        published_name = to_published(name)
+        published_name = to_published(name) or name
         key = (keys or {}).get(published_name, published_name)
         in_file = f", {key} in the file" if key != published_name else ""
         if name not in expected:

@@ -56,7 +56,7 @@ class WordCheckpoints:
                 raise InputError(
                     f"--checkpoint_words {value}: the run sees {seen:,} words in --max_steps {config.max_steps}"
                 )
-        before = self.words_before(progress.first_step)
+        before = self.words_before(progress.first_step) or 0
         self._passed = sorted(words for words in chosen if words <= before)
         self.thresholds = sorted(words for words in chosen if before < words <= seen)
 
@@ -87,7 +87,7 @@ class WordCheckpoints:
         """The thresholds reached after `step` steps, but not a step earlier."""
         if not self.thresholds or step <= self._progress.first_step:
             return []
-        before, seen = self.words_before(step - 1), self.words_before(step)
+        before, seen = (self.words_before(number) or 0 for number in (step - 1, step))
         return [words for words in self.thresholds if before < words <= seen]
 
     def save(self, step: int, model: GPTBert, ema: GPTBert, model_config: ModelConfig, world: World) -> None:

@@ -118,7 +118,7 @@ def _remark(config: TrainConfig, tokenizer: Tokenizer, model_config: ModelConfig
 
 def _in_words(tokenizer: Tokenizer, token_ids: tuple[int, ...]) -> str:
     """The tokens of ascending ids, the middle ones left out if there are many."""
-    names = [tokenizer.id_to_token(number) for number in token_ids]
+    names = [tokenizer.id_to_token(number) or str(number) for number in token_ids]
     return ", ".join(names if len(names) <= 8 else [*names[:6], "…", names[-1]])
 
 

@@ -1,6 +1,7 @@
 """One rank's rows of each step: prefetched on the host, moved to the device, and masked there."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -96,7 +97,7 @@ class BatchLoader:
             tensors[name] = tensor.pin_memory() if self._world.device.type == "cuda" else tensor
         return tensors
 
-    def state_dict(self) -> dict[str, Tensor | None]:
+    def state_dict(self) -> dict[str, Any]:
         """{"mask_counts": `MaskHistory.counts`, or None without a history}."""
         return {"mask_counts": self.mask_history.counts if self.mask_history else None}
 
@@ -133,7 +134,7 @@ class BatchLoader:
             batches.append(masked_batch(tokens, document_ids, on_device["row_ids"], self._masking(step), counts))
         batch = Batch.cat(batches or [Batch.padding(schedules.sequence_length(self._config, step), device)])
         if self.mask_history:
-            self._count_masks(batch, masked_positions, step)
+            self._count_masks(self.mask_history, batch, masked_positions, step)
         return batch
 
     def _masking(self, step: int) -> Masking:
@@ -147,11 +148,11 @@ class BatchLoader:
             config.seed,
         )
 
-    def _count_masks(self, batch: Batch, positions: Tensor | None, step: int) -> None:
+    def _count_masks(self, history: MaskHistory, batch: Batch, positions: Tensor | None, step: int) -> None:
         """Add this step's masked tokens of all ranks to the mask history; every rank must call it.
 
         `positions` [num_masked, T] are those of the labels; None: no row is masked.
         """
         labels = batch.labels[: batch.num_masked if positions is not None else 0]
         positions = labels if positions is None else positions
-        self.mask_history.update(positions, labels, self._micro_batches.most_rows(Objective.MLM, step))
+        history.update(positions, labels, self._micro_batches.most_rows(Objective.MLM, step))

@@ -96,7 +96,7 @@ class Mixture:
         tokens, document_ids, positions = np.empty((3, num_rows, width), np.int64)
         for corpus in np.flatnonzero(is_of.any(axis=1)).tolist():
             here = is_of[corpus]
-            rows = self.streams[corpus].rows(int(starts[corpus]), np.count_nonzero(here), length_factor)
+            rows = self.streams[corpus].rows(int(starts[corpus]), int(np.count_nonzero(here)), length_factor)
             tokens[here], document_ids[here] = rows.tokens, rows.document_ids
             positions[here] = np.where(rows.positions < 0, -1, rows.positions + self._first_positions[corpus])
         return Rows(tokens, document_ids, first_slot + length_factor * np.arange(num_rows), positions)

@@ -144,7 +144,7 @@ class Progress:
 
     def words_before(self, step: int) -> int | None:
         """Words in all steps before `step`, of both objectives; None if a token file does not record them."""
-        words = [corpus.words() for corpus in (*self._corpora_before(step), *self._left_out)]
+        words: list[Any] = [corpus.words() for corpus in (*self._corpora_before(step), *self._left_out)]
         return None if None in words else sum(words)
 
     def epochs_before(self, step: int) -> dict[str, float]:
@@ -165,11 +165,10 @@ class Progress:
     def describe_corpora(self, inputs: Inputs, max_steps: int) -> str:
         """One line to print: fraction, size and epochs of each of several corpora."""
         epochs = self.epochs_before(max_steps)
+        rows: Any = self.streams[Objective.CLM]  # a `Mixture`
         parts = [
             f"{100 * share:.3g} % {name} ({store.num_tokens:,} tokens, {epochs[name]:.3g} epochs in all)"
-            for share, name, store in zip(
-                self.streams[Objective.CLM].shares, self._names, inputs.train_stores, strict=True
-            )
+            for share, name, store in zip(rows.shares, self._names, inputs.train_stores, strict=True)
         ]
         return f"training on {', '.join(parts)}"
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from safetensors import SafetensorError
@@ -107,17 +107,18 @@ class TokenStore:
             store = cls([tokens], [offsets], int(tokens.max(initial=0)) + 1, None, files)
         else:
             opened = lru_cache(MOST_MAPPED)(lambda index: open_shard(Path(files[index])))
-            sizes, words, writers = [], [], set()
+            sizes, writers = [], set()
+            words: list[Any] = []
             for shard in map(opened, range(len(files))):
                 sizes.append((len(shard.tokens), len(shard.document_offsets)))
                 words.append(shard.num_words)
                 writers.add((shard.vocab_size, shard.tokenizer_hash))
             if len(writers) > 1:
                 raise InputError(f"token file {path}: its shards were written by different tokenizers; tokenize again")
-            tokens, offsets = zip(*sizes, strict=True)
+            num_tokens, num_offsets = zip(*sizes, strict=True)
             store = cls(
-                MappedArrays(lambda index: opened(index).tokens, tokens),
-                MappedArrays(lambda index: opened(index).document_offsets, offsets),
+                MappedArrays(lambda index: opened(index).tokens, num_tokens),
+                MappedArrays(lambda index: opened(index).document_offsets, num_offsets),
                 *writers.pop(),
                 files,
                 num_words=None if None in words else sum(words),
@@ -229,7 +230,7 @@ class TokenStore:
 
     def _check(self, tokens: np.ndarray, positions: np.ndarray | range) -> None:
         if len(tokens) and (largest := int(tokens.max())) >= self.vocab_size:
-            shard = np.searchsorted(self.shard_starts, positions[int(tokens.argmax())], side="right") - 1
+            shard = int(np.searchsorted(self.shard_starts, positions[int(tokens.argmax())], side="right")) - 1
             file = f"token file {self.files[shard]}: " if self.files else ""
             raise InputError(f"{file}token id {largest} in a store of {self.vocab_size} ids; tokenize the corpus again")
 

@@ -12,7 +12,7 @@ from gptbert.io.torch_file import SavedTensor, Storage, TorchFile
 from gptbert.text.special_tokens import BOS_ID
 
 # dtype of a .bin's tensors → dtype of the ids read from it
-_TOKEN_TYPES = {
+_TOKEN_TYPES: dict[torch.dtype, Any] = {
     torch.uint8: np.uint8, torch.int8: np.uint8, torch.int16: np.uint16, torch.uint16: np.uint16,
     torch.int32: np.uint32, torch.uint32: np.uint32, torch.int64: np.uint32,
 }  # fmt: skip
@@ -47,7 +47,7 @@ class _Documents:
     def __init__(self) -> None:
         self._storages: list[Storage] = []
         self._places = array("q")  # storage, offset, length and stride of each tensor
-        self._dtype: torch.dtype | None = None
+        self._dtype: Any = None  # of all tensors, once there are some
 
     def add(self, saved: SavedTensor) -> int:
         """Record a tensor's location; returns its number."""
@@ -74,7 +74,8 @@ class _Documents:
         offsets = np.concatenate([[0], np.cumsum(places[:, 2])])
         tokens = np.empty(offsets[-1], _TOKEN_TYPES[self._dtype])
         names = [self._storages[index].key for index in places[:, 0]]
-        storage = ids = None
+        storage: Any = None
+        ids = None
         for index in sorted(range(len(names)), key=names.__getitem__):  # grouped by storage
             place, first, length, stride = places[index].tolist()
             if ids is None or self._storages[place].key != storage.key:

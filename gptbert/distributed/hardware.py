@@ -29,7 +29,7 @@ def has_bf16(device: torch.device) -> bool:
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    known = getattr(torch.cpu, "get_capabilities", dict)()
+    known: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return not known or any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "avx10_1", "bf16"))
 
 

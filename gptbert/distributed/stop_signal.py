@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from types import FrameType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ class StopSignal:
     def __init__(self, world: World) -> None:
         self.received: signal.Signals | None = None
         self._world = world
-        self._totals: list[tuple[Tensor, torch.cuda.Event | None]] = []  # copies from the GPU in flight
+        self._totals: list[tuple[Tensor, Any]] = []  # copies from the GPU in flight, and the event of each
         # their two destinations, alternating; allocated once, since allocating pinned memory syncs with the GPU
         self._arrivals = itertools.cycle(
             [torch.zeros((), dtype=torch.int64, pin_memory=True) for _ in range(2)]

@@ -69,7 +69,7 @@ class World:
         devices = [self.device.index] if self.device.type == "cuda" else None
         known = inspect.signature(DistributedDataParallel).parameters
         sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # torch<2.13
-        options = {"device_ids": devices, "gradient_as_bucket_view": True, sync_buffers: False}
+        options: dict[str, Any] = {"device_ids": devices, "gradient_as_bucket_view": True, sync_buffers: False}
         parallel_model = DistributedDataParallel(model, **options)
         if reduce_dtype == torch.bfloat16:
             parallel_model.register_comm_hook(None, _in_bf16)
@@ -165,9 +165,10 @@ def read_launch() -> Launch:
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     hint = "; torchrun sets it, and without torchrun it must be unset"
-    rank, world_size, local_rank, local_size = (
+    numbers: list[Any] = [
         environment.integer(name, lowest, _MOST_PROCESSES, hint) for name, lowest in zip(names, (0, 1) * 2, strict=True)
-    )
+    ]
+    rank, world_size, local_rank, local_size = numbers
     if rank is None and world_size in {None, 1} and local_rank in {None, 0} and local_size in {None, 1}:
         return Launch()
     missing = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": 0 if world_size == 1 else local_rank}
@@ -231,7 +232,7 @@ def _join(backend: str, timeout: timedelta) -> None:
     dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
 
 
-def _in_bf16(group: dist.ProcessGroup | None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _in_bf16(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """PyTorch's hook under another name, as DDP refuses that one without NCCL, though gloo takes bf16."""
     return bf16_compress_hook(group, bucket)
 

@@ -250,7 +250,7 @@ def visible_keys(inputs_embeds: Tensor, attention_mask: Tensor | None, causal: b
                 f"attention_mask has shape {shape}, expected ({num_rows}, {num_keys}) or "
                 f"({num_rows}, {length}, {num_keys}), or ({num_rows}, 1, {length}, {num_keys})"
             )
-        mask = attended(attention_mask)
+        mask = attended(attention_mask)  # type: ignore[assignment]  # of None alone it is None
         if mask.ndim == 2:
             mask = mask[:, None, None, :]
         elif mask.ndim == 3:

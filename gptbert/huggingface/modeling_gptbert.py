@@ -70,7 +70,7 @@ class _LanguageModel(GPTBertPreTrainedModel):
         self.classifier = LanguageModelHead(config)
         self.post_init()
 
-    def get_output_embeddings(self) -> nn.Linear:
+    def get_output_embeddings(self) -> nn.Module:
         """The output matrix, which is the word embedding."""
         return self.classifier.nonlinearity[5]
 

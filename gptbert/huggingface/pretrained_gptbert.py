@@ -22,7 +22,7 @@ class GPTBertPreTrainedModel(PreTrainedModel):
     base_model_prefix = "gptbert"
     _no_split_modules = ("Attention", "FeedForward")
     _supports_cache_class = True
-    _keys_to_ignore_on_load_unexpected = (r"\.position_indices$",)  # a buffer in published checkpoints
+    _keys_to_ignore_on_load_unexpected: tuple[str, ...] = (r"\.position_indices$",)  # a buffer in published checkpoints
     accepts_loss_kwargs = False  # the loss is a mean over this batch's labels
 
     def __init__(self, config: GPTBertConfig) -> None:
@@ -56,8 +56,8 @@ class GPTBertPreTrainedModel(PreTrainedModel):
         std = math.sqrt(2 / (5 * self.config.hidden_size))
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
+            if (bias := getattr(module, "bias", None)) is not None:
+                nn.init.zeros_(bias)
         elif isinstance(module, nn.LayerNorm) and module.elementwise_affine:
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from gptbert.errors import OwnedError
 from gptbert.io.screen import log
@@ -28,7 +29,7 @@ _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}  # what
 _MOST_BYTES = 10_000
 
 _held: set[int] = set()  # open owners' files; a forked child would keep their locks after its parent's death
-os.register_at_fork(after_in_child=lambda: [os.close(handle) for handle in _held])
+os.register_at_fork(after_in_child=lambda: list(map(os.close, _held)))
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,14 @@ class Owner:
     @classmethod
     def read(cls, path: Path) -> "Owner | None":
         """The owner that a file names; None if it names none."""
+        types: dict[str, Any] = {field.name: field.type for field in fields(cls)}
         try:
             with path.open("rb") as file:
                 content = json.loads(file.read(_MOST_BYTES))
-            values = {field.name: content[field.name] for field in fields(cls)}
+            values = {name: content[name] for name in types}
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return None
-        are_of_type = all(isinstance(values[field.name], field.type) for field in fields(cls))
+        are_of_type = all(isinstance(values[name], kind) for name, kind in types.items())
         return cls(**values) if are_of_type else None
 
     @property

@@ -117,7 +117,8 @@ class TorchFile:
     def _open_archive(self) -> zipfile.ZipFile:
         """Open the archive, unless its entries claim more than the file holds."""
         try:
-            ending = zipfile._EndRecData(self._stream)  # noqa: SLF001  the directory's size, before it is parsed into objects
+            # the directory's size, before it is parsed into objects, which no public function tells
+            ending = zipfile._EndRecData(self._stream)  # type: ignore[attr-defined]  # noqa: SLF001
             if ending is None:
                 raise InputError("refused, since it is not an archive, as torch.save writes since version 1.6")
             if ending[5] > _FREE_BYTES and ending[5] // 46 * _ENTRY_BYTES > 4 * self.size:
@@ -201,7 +202,7 @@ class _Pickle:
 
     def value(self) -> Any:
         """Read to the end; InputError if it is not a pickle of tensors."""
-        steps = {
+        steps: dict[str, Callable[[str, Any], None]] = {
             "MARK": self._mark, "GLOBAL": self._global, "BINUNICODE": self._string, "BINPUT": self._put,
             "LONG_BINPUT": self._put, "BINGET": self._get, "LONG_BINGET": self._get, "TUPLE": self._tuple,
             "EMPTY_LIST": self._list, "EMPTY_DICT": self._dict, "APPEND": self._append, "APPENDS": self._append,

@@ -5,7 +5,7 @@ Letters of shapes: B rows, T positions, D hidden, H heads, d = D/H, S bucket siz
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -125,14 +125,14 @@ class Attention(nn.Module):
         value_gate = F.linear(normalized, self.value_gate.weight)
         value, gate = add_bias(value_gate, self.value_gate.bias).chunk(2, dim=-1)
         position_query, position_key = add_bias(F.linear(relative, weight), bias).chunk(2, dim=-1)
+        pairs: tuple[Any, Any] = (visibility.buckets, visibility.mask)
         context = attention_context(
             self.heads(query * self.scale),  # [H, B, T, d]
             self.heads(key),
             self.heads(position_query * self.scale),  # [H, P, d]
             self.heads(position_key),
             self.heads(value),
-            visibility.buckets,
-            visibility.mask,
+            *pairs,
             seed,
             dropout_prob,
         )  # [H, B, T, d]
@@ -150,12 +150,14 @@ class Attention(nn.Module):
         """The output's product, by the fused kernels, which leave no scores."""
         inputs = (normalized, relative.to(normalized.dtype))
         projection, position = linear_and_first(*inputs, weights.projection, weights.bias)  # [B, T, 4D] and [P, 2D]
-        rows = (visibility.tables, visibility.document_ids, visibility.is_causal, seed, dropout_prob)
-        settings = {"scale": self.scale, "num_heads": self.num_heads}
+        visible: tuple[Any, Any, Any] = (visibility.tables, visibility.document_ids, visibility.is_causal)
+        rows = (*visible, seed, dropout_prob)
+        settings: dict[str, Any] = {"scale": self.scale, "num_heads": self.num_heads}
         if is_gate_fused(normalized.device, normalized.dtype, normalized.shape[-1]):
             return gated_attention(projection, position, *rows, weights.output, **settings, eps=self.eps)
         query, key, value, gate = projection.chunk(4, dim=-1)
-        context = fused_attention(query, key, *position.chunk(2, dim=-1), value, *rows, **settings)
+        position_query, position_key = position.chunk(2, dim=-1)
+        context = fused_attention(query, key, position_query, position_key, value, *rows, **settings)
         return gated_norm(gate, context, weights.output, approximate="none", eps=self.eps)
 
     def pack(self, dtype: torch.dtype) -> AttentionWeights:

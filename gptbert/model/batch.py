@@ -35,8 +35,9 @@ class Batch:
 
     def __getitem__(self, rows: slice) -> "Batch":
         tensors = (self.input_ids, self.document_ids, self.labels)
-        tensors = [tensor[rows].contiguous() for tensor in tensors]  # so that every micro-batch is the same operations
-        return Batch(*tensors, num_masked=len(range(self.num_masked)[rows]))
+        # contiguous, so that every micro-batch is the same operations
+        input_ids, document_ids, labels = (tensor[rows].contiguous() for tensor in tensors)
+        return Batch(input_ids, document_ids, labels, num_masked=len(range(self.num_masked)[rows]))
 
     @property
     def shape(self) -> tuple[int, int, int, int | None]:
@@ -85,10 +86,12 @@ class Batch:
             return batches[0]
         if any(before.num_masked < len(before) and after.num_masked for before, after in pairwise(batches)):
             raise ValueError("rows of masked language modeling come first")
-        tensors = [
-            torch.cat([getattr(batch, name) for batch in batches]) for name in ("input_ids", "document_ids", "labels")
-        ]
-        return cls(*tensors, num_masked=sum(batch.num_masked for batch in batches))
+        return cls(
+            torch.cat([batch.input_ids for batch in batches]),
+            torch.cat([batch.document_ids for batch in batches]),
+            torch.cat([batch.labels for batch in batches]),
+            num_masked=sum(batch.num_masked for batch in batches),
+        )
 
     @classmethod
     def padding(cls, length: int, device: torch.device) -> "Batch":

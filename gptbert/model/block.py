@@ -94,7 +94,7 @@ class Block(nn.Module):
         """The parameters with new copies in the products' dtype."""
         return BlockWeights(self.attention.pack(dtype), self.feed_forward.pack(dtype))
 
-    def _run(self, sub_layer: nn.Module, *inputs: Any, **options: bool) -> Tensor:
+    def _run(self, sub_layer: nn.Module, *inputs: Any, **options: Any) -> Tensor:
         """The sub-layer's output. Only the sub-layer is checkpointed, since each y_m is taken once."""
         if not (self.is_checkpointed and torch.is_grad_enabled()):
             return sub_layer(*inputs, **options)

@@ -5,6 +5,7 @@ The compiler is imported lazily: importing it takes seconds and loads Triton.
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -43,6 +44,7 @@ def compile_blocks(blocks: nn.ModuleList, *, mixed_precision: bool = True) -> No
     budget = _ACTIVATION_MEMORY_WITH_KERNELS if uses_kernels else _ACTIVATION_MEMORY
     torch_private.configure_autograd_compiler(activation_memory_budget=budget, **_AUTOGRAD_SETTINGS)
     options = torch_private.inductor_options(_INDUCTOR_OPTIONS)
+    block: Any  # a `Block`, whose module imports this one
     for block in blocks:
         block.is_compiled = True
         for sub_layer in (block.attention, block.feed_forward):

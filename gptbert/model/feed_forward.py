@@ -41,6 +41,7 @@ class FeedForward(nn.Module):
     ) -> Tensor:
         """X [B, T, D] to x + feed_forward(x); `weights` and `is_bare` as in `Attention`."""
         normalized = hidden_states if is_bare else self.input_norm(hidden_states)
+        down: Packed | Tensor
         if is_gate_fused(normalized.device, normalized.dtype, self.down.in_features):
             weights = self.pack(normalized.dtype) if weights is None else weights
             gate, down = linear(normalized, weights.up), weights.down

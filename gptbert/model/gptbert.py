@@ -6,7 +6,7 @@ P = 2S−1 distinct position vectors, N labeled positions.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -62,11 +62,13 @@ class Encoded(NamedTuple):
 class GPTBert(nn.Module):
     """The whole model: embedding, blocks, and a head tied to the embedding."""
 
+    bucket_of_distance: Tensor
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.embedding = Embedding(config)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.blocks: Any = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.head = Head(config)
         distances = torch.arange(-config.max_position_embeddings + 1, config.max_position_embeddings)
         buckets = config.position_bucket_size - 1 + position_bucket(distances, config)
@@ -112,7 +114,7 @@ class GPTBert(nn.Module):
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         visibility = self._visibility(document_ids, causal, len(relative), dtype)
-        packed = weights or [None] * len(self.blocks)
+        packed: Sequence[BlockWeights | None] = weights or [None] * len(self.blocks)
         alphas = [mix.alpha for block in self.blocks for mix in (block.attention_mix, block.feed_forward_mix)]
         # not if they are sharded: a group of mixes needs all of its weights at once
         if is_fused(device, dtype, self.config.hidden_size, len(alphas)) and not isinstance(alphas[0], DTensor):
@@ -186,7 +188,7 @@ class GPTBert(nn.Module):
         encoded = self._encode(batch.input_ids, batch.document_ids, batch.is_causal, seeds, weights)
         is_normalized = encoded.normalized is not None
         # [B·T, D] to [N, D]: the head sees labeled positions only
-        states = encoded.normalized if is_normalized else encoded.hidden_states
+        states = encoded.hidden_states if encoded.normalized is None else encoded.normalized
         states, labels, objectives = select_labeled(states, batch)
         return masked_cross_entropy(
             self.head(states, seeds.head, is_normalized=is_normalized),

@@ -23,9 +23,9 @@ def of_rows(config: TrainConfig, inputs: Inputs, progress: Progress) -> list[str
     tokens = unknown = documents = longer = 0
     for store in inputs.train_stores:
         for _, ids in store.slices(0, min(_SAMPLED, store.num_tokens)):
-            tokens, unknown = tokens + len(ids), unknown + np.count_nonzero(ids == inputs.unknown_id)
+            tokens, unknown = tokens + len(ids), unknown + int(np.count_nonzero(ids == inputs.unknown_id))
         _, lengths = store.documents(0, min(_SAMPLED, store.num_documents))
-        documents, longer = documents + len(lengths), longer + np.count_nonzero(lengths > config.seq_length)
+        documents, longer = documents + len(lengths), longer + int(np.count_nonzero(lengths > config.seq_length))
     padding = progress.padding_share()
     line = (
         f"rows of {config.seq_length} tokens: {longer / documents:.0%} of the documents are longer than a row and cut, "

@@ -1,6 +1,7 @@
 """Counts the steps that the optimizer skipped because gradients were not finite."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ class SkippedSteps:
     def __init__(self, device: torch.device) -> None:
         self.counts = torch.zeros(3, dtype=torch.int64, device=device)
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Any]:
         """{"skipped_steps": `counts`}."""
         return {"skipped_steps": self.counts}
 

@@ -109,7 +109,9 @@ def _parse_pair(line: bytes, fields: Sequence[str], file: Path, number: int, *, 
         if not sentence.strip():
             raise ValueError(f"`{name}` is empty, which would be likelier than any sentence")
     present = [field for field in fields if field in values or not optional]
-    return MinimalPair(*sentences, {field: label_field(values, field) for field in present}, file, number)
+    return MinimalPair(
+        sentences[0], sentences[1], {field: label_field(values, field) for field in present}, file, number
+    )
 
 
 def _files(path: Path) -> list[Path]:

@@ -159,12 +159,12 @@ class CorpusFiles:
                 self._leave_out(path, f"a JSON object without `{self._text_field}`, see --text_field")
             else:
                 sources.append(Source(path, kind, path.stat().st_size))
-        refused = [source for source in sources if not source.kind.reader]
+        refused = [source for source in sources if not kinds[source.path].reader]
         if sum(source.size for source in refused) > MOST_REFUSED * sum(source.size for source in sources):
-            raise InputError(refused[0].kind.refusal(refused[0].path))
+            raise InputError(kinds[refused[0].path].refusal(refused[0].path))
         for source in refused:
-            self._leave_out(source.path, f"{source.kind.title}, not read")
-        return [source for source in sources if source.kind.reader]
+            self._leave_out(source.path, f"{source.title}, not read")
+        return [source for source in sources if kinds[source.path].reader]
 
     def _walk(self, root: Path) -> Iterator[Path]:
         """Files below a folder; links to folders last, so that each real one is found under its own name."""
@@ -172,7 +172,7 @@ class CorpusFiles:
         def fail(error: OSError) -> None:
             raise InputError(f"--input {error.filename}: cannot be listed ({error.strerror})") from error
 
-        waiting, seen = [root], set()
+        waiting, seen = [root], set[tuple[int, int]]()
         while waiting:
             top = waiting.pop(0)
             for name, subfolders, names in os.walk(top, onerror=fail):

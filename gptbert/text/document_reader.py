@@ -114,7 +114,7 @@ class DocumentReader:
                 f"{file}: plain text has no field {self.domain_field!r}; --domain_field takes JSON and tables"
             )
         every_line = self.config.text_documents == "line"
-        pieces, size, whole = [], 0, True
+        pieces, size, whole = list[str](), 0, True
         for piece in itertools.chain.from_iterable(self._lines(file, *block) for block in blocks):
             blank = piece.isspace()
             ended = (every_line or blank) and piece.endswith("\n")

@@ -104,7 +104,8 @@ def encode_with_masks(tokenizer: Tokenizer, text: str) -> list[int]:
     inside = without_prefix(tokenizer)
     if inside is tokenizer:
         return [BOS_ID, *tokenizer.encode(text, add_special_tokens=False).ids]
-    names = {tokenizer.id_to_token(number): number for number in special_ids(tokenizer)}
+    named = [(tokenizer.id_to_token(number), number) for number in special_ids(tokenizer)]
+    names = {name: number for name, number in named if name is not None}
     pattern = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
     first, *others = re.split(f"({pattern})", text)
     ids = [BOS_ID, *tokenizer.encode(first, add_special_tokens=False).ids]

@@ -69,7 +69,7 @@ def _forecast(files: Sequence[Source], config: CorpusConfig, domain_field: str |
     step = max(math.ceil(to_read / SAMPLED_OF_KIND), math.ceil(len(files) / SAMPLED_FILES))
     forecast = Forecast(size=sum(file.size for file in files), exact=step == 1)
     for file in files[::step]:
-        if file.kind.is_table and file.size > SAMPLED_BYTES:
+        if file.kind and file.kind.is_table and file.size > SAMPLED_BYTES:
             documents, sampled = num_rows(file.path, file.kind), file.size
             forecast.exact = False  # some may be empty
         else:
@@ -82,7 +82,7 @@ def _forecast(files: Sequence[Source], config: CorpusConfig, domain_field: str |
 
 def _enough(file: Source) -> int:
     """Bytes on disk of a file that are enough to judge it by."""
-    return SAMPLED_PACKED if file.kind.packing else SAMPLED_BYTES
+    return SAMPLED_PACKED if file.kind and file.kind.packing else SAMPLED_BYTES
 
 
 def _sample(source: Source, reader: DocumentReader) -> tuple[int, int]:

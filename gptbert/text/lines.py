@@ -122,7 +122,8 @@ class _Values:
     def skip_space(self) -> bool:
         """Go to what is not whitespace; False at the end."""
         while True:
-            end = _SPACE.match(self._text, self._at).end()
+            space: Any = _SPACE.match(self._text, self._at)  # which matches everywhere
+            end = space.end()
             self._line += self._text.count("\n", self._at, end)
             self._at = end
             if end < len(self._text):

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from gptbert.errors import InputError, first_line
 from gptbert.text.file_kind import HEAD_BYTES, FileKind, binary_kind, packing_of
@@ -38,7 +39,7 @@ class OpenedFile:
     def unpack(self) -> None:
         """Look inside of the compression."""
         if self.packing:
-            packed = io.BufferedReader(_Joined(self.head, self._rest), CHUNK)
+            packed: io.BufferedReader = io.BufferedReader(_Joined(self.head, self._rest), CHUNK)
             self._rest = _unpacked(self.file, self.packing, packed)
             self.head = _head_of(self._rest)
 
@@ -110,12 +111,12 @@ class _CountedFile(io.FileIO):
         super().__init__(file)
         self._advance = advance
 
-    def read(self, size: int = -1) -> bytes:  # of FileIO, it does not call readinto
+    def read(self, size: int | None = -1) -> bytes:  # of FileIO, it does not call readinto
         data = super().read(size)
         self._advance(len(data))
         return data
 
-    def readinto(self, buffer: bytearray | memoryview) -> int:
+    def readinto(self, buffer: Any) -> int:
         count = super().readinto(buffer)
         self._advance(count)
         return count
@@ -132,7 +133,7 @@ class _Joined(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: bytearray | memoryview) -> int:
+    def readinto(self, buffer: Any) -> int:
         if size := min(len(buffer), len(self._head)):
             buffer[:size] = self._head[:size]
             self._head = self._head[size:]
@@ -145,7 +146,7 @@ class _Joined(io.RawIOBase):
 class _Unpacked(io.RawIOBase):
     """Streams of bzip2 or xz, one after the other, unpacked in pieces of the size that is asked for."""
 
-    def __init__(self, packed: io.BufferedReader, decompressor: Callable[[], bz2.BZ2Decompressor]) -> None:
+    def __init__(self, packed: io.BufferedReader, decompressor: Callable[[], Any]) -> None:
         self._packed = packed
         self._make = decompressor
         self._decompressor = decompressor()
@@ -153,7 +154,7 @@ class _Unpacked(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: bytearray | memoryview) -> int:
+    def readinto(self, buffer: Any) -> int:
         while True:
             data = b""
             if self._decompressor.eof:
@@ -186,7 +187,7 @@ class _Recoded(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: bytearray | memoryview) -> int:
+    def readinto(self, buffer: Any) -> int:
         while not self._waiting:
             data = self._stream.read1(CHUNK)
             self._waiting = self._decoder.decode(data, final=not data).encode("utf-8")
@@ -206,7 +207,8 @@ def _head_of(raw: io.RawIOBase) -> bytes:
     return bytes(head)
 
 
-def _unpacked(file: Path, packing: str, packed: io.BufferedReader) -> io.RawIOBase:
+def _unpacked(file: Path, packing: str, packed: io.BufferedReader) -> Any:
+    """A raw stream of what is packed."""
     if packing == "gzip":
         return gzip.GzipFile(fileobj=packed)
     if packing == "bzip2":

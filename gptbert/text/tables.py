@@ -123,7 +123,7 @@ def saved_dataset_files(folder: Path, names: Sequence[str], split: str | None) -
         splits = _saved_list(folder / "dataset_dict.json", "splits")
         if split is None and len(splits) == 1:
             split = str(splits[0])
-        if split not in splits:
+        if split is None or split not in splits:
             wanted = f"has no split {split}" if split else "has several splits"
             raise InputError(f"--input {folder}: {wanted}; choose with --split: {', '.join(map(str, splits))}")
         folder = folder / split

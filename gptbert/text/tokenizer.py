@@ -148,10 +148,10 @@ def _check_ids(path: str | Path, content: Any, tokenizer: Tokenizer) -> None:
 
 def _normalize(tokenizer: Tokenizer, content: Any) -> None:
     """Name the special tokens, and put `<s>` alone around a text; a tokenizer of train_tokenizer.py stays as it is."""
-    names = [tokenizer.id_to_token(number) for number in special_ids(tokenizer)]
-    names += [name for name in (*SPECIAL_TOKENS, _unknown_token(tokenizer, content)) if name is not None]
-    known = {tokenizer.token_to_id(name): name for name in names}
-    known.pop(None, None)
+    own = (tokenizer.id_to_token(number) for number in special_ids(tokenizer))
+    names = (name for name in (*own, *SPECIAL_TOKENS, _unknown_token(tokenizer, content)) if name is not None)
+    numbered = [(tokenizer.token_to_id(name), name) for name in names]
+    known = {number: name for number, name in numbered if number is not None}
     tokenizer.add_special_tokens(
         [AddedToken(known[number], normalized=False, special=True) for number in sorted(known)]
     )
@@ -169,7 +169,7 @@ def _template() -> processors.TemplateProcessing:
 def _separate_literals(tokenizer: Tokenizer) -> None:
     """Split special tokens' names that reach the model in one piece, where its own vocabulary has them."""
     names = [tokenizer.id_to_token(number) for number in special_ids(tokenizer)]
-    literals = [re.escape(name[0]) + f"(?={re.escape(name[1:])})" for name in names if len(name) > 1]
+    literals = [re.escape(name[0]) + f"(?={re.escape(name[1:])})" for name in names if name and len(name) > 1]
     split = pre_tokenizers.Split(Regex("|".join(literals)), "isolated")
     own = tokenizer.pre_tokenizer
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([own, split]) if own else split
@@ -200,7 +200,7 @@ def _parsed_literal(tokenizer: Tokenizer, content: Any) -> str | None:
     try:
         for number in special_ids(tokenizer):
             name = tokenizer.id_to_token(number)
-            for text in (name, f"{name} a {name} a{name}a") if len(name) > 1 and name not in unknown else ():
+            for text in (name, f"{name} a {name} a{name}a") if name and name[1:] and name not in unknown else ():
                 if number in tokenizer.encode(text, add_special_tokens=False).ids:
                     return text
     finally:

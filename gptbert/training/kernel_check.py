@@ -132,7 +132,7 @@ def _finish_all(
     run: Run, device: torch.device, check: Callable[[], None], of_fused: list[tuple[list[str], Callable[[], None]]]
 ) -> Failures:
     check()
-    failures = {}
+    failures: Failures = {}
     for group, check_of_first in of_fused:
         failures |= _failures_of_group(run, device, group, check_of_first)
     return failures
@@ -142,10 +142,10 @@ def _failures_of_group(
     run: Run, device: torch.device, group: Sequence[str], check_of_first: Callable[[], None]
 ) -> Failures:
     """Waits for a group's check; if it fails, checks one variant after another until one is right."""
-    failures = {}
+    failures: Failures = {}
     for variant in VARIANTS.get(group[0], (None,)):
         try:
-            if failures:
+            if failures and variant is not None:
                 with _process(replace(run, attention_variant=variant), device, group) as check:
                     check()
             else:

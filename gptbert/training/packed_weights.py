@@ -1,12 +1,15 @@
 """Copies of the blocks' weights in the dtype of the products, written by each update instead of at each use."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from gptbert.model.block import BlockWeights
+from gptbert.model.attention import AttentionWeights
+from gptbert.model.block import Block, BlockWeights
+from gptbert.model.feed_forward import FeedForwardWeights
+from gptbert.model.gptbert import GPTBert
 from kernels import gated_norm, torch_private
 from kernels.linear import Packed
 
@@ -23,7 +26,7 @@ class PackedWeights:
         dtype: of the products.
     """
 
-    def __init__(self, blocks: nn.ModuleList, dtype: torch.dtype) -> None:
+    def __init__(self, blocks: Sequence[Block], dtype: torch.dtype) -> None:
         self.blocks: list[BlockWeights] = [block.pack(dtype) for block in blocks]
         self.copies: dict[Tensor, Tensor] = {}
         for packed in self._all():
@@ -35,7 +38,10 @@ class PackedWeights:
     def add_gradients_directly(self) -> None:
         """Let the backward add to the parameters' gradients, which exist and stay, in its products."""
         self.blocks = [
-            BlockWeights(*(type(sub_layer)(*(packed.with_gradient() for packed in sub_layer)) for sub_layer in block))
+            BlockWeights(
+                AttentionWeights(*(packed.with_gradient() for packed in block.attention)),
+                FeedForwardWeights(*(packed.with_gradient() for packed in block.feed_forward)),
+            )
             for block in self.blocks
         ]
 
@@ -57,7 +63,7 @@ class PackedWeights:
         return [parameter._version for parameter in self.copies]  # noqa: SLF001 - autograd's count of changes
 
 
-def packed_weights(model: nn.Module, device: torch.device, dtype: torch.dtype) -> PackedWeights | None:
+def packed_weights(model: GPTBert, device: torch.device, dtype: torch.dtype) -> PackedWeights | None:
     """The packed weights of a model that has use for them: its gated norms are fused, and it is not sharded.
 
     Args:

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from gptbert.config import TrainConfig
 from gptbert.distributed.flat_gradients import FlatGradients
 from gptbert.distributed.world import REDUCE_DTYPES, World
 from gptbert.model.batch import Batch
+from gptbert.model.gptbert import GPTBert
 from gptbert.monitoring.metrics import LossSums
 from gptbert.monitoring.skipped_steps import SkippedSteps
 from gptbert.muon import MuonWithAdamW
@@ -40,9 +42,9 @@ class TrainingStep(ABC):
     """
 
     def __init__(
-        self, config: TrainConfig, model: nn.Module, average: WeightAverage, optimizer: Optimizer, world: World
+        self, config: TrainConfig, model: GPTBert, average: WeightAverage, optimizer: Optimizer, world: World
     ) -> None:
-        self.parallel_model = model
+        self.parallel_model: nn.Module = model
         self.sums = LossSums(world.device)
         self.skipped_steps = SkippedSteps(world.device)
         self.averaged_ranks = 1
@@ -127,7 +129,7 @@ class EagerStep(TrainingStep):
     """
 
     def __init__(
-        self, config: TrainConfig, model: nn.Module, average: WeightAverage, optimizer: Optimizer, world: World
+        self, config: TrainConfig, model: GPTBert, average: WeightAverage, optimizer: Optimizer, world: World
     ) -> None:
         super().__init__(config, model, average, optimizer, world)
         self.parallel_model = world.wrap(model, REDUCE_DTYPES[config.reduce_dtype])
@@ -174,7 +176,7 @@ class RecordedStep(TrainingStep):
     """
 
     def __init__(
-        self, config: TrainConfig, model: nn.Module, average: WeightAverage, optimizer: Optimizer, world: World
+        self, config: TrainConfig, model: GPTBert, average: WeightAverage, optimizer: Optimizer, world: World
     ) -> None:
         super().__init__(config, model, average, optimizer, world)
         self._gradients = FlatGradients(model.parameters(), world, REDUCE_DTYPES[config.reduce_dtype])
@@ -182,7 +184,7 @@ class RecordedStep(TrainingStep):
             self._weights.add_gradients_directly()
         self.recorder = Recorder(world.device, is_main=world.is_main)
         self._passes: dict[tuple, tuple[Batch, Recorded]] = {}  # by a micro-batch's shape
-        self._scales: Tensor | None = None  # made by the first step, as are the seeds
+        self._scales: Any = None  # a tensor, made by the first step, as are the seeds
         self._seeds: Tensor | None = None
         self._learning_rate = torch.zeros((), device=world.device)
         self._gradient_norm = torch.zeros((), device=world.device)

@@ -3,6 +3,7 @@
 import functools
 import importlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,10 +54,12 @@ def _fused_kernels(device: torch.device, run: Run | None) -> Iterator[Comparison
     cases = importlib.import_module("kernels.attention_context.kernel").CHECKED
     is_gpu = device.type == "cuda"  # the interpreter is slow
     for variant in VARIANTS:
-        for *case, has_dropout in cases if is_gpu or variant == VARIANTS[0] else cases[2::3]:
-            yield from compare_fused(device, *case, _SEED if has_dropout else None, variant=variant)
+        for heads, size, length, vectors, has_dropout in cases if is_gpu or variant == VARIANTS[0] else cases[2::3]:
+            seed = _SEED if has_dropout else None
+            yield from compare_fused(device, heads, size, length, vectors, seed, variant=variant)
         if is_gpu:
-            yield from compare_fused(device, *cases[0][:4], _SEED, repeats=100, variant=variant)
+            heads, size, length, vectors, _ = cases[0]
+            yield from compare_fused(device, heads, size, length, vectors, repeats=100, variant=variant)
 
 
 def compare_fused(
@@ -85,14 +88,15 @@ def compare_fused(
     seed = None if seed is None else seed.to(device)
     documents, is_causal, buckets = documents.int().to(device), is_causal.to(device), buckets.to(device)
 
-    rest = (documents, is_causal, seed, dropout_prob)
-    settings = {"scale": scale, "num_heads": num_heads}
+    rest: tuple[Any, ...] = (documents, is_causal, seed, dropout_prob)
+    settings: dict[str, Any] = {"scale": scale, "num_heads": num_heads}
     is_short = length <= 256 and repeats == 1
     attention = reference.attention_context if is_short else functools.partial(attention_context, backend="torch")
 
-    def tensors(projection: Tensor, vectors: Tensor) -> tuple[Tensor, ...]:
+    def tensors(projection: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         query, key, value, _ = projection.chunk(4, -1)
-        return query, key, *vectors.chunk(2, -1), value
+        position_query, position_key = vectors.chunk(2, -1)
+        return query, key, position_query, position_key, value
 
     def fused(**inputs: Tensor) -> Tensor:
         return fused_attention(*tensors(**inputs), tables, *rest, **settings)
@@ -150,7 +154,7 @@ def _operation(seed: Tensor | None, backend: str) -> Iterator[Comparison]:
         "value": (heads, batch, length, width),
     }
     inputs = {name: random_bf16(*shape, index)[..., 0] for index, (name, shape) in enumerate(shapes.items(), start=1)}
-    rest = {
+    rest: dict[str, Any] = {
         "buckets": _buckets(length),
         "mask": mask,
         "seed": seed,
@@ -171,14 +175,15 @@ def _kernels(length: int) -> Iterator[Comparison]:
     documents = torch.stack([position // 7, torch.where(position < 4, 0, -1)])
     mask = (documents[:, :, None] == documents[:, None, :]) & (documents >= 0)[:, None, :]
     scores, grad = random_bf16(heads, batch, length, length), random_bf16(heads, batch, length, length) / 8
-    inputs = (scores, random_bf16(heads, batch, length, buckets), random_bf16(heads, buckets, batch, length))
-    rest = (bucket_of, mask, _SEED, _DROPOUT)
-    actual = cpp.attention_weights(*inputs, *rest)
-    exact = eager.attention_weights(*(tensor.double() for tensor in inputs), *rest)
-    plain = eager.attention_weights(*inputs, *rest)
+    by_query, by_key = random_bf16(heads, batch, length, buckets), random_bf16(heads, buckets, batch, length)
+    inputs: tuple[Any, ...] = (scores, by_query, by_key)
+    masked: tuple[Any, ...] = (bucket_of, mask, _SEED, _DROPOUT)
+    actual = cpp.attention_weights(*inputs, *masked)
+    exact = eager.attention_weights(*tuple(tensor.double() for tensor in inputs), *masked)
+    plain = eager.attention_weights(*inputs, *masked)
     yield from compare_all(f"T={length}: probabilities, dropped", actual, exact, plain)
     yield compare_exactly(f"T={length}: mask", actual[1], dropout(actual[0], _SEED, _DROPOUT))
-    rest = (bucket_of, buckets, _SEED, _DROPOUT)
+    rest: tuple[Any, ...] = (bucket_of, buckets, _SEED, _DROPOUT)
     results = [
         function(*tensors, *rest)
         for function, tensors in (

@@ -288,7 +288,7 @@ def _settings(
 ) -> dict[str, int]:
     """Keyword arguments of a launch."""
     length, hidden_size = query.shape[1:]
-    strides = tuple(tensor.stride(1) for tensor in (query, key, value))
+    strides = (query.stride(1), key.stride(1), value.stride(1))
     sizes = (num_heads, hidden_size // num_heads, length, num_vectors)
     constants = _constants(*sizes, strides, variant, has_dropout=seed is not None)
     return {**constants, "num_warps": launch_warps(NUM_WARPS), "num_stages": NUM_STAGES}
@@ -332,9 +332,9 @@ def configurations() -> list[Configuration]:
     ]
     kernels = (forward_kernel, backward_kernel.queries_kernel, backward_kernel.keys_kernel)
     return [
-        _configuration(kernel, *case, variant, has_dropout=has_dropout)
+        _configuration(kernel, num_heads, head_size, length, num_vectors, variant, has_dropout=has_dropout)
         for variant in VARIANTS["attention_context"]
-        for *case, has_dropout in cases
+        for num_heads, head_size, length, num_vectors, has_dropout in cases
         for kernel in kernels
     ]
 

@@ -38,8 +38,8 @@ def _fused_kernels(device: torch.device, run: Run | None) -> Iterator[Comparison
         yield from compare_fused(device, 300 if is_gpu else 3, size, num_mixes, dtype)
         return
     for dtype in (torch.bfloat16, torch.float32) if is_gpu else (torch.float32,):
-        for *sizes, has_dropout in importlib.import_module("kernels.depth_mix.kernel").CHECKED:
-            yield from compare_fused(device, *sizes, dtype, has_dropout=has_dropout)
+        for rows, size, num_mixes, has_dropout in importlib.import_module("kernels.depth_mix.kernel").CHECKED:
+            yield from compare_fused(device, rows, size, num_mixes, dtype, has_dropout=has_dropout)
         if is_gpu:
             yield from compare_fused(device, 3000, 768, 24, dtype)
 
@@ -59,7 +59,9 @@ def compare_fused(
     seeds = torch.arange(2 * num_mixes, dtype=torch.int32, device=device).view(-1, 2) * 77 - 5
     lengths = [len(weight) for weight in weights]
 
-    def arguments(tensors: dict[str, Tensor]) -> tuple[list[Tensor], ...]:
+    def arguments(
+        tensors: dict[str, Tensor],
+    ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor], list[Tensor | None]]:
         biases = [None if depth % 2 else bias for depth, bias in enumerate(tensors["bias"])]
         return (
             list(tensors["out"]),

@@ -163,8 +163,8 @@ class _Start(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor | None, grad_h: Tensor | None) -> tuple[Tensor, Tensor, None]:
         grad, _, _ = ctx.mixes.run_backward(0, grad_x, grad_h, *ctx.saved_tensors, None, has_bias=False)
-        shape = (grad_x if grad_h is None else grad_h).shape
-        return grad.view(shape).to(ctx.dtype), ctx.mixes.grad_alpha, None
+        given: Any = grad_x if grad_h is None else grad_h
+        return grad.view(given.shape).to(ctx.dtype), ctx.mixes.grad_alpha, None
 
 
 class _Mix(torch.autograd.Function):

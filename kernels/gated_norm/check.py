@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ def compare_fused(
     device: torch.device, rows: int, size: int, dtype: torch.dtype, *, is_tanh: bool
 ) -> Iterator[Comparison]:
     """The fused operation with all gradients; as in a model, tanh with both factors in one matrix, and erf in two."""
-    rest = {"approximate": "tanh" if is_tanh else "none", "eps": _EPS}
+    rest: dict[str, Any] = {"approximate": "tanh" if is_tanh else "none", "eps": _EPS}
     weight = random_bf16(12, size, 1)[..., 0].to(device) / 4
     if is_tanh:
         inputs = {"gate": random_bf16(1, rows, 2 * size)}
@@ -61,7 +62,7 @@ def compare_fused(
         inputs = {"projection": random_bf16(1, rows, 4 * size, 2)[..., 0], "linear": random_bf16(1, rows, size)}
     inputs = {name: tensor.to(device, dtype) for name, tensor in inputs.items()} | {"weight": weight.float()}
 
-    def factors(inputs: dict[str, Tensor]) -> dict[str, Tensor | None]:
+    def factors(inputs: dict[str, Tensor]) -> dict[str, Any]:
         if is_tanh:
             return {"gate": inputs["gate"], "linear": None}
         linear = inputs["linear"].unflatten(-1, (2, -1)).movedim(-2, 0)  # two heads
@@ -82,7 +83,7 @@ def compare_fused(
 
 def _operation(approximate: str, inputs: dict[str, Tensor], backend: str) -> Iterator[Comparison]:
     """As in training: fp32 weight, autocast to bf16."""
-    rest = {"approximate": approximate, "eps": _EPS}
+    rest: dict[str, Any] = {"approximate": approximate, "eps": _EPS}
 
     def exact(gate: Tensor, weight: Tensor, linear: Tensor | None = None) -> Tensor:
         return reference.gated_norm(gate, linear, weight, **rest)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ _SIZES = (0.03, 3.0, 1.0, 0.2, 0.1, 0.0, 1.0, 0.01)  # of the parameters
 _HAS_COPY = (True, False, True, True, True, False, True, True)
 _AGES = (0, 1, 3, 2, 10, 500, 99_999, 0)
 _LR = 0.5
-_SETTINGS = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-6}
+_SETTINGS: dict[str, Any] = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-6}
 _AVERAGE_DECAY = 0.99
 _GUARD = 16  # elements around a tensor that must not be written
 
@@ -47,7 +48,10 @@ _CASES = (
 )
 _SKIPPED = (
     (_Case("a NaN in fp32"), math.nan),
-    (_Case("an infinity in bf16", *[torch.bfloat16] * 2, grad_offset=3, offset=1, copy_type=torch.bfloat16), -math.inf),
+    (
+        _Case("an infinity in bf16", torch.bfloat16, torch.bfloat16, grad_offset=3, offset=1, copy_type=torch.bfloat16),
+        -math.inf,
+    ),
 )
 
 
@@ -167,7 +171,7 @@ def _writes_copies(case: _Case, backend: str) -> bool:
 
 def _step(model: _Model, case: _Case, backend: str) -> Tensor | None:
     averages = model.averages if case.averages else []
-    settings = {
+    settings: dict[str, Any] = {
         "lr": torch.tensor(_LR, device=model.params[0].device) if case.device_lr else _LR,
         "max_grad_norm": case.max_grad_norm,
         "average_decay": _AVERAGE_DECAY,
@@ -208,11 +212,12 @@ def _compare_rounding(seed: int | None, device: torch.device, backend: str) -> I
     results = []
     for name in (backend, "torch"):
         params = [torch.ones(number.shape, device=device) for number in numbers]
-        moments = [[torch.zeros_like(param, dtype=torch.bfloat16) for param in params] for _ in range(2)]
+        exp_avgs, exp_avg_sqs = ([torch.zeros_like(param, dtype=torch.bfloat16) for param in params] for _ in range(2))
         lamb_step(
             params,
             [number.float() + 1 / 256 for number in numbers],
-            *moments,
+            exp_avgs,
+            exp_avg_sqs,
             [torch.tensor(4.0, device=device) for _ in params],
             lr=_LR,
             beta1=0.5,
@@ -222,7 +227,7 @@ def _compare_rounding(seed: int | None, device: torch.device, backend: str) -> I
             stochastic_rounding_seed=seed,
             backend=name,
         )
-        results.append(moments)
+        results.append((exp_avgs, exp_avg_sqs))
     for name, actual, expected in zip(("exp_avgs", "exp_avg_sqs"), *results, strict=True):
         yield compare_exactly(f"rounded with seed {seed}: {name}", torch.cat(actual), torch.cat(expected))
 

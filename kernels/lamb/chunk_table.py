@@ -92,12 +92,16 @@ def make_chunk_table(
     table[:, SIZE], table[:, CHUNK_SIZE] = size, chunk_size
     table[:, FIRST_CHUNK] = num_chunks.cumsum(0) - num_chunks
     owners = torch.arange(len(sizes), dtype=torch.int32).repeat_interleave(num_chunks)
-    on_host = (table, owners, torch.tensor(decays, dtype=torch.float32), torch.ones(()))
+    on_host = [table, owners, torch.tensor(decays, dtype=torch.float32), torch.ones(())]
     if device.type == "cuda":  # pinned, or the copy would block
-        on_host = tuple(tensor.pin_memory() for tensor in on_host)
+        on_host = [tensor.pin_memory() for tensor in on_host]
     state = [column for index, column in enumerate(addresses) if index not in {GRAD, STEP}]
+    table, owners, decay, one = (tensor.to(device, non_blocking=True) for tensor in on_host)
     return ChunkTable(
-        *(tensor.to(device, non_blocking=True) for tensor in on_host),
+        table,
+        owners,
+        decay,
+        one,
         aligned=all(address % 16 == 0 for column in state for address in column),
         grad_aligned=all(address % 16 == 0 for address in addresses[GRAD]),
     )

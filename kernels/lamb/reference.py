@@ -57,13 +57,13 @@ def lamb_step(
         updates.append(update + weight_decay * param)
 
     # 4. ‖p‖ and ‖u‖ of all tensors, in one all-reduce if sharded.
-    norms = torch.stack([torch.linalg.vector_norm(tensor) for tensor in (*params, *updates)])
-    norms = whole_norms(norms, group).view(2, -1)  # [2, tensors]
+    norms_here = torch.stack([torch.linalg.vector_norm(tensor) for tensor in (*params, *updates)])
+    both_norms = whole_norms(norms_here, group).view(2, -1)  # [2, tensors]
     for index, (param, update, weight_decay) in enumerate(zip(params, updates, weight_decays, strict=True)):
         # 5. Scale by the trust ratio; new parameter and moving average.
-        ratio = 1.0
+        ratio: Tensor | float = 1.0
         if weight_decay != 0:
-            param_norm, update_norm = norms[:, index]
+            param_norm, update_norm = both_norms[:, index]
             ratio = torch.where((param_norm > 0) & (update_norm > 0), param_norm / update_norm, 1.0)
         param.copy_(torch.where(is_taken, param - lr * ratio * update, param))
         if averages:

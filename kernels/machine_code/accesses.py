@@ -185,7 +185,8 @@ def access_matrices(machine: Machine, instruction: Instruction, lanes: np.ndarra
         for index in range(count):
             words = np.ascontiguousarray(bits[:, 4 * index : 4 * index + 4])
             matrices[:, index, row, column] = words.view(np.uint16).reshape(num_warps, 32, 2)
-    _store_shared(machine, instruction, addresses, tuple(rows.reshape(2, -1, 8).view(np.uint8)), giving)
+    stored, doubts = rows.reshape(2, -1, 8).view(np.uint8)
+    _store_shared(machine, instruction, addresses, (stored, doubts), giving)
 
 
 @executes("BAR", "SYNC DEFER_BLOCKING")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,18 +108,20 @@ class AttentionInputs:
         from kernels.attention_context import kernel  # noqa: PLC0415 - needs Triton
 
         query, key, value, _ = self.projection.chunk(4, -1)
-        rows = (self.document_ids, self.is_causal, self.seed, self.dropout_prob, self.scale, self.num_heads)
+        rows: tuple[Any, ...] = (self.document_ids, self.is_causal, self.seed)
+        settings: tuple[Any, ...] = (self.dropout_prob, self.scale, self.num_heads)
         tables = (self.tables.buckets, self.tables.variant)
-        return kernel.forward(query, key, value, self.position, *tables, *rows)
+        return kernel.forward(query, key, value, self.position, *tables, *rows, *settings)
 
     def launch_backward(self, grad: Tensor, output: Tensor, lse: Tensor, table: Tensor, of_projection: Tensor) -> None:
         """Of what `launch_forward` returns; `of_projection` [B, T, 4D] gets gradients in its first three quarters."""
         from kernels.attention_context import kernel  # noqa: PLC0415 - needs Triton
 
         query, key, value, _ = self.projection.chunk(4, -1)
+        of_query, of_key, of_value, _ = of_projection.chunk(4, -1)
         kernel.backward(
             grad, query, key, value, self.position, *self.tables, self.document_ids, self.is_causal, self.seed,
-            output, lse, table, self.dropout_prob, self.scale, self.num_heads, of_projection.chunk(4, -1)[:3],
+            output, lse, table, self.dropout_prob, self.scale, self.num_heads, (of_query, of_key, of_value),
         )  # fmt: skip
 
 

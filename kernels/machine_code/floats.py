@@ -1,5 +1,7 @@
 """Operations on floating-point numbers, computed as such: results are right up to the last bit of fp32 or bf16."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from kernels.machine_code.findings import UnknownInstructionError
@@ -16,7 +18,7 @@ _COMPARISONS = {
     "NE": np.not_equal,
 }
 _UNORDERED = {f"{name}U" for name in _COMPARISONS}  # true also if one is no number
-_FUNCTIONS = {
+_FUNCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "EX2": np.exp2,
     "LG2": np.log2,
     "RCP": np.reciprocal,
@@ -51,16 +53,16 @@ def arithmetic(machine: Machine, instruction: Instruction, lanes: np.ndarray) ->
 def select(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> None:
     """The first where a predicate is true, else the second."""
     target, first, second, condition = instruction.operands
-    sources = first, second
-    value, undefined = chosen(machine, condition, *map(machine.fraction, sources), sources)
+    values = machine.fraction(first), machine.fraction(second)
+    value, undefined = chosen(machine, condition, *values, (first, second))
     machine.write(target, value.view(np.uint32), lanes, undefined=undefined)
 
 
 @executes("FMNMX", "FTZ")
 def extreme(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> None:
     """The lesser if a predicate is true, else the greater; of a number and none, the number."""
-    _, first, second, condition = instruction.operands
-    first, second = machine.fraction(first), machine.fraction(second)
+    first, second = (machine.fraction(operand) for operand in instruction.operands[1:3])
+    condition = instruction.operands[3]
     value = np.where(machine.truth(condition), np.fmin(first, second), np.fmax(first, second))
     _write(machine, instruction, value, lanes)
 
@@ -82,16 +84,16 @@ def compare(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> No
     holds = _COMPARISONS[name.removesuffix("U")](left, right)
     holds = holds | is_none if name.endswith("U") else holds & ~is_none
     combine = np.logical_or if "OR" in instruction.modifiers else np.logical_and
-    other = machine.truth(other).copy()
-    machine.decide(output, combine(holds, other), lanes)
-    machine.decide(opposite, combine(~holds, other), lanes)
+    condition = machine.truth(other).copy()
+    machine.decide(output, combine(holds, condition), lanes)
+    machine.decide(opposite, combine(~holds, condition), lanes)
 
 
 @executes("F2FP", "BF16 F32 PACK_AB")
 def pack(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> None:
     """Two fp32 numbers as bf16: the first in the high half."""
-    target, high, low = instruction.operands
-    high, low = (to_bf16(machine.fraction(operand)) for operand in (high, low))
+    target, *sources = instruction.operands
+    high, low = (to_bf16(machine.fraction(operand)) for operand in sources)
     machine.write(target, high << np.uint32(16) | low, lanes)
 
 

@@ -1,5 +1,6 @@
 """Arithmetic and logic of integers."""
 
+import functools
 import itertools
 
 import numpy as np
@@ -11,6 +12,7 @@ from kernels.machine_code.registers import joined
 
 _LOW = np.uint64(0xFFFFFFFF)
 _WORD = np.uint64(32)
+_NOTHING = np.zeros(1, np.uint64)
 
 
 @executes("IMAD UIMAD", "MOV U32 SHL IADD X WIDE HI")
@@ -51,13 +53,13 @@ def _undefined_product(machine: Machine, instruction: Instruction) -> np.ndarray
     return ~(shifted - np.uint32(1) & ~shifted) & np.where(shifted, np.uint32(0xFFFFFFFF), np.uint32(0))
 
 
-def _carries_out(instruction: Instruction) -> tuple[Operand, list[Operand], tuple[Operand, ...]]:
+def _carries_out(instruction: Instruction) -> tuple[Operand, list[Operand], list[Operand]]:
     """The destination, predicates that get carries, and the other operands."""
     target, *rest = instruction.operands
     outputs = []
     while rest[0].kind == "predicate":
         outputs.append(rest.pop(0))
-    return target, outputs, tuple(rest)
+    return target, outputs, rest
 
 
 @executes("IADD3 UIADD3", "X 64")
@@ -65,9 +67,9 @@ def add(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> None:
     """Sums of three and of carries in; each carry out counts one 2³²."""
     target, outputs, rest = _carries_out(instruction)
     if "64" in instruction.modifiers:
-        machine.write_pair(target, sum(machine.pair(operand) for operand in rest[:3]), lanes)
+        machine.write_pair(target, sum((machine.pair(operand) for operand in rest[:3]), start=_NOTHING), lanes)
         return
-    total = sum(machine.addend(operand) for operand in rest[:3])
+    total = sum((machine.addend(operand) for operand in rest[:3]), start=_NOTHING)
     for carry in rest[3:]:
         total = total + machine.truth(carry)
     machine.write(target, total.astype(np.uint32), lanes)
@@ -140,13 +142,13 @@ def logic(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> None
         output = operands.pop(0)
     target, *inputs = operands
     sources, table = inputs[:3], inputs[3].row
-    inputs = [machine.whole(operand) for operand in sources]
-    value = _by_table(table, inputs)
+    words = [machine.whole(operand) for operand in sources]
+    value = _by_table(table, words)
     undefined = np.zeros(1, np.uint32)
     if machine.doubt().any():  # bits that are the same for any value of the undefined ones are defined
         unknown = [machine.undefined[operand.row] if operand.kind == "register" else undefined for operand in sources]
         for choice in itertools.product((False, True), repeat=3):
-            other = [bits ^ mask if flip else bits for bits, mask, flip in zip(inputs, unknown, choice, strict=True)]
+            other = [bits ^ mask if flip else bits for bits, mask, flip in zip(words, unknown, choice, strict=True)]
             undefined = undefined | value ^ _by_table(table, other)
     machine.write(target, value, lanes, undefined=undefined)
     if output is not None:
@@ -209,8 +211,8 @@ def extreme(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> No
         values = [machine.signed(operand) for operand in operands]
     if instruction.name == "VIADDMNMX":
         values = [values[0] + values[1], values[2]]
-    values = np.broadcast_arrays(*values)
-    value = np.where(machine.truth(condition), np.minimum.reduce(values), np.maximum.reduce(values))
+    least, greatest = functools.reduce(np.minimum, values), functools.reduce(np.maximum, values)
+    value = np.where(machine.truth(condition), least, greatest)
     if "RELU" in instruction.modifiers:
         value = np.maximum(value, 0).astype(value.dtype)
     machine.write(target, value.view(np.uint32), lanes)

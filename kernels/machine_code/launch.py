@@ -77,7 +77,7 @@ class Launch:
 
 def _granularity(value: Any) -> int:
     """A number that divides an argument: of a tensor, its offset in bytes."""
-    return value.storage_offset() * value.element_size() if isinstance(value, Tensor) else int(value)
+    return int(value.storage_offset()) * value.element_size() if isinstance(value, Tensor) else int(value)
 
 
 @contextmanager

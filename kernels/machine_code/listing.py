@@ -44,7 +44,8 @@ class Operand:
     @cached_property
     def words(self) -> tuple[np.ndarray, np.ndarray]:
         """Low and high 32 bits of a number, [1] each."""
-        return tuple(np.full(1, self.row >> shift & 0xFFFFFFFF, np.uint32) for shift in (0, 32))
+        low, high = (np.full(1, self.row >> shift & 0xFFFFFFFF, np.uint32) for shift in (0, 32))
+        return low, high
 
 
 @dataclass(frozen=True)

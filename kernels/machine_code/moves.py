@@ -1,5 +1,7 @@
 """Values that are moved: between registers, lanes, and from what the hardware knows."""
 
+from typing import Any
+
 import numpy as np
 
 from kernels.machine_code.findings import UnknownInstructionError
@@ -53,7 +55,7 @@ def clear(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> None
 def special(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> None:
     """Coordinates of thread and block; the block's place in its cluster, 0."""
     target, source = instruction.operands
-    names = dict(zip(("SR_CTAID.X", "SR_CTAID.Y", "SR_CTAID.Z"), machine.block, strict=True))
+    names: dict[str, Any] = dict(zip(("SR_CTAID.X", "SR_CTAID.Y", "SR_CTAID.Z"), machine.block, strict=True))
     names |= {"SR_TID.X": machine.threads, "SR_LANEID": machine.threads % np.uint32(32), "SR_CgaCtaId": 0}
     if source.text not in names:
         raise UnknownInstructionError(f"unknown instruction {instruction}")

@@ -26,16 +26,16 @@ def compare(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> No
     if "EX" in instruction.modifiers:
         holds = np.where(left == right, machine.truth(low[0]), holds)
     combine = _COMBINATIONS[next(name for name in instruction.modifiers if name in _COMBINATIONS)]
-    other = machine.truth(other).copy()  # it may be a destination too
-    machine.decide(output, combine(holds, other), lanes)
-    machine.decide(opposite, combine(~holds, other), lanes)
+    condition = machine.truth(other).copy()  # it may be a destination too
+    machine.decide(output, combine(holds, condition), lanes)
+    machine.decide(opposite, combine(~holds, condition), lanes)
 
 
 @executes("PLOP3 UPLOP3", "LUT")
 def predicate_logic(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> None:
     """The same for predicates, with one table for each of two destinations."""
-    first, second, *inputs = instruction.operands
-    inputs, tables = [machine.truth(operand) for operand in inputs[:3]], inputs[3:]
+    first, second, *rest = instruction.operands
+    inputs, tables = [machine.truth(operand) for operand in rest[:3]], rest[3:]
     number = inputs[0] * 4 + inputs[1] * 2 + inputs[2]
     for output, table in zip((first, second), tables, strict=True):
         machine.decide(output, table.row >> number & 1 != 0, lanes)

@@ -25,7 +25,7 @@ def multiply_asynchronously(machine: Machine, instruction: Instruction, lanes: n
     if instruction.modifiers[1:] != ("F32", "BF16") or not lanes.all():
         raise UnknownInstructionError(f"unknown instruction {instruction}")
     target, *rest = instruction.operands
-    width = int(re.fullmatch(r"64x(\d+)x16", instruction.modifiers[0])[1])
+    width = int(re.findall(r"^64x(\d+)x16$", instruction.modifiers[0])[0])
     left = rest.pop(0) if rest[0].kind == "register" else None
     place, addend, *rest = rest
     machine.products.results -= set(range(target.row, target.row + width // 2))  # products are added in order

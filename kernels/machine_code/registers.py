@@ -163,7 +163,7 @@ class Registers:
             self.findings.add(self.instruction, "lanes of a warp disagree")
         np.copyto(self.registers[row], value, where=lanes)
         if undefined is None:
-            undefined = np.uint32(0) if self._doubt is _NONE else np.where(self._doubt, _ALL, np.uint32(0))
+            undefined = np.zeros((), np.uint32) if self._doubt is _NONE else np.where(self._doubt, _ALL, np.uint32(0))
         if row in self._doubtful or undefined.any():
             np.copyto(self.undefined[row], undefined, where=lanes)
             (self._doubtful.add if self.undefined[row].any() else self._doubtful.discard)(row)

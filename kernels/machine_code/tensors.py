@@ -32,7 +32,7 @@ class GlobalMemory:
         for members in storages.values():
             content = torch.empty(0, dtype=torch.uint8).set_(members[0][1].untyped_storage()).numpy()
             for name, tensor in members:
-                self.pointers[name] = start + tensor.storage_offset() * tensor.element_size()
+                self.pointers[name] = start + int(tensor.storage_offset()) * tensor.element_size()
             names = " or ".join(name for name, _ in members)
             inside = np.zeros(len(content), bool)
             for _, tensor in members:

@@ -127,8 +127,8 @@ def cross_entropy_from_logits(
     else:
         *rows, gradient = op.cross_entropy(logits.detach(), labels, *settings, with_gradient, backend)
     inputs, gradients = ([logits], [gradient]) if with_gradient else ([], [])
-    settings = (ignore_index, z_loss_weight, logits.shape[1])
-    sums = op.sum_rows(*rows, labels, segments, scales, inputs, gradients, *settings, True, backend)
+    counts = (ignore_index, z_loss_weight, logits.shape[1])
+    sums = op.sum_rows(*rows, labels, segments, scales, inputs, gradients, *counts, True, backend)
     return _summed(sums, segments)
 
 

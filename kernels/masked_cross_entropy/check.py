@@ -1,7 +1,7 @@
 """Masked cross-entropy against its fp64 reference: its part of `python -m kernels.check`."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.masked_cross_entropy import cpp, cross_entropy_from_logits, eager, masked_cross_entropy, op, reference
+from kernels.masked_cross_entropy.reference import MaskedCrossEntropy
 from kernels.numerics import Comparison, compare, compare_exactly, random_bf16
 from kernels.run import Run
 
@@ -90,13 +91,14 @@ def _from_logits(
 ) -> Iterator[Comparison]:
     """Contiguous logits, or the first columns of a matrix with rows of `row_size` elements."""
     logits, labels = random_logits(9, vocab_size, dtype, device)
-    segments = random_segments(9, device) if has_segments else {}
-    results, gradients = {}, {}
+    segments: dict[str, Any] = random_segments(9, device) if has_segments else {}
+    results: dict[str, MaskedCrossEntropy] = {}
+    gradients: dict[str, Any] = {}
     for kind, run_dtype in (("actual", dtype), ("reference", torch.float64), ("plain", dtype)):
         function = cross_entropy_from_logits if kind == "actual" else reference.cross_entropy_from_logits
         memory = torch.empty(len(logits), row_size or vocab_size, dtype=run_dtype, device=device)
         inputs = memory[:, :vocab_size].copy_(logits).requires_grad_()
-        options = {"backend": backend} if kind == "actual" else {}
+        options: dict[str, Any] = {"backend": backend} if kind == "actual" else {}
         results[kind] = function(inputs, labels, z_loss_weight=_Z_LOSS_WEIGHT, **segments, **options)
         (results[kind].total * 3).backward()
         gradients[kind] = inputs.grad
@@ -118,7 +120,8 @@ def _from_logits(
 def _from_hidden(
     device: torch.device, backend: str, dtype: torch.dtype, vocab_size: int = 1009, *, has_segments: bool = False
 ) -> Iterator[Comparison]:
-    hidden_size, segments = 32, random_segments(64, device) if has_segments else {}
+    hidden_size = 32
+    segments: dict[str, Any] = random_segments(64, device) if has_segments else {}
     generator = torch.Generator().manual_seed(1)
     tensors = {
         "hidden": torch.randn(64, hidden_size, generator=generator),
@@ -129,7 +132,7 @@ def _from_hidden(
     labels[::3] = _IGNORED
     labels = labels.to(device)
     results, gradients = {}, {}
-    functions = {
+    functions: dict[str, tuple[Callable[..., MaskedCrossEntropy], torch.dtype]] = {
         "actual": (functools.partial(masked_cross_entropy, backend=backend), dtype),
         "reference": (reference.masked_cross_entropy, torch.float64),
         "plain": (_with_rounded_products if backend == "cpp" else reference.masked_cross_entropy, dtype),
@@ -145,11 +148,11 @@ def _from_hidden(
     name = f"masked {str(dtype).removeprefix('torch.')} V={vocab_size}{' segments' if has_segments else ''}"
     yield from _compare_sums(name, results)
     for tensor in tensors:
-        yield from compare(f"{name} gradient of {tensor}", **{kind: all_[tensor] for kind, all_ in gradients.items()})
+        yield from compare(f"{name} gradient of {tensor}", *(all_[tensor] for all_ in gradients.values()))
     with torch.no_grad():  # a different variant of the kernels, which validation launches
         inputs = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
         options = {"z_loss_weight": _Z_LOSS_WEIGHT, "backend": backend, **segments}
-        results["actual"] = masked_cross_entropy(**inputs, labels=labels, **options)
+        results["actual"] = functions["actual"][0](**inputs, labels=labels, **options)
     yield from _compare_sums(f"{name} without gradient", results)
 
 
@@ -181,15 +184,16 @@ def _sums(device: torch.device, backend: str, num_rows: int, *, has_segments: bo
     correct = torch.randint(2, (num_rows,), generator=generator, dtype=torch.int32).to(device)
     labels = torch.randint(11, (num_rows,), generator=generator)
     labels[::3] = _IGNORED
-    labels, segments = labels.to(device), {"segments": None, "scales": torch.tensor([0.7], device=device)}
+    labels = labels.to(device)
+    segments, scales = None, torch.tensor([0.7], device=device)
     if has_segments:
-        segments = random_segments(num_rows, device)
-    results = []
+        segments, scales = random_segments(num_rows, device).values()
+    results: list[Any] = []
     for dtype in (torch.float32, torch.float64, torch.float32):
         rows = (loss.float().to(device, dtype), z_loss.float().to(device, dtype), correct)
         chosen = "torch" if results else backend
         total, sums, counts = op.sum_rows(
-            *rows, labels, *segments.values(), [], [], _IGNORED, _Z_LOSS_WEIGHT, 11, False, chosen
+            *rows, labels, segments, scales, [], [], _IGNORED, _Z_LOSS_WEIGHT, 11, False, chosen
         )
         results.append((total, sums[0], sums[1], counts))
     name = f"of {num_rows} rows{' in segments' if has_segments else ''}"
@@ -225,8 +229,8 @@ def _cpp_rows(classes: int) -> Iterator[Comparison]:
             results.append((loss, z_loss, gradient.to(torch.bfloat16 if dtype == torch.float32 else x.dtype), correct))
         for index, part in enumerate(("loss", "z_loss", "gradient")):
             off_target = ~is_label if part == "gradient" else None
-            tensors = (result[index] for result in results)
-            yield from compare(f"rows V={classes}{name}: {part}", *tensors, off_target)
+            actual, exact, plain = (result[index] for result in results)
+            yield from compare(f"rows V={classes}{name}: {part}", actual, exact, plain, off_target)
         yield compare_exactly(f"rows V={classes}{name}: correct", results[0][3], results[1][3])
 
 

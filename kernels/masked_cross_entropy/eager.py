@@ -39,7 +39,8 @@ def rows(
             logits.split(block), labels.split(block), scales[segments].split(block), gradients, strict=False
         )
     ]
-    return tuple(torch.cat(results) for results in zip(*blocks, strict=True))
+    losses, z_losses, correct = (torch.cat(results) for results in zip(*blocks, strict=True))
+    return losses, z_losses, correct
 
 
 def _block(

@@ -22,7 +22,7 @@ class MaskedCrossEntropy(NamedTuple):
     loss: Tensor
     z_loss: Tensor
     correct: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # the method of tuples is of no use here
 
 
 def masked_cross_entropy(

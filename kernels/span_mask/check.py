@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -83,7 +84,7 @@ def _compare(case: _Case, device: torch.device, backend: str) -> Iterator[Compar
         counts = counts.to(device, case.counts_type)[:, : case.length]
     tokens = tokens.to(device, case.dtype)[:, : case.length]
     row_ids = torch.randint(0, 2**63 - 1, (case.rows,), generator=generator).to(device)
-    settings = {
+    settings: dict[str, Any] = {
         "mask_p": case.mask_p,
         "random_p": case.random_p,
         "keep_p": case.keep_p,

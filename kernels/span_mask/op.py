@@ -47,7 +47,8 @@ def span_mask(
         max_span_length=max_span_length,
         seed=seed,
     )
-    return tuple(_as_declared(result, tokens, backend) for result in results)
+    inputs, labels = (_as_declared(result, tokens, backend) for result in results)
+    return inputs, labels
 
 
 @span_mask.register_fake
