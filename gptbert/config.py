@@ -393,6 +393,6 @@ class TrainConfig:
         """Steps of the learning rate's final cooldown."""
         return round(self.max_steps * self.cooldown_proportion)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """The settings as JSON values: paths as strings, tuples as lists."""
         return json.loads(json.dumps(dataclasses.asdict(self), default=str))

@@ -39,7 +39,7 @@ class Lamb(Optimizer):
 
     def __init__(
         self,
-        params: Iterable[Tensor] | Iterable[dict],
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.98),
         eps: float = 1e-8,
@@ -65,7 +65,7 @@ class Lamb(Optimizer):
     def _forget_calls(self) -> None:
         self._calls: list[_Call] = []
         self._idle: list[int] = []
-        self._prepared_for: tuple | None = None
+        self._prepared_for: tuple[Any, ...] | None = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -164,7 +164,7 @@ class Lamb(Optimizer):
         grads: list[Tensor | None],
         averages: Mapping[Tensor, Tensor],
         copies: Mapping[Tensor, Tensor],
-    ) -> tuple:
+    ) -> tuple[Any, ...]:
         """Everything calls depend on, as values fast to compare; calls hold their tensors, so ids stay unique."""
         states = self.state.values()
         tensors = chain(params, averages, averages.values(), self.state, chain.from_iterable(map(dict.values, states)))
@@ -349,7 +349,7 @@ def update_weights(
     return gradient_norm
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups: all parameters except biases and LayerNorm's have weight decay (docs/model.md#lamb)."""
     named = list(model.named_parameters())
     decays = [not ("bias" in name or "layer_norm" in name) for name, _ in named]

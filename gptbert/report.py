@@ -151,7 +151,7 @@ def _settings(run_dir: Path) -> dict[str, Any]:
     return settings
 
 
-def _of_steps(records: list[dict]) -> list[dict]:
+def _of_steps(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Records sorted by step; those without a valid step are omitted."""
     return sorted(
         (record for record in records if type(record["step"]) is int and 0 <= record["step"] < _LATEST),
@@ -168,7 +168,7 @@ def _number(value: object) -> float | None:
         return math.inf
 
 
-def _points(records: list[dict], key: str, factor: float = 1.0) -> list[chart.Point]:
+def _points(records: list[dict[str, Any]], key: str, factor: float = 1.0) -> list[chart.Point]:
     numbers = ((record["step"], _number(record.get(key))) for record in records)
     return [(step, factor * value) for step, value in numbers if value is not None]
 
@@ -184,7 +184,7 @@ def _status(run_dir: Path, step: int, max_steps: object, has_records: bool) -> s
     return f"at step {step:,} of {max_steps:,} ({step / max_steps:.0%}), last record of {time:%Y-%m-%d %H:%M}"
 
 
-def _facts(run_dir: Path, settings: dict[str, Any], records: list[dict]) -> list[tuple[str, str]]:
+def _facts(run_dir: Path, settings: dict[str, Any], records: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """Short facts about the run and its hardware; unknown ones are omitted."""
     hardware = settings.get("hardware", settings.get("device", "?"))
     facts = [("processes", f"{settings.get('world_size', '?')} × {hardware}")]
@@ -202,7 +202,7 @@ def _facts(run_dir: Path, settings: dict[str, Any], records: list[dict]) -> list
     return facts + [("newest checkpoint", name) for name in checkpoints[-1:]]
 
 
-def _results(records: list[dict]) -> Iterator[tuple[str, int, dict[str, dict[str, float]]]]:
+def _results(records: list[dict[str, Any]]) -> Iterator[tuple[str, int, dict[str, dict[str, float]]]]:
     """Latest results of training, and of validation for both kinds of weights: name, step, and metrics by objective."""
     for prefix, name in WEIGHTS.items():
         found: dict[str, dict[str, float]] = {}
@@ -216,7 +216,7 @@ def _results(records: list[dict]) -> Iterator[tuple[str, int, dict[str, dict[str
             yield name, last, found
 
 
-def _progress(records: list[dict]) -> Iterator[Chart | None]:
+def _progress(records: list[dict[str, Any]]) -> Iterator[Chart | None]:
     for metric, title, factor in (("loss", "Loss (nats a token)", 1), ("accuracy", "Accuracy (%)", 100)):
         lines = [
             Line(
@@ -231,7 +231,7 @@ def _progress(records: list[dict]) -> Iterator[Chart | None]:
         yield draw(title, lines)
 
 
-def _charts(records: list[dict], train: dict[str, Any]) -> Iterator[Chart | None]:
+def _charts(records: list[dict[str, Any]], train: dict[str, Any]) -> Iterator[Chart | None]:
     """Charts of all other measurements."""
 
     def plain(title: str, key: str, factor: float = 1.0) -> Chart | None:

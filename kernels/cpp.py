@@ -8,6 +8,7 @@ import ctypes
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ def compiled(source: str) -> ctypes.CDLL:
     return torch_private.load_cpp(source, _FLAGS)
 
 
-def call(name: str, arguments: Sequence[Tensor | ctypes.Array | int | float | None]) -> None:
+def call(name: str, arguments: Sequence[Tensor | ctypes.Array[Any] | int | float | None]) -> None:
     """Run a kernel. Tensors become pointers to their first element, None a null pointer, numbers int64_t or float.
 
     ctypes arrays are passed unchanged.
@@ -60,13 +61,13 @@ def call(name: str, arguments: Sequence[Tensor | ctypes.Array | int | float | No
     function(*(argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments))
 
 
-def _type(argument: Tensor | ctypes.Array | float | None) -> type:
+def _type(argument: Tensor | ctypes.Array[Any] | float | None) -> type:
     if isinstance(argument, int):
         return ctypes.c_int64
     return ctypes.c_float if isinstance(argument, float) else ctypes.c_void_p
 
 
-def operation(fake: Callable) -> Callable[[Callable], Callable]:
+def operation(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function that returns new tensors as the CPU operation `kernels::<its name>`.
 
     No autograd formula, and no checks, so a call takes half the time of a torch.library.custom_op call.
@@ -75,7 +76,7 @@ def operation(fake: Callable) -> Callable[[Callable], Callable]:
         fake: returns tensors of the same shapes and dtypes, for tracing.
     """
 
-    def register(function: Callable) -> Callable:
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
         name = f"kernels::{function.__name__}"
         torch.library.define(name, torch.library.infer_schema(function, mutates_args=()), tags=_TAGS)
         torch.library.impl(name, "cpu", function)

@@ -142,7 +142,7 @@ def mark_any_size(tensor: Tensor, dim: int) -> None:
 
 
 @cache
-def _parameters(function: Callable) -> frozenset[str]:
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)
 
 

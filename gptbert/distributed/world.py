@@ -75,7 +75,7 @@ class World:
             parallel_model.register_comm_hook(None, _in_bf16)
         return parallel_model
 
-    def gradient_sync(self, model: nn.Module, *, is_on: bool) -> AbstractContextManager:
+    def gradient_sync(self, model: nn.Module, *, is_on: bool) -> AbstractContextManager[None]:
         """A block whose backward reduces gradients over ranks, or only accumulates them.
 
         Args:

@@ -65,7 +65,7 @@ class Samples:
         self._document_ids = torch.from_numpy(document_ids).to(world.device)
 
     @torch.no_grad()
-    def __call__(self, model: GPTBert, precision: AbstractContextManager) -> list[dict[str, Any]]:
+    def __call__(self, model: GPTBert, precision: AbstractContextManager[Any]) -> list[dict[str, Any]]:
         """Have `model` fill in the masks; its train/eval mode is restored. Every rank must call it.
 
         Returns:

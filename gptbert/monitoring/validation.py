@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -126,7 +127,7 @@ class Validation:
         return range(first, end)
 
     def __call__(
-        self, model: GPTBert, precision: AbstractContextManager, advance: Callable[[int], object] = lambda _: None
+        self, model: GPTBert, precision: AbstractContextManager[Any], advance: Callable[[int], object] = lambda _: None
     ) -> dict[Objective, dict[str, float]]:
         """Evaluate `model`; its train/eval mode is restored. Every rank must call it.
 
@@ -138,7 +139,7 @@ class Validation:
     def record(
         self,
         models: Mapping[str, GPTBert],
-        precision: AbstractContextManager,
+        precision: AbstractContextManager[Any],
         advance: Callable[[int], object] = lambda _: None,
     ) -> dict[str, float]:
         """Loss, perplexity and accuracy of models by the names of their records; every rank must call it."""
@@ -151,7 +152,7 @@ class Validation:
 
     @torch.no_grad()
     def sums(
-        self, model: GPTBert, precision: AbstractContextManager, advance: Callable[[int], object] = lambda _: None
+        self, model: GPTBert, precision: AbstractContextManager[Any], advance: Callable[[int], object] = lambda _: None
     ) -> LossSums:
         """The sums over this rank's rows, of which `__call__` takes the means; every rank must call it.
 

@@ -136,7 +136,7 @@ def saved_dataset_files(folder: Path, names: Sequence[str], split: str | None) -
     return files
 
 
-def _saved_list(file: Path, key: str) -> list:
+def _saved_list(file: Path, key: str) -> list[Any]:
     try:
         content = read_json(file, _SAVED_JSON_BYTES)
     except (OSError, ValueError) as error:

@@ -158,7 +158,7 @@ def _failures_of_group(
     return failures
 
 
-def _finish(process: subprocess.Popen, errors: TextIO) -> None:
+def _finish(process: subprocess.Popen[bytes], errors: TextIO) -> None:
     try:
         status = process.wait(SECONDS)
     except subprocess.TimeoutExpired:

@@ -183,7 +183,7 @@ class RecordedStep(TrainingStep):
         if self._weights is not None:
             self._weights.add_gradients_directly()
         self.recorder = Recorder(world.device, is_main=world.is_main)
-        self._passes: dict[tuple, tuple[Batch, Recorded]] = {}  # by a micro-batch's shape
+        self._passes: dict[tuple[Any, ...], tuple[Batch, Recorded]] = {}  # by a micro-batch's shape
         self._scales: Any = None  # a tensor, made by the first step, as are the seeds
         self._seeds: Tensor | None = None
         self._learning_rate = torch.zeros((), device=world.device)
@@ -246,7 +246,7 @@ def _fp32(number: float) -> float:
     return float(np.float32(number))
 
 
-def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager:
+def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[Any]:
     """Context manager of the run's precision, `--mixed_precision`."""
     return torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision)
 

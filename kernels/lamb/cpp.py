@@ -1,6 +1,7 @@
 """LAMB by C++ kernels, for unsharded tensors in fp32."""
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,5 +55,5 @@ def lamb_step(
     cpp.call("lamb_whole", (*lists, sizes, decays, settings, len(params)))
 
 
-def _pointers(tensors: list[Tensor]) -> ctypes.Array:
+def _pointers(tensors: list[Tensor]) -> ctypes.Array[Any]:
     return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))

@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ class PreparedStep:
         self._used_elsewhere = [*params, *(copy for copy in copies if copy is not None)]
         self._decays = list(weight_decays)
         self._sizes = [param.numel() for param in params]
-        self._checked: tuple | None = None  # addresses of the state, and the gradients' dtypes and devices
+        self._checked: tuple[Any, ...] | None = None  # addresses of the state, and the gradients' dtypes and devices
         self._launch = importlib.import_module("kernels.lamb.kernel").launch  # not above: Triton may be missing
 
     @torch.no_grad()
