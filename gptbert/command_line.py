@@ -1,6 +1,7 @@
 """Commands: a frozen dataclass defines the command line; bad input is reported in one line."""
 
 import contextlib
+import inspect
 import io
 import os
 import re
@@ -8,7 +9,8 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from types import ModuleType
+from typing import Any, TypeVar
 
 import tyro
 
@@ -65,6 +67,25 @@ def parse(settings: type[Settings], arguments: Sequence[str] | None = None) -> S
                 print(output.getvalue(), end="")
             raise
         _fail(_one_line(errors.getvalue()), 2)
+
+
+def make_callable(module: str, function: Callable[..., Any]) -> None:
+    """Let a command's module be called as a function of the Python API that has the same name.
+
+    `from gptbert import train` gives the module `gptbert.train`, into whose package Python puts it as soon as anything
+    imports it. A function of that name would hide the module, or be hidden by it, depending on what came first.
+
+    Args:
+        module: its `__name__`.
+        function: what calling the module calls.
+    """
+
+    class CallableModule(ModuleType):
+        def __call__(self, *arguments: Any, **settings: Any) -> Any:
+            return function(*arguments, **settings)
+
+    sys.modules[module].__class__ = CallableModule
+    sys.modules[module].__signature__ = inspect.signature(function)  # for help and completion
 
 
 def _one_line(box: str) -> str:

@@ -7,7 +7,7 @@ import os
 import reprlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from gptbert.errors import InputError
 from gptbert.io.json_file import read_json
@@ -290,6 +290,7 @@ class TrainConfig:
     """auto: online if the user is logged in to wandb, else offline."""
 
     def __post_init__(self) -> None:
+        self._settle_types()
         at_least = {
             "seq_length": 2, "local_batch_size": 1, "global_batch_size": 1, "batch_reduction": 1, "hybrid_numerator": 0,
             "hybrid_denominator": 1, "max_steps": 1, "learning_rate": 0, "weight_decay": 0, "optimizer_beta1": 0,
@@ -317,6 +318,21 @@ class TrainConfig:
                 raise InputError(f"--{name} is {getattr(self, name)}, expected a number below {limit}")
         self._check_corpora()
         self._check_combinations()
+
+    def _settle_types(self) -> None:
+        """In Python, as on the command line: texts may stand for paths, lists for tuples; choices are checked."""
+        for name, kind in get_type_hints(TrainConfig).items():
+            value, item = getattr(self, name), kind
+            if get_origin(kind) is tuple:
+                item = get_args(kind)[0]
+                value = tuple([value] if isinstance(value, str | Path) else value)
+            if Path in (item, *get_args(item)):
+                value = tuple(map(Path, value)) if isinstance(value, tuple) else value and Path(value)
+            choices = get_args(item) if get_origin(item) is Literal else ()
+            wrong = [one for one in (value if isinstance(value, tuple) else [value]) if choices and one not in choices]
+            if wrong:
+                raise InputError(f"--{name} is {wrong[0]!r}, expected one of {', '.join(choices)}")
+            object.__setattr__(self, name, value)
 
     def _check_corpora(self) -> None:
         paths, weights = self.train_path, self.train_weights
