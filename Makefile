@@ -4,11 +4,11 @@ OLDEST := .venv/transformers-4.51
 TORCH ?= 2.11.0
 DEMO := demo
 
-.PHONY: demo test test-torch test-faults fuzz soak lint bench clean install test-gpu gpu
+.PHONY: demo test test-torch test-faults fuzz soak lint lint-files docs bench clean install test-gpu gpu
 
 install: .venv/.installed
 
-.venv/.installed: pyproject.toml constraints.txt
+.venv/.installed: pyproject.toml setup.py constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" -c constraints.txt
 	@touch $@
@@ -53,14 +53,14 @@ TORCH_TESTS := torch_private compilation activation_checkpointing model trainer 
 	layer_weighting samples likelihood inspect world fresh_store upstream upstream_tokens
 
 # Beside the PyTorch of constraints.txt: any other, which brings its own Triton (a build for CUDA, some GB, on CPUs too).
-# TORCH=2.11.0 is the oldest.
+# TORCH=2.11.0 is the oldest; TORCH=newest takes what pip finds.
 test-torch: .venv/torch-$(TORCH)/.installed
 	.venv/torch-$(TORCH)/bin/python -m pytest -n 2 --dist loadfile $(TORCH_TESTS:%=tests/test_%.py)
 
 # Triton 3.6, which PyTorch 2.11 brings, cannot interpret kernels with numpy 2.4.
-.venv/torch-%/.installed: pyproject.toml
+.venv/torch-%/.installed: pyproject.toml setup.py
 	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" "torch==$*" \
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" $(if $(filter newest,$*),torch,"torch==$*") \
 		$(if $(filter 2.11.%,$*),"numpy<2.4")
 	@touch $@
 
@@ -86,6 +86,18 @@ soak: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Dockerfile, workflow and citation by their own linters.
+lint-files: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[lint]" -c constraints.txt
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+
+# All pages as a site, in build/site; a link that leads nowhere is an error.
+docs: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]" -c constraints.txt
+	$(BIN)/mkdocs build --strict
 
 # On a GPU, `pip install -e '.[bench]'` first adds the peers that need one. Passive, because OpenMP's threads otherwise
 # spin while they wait for each other, and beside other work on the machine that makes many small steps look slow.

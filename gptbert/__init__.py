@@ -6,14 +6,18 @@ In Python: `from gptbert import TrainConfig, load_model, score, train`; docs/pyt
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from gptbert import kernels_finder
+
 if TYPE_CHECKING:
     from gptbert.config import TrainConfig
     from gptbert.import_hf import load_model
     from gptbert.scoring.texts import score
     from gptbert.train import train
 
+__version__ = "0.1.0"
 __all__ = ["TrainConfig", "load_model", "score", "train"]
 _MODULES = {"TrainConfig": "config", "load_model": "import_hf", "score": "score", "train": "train"}
+kernels_finder.install()  # before anything imports `kernels`
 
 
 def __getattr__(name: str) -> Any:

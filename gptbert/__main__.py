@@ -5,6 +5,8 @@ import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 
+from gptbert import __version__
+
 _COMMANDS = {
     "split": ("tokenize_scripts.split_corpus", "split documents into train, validation and test"),
     "train-tokenizer": ("tokenize_scripts.train_tokenizer", "learn a tokenizer"),
@@ -32,7 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if name in {"-h", "--help"}:
         width = max(map(len, _COMMANDS)) + 2
         lines = (f"  {command:{width}}{what}" for command, (_, what) in _COMMANDS.items())
-        print("usage: gptbert COMMAND …\n", *lines, "\ngptbert COMMAND --help says more.", sep="\n")
+        print(
+            "usage: gptbert COMMAND …, or gptbert --version\n", *lines, "\ngptbert COMMAND --help says more.", sep="\n"
+        )
+        return
+    if name == "--version":
+        print(f"gptbert {__version__}")
         return
     if name not in _COMMANDS:
         meant = get_close_matches(name, _COMMANDS, n=1)

@@ -1,6 +1,7 @@
 """Commands: a frozen dataclass defines the command line; bad input is reported in one line."""
 
 import contextlib
+import dataclasses
 import inspect
 import io
 import os
@@ -16,6 +17,7 @@ import tyro
 
 from gptbert.errors import InputError, LostProcessError, SharedError, StoppedError
 from gptbert.io import environment
+from gptbert.io.run_file import FLAG, named_file
 
 Settings = TypeVar("Settings")
 
@@ -56,17 +58,26 @@ def run_command(
 
 
 def parse(settings: type[Settings], arguments: Sequence[str] | None = None) -> Settings:
-    """Parse the command line into `settings`; prints one line and exits with 2 if tyro finds a mistake."""
+    """Parse the command line into `settings`; prints one line and exits with 2 if tyro finds a mistake.
+
+    Flags may come from a file (`gptbert.io.run_file`); those on the command line count more.
+    """
+    own = list(sys.argv[1:] if arguments is None else arguments)
+    file = named_file(settings, own)
     output, errors = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
-            return tyro.cli(settings, args=arguments, use_underscores=True)
+            parsed = tyro.cli(settings, args=[*(file.arguments if file else []), *own], use_underscores=True)
+        return dataclasses.replace(parsed, **{FLAG: None}) if file else parsed
+    except InputError as error:
+        raise InputError(f"{error}{file.origin(str(error), own)}" if file else str(error)) from None
     except SystemExit as end:
         if end.code in {0, None}:  # --help
             if _speaks():
                 print(output.getvalue(), end="")
             raise
-        _fail(_one_line(errors.getvalue()), 2)
+        message = _one_line(errors.getvalue())
+        _fail(message + (file.origin(message, own) if file else ""), 2)
 
 
 def make_callable(module: str, function: Callable[..., Any]) -> None:

@@ -7,9 +7,10 @@ import os
 import reprlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 from gptbert.errors import InputError
+from gptbert.io.field_types import settle
 from gptbert.io.json_file import read_json
 
 _LARGEST_SIZE = 10_000_000
@@ -151,6 +152,9 @@ class TrainConfig:
     """Folder of all runs; this run writes to output_dir/name."""
     name: str = "gptbert"
     """Name of the run: its folder's name, and its name in wandb."""
+    run_file: Path | None = None
+    """YAML or TOML file with flags of this command; those on the command line count more. A run's folder has one with
+    all of its flags, run.yaml."""
 
     train_weights: tuple[float, ...] = ()
     """Relative weight of each corpus in the training tokens, in the order of --train_path: a corpus with more than its
@@ -205,7 +209,11 @@ class TrainConfig:
     warmup_proportion: float = 0.016
     """Fraction of the steps over which the learning rate rises from 0."""
     cooldown_proportion: float = 0.016
-    """Fraction of the steps, at the end, over which the learning rate falls from a tenth to 0."""
+    """Fraction of the steps, at the end, over which the learning rate falls to 0: from a tenth, or with --schedule
+    trapezoid from the peak."""
+    schedule: Literal["cosine", "trapezoid", "constant"] = "cosine"
+    """Between warmup and cooldown the learning rate falls to a tenth (cosine), or stays at its peak (trapezoid).
+    constant: it stays there to the end, without a cooldown; --branch_from gives such a run any number of endings."""
 
     mask_p_start: float = 0.3
     """Fraction of tokens masked at the first step; it changes linearly to mask_p_end."""
@@ -222,7 +230,8 @@ class TrainConfig:
     are; this is a check, which ends the run if the number is another one. Default: no check."""
 
     mixed_precision: bool = False
-    """Compute in bf16 (autocast); weights, gradients and optimizer state stay fp32."""
+    """Compute in bf16 (autocast); weights, gradients and optimizer state stay fp32. A device without instructions for
+    products of bf16 computes in fp32, which is several times as fast there; a line says so."""
     compile: bool = True
     """Compile the model's blocks with torch.compile if that saves the whole run more time than it costs: half a minute
     at the first start, seconds at later ones. A resumed run keeps its choice."""
@@ -269,8 +278,10 @@ class TrainConfig:
     """Steps between log records; in between, nothing is read back from the device."""
     save_every: int = 1000
     """Steps between checkpoints; 0: only at the end."""
+    save_steps: tuple[int, ...] = ()
+    """Also save checkpoints after these numbers of steps, and keep them."""
     keep_checkpoints: int = 3
-    """Number of checkpoints to keep, the newest ones."""
+    """Number of checkpoints to keep, the newest ones, besides those of --save_steps."""
     checkpoint_words: tuple[str, ...] = ()
     """Also save weights after these numbers of words seen, permanently, in the run's words/chck_1M and so on: such as
     500_000 1M 1.5B, or babylm for 1M, 2M, … 10M, 20M, … 100M, 200M, … 1000M, as far as the run goes."""
@@ -280,6 +291,9 @@ class TrainConfig:
     resume: str | None = None
     """auto: resume from the run's newest checkpoint, or start from scratch if there is none.
     A path: resume from that checkpoint."""
+    branch_from: Path | None = None
+    """Go on from this checkpoint of another run, or from that run's newest one, to an end of its own at --max_steps:
+    the learning rate falls linearly from what it is there to 0."""
     trackers: tuple[Literal["wandb", "tensorboard"], ...] = ("wandb",)
     """Where records go besides metrics.jsonl: any of these, or nothing after the flag for none."""
     wandb_project: str = "gptbert"
@@ -290,7 +304,7 @@ class TrainConfig:
     """auto: online if the user is logged in to wandb, else offline."""
 
     def __post_init__(self) -> None:
-        self._settle_types()
+        settle(self)
         at_least = {
             "seq_length": 2, "local_batch_size": 1, "global_batch_size": 1, "batch_reduction": 1, "hybrid_numerator": 0,
             "hybrid_denominator": 1, "max_steps": 1, "learning_rate": 0, "weight_decay": 0, "optimizer_beta1": 0,
@@ -316,23 +330,10 @@ class TrainConfig:
         for name, limit in below.items():
             if not getattr(self, name) < limit:
                 raise InputError(f"--{name} is {getattr(self, name)}, expected a number below {limit}")
+        if wrong := [step for step in self.save_steps if not 1 <= step <= self.max_steps]:
+            raise InputError(f"--save_steps has {wrong[0]}, expected steps from 1 to --max_steps {self.max_steps}")
         self._check_corpora()
         self._check_combinations()
-
-    def _settle_types(self) -> None:
-        """In Python, as on the command line: texts may stand for paths, lists for tuples; choices are checked."""
-        for name, kind in get_type_hints(TrainConfig).items():
-            value, item = getattr(self, name), kind
-            if get_origin(kind) is tuple:
-                item = get_args(kind)[0]
-                value = tuple([value] if isinstance(value, str | Path) else value)
-            if Path in (item, *get_args(item)):
-                value = tuple(map(Path, value)) if isinstance(value, tuple) else value and Path(value)
-            choices = get_args(item) if get_origin(item) is Literal else ()
-            wrong = [one for one in (value if isinstance(value, tuple) else [value]) if choices and one not in choices]
-            if wrong:
-                raise InputError(f"--{name} is {wrong[0]!r}, expected one of {', '.join(choices)}")
-            object.__setattr__(self, name, value)
 
     def _check_corpora(self) -> None:
         paths, weights = self.train_path, self.train_weights

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from gptbert.checkpoint.folder import TOKENIZER
 from gptbert.command_line import run_command
 from gptbert.data.token_store import TokenStore, token_dtype
+from gptbert.distributed.hardware import has_bf16
 from gptbert.distributed.world import World
 from gptbert.errors import InputError
 from gptbert.io.outputs import check_outputs, staged_outputs
@@ -103,7 +104,8 @@ def evaluate_store(trained: TrainedModel, store: TokenStore, settings: Validatio
     validation = Validation(
         settings, store, World(0, 1, trained.device), tokenizer.get_vocab_size(), special_ids(tokenizer)
     )
-    precision = torch.autocast(trained.device.type, torch.bfloat16, enabled=settings.mixed_precision)
+    is_mixed = settings.mixed_precision and has_bf16(trained.device)
+    precision = torch.autocast(trained.device.type, torch.bfloat16, enabled=is_mixed)
     with tqdm(total=validation.num_rows, unit="row", delay=0.5) as bar:
         sums = validation.sums(trained.model, precision, bar.update)
     return Evaluation(store.num_documents, store.num_tokens, sums)

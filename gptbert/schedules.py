@@ -1,6 +1,7 @@
 """Schedules of a run (docs/model.md#schedules): functions of the global step alone, so that ranks agree."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -9,20 +10,34 @@ from gptbert.config import TrainConfig
 MOST_INITIAL = 0.1  # of a moving average that is worth looking at
 
 
-def learning_rate_factor(step: int, warmup_steps: int, cooldown_steps: int, max_steps: int) -> float:
-    """Fraction of the peak learning rate at `step`: linear rise from 0, cosine to a tenth, linear fall to 0."""
+def learning_rate_factor(
+    step: int, warmup_steps: int, cooldown_steps: int, max_steps: int, schedule: str = "cosine"
+) -> float:
+    """Fraction of the peak learning rate at `step`, after a linear rise from 0.
+
+    Args:
+        step: from 0.
+        warmup_steps: of the rise.
+        cooldown_steps: of the linear fall to 0 at the end.
+        max_steps: of the run.
+        schedule: "cosine" to a tenth, and from there to 0. "trapezoid": at the peak, and from there to 0. "constant":
+            at the peak to the end.
+    """
     if step < warmup_steps:
         return step / warmup_steps
+    if schedule == "constant":
+        return 1.0
+    lowest = 1.0 if schedule == "trapezoid" else 0.1
     if step >= max_steps - cooldown_steps:
-        return 0.1 * (max_steps - step) / max(1, cooldown_steps)
+        return lowest * (max_steps - step) / max(1, cooldown_steps)
     progress = (step - warmup_steps) / (max_steps - warmup_steps)
-    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))
+    return lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
     """Learning rate of the update at `step`."""
-    factor = learning_rate_factor(step, config.warmup_steps, config.cooldown_steps, config.max_steps)
-    return config.learning_rate * factor
+    shape = config.warmup_steps, config.cooldown_steps, config.max_steps, config.schedule
+    return config.learning_rate * learning_rate_factor(step, *shape)
 
 
 def mask_probability(config: TrainConfig, step: int) -> float:
@@ -79,12 +94,13 @@ def steps_since_due(step: int, every: int) -> int:
     return step - (step - 1) // every * every
 
 
-def is_due(step: int, every: int, max_steps: int) -> bool:
+def is_due(step: int, every: int, max_steps: int, also: Sequence[int] = ()) -> bool:
     """Whether something that happens every so many steps, and at the run's end, does after `step` steps.
 
     Args:
         step: steps completed.
         every: 0 for the end alone.
         max_steps: of the run.
+        also: further steps.
     """
-    return step == max_steps or (bool(every) and step % every == 0)
+    return step == max_steps or (bool(every) and step % every == 0) or step in also

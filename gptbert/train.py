@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptbert import schedules
+from gptbert.checkpoint.branch import branched
 from gptbert.checkpoint.checkpoint import Checkpoint
 from gptbert.checkpoint.folder import list_checkpoints, saved_setting
 from gptbert.checkpoint.initial_weights import read_initial_weights
@@ -33,7 +34,14 @@ from gptbert.monitoring.validation import is_validated
 from gptbert.trainer import Trainer
 from gptbert.training import compile_choice
 from gptbert.training.kernel_check import agree_on_fused, kernel_check, run_of
-from gptbert.training.preparation import log_choices, own_run_dir, prepare_cpp_kernels, prepare_kernels, prepare_run_dir
+from gptbert.training.preparation import (
+    log_choices,
+    own_run_dir,
+    prepare_cpp_kernels,
+    prepare_kernels,
+    prepare_run_dir,
+    with_fast_precision,
+)
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,8 @@ def train(
         LostProcessError: see `connect`.
         StoppedError: a signal requested a stop, and a checkpoint was saved; see `StopSignal`.
     """
+    if config.run_file is not None:
+        raise InputError("run_file: is read by the command line only (gptbert.command_line.parse)")
     hooks = Hooks(on_step, on_validation, on_checkpoint)
     with restored_settings(), connect(config) as world, ExitStack() as ownership:
         # frees every reference to the process group before connect() destroys it
@@ -97,7 +107,9 @@ def fit(config: TrainConfig) -> None:
 
 def _fit(config: TrainConfig, world: World, ownership: ExitStack, hooks: Hooks) -> int:
     """Returns the number of steps at the end."""
+    config = with_fast_precision(config, world)
     with world.errors_on_all_ranks():
+        config, branch_line = branched(config)
         backend = prepare_kernels(config, world)
         inputs = Inputs.open(config)
         config = dataclasses.replace(config, n_special_tokens=len(inputs.special_ids))  # for the records
@@ -139,7 +151,7 @@ def _fit(config: TrainConfig, world: World, ownership: ExitStack, hooks: Hooks) 
     if world.is_main:
         print_header(config, inputs, plan, world, backend, words)
         log_choices(config, world, choice)
-        _log_start(config, path, note)
+        _log_start(config, path, "\n".join(filter(None, [note, branch_line])))
     trainer = Trainer(
         config, inputs, plan, world, initial_weights, is_compiled=choice.is_compiled, progress=progress, hooks=hooks
     )

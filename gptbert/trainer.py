@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import torch
 from torch import Tensor
@@ -141,7 +141,7 @@ class Trainer:
         throughput = Throughput(self.plan.tokens_before(self.step))
         while self.step < config.max_steps:
             with throughput.waiting():
-                step_rows = rows.get(self.step, self.stop_signal.raise_if_alone)
+                step_rows = self._next_rows(rows)
             gradient_norm = self.train_step(step_rows)
             stops = self.stop_signal.should_stop()
             if self._record.is_due(self.step):
@@ -154,7 +154,9 @@ class Trainer:
             with throughput.paused():
                 if has_words := bool(self.words.due(self.step)):
                     self.save_words()
-                if is_saved := stops or schedules.is_due(self.step, config.save_every, config.max_steps):
+                if is_saved := stops or schedules.is_due(
+                    self.step, config.save_every, config.max_steps, config.save_steps
+                ):
                     self.save()
                 if stops:
                     raise StopRequested
@@ -165,6 +167,14 @@ class Trainer:
         if self.world.is_main and self._labels:
             for line in figures.of_labels(self._labels, schedules.steps_since_due(self.step, config.log_every)):
                 log(line)
+
+    def _next_rows(self, rows: Prefetcher[list[LoadedShare]]) -> list[LoadedShare]:
+        """Raises StopRequested on all ranks if one of them waits for rows and is asked to stop."""
+        with suppress(StopRequested):  # the other ranks, which may wait for this one, are told below
+            step_rows = rows.get(self.step, self.stop_signal.raise_if_received)
+        if self.stop_signal.can_stop_before_a_step:
+            self.stop_signal.raise_if_asked()
+        return step_rows
 
     def validate(self, trackers: Trackers, samples: Samples, bar: tqdm) -> None:
         """Record the validation of this step; every rank must call it.

@@ -28,6 +28,7 @@ from gptbert.data.token_store import TokenStore
 from kernels.backend import BACKENDS, set_default_backend
 from kernels.interpreter import leave_out_dead_work
 from kernels.wanted import use_fused
+from tests.runs import TAKE_BF16, take_bf16
 from tests.scans import scan_by_doubling
 
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
@@ -68,6 +69,13 @@ def seed_of_a_module():
 def seed_of_a_test():
     """What a test draws without a generator depends on no test before."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def bf16_everywhere(monkeypatch):
+    """Runs of this process, and of `forked_ranks`, compute in bf16 also where fp32 would be faster."""
+    take_bf16(monkeypatch.setattr)
+    monkeypatch.setenv(TAKE_BF16, "1")
 
 
 @pytest.fixture(autouse=True, scope="session")

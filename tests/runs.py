@@ -20,8 +20,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from gptbert import evaluate
 from gptbert.checkpoint.folder import list_checkpoints
 from gptbert.monitoring.records import read_records
+from gptbert.training import preparation
 from tests.lanes import DEVICE
 from tokenize_scripts.tokenize_corpus import TokenizeConfig, tokenize_corpus
 from tokenize_scripts.train_tokenizer import TrainTokenizerConfig, train_tokenizer
@@ -41,6 +43,7 @@ MODEL = {
     "layer_norm_eps": 1e-5,
 }
 
+TAKE_BF16 = "TAKE_BF16"  # in the environment of processes from `forked_ranks`: see `take_bf16`
 _CONTEXT = multiprocessing.get_context("forkserver" if DEVICE == "cpu" else "spawn")  # CUDA does not survive a fork
 _CONTEXT.set_forkserver_preload(["gptbert.train", "gptbert.command_line", "torch._dynamo"])
 
@@ -317,4 +320,12 @@ def _run_as(variables: dict[str, str], target: Callable[..., None], *arguments: 
     os.environ.clear()
     os.environ |= variables
     torch.set_num_threads(1)
+    if TAKE_BF16 in variables:
+        take_bf16(setattr)
     target(*arguments)
+
+
+def take_bf16(set_attribute: Callable[[object, str, object], None]) -> None:
+    """Let runs of this process compute in bf16 also where fp32 would be faster; `set_attribute` as `setattr`."""
+    for module in (preparation, evaluate):
+        set_attribute(module, "has_bf16", lambda device: True)

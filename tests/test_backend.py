@@ -117,6 +117,7 @@ def test_a_kernel_that_differs_from_its_reference_stops_the_run(chosen, monkeypa
     assert chosen(kernel_check="off") == "cpp"
 
 
+@pytest.mark.usefixtures("bf16_everywhere")
 @pytest.mark.parametrize("mixed_precision", [False, True])
 def test_a_run_that_is_not_compiled_can_use_cpp(tmp_path, monkeypatch, mixed_precision):
     """Losses are close to those with torch, LAMB uses the kernel, and the run's files name the backend."""

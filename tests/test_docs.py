@@ -33,6 +33,8 @@ def test_every_page_is_in_the_index():
     assert set(re.findall(r"^\| \[([\w-]+\.md)\]\(\1\) \|", index, re.MULTILINE)) == {
         page.name for page in DOCS.glob("*.md") if page.name != "README.md"
     }
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
+    assert sorted(re.findall(r"[\w./-]+\.md$", site, re.MULTILINE)) == [str(page.relative_to(ROOT)) for page in PAGES]
     assert "docs/README.md" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 

@@ -12,6 +12,7 @@ from gptbert.checkpoint import manifest
 from gptbert.command_line import parse, run_command
 from gptbert.config import TrainConfig
 from gptbert.data.token_store import TokenStoreWriter
+from gptbert.distributed.hardware import has_bf16
 from gptbert.errors import InputError
 from gptbert.evaluate import EvaluateSettings, encode_domains, evaluate, is_token_file
 from gptbert.model.objective import Objective
@@ -118,7 +119,7 @@ def test_domains_are_evaluated_apart_and_together(run_dir, trained, tmp_path, ca
     assert "genre" in capsys.readouterr().out
     # the tiny domain, computed directly
     ids = torch.tensor([[BOS_ID]])
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=has_bf16(trained.device)):
         logits = trained.model.logits(trained.model.encode(ids, torch.zeros_like(ids), causal=True))
     expected = -logits[0, 0].float().log_softmax(-1)[trained.tokenizer.token_to_id("a")].item()
     assert found["domains"]["3"]["clm"]["loss"] == pytest.approx(expected, rel=1e-4)

@@ -297,6 +297,7 @@ def test_what_transformers_saves_again_is_the_same(folder, tmp_path):
         assert next(weights).keys() == next(weights).keys()
 
 
+@pytest.mark.usefixtures("bf16_everywhere")
 def test_a_run_says_on_its_card_what_it_was(exported, tmp_path):
     inputs = exported[0] / "inputs"
     settings = {"hybrid_denominator": 3, "validate_every": 2, "mixed_precision": True, "checkpoint_words": "120"}

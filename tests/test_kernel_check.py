@@ -1,15 +1,18 @@
 """The check before a run, in its own process: any failure becomes one line, and the run does not start."""
 
 import dataclasses
+import os
 import re
+import signal
 import time
 
 import pytest
 import torch
 
-from gptbert.command_line import parse
+from gptbert.command_line import parse, run_command
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.data.hybrid_plan import HybridPlan
+from gptbert.distributed.stop_signal import SIGNALS
 from gptbert.distributed.world import World
 from gptbert.errors import InputError
 from gptbert.monitoring import progress
@@ -171,6 +174,25 @@ def test_kernels_that_fail_their_check_stop_the_run_before_it_starts(inputs, pla
     with pytest.raises(InputError, match=r"kernel check failed: .*SIGSEGV.*--kernels torch"):
         fit(config)
     assert not (inputs / "runs" / name).exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_in_the_check_ends_the_run_and_the_check(inputs, plant, monkeypatch, capfd, number):
+    plant("hang")
+    started, handlers = [], {each: signal.getsignal(each) for each in SIGNALS}
+    own = module.subprocess.Popen
+    monkeypatch.setattr(module.subprocess, "Popen", lambda *a, **k: started.append(own(*a, **k)) or started[-1])
+    monkeypatch.setattr(module, "_finish", lambda *_: os.kill(os.getpid(), number) or pytest.fail("went on"))
+    try:
+        with pytest.raises(SystemExit) as end:
+            run_command(TrainConfig, fit, flags(inputs, name="signalled", kernels="triton", max_steps=1))
+    finally:
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
+    assert end.value.code == 130
+    assert capfd.readouterr().err.splitlines()[-1] == "error: interrupted"
+    assert {process.returncode for process in started} == {-9}, "no check is left behind"
+    assert not (inputs / "runs" / "signalled").exists()
 
 
 def test_what_is_checked_is_what_the_run_does(make_config):

@@ -73,7 +73,7 @@ def test_lines_of_json_have_a_limit_that_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "MAX_LINE", 1000)
     monkeypatch.setattr(lines, "MAX_LINE", 1000)
     file = put(tmp_path, "a.jsonl", b'"one"\n"' + b"a" * 5000 + b'"\n"two"\n')
-    with pytest.raises(InputError, match=r"a.jsonl:2: the line has more than 1,000 bytes"):
+    with pytest.raises(InputError, match=r"a.jsonl:2: the line has more than 1,000 bytes, the most for JSON"):
         corpus(file)
     assert corpus(file, on_error="skip")[1] == ["one", "two"]
 

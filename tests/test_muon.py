@@ -108,6 +108,7 @@ def test_an_update_is_nearly_orthogonal_and_as_large_as_adamws(model, make_confi
         assert update.square().mean().sqrt() == pytest.approx(0.2, rel=0.3), "the usual size of AdamW's"
 
 
+@pytest.mark.usefixtures("bf16_everywhere")
 def test_a_run_that_is_resumed_is_the_run_that_went_on(inputs):
     settings = {"optimizer": "muon", "learning_rate": 2e-3, "max_steps": 6, "save_every": 3, "mixed_precision": True}
     fit(parse(TrainConfig, flags(inputs, name="whole", **settings)))

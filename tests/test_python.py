@@ -151,6 +151,11 @@ def test_settings_may_be_given_as_python_has_them(make_config):
         make_config(trackers=["wandb", "wand"])
 
 
+def test_a_run_file_is_not_ignored(make_config):
+    with pytest.raises(InputError, match="run_file: is read by the command line only"):
+        train(make_config(run_file="run.yaml"))
+
+
 def test_the_names_are_there_whatever_was_imported_before():
     """Here, the modules of these names were; in another process, nothing was."""
     script = """

@@ -16,6 +16,7 @@ def inputs(tmp_path_factory):
     return write_inputs(tmp_path_factory.mktemp("resume"))
 
 
+@pytest.mark.usefixtures("bf16_everywhere")
 @pytest.mark.parametrize(
     ("optimizer", "world_size", "more"),
     [

@@ -36,6 +36,17 @@ def test_learning_rate_rises_then_falls_within_bounds(warmup, cooldown, steps):
         assert factors[-1] == pytest.approx(0.1 / cooldown)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("trapezoid", [0, 0.5, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0]),
+        ("constant", [0, 0.5, 1, 1, 1, 1, 1, 1, 1, 1, 1]),
+    ],
+)
+def test_other_schedules_stay_at_the_peak(schedule, expected):
+    assert [learning_rate_factor(step, 2, 4, 10, schedule) for step in range(11)] == expected
+
+
 @pytest.mark.parametrize("proportion", [(0.016, 0.016), (0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (0.3, 0.7)])
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 40])
 def test_every_step_of_any_run_has_a_learning_rate(make_config, proportion, steps):

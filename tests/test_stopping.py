@@ -257,3 +257,38 @@ def test_all_ranks_leave_a_validation_together(inputs):
     assert steps_of(inputs / "runs" / "ranks-stopped")[-1] == 6
     train(inputs, "ranks-stopped", 2, **settings)
     assert_same_end(*(inputs / "runs" / f"ranks-{which}" for which in ("whole", "stopped")))
+
+
+def stalled_rank(rank, arguments, results):
+    """Trains; rank 1's rows of step 5 never come, and all ranks get a signal once the others wait for it."""
+    load, get, is_asked, never = BatchLoader.load, Prefetcher.get, threading.Event(), threading.Event()
+
+    def stuck(self, step):
+        if step == 5:
+            is_asked.wait()
+            send()
+            if rank == 1:
+                never.wait()
+        return load(self, step)
+
+    def asking(self, step, *others):
+        if step == 5:
+            is_asked.set()
+        return get(self, step, *others)
+
+    BatchLoader.load, Prefetcher.get = stuck, asking
+    try:
+        fit(parse(TrainConfig, arguments))
+        results.put((rank, "went on"))
+    except StoppedError as stop:
+        results.put((rank, str(stop)))
+
+
+def test_a_rank_that_waits_for_rows_tells_the_others(inputs):
+    settings = {**SETTINGS, "mask_history": True, "max_steps": 8}
+    train(inputs, "rows-whole", 2, **settings)
+    said = on_ranks(2, stalled_rank, flags(inputs, name="rows-stopped", **settings))
+    assert all("stopped by SIGTERM after step 5" in line for line in said.values())
+    assert steps_of(inputs / "runs" / "rows-stopped")[-1] == 5
+    train(inputs, "rows-stopped", 2, **settings)
+    assert_same_end(*(inputs / "runs" / f"rows-{which}" for which in ("whole", "stopped")))

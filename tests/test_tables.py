@@ -164,6 +164,22 @@ def test_reading_holds_a_few_rows_at_a_time(tmp_path, monkeypatch):
     assert 500_000 < most < 5_000_000
 
 
+def test_a_text_that_is_stored_once_is_in_memory_once(tmp_path):
+    text = "long " * 100_000
+    column = pa.DictionaryArray.from_arrays(pa.array([0, 1, None] * 100), pa.array([text, "short"]))
+    table = pa.table({"text": column})
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    read = corpus(tmp_path, on_error="skip")
+    before = pa.total_allocated_bytes()
+    lengths, most = [], 0
+    for document in read:
+        lengths.append(len(document))
+        most = max(most, pa.total_allocated_bytes() - before)
+    assert lengths == [len(text.rstrip()), len("short")] * 100
+    assert most < 10 * len(text)
+
+
 # Hugging Face
 
 

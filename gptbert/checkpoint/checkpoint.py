@@ -186,8 +186,9 @@ def _write(checkpoint: Checkpoint, temporary: Path, config: TrainConfig, model_c
 
 
 def _delete_old(final: Path, config: TrainConfig) -> None:
-    """Delete all but the newest `keep_checkpoints`, which include the one just written."""
+    """Delete all but the newest `keep_checkpoints`, which include the one just written, and those of `save_steps`."""
     others = [folder for folder in list_checkpoints(config.run_dir) if folder != final]
+    others = [folder for folder in others if step_of_name(folder) not in config.save_steps]
     for folder in others[: max(0, len(others) + 1 - config.keep_checkpoints)]:
         delete(folder)
 

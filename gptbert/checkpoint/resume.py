@@ -26,7 +26,14 @@ _OF_DATA = (
     "global_batch_size", "batch_reduction", "max_steps", "seed",
 )  # fmt: skip
 _NOTES = {"seed": " (in the rest of this epoch some documents repeat and others are left out: it is another shuffle)"}
-_NOT_OF_THE_RESULT = {"resume", "output_dir", "name", "huge_pages"}  # settings that change nothing in it
+_NOT_OF_THE_RESULT = {
+    "resume",
+    "branch_from",
+    "output_dir",
+    "name",
+    "huge_pages",
+    "save_steps",
+}  # settings that change nothing in it
 
 
 def find_for_all_ranks(

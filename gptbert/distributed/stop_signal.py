@@ -80,14 +80,21 @@ class StopSignal:
         if self.should_stop():
             raise StopRequested
 
-    def raise_if_alone(self) -> None:
-        """While this process waits for something, the others cannot be asked.
+    def raise_if_received(self) -> None:
+        """While this process waits for something; `raise_if_asked` comes next and tells the other ranks.
+
+        On GPUs several ranks cannot be told: their next step may already be in the device's queue.
 
         Raises:
-            StopRequested: this process, the only one, was asked to stop.
+            StopRequested: this process was asked to stop.
         """
-        if self._world.world_size == 1 and self.received is not None:
+        if self.received is not None and self.can_stop_before_a_step:
             raise StopRequested
+
+    @property
+    def can_stop_before_a_step(self) -> bool:
+        """Whether all ranks learn of a request at once: a single process, or processes on CPUs."""
+        return self._world.world_size == 1 or self._world.device.type == "cpu"
 
     @property
     def received_name(self) -> str:

@@ -6,5 +6,6 @@
 - `outputs`: a command's outputs, checked before its work and published after it.
 - `json_file`: reading untrusted JSON, writing our own.
 - `torch_file`: reading untrusted `torch.save` files without running code.
+- `field_types`: fields of settings, as the command line gives them.
 - `screen`: lines above the progress bar, and tables.
 """

@@ -25,7 +25,7 @@ def not_utf8(error: UnicodeDecodeError) -> ValueError:
 def parse_json(line: bytes) -> Any:
     """The JSON value on a line; ValueError with the reason if there is none."""
     if len(line) > MAX_LINE:
-        raise ValueError(f"the line has more than {MAX_LINE:,} bytes")
+        raise ValueError(f"the line has more than {MAX_LINE:,} bytes, the most for JSON (plain text has no limit)")
     try:
         return json.loads(decode(line.rstrip(b"\r\n")))
     except json.JSONDecodeError as error:

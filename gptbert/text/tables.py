@@ -210,6 +210,8 @@ def _values(column: "pa.Array | pa.ChunkedArray") -> Iterator[Any]:
     types = importlib.import_module("pyarrow.types")
     if types.is_dictionary(column.type):
         column.validate(full=True)  # validates its indices
+        if _bytes_type(column.type.value_type):
+            return _looked_up(column)
         column = column.cast(column.type.value_type)
     if types.is_null(column.type):
         return (None for _ in range(len(column)))
@@ -221,6 +223,14 @@ def _values(column: "pa.Array | pa.ChunkedArray") -> Iterator[Any]:
     column = column.cast(as_bytes)
     column.validate(full=True)  # offsets in a damaged file may point anywhere
     return (value.as_py() for value in column)
+
+
+def _looked_up(column: "pa.DictionaryArray | pa.ChunkedArray") -> Iterator[bytes | None]:
+    """Texts of a column that stores each once; no copy for every row, since one may have megabytes."""
+    for chunk in column.chunks if hasattr(column, "chunks") else [column]:
+        texts = chunk.dictionary.cast(_bytes_type(chunk.dictionary.type))
+        texts.validate(full=True)
+        yield from (None if index is None else texts[index].as_py() for index in chunk.indices.to_pylist())
 
 
 def _bytes_type(text: "pa.DataType") -> "pa.DataType | None":

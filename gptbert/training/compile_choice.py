@@ -16,10 +16,11 @@ from gptbert.monitoring.flops import training_flops
 # Per row length of a run, each compiled separately; ten seconds if Inductor has it in its disk cache.
 COMPILE_SECONDS = {"cpu": 30.0, "cuda": 30.0}
 
-# On a CPU. A process of 700 steps of D 256, V 32,768 took 45 minutes for its 4·10¹⁴ FLOPs without compiling; measured
-# side by side on one busy core, a step took 22.6 seconds, and 7.6 compiled. With several cores a process saves less.
-_CPU_FLOPS_PER_SECOND = 1.5e11
-_CPU_SHARE_SAVED = 0.6
+# On a CPU, per token, layer and dimension of the hidden states: compiling spares work between matrix products.
+# Measured, on one core or two: 0.4 µs with D 256 and 6 layers (22.6 s a step, compiled 7.6), 0.17 with small.json on
+# two cores (830 tokens/s, compiled 2,500), 0.3 with tiny.json in fp32 on a busy machine (1,350 tokens/s a process,
+# compiled 2,350).
+_CPU_SECONDS_SAVED = 2.5e-7
 
 # On a GPU, where a step is bound by the host or the device. A compiled step of 12 layers has some 2,500 launches per
 # micro-batch, of 10 to 46 µs each on the hosts measured; in a CUDA graph, which the device launches itself, 8 µs each
@@ -85,9 +86,10 @@ def choose(
 
 def seconds_saved(config: TrainConfig, model_config: ModelConfig, plan: HybridPlan, world: World) -> float:
     """Estimated seconds that compiling saves over a whole run, from its first step."""
-    flops = _flops(model_config, config, plan, world.world_size)
     if world.device.type == "cpu":
-        return _CPU_SHARE_SAVED * flops / _CPU_FLOPS_PER_SECOND
+        tokens = plan.tokens_before(config.max_steps) / world.world_size
+        return _CPU_SECONDS_SAVED * tokens * model_config.num_hidden_layers * model_config.hidden_size
+    flops = _flops(model_config, config, plan, world.world_size)
     rows = plan.tokens_before(config.max_steps) / config.seq_length / world.world_size
     most_rows = micro_batch_rows(config, config.seq_length, world.device)
     micro_batches = max(config.max_steps, rows / most_rows)

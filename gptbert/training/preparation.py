@@ -9,18 +9,32 @@ import torch
 
 from gptbert.checkpoint.folder import OWNER, TOKENIZER
 from gptbert.config import ModelConfig, TrainConfig
-from gptbert.distributed.hardware import hardware_name
+from gptbert.distributed.hardware import hardware_name, has_bf16
 from gptbert.distributed.world import World, why_no_gpu
 from gptbert.errors import InputError
 from gptbert.io import environment
 from gptbert.io.json_file import write_json
 from gptbert.io.owner import owned
+from gptbert.io.run_file import write_run_file
 from gptbert.io.screen import log
 from kernels import cpp
 from kernels.assembler import is_right, right_assembler
 from kernels.backend import choose_backend, chosen_by_name, set_default_backend
 from kernels.check import first_failure, run_checks
 from kernels.wanted import FUSED, use_fused
+
+
+def with_fast_precision(config: TrainConfig, world: World) -> TrainConfig:
+    """`--mixed_precision` only where it is faster: if a process has no bf16 instructions, all compute in fp32."""
+    is_slow = config.mixed_precision and not has_bf16(world.device)
+    if not any(world.all_gather(is_slow)):
+        return config
+    if world.is_main:
+        log(
+            f"--mixed_precision: computing in fp32, since {hardware_name(world.device) if is_slow else 'another host'} "
+            "has no instructions for products of bf16, which would take several times as long"
+        )
+    return dataclasses.replace(config, mixed_precision=False)
 
 
 def prepare_kernels(config: TrainConfig, world: World) -> str:
@@ -147,5 +161,6 @@ def prepare_run_dir(config: TrainConfig, model_config: ModelConfig, world: World
     with _write_errors(config):
         config.run_dir.mkdir(parents=True, exist_ok=True)
         write_json(config.run_dir / "config.json", settings)
+        write_run_file(config.run_dir / "run.yaml", config)
         with suppress(shutil.SameFileError):
             shutil.copyfile(config.tokenizer_path, config.run_dir / TOKENIZER)

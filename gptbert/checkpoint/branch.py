@@ -1,0 +1,85 @@
+"""`--branch_from`: an ending of its own for a run, from one of its checkpoints."""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+from gptbert import schedules
+from gptbert.checkpoint.folder import list_checkpoints, newest_in, read_settings, saved_step
+from gptbert.config import TrainConfig
+from gptbert.errors import InputError, prefix_errors
+
+
+def branched(config: TrainConfig) -> tuple[TrainConfig, str]:
+    """The settings of a branch: the learning rate falls linearly from that of the checkpoint to 0 at `max_steps`.
+
+    That is a trapezoid whose peak is the checkpoint's rate, and whose cooldown begins at its step. A branch that has
+    checkpoints of its own keeps its rate and where it began.
+
+    Args:
+        config: `--branch_from` names the checkpoint.
+
+    Returns:
+        The settings, `resume` among them, and a line for the log; without `--branch_from`, `config` and "".
+
+    Raises:
+        InputError: it is not a checkpoint, or the run ends before it.
+    """
+    if config.branch_from is None:
+        return config, ""
+    for name, value in (
+        ("--resume PATH", config.resume not in {None, "auto"}),
+        ("--initial_weights", config.initial_weights),
+    ):
+        if value:
+            raise InputError(f"--branch_from and {name} name two starts; leave one out")
+    own = list_checkpoints(config.run_dir) if config.resume == "auto" else []
+    if own:
+        then = _Rate.of(own[-1])
+        peak, first = then.peak, then.max_steps - then.cooldown_steps
+    else:
+        with prefix_errors("--branch_from"):
+            path = newest_in(config.branch_from)
+            first = saved_step(path)
+            if first is None:
+                raise InputError(f"{path} is not a checkpoint of a run; --initial_weights starts from other weights")
+            peak = _Rate.of(path).at(first)
+            if peak <= 0:
+                raise InputError(f"{path}: its learning rate has fallen to 0; branch off from an earlier checkpoint")
+        config = replace(config, resume=str(path))
+    if config.max_steps <= first:
+        raise InputError(f"--max_steps {config.max_steps}: the branch begins at step {first} and must end after it")
+    settings = {"schedule": "trapezoid", "learning_rate": peak, "warmup_proportion": 0.0}
+    proportion = (config.max_steps - first) / config.max_steps
+    line = f"a branch from step {first}: the learning rate falls from {peak:.3g} there to 0 at step {config.max_steps}"
+    return replace(config, **settings, cooldown_proportion=proportion), line
+
+
+@dataclass(frozen=True)
+class _Rate:
+    """The learning rate of a saved run."""
+
+    schedule: str
+    peak: float
+    warmup_steps: int
+    cooldown_steps: int
+    max_steps: int
+
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        """Of the run that wrote a checkpoint; InputError if its settings cannot be."""
+        saved = read_settings(path)
+        numbers = [
+            saved.get(name) for name in ("max_steps", "learning_rate", "warmup_proportion", "cooldown_proportion")
+        ]
+        if any(type(number) not in {int, float} or not 0 <= number < math.inf for number in numbers):
+            raise InputError(f"{path}: its train_config.json has no learning rate that can be: it is damaged")
+        max_steps, peak, warmup, cooldown = numbers
+        schedule = str(saved.get("schedule", TrainConfig.schedule))
+        return cls(schedule, peak, round(max_steps * warmup), round(max_steps * cooldown), round(max_steps))
+
+    def at(self, step: int) -> float:
+        """The rate of the update at `step`."""
+        shape = self.warmup_steps, self.cooldown_steps, self.max_steps, self.schedule
+        return self.peak * schedules.learning_rate_factor(step, *shape)

@@ -1,0 +1,163 @@
+"""A command's flags in a YAML or TOML file: read as a command line would be, and written for a run to be started again.
+
+A key is a flag's name, a value what stands behind the flag: a number, a text, true or false, a list, or null for
+None. Relative paths are relative to the working directory, as on the command line.
+"""
+
+import dataclasses
+import importlib
+import re
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from gptbert.errors import InputError, first_line
+
+FLAG = "run_file"
+_MOST_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class RunFile:
+    """A file of flags.
+
+    Attributes:
+        path: the file.
+        text: its content.
+        arguments: the command line that says the same.
+    """
+
+    path: Path
+    text: str
+    arguments: list[str]
+
+    def line_of(self, key: str) -> int:
+        """The line that a key is on."""
+        found = re.search(rf"""^[ \t]*["']?{re.escape(key)}["']?[ \t]*[:=]""", self.text, re.MULTILINE)
+        return self.text.count("\n", 0, found.start()) + 1 if found else 1
+
+    def origin(self, message: str, others: Sequence[str]) -> str:
+        """Where a flag that a message names has its value from, as the message's end; "" if not from this file.
+
+        Args:
+            message: on a flag that cannot be used.
+            others: the command line's own arguments, which count more.
+        """
+        own = set(_names(others))
+        for name in re.findall(r"--([a-z_0-9]+)", message):
+            if name not in own and f"--{name}" in {argument.partition("=")[0] for argument in self.arguments}:
+                return f" (from {self.path}:{self.line_of(name)})"
+        return ""
+
+
+def named_file(settings: type, arguments: Sequence[str]) -> RunFile | None:
+    """The file that a command line names with `--run_file`; None without the flag, or if the command has none.
+
+    Raises:
+        InputError: the file cannot be read, or has a key or value that is no flag's.
+    """
+    if FLAG not in {field.name for field in dataclasses.fields(settings)}:
+        return None
+    values = [value for name, value in _pairs(arguments) if name == FLAG]
+    if not values:
+        return None
+    if len(values) > 1:
+        raise InputError(f"--{FLAG} is there {len(values)} times; name one file")
+    path = Path(values[0])
+    text = _text(path)
+    file = RunFile(path, text, [])
+    kinds = {field.name: field.type for field in dataclasses.fields(settings) if field.name != FLAG}
+    for key, value in _settings(path, text).items():
+        where = f"{path}:{file.line_of(str(key))}"
+        if key not in kinds:
+            meant = get_close_matches(str(key), kinds, n=1)
+            raise InputError(f"{where}: there is no flag --{key}" + (f"; did you mean {meant[0]}?" if meant else ""))
+        file.arguments.extend(_as_arguments(where, key, value, is_switch=kinds[key] is bool))
+    return file
+
+
+def write_run_file(path: Path, settings: Any) -> None:
+    """Write all flags of a command as YAML, for `--run_file`.
+
+    Args:
+        path: the file.
+        settings: an instance of the command's dataclass, with a method `to_dict`.
+    """
+    yaml = importlib.import_module("yaml")
+    values = {name: value for name, value in settings.to_dict().items() if name != FLAG}
+    head = f"# All settings of this run: gptbert train --{FLAG} {path.name} --name ANOTHER starts it again.\n"
+    path.write_text(head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _as_arguments(where: str, key: str, value: Any, *, is_switch: bool) -> list[str]:
+    if is_switch or isinstance(value, bool):
+        if not (is_switch and isinstance(value, bool)):
+            wanted = "true or false" if is_switch else "no truth value; a text such as on, yes or no needs quotes"
+            raise InputError(f"{where}: {key} is {value!r}, expected {wanted}")
+        return [f"--{key}" if value else f"--no_{key}"]
+    if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(each, dict | list) for each in value)):
+        raise InputError(f"{where}: {key} has values inside of values, expected one value or a list")
+    if isinstance(value, list):
+        return [f"--{key}", *map(str, value)]
+    return [f"--{key}={value}"]
+
+
+def _settings(path: Path, text: str) -> dict[Any, Any]:
+    try:
+        content = tomllib.loads(text) if path.suffix == ".toml" else _yaml(path, text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise InputError(f"{path}: not {'TOML' if path.suffix == '.toml' else 'YAML'} ({first_line(error)})") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected flags and their values, such as max_steps: 1000, a line each")
+    return content
+
+
+def _yaml(path: Path, text: str) -> Any:
+    """The content, without YAML's rule that of two equal keys the last one counts."""
+    yaml = importlib.import_module("yaml")  # here, since it takes every command's start longer
+    try:
+        node = yaml.compose(text, yaml.SafeLoader)
+        content = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise InputError(f"{path}:{line}: not YAML ({error.problem})") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise InputError(f"{path}: not YAML ({first_line(error)})") from None
+    keys = [key for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+    for number, key in enumerate(keys):
+        if any(key.value == before.value for before in keys[:number]):
+            raise InputError(f"{path}:{key.start_mark.line + 1}: {key.value} is there twice; name it once")
+    return content
+
+
+def _text(path: Path) -> str:
+    if path.suffix not in {".yaml", ".yml", ".toml", ".json"}:
+        raise InputError(f"--{FLAG} {path}: expected a file of YAML or TOML whose name ends in .yaml, .yml or .toml")
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+    except OSError as error:
+        raise InputError(f"--{FLAG} {path}: cannot be read ({error.strerror})") from None
+    if len(content) > _MOST_BYTES:
+        raise InputError(f"--{FLAG} {path}: has more than {_MOST_BYTES:,} bytes, so it is no file of flags")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 (byte 0x{error.object[error.start]:02x})") from None
+
+
+def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Names of the flags, and what follows each."""
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument.startswith("--"):
+            name, has_value, value = argument[2:].partition("=")
+            yield name.replace("-", "_"), value if has_value else following
+
+
+def _names(arguments: Sequence[str]) -> list[str]:
+    return [name.removeprefix("no_") for name, _ in _pairs(arguments)]
