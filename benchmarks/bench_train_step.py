@@ -1,5 +1,6 @@
-"""A training step, part by part, relative to the machine's peak: `gptbert bench [--json]`,
-or `python -m benchmarks.bench_train_step`.
+"""A training step, part by part, relative to the machine's peak: `python -m benchmarks.bench_train_step [--json]`.
+
+`gptbert bench` is the same.
 
 It measures everything in a step of the trainer: waiting for rows, masking, forward, backward, all-reduce over ranks,
 clipping, LAMB and the moving average. Model FLOP utilization (MFU) is the FLOPs of the needed matrix products
