@@ -2,6 +2,7 @@
 
 - `checkpoint`: a run's state, saved atomically and loaded.
 - `resume`: the checkpoint that a run resumes from (`--resume`).
+- `branch`: an ending of its own from a checkpoint (`--branch_from`).
 - `saved_model`: a checkpoint's model, for commands after training.
 - `folder`: file names, and the files that describe the model.
 - `weights`: weights under the published names.
