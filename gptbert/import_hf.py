@@ -103,34 +103,6 @@ def convert(config: ImportConfig) -> str:
     return f"wrote {files[0]} to {config.output}{note}; train_distributed.py --initial_weights {config.output}"
 
 
-def load_model(
-    path: str | Path, weights: Literal["ema", "model"] = "ema", device: Literal["auto", "cuda", "cpu"] = "auto"
-) -> TrainedModel:
-    """Load a trained model and its tokenizer, in Python.
-
-    Args:
-        path: a run's folder, for its newest checkpoint; a checkpoint's; or one for transformers, from `gptbert.export`
-            or as published, whose weights pass through a temporary folder.
-        weights: "ema" for the moving average of the weights, "model" for the weights themselves.
-        device: "auto" for a GPU if there is one.
-
-    Raises:
-        InputError: a model is missing, damaged or of a different kind, or the device does not exist.
-    """
-    path = Path(path)
-    for name, value, choices in (("weights", weights, ("ema", "model")), ("device", device, ("auto", "cuda", "cpu"))):
-        if value not in choices:
-            raise InputError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
-    if (path / "config.json").is_file() and not (path / MODEL_CONFIG).is_file() and not (path / CHECKPOINTS).is_dir():
-        with tempfile.TemporaryDirectory() as folder:
-            convert(ImportConfig(path, Path(folder) / "model"))
-            trained = TrainedModel.load(ModelChoice(run=Path(folder) / "model", weights=weights, device=device))
-        return dataclasses.replace(trained, path=path)
-    trained = TrainedModel.load(ModelChoice(run=path, weights=weights, device=device))
-    trained.explain()
-    return trained
-
-
 def find_files(source: Path) -> tuple[list[Path], Path]:
     """The files of weights that `source` names, and their folder.
 
@@ -214,6 +186,34 @@ def _beside(folder: Path, names: Sequence[str]) -> Path:
                 f"{there[0]} and {file.name} differ: {changes}; name the one that is meant (--config_file)"
             )
     return there[0] if there else folder / names[0]
+
+
+def load_model(
+    path: str | Path, weights: Literal["ema", "model"] = "ema", device: Literal["auto", "cuda", "cpu"] = "auto"
+) -> TrainedModel:
+    """Load a trained model and its tokenizer, in Python.
+
+    Args:
+        path: a run's folder, for its newest checkpoint; a checkpoint's; or one for transformers, from `gptbert.export`
+            or as published, whose weights pass through a temporary folder.
+        weights: "ema" for the moving average of the weights, "model" for the weights themselves.
+        device: "auto" for a GPU if there is one.
+
+    Raises:
+        InputError: a model is missing, damaged or of a different kind, or the device does not exist.
+    """
+    path = Path(path)
+    for name, value, choices in (("weights", weights, ("ema", "model")), ("device", device, ("auto", "cuda", "cpu"))):
+        if value not in choices:
+            raise InputError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
+    if (path / "config.json").is_file() and not (path / MODEL_CONFIG).is_file() and not (path / CHECKPOINTS).is_dir():
+        with tempfile.TemporaryDirectory() as folder:
+            convert(ImportConfig(path, Path(folder) / "model"))
+            trained = TrainedModel.load(ModelChoice(run=Path(folder) / "model", weights=weights, device=device))
+        return dataclasses.replace(trained, path=path)
+    trained = TrainedModel.load(ModelChoice(run=path, weights=weights, device=device))
+    trained.explain()
+    return trained
 
 
 def main() -> None:

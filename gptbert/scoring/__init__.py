@@ -2,7 +2,7 @@
 
 - `trained_model`: a model and its tokenizer, from a checkpoint or an exported folder.
 - `likelihood`: log-likelihoods of sentences under both objectives.
-- `texts`: log-probabilities of texts, in Python.
 - `closing`: figures at the end of a command: unknown tokens, ties.
 - `minimal_pairs`: minimal pairs: reading and accuracy.
+- `texts`: log-probabilities of texts, in Python.
 """
