@@ -51,7 +51,15 @@ class ImportConfig:
 
 
 def import_hf(config: ImportConfig) -> None:
+    """Write the folder, and say so; raises as `convert`."""
+    print(convert(config))
+
+
+def convert(config: ImportConfig) -> str:
     """Write the folder.
+
+    Returns:
+        What was written, in a line.
 
     Raises:
         InputError: a file is missing, damaged, contradicts another, or is of a different kind of model; or the output
@@ -87,7 +95,7 @@ def import_hf(config: ImportConfig) -> None:
         manifest.write(written)
     left_out = foreign.left_out
     note = f", without {listed(left_out, _MOST_NAMED)}" if left_out else ""
-    print(f"wrote {files[0]} to {config.output}{note}; train_distributed.py --initial_weights {config.output}")
+    return f"wrote {files[0]} to {config.output}{note}; train_distributed.py --initial_weights {config.output}"
 
 
 def find_files(source: Path) -> tuple[list[Path], Path]:
