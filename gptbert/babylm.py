@@ -239,7 +239,7 @@ def evaluate(
     acquisition = tasks["aoa"].content if "aoa" in tasks else None
     aoa_scores: dict[str, list[np.ndarray]] = {backend: [] for backend in backends}
     ties: dict[str, list[float]] = {backend: [] for backend in backends}
-    evaluated, notes, unknown = [], {}, 0.0
+    evaluated, notes, unknown = [], [], 0.0
     encoded: tuple[str, dict[tuple[str, str], list[Passage]]] = ("", {})
     with tqdm(unit="token", unit_scale=True, delay=0.5) as bar:
         for checkpoint in checkpoints:
@@ -249,8 +249,7 @@ def evaluate(
                     unknown = max(unknown, _unknown(trained, encoded[1]))
                     unknown_line(unknown, "DATA")  # before the work, refuse a tokenizer that cannot be meant
                     bar.total = bar.n + _work(encoded[1], checkpoints[len(evaluated) :])
-                if trained.note:
-                    notes[trained.note] = None
+                notes = [f"{checkpoint.name}: {trained.note}"] if trained.note else notes  # the last is the best
                 results: dict[str, dict[str, Any]] = {backend: {} for backend in backends}
                 for (backend, name), passages in encoded[1].items():
                     if name == "aoa" and checkpoint.words is None:

@@ -50,6 +50,7 @@ def draw_curves(file: Path, words: Sequence[float], scores: Mapping[str, Sequenc
         title: of the picture.
     """
     from matplotlib.figure import Figure  # noqa: PLC0415  not always there
+    from matplotlib.ticker import EngFormatter, NullFormatter  # noqa: PLC0415
 
     tasks = list(next(iter(scores.values()))[0])
     columns = min(3, len(tasks))
@@ -64,7 +65,9 @@ def draw_curves(file: Path, words: Sequence[float], scores: Mapping[str, Sequenc
         axes.set_xscale("log")
         axes.set_title(task, fontsize=9)
         axes.set_xlabel("words seen", fontsize=8)
-        axes.tick_params(labelsize=7)
+        axes.tick_params(which="both", labelsize=7)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_minor_formatter(NullFormatter() if words[-1] >= 10 * words[0] else EngFormatter(sep=""))
         axes.grid(alpha=0.3)
     grid.flat[0].legend(fontsize=7)
     figure.suptitle(title, fontsize=10)
