@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -240,20 +241,21 @@ def evaluate(
     aoa_scores: dict[str, list[np.ndarray]] = {backend: [] for backend in backends}
     ties: dict[str, list[float]] = {backend: [] for backend in backends}
     evaluated, notes, unknown = [], [], 0.0
-    encoded: tuple[str, dict[tuple[str, str], list[Passage]]] = ("", {})
+    encoded: tuple[str, dict[str, list[Passage]]] = ("", {})
     with tqdm(unit="token", unit_scale=True, delay=0.5) as bar:
         for checkpoint in checkpoints:
             with checkpoint.load(settings) as trained, prefix_errors(str(checkpoint.path)):
                 if encoded[0] != trained.tokenizer.to_str():  # those of a run have one tokenizer
-                    encoded = (trained.tokenizer.to_str(), _encode(trained, tasks, backends))
+                    encoded = (trained.tokenizer.to_str(), _encode(trained, tasks))
                     unknown = max(unknown, _unknown(trained, encoded[1]))
                     unknown_line(unknown, "DATA")  # before the work, refuse a tokenizer that cannot be meant
-                    bar.total = bar.n + _work(encoded[1], checkpoints[len(evaluated) :])
+                    bar.total = bar.n + len(backends) * _work(encoded[1], checkpoints[len(evaluated) :])
                 notes = [f"{checkpoint.name}: {trained.note}"] if trained.note else notes  # the last is the best
                 results: dict[str, dict[str, Any]] = {backend: {} for backend in backends}
-                for (backend, name), passages in encoded[1].items():
+                for backend, name in product(backends, encoded[1]):
                     if name == "aoa" and checkpoint.words is None:
                         continue
+                    passages = encoded[1][name]
                     scores = score_passages(trained.model, passages, backend, settings.batch_tokens, bar.update)
                     if name == "aoa":
                         aoa_scores[backend].append(scores)
@@ -272,29 +274,25 @@ def evaluate(
     return Evaluated(backends, evaluated, of_ages, unknown, closing, [*notes, *_undefined(evaluated, of_ages)])
 
 
-def _encode(
-    trained: TrainedModel, tasks: Mapping[str, Task], backends: Sequence[str]
-) -> dict[tuple[str, str], list[Passage]]:
-    """The passages of each backend and task."""
+def _encode(trained: TrainedModel, tasks: Mapping[str, Task]) -> dict[str, list[Passage]]:
+    """The passages of each task."""
     passages = {}
     for name, task in tasks.items():
         with prefix_errors(str(task.folder)):
-            for backend in backends:
-                passages[backend, name] = task.content.passages(trained.tokenizer, backend)
+            passages[name] = task.content.passages(trained.tokenizer)
     return passages
 
 
-def _unknown(trained: TrainedModel, encoded: Mapping[tuple[str, str], Sequence[Passage]]) -> float:
+def _unknown(trained: TrainedModel, encoded: Mapping[str, Sequence[Passage]]) -> float:
     ids = [np.array(passage.ids[1:]) for passages in encoded.values() for passage in passages]
     return unknown_share(trained.tokenizer, ids)
 
 
-def _work(encoded: Mapping[tuple[str, str], Sequence[Passage]], checkpoints: Sequence[Checkpoint]) -> int:
-    """The number of predictions."""
+def _work(encoded: Mapping[str, Sequence[Passage]], checkpoints: Sequence[Checkpoint]) -> int:
+    """The number of predictions by one backend."""
     by_words = sum(checkpoint.words is not None for checkpoint in checkpoints)
     return sum(
-        num_scored(passages) * (by_words if name == "aoa" else len(checkpoints))
-        for (_, name), passages in encoded.items()
+        num_scored(passages) * (by_words if name == "aoa" else len(checkpoints)) for name, passages in encoded.items()
     )
 
 

@@ -62,7 +62,7 @@ class Acquisition:
         """Number of contexts in the file."""
         return self.num_contexts
 
-    def passages(self, tokenizer: Tokenizer, backend: str) -> list[Passage]:  # noqa: ARG002  others depend on it
+    def passages(self, tokenizer: Tokenizer) -> list[Passage]:
         """All words in all contexts."""
         return completions(tokenizer, self._texts, self._starts)
 

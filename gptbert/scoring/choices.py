@@ -58,7 +58,7 @@ class Choices:
         """Number of items."""
         return len(self.items)
 
-    def passages(self, tokenizer: Tokenizer, backend: str) -> list[Passage]:  # noqa: ARG002  others depend on it
+    def passages(self, tokenizer: Tokenizer) -> list[Passage]:
         """All texts, item by item."""
         texts = [text for item in self.items for text in item.texts]
         return completions(tokenizer, texts, [start for item in self.items for start in item.starts])

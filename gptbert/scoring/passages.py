@@ -83,7 +83,7 @@ def next_words(tokenizer: Tokenizer, contexts: Sequence[str], words: Sequence[st
 
 
 def with_masks_behind(passage: Passage, number: int) -> Passage:
-    """A passage with `<mask>`s behind it, for backends that mask: its last token is one of several to fill in."""
+    """A passage with `<mask>`s behind it: to backends that mask, its last token is the first of several to fill in."""
     return Passage((*passage.ids, *[MASK_ID] * number), passage.predicted)
 
 

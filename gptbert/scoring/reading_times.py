@@ -90,12 +90,11 @@ class ReadingTimes:
         """Number of rows."""
         return len(self._has_previous)
 
-    def passages(self, tokenizer: Tokenizer, backend: str) -> list[Passage]:
-        """The tokens of all words, then those of all previous words."""
+    def passages(self, tokenizer: Tokenizer) -> list[Passage]:
+        """The tokens of all words, then of all previous words; masks behind them, which causal attention hides."""
         words = next_words(tokenizer, self._contexts, self._words)
-        self._num_tokens = [len(passages) for passages in words]  # depends on the tokenizer alone
-        flat = [passage for passages in words for passage in passages]
-        return flat if backend == "causal" else [with_masks_behind(passage, _NUM_MASKS - 1) for passage in flat]
+        self._num_tokens = [len(passages) for passages in words]  # which `results` adds up
+        return [with_masks_behind(passage, _NUM_MASKS - 1) for passages in words for passage in passages]
 
     def results(self, scores: np.ndarray) -> dict[str, Any]:
         """The scores and each measure's regressions, from the log-probabilities of `passages`."""
