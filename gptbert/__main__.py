@@ -15,6 +15,7 @@ _COMMANDS = {
     "train": ("gptbert.train", "train a model"),
     "evaluate": ("gptbert.evaluate", "loss, perplexity and accuracy on data"),
     "score": ("gptbert.score", "log-probabilities of sentences, minimal pairs and words"),
+    "babylm": ("gptbert.babylm", "all zero-shot tasks of BabyLM's evaluation"),
     "generate": ("gptbert.generate", "continue a text"),
     "fill-mask": ("gptbert.fill_mask", "fill <mask> in texts"),
     "report": ("gptbert.report", "compare runs on one page"),

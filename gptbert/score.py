@@ -5,6 +5,9 @@ both defined in `scoring.likelihood`. A pair counts as correct if its good sente
 as wrong. Accuracy is reported over all pairs (micro) and as the mean over the groups of a field (macro); the mean over
 `UID` is BLiMP's number.
 
+BabyLM's evaluation counts ties as right, groups lines without `UID` by their file, scores only completions in its other
+tasks, and takes means over groups alone: `gptbert.babylm` does as it does.
+
 In Python, `gptbert.score(model, texts)` is `scoring.texts.score`.
 """
 
