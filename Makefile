@@ -38,7 +38,7 @@ demo: install
 # Files in the order of their names: the longest have few tests, and xdist would begin with those that have most.
 test: lint $(OLDEST)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/test_export.py tests/test_adapters.py
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/test_export.py tests/test_exported_models.py tests/test_adapters.py
 
 # The oldest transformers that exported folders promise to work with, beside the newest.
 $(OLDEST): .venv/.installed

@@ -42,9 +42,11 @@ CLASSES = {
     "AutoModelForCausalLM": "GPTBertForCausalLM",
     "AutoModelForSequenceClassification": "GPTBertForSequenceClassification",
     "AutoModelForTokenClassification": "GPTBertForTokenClassification",
+    "AutoModelForQuestionAnswering": "GPTBertForQuestionAnswering",
+    "AutoModelForMultipleChoice": "GPTBertForMultipleChoice",
 }
 _CODE = Path(huggingface.__file__).parent
-_CODE_FILES = ("configuration_gptbert.py", "layers_gptbert.py", "pretrained_gptbert.py", "modeling_gptbert.py")
+_CODE_FILES = tuple(f"{name}_gptbert.py" for name in ("configuration", "layers", "heads", "pretrained", "modeling"))
 
 
 @dataclass(frozen=True)
