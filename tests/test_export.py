@@ -19,13 +19,12 @@ from transformers import (
 
 from gptbert.checkpoint import manifest
 from gptbert.errors import InputError
-from gptbert.export import ExportConfig, Origin, export, model_card
+from gptbert.export import ExportConfig, export
 from gptbert.huggingface.tokenizer_files import write_tokenizer_files
 from gptbert.text.encoding import encode_sentences, encode_with_masks
 from gptbert.text.special_tokens import MASK_ID
 from gptbert.text.tokenizer import load_tokenizer
 from tests.exported import SHAPE, write_checkpoint
-from tests.runs import train
 from tests.tokenizer_kinds import TEXT, kinds
 
 LENGTH = 40  # beyond max_position_embeddings
@@ -295,43 +294,6 @@ def test_what_transformers_saves_again_is_the_same(folder, tmp_path):
             assert torch.equal(load(other, folder)(ids).logits, again(ids).logits)
         weights = (load_file(path / "model.safetensors") for path in (folder, tmp_path / auto.__name__))
         assert next(weights).keys() == next(weights).keys()
-
-
-def test_a_run_says_on_its_card_what_it_was(exported, tmp_path):
-    inputs = exported[0] / "inputs"
-    settings = {"hybrid_denominator": 3, "validate_every": 2, "mixed_precision": True, "checkpoint_words": "120"}
-    records = train(inputs, "with-a-card", max_steps=4, **settings)
-    run_dir = inputs / "runs" / "with-a-card"
-    export(ExportConfig(run_dir, tmp_path / "out", words=True))
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: transformers\n")
-    loss = records[-1]["validation_ema/mlm/loss"]
-    tokens = next(record["train/tokens"] for record in reversed(records) if "train/tokens" in record)
-    for part in ("# with-a-card", "step 4 of 4", "| masked share | 1/3", f"| masked | {loss:.3f} |", f"{tokens:,}",
-                 ", 1 process |", "train.safetensors", "bf16", "after step 4"):  # fmt: skip
-        assert part in card, part
-    assert "nan" not in card.lower()
-    assert (tmp_path / "out" / "model.safetensors").stat().st_mode & 0o044  # readable by other users
-    by_words = tmp_path / "out" / "chck_120"  # a checkpoint by words is complete on its own, as it will become a branch
-    words = json.loads((run_dir / "words" / "chck_120" / "words.json").read_text())
-    card = (by_words / "README.md").read_text()
-    assert f"step {words['step']} of 4 ({words['words']:,} words seen)" in card
-    assert ("## Validation" in card) == (words["step"] >= 2)
-    weights = [load_file(folder / "model.safetensors") for folder in (by_words, run_dir / "words" / "chck_120")]
-    assert torch.equal(
-        load(AutoModel, by_words).embedding.relative_embedding, weights[0]["embedding.relative_embedding"]
-    )
-    assert weights[0]["classifier.nonlinearity.5.bias"].shape == weights[1]["classifier.nonlinearity.5.bias"].shape
-    export(ExportConfig(run_dir, tmp_path / "babylm", babylm=True))
-    for folder in (tmp_path / "babylm", tmp_path / "babylm" / "chck_120"):
-        assert json.loads((folder / "config.json").read_text())["masked_logits_alignment"] == "previous"
-
-
-def test_a_checkpoint_alone_has_a_card_too(exported):
-    card = model_card(Origin.of(exported[0] / "checkpoint"), SHAPE, "ema", shift=False, name="x")
-    assert "# a run" in card
-    assert "Validation" not in card
-    assert "mntp`" in card
 
 
 def test_refusals_leave_nothing(exported, tmp_path, capsys):
