@@ -233,6 +233,18 @@ def attended(attention_mask: Tensor | None) -> Tensor | None:
     )
 
 
+def seen_later(attention_mask: Tensor) -> Tensor:
+    """[B or 1, T] bool: whether a later position sees this one; if none does, it is padding, or of another document.
+
+    Args:
+        attention_mask: bool, of any shape that `GPTBertPreTrainedModel.encode` takes without a cache.
+    """
+    if attention_mask.ndim == 2:
+        return attention_mask
+    by_query = attention_mask if attention_mask.ndim == 3 else attention_mask[:, 0]  # [B or 1, T or 1, T]
+    return by_query[:, 0] if by_query.shape[1] == 1 else by_query.tril(-1).any(dim=1)
+
+
 def all_pairs(
     inputs_embeds: Tensor, attention_mask: Tensor | None, causal: bool, cache: Cache | None, table: Sequence[int]
 ) -> Pairs:

@@ -25,7 +25,7 @@ from transformers.modeling_outputs import (
 
 from .configuration_gptbert import GPTBertConfig
 from .heads_gptbert import ClassificationHead, LanguageModelHead, mean_loss, span_loss, text_loss, text_state
-from .layers_gptbert import attended
+from .layers_gptbert import attended, seen_later
 from .pretrained_gptbert import GPTBertPreTrainedModel
 
 # renamed in newer transformers
@@ -118,8 +118,8 @@ class GPTBertForMaskedLM(_LanguageModel):
             inputs_embeds, attention_mask, False, None, output_hidden_states, output_attentions
         )
         if self.config.shift_masked_logits:
-            if attention_mask is not None and attention_mask.ndim == 2:  # left padding is not context
-                hidden_states = hidden_states.masked_fill(~attention_mask.unsqueeze(-1), 0)
+            if attention_mask is not None:  # left padding is not context
+                hidden_states = hidden_states.masked_fill(~seen_later(attention_mask).unsqueeze(-1), 0)
             hidden_states = F.pad(hidden_states, (0, 0, 1, 0))[:, :-1]
         logits = self.classifier(hidden_states)
         loss = None if labels is None else mean_loss(logits, labels)
