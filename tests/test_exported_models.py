@@ -70,7 +70,10 @@ def test_a_static_cache_gives_the_same_text(folder, implementation):
     mask[0] = 1
     settings = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False}
     expected = loaded.generate(ids, **settings)
+    shapes = set()
+    loaded.register_forward_pre_hook(lambda _, __, given: shapes.add(given["attention_mask"].shape), with_kwargs=True)
     assert torch.equal(loaded.generate(ids, cache_implementation="static", **settings), expected)
+    assert len(shapes) == 1, "a compiled step would be recorded once for each"
     assert len(set(expected[:, LENGTH:].flatten().tolist())) > 10
 
 

@@ -260,11 +260,18 @@ def all_pairs(
     distance = place[:, None] - keys  # [T, K]
     farthest = len(table) // 2
     buckets = torch.tensor(table, device=device)[distance.clamp(-farthest, farthest) + farthest]
-    mask = visible_keys(inputs_embeds, attention_mask, num_keys, is_static=isinstance(cache, StaticCache))
+    mask = visible_keys(inputs_embeds, of_all_keys(attention_mask, cache), num_keys)
     return Pairs(buckets, mask & (distance >= 0) if causal else mask, place)
 
 
-def visible_keys(inputs_embeds: Tensor, attention_mask: Tensor | None, num_keys: int, is_static: bool) -> Tensor:
+def of_all_keys(attention_mask: Tensor | None, cache: Cache | None) -> Tensor | None:
+    """A mask [B, positions so far], longer by a static cache's empty places; any other mask as it is."""
+    if attention_mask is None or attention_mask.ndim != 2 or not isinstance(cache, StaticCache):
+        return attention_mask
+    return F.pad(attention_mask, (0, max(_capacity(cache) - attention_mask.shape[1], 0)))
+
+
+def visible_keys(inputs_embeds: Tensor, attention_mask: Tensor | None, num_keys: int) -> Tensor:
     """[B or 1, 1, T or 1, K] bool: True where a mask lets a query see a key.
 
     Raises:
@@ -274,9 +281,6 @@ def visible_keys(inputs_embeds: Tensor, attention_mask: Tensor | None, num_keys:
     if attention_mask is None:
         return torch.ones(1, 1, 1, num_keys, dtype=torch.bool, device=inputs_embeds.device)
     shape = tuple(attention_mask.shape)
-    if is_static and len(shape) == 2 and shape[1] < num_keys:  # of the positions so far, as `generate` has it
-        attention_mask = F.pad(attention_mask, (0, num_keys - shape[1]))
-        shape = tuple(attention_mask.shape)
     fitting = [(num_rows, num_keys), (num_rows, length, num_keys)]
     fitting += [(rows, 1, queries, num_keys) for rows in (num_rows, 1) for queries in (length, 1)]
     if not any(shape == each for each in fitting):  # not `in`: sizes are symbols under torch.export

@@ -25,7 +25,7 @@ from transformers.modeling_outputs import (
 
 from .configuration_gptbert import GPTBertConfig
 from .heads_gptbert import ClassificationHead, LanguageModelHead, mean_loss, span_loss, text_loss, text_state
-from .layers_gptbert import attended, seen_later
+from .layers_gptbert import attended, of_all_keys, seen_later
 from .pretrained_gptbert import GPTBertPreTrainedModel
 
 # renamed in newer transformers
@@ -153,7 +153,7 @@ class GPTBertForCausalLM(_LanguageModel, GenerationMixin):
             inputs = {"input_ids": input_ids[:, -num_new:]}
         return {
             **inputs,
-            "attention_mask": attention_mask,
+            "attention_mask": of_all_keys(attention_mask, cache),  # of one size, so a compiled step stays the same
             "past_key_values": cache,
             "use_cache": use_cache,
             "logits_to_keep": logits_to_keep,
