@@ -137,9 +137,9 @@ class Attention(nn.Module):
             positions = past.positions
         if past is not None:
             past.positions = positions
-            key, value = past.append(key, value)  # [H, B, K, d]
+            key, value, by_key = past.append(key, value)  # of all positions
         if visibility.mask is None:
-            context = next_context(query, key, *positions, value, visibility.buckets)
+            context = next_context(query, key, by_key, positions[1], value, visibility.buckets)
         else:
             context = attention_context(
                 query, key, *positions, value, visibility.buckets, visibility.mask, seed, dropout_prob

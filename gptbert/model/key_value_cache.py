@@ -25,15 +25,20 @@ class KeyValueCache:
 
 
 class LayerCache:
-    """One attention's keys and values, and the projections of its position vectors, which do not change."""
+    """One attention's keys and values, and their products with its position vectors, which do not change."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._length = 0
+        self._memory: tuple[Tensor, ...] = ()  # of what `append` returns, [H, B, capacity, …] each
         self.positions: tuple[Tensor, Tensor] | None = None  # as queries and as keys, [H, P, d] each
 
-    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """New keys and values [H, B, T, d] to those of all positions, [H, B, K, d].
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys [H, B, K, d], values [H, B, K, d] and position scores of keys [H, B, K, P] of all positions.
+
+        Args:
+            key: [H, B, T, d], of new positions.
+            value: likewise.
 
         Raises:
             ValueError: the cache is full.
@@ -41,23 +46,24 @@ class LayerCache:
         first, self._length = self._length, self._length + key.shape[2]
         if self._length > self._capacity:
             raise ValueError(f"the cache has room for {self._capacity} positions, not for {self._length}")
+        position_query, _ = self.positions
+        new = (key, value, key @ position_query[:, None].mT)
         if first == 0:
-            shape = (*key.shape[:2], self._capacity, key.shape[3])
-            self._keys, self._values = key.new_empty(shape), value.new_empty(shape)
-        self._keys[:, :, first : self._length] = key
-        self._values[:, :, first : self._length] = value
-        return self._keys[:, :, : self._length], self._values[:, :, : self._length]
+            self._memory = tuple(each.new_empty(*each.shape[:2], self._capacity, each.shape[3]) for each in new)
+        for memory, each in zip(self._memory, new, strict=True):
+            memory[:, :, first : self._length] = each
+        return tuple(memory[:, :, : self._length] for memory in self._memory)
 
 
 def next_context(
-    query: Tensor, key: Tensor, position_query: Tensor, position_key: Tensor, value: Tensor, buckets: Tensor
+    query: Tensor, key: Tensor, by_key: Tensor, position_key: Tensor, value: Tensor, buckets: Tensor
 ) -> Tensor:
-    """`kernels.attention_context` of one query, which sees all keys, without products of all keys and position vectors.
+    """`kernels.attention_context` of one query, which sees all keys, with position scores of keys from the cache.
 
     Args:
         query: [H, B, 1, d], scaled.
         key: [H, B, K, d].
-        position_query: [H, P, d], scaled.
+        by_key: [H, B, K, P], k_j·pq.
         position_key: [H, P, d].
         value: [H, B, K, d].
         buckets: [K] int64, β of the query and each key.
@@ -65,7 +71,7 @@ def next_context(
     Returns:
         [H, B, 1, d].
     """
-    of_position = (query.squeeze(2) @ position_key.mT)[..., buckets]  # q·pk_β(j), [H, B, K]
-    # q·k_j + pq_β(j)·k_j
-    scores = ((query + position_query[:, None, buckets]) * key).sum(-1) + of_position
-    return scores.unsqueeze(2).softmax(dim=-1) @ value
+    scores = (query @ key.mT).squeeze(2)  # q·k_j, [H, B, K]
+    of_query = (query.squeeze(2) @ position_key.mT)[..., buckets]  # q·pk_β(j)
+    of_key = by_key.gather(-1, buckets[:, None].expand(*scores.shape, 1)).squeeze(-1)  # k_j·pq_β(j)
+    return (scores + of_query + of_key).unsqueeze(2).softmax(dim=-1) @ value
