@@ -35,10 +35,13 @@ demo: install
 		--max_steps=500 --validate_every=125 --save_every=250
 	$(BIN)/python -m gptbert.demo $(DEMO)/runs/demo --valid_path $(DEMO)/validation.safetensors
 
+# What an exported folder does in transformers.
+EXPORTED := export exported_masks exported_models adapters finetune
+
 # Files in the order of their names: the longest have few tests, and xdist would begin with those that have most.
 test: lint $(OLDEST)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/test_export.py tests/test_adapters.py tests/test_finetune.py
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest $(EXPORTED:%=tests/test_%.py)
 
 # The oldest transformers that exported folders promise to work with, beside the newest; its Trainer imports datasets.
 $(OLDEST): .venv/.installed Makefile
