@@ -31,6 +31,7 @@ from gptbert.model.batch import Batch
 from gptbert.model.compilation import compile_blocks, compiling
 from gptbert.model.objective import Objective
 from gptbert.monitoring import figures
+from gptbert.monitoring.hooks import Hooks
 from gptbert.monitoring.metrics import Throughput
 from gptbert.monitoring.progress import progress_bar, summary, validation_progress
 from gptbert.monitoring.records import forget_from
@@ -56,8 +57,10 @@ class Trainer:
         *,
         is_compiled: bool | None = None,
         progress: Progress | None = None,
+        hooks: Hooks | None = None,
     ) -> None:
         self.config = config
+        self.hooks = hooks or Hooks()
         self.inputs = inputs
         self.progress = progress or Progress(config, inputs, plan)
         self.plan = self.progress.plan
@@ -145,6 +148,8 @@ class Trainer:
                 record = self.training_record(gradient_norm, throughput)
                 trackers.log(self.step, record)
                 bar.set_postfix_str(summary(record, "train"), refresh=False)
+                with throughput.paused():
+                    self.hooks.call("on_step", self.world, self.step, record)
             bar.update()
             with throughput.paused():
                 if has_words := bool(self.words.due(self.step)):
@@ -193,6 +198,7 @@ class Trainer:
         trackers.log(self.step, record)
         if self.world.is_main:
             log(f"step {self.step}: validation {summary(record, 'validation')}")
+        self.hooks.call("on_validation", self.world, self.step, record)
 
     def _stop(self) -> None:
         """Save, unless this step's checkpoint is there, and end the run; every rank must call it."""
@@ -274,8 +280,9 @@ class Trainer:
             **self.skipped_steps.state_dict(),
             **self.loader.state_dict(),
         )
-        checkpoint.save(state, self.config, self.inputs.model_config, self.world)
+        path = checkpoint.save(state, self.config, self.inputs.model_config, self.world)
         self.saved_step = self.step
+        self.hooks.call("on_checkpoint", self.world, self.step, path)
 
     def save_words(self) -> None:
         """Write the weights due at this number of words; every rank must call it, before `save` at the same step.
