@@ -169,11 +169,24 @@ class Trainer:
                 log(line)
 
     def _next_rows(self, rows: Prefetcher[list[LoadedShare]]) -> list[LoadedShare]:
-        """Raises StopRequested on all ranks if one of them waits for rows and is asked to stop."""
-        with suppress(StopRequested):  # the other ranks, which may wait for this one, are told below
+        """This rank's rows of the step.
+
+        If it waits for them when a signal comes, all ranks stop before this step. On several GPUs they stop at its end,
+        and this rank takes part without its rows, which are not trained on then.
+
+        Raises:
+            StopRequested: on all ranks.
+        """
+        step_rows = None
+        with suppress(StopRequested):
             step_rows = rows.get(self.step, self.stop_signal.raise_if_received)
-        if self.stop_signal.can_stop_before_a_step:
+        if self.stop_signal.stops_before_steps:
             self.stop_signal.raise_if_asked()
+        if step_rows is None:
+            log(
+                f"rank {self.world.rank}: its rows of step {self.step + 1} did not come; the step is taken without them"
+            )
+            step_rows = self.loader.without_rows(self.step)
         return step_rows
 
     def validate(self, trackers: Trackers, samples: Samples, bar: tqdm) -> None:
