@@ -4,4 +4,5 @@
 - `likelihood`: log-likelihoods of sentences under both objectives.
 - `closing`: figures at the end of a command: unknown tokens, ties.
 - `minimal_pairs`: minimal pairs: reading and accuracy.
+- `pair_scores`: minimal pairs scored during a run (`--pairs_path`).
 """

@@ -102,6 +102,13 @@ def _log_probabilities(model: GPTBert, hidden_states: Tensor, targets: Tensor, t
     return torch.cat(pieces)
 
 
+def num_forwards(sentences: Sequence[Sequence[int]], objective: Objective, batch_tokens: int) -> int:
+    """Number of forwards of `log_likelihoods`, after each of which it calls `advance`."""
+    lengths = np.sort(np.array([len(sentence) for sentence in set(map(tuple, sentences))], np.int64))
+    lengths = lengths[lengths > 1] if objective.causal else np.repeat(lengths, lengths - 1)
+    return sum(1 for _ in _batches(lengths, lengths, batch_tokens))
+
+
 def _causal_queries(sentences: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[_Queries]:
     """One row per sentence, which predicts all of its tokens."""
     lengths = np.array([len(sentence) for sentence in sentences], np.int64)
