@@ -246,8 +246,8 @@ class TrainConfig:
     activation_checkpointing: bool = False
     """Keep only the inputs of attention and feed-forward for the backward, and recompute the rest there: a third of the
     activation memory, for steps a third longer; the results are the same."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto: a GPU if there is one."""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """auto: a GPU if there is one. mps: Apple's, for one process, on which no run has been made yet."""
     kernels: Literal["auto", "torch", "triton", "cpp"] = "auto"
     """Implementation of the operations in kernels/. auto: triton on a GPU; on a CPU cpp in compiled runs, else torch.
     cpp needs a C++ compiler; it has kernels for LAMB and, with --mixed_precision, for all else but masking."""

@@ -80,7 +80,7 @@ def log_likelihoods(
         )
         hidden_states = model.encode(input_ids, document_ids, objective.causal)[rows, positions]  # [N, D]
         chosen = _log_probabilities(model, hidden_states, targets, temperatures)  # [N, K]
-        scores.index_add_(0, torch.from_numpy(queries.sentences), chosen.double().cpu())
+        scores.index_add_(0, torch.from_numpy(queries.sentences), chosen.cpu().double())
         advance(len(targets))
     return scores[[number[tuple(sentence)] for sentence in sentences]]
 
