@@ -35,15 +35,18 @@ demo: install
 		--max_steps=500 --validate_every=125 --save_every=250
 	$(BIN)/python -m gptbert.demo $(DEMO)/runs/demo --valid_path $(DEMO)/validation.safetensors
 
+# What an exported folder does in transformers.
+EXPORTED := export exported_masks exported_models adapters finetune
+
 # Files in the order of their names: the longest have few tests, and xdist would begin with those that have most.
 test: lint $(OLDEST)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/test_export.py tests/test_adapters.py
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest $(EXPORTED:%=tests/test_%.py)
 
-# The oldest transformers that exported folders promise to work with, beside the newest.
-$(OLDEST): .venv/.installed
+# The oldest transformers that exported folders promise to work with, beside the newest; its Trainer imports datasets.
+$(OLDEST): .venv/.installed Makefile
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ \
-		"transformers==4.51.3" "tokenizers~=0.21.0" "huggingface-hub~=0.30"
+		"transformers==4.51.3" "tokenizers~=0.21.0" "huggingface-hub~=0.30" "datasets~=3.5"
 	@touch $@
 
 # What another PyTorch, or the Triton that it brings, may do otherwise.

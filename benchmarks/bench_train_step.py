@@ -1,5 +1,7 @@
 """A training step, part by part, relative to the machine's peak: `python -m benchmarks.bench_train_step [--json]`.
 
+`gptbert bench` is the same.
+
 It measures everything in a step of the trainer: waiting for rows, masking, forward, backward, all-reduce over ranks,
 clipping, LAMB and the moving average. Model FLOP utilization (MFU) is the FLOPs of the needed matrix products
 (`gptbert.monitoring.flops`) over the time, over the best rate of torch.mm measured in the same run.
@@ -310,5 +312,10 @@ def show(result: Result, *, with_header: bool) -> None:
     print(table_row(row, widths), flush=True)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Entry point."""
     run_command(StepBenchConfig, run)
+
+
+if __name__ == "__main__":
+    main()

@@ -4,6 +4,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
+from pathlib import Path
 
 from gptbert import __version__
 
@@ -14,6 +15,7 @@ _COMMANDS = {
     "train": ("gptbert.train", "train a model"),
     "evaluate": ("gptbert.evaluate", "loss, perplexity and accuracy on data"),
     "score": ("gptbert.score", "log-probabilities of sentences, minimal pairs and words"),
+    "babylm": ("gptbert.babylm", "all zero-shot tasks of BabyLM's evaluation"),
     "generate": ("gptbert.generate", "continue a text"),
     "fill-mask": ("gptbert.fill_mask", "fill <mask> in texts"),
     "report": ("gptbert.report", "compare runs on one page"),
@@ -21,7 +23,9 @@ _COMMANDS = {
     "import": ("gptbert.import_hf", "make a checkpoint of a published model"),
     "unshard": ("gptbert.unshard", "make one file of an FSDP checkpoint"),
     "check": ("kernels.check", "compare kernels with their references on this machine"),
+    "bench": ("benchmarks.bench_train_step", "time training steps on this machine; in a checkout only"),
 }  # by name: a module with `main`, and what it does
+_CHECKOUT = Path(__file__).resolve().parents[1]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -46,8 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         way_on = f"did you mean {meant[0]}?" if meant else "gptbert --help lists them"
         print(f"error: gptbert has no command {name!r}; {way_on}", file=sys.stderr)
         sys.exit(2)
+    module = _COMMANDS[name][0]
+    if module.startswith("benchmarks."):  # which is no part of the package
+        if not (_CHECKOUT / "benchmarks").is_dir():
+            print(f"error: gptbert {name}: the benchmarks are in a checkout of gptbert only", file=sys.stderr)
+            sys.exit(1)
+        sys.path.append(str(_CHECKOUT))
     sys.argv = [f"gptbert {name}", *rest]
-    importlib.import_module(_COMMANDS[name][0]).main()
+    importlib.import_module(module).main()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 import io
 import os
 import re
@@ -9,7 +10,8 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from types import ModuleType
+from typing import Any, TypeVar
 
 import tyro
 
@@ -76,6 +78,25 @@ def parse(settings: type[Settings], arguments: Sequence[str] | None = None) -> S
             raise
         message = _one_line(errors.getvalue())
         _fail(message + (file.origin(message, own) if file else ""), 2)
+
+
+def make_callable(module: str, function: Callable[..., Any]) -> None:
+    """Let a command's module be called as a function of the Python API that has the same name.
+
+    `from gptbert import train` gives the module `gptbert.train`, into whose package Python puts it as soon as anything
+    imports it. A function of that name would hide the module, or be hidden by it, depending on what came first.
+
+    Args:
+        module: its `__name__`.
+        function: what calling the module calls.
+    """
+
+    class CallableModule(ModuleType):
+        def __call__(self, *arguments: Any, **settings: Any) -> Any:
+            return function(*arguments, **settings)
+
+    sys.modules[module].__class__ = CallableModule
+    sys.modules[module].__signature__ = inspect.signature(function)  # for help and completion
 
 
 def _one_line(box: str) -> str:

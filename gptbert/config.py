@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gptbert.errors import InputError
+from gptbert.io.field_types import settle
 from gptbert.io.files import check_folder_name
 from gptbert.io.json_file import read_json
 
@@ -311,6 +312,7 @@ class TrainConfig:
     """auto: online if the user is logged in to wandb, else offline."""
 
     def __post_init__(self) -> None:
+        settle(self)
         at_least = {
             "seq_length": 2, "local_batch_size": 1, "global_batch_size": 1, "batch_reduction": 1, "hybrid_numerator": 0,
             "hybrid_denominator": 1, "max_steps": 1, "learning_rate": 0, "weight_decay": 0, "optimizer_beta1": 0,

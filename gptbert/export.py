@@ -1,9 +1,12 @@
 """`python -m gptbert.export RUN OUT`: a folder that Hugging Face's transformers loads."""
 
 import math
+import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import jinja2
@@ -24,13 +27,14 @@ from gptbert.checkpoint.folder import (
     settings_if_any,
     tokenizer_of,
 )
-from gptbert.checkpoint.saved_model import read_full_weights, require_weights, tokens_seen
+from gptbert.checkpoint.saved_model import note_on_average, read_full_weights, require_weights, tokens_seen
 from gptbert.command_line import run_command
 from gptbert.config import ModelConfig
 from gptbert.errors import InputError, prefix_errors
 from gptbert.huggingface.tokenizer_files import write_tokenizer_files
 from gptbert.io.json_file import read_object, write_json
 from gptbert.io.outputs import new_folder
+from gptbert.io.screen import log
 from gptbert.monitoring.records import read_records
 from gptbert.text.special_tokens import BOS_ID, EOS_ID, MASK_ID, PAD_ID
 from gptbert.text.tokenizer import load_tokenizer, ordinary_ids
@@ -42,9 +46,20 @@ CLASSES = {
     "AutoModelForCausalLM": "GPTBertForCausalLM",
     "AutoModelForSequenceClassification": "GPTBertForSequenceClassification",
     "AutoModelForTokenClassification": "GPTBertForTokenClassification",
+    "AutoModelForQuestionAnswering": "GPTBertForQuestionAnswering",
+    "AutoModelForMultipleChoice": "GPTBertForMultipleChoice",
 }
 _CODE = Path(huggingface.__file__).parent
-_CODE_FILES = ("configuration_gptbert.py", "layers_gptbert.py", "pretrained_gptbert.py", "modeling_gptbert.py")
+_CODE_FILES = tuple(f"{name}_gptbert.py" for name in ("configuration", "layers", "heads", "pretrained", "modeling"))
+# of each flag for the model card: its pattern and what it is, as Hugging Face's hub accepts them
+_METADATA = {
+    "license": (r"[a-z0-9]+([.-][a-z0-9]+)*", "a name in lower case such as apache-2.0, mit, cc-by-4.0 or other"),
+    "language": (
+        r"[a-z]{2,3}(-[A-Za-z0-9]+)*|multilingual|code",
+        "codes of two or three letters such as en nb, one after the other, or multilingual",
+    ),
+    "datasets": (r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", "names on Hugging Face's hub such as USER/CORPUS"),
+}
 
 
 @dataclass(frozen=True)
@@ -70,6 +85,25 @@ class ExportConfig:
     words: bool = False
     """Export the run's checkpoints by words as well (--checkpoint_words), into output/chck_1M, output/chck_2M and so
     on; published, each becomes the branch of that name."""
+    license: str | None = None
+    """The weights' licence on the model card, as Hugging Face writes it, such as apache-2.0, cc-by-4.0 or other."""
+    language: tuple[str, ...] = ()
+    """Codes of the texts' languages on the model card, such as en nb, or multilingual."""
+    datasets: tuple[str, ...] = ()
+    """Hugging Face's names of the training data on the model card, such as USER/CORPUS."""
+
+    def __post_init__(self) -> None:
+        for flag, values in self.metadata.items():
+            pattern, expected = _METADATA[flag]
+            for value in [values] if isinstance(values, str) else values:
+                if not re.fullmatch(pattern, value):
+                    raise InputError(f"--{flag} {value!r}: expected {expected}")
+
+    @property
+    def metadata(self) -> dict[str, str | tuple[str, ...]]:
+        """What the command line says of licence, languages and data."""
+        given = {"license": self.license, "language": self.language, "datasets": self.datasets}
+        return {flag: value for flag, value in given.items() if value is not None and value != ()}
 
 
 @dataclass(frozen=True)
@@ -123,10 +157,10 @@ def export(config: ExportConfig) -> None:
         if config.words and not by_words:
             raise InputError(f"--words: {config.run} has no checkpoints by words (train with --checkpoint_words)")
     with new_folder(config.output, "OUTPUT") as folder:
-        write_export(checkpoint, folder, config.weights, shift)
+        write_export(checkpoint, folder, config.weights, shift, config.metadata)
         for path in by_words:
             (folder / path.name).mkdir()
-            write_export(path, folder / path.name, config.weights, shift)
+            write_export(path, folder / path.name, config.weights, shift, config.metadata)
     print(f"wrote {checkpoint} ({config.weights} weights) to {config.output}")
     if by_words:
         print(f"and {len(by_words)} checkpoints by words, {by_words[0].name} to {by_words[-1].name}, into it")
@@ -135,9 +169,19 @@ def export(config: ExportConfig) -> None:
         f"masked logits of a token are at {where} position: BabyLM's evaluation needs --backend {right} (or causal); "
         f"{wrong} would read those of another token"
     )
+    for path in (checkpoint, *by_words) if config.weights == "ema" else ():
+        if note := note_on_average(path):
+            log(f"{path.name}: {note}")
+            break  # the same is true of all folders by words up to some number
 
 
-def write_export(checkpoint: Path, folder: Path, weights: str = "ema", shift_masked_logits: bool = True) -> None:
+def write_export(
+    checkpoint: Path,
+    folder: Path,
+    weights: str = "ema",
+    shift_masked_logits: bool = True,
+    metadata: Mapping[str, str | tuple[str, ...]] = MappingProxyType({}),
+) -> None:
     """Fill a folder with the files that transformers loads.
 
     Args:
@@ -145,6 +189,7 @@ def write_export(checkpoint: Path, folder: Path, weights: str = "ema", shift_mas
         folder: exists, and is empty.
         weights: "ema" or "model".
         shift_masked_logits: see `ExportConfig`.
+        metadata: see `ExportConfig.metadata`.
 
     Raises:
         InputError: the checkpoint is damaged.
@@ -178,9 +223,8 @@ def write_export(checkpoint: Path, folder: Path, weights: str = "ema", shift_mas
     }
     for name, content in files.items():
         write_json(folder / name, content)
-    (folder / "README.md").write_text(
-        model_card(origin, config, weights, shift_masked_logits, folder.name), encoding="utf-8"
-    )
+    card = model_card(origin, config, weights, shift_masked_logits, folder.name, metadata)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def published_weights(checkpoint: Path, weights: str, config: ModelConfig) -> dict[str, Tensor]:
@@ -192,8 +236,15 @@ def published_weights(checkpoint: Path, weights: str, config: ModelConfig) -> di
     return {name: tensor.contiguous() for name, tensor in published.items()}
 
 
-def model_card(origin: Origin, config: ModelConfig, weights: str, shift: bool, name: str) -> str:
-    """README.md of an exported folder, from what is known about the run."""
+def model_card(
+    origin: Origin,
+    config: ModelConfig,
+    weights: str,
+    shift: bool,
+    name: str,
+    metadata: Mapping[str, str | tuple[str, ...]] = MappingProxyType({}),
+) -> str:
+    """README.md of an exported folder, from what is known about the run and `ExportConfig.metadata`."""
     markdown = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)  # noqa: S701  no HTML
     template = markdown.from_string((_CODE / "card.md.jinja").read_text(encoding="utf-8"))
     prefix = "validation_ema" if weights == "ema" else "validation"
@@ -208,6 +259,7 @@ def model_card(origin: Origin, config: ModelConfig, weights: str, shift: bool, n
     is_average = weights == "ema" and not _are_one(origin.checkpoint)
     own_name, last = origin.train.get("name"), int(_number(origin.train, "max_steps"))
     return template.render(
+        metadata=metadata,
         name=own_name if isinstance(own_name, str) and own_name else name,
         num_parameters=config.num_parameters,
         vocab_size=config.vocab_size,

@@ -12,6 +12,7 @@ from torch import Tensor
 from gptbert.command_line import run_command
 from gptbert.errors import InputError
 from gptbert.model import GPTBert
+from gptbert.model.key_value_cache import KeyValueCache
 from gptbert.scoring.trained_model import ModelChoice, TrainedModel
 from gptbert.text.encoding import decode_behind, encode_prompt
 from gptbert.text.tokenizer import ordinary_ids
@@ -83,15 +84,17 @@ def continue_text(
     generator = torch.Generator().manual_seed(seed)
     allowed = torch.tensor(ordinary_ids(tokenizer))
     prompt_ids = encode_prompt(tokenizer, prompt)
-    ids = torch.tensor([prompt_ids], device=device)  # [1, T]
+    cache = KeyValueCache(len(prompt_ids) + num_tokens)
+    new_ids, chosen = torch.tensor([prompt_ids], device=device), []  # [1, T], then [1, 1]
     for _ in range(num_tokens):
-        hidden_states = model.encode(ids, torch.zeros_like(ids), causal=True)
+        hidden_states = model.encode_next(new_ids, cache)
         logits = model.logits(hidden_states[:, -1])[0].float().cpu()[allowed]
         choice = int(logits.argmax())
         if temperature > 0:
             choice = int(torch.multinomial(distribution(logits, temperature, top_k, top_p), 1, generator=generator))
-        ids = torch.cat([ids, allowed[choice].view(1, 1).to(device)], dim=1)
-    return prompt + decode_behind(tokenizer, prompt_ids, ids[0, len(prompt_ids) :].tolist())
+        chosen.append(int(allowed[choice]))
+        new_ids = torch.tensor([chosen[-1:]], device=device)
+    return prompt + decode_behind(tokenizer, prompt_ids, chosen)
 
 
 def distribution(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:

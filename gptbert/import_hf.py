@@ -1,11 +1,15 @@
-"""`python -m gptbert.import_hf SOURCE OUT`: published weights as a folder to start a run from."""
+"""`python -m gptbert.import_hf SOURCE OUT`: published weights as a folder to start a run from.
+
+`load_model` loads them, or a model of this trainer, in Python.
+"""
 
 import dataclasses
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from tokenizers import Tokenizer
@@ -21,6 +25,7 @@ from gptbert.errors import InputError, listed
 from gptbert.io.json_file import read_object, write_json
 from gptbert.io.outputs import new_folder
 from gptbert.io.screen import log
+from gptbert.scoring.trained_model import ModelChoice, TrainedModel
 from gptbert.text.tokenizer import load_tokenizer, tokenizer_hash
 from gptbert.upstream import TIED_WEIGHT
 
@@ -51,7 +56,15 @@ class ImportConfig:
 
 
 def import_hf(config: ImportConfig) -> None:
+    """Write the folder, and say so; raises as `convert`."""
+    print(convert(config))
+
+
+def convert(config: ImportConfig) -> str:
     """Write the folder.
+
+    Returns:
+        What was written, in a line.
 
     Raises:
         InputError: a file is missing, damaged, contradicts another, or is of a different kind of model; or the output
@@ -87,7 +100,7 @@ def import_hf(config: ImportConfig) -> None:
         manifest.write(written)
     left_out = foreign.left_out
     note = f", without {listed(left_out, _MOST_NAMED)}" if left_out else ""
-    print(f"wrote {files[0]} to {config.output}{note}; train_distributed.py --initial_weights {config.output}")
+    return f"wrote {files[0]} to {config.output}{note}; train_distributed.py --initial_weights {config.output}"
 
 
 def find_files(source: Path) -> tuple[list[Path], Path]:
@@ -173,6 +186,34 @@ def _beside(folder: Path, names: Sequence[str]) -> Path:
                 f"{there[0]} and {file.name} differ: {changes}; name the one that is meant (--config_file)"
             )
     return there[0] if there else folder / names[0]
+
+
+def load_model(
+    path: str | Path, weights: Literal["ema", "model"] = "ema", device: Literal["auto", "cuda", "cpu"] = "auto"
+) -> TrainedModel:
+    """Load a trained model and its tokenizer, in Python.
+
+    Args:
+        path: a run's folder, for its newest checkpoint; a checkpoint's; or one for transformers, from `gptbert.export`
+            or as published, whose weights pass through a temporary folder.
+        weights: "ema" for the moving average of the weights, "model" for the weights themselves.
+        device: "auto" for a GPU if there is one.
+
+    Raises:
+        InputError: a model is missing, damaged or of a different kind, or the device does not exist.
+    """
+    path = Path(path)
+    for name, value, choices in (("weights", weights, ("ema", "model")), ("device", device, ("auto", "cuda", "cpu"))):
+        if value not in choices:
+            raise InputError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
+    if (path / "config.json").is_file() and not (path / MODEL_CONFIG).is_file() and not (path / CHECKPOINTS).is_dir():
+        with tempfile.TemporaryDirectory() as folder:
+            convert(ImportConfig(path, Path(folder) / "model"))
+            trained = TrainedModel.load(ModelChoice(run=Path(folder) / "model", weights=weights, device=device))
+        return dataclasses.replace(trained, path=path)
+    trained = TrainedModel.load(ModelChoice(run=path, weights=weights, device=device))
+    trained.explain()
+    return trained
 
 
 def main() -> None:

@@ -4,6 +4,11 @@ A sentence's score is its log-likelihood under the causal objective or its pseud
 both defined in `scoring.likelihood`. A pair counts as correct if its good sentence has the higher score; ties count
 as wrong. Accuracy is reported over all pairs (micro) and as the mean over the groups of a field (macro); the mean over
 `UID` is BLiMP's number.
+
+BabyLM's evaluation counts ties as right, groups lines without `UID` by their file, scores only completions in its other
+tasks, and takes means over groups alone: `gptbert.babylm` does as it does.
+
+In Python, `gptbert.score(model, texts)` is `scoring.texts.score`.
 """
 
 import json
@@ -18,18 +23,18 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from gptbert.command_line import run_command
+from gptbert.command_line import make_callable, run_command
 from gptbert.errors import InputError
 from gptbert.io.outputs import check_outputs, staged_outputs
 from gptbert.io.screen import table
-from gptbert.model.objective import Objective
 from gptbert.scoring.closing import ties_line, unknown_line, unknown_share
 from gptbert.scoring.likelihood import log_likelihoods, num_predictions
 from gptbert.scoring.minimal_pairs import BLIMP_GROUP, Accuracy, MinimalPair, members, read_pairs
+from gptbert.scoring.texts import OBJECTIVES
+from gptbert.scoring.texts import score as score_texts
 from gptbert.scoring.trained_model import ModelChoice, TrainedModel
 from gptbert.text.encoding import encode_sentences
 
-OBJECTIVES = {"causal": Objective.CLM, "mntp": Objective.MLM}
 SWEEP = tuple(round(0.05 * step, 2) for step in range(10, 61))  # 0.5 … 3
 
 
@@ -228,6 +233,8 @@ def main() -> None:
     """Entry point."""
     run_command(ScoreSettings, score)
 
+
+make_callable(__name__, score_texts)
 
 if __name__ == "__main__":
     main()

@@ -1,18 +1,22 @@
-"""`torchrun -m gptbert.train …`: open inputs, find a checkpoint, prepare kernels, start the trainer."""
+"""`torchrun -m gptbert.train …`: open inputs, find a checkpoint, prepare kernels, start the trainer.
+
+In Python, `gptbert.train(config)` is the function `train` here.
+"""
 
 import dataclasses
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 from gptbert import schedules
 from gptbert.checkpoint.branch import branched
 from gptbert.checkpoint.checkpoint import Checkpoint
-from gptbert.checkpoint.folder import saved_setting
+from gptbert.checkpoint.folder import list_checkpoints, saved_setting
 from gptbert.checkpoint.initial_weights import read_initial_weights
 from gptbert.checkpoint.kept import check_best
 from gptbert.checkpoint.resume import changed_settings, find_for_all_ranks, progress_state
 from gptbert.checkpoint.word_checkpoints import WordCheckpoints
-from gptbert.command_line import run_command
+from gptbert.command_line import make_callable, run_command
 from gptbert.config import TrainConfig
 from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.data.inputs import Inputs
@@ -24,8 +28,9 @@ from gptbert.errors import InputError
 from gptbert.io.screen import log
 from gptbert.model.compilation import restored_settings
 from gptbert.monitoring import figures
+from gptbert.monitoring.hooks import CheckpointHook, Hooks, RecordHook
 from gptbert.monitoring.progress import print_header
-from gptbert.monitoring.records import is_recorded
+from gptbert.monitoring.records import is_recorded, read_records
 from gptbert.scoring.pair_scores import PairScores
 from gptbert.trainer import Trainer
 from gptbert.training import compile_choice
@@ -40,20 +45,69 @@ from gptbert.training.preparation import (
 )
 
 
-def fit(config: TrainConfig) -> None:
-    """Train as `config` specifies, from scratch or from a checkpoint.
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to; the same on every process.
+
+    Attributes:
+        run_dir: the run's folder.
+        step: steps that it was trained for, including those before it was resumed.
+        checkpoint: the newest checkpoint's folder; None if there is none.
+        training: the last record of training steps (docs/metrics.md); None if there is none.
+        validation: the last validation's record; None if there is none.
+    """
+
+    run_dir: Path
+    step: int
+    checkpoint: Path | None
+    training: dict[str, float] | None
+    validation: dict[str, float] | None
+
+    @classmethod
+    def of(cls, run_dir: Path, step: int) -> "TrainResult":
+        """From the run's files."""
+        records = read_records(run_dir / "metrics.jsonl")
+        last = {name.partition("/")[0]: record for record in records for name in record}
+        newest = list_checkpoints(run_dir)[-1:]
+        return cls(run_dir, step, newest[0] if newest else None, last.get("train"), last.get("validation"))
+
+
+def train(
+    config: TrainConfig,
+    *,
+    on_step: RecordHook | None = None,
+    on_validation: RecordHook | None = None,
+    on_checkpoint: CheckpointHook | None = None,
+) -> TrainResult:
+    """Train as `config` specifies, from scratch or from a checkpoint; under torchrun, every process calls it.
+
+    Args:
+        config: the settings, which are the command's flags.
+        on_step: see `Hooks`.
+        on_validation: see there.
+        on_checkpoint: see there.
 
     Raises:
-        InputError: invalid input; on every rank, with the same message.
+        InputError: invalid input, or a hook failed; on every rank, with the same message.
         LostProcessError: see `connect`.
         StoppedError: a signal requested a stop, and a checkpoint was saved; see `StopSignal`.
     """
+    if config.run_file is not None:
+        raise InputError("run_file: is read by the command line only (gptbert.command_line.parse)")
+    hooks = Hooks(on_step, on_validation, on_checkpoint)
     with restored_settings(), connect(config) as world, ExitStack() as ownership:
         # frees every reference to the process group before connect() destroys it
-        _fit(config, world, ownership)
+        step = _fit(config, world, ownership, hooks)
+        return world.all_gather(TrainResult.of(config.run_dir, step) if world.is_main else None)[0]
 
 
-def _fit(config: TrainConfig, world: World, ownership: ExitStack) -> None:
+def fit(config: TrainConfig) -> None:
+    """The command: `train` without hooks."""
+    train(config)
+
+
+def _fit(config: TrainConfig, world: World, ownership: ExitStack, hooks: Hooks) -> int:
+    """Returns the number of steps at the end."""
     config = with_fast_precision(config, world)
     with world.errors_on_all_ranks():
         config, branch_line = branched(config)
@@ -69,8 +123,10 @@ def _fit(config: TrainConfig, world: World, ownership: ExitStack) -> None:
             inputs.check_ids(world.rank, world.world_size)
             shard_size(config, world)  # raises InputError if invalid
         with world.errors_on_all_ranks():
-            if len(set(world.all_gather(config))) > 1:
-                raise InputError("the processes were given different flags; every host must start the same command")
+            if len(set(world.all_gather((config, hooks.names)))) > 1:
+                raise InputError(
+                    "the processes were given different flags or hooks; every host must start the same command"
+                )
             if world.is_main:
                 ownership.enter_context(own_run_dir(config))
         path, resumed = find_for_all_ranks(config, inputs.model_config, world)
@@ -81,7 +137,7 @@ def _fit(config: TrainConfig, world: World, ownership: ExitStack) -> None:
             is_own, pending = _of_this_run(config, path, first_step, world)
             is_over = not pending and _is_over(config, path, first_step, world)
         if is_over:
-            return
+            return first_step
         with world.errors_on_all_ranks():
             progress, note = _progress(config, inputs, plan, path, resumed)
             words = WordCheckpoints(config, progress)
@@ -100,7 +156,15 @@ def _fit(config: TrainConfig, world: World, ownership: ExitStack) -> None:
         log_choices(config, world, choice)
         _log_start(config, path, "\n".join(filter(None, [note, branch_line])))
     trainer = Trainer(
-        config, inputs, plan, world, initial_weights, is_compiled=choice.is_compiled, progress=progress, pairs=pairs
+        config,
+        inputs,
+        plan,
+        world,
+        initial_weights,
+        is_compiled=choice.is_compiled,
+        progress=progress,
+        hooks=hooks,
+        pairs=pairs,
     )
     if world.is_main:
         _log_data(config, inputs, trainer)
@@ -108,6 +172,7 @@ def _fit(config: TrainConfig, world: World, ownership: ExitStack) -> None:
         trainer.restore(resumed, is_own=is_own, pending=pending)
         del resumed  # as large as the run's own state
     trainer.run()
+    return trainer.step
 
 
 def _progress(
@@ -182,6 +247,8 @@ def main() -> None:
     """Entry point."""
     run_command(TrainConfig, fit)
 
+
+make_callable(__name__, train)
 
 if __name__ == "__main__":
     main()

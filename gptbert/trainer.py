@@ -21,7 +21,7 @@ from gptbert.data.loader import BatchLoader, LoadedShare
 from gptbert.data.micro_batch import MicroBatches
 from gptbert.data.packing import Prefetcher
 from gptbert.data.progress import Progress
-from gptbert.distributed.fsdp import full_tensor, load_moments, load_weights, new_moments, reshard, shard
+from gptbert.distributed.fsdp import full_tensor, load_moments, load_weights, new_moments, shard
 from gptbert.distributed.random_state import RandomState
 from gptbert.distributed.stop_signal import StopRequested, StopSignal
 from gptbert.distributed.world import World
@@ -32,6 +32,7 @@ from gptbert.model.batch import Batch
 from gptbert.model.compilation import compile_blocks, compiling
 from gptbert.model.objective import Objective
 from gptbert.monitoring import figures
+from gptbert.monitoring.hooks import Hooks
 from gptbert.monitoring.metrics import Throughput
 from gptbert.monitoring.progress import progress_bar, summary, validation_progress
 from gptbert.monitoring.records import forget_from
@@ -58,9 +59,11 @@ class Trainer:
         *,
         is_compiled: bool | None = None,
         progress: Progress | None = None,
+        hooks: Hooks | None = None,
         pairs: PairScores | None = None,
     ) -> None:
         self.config = config
+        self.hooks = hooks or Hooks()
         self.inputs = inputs
         self.progress = progress or Progress(config, inputs, plan)
         self.plan = self.progress.plan
@@ -154,6 +157,8 @@ class Trainer:
                 record = self.training_record(gradient_norm, throughput)
                 trackers.log(self.step, record)
                 bar.set_postfix_str(summary(record, "train"), refresh=False)
+                with throughput.paused():
+                    self.hooks.call("on_step", self.world, self.step, record)
             bar.update()
             with throughput.paused():
                 if has_words := bool(self.words.due(self.step)):
@@ -176,11 +181,24 @@ class Trainer:
             log(line)
 
     def _next_rows(self, rows: Prefetcher[list[LoadedShare]]) -> list[LoadedShare]:
-        """Raises StopRequested on all ranks if one of them waits for rows and is asked to stop."""
-        with suppress(StopRequested):  # the other ranks, which may wait for this one, are told below
+        """This rank's rows of the step.
+
+        If it waits for them when a signal comes, all ranks stop before this step. On several GPUs they stop at its end,
+        and this rank takes part without its rows, which are not trained on then.
+
+        Raises:
+            StopRequested: on all ranks.
+        """
+        step_rows = None
+        with suppress(StopRequested):
             step_rows = rows.get(self.step, self.stop_signal.raise_if_received)
-        if self.stop_signal.can_stop_before_a_step:
+        if self.stop_signal.stops_before_steps:
             self.stop_signal.raise_if_asked()
+        if step_rows is None:
+            log(
+                f"rank {self.world.rank}: its rows of step {self.step + 1} did not come; the step is taken without them"
+            )
+            step_rows = self.loader.without_rows(self.step)
         return step_rows
 
     def validate(self, trackers: Trackers, samples: Samples, bar: tqdm) -> None:
@@ -201,6 +219,7 @@ class Trainer:
         trackers.log(self.step, record)
         if self.world.is_main:
             log(f"step {self.step}: validation {summary(record, 'validation')}")
+        self.hooks.call("on_validation", self.world, self.step, record)
 
     def score_pairs(self, trackers: Trackers, bar: tqdm) -> None:
         """Record the scores of minimal pairs, as `validate` its record; every rank must call it."""
@@ -301,8 +320,9 @@ class Trainer:
             **self.skipped_steps.state_dict(),
             **self.loader.state_dict(),
         )
-        checkpoint.save(state, self.config, self.inputs.model_config, self.world)
+        path = checkpoint.save(state, self.config, self.inputs.model_config, self.world)
         self.saved_step = self.step
+        self.hooks.call("on_checkpoint", self.world, self.step, path)
 
     def save_words(self) -> None:
         """Write the weights due at this number of words; every rank must call it, before `save` at the same step.
@@ -364,16 +384,6 @@ class Trainer:
             totals = totals.sum().expand_as(totals)
         return self._loss_weights * self.training_step.averaged_ranks / totals.clamp(min=1), stop_requests
 
-    @torch.no_grad()
-    def _warm_up_evaluation(self) -> None:
-        """Run the weights and the EMA once in eval mode, which compiles separate graphs."""
-        batch = Batch.padding(self.config.seq_length, self.world.device)
-        for model in (self.model.eval(), self.ema.model):
-            with autocast(self.config, self.world.device):
-                model.encode(batch.input_ids, batch.document_ids, batch.is_causal)
-            reshard(model)
-        self.model.train()
-
     def _warm_up(self) -> None:
         """Before the first step, compile every graph that the run needs and let DDP rebuild its buckets.
 
@@ -391,4 +401,4 @@ class Trainer:
                 batch = Batch.padding(factor * self.config.seq_length, self.world.device)
                 self.training_step.warm_up(batch)
             if self.is_compiled:
-                self._warm_up_evaluation()
+                self.training_step.warm_up_evaluation(Batch.padding(self.config.seq_length, self.world.device))

@@ -74,7 +74,7 @@ FLOORS = [
     {"trainer", "huggingface"},
     {"train"},
     {"evaluate", "score", "generate", "fill_mask", "export", "import_hf", "unshard", "report"},  # python -m gptbert.X
-    {"demo", "__main__"},
+    {"babylm", "demo", "__main__"},
 ]
 
 

@@ -12,6 +12,7 @@ from gptbert.__main__ import _COMMANDS, main
 @pytest.fixture(autouse=True)
 def own_arguments(monkeypatch):
     monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(sys, "path", [*sys.path])
 
 
 def test_it_is_installed():
@@ -54,3 +55,11 @@ def test_every_command_that_a_module_offers_is_listed(capsys):
         assert f"  {name} " in listed
         assert what in listed
         assert callable(importlib.import_module(module).main)
+
+
+def test_without_a_checkout_there_are_no_benchmarks(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("gptbert.__main__._CHECKOUT", tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main(["bench"])
+    assert end.value.code == 1
+    assert capsys.readouterr().err == "error: gptbert bench: the benchmarks are in a checkout of gptbert only\n"

@@ -161,7 +161,7 @@ def test_a_checkpoint_that_does_not_say_can_be_resumed(inputs, taken):
 def test_a_run_leaves_the_settings_of_pytorchs_compiler_as_they_were(monkeypatch, make_config):
     settings, inside = torch._functorch.config, []
 
-    def compiles(config, world, ownership):
+    def compiles(*_):
         compile_blocks(torch.nn.ModuleList([Block(SMALL, 0)]))
         inside.append(settings.activation_memory_budget)
 

@@ -1,7 +1,6 @@
 """Exported folders in real transformers: `make test` runs this file with the newest release and with 4.51."""
 
 import json
-import math
 import shutil
 
 import pytest
@@ -19,13 +18,12 @@ from transformers import (
 
 from gptbert.checkpoint import manifest
 from gptbert.errors import InputError
-from gptbert.export import ExportConfig, Origin, export, model_card
+from gptbert.export import ExportConfig, export
 from gptbert.huggingface.tokenizer_files import write_tokenizer_files
 from gptbert.text.encoding import encode_sentences, encode_with_masks
 from gptbert.text.special_tokens import MASK_ID
 from gptbert.text.tokenizer import load_tokenizer
 from tests.exported import SHAPE, write_checkpoint
-from tests.runs import train
 from tests.tokenizer_kinds import TEXT, kinds
 
 LENGTH = 40  # beyond max_position_embeddings
@@ -98,41 +96,6 @@ def test_representations_are_the_trainers(folder, model):
         assert len(output.hidden_states) == SHAPE.num_hidden_layers + 1
         assert len(output.attentions) == SHAPE.num_hidden_layers
         torch.testing.assert_close(output.attentions[1].sum(-1), torch.ones(3, SHAPE.num_attention_heads, LENGTH))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("auto", [AutoModelForMaskedLM, AutoModelForCausalLM])
-def test_padding_stands_on_either_side(folder, auto):
-    loaded = load(auto, folder)
-    ids, lengths = some_ids(), (LENGTH, 23, 2)
-    right, left = torch.full_like(ids, 3), torch.full_like(ids, 3)
-    masks = torch.zeros(2, *ids.shape, dtype=torch.long)
-    for row, length in enumerate(lengths):
-        right[row, :length] = left[row, LENGTH - length :] = ids[row, :length]
-        masks[0, row, :length] = masks[1, row, LENGTH - length :] = 1
-    from_right, from_left = loaded(right, masks[0]).logits, loaded(left, masks[1]).logits
-    for row, length in enumerate(lengths):
-        alone = loaded(ids[row : row + 1, :length]).logits[0]
-        torch.testing.assert_close(from_right[row, :length], alone, **CLOSE)
-        torch.testing.assert_close(from_left[row, LENGTH - length :], alone, **CLOSE)
-    ignored = loaded(right, torch.ones_like(right)).logits
-    assert not torch.allclose(ignored[2, :2], from_right[2, :2], atol=1e-2) or auto is AutoModelForCausalLM
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("causal", [False, True])
-def test_a_mask_of_pairs_of_positions(folder, model, causal):
-    """Packed documents, and padding that attends to nothing and is attended by nothing."""
-    ids = some_ids(rows=1)
-    document_ids = torch.tensor([[0] * 11 + [1] * 20 + [-1] * 9])
-    mask = (document_ids[:, :, None] == document_ids[:, None, :]) & (document_ids >= 0)[:, None, :]
-    auto = AutoModelForCausalLM if causal else AutoModelForMaskedLM
-    loaded = load(auto, folder, **({} if causal else {"shift_masked_logits": False}))
-    expected = expected_logits(model, ids, causal, document_ids)
-    torch.testing.assert_close(loaded(ids, mask.long()).logits, expected, **CLOSE)
-    torch.testing.assert_close(loaded(ids, mask[:, None]).logits, expected, **CLOSE)
-    with pytest.raises(ValueError, match=r"attention_mask has shape \(1, 39\), expected \(1, 40\) or \(1, 40, 40\)"):
-        loaded(ids, torch.ones(1, LENGTH - 1))
 
 
 @torch.no_grad()
@@ -297,44 +260,6 @@ def test_what_transformers_saves_again_is_the_same(folder, tmp_path):
         assert next(weights).keys() == next(weights).keys()
 
 
-@pytest.mark.usefixtures("bf16_everywhere")
-def test_a_run_says_on_its_card_what_it_was(exported, tmp_path):
-    inputs = exported[0] / "inputs"
-    settings = {"hybrid_denominator": 3, "validate_every": 2, "mixed_precision": True, "checkpoint_words": "120"}
-    records = train(inputs, "with-a-card", max_steps=4, **settings)
-    run_dir = inputs / "runs" / "with-a-card"
-    export(ExportConfig(run_dir, tmp_path / "out", words=True))
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: transformers\n")
-    loss = records[-1]["validation_ema/mlm/loss"]
-    tokens = next(record["train/tokens"] for record in reversed(records) if "train/tokens" in record)
-    for part in ("# with-a-card", "step 4 of 4", "| masked share | 1/3", f"| masked | {loss:.3f} |", f"{tokens:,}",
-                 ", 1 process |", "train.safetensors", "bf16", "after step 4"):  # fmt: skip
-        assert part in card, part
-    assert "nan" not in card.lower()
-    assert (tmp_path / "out" / "model.safetensors").stat().st_mode & 0o044  # readable by other users
-    by_words = tmp_path / "out" / "chck_120"  # a checkpoint by words is complete on its own, as it will become a branch
-    words = json.loads((run_dir / "words" / "chck_120" / "words.json").read_text())
-    card = (by_words / "README.md").read_text()
-    assert f"step {words['step']} of 4 ({words['words']:,} words seen)" in card
-    assert ("## Validation" in card) == (words["step"] >= 2)
-    weights = [load_file(folder / "model.safetensors") for folder in (by_words, run_dir / "words" / "chck_120")]
-    assert torch.equal(
-        load(AutoModel, by_words).embedding.relative_embedding, weights[0]["embedding.relative_embedding"]
-    )
-    assert weights[0]["classifier.nonlinearity.5.bias"].shape == weights[1]["classifier.nonlinearity.5.bias"].shape
-    export(ExportConfig(run_dir, tmp_path / "babylm", babylm=True))
-    for folder in (tmp_path / "babylm", tmp_path / "babylm" / "chck_120"):
-        assert json.loads((folder / "config.json").read_text())["masked_logits_alignment"] == "previous"
-
-
-def test_a_checkpoint_alone_has_a_card_too(exported):
-    card = model_card(Origin.of(exported[0] / "checkpoint"), SHAPE, "ema", shift=False, name="x")
-    assert "# a run" in card
-    assert "Validation" not in card
-    assert "mntp`" in card
-
-
 def test_refusals_leave_nothing(exported, tmp_path, capsys):
     checkpoint = exported[0] / "checkpoint"
     (tmp_path / "there").mkdir()
@@ -358,60 +283,6 @@ def test_configuration_keeps_the_published_keys(folder):
     for name, value in vars(SHAPE).items():
         assert getattr(config, name) == value
     assert json.loads((folder / "config.json").read_text())["torch_dtype"] == "float32"
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("auto", [AutoModelForMaskedLM, AutoModelForCausalLM])
-@pytest.mark.parametrize(
-    "hiding", [-math.inf, -10_000.0, torch.finfo(torch.float32).min, torch.finfo(torch.float16).min]
-)
-def test_additive_masks_are_understood(folder, auto, hiding):
-    """As transformers makes them: 0 to attend; also of one row or query for all, and with nothing hidden."""
-    loaded, ids = load(auto, folder), some_ids()
-    mask = torch.rand(3, LENGTH, LENGTH, generator=torch.Generator().manual_seed(1)) < 0.7
-    mask |= torch.eye(LENGTH, dtype=torch.bool)
-    additive = torch.zeros(3, 1, LENGTH, LENGTH).masked_fill(~mask[:, None], hiding)
-    expected = loaded(ids, mask).logits
-    for same in (additive, mask[:, None], mask[:, None].long(), mask[:, None].float(), mask.half()):
-        torch.testing.assert_close(loaded(ids, same).logits, expected, **CLOSE)
-    torch.testing.assert_close(
-        loaded(ids, additive[1:2]).logits, loaded(ids, mask[1:2].expand(3, -1, -1)).logits, **CLOSE
-    )
-    by_key = loaded(ids, mask[:, 0]).logits
-    keys = additive[:, :, :1].clone()
-    if auto is AutoModelForCausalLM:
-        torch.testing.assert_close(loaded(ids, keys).logits, by_key, **CLOSE)
-    torch.testing.assert_close(loaded(ids, keys[:, 0, 0]).logits, by_key, **CLOSE)
-    torch.testing.assert_close(loaded(ids, torch.zeros_like(additive)).logits, loaded(ids).logits, **CLOSE)
-
-
-@pytest.mark.parametrize("auto", [AutoModelForMaskedLM, AutoModelForCausalLM, AutoModelForSequenceClassification])
-def test_unclear_masks_are_refused(folder, auto):
-    loaded, ids = load(auto, folder), some_ids()
-    pairs = torch.zeros(3, 1, LENGTH, LENGTH)
-    for mask, message in (
-        (pairs - 0.5, "values from -0.5 to -0.5"),
-        (torch.where(torch.rand_like(pairs) < 0.5, 1.0, -math.inf), "values from -inf to 1"),
-        (pairs + math.nan, "values from nan to nan"),
-        ((pairs - 10_000).long(), "values from -10000 to -10000"),
-        (torch.arange(3 * LENGTH).view(3, LENGTH) // 20, "values from 0 to 5"),
-        (torch.zeros(3, LENGTH), "0 everywhere, of floats"),
-        (pairs.expand(3, 2, LENGTH, LENGTH).bool(), "attention_mask has shape"),
-    ):
-        with pytest.raises(ValueError, match=f"attention_mask .*{message}|{message}"):
-            loaded(ids, mask)
-
-
-@torch.no_grad()
-def test_a_classifier_reads_its_token_by_an_additive_mask(folder):
-    ids = torch.nn.functional.pad(some_ids(rows=1, length=9), (4, 0), value=3)
-    mask = (ids != 3).long()
-    for is_decoder in (False, True):
-        loaded = load(AutoModelForSequenceClassification, folder, num_labels=3, is_decoder=is_decoder)
-        torch.manual_seed(0)
-        loaded.head.nonlinearity[5].reset_parameters()
-        additive = torch.zeros(ids.shape).masked_fill(mask == 0, -math.inf)
-        torch.testing.assert_close(loaded(ids, additive).logits, loaded(ids, mask).logits, **CLOSE)
 
 
 @torch.no_grad()

@@ -30,6 +30,9 @@ class AddOne:
         self.calls.append((input_ids, document_ids, causal))
         return input_ids.unsqueeze(-1)
 
+    def encode_next(self, input_ids, cache):
+        return self.encode(input_ids, None, causal=True)
+
     def logits(self, hidden):
         return 20 * torch.nn.functional.one_hot(hidden.squeeze(-1) + 1, self.vocab_size).float()
 

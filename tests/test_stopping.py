@@ -9,6 +9,7 @@ import threading
 
 import pytest
 
+from gptbert import trainer
 from gptbert.checkpoint.folder import list_checkpoints
 from gptbert.checkpoint.word_checkpoints import WordCheckpoints
 from gptbert.command_line import parse, run_command
@@ -17,7 +18,7 @@ from gptbert.data.inputs import Inputs
 from gptbert.data.loader import BatchLoader
 from gptbert.data.packing import Prefetcher
 from gptbert.data.token_store import TokenStore
-from gptbert.distributed.stop_signal import SIGNALS
+from gptbert.distributed.stop_signal import SIGNALS, StopSignal
 from gptbert.errors import StoppedError
 from gptbert.monitoring.records import read_records
 from gptbert.monitoring.samples import Samples
@@ -259,8 +260,10 @@ def test_all_ranks_leave_a_validation_together(inputs):
     assert_same_end(*(inputs / "runs" / f"ranks-{which}" for which in ("whole", "stopped")))
 
 
-def stalled_rank(rank, arguments, results):
+def stalled_rank(rank, arguments, as_on_gpus, results):
     """Trains; rank 1's rows of step 5 never come, and all ranks get a signal once the others wait for it."""
+    if as_on_gpus:
+        StopSignal.stops_before_steps = False
     load, get, is_asked, never = BatchLoader.load, Prefetcher.get, threading.Event(), threading.Event()
 
     def stuck(self, step):
@@ -276,19 +279,34 @@ def stalled_rank(rank, arguments, results):
             is_asked.set()
         return get(self, step, *others)
 
-    BatchLoader.load, Prefetcher.get = stuck, asking
+    BatchLoader.load, Prefetcher.get, logged = stuck, asking, []
+    trainer.log = logged.append
     try:
         fit(parse(TrainConfig, arguments))
-        results.put((rank, "went on"))
+        results.put((rank, ["went on"]))
     except StoppedError as stop:
-        results.put((rank, str(stop)))
+        results.put((rank, [str(stop), *logged]))
 
 
 def test_a_rank_that_waits_for_rows_tells_the_others(inputs):
     settings = {**SETTINGS, "mask_history": True, "max_steps": 8}
     train(inputs, "rows-whole", 2, **settings)
-    said = on_ranks(2, stalled_rank, flags(inputs, name="rows-stopped", **settings))
-    assert all("stopped by SIGTERM after step 5" in line for line in said.values())
+    said = on_ranks(2, stalled_rank, flags(inputs, name="rows-stopped", **settings), False)
+    assert all("stopped by SIGTERM after step 5" in line for line, *_ in said.values())
     assert steps_of(inputs / "runs" / "rows-stopped")[-1] == 5
     train(inputs, "rows-stopped", 2, **settings)
     assert_same_end(*(inputs / "runs" / f"rows-{which}" for which in ("whole", "stopped")))
+
+
+@pytest.mark.parametrize("mode", ["rank", "batch"])
+def test_where_it_cannot_tell_them_it_takes_the_step_without_rows(inputs, mode):
+    """As on several GPUs, here on CPUs; the run goes on from there, without these rows."""
+    name = f"rows-left-out-{mode}"
+    settings = {**SETTINGS, "mask_history": True, "max_steps": 8, "hybrid_mode": mode, "hybrid_denominator": 2}
+    said = on_ranks(2, stalled_rank, flags(inputs, name=name, **settings), True)
+    assert all("stopped by SIGTERM after step 6" in line for line, *_ in said.values())
+    line = "rank 1: its rows of step 6 did not come; the step is taken without them"
+    assert [line in lines for lines in said.values()] == [rank == 1 for rank in said]
+    assert steps_of(inputs / "runs" / name)[-1] == 6
+    records = train(inputs, name, 2, **settings)
+    assert records[-1]["step"] == 8

@@ -1,6 +1,6 @@
 """One rank's rows of each step: prefetched on the host, moved to the device, and masked there."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -60,13 +60,20 @@ class BatchLoader:
         Invalid rows are left out. Raising here would deadlock the other ranks, so the error is kept until the next
         collective, at a record or checkpoint; see `raise_load_errors`.
         """
+        return self._load(step, self._read)
+
+    def without_rows(self, step: int) -> list[LoadedShare]:
+        """What `load` returns if this rank's rows cannot be read: padding."""
+        return self._load(step, self._no_rows)
+
+    def _load(self, step: int, read: Callable[[Share], Rows]) -> list[LoadedShare]:
         padded_rows = self._micro_batches.padded_rows(step)
         shares = {share.objective: share for share in self._plan.shares(step, self._world.rank)}
         factor = schedules.length_factor(self._config, step)
         loaded = []
         for objective in padded_rows or shares:
             share = shares.get(objective, Share(objective, 0, 0, factor))
-            rows = self._read(share)
+            rows = read(share)
             num_rows = padded_rows.get(objective, len(rows.row_ids))
             if num_rows:
                 loaded.append((share, self._on_host(rows, num_rows)))
@@ -81,6 +88,9 @@ class BatchLoader:
                     return stream.rows(share.first_slot, share.num_rows, share.length_factor)
         except InputError as error:
             self._refusal = str(error)
+        return self._no_rows(share)
+
+    def _no_rows(self, share: Share) -> Rows:
         nothing = np.empty((0, share.length_factor * self._config.seq_length + 1), dtype=np.int64)
         return Rows(nothing, nothing, nothing[:, 0], nothing)
 

@@ -81,19 +81,20 @@ class StopSignal:
             raise StopRequested
 
     def raise_if_received(self) -> None:
-        """While this process waits for something; `raise_if_asked` comes next and tells the other ranks.
-
-        On GPUs several ranks cannot be told: their next step may already be in the device's queue.
+        """While this process waits for something that the other ranks may have.
 
         Raises:
             StopRequested: this process was asked to stop.
         """
-        if self.received is not None and self.can_stop_before_a_step:
+        if self.received is not None:
             raise StopRequested
 
     @property
-    def can_stop_before_a_step(self) -> bool:
-        """Whether all ranks learn of a request at once: a single process, or processes on CPUs."""
+    def stops_before_steps(self) -> bool:
+        """Whether all ranks can learn of a request before a step, and not only at its end.
+
+        A single process, and processes on CPUs; on several GPUs the others' step may be in their queues already.
+        """
         return self._world.world_size == 1 or self._world.device.type == "cpu"
 
     @property

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Configuration of GPT-BERT for transformers, 4.51 and newer."""
 
 from typing import Any

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GPT-BERT (Charpentier & Samuel 2024, arXiv 2410.24159) for transformers, 4.51 and newer.
 
 One transformer that is both a masked and a causal language model: `AutoModelForMaskedLM` attends to all positions,
@@ -8,7 +9,6 @@ Letters of shapes: B rows, T positions, D hidden, V vocabulary.
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin
@@ -17,12 +17,15 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
     MaskedLMOutput,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
 
 from .configuration_gptbert import GPTBertConfig
-from .layers_gptbert import ClassificationHead, LanguageModelHead, attended
+from .heads_gptbert import ClassificationHead, LanguageModelHead, mean_loss, span_loss, text_loss, text_state
+from .layers_gptbert import attended, of_all_keys, seen_later
 from .pretrained_gptbert import GPTBertPreTrainedModel
 
 # renamed in newer transformers
@@ -115,11 +118,11 @@ class GPTBertForMaskedLM(_LanguageModel):
             inputs_embeds, attention_mask, False, None, output_hidden_states, output_attentions
         )
         if self.config.shift_masked_logits:
-            if attention_mask is not None and attention_mask.ndim == 2:  # left padding is not context
-                hidden_states = hidden_states.masked_fill(~attention_mask.unsqueeze(-1), 0)
+            if attention_mask is not None:  # left padding is not context
+                hidden_states = hidden_states.masked_fill(~seen_later(attention_mask).unsqueeze(-1), 0)
             hidden_states = F.pad(hidden_states, (0, 0, 1, 0))[:, :-1]
         logits = self.classifier(hidden_states)
-        loss = None if labels is None else _mean_loss(logits, labels)
+        loss = None if labels is None else mean_loss(logits, labels)
         return _returned(MaskedLMOutput(loss=loss, logits=logits, **extras), return_dict)
 
 
@@ -142,7 +145,7 @@ class GPTBertForCausalLM(_LanguageModel, GenerationMixin):
         Embeddings [B, T, D] begin a text; the cache is then longer than the ids, of which the last is new.
         """
         cache = cache if cache is not None else past_key_values
-        num_past = 0 if cache is None else cache.get_seq_length()
+        num_past = 0 if cache is None else int(cache.get_seq_length())
         if inputs_embeds is not None and num_past < inputs_embeds.shape[1]:
             inputs = {"inputs_embeds": inputs_embeds[:, num_past:]}
         else:
@@ -150,7 +153,7 @@ class GPTBertForCausalLM(_LanguageModel, GenerationMixin):
             inputs = {"input_ids": input_ids[:, -num_new:]}
         return {
             **inputs,
-            "attention_mask": attention_mask,
+            "attention_mask": of_all_keys(attention_mask, cache),  # of one size, so a compiled step stays the same
             "past_key_values": cache,
             "use_cache": use_cache,
             "logits_to_keep": logits_to_keep,
@@ -196,7 +199,7 @@ class GPTBertForCausalLM(_LanguageModel, GenerationMixin):
             inputs_embeds, attention_mask, True, cache, output_hidden_states, output_attentions
         )
         logits = self.classifier(hidden_states[:, -logits_to_keep:])
-        loss = None if labels is None else _mean_loss(logits[:, :-1], labels[:, 1:])
+        loss = None if labels is None else mean_loss(logits[:, :-1], labels[:, 1:])
         extras[_CACHE_FIELD] = cache if use_cache else None
         return _returned(CausalLMOutputWithPast(loss=loss, logits=logits, **extras), return_dict)
 
@@ -205,10 +208,11 @@ class _Classifier(GPTBertPreTrainedModel):
     """The encoder with a new head."""
 
     _keys_to_ignore_on_load_unexpected = (r"\.position_indices$", r"^classifier\.")
+    num_classes: int | None = None  # None: the configuration's `num_labels`
 
     def __init__(self, config: GPTBertConfig) -> None:
         super().__init__(config)
-        self.head = ClassificationHead(config)
+        self.head = ClassificationHead(config, self.num_classes or config.num_labels)
         self.post_init()
 
 
@@ -245,31 +249,9 @@ class GPTBertForSequenceClassification(_Classifier):
         hidden_states, extras = self.encode(
             inputs_embeds, attention_mask, causal, None, output_hidden_states, output_attentions
         )
-        logits = self.head(self._pooled(hidden_states, attention_mask))
-        loss = None if labels is None else self._loss(logits, labels)
+        logits = self.head(text_state(hidden_states, attention_mask, causal))
+        loss = None if labels is None else text_loss(logits, labels, self.config)
         return _returned(SequenceClassifierOutput(loss=loss, logits=logits, **extras), return_dict)
-
-    def _pooled(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """[B, T, D] to [B, D]."""
-        last = hidden_states.shape[1] - 1
-        if attention_mask is None or attention_mask.ndim != 2:
-            return hidden_states[:, last if self.config.is_decoder else 0]
-        present = attention_mask.long()
-        first = present.argmax(dim=-1)
-        position = last - present.flip(-1).argmax(dim=-1) if self.config.is_decoder else first
-        return hidden_states[torch.arange(len(hidden_states), device=hidden_states.device), position]
-
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        problem = self.config.problem_type
-        if problem is None and self.config.num_labels == 1:
-            problem = "regression"
-        elif problem is None:
-            problem = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
-        if problem == "regression":
-            return F.mse_loss(logits.float().view_as(labels), labels.float())
-        if problem == "multi_label_classification":
-            return F.binary_cross_entropy_with_logits(logits.float(), labels.float())
-        return F.cross_entropy(logits.float(), labels)
 
 
 class GPTBertForTokenClassification(_Classifier):
@@ -293,13 +275,80 @@ class GPTBertForTokenClassification(_Classifier):
             inputs_embeds, attention_mask, causal, None, output_hidden_states, output_attentions
         )
         logits = self.head(hidden_states)
-        loss = None if labels is None else _mean_loss(logits, labels)
+        loss = None if labels is None else mean_loss(logits, labels)
         return _returned(TokenClassifierOutput(loss=loss, logits=logits, **extras), return_dict)
 
 
-def _mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of logits [B, T, classes] and labels [B, T], −100 to ignore."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+class GPTBertForQuestionAnswering(_Classifier):
+    """Finds the answer to a question in a text: scores of each token as its first and as its last one."""
+
+    num_classes = 2
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        inputs_embeds: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> QuestionAnsweringModelOutput | tuple[Tensor, ...]:
+        """Start and end logits [B, T] each, and the mean loss if there are positions [B]; those outside are ignored."""
+        causal = self.config.is_decoder
+        inputs_embeds = self.embed(input_ids, inputs_embeds, token_type_ids)
+        hidden_states, extras = self.encode(
+            inputs_embeds, attention_mask, causal, None, output_hidden_states, output_attentions
+        )
+        start, end = (logits.contiguous() for logits in self.head(hidden_states).unbind(dim=-1))
+        has_positions = start_positions is not None and end_positions is not None
+        loss = span_loss(start, end, start_positions, end_positions) if has_positions else None
+        output = QuestionAnsweringModelOutput(loss=loss, start_logits=start, end_logits=end, **extras)
+        return _returned(output, return_dict)
+
+
+class GPTBertForMultipleChoice(_Classifier):
+    """Chooses among texts, each scored by the representation that `GPTBertForSequenceClassification` reads."""
+
+    num_classes = 1
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        inputs_embeds: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> MultipleChoiceModelOutput | tuple[Tensor, ...]:
+        """Logits [B, choices], and the mean loss if there are labels [B].
+
+        Args:
+            input_ids: [B, choices, T].
+            attention_mask: [B, choices, T].
+            labels: the right choice's index.
+            output_hidden_states: None uses the configuration's; shapes have B · choices rows.
+            output_attentions: None uses the configuration's; likewise.
+            return_dict: False returns a tuple.
+            inputs_embeds: [B, choices, T, D].
+            token_type_ids: zeros.
+        """
+        causal, given = self.config.is_decoder, input_ids if inputs_embeds is None else inputs_embeds
+        ids, mask, embeds, types = (
+            None if each is None else each.flatten(0, 1)
+            for each in (input_ids, attention_mask, inputs_embeds, token_type_ids)
+        )
+        mask = attended(mask)
+        hidden_states, extras = self.encode(
+            self.embed(ids, embeds, types), mask, causal, None, output_hidden_states, output_attentions
+        )
+        logits = self.head(text_state(hidden_states, mask, causal)).view(given.shape[:2])
+        loss = None if labels is None else F.cross_entropy(logits.float(), labels)
+        return _returned(MultipleChoiceModelOutput(loss=loss, logits=logits, **extras), return_dict)
 
 
 def _returned(output: Any, return_dict: bool | None) -> Any:
@@ -313,3 +362,5 @@ GPTBertForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")
 GPTBertForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 GPTBertForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
 GPTBertForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
+GPTBertForQuestionAnswering.register_for_auto_class("AutoModelForQuestionAnswering")
+GPTBertForMultipleChoice.register_for_auto_class("AutoModelForMultipleChoice")

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What all models of modeling_gptbert.py share: embedding, encoder, initialization and strict loading.
 
 Letters of shapes: B rows, T positions, K keys (cached ones and T), D hidden, H heads.
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from .configuration_gptbert import GPTBertConfig
-from .layers_gptbert import Embedding, Encoder, LayerWeighting, position_buckets, visible_keys
+from .layers_gptbert import Embedding, Encoder, all_pairs, bucket_table
 
 
 class GPTBertPreTrainedModel(PreTrainedModel):
@@ -21,7 +22,10 @@ class GPTBertPreTrainedModel(PreTrainedModel):
     config_class = GPTBertConfig
     base_model_prefix = "gptbert"
     _no_split_modules = ("Attention", "FeedForward")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
     _supports_cache_class = True
+    _supports_static_cache = True
     _keys_to_ignore_on_load_unexpected = (r"\.position_indices$",)  # a buffer in published checkpoints
     accepts_loss_kwargs = False  # the loss is a mean over this batch's labels
 
@@ -29,6 +33,7 @@ class GPTBertPreTrainedModel(PreTrainedModel):
         super().__init__(config)
         self.embedding = Embedding(config)
         self.transformer = Encoder(config)
+        self._bucket_table = bucket_table(config)
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -63,8 +68,8 @@ class GPTBertPreTrainedModel(PreTrainedModel):
             nn.init.zeros_(module.bias)
         elif isinstance(module, Embedding):
             nn.init.trunc_normal_(module.relative_embedding, std=std, a=-2 * std, b=2 * std)
-        elif isinstance(module, LayerWeighting):
-            for alpha in module.alphas:
+        elif isinstance(module, nn.ParameterList):  # of `LayerWeighting`, which newer transformers skip: it has no own
+            for alpha in module:
                 nn.init.zeros_(alpha)
                 nn.init.ones_(alpha[-1:])
 
@@ -113,15 +118,13 @@ class GPTBertPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: the mask has a different shape or unclear values.
         """
-        num_past = 0 if cache is None else cache.get_seq_length()
-        mask = visible_keys(inputs_embeds, attention_mask, causal, num_past)
-        hidden_states, relative = self.embedding(inputs_embeds)
-        buckets = position_buckets(inputs_embeds.shape[1], num_past, self.config, inputs_embeds.device)
-        states, attentions = self.transformer(hidden_states, relative, buckets, mask, cache)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if output_attentions is None:
             output_attentions = self.config.output_attentions
+        pairs = all_pairs(inputs_embeds, attention_mask, causal, cache, self._bucket_table)
+        hidden_states, relative = self.embedding(inputs_embeds)
+        states, attentions = self.transformer(hidden_states, relative, pairs, cache, output_attentions)
         extras = {
             "hidden_states": tuple(states) if output_hidden_states else None,
             "attentions": tuple(attentions) if output_attentions else None,

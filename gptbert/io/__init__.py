@@ -6,6 +6,7 @@
 - `outputs`: a command's outputs, checked before its work and published after it.
 - `json_file`: reading untrusted JSON, writing our own.
 - `torch_file`: reading untrusted `torch.save` files without running code.
+- `field_types`: fields of settings, as the command line gives them.
 - `run_file`: a command's flags in a YAML or TOML file.
 - `screen`: lines above the progress bar, and tables.
 """

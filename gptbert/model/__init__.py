@@ -3,6 +3,7 @@
 - `gptbert`: `GPTBert`: its embedding, blocks and head.
 - `batch`, `objective`: the rows that it takes, and the objective of each.
 - `block`, `attention`, `feed_forward`: a block and its two sub-layers.
+- `key_value_cache`: keys and values of earlier positions, for a text continued token by token.
 - `layer_weighting`: the depth-weighted average of all representations so far.
 - `norm`, `dropout`: LayerNorm and dropout as modules.
 - `compilation`: torch.compile of the blocks.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gptbert.config import ModelConfig
 from gptbert.model.compilation import any_number_of_rows
 from gptbert.model.dropout import Dropout
+from gptbert.model.key_value_cache import KeyValueCache, next_context
 from gptbert.model.norm import InputNorm
 from kernels.add_bias import add_bias
 from kernels.attention_context import attention_context, fused_attention, gated_attention
@@ -34,6 +35,8 @@ class Visibility(NamedTuple):
         document_ids: [B, T] int32, for fused attention.
         is_causal: [B] bool, for fused attention.
         tables: β by distance, for fused attention; None otherwise.
+        cache: takes these positions, and has the earlier ones; None: there are none. If these are one position, it sees
+            all of them: `mask` is None, and `buckets` are [K].
     """
 
     mask: Tensor | None = None
@@ -41,6 +44,7 @@ class Visibility(NamedTuple):
     document_ids: Tensor | None = None
     is_causal: Tensor | None = None
     tables: DistanceTables | None = None
+    cache: KeyValueCache | None = None
 
     def of_any_number_of_rows(self) -> "Visibility":
         """Itself, with the number of rows marked as dynamic for torch.compile."""
@@ -124,18 +128,22 @@ class Attention(nn.Module):
         query, key = add_bias(F.linear(normalized, weight), bias).chunk(2, dim=-1)
         value_gate = F.linear(normalized, self.value_gate.weight)
         value, gate = add_bias(value_gate, self.value_gate.bias).chunk(2, dim=-1)
-        position_query, position_key = add_bias(F.linear(relative, weight), bias).chunk(2, dim=-1)
-        context = attention_context(
-            self.heads(query * self.scale),  # [H, B, T, d]
-            self.heads(key),
-            self.heads(position_query * self.scale),  # [H, P, d]
-            self.heads(position_key),
-            self.heads(value),
-            visibility.buckets,
-            visibility.mask,
-            seed,
-            dropout_prob,
-        )  # [H, B, T, d]
+        query, key, value = self.heads(query * self.scale), self.heads(key), self.heads(value)  # [H, B, T, d]
+        past = None if visibility.cache is None else visibility.cache.of(self)
+        if past is None or past.positions is None:
+            position_query, position_key = add_bias(F.linear(relative, weight), bias).chunk(2, dim=-1)
+            positions = self.heads(position_query * self.scale), self.heads(position_key)  # [H, P, d]
+        else:
+            positions = past.positions
+        if past is not None:
+            past.positions = positions
+            key, value, by_key = past.append(key, value)  # of all positions
+        if visibility.mask is None:
+            context = next_context(query, key, by_key, positions[1], value, visibility.buckets)
+        else:
+            context = attention_context(
+                query, key, *positions, value, visibility.buckets, visibility.mask, seed, dropout_prob
+            )  # [H, B, T, d]
         return gated_norm(gate, context, self.output.weight, approximate="none", eps=self.eps)
 
     def _by_distance(

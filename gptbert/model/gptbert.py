@@ -18,6 +18,7 @@ from gptbert.model.attention import Visibility
 from gptbert.model.batch import Batch
 from gptbert.model.block import BLOCK_SEEDS, Block, BlockWeights
 from gptbert.model.dropout import Dropout, random_seeds
+from gptbert.model.key_value_cache import KeyValueCache
 from gptbert.model.layer_weighting import Representations
 from gptbert.model.norm import InputNorm, layer_norm
 from gptbert.model.objective import Objective
@@ -99,6 +100,35 @@ class GPTBert(nn.Module):
         seeds = DropoutSeeds.split(self.dropout_seeds(input_ids.device), len(self.blocks))
         return self._encode(input_ids, document_ids, causal, seeds).hidden_states
 
+    @torch.no_grad()
+    def encode_next(self, input_ids: Tensor, cache: KeyValueCache) -> Tensor:
+        """Representations of a text's next positions, as `encode` gives them for the whole text: causal, one document.
+
+        Args:
+            input_ids: [B, T], behind those of which the cache has keys and values: any number of them at first, then
+                one at a time.
+            cache: empty, or from the previous call; takes the new positions.
+
+        Returns:
+            [B, T, D], without dropout.
+
+        Raises:
+            ValueError: the cache is too small, or has positions already and T is not 1.
+        """
+        length, device = input_ids.shape[1], input_ids.device
+        if cache.length and length > 1:
+            raise ValueError(f"{length} positions behind {cache.length}: after the first call, one at a time")
+        cache.length += length
+        hidden_states, relative = self.embedding(input_ids, None)
+        if length > 1:
+            mask = attention_mask(torch.zeros_like(input_ids), causal=True)
+            visibility = Visibility(mask, self.position_buckets(length), cache=cache)
+        else:
+            distance = torch.arange(cache.length - 1, -1, -1, device=device)  # [K], i − j
+            visibility = Visibility(buckets=self._buckets(distance), cache=cache)
+        nothing = [None] * len(self.blocks)
+        return self._through_blocks(hidden_states, relative, visibility, nothing, nothing)
+
     def _encode(
         self,
         input_ids: Tensor,
@@ -124,11 +154,22 @@ class GPTBert(nn.Module):
                 states = (hidden_states, normalized, mixes, own_relative, visibility)
                 hidden_states, normalized = block.forward_fused(*states, *own, is_dropped=is_dropped)
             return Encoded(hidden_states, normalized)
+        return Encoded(self._through_blocks(hidden_states, relative, visibility, seeds.blocks, packed), None)
+
+    def _through_blocks(
+        self,
+        hidden_states: Tensor,
+        relative: Tensor,
+        visibility: Visibility,
+        seeds: Sequence[Tensor | None],
+        weights: Sequence[BlockWeights | None],
+    ) -> Tensor:
+        """x_0 [B, T, D] to x_2L, operation by operation."""
         representations = Representations(2 * len(self.blocks) + 1)
         hidden_states = representations.start(hidden_states)
-        for block, *own in zip(self.blocks, seeds.blocks, packed, strict=True):
+        for block, *own in zip(self.blocks, seeds, weights, strict=True):
             hidden_states = block(hidden_states, representations, relative, visibility, *own)
-        return Encoded(hidden_states, None)
+        return hidden_states
 
     def _relative_of_layers(
         self, relative: Tensor, seeds: DropoutSeeds, dtype: torch.dtype

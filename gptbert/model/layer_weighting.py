@@ -24,6 +24,8 @@ class LayerWeighting(nn.Module):
 
     def forward(self, newest: Tensor, representations: "Representations") -> Tensor:
         """y_n [B, T, D], appended to `representations`, to x_n [B, T, D]."""
+        if not torch.is_grad_enabled():
+            return representations.append(newest, self.alpha)
         return _Mix.apply(newest, self.alpha, representations)
 
 

@@ -4,6 +4,7 @@
 - `training_record`: the record of training steps.
 - `records`: files of records that survive a kill.
 - `trackers`: where records go: files, Weights & Biases, TensorBoard.
+- `hooks`: functions of the caller's that a run calls.
 - `figures`: of a run's data, on the first screen and at the end.
 - `progress`: a run's screen output.
 - `validation`: loss, perplexity and accuracy of both objectives.

@@ -53,5 +53,15 @@ def ties_line(good: np.ndarray, bad: np.ndarray, backend: str) -> str:
     return f"{_warning(share > _FEW)}{share:.1%} ties ({backend})"
 
 
+def right_ties_line(share: float, backend: str) -> str:
+    """The line about items whose best texts score the same, where these count as right.
+
+    Args:
+        share: of the items.
+        backend: its name.
+    """
+    return f"{_warning(share > _FEW)}{share:.1%} ties, counted as right ({backend})"
+
+
 def _warning(is_one: bool) -> str:
     return "WARNING: " if is_one else ""

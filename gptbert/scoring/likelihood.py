@@ -6,7 +6,8 @@ For a sentence `<s>` x_1 … x_n and a temperature τ, with log p = log-softmax(
 - masked: Σ_i log p(x_i | the sentence with `<mask>` for x_i), with bidirectional attention: the pseudo-log-likelihood
   of Salazar et al. (2020, arXiv 1910.14659).
 
-Both objectives predict the *next* token (docs/model.md#rows), so both read x_i from the position before it.
+Both objectives predict the *next* token (docs/model.md#rows), so both read x_i from the position before it. The sums
+are over all i, or over chosen ones.
 
 Letters of shapes: B rows, T positions, N predictions, V vocabulary, K temperatures.
 """
@@ -23,6 +24,8 @@ from gptbert.model.objective import Objective
 from gptbert.text.special_tokens import MASK_ID, PAD_ID
 
 _LOGITS = 1 << 24  # logits in memory at once: 64 MB in fp32
+
+_Key = tuple[tuple[int, ...], tuple[int, ...]]  # a sentence's token ids, and the positions that are predicted
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,9 @@ def log_likelihoods(
     temperatures: Sequence[float] = (1.0,),
     batch_tokens: int = 8192,
     advance: Callable[[int], object] = lambda _: None,
+    *,
+    predicted: Sequence[Sequence[int]] | None = None,
+    at_mask: bool = False,
 ) -> Tensor:
     """Score sentences; equal sentences get bitwise equal scores.
 
@@ -64,16 +70,22 @@ def log_likelihoods(
         temperatures: K positive numbers that divide the logits.
         batch_tokens: maximum tokens per forward, including padding; at least one row.
         advance: called with the number of predictions just made; `num_predictions` in total.
+        predicted: for each sentence the positions to sum over, from 1; None for all behind `<s>`.
+        at_mask: read a masked token from its own position, as of a model that was trained to predict it there; this one
+            was not.
 
     Returns:
         [sentences, K] fp64 on the CPU, in nats; 0 for a sentence of only `<s>`.
     """
-    distinct = list({tuple(sentence): None for sentence in sentences})
-    number = {sentence: index for index, sentence in enumerate(distinct)}
+    keys = _keys(sentences, predicted)
+    distinct = list(dict.fromkeys(keys))
+    number = {key: index for index, key in enumerate(distinct)}
     scores = torch.zeros(len(distinct), len(temperatures), dtype=torch.float64)
     device = next(model.parameters()).device
-    make_queries = _causal_queries if objective.causal else _masked_queries
-    for queries in make_queries(distinct, batch_tokens):
+    queries_of = _causal_queries(distinct, batch_tokens)
+    if not objective.causal:
+        queries_of = _masked_queries(distinct, batch_tokens, at_mask)
+    for queries in queries_of:
         input_ids, document_ids, rows, positions, targets = (
             torch.from_numpy(array).to(device)
             for array in (queries.input_ids, queries.document_ids, queries.rows, queries.positions, queries.targets)
@@ -82,12 +94,19 @@ def log_likelihoods(
         chosen = _log_probabilities(model, hidden_states, targets, temperatures)  # [N, K]
         scores.index_add_(0, torch.from_numpy(queries.sentences), chosen.cpu().double())
         advance(len(targets))
-    return scores[[number[tuple(sentence)] for sentence in sentences]]
+    return scores[[number[key] for key in keys]]
 
 
-def num_predictions(sentences: Sequence[Sequence[int]]) -> int:
-    """Number of tokens that `log_likelihoods` predicts: all except the `<s>` of each distinct sentence."""
-    return sum(len(sentence) - 1 for sentence in set(map(tuple, sentences)))
+def num_predictions(sentences: Sequence[Sequence[int]], predicted: Sequence[Sequence[int]] | None = None) -> int:
+    """Number of tokens that `log_likelihoods` predicts: the `predicted` ones of each distinct sentence."""
+    return sum(len(positions) for _, positions in set(_keys(sentences, predicted)))
+
+
+def _keys(sentences: Sequence[Sequence[int]], predicted: Sequence[Sequence[int]] | None) -> list[_Key]:
+    """Each sentence with its predicted positions, to be told from others."""
+    if predicted is None:
+        predicted = [range(1, len(sentence)) for sentence in sentences]
+    return [(tuple(sentence), tuple(positions)) for sentence, positions in zip(sentences, predicted, strict=True)]
 
 
 def _log_probabilities(model: GPTBert, hidden_states: Tensor, targets: Tensor, temperatures: Sequence[float]) -> Tensor:
@@ -109,33 +128,37 @@ def num_forwards(sentences: Sequence[Sequence[int]], objective: Objective, batch
     return sum(1 for _ in _batches(lengths, lengths, batch_tokens))
 
 
-def _causal_queries(sentences: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[_Queries]:
-    """One row per sentence, which predicts all of its tokens."""
-    lengths = np.array([len(sentence) for sentence in sentences], np.int64)
+def _causal_queries(passages: Sequence[_Key], batch_tokens: int) -> Iterator[_Queries]:
+    """One row per sentence, which predicts all of its tokens that are asked for."""
+    lengths, counts = _sizes(passages)
     order = np.argsort(lengths, kind="stable")
-    order = order[lengths[order] > 1]  # a lone `<s>` predicts nothing
+    order = order[counts[order] > 0]
     for batch in _batches(order, lengths[order], batch_tokens):
-        input_ids, document_ids = _padded([sentences[index] for index in batch])
-        is_predicted = document_ids >= 0
-        is_predicted[:, 0] = False
-        rows, positions = is_predicted.nonzero()
+        input_ids, document_ids = _padded([passages[index][0] for index in batch])
+        rows = np.repeat(np.arange(len(batch)), counts[batch])
+        positions = np.concatenate([np.array(passages[index][1], np.int64) for index in batch])
         yield _Queries(input_ids, document_ids, rows, positions - 1, input_ids[rows, positions], batch[rows])
 
 
-def _masked_queries(sentences: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[_Queries]:
-    """One row per token of every sentence: the sentence with that token masked, which it predicts."""
-    lengths = np.array([len(sentence) for sentence in sentences], np.int64)
+def _masked_queries(passages: Sequence[_Key], batch_tokens: int, at_mask: bool) -> Iterator[_Queries]:
+    """One row per predicted token of every sentence: the sentence with that token masked, which it predicts."""
+    lengths, counts = _sizes(passages)
     order = np.argsort(lengths, kind="stable")
-    copies = np.repeat(order, lengths[order] - 1)
-    firsts = np.cumsum(lengths[order] - 1) - (lengths[order] - 1)
-    masked = np.arange(len(copies)) - np.repeat(firsts, lengths[order] - 1) + 1  # positions 1 … n of each sentence
+    copies = np.repeat(order, counts[order])
+    masked = np.array([position for index in order for position in passages[index][1]], np.int64)
     for picked in _batches(np.arange(len(copies)), lengths[copies], batch_tokens):
         batch, positions = copies[picked], masked[picked]
-        input_ids, document_ids = _padded([sentences[index] for index in batch])
+        input_ids, document_ids = _padded([passages[index][0] for index in batch])
         rows = np.arange(len(batch))
         targets = input_ids[rows, positions]
         input_ids[rows, positions] = MASK_ID
-        yield _Queries(input_ids, document_ids, rows, positions - 1, targets, batch)
+        yield _Queries(input_ids, document_ids, rows, positions if at_mask else positions - 1, targets, batch)
+
+
+def _sizes(passages: Sequence[_Key]) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths of sentences, and numbers of their predicted positions, int64."""
+    lengths, counts = ([len(passage[part]) for passage in passages] for part in (0, 1))
+    return np.array(lengths, np.int64), np.array(counts, np.int64)
 
 
 def _batches(items: np.ndarray, lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:

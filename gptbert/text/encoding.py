@@ -18,6 +18,7 @@ BATCH_BYTES = 2_000_000  # of text per call of the library, which takes some 100
 DOCUMENT_OVERHEAD = 500  # memory of a short document's objects, in bytes of text
 ENCODER_THREADS = 2  # one keeps the cores busy while the other converts its results to Python objects
 WAITING_BATCHES = ENCODER_THREADS + 1  # being encoded, or waiting for the main thread
+_WITH_ENDS = 4096  # sentences per call of the library
 WAITING_BYTES = (WAITING_BATCHES + 1) * BATCH_BYTES  # of their text, where single documents are larger than a batch
 
 
@@ -55,21 +56,42 @@ def encode_documents(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator
         encoder.shutdown(cancel_futures=True)
 
 
-def encode_sentences(tokenizer: Tokenizer, sentences: Sequence[str]) -> list[list[int]]:
+def encode_sentences(
+    tokenizer: Tokenizer, sentences: Sequence[str], *, as_transformers: bool = False
+) -> list[list[int]]:
     """Encode sentences as plain text, each preceded by `<s>`.
 
     Args:
         tokenizer: its setting for special tokens is modified.
         sentences: texts, all encoded at once.
+        as_transformers: a special token's name in a text is the token, as in transformers.
 
     Raises:
         InputError: a text is not UTF-8.
     """
     for sentence in sentences:
         _check_text(sentence)
-    tokenizer.encode_special_tokens = True
+    tokenizer.encode_special_tokens = not as_transformers
     encodings = tokenizer.encode_batch_fast(list(sentences), add_special_tokens=False)
     return [[BOS_ID, *encoding.ids] for encoding in encodings]
+
+
+def encode_with_ends(tokenizer: Tokenizer, sentences: Sequence[str]) -> Iterator[tuple[list[int], list[int]]]:
+    """As `encode_sentences` as transformers, with the number of characters up to each token's end, 0 for `<s>`.
+
+    Args:
+        tokenizer: its setting for special tokens is modified.
+        sentences: texts.
+
+    Raises:
+        InputError: a text is not UTF-8.
+    """
+    for sentence in sentences:
+        _check_text(sentence)
+    tokenizer.encode_special_tokens = False
+    for first in range(0, len(sentences), _WITH_ENDS):  # the library's objects take much more memory than the ids
+        for encoding in tokenizer.encode_batch(list(sentences[first : first + _WITH_ENDS]), add_special_tokens=False):
+            yield [BOS_ID, *encoding.ids], [0, *(end for _, end in encoding.offsets)]
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
