@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from gptbert.errors import InputError
 from gptbert.io.field_types import settle
+from gptbert.io.files import check_folder_name
 from gptbert.io.json_file import read_json
 
 _LARGEST_SIZE = 10_000_000
@@ -246,8 +247,8 @@ class TrainConfig:
     activation_checkpointing: bool = False
     """Keep only the inputs of attention and feed-forward for the backward, and recompute the rest there: a third of the
     activation memory, for steps a third longer; the results are the same."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto: a GPU if there is one."""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """auto: a GPU if there is one. mps: Apple's, for one process, on which no run has been made yet."""
     kernels: Literal["auto", "torch", "triton", "cpp"] = "auto"
     """Implementation of the operations in kernels/. auto: triton on a GPU; on a CPU cpp in compiled runs, else torch.
     cpp needs a C++ compiler; it has kernels for LAMB and, with --mixed_precision, for all else but masking."""
@@ -274,6 +275,10 @@ class TrainConfig:
     whole file. Default: on 262,144 tokens, or the whole file if it has fewer."""
     validation_mask_p: float = 0.15
     """Fraction of tokens masked in validation; the masks are the same every time."""
+    pairs_path: tuple[Path, ...] = ()
+    """JSONL files of minimal pairs, or folders of them, to score during the run, as gptbert score does."""
+    score_every: int = 1000
+    """Steps between scores of --pairs_path; 0: only at the end."""
     log_every: int = 10
     """Steps between log records; in between, nothing is read back from the device."""
     save_every: int = 1000
@@ -281,7 +286,10 @@ class TrainConfig:
     save_steps: tuple[int, ...] = ()
     """Also save checkpoints after these numbers of steps, and keep them."""
     keep_checkpoints: int = 3
-    """Number of checkpoints to keep, the newest ones, besides those of --save_steps."""
+    """Number of checkpoints to keep, the newest ones, besides those of --save_steps and --keep_best."""
+    keep_best: str | None = None
+    """Record, such as validation_ema/mlm/loss or pairs/clm/accuracy, of which the checkpoint with the best value is
+    kept too; the run's best.json names it. A checkpoint is then saved before each of these validations or scores."""
     checkpoint_words: tuple[str, ...] = ()
     """Also save weights after these numbers of words seen, permanently, in the run's words/chck_1M and so on: such as
     500_000 1M 1.5B, or babylm for 1M, 2M, … 10M, 20M, … 100M, 200M, … 1000M, as far as the run goes."""
@@ -310,7 +318,8 @@ class TrainConfig:
             "hybrid_denominator": 1, "max_steps": 1, "learning_rate": 0, "weight_decay": 0, "optimizer_beta1": 0,
             "optimizer_beta2": 0, "optimizer_eps": 0, "max_gradient": 0, "max_skipped_steps": 1, "ema_decay": 0,
             "z_loss_weight": 0, "n_special_tokens": 5, "cpu_threads": 0, "timeout": 1, "seed": 0, "validate_every": 0,
-            "validation_steps": 0, "shard_size": 0, "log_every": 1, "save_every": 0, "keep_checkpoints": 1,
+            "validation_steps": 0, "score_every": 0, "shard_size": 0, "log_every": 1, "save_every": 0,
+            "keep_checkpoints": 1,
         }  # fmt: skip
         for name, lowest in at_least.items():
             if getattr(self, name) is not None and not getattr(self, name) >= lowest:
@@ -365,14 +374,7 @@ class TrainConfig:
             raise InputError("--optimizer muon needs whole matrices, which no rank has with --parallel fsdp; use ddp")
         if self.max_gradient == 0:
             raise InputError("--max_gradient is 0, which would clip every gradient away; expected a positive number")
-        size = len(os.fsencode(self.name)) if self.name.isprintable() else 0
-        if size > 200:
-            raise InputError(f"--name has {size} bytes, expected at most 200")
-        if size == 0 or self.name in {".", ".."} or "/" in self.name or "\\" in self.name:
-            found = reprlib.repr(self.name)
-            raise InputError(
-                f"--name {found} must be the name of one folder inside --output_dir, of printable characters"
-            )
+        check_folder_name("--name", self.name, "--output_dir")
 
     def is_recorded(self, device_type: str) -> bool:
         """Whether steps on a device of this type, "cuda" or "cpu", are recorded in CUDA graphs; see `cuda_graph`."""

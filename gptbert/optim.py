@@ -338,10 +338,14 @@ def update_weights(
     if isinstance(optimizer, Lamb):
         return optimizer.clip_step_average(max_grad_norm, average.of(model), average.decay, copies)
     gradient_norm = full_tensor(clip_grad_norm_(model.parameters(), max_grad_norm))
-    # how GradScaler makes fused optimizers skip a step
-    optimizer.found_inf = (~gradient_norm.isfinite()).float()  # type: ignore[attr-defined]  # none declares it
-    optimizer.step()
-    del optimizer.found_inf  # type: ignore[attr-defined]  # likewise
+    if optimizer.defaults.get("fused") is False:  # it knows no way to skip a step: a device sync
+        if gradient_norm.isfinite():
+            optimizer.step()
+    else:
+        # how GradScaler makes fused optimizers skip a step
+        optimizer.found_inf = (~gradient_norm.isfinite()).float()  # type: ignore[attr-defined]  # none declares it
+        optimizer.step()
+        del optimizer.found_inf  # type: ignore[attr-defined]  # likewise
     average.update(model, gradient_norm)
     if copies:
         with torch.no_grad():
@@ -380,4 +384,5 @@ def build_optimizer(config: TrainConfig, model: nn.Module, *, is_recorded: bool 
         return MuonWithAdamW(matrices, rest, weight_decay=config.weight_decay, **settings)
     if config.optimizer == "lamb":
         return Lamb(groups, **settings)
-    return AdamW(groups, fused=True, capturable=is_recorded, **settings)
+    is_fused = next(model.parameters()).device.type != "mps"  # where fused ones may ignore `found_inf`
+    return AdamW(groups, fused=is_fused, capturable=is_recorded and is_fused, **settings)

@@ -229,6 +229,12 @@ def _progress(records: list[dict[str, Any]]) -> Iterator[Chart | None]:
             for prefix, name in WEIGHTS.items()
         ]
         yield draw(title, lines)
+    pairs = [
+        Line(f"{name}, {WEIGHTS['validation_ema']}", f"{objective} validation_ema", points, has_marks=True)
+        for objective, name in OBJECTIVES.items()
+        if (points := _points(records, f"pairs/{objective}/accuracy", 100))
+    ]
+    yield draw("Minimal pairs (%)", pairs)
 
 
 def _charts(records: list[dict[str, Any]], train: dict[str, Any]) -> Iterator[Chart | None]:

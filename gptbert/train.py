@@ -13,6 +13,7 @@ from gptbert.checkpoint.branch import branched
 from gptbert.checkpoint.checkpoint import Checkpoint
 from gptbert.checkpoint.folder import list_checkpoints, saved_setting
 from gptbert.checkpoint.initial_weights import read_initial_weights
+from gptbert.checkpoint.kept import check_best
 from gptbert.checkpoint.resume import changed_settings, find_for_all_ranks, progress_state
 from gptbert.checkpoint.word_checkpoints import WordCheckpoints
 from gptbert.command_line import make_callable, run_command
@@ -29,8 +30,8 @@ from gptbert.model.compilation import restored_settings
 from gptbert.monitoring import figures
 from gptbert.monitoring.hooks import CheckpointHook, Hooks, RecordHook
 from gptbert.monitoring.progress import print_header
-from gptbert.monitoring.records import read_records
-from gptbert.monitoring.validation import is_validated
+from gptbert.monitoring.records import is_recorded, read_records
+from gptbert.scoring.pair_scores import PairScores
 from gptbert.trainer import Trainer
 from gptbert.training import compile_choice
 from gptbert.training.kernel_check import agree_on_fused, kernel_check, run_of
@@ -114,6 +115,7 @@ def _fit(config: TrainConfig, world: World, ownership: ExitStack, hooks: Hooks) 
         inputs = Inputs.open(config)
         config = dataclasses.replace(config, n_special_tokens=len(inputs.special_ids))  # for the records
         plan = HybridPlan(config, world.world_size)
+        pairs = _pairs(config, world)
     is_checked = backend == "triton" and config.kernel_check == "on"
     run = run_of(config, inputs.model_config, plan, world) if is_checked else None
     with kernel_check(run, world.device) as finish_check:
@@ -132,8 +134,8 @@ def _fit(config: TrainConfig, world: World, ownership: ExitStack, hooks: Hooks) 
         with world.errors_on_all_ranks():
             check_counts(resumed.mask_counts if resumed and config.mask_history else None, inputs.num_train_tokens)
             initial_weights = None if resumed else read_initial_weights(config, inputs.model_config)
-            is_own, is_pending = _of_this_run(config, path, first_step, world)
-            is_over = not is_pending and _is_over(config, path, first_step, world)
+            is_own, pending = _of_this_run(config, path, first_step, world)
+            is_over = not pending and _is_over(config, path, first_step, world)
         if is_over:
             return first_step
         with world.errors_on_all_ranks():
@@ -142,23 +144,30 @@ def _fit(config: TrainConfig, world: World, ownership: ExitStack, hooks: Hooks) 
         with world.errors_on_all_ranks():
             reasons = finish_check()
         agree_on_fused(reasons, world)
-    was_asked = resumed is None or path is None or saved_setting(path, "compile") is not False
+    was_asked = path is None or saved_setting(path, "compile") is not False
     choice = compile_choice.choose(config, inputs.model_config, plan, world, resumed, was_asked)
     with world.errors_on_all_ranks():
         backend = prepare_cpp_kernels(config, world, is_compiled=choice.is_compiled)
         if world.is_main:
             prepare_run_dir(config, inputs.model_config, world, backend)
-    if world.is_main:
-        print_header(config, inputs, plan, world, backend, words)
-        log_choices(config, world, choice)
-        _log_start(config, path, "\n".join(filter(None, [note, branch_line])))
+            print_header(config, inputs, plan, world, backend, words)
+            log_choices(config, world, choice)
+            _log_start(config, path, "\n".join(filter(None, [note, branch_line])))
     trainer = Trainer(
-        config, inputs, plan, world, initial_weights, is_compiled=choice.is_compiled, progress=progress, hooks=hooks
+        config,
+        inputs,
+        plan,
+        world,
+        initial_weights,
+        is_compiled=choice.is_compiled,
+        progress=progress,
+        hooks=hooks,
+        pairs=pairs,
     )
     if world.is_main:
         _log_data(config, inputs, trainer)
     if resumed:
-        trainer.restore(resumed, is_own=is_own, validation_is_pending=is_pending)
+        trainer.restore(resumed, is_own=is_own, pending=pending)
         del resumed  # as large as the run's own state
     trainer.run()
     return trainer.step
@@ -180,15 +189,23 @@ def _progress(
     return progress, note
 
 
-def _of_this_run(config: TrainConfig, path: Path | None, step: int, world: World) -> tuple[bool, bool]:
-    """Whether a checkpoint is in this run's folder, and then, whether its validation has still to be done.
+def _pairs(config: TrainConfig, world: World) -> PairScores | None:
+    """The run's minimal pairs, if it has any; raises InputError, also for a record of `--keep_best` that it lacks."""
+    check_best(config)
+    return PairScores(config, world) if config.pairs_path else None
+
+
+def _of_this_run(config: TrainConfig, path: Path | None, step: int, world: World) -> tuple[bool, list[str]]:
+    """Whether a checkpoint is in this run's folder, and then, the records that have still to be made; see `restore`.
 
     A checkpoint is saved before the validation of its step, so a run may end between the two. Every rank must call it.
     """
     is_own = path is not None and path.resolve().parents[1] == config.run_dir.resolve()
-    is_due = step <= config.max_steps and schedules.is_due(step, config.validate_every, config.max_steps)
-    is_pending = is_own and is_due and not is_validated(config.run_dir, step)
-    return world.all_gather((is_own, is_pending))[0]
+    every = {"validation": config.validate_every} | ({"pairs": config.score_every} if config.pairs_path else {})
+    due = [name for name in every if step <= config.max_steps and schedules.is_due(step, every[name], config.max_steps)]
+    metrics = config.run_dir / "metrics.jsonl"
+    pending = [name for name in due if is_own and not is_recorded(metrics, step, f"{name}/")]
+    return world.all_gather((is_own, pending))[0]
 
 
 def _is_over(config: TrainConfig, path: Path | None, step: int, world: World) -> bool:
@@ -209,6 +226,8 @@ def _log_data(config: TrainConfig, inputs: Inputs, trainer: Trainer) -> None:
         log(line)
     if trainer.validation.share:
         log(f"validating on {trainer.validation.share} (--validation_steps)")
+    if trainer.pairs:
+        log(str(trainer.pairs))
 
 
 def _log_start(config: TrainConfig, path: Path | None, note: str) -> None:

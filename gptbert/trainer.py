@@ -1,7 +1,7 @@
 """The training loop: a single step, and the run around it."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack, suppress
 
 import torch
@@ -12,6 +12,7 @@ from tqdm import tqdm
 from gptbert import schedules
 from gptbert.checkpoint import checkpoint
 from gptbert.checkpoint.checkpoint import Checkpoint
+from gptbert.checkpoint.kept import BestCheckpoint
 from gptbert.checkpoint.word_checkpoints import WordCheckpoints
 from gptbert.config import TrainConfig
 from gptbert.data.hybrid_plan import HybridPlan
@@ -20,7 +21,7 @@ from gptbert.data.loader import BatchLoader, LoadedShare
 from gptbert.data.micro_batch import MicroBatches
 from gptbert.data.packing import Prefetcher
 from gptbert.data.progress import Progress
-from gptbert.distributed.fsdp import full_tensor, load_moments, load_weights, new_moments, reshard, shard
+from gptbert.distributed.fsdp import full_tensor, load_moments, load_weights, new_moments, shard
 from gptbert.distributed.random_state import RandomState
 from gptbert.distributed.stop_signal import StopRequested, StopSignal
 from gptbert.distributed.world import World
@@ -40,6 +41,7 @@ from gptbert.monitoring.trackers import Trackers
 from gptbert.monitoring.training_record import TrainingRecord
 from gptbert.monitoring.validation import Validation, ValidationSettings
 from gptbert.optim import WeightAverage, build_optimizer
+from gptbert.scoring.pair_scores import PairScores
 from gptbert.training import compile_choice
 from gptbert.training.step import EagerStep, RecordedStep, autocast
 
@@ -58,6 +60,7 @@ class Trainer:
         is_compiled: bool | None = None,
         progress: Progress | None = None,
         hooks: Hooks | None = None,
+        pairs: PairScores | None = None,
     ) -> None:
         self.config = config
         self.hooks = hooks or Hooks()
@@ -98,10 +101,12 @@ class Trainer:
         self.validation = Validation(
             ValidationSettings.of(config), inputs.valid_store, world, inputs.vocab_size, inputs.special_ids
         )
+        self.pairs = pairs
+        self.best = BestCheckpoint(config, world)
         self.step = 0
         self.saved_step: int | None = None  # of the newest checkpoint in this run's folder
         self._labels: dict[Objective, float] = {}  # of the steps of the last record
-        self.validation_is_pending = False  # of the checkpoint that the run resumes from
+        self.pending: Collection[str] = ()  # records of the checkpoint that the run resumes from
         self._record = TrainingRecord(config, inputs.model_config, self.plan, world)
         self._warm_up()
         self.random_state = RandomState(config.seed, world)
@@ -110,8 +115,8 @@ class Trainer:
     def run(self) -> None:
         """Train all remaining steps, with records, validation and checkpoints.
 
-        Work of a step is done in an order that loses nothing: folders by words, the checkpoint, validation. A
-        validation that a signal or a kill ends is made up by the run that resumes.
+        Work of a step is done in an order that loses nothing: folders by words, the checkpoint, validation, scores of
+        minimal pairs. A validation or scores that a signal or a kill ends are made up by the run that resumes.
 
         Raises:
             StoppedError: a signal requested a stop, and a checkpoint was saved.
@@ -120,8 +125,10 @@ class Trainer:
         with ExitStack() as stack:
             settings = {**config.to_dict(), **dataclasses.asdict(self.inputs.model_config)}
             with self.world.errors_on_all_ranks():
-                if self.validation_is_pending and self.world.is_main:
+                if "validation" in self.pending and self.world.is_main:
                     forget_from(config.run_dir / "samples.jsonl", self.step)
+                if self.world.is_main:
+                    self.best.start(self.step)
                 samples = Samples(config, self.inputs.valid_store, self.world)
                 trackers = Trackers(config, self.world, settings, self.step)
             stack.enter_context(self.stop_signal)  # until here, nothing would be lost: a signal ends the run at once
@@ -129,8 +136,10 @@ class Trainer:
             rows = stack.enter_context(Prefetcher(self.loader.load, self.step, config.max_steps))
             bar = stack.enter_context(progress_bar(config, self.world, self.step))
             try:
-                if self.validation_is_pending:
+                if "validation" in self.pending:
                     self.validate(trackers, samples, bar)
+                if self.pairs and "pairs" in self.pending:
+                    self.score_pairs(self.pairs, trackers, bar)
                 self._train(trackers, samples, rows, bar)
             except StopRequested:
                 self._stop()
@@ -154,9 +163,8 @@ class Trainer:
             with throughput.paused():
                 if has_words := bool(self.words.due(self.step)):
                     self.save_words()
-                if is_saved := stops or schedules.is_due(
-                    self.step, config.save_every, config.max_steps, config.save_steps
-                ):
+                is_due = schedules.is_due(self.step, config.save_every, config.max_steps, config.save_steps)
+                if is_saved := stops or is_due or self.best.is_due(self.step):
                     self.save()
                 if stops:
                     raise StopRequested
@@ -164,9 +172,13 @@ class Trainer:
                     self.stop_signal.raise_if_asked()
                 if schedules.is_due(self.step, config.validate_every, config.max_steps):
                     self.validate(trackers, samples, bar)
+                if self.pairs and schedules.is_due(self.step, config.score_every, config.max_steps):
+                    self.score_pairs(self.pairs, trackers, bar)
         if self.world.is_main and self._labels:
             for line in figures.of_labels(self._labels, schedules.steps_since_due(self.step, config.log_every)):
                 log(line)
+        if self.world.is_main and (line := str(self.best)):
+            log(line)
 
     def _next_rows(self, rows: Prefetcher[list[LoadedShare]]) -> list[LoadedShare]:
         """This rank's rows of the step.
@@ -199,19 +211,34 @@ class Trainer:
         """
         own = len(self.validation.rows_of(self.world.rank))
         with validation_progress(bar, 2 * own) as show:  # the weights and their average
-
-            def advance(rows: int) -> None:
-                show(rows)
-                self.stop_signal.raise_if_asked()
-
-            record = self.validation_record(advance)
+            record = self.validation_record(self._interruptible(show))
         guesses = samples(self.model, autocast(self.config, self.world.device))
         self.stop_signal.raise_if_asked()
         trackers.log_samples(self.step, guesses)
+        self.best.note(self.step, record)
         trackers.log(self.step, record)
         if self.world.is_main:
             log(f"step {self.step}: validation {summary(record, 'validation')}")
         self.hooks.call("on_validation", self.world, self.step, record)
+
+    def score_pairs(self, pairs: PairScores, trackers: Trackers, bar: tqdm) -> None:
+        """Record the scores of minimal pairs, as `validate` its record; every rank must call it."""
+        with validation_progress(bar, pairs.num_predictions, "scoring pairs") as show:
+            precision = autocast(self.config, self.world.device)
+            record = pairs.record(self.ema.model, precision, self._interruptible(show))
+        self.best.note(self.step, record)
+        trackers.log(self.step, record)
+        if self.world.is_main:
+            log(f"step {self.step}: " + ", ".join(f"{name} {value:.1%}" for name, value in record.items()))
+
+    def _interruptible(self, show: Callable[[int], None]) -> Callable[[int], None]:
+        """`show`, after which StopRequested is raised if a signal came; every rank must call it equally often."""
+
+        def advance(done: int) -> None:
+            show(done)
+            self.stop_signal.raise_if_asked()
+
+        return advance
 
     def _stop(self) -> None:
         """Save, unless this step's checkpoint is there, and end the run; every rank must call it."""
@@ -317,20 +344,20 @@ class Trainer:
                     "(--resume PATH, another --name), with a lower --learning_rate, say"
                 )
 
-    def restore(self, resumed: Checkpoint, *, is_own: bool = False, validation_is_pending: bool = False) -> None:
+    def restore(self, resumed: Checkpoint, *, is_own: bool = False, pending: Collection[str] = ()) -> None:
         """Restore the state of a checkpoint; every rank must call it.
 
         Args:
             resumed: the checkpoint.
             is_own: whether it is in this run's folder.
-            validation_is_pending: whether the run ended between it and its validation.
+            pending: "validation", "pairs" or both, if the run ended between it and that record of its step.
 
         Raises:
             InputError: a shard is corrupt.
         """
         self.step = resumed.step
         self.saved_step = resumed.step if is_own else None
-        self.validation_is_pending = validation_is_pending
+        self.pending = pending
         if resumed.shards:
             with self.world.errors_on_all_ranks():
                 states = (self.model.state_dict(), self.ema.model.state_dict())
@@ -357,16 +384,6 @@ class Trainer:
             totals = totals.sum().expand_as(totals)
         return self._loss_weights * self.training_step.averaged_ranks / totals.clamp(min=1), stop_requests
 
-    @torch.no_grad()
-    def _warm_up_evaluation(self) -> None:
-        """Run the weights and the EMA once in eval mode, which compiles separate graphs."""
-        batch = Batch.padding(self.config.seq_length, self.world.device)
-        for model in (self.model.eval(), self.ema.model):
-            with autocast(self.config, self.world.device):
-                model.encode(batch.input_ids, batch.document_ids, batch.is_causal)
-            reshard(model)
-        self.model.train()
-
     def _warm_up(self) -> None:
         """Before the first step, compile every graph that the run needs and let DDP rebuild its buckets.
 
@@ -384,4 +401,4 @@ class Trainer:
                 batch = Batch.padding(factor * self.config.seq_length, self.world.device)
                 self.training_step.warm_up(batch)
             if self.is_compiled:
-                self._warm_up_evaluation()
+                self.training_step.warm_up_evaluation(Batch.padding(self.config.seq_length, self.world.device))

@@ -41,6 +41,8 @@ def choose_backend(backend: str | None, device: torch.device) -> str:
             f"{source}='triton': Triton kernels need a GPU, and these tensors are on the CPU; 'torch' works here, and "
             "TRITON_INTERPRET=1 in the environment runs the kernels in Triton's slow interpreter"
         )
+    if chosen == "triton" and device.type == "mps":
+        raise ValueError(f"{source}='triton': Triton has no kernels for Apple's MPS; 'torch' works")
     if chosen == "cpp" and device.type not in {"cpu", "meta"}:
         raise ValueError(f"{source}='cpp': C++ kernels are for CPUs, and these tensors are on {device}; 'torch' works")
     return chosen
@@ -55,6 +57,11 @@ def uses_cpp(tensor: Tensor, backend: str | None = None) -> bool:
     """
     is_taken = tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu"
     return is_taken and choose_backend(backend, tensor.device) == "cpp"
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """The dtype of sums that should lose nothing: fp64, or fp32 on Apple's MPS, which has no fp64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def chosen_by_name() -> str | None:

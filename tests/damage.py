@@ -379,7 +379,7 @@ _WRAPPINGS = [
     lambda content: b"id,text\n" + b"".join(b'1,"%s"\n' % line for line in content.splitlines()),
     lambda content: content.replace(b" ", b"\0"),
     lambda content: content.replace(b"{", b"{\n").replace(b"}", b"\n}"),
-    lambda content: content.replace(b"\n", b" ") * 500,
+    lambda content: content.replace(b"\n", b" ") * min(500, 1 + (1 << 22) // (len(content) + 1)),  # some megabytes
     lambda content: b"PAR1" + content + b"PAR1",
     lambda content: b"ARROW1\0\0" + content,
     lambda content: b"\xff\xff\xff\xff" + content,

@@ -29,6 +29,7 @@ from gptbert.optim import Lamb, parameter_groups
 from gptbert.train import fit
 from gptbert.trainer import Trainer
 from gptbert.training import compile_choice
+from gptbert.training.step import TrainingStep
 from gptbert.unshard import UnshardConfig, unshard
 from tests.runs import flags, losses, on_ranks, train, write_inputs
 
@@ -191,7 +192,7 @@ def a_rank_holds_its_part(world, arguments):
         norm = trainer.train_step(trainer.loader.load(step))
         assert not isinstance(norm, DTensor)
         trainer.validation_record()
-    trainer._warm_up_evaluation()
+    trainer.training_step.warm_up_evaluation(batch)
     total = trainer.inputs.model_config.num_parameters
     moments = [value for state in trainer.optimizer.state.values() for value in state.values() if value.ndim]
     for tensors, copies in ((params, 1), (list(trainer.ema.model.parameters()), 1), (moments, 2)):
@@ -229,7 +230,7 @@ def everything_at_once_is_ddp(world, arguments):
     """In bf16 too: autocast casts whole weights, FSDP gathers cast ones. Without Inductor, which takes minutes."""
     compile_choice.COMPILE_SECONDS["cpu"] = 0
     nn.Module.compile = partialmethod(nn.Module.compile, backend="aot_eager")
-    Trainer._warm_up_evaluation = lambda self: None
+    TrainingStep.warm_up_evaluation = lambda self, batch: None
     ddp = make_trainer(world, arguments)
     fsdp = make_trainer(world, [*arguments, "--parallel=fsdp", "--activation_checkpointing"])
     assert counters["stats"]["unique_graphs"] == 2 + 2, "weights in four bytes and in two"

@@ -1,6 +1,7 @@
 """Saved models and runs.
 
 - `checkpoint`: a run's state, saved atomically and loaded.
+- `kept`: which checkpoints a run keeps, the best one among them (`--keep_best`).
 - `resume`: the checkpoint that a run resumes from (`--resume`).
 - `branch`: an ending of its own from a checkpoint (`--branch_from`).
 - `saved_model`: a checkpoint's model, for commands after training.

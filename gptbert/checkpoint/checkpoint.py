@@ -33,11 +33,11 @@ from gptbert.checkpoint.folder import (
     TRAINING_STATE,
     differences,
     is_sharded,
-    list_checkpoints,
     read_settings,
     step_of_name,
     write_settings,
 )
+from gptbert.checkpoint.kept import delete_old
 from gptbert.checkpoint.shards import load_shards, save_shards
 from gptbert.checkpoint.training_state import STATE_KEYS, read_training_state
 from gptbert.checkpoint.weights import read_weights, write_weights
@@ -45,7 +45,7 @@ from gptbert.config import ModelConfig, TrainConfig
 from gptbert.data.progress import check_state as check_progress
 from gptbert.distributed.world import World
 from gptbert.errors import InputError, first_line
-from gptbert.io.files import delete, publish
+from gptbert.io.files import publish
 
 WAY_OUT = "delete its folder, and --resume auto takes the one before"
 
@@ -100,7 +100,7 @@ class Checkpoint:
 
 
 def save(checkpoint: Checkpoint, config: TrainConfig, model_config: ModelConfig, world: World) -> Path:
-    """Write a checkpoint under a temporary name, fsync, rename; then delete all but the newest `keep_checkpoints`.
+    """Write a checkpoint under a temporary name, fsync, rename; then delete old ones (`delete_old`).
 
     Every rank must call it. The main rank writes full tensors; each rank writes its part of sharded ones.
 
@@ -125,7 +125,7 @@ def save(checkpoint: Checkpoint, config: TrainConfig, model_config: ModelConfig,
             if world.is_main:
                 manifest.write(temporary, {f"{SHARDS}/{name}": entry for name, entry in shards.items()})
                 publish(temporary, final)
-                _delete_old(final, config)
+                delete_old(final, config)
     except InputError:
         if world.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -186,14 +186,6 @@ def _write(checkpoint: Checkpoint, temporary: Path, config: TrainConfig, model_c
             write_weights(temporary / f"{name}.safetensors", weights, model_config)
     torch.save(state, temporary / TRAINING_STATE)
     write_settings(temporary, config, model_config)
-
-
-def _delete_old(final: Path, config: TrainConfig) -> None:
-    """Delete all but the newest `keep_checkpoints`, which include the one just written, and those of `save_steps`."""
-    others = [folder for folder in list_checkpoints(config.run_dir) if folder != final]
-    others = [folder for folder in others if step_of_name(folder) not in config.save_steps]
-    for folder in others[: max(0, len(others) + 1 - config.keep_checkpoints)]:
-        delete(folder)
 
 
 def _moments_apart(optimizer: dict[str, Any]) -> tuple[dict[int, dict[str, Tensor]], dict[str, Any]]:

@@ -33,6 +33,9 @@ _NOT_OF_THE_RESULT = {
     "name",
     "huge_pages",
     "save_steps",
+    "pairs_path",
+    "score_every",
+    "keep_best",
 }  # settings that change nothing in it
 
 

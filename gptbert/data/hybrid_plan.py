@@ -16,6 +16,15 @@ _BLOCK = 2**12  # steps planned at once, unless that makes more blocks than this
 _COLUMNS = {objective: column for column, objective in enumerate(Objective)}
 
 
+def trained_objectives(config: TrainConfig) -> list[Objective]:
+    """The objectives that a run trains at all."""
+    is_trained = {
+        Objective.MLM: config.hybrid_numerator > 0,
+        Objective.CLM: config.hybrid_numerator < config.hybrid_denominator,
+    }
+    return [objective for objective in Objective if is_trained[objective]]
+
+
 @dataclass(frozen=True)
 class Share:
     """Consecutive rows of one objective: the slots first_slot … first_slot + num_rows · length_factor − 1."""

@@ -131,7 +131,9 @@ class BatchLoader:
         device = self._world.device
         batches, masked_positions = [], None
         for share, tensors in loaded:
-            on_device = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+            # from memory that is pinned; with other, copies to Apple's MPS may come after what reads them
+            is_pinned = device.type == "cuda"
+            on_device = {name: tensor.to(device, non_blocking=is_pinned) for name, tensor in tensors.items()}
             width = share.length_factor * self._config.seq_length + 1
             tokens, document_ids = (on_device[name][:, :width] for name in ("tokens", "document_ids"))
             if share.objective is Objective.CLM:

@@ -63,7 +63,7 @@ class MicroBatches:
         self._every = {plan.objectives(rank) for rank in (0, world.world_size - 1)}
         self._is_sharded = config.parallel == "fsdp" and world.world_size > 1
         if has_fixed_shapes is None:
-            has_fixed_shapes = world.device.type == "cuda" or config.is_recorded(world.device.type)
+            has_fixed_shapes = world.device.type != "cpu" or config.is_recorded(world.device.type)
         self.has_fixed_shapes = has_fixed_shapes
         self._composition = cache(self._compose)
 

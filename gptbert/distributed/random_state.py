@@ -33,7 +33,7 @@ class RandomState:
             states: `state_dict` of each rank of the run that saved.
             step: steps completed; part of the new seed.
         """
-        generators = {"cpu", self._world.device.type}
+        generators = {"cpu", "cuda"} if self._world.device.type == "cuda" else {"cpu"}
         if [set(state["random"]) for state in states] == [generators] * self._world.world_size:
             mine = states[self._world.rank]["random"]
             torch.set_rng_state(mine["cpu"])

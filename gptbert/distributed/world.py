@@ -108,18 +108,22 @@ def connect(config: TrainConfig) -> Iterator[World]:
     """Join the process group of torchrun's processes (nccl on GPUs, gloo on CPUs), and destroy it at the end.
 
     Raises:
-        InputError: `--device cuda` without a GPU for this process; see also `read_launch`.
+        InputError: `--device` names one that this process cannot have; see also `read_launch`.
         LostProcessError: torch.distributed reports, now or later, that another process cannot be reached.
     """
     launch = read_launch()
     rank, world_size = launch.rank, launch.world_size
-    device = choose_device(config.device, local_rank=launch.local_rank)
+    device = choose_device(config.device, launch.local_rank, world_size)
+    if device.type == "mps" and config.optimizer == "muon":
+        raise InputError(
+            "--optimizer muon: multiplies in bf16, which has not been tried on Apple's MPS; use lamb or adamw"
+        )
     if device.type == "cpu":
         # torchrun sets one thread per process, however many cores there are
         torch.set_num_threads(config.cpu_threads or max(1, usable_cores() // launch.local_world_size))
         if config.huge_pages:
             keep_freed_memory()
-    else:
+    elif device.type == "cuda":
         torch.cuda.set_device(device)
     if world_size == 1:
         yield World(rank, world_size, device)
@@ -203,24 +207,41 @@ def why_no_gpu() -> str:
     return "torch sees none"
 
 
-def choose_device(name: str, local_rank: int = 0) -> torch.device:
+def choose_device(name: str, local_rank: int = 0, world_size: int = 1) -> torch.device:
     """The device of this process.
 
     Args:
-        name: "auto" (a GPU if there is one), "cuda" or "cpu".
+        name: "auto" (a GPU if there is one, or else Apple's MPS if there is that and one process), "cuda", "mps" or
+            "cpu".
         local_rank: rank among the processes of this host; each has its own GPU.
+        world_size: number of processes.
 
     Raises:
-        InputError: there is no GPU for this process.
+        InputError: there is no such device for this process.
     """
+    if name == "mps":
+        return _mps(world_size)
     available = torch.cuda.device_count() if name != "cpu" else 0
     if available == 0:
         if name == "cuda":
             raise InputError(f"--device cuda: torch sees no GPU ({why_no_gpu()}); --device cpu works everywhere")
-        return torch.device("cpu")
+        has_mps = name == "auto" and world_size == 1 and torch.backends.mps.is_available()
+        return torch.device("mps" if has_mps else "cpu")
     if local_rank >= available:
         raise InputError(f"--device {name}: process {local_rank} of this host has no GPU ({available} there)")
     return torch.device("cuda", local_rank)
+
+
+def _mps(world_size: int) -> torch.device:
+    if not torch.backends.mps.is_available():
+        why = "it takes an Apple GPU" if torch.backends.mps.is_built() else "this PyTorch is built without it"
+        raise InputError(f"--device mps: torch sees none ({why}); --device cpu works everywhere")
+    if world_size > 1:
+        raise InputError(
+            f"--device mps: is for one process, not {world_size}, since no backend of torch.distributed takes its "
+            "tensors; start one without torchrun, or give --device cpu"
+        )
+    return torch.device("mps")
 
 
 def _join(backend: str, timeout: timedelta) -> None:

@@ -1,8 +1,25 @@
 """Atomic writes of files and folders: fsync, rename, delete."""
 
 import os
+import reprlib
 import shutil
 from pathlib import Path
+
+from gptbert.errors import InputError
+
+
+def check_folder_name(flag: str, name: str, where: str) -> None:
+    """Refuse what cannot be the name of a single folder inside of another, which the flag `where` names.
+
+    Raises:
+        InputError: it is too long, empty, a path, or has characters that are not printable.
+    """
+    size = len(os.fsencode(name)) if name.isprintable() else 0
+    if size > 200:
+        raise InputError(f"{flag} has {size} bytes, expected at most 200")
+    if size == 0 or name in {".", ".."} or "/" in name or "\\" in name:
+        found = reprlib.repr(name)
+        raise InputError(f"{flag} {found} must be the name of one folder inside {where}, of printable characters")
 
 
 def fsync_file(path: Path) -> None:

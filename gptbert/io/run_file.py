@@ -153,7 +153,7 @@ def _text(path: Path) -> str:
 
 def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Names of the flags, and what follows each."""
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
         if argument.startswith("--"):
             name, has_value, value = argument[2:].partition("=")
             yield name.replace("-", "_"), value if has_value else following

@@ -34,5 +34,7 @@ class Dropout(nn.Module):
 
 
 def random_seeds(count: int, device: torch.device) -> Tensor:
-    """[count, 2] int32: seeds of `count` masks, from the device's default generator."""
-    return torch.randint(-(2**31), 2**31, (count, SEED_WORDS), dtype=torch.int32, device=device)
+    """[count, 2] int32: seeds of `count` masks, from the device's default generator; for Apple's MPS, the CPU's."""
+    drawn_on = torch.device("cpu") if device.type == "mps" else device  # checkpoints save the CPU's state anyway
+    seeds = torch.randint(-(2**31), 2**31, (count, SEED_WORDS), dtype=torch.int32, device=drawn_on)
+    return seeds.to(device)

@@ -7,8 +7,8 @@ import torch
 from gptbert.config import ModelConfig
 from gptbert.distributed.hardware import synchronize
 
-_SIZES = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192)}  # of square matrices
-_QUICK_SIZES = {"cpu": (1024,), "cuda": (8192,)}  # milliseconds; smaller GPU products are launch-bound
+_SIZES = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192), "mps": (2048, 4096)}  # of square matrices
+_QUICK_SIZES = {"cpu": (1024,), "cuda": (8192,), "mps": (4096,)}  # milliseconds; smaller GPU products are launch-bound
 _REPEATS = 4
 
 

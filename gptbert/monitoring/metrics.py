@@ -12,22 +12,25 @@ from torch import Tensor
 from gptbert.distributed.world import World
 from gptbert.model.objective import Objective
 from kernels import MaskedCrossEntropy
+from kernels.backend import widest_float
 
 
 class LossSums:
     """Per objective: summed loss, z-loss, correct predictions and labels, in one fp64 tensor on the device.
+
+    On Apple's MPS it is fp32, in which sums of more than 2^24 labels are rounded.
 
     Attributes:
         sums: [objectives, 4] fp64; always the same tensor, and not read back before `means`.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(len(Objective), 4, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(len(Objective), 4, dtype=widest_float(device), device=device)
 
     def add(self, result: MaskedCrossEntropy) -> None:
         """Add the sums [objectives] of one forward pass."""
         sums = (result.loss, result.z_loss, result.correct, result.count)
-        self.sums += torch.stack([each.double() for each in sums], dim=1)
+        self.sums += torch.stack([each.to(self.sums.dtype) for each in sums], dim=1)
 
     def add_where(self, condition: Tensor, other: "LossSums") -> None:
         """Add the sums of `other` if the condition, a bool scalar on the device, holds."""
@@ -39,7 +42,7 @@ class LossSums:
 
     def state_dict(self) -> dict[str, Tensor]:
         """This rank's: {"sums": [objectives, 4] fp64 on the CPU}."""
-        return {"sums": self.sums.cpu()}
+        return {"sums": self.sums.cpu().double()}
 
     def load_rank_states(self, states: list[dict[str, Any]], world: World) -> None:
         """Take the sums of a checkpoint: this rank's, or all on the main rank if the number of ranks differs.

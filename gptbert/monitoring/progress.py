@@ -74,12 +74,13 @@ def progress_bar(config: TrainConfig, world: World, first_step: int) -> tqdm:
 
 
 @contextmanager
-def validation_progress(bar: tqdm, total: int) -> Iterator[Callable[[int], None]]:
+def validation_progress(bar: tqdm, total: int, what: str = "validating") -> Iterator[Callable[[int], None]]:
     """Context manager: shows how far a validation is, behind the bar of the steps, which stands still meanwhile.
 
     Args:
         bar: from `progress_bar`.
         total: rows to evaluate.
+        what: is being done.
 
     Yields:
         A function to call with the number of rows just finished.
@@ -90,7 +91,7 @@ def validation_progress(bar: tqdm, total: int) -> Iterator[Callable[[int], None]
         nonlocal done, shown
         done += rows
         if not bar.disable and time.monotonic() - shown >= bar.mininterval:
-            bar.set_postfix_str(f"validating {done / max(1, total):.0%}")
+            bar.set_postfix_str(f"{what} {done / max(1, total):.0%}")
             shown = time.monotonic()
 
     before = None if bar.disable else bar.postfix

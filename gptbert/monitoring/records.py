@@ -42,6 +42,12 @@ def forget_from(path: Path, step: int) -> None:
         JsonLines(path, step - 1).close()
 
 
+def is_recorded(path: Path, step: int, prefix: str) -> bool:
+    """Whether a file has a record of this step whose names begin with `prefix`."""
+    records = read_records(path)
+    return any(record["step"] == step and any(name.startswith(prefix) for name in record) for record in records)
+
+
 def read_records(path: Path) -> list[dict[str, Any]]:
     """All records of a file; a last line truncated by a kill is omitted."""
     return [record for _, record in _records(path)]

@@ -25,7 +25,6 @@ from gptbert.model import GPTBert
 from gptbert.model.batch import Batch
 from gptbert.model.objective import Objective
 from gptbert.monitoring.metrics import LossSums
-from gptbert.monitoring.records import read_records
 
 DEFAULT_TOKENS = 2**18  # of a validation without --validation_steps, unless the file has fewer
 _MASK_SEED = 0x5EED_0F_7A11D  # independent of the run's seed, so that runs are compared on the same masks
@@ -195,12 +194,6 @@ class Validation:
         slots = [row * self._stream.slots_per_epoch // self.num_rows for row in range(first, first + count)]
         rows = [self._stream.rows(slot, 1) for slot in slots]
         return Rows(*(np.concatenate([getattr(row, field.name) for row in rows]) for field in fields(Rows)))
-
-
-def is_validated(run_dir: Path, step: int) -> bool:
-    """Whether a run has the record of the validation after `step` steps."""
-    records = read_records(run_dir / "metrics.jsonl")
-    return any(record["step"] == step and any(name.startswith("validation/") for name in record) for record in records)
 
 
 def unigram_entropy(tokens: Tensor) -> float:

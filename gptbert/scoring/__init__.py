@@ -13,5 +13,6 @@
 - `babylm_chart`: a picture of BabyLM's scores.
 - `closing`: figures at the end of a command: unknown tokens, ties.
 - `minimal_pairs`: minimal pairs: reading and accuracy.
+- `pair_scores`: minimal pairs scored during a run (`--pairs_path`).
 - `texts`: log-probabilities of texts, in Python.
 """

@@ -92,7 +92,7 @@ def log_likelihoods(
         )
         hidden_states = model.encode(input_ids, document_ids, objective.causal)[rows, positions]  # [N, D]
         chosen = _log_probabilities(model, hidden_states, targets, temperatures)  # [N, K]
-        scores.index_add_(0, torch.from_numpy(queries.sentences), chosen.double().cpu())
+        scores.index_add_(0, torch.from_numpy(queries.sentences), chosen.cpu().double())
         advance(len(targets))
     return scores[[number[key] for key in keys]]
 
@@ -119,6 +119,13 @@ def _log_probabilities(model: GPTBert, hidden_states: Tensor, targets: Tensor, t
         columns = [chosen / temperature - (logits / temperature).logsumexp(dim=-1) for temperature in temperatures]
         pieces.append(torch.stack(columns, dim=-1))
     return torch.cat(pieces)
+
+
+def num_forwards(sentences: Sequence[Sequence[int]], objective: Objective, batch_tokens: int) -> int:
+    """Number of forwards of `log_likelihoods`, after each of which it calls `advance`."""
+    lengths = np.sort(np.array([len(sentence) for sentence in set(map(tuple, sentences))], np.int64))
+    lengths = lengths[lengths > 1] if objective.causal else np.repeat(lengths, lengths - 1)
+    return sum(1 for _ in _batches(lengths, lengths, batch_tokens))
 
 
 def _causal_queries(passages: Sequence[_Key], batch_tokens: int) -> Iterator[_Queries]:

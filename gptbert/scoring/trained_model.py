@@ -26,7 +26,7 @@ class ModelChoice:
     """A run's folder, for its newest checkpoint, or a checkpoint's folder."""
     weights: Literal["ema", "model"] = "ema"
     """ema: the moving average of the weights. model: the weights themselves."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """auto: a GPU if there is one."""
 
 

@@ -70,6 +70,8 @@ def choose(
     if not config.compile:
         return CompileChoice(False, "--no_compile")
     device = world.device.type
+    if device == "mps":
+        return CompileChoice(False, "compiled code has not been tried on Apple's MPS")
     flops = _flops(model_config, config, plan, world.world_size)
     if resumed is not None and resumed_compile:
         was_compiled = resumed.is_compiled

@@ -30,10 +30,11 @@ def with_fast_precision(config: TrainConfig, world: World) -> TrainConfig:
     if not any(world.all_gather(is_slow)):
         return config
     if world.is_main:
-        log(
-            f"--mixed_precision: computing in fp32, since {hardware_name(world.device) if is_slow else 'another host'} "
-            "has no instructions for products of bf16, which would take several times as long"
-        )
+        who = hardware_name(world.device) if is_slow else "another host"
+        why = f"{who} has no instructions for products of bf16, which would take several times as long"
+        if world.device.type == "mps":
+            why = f"bf16 has not been tried on {who}"
+        log(f"--mixed_precision: computing in fp32, since {why}")
     return dataclasses.replace(config, mixed_precision=False)
 
 
@@ -117,6 +118,8 @@ def log_choices(config: TrainConfig, world: World, compiling: object) -> None:
         why = f", since {why_no_gpu()}" if config.device == "auto" else ""
         threads = torch.get_num_threads()
         log(f"on the CPU{why}, {threads} thread{'s'[: threads > 1]} a process (--device, --cpu_threads)")
+    if world.device.type == "mps":
+        log("on Apple's MPS, where this trainer has not been run yet: compare its first losses with --device cpu")
 
 
 @contextmanager

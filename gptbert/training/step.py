@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from gptbert.config import TrainConfig
 from gptbert.distributed.flat_gradients import FlatGradients
+from gptbert.distributed.fsdp import reshard
 from gptbert.distributed.world import REDUCE_DTYPES, World
 from gptbert.model.batch import Batch
 from gptbert.model.gptbert import GPTBert
@@ -83,6 +84,15 @@ class TrainingStep(ABC):
         """Run forward and backward once, with no effect but compiled code and DDP's buckets."""
         self.forward(batch).total.backward()
         self._clear_gradients()
+
+    @torch.no_grad()
+    def warm_up_evaluation(self, batch: Batch) -> None:
+        """Run the weights and their average once in eval mode, which compiles separate graphs."""
+        for model in (self._model.eval(), self._average.model):
+            with autocast(self._config, self._world.device):
+                model.encode(batch.input_ids, batch.document_ids, batch.is_causal)
+            reshard(model)
+        self._model.train()
 
     def forward(
         self, batch: Batch, scales: Tensor | None = None, dropout_seeds: Tensor | None = None

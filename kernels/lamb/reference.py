@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from kernels.backend import widest_float
 from kernels.lamb.shards import whole_norms
 from kernels.philox import WORD, philox
 
@@ -51,8 +52,8 @@ def lamb_step(
             moments[index].copy_(torch.where(is_taken, new, moments[index]))
         exp_avg, exp_avg_sq = exp_avgs[index].to(param.dtype), exp_avg_sqs[index].to(param.dtype)  # as rounded
 
-        # 3. Update u with bias correction in fp64, and decay.
-        age = step.double()
+        # 3. Update u with bias correction in fp64, where the device has it, and decay.
+        age = step.to(widest_float(step.device))
         update = (exp_avg / (1 - beta1**age)) / ((exp_avg_sq / (1 - beta2**age)).sqrt() + eps)
         updates.append(update + weight_decay * param)
 

@@ -1,0 +1,155 @@
+"""The checkpoints that a run keeps: the newest ones, those of `--save_steps`, and the best one (`--keep_best`).
+
+run folder/best.json    {"record": "validation_ema/mlm/loss", "value": 2.31, "step": 6000}
+
+The best one's checkpoint is complete before best.json names it, and the former best one is deleted after that.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gptbert import schedules
+from gptbert.checkpoint.folder import CHECKPOINTS, list_checkpoints, step_of_name
+from gptbert.config import TrainConfig
+from gptbert.data.hybrid_plan import trained_objectives
+from gptbert.distributed.world import World
+from gptbert.errors import InputError
+from gptbert.io.files import delete, fsync_file
+from gptbert.io.json_file import read_object, write_json
+from gptbert.model.objective import Objective
+
+BEST = "best.json"
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best value so far of a record, and its step."""
+
+    record: str
+    value: float
+    step: int
+
+    @classmethod
+    def of(cls, run_dir: Path) -> "Best | None":
+        """That of a run, if it has one whose checkpoint is there.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        path = run_dir / BEST
+        if not path.exists():
+            return None
+        content = read_object(path)
+        record, step = content.get("record"), content.get("step")
+        value: Any = content.get("value")
+        if not (isinstance(record, str) and type(value) in {int, float} and type(step) is int and step >= 0):
+            raise InputError(f"{path}: expected a record, its value and its step; without the file, the search is new")
+        best = cls(record, float(value), step)
+        return best if best.checkpoint(run_dir).is_dir() else None
+
+    def checkpoint(self, run_dir: Path) -> Path:
+        """The checkpoint's folder."""
+        return run_dir / CHECKPOINTS / f"step_{self.step:08d}"
+
+    def write(self, run_dir: Path) -> None:
+        """Replace the file, atomically."""
+        temporary = run_dir / f".{BEST}"
+        write_json(temporary, asdict(self))
+        fsync_file(temporary)
+        temporary.replace(run_dir / BEST)
+        fsync_file(run_dir)
+
+
+class BestCheckpoint:
+    """Keeps the checkpoint with the best value so far of the record that `--keep_best` names, if it names one."""
+
+    def __init__(self, config: TrainConfig, world: World) -> None:
+        self._config = config
+        self._world = world
+
+    def start(self, step: int) -> None:
+        """Forget a best checkpoint that is gone, or of a step that the run has yet to train again; for the main rank.
+
+        Args:
+            step: that the run goes on from.
+        """
+        best = Best.of(self._config.run_dir)
+        if best is None or best.step > step:
+            (self._config.run_dir / BEST).unlink(missing_ok=True)
+
+    def is_due(self, step: int) -> bool:
+        """Whether this step's checkpoint must be saved, before the record is made."""
+        config = self._config
+        if config.keep_best is None:
+            return False
+        every = config.score_every if config.keep_best.startswith("pairs/") else config.validate_every
+        return schedules.is_due(step, every, config.max_steps)
+
+    def note(self, step: int, record: dict[str, float]) -> None:
+        """Look at the values of this step, whose checkpoint is saved; every rank must call it.
+
+        It comes before the record is written: what a kill undoes is made up with the record.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
+        if self._config.keep_best in record:
+            with self._world.errors_on_all_ranks():
+                if self._world.is_main:
+                    self._compare(Best(self._config.keep_best, record[self._config.keep_best], step))
+
+    def __str__(self) -> str:
+        """A line for the end of the run; empty if there is nothing to say."""
+        best = Best.of(self._config.run_dir) if self._config.keep_best else None
+        if best is None:
+            return ""
+        return f"best {best.record} {best.value:.4g} after step {best.step}: {best.checkpoint(self._config.run_dir)}"
+
+    def _compare(self, new: Best) -> None:
+        former = Best.of(self._config.run_dir)
+        if former and former.record == new.record:
+            sign = 1 if new.record.endswith("/accuracy") else -1
+            if not sign * new.value > sign * former.value:
+                return
+        if math.isfinite(new.value):
+            new.write(self._config.run_dir)
+            delete_old(new.checkpoint(self._config.run_dir), self._config)
+
+
+def check_best(config: TrainConfig) -> None:
+    """Refuse a `--keep_best` that is no record of this run.
+
+    Raises:
+        InputError: it is not, and the line names those that are; or best.json is damaged.
+    """
+    Best.of(config.run_dir)
+    names = [
+        f"{weights}/{objective.value}/{value}"
+        for weights in ("validation", "validation_ema")
+        for objective in Objective
+        for value in ("loss", "perplexity", "accuracy")
+    ]
+    pairs = [f"pairs/{objective.value}/accuracy" for objective in trained_objectives(config)]
+    if config.keep_best in pairs and not config.pairs_path:
+        raise InputError(f"--keep_best {config.keep_best}: needs minimal pairs; name their files with --pairs_path")
+    if config.pairs_path:
+        names += pairs
+    if config.keep_best is not None and config.keep_best not in names:
+        raise InputError(f"--keep_best {config.keep_best}: no record of this run; expected one of {', '.join(names)}")
+
+
+def delete_old(final: Path, config: TrainConfig) -> None:
+    """Delete all but the newest `keep_checkpoints`, which include the one just written, and those kept besides.
+
+    Args:
+        final: the checkpoint just written.
+        config: the run's settings; the best one is kept whatever they are.
+    """
+    best = Best.of(config.run_dir)
+    besides = {*config.save_steps, *([best.step] if best else [])}
+    others = [folder for folder in list_checkpoints(config.run_dir) if folder != final]
+    others = [folder for folder in others if step_of_name(folder) not in besides]
+    for folder in others[: max(0, len(others) + 1 - config.keep_checkpoints)]:
+        delete(folder)
