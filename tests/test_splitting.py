@@ -162,6 +162,10 @@ class Reciting:
     def encode(self, input_ids, document_ids, causal):
         return torch.tensor([self.ids[1:][: input_ids.shape[1]]]).unsqueeze(-1)
 
+    def encode_next(self, input_ids, cache):
+        first, cache.length = cache.length, cache.length + input_ids.shape[1]
+        return torch.tensor([self.ids[1:][first : cache.length]]).unsqueeze(-1)
+
     def logits(self, hidden):
         return 20 * torch.nn.functional.one_hot(hidden.squeeze(-1), self.vocab_size).float()
 
