@@ -7,7 +7,6 @@ None. Relative paths are relative to the working directory, as on the command li
 import dataclasses
 import importlib
 import re
-import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -106,10 +105,11 @@ def _as_arguments(where: str, key: str, value: Any, *, is_switch: bool) -> list[
 
 
 def _settings(path: Path, text: str) -> dict[Any, Any]:
+    form, read = ("TOML", _toml) if path.suffix == ".toml" else ("YAML", _yaml)
     try:
-        content = tomllib.loads(text) if path.suffix == ".toml" else _yaml(path, text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise InputError(f"{path}: not {'TOML' if path.suffix == '.toml' else 'YAML'} ({first_line(error)})") from None
+        content = read(path, text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not {form} ({first_line(error)})") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -117,17 +117,21 @@ def _settings(path: Path, text: str) -> dict[Any, Any]:
     return content
 
 
+def _toml(_path: Path, text: str) -> Any:
+    return importlib.import_module("tomllib").loads(text)  # here, since it takes every command's start longer
+
+
 def _yaml(path: Path, text: str) -> Any:
     """The content, without YAML's rule that of two equal keys the last one counts."""
-    yaml = importlib.import_module("yaml")  # here, since it takes every command's start longer
+    yaml = importlib.import_module("yaml")
     try:
         node = yaml.compose(text, yaml.SafeLoader)
         content = yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise InputError(f"{path}:{line}: not YAML ({error.problem})") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise InputError(f"{path}: not YAML ({first_line(error)})") from None
+    except yaml.YAMLError as error:
+        raise ValueError(first_line(error)) from None
     keys = [key for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
     for number, key in enumerate(keys):
         if any(key.value == before.value for before in keys[:number]):
