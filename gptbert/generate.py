@@ -51,7 +51,7 @@ class GenerateSettings(ModelChoice):
             raise InputError(f"--seed is {self.seed}, expected a number from 0 to {2**32 - 1}")
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def continue_text(
     model: GPTBert,
     tokenizer: Tokenizer,
