@@ -192,6 +192,19 @@ def test_files_of_other_kinds_are_named(tmp_path, name, content, message):
     assert ("expected tokenizer.json" in str(refused.value)) == (name != "corpus.jsonl")
 
 
+@pytest.mark.parametrize(
+    "normalizer",
+    [
+        {"type": "Replace", "pattern": {"Regex": "^|$"}, "content": "<mask>"},
+        {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Prepend", "prepend": "a<mask>"}]},
+        {"type": "Sequence", "normalizers": [{"type": "Replace", "pattern": {"String": "b"}, "content": " <mask> "}]},
+    ],
+)
+def test_a_normalizer_that_puts_special_tokens_into_texts_is_refused(write, normalizer):
+    with pytest.raises(InputError, match=r": its normalizer puts <mask> into texts, which would be a special token$"):
+        load_tokenizer(write("as train_tokenizer.py makes them", normalizer=normalizer))
+
+
 def test_a_folder_is_no_tokenizer(write, tmp_path):
     with pytest.raises(InputError, match="is a folder; expected tokenizer"):
         load_tokenizer(tmp_path)

@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, pro
 
 from gptbert.errors import InputError, first_line
 from gptbert.text.special_tokens import BOS_ID, MASK_ID, SPECIAL_TOKENS, UNK_ID
-from gptbert.text.tokenizer_file import danger, read_tokenizer_file
+from gptbert.text.tokenizer_file import danger, inserted_texts, read_tokenizer_file
 
 _PROBE = "A text, 1 or 2.\n"
 _MOST_SPECIAL = 10_000
@@ -55,6 +55,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         tokenizer.encode(_PROBE + _RARE)
         if (number := len(special_ids(tokenizer))) > _MOST_SPECIAL:
             raise InputError(f"tokenizer {path}: has {number:,} special tokens, more than {_MOST_SPECIAL:,}")
+        names = [name for name in map(tokenizer.id_to_token, special_ids(tokenizer)) if name and name[1:]]
+        if put := next((name for text in inserted_texts(content) for name in names if name in text), None):
+            raise InputError(f"tokenizer {path}: its normalizer puts {put} into texts, which would be a special token")
         if _parsed_literal(tokenizer, content):
             _separate_literals(tokenizer)
         if literal := _parsed_literal(tokenizer, content):

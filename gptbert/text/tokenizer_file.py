@@ -1,5 +1,6 @@
 """A tokenizer's JSON file as untrusted content: what it is, and whether the library can be given it."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +78,15 @@ def danger(content: Any) -> str | None:
                 return f"its normalizers or decoders could make a text more than {_MOST_GROWTH:,} times as long"
             parts += part.values()
     return None
+
+
+def inserted_texts(content: dict[str, Any]) -> Iterator[str]:
+    """What a tokenizer's normalizers put into texts: in place of others, or in front."""
+    parts = [content.get("normalizer")]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, list):
+            parts += part
+        elif isinstance(part, dict):
+            yield from (part[key] for key in ("content", "prepend") if isinstance(part.get(key), str))
+            parts += part.values()
