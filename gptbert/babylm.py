@@ -8,9 +8,7 @@ behind it if the tokenizer puts `<s>` in front, and so see the answer. docs/baby
 
 import json
 import math
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -20,10 +18,17 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from gptbert.checkpoint.folder import MODEL_CONFIG, list_checkpoints, list_word_checkpoints, newest_in, settings_if_any
+from gptbert.checkpoint.folder import (
+    MODEL_CONFIG,
+    is_for_transformers,
+    list_checkpoints,
+    list_word_checkpoints,
+    newest_in,
+    settings_if_any,
+)
 from gptbert.command_line import run_command
 from gptbert.errors import InputError, prefix_errors
-from gptbert.import_hf import ImportConfig, convert
+from gptbert.import_hf import load_converted
 from gptbert.io.outputs import check_outputs, staged_outputs
 from gptbert.io.screen import log, table
 from gptbert.scoring.acquisition import Acquisition, words_in_name
@@ -88,15 +93,10 @@ class Checkpoint:
     words: float | None
     is_exported: bool
 
-    @contextmanager
-    def load(self, settings: BabylmSettings) -> Iterator[TrainedModel]:
+    def load(self, settings: BabylmSettings) -> TrainedModel:
         """The model, loaded as the command line says; raises as `TrainedModel.load`."""
-        with tempfile.TemporaryDirectory() as folder:
-            path = self.path
-            if self.is_exported:
-                path = Path(folder, self.name)
-                convert(ImportConfig(self.path, path))
-            yield TrainedModel.load(ModelChoice(run=path, weights=settings.weights, device=settings.device))
+        load = load_converted if self.is_exported else TrainedModel.load
+        return load(ModelChoice(run=self.path, weights=settings.weights, device=settings.device))
 
 
 def find_checkpoints(run: Path) -> list[Checkpoint]:
@@ -123,8 +123,7 @@ def find_checkpoints(run: Path) -> list[Checkpoint]:
 
 
 def _is_exported(folder: Path) -> bool:
-    weights = any(any(folder.glob(pattern)) for pattern in ("*model*.safetensors*", "*model*.bin*"))
-    return (folder / "config.json").is_file() and not (folder / MODEL_CONFIG).is_file() and weights
+    return is_for_transformers(folder) and not (folder / MODEL_CONFIG).is_file()
 
 
 def babylm(settings: BabylmSettings) -> None:
@@ -244,7 +243,8 @@ def evaluate(
     encoded: tuple[str, dict[str, list[Passage]]] = ("", {})
     with tqdm(unit="token", unit_scale=True, delay=0.5) as bar:
         for checkpoint in checkpoints:
-            with checkpoint.load(settings) as trained, prefix_errors(str(checkpoint.path)):
+            trained = checkpoint.load(settings)
+            with prefix_errors(str(checkpoint.path)):
                 if encoded[0] != trained.tokenizer.to_str():  # those of a run have one tokenizer
                     encoded = (trained.tokenizer.to_str(), _encode(trained, tasks))
                     unknown = max(unknown, _unknown(trained, encoded[1]))

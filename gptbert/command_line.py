@@ -70,7 +70,9 @@ def parse(settings: type[Settings], arguments: Sequence[str] | None = None) -> S
             parsed: Any = tyro.cli(settings, args=[*(file.arguments if file else []), *own], use_underscores=True)
         return dataclasses.replace(parsed, **{FLAG: None}) if file else parsed
     except InputError as error:
-        raise InputError(f"{error}{file.origin(str(error), own)}" if file else str(error)) from None
+        if file is None:
+            raise
+        raise InputError(f"{error}{file.origin(str(error), own)}") from None
     except SystemExit as end:
         if end.code in {0, None}:  # --help
             if _speaks():

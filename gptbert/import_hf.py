@@ -189,7 +189,7 @@ def _beside(folder: Path, names: Sequence[str]) -> Path:
 
 
 def load_model(
-    path: str | Path, weights: Literal["ema", "model"] = "ema", device: Literal["auto", "cuda", "cpu"] = "auto"
+    path: str | Path, weights: Literal["ema", "model"] = "ema", device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
 ) -> TrainedModel:
     """Load a trained model and its tokenizer, in Python.
 
@@ -202,18 +202,30 @@ def load_model(
     Raises:
         InputError: a model is missing, damaged or of a different kind, or the device does not exist.
     """
-    path = Path(path)
-    for name, value, choices in (("weights", weights, ("ema", "model")), ("device", device, ("auto", "cuda", "cpu"))):
+    devices = ("auto", "cuda", "mps", "cpu")
+    for name, value, choices in (("weights", weights, ("ema", "model")), ("device", device, devices)):
         if value not in choices:
             raise InputError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
-    if (path / "config.json").is_file() and not (path / MODEL_CONFIG).is_file() and not (path / CHECKPOINTS).is_dir():
-        with tempfile.TemporaryDirectory() as folder:
-            convert(ImportConfig(path, Path(folder) / "model"))
-            trained = TrainedModel.load(ModelChoice(run=Path(folder) / "model", weights=weights, device=device))
-        return dataclasses.replace(trained, path=path)
-    trained = TrainedModel.load(ModelChoice(run=path, weights=weights, device=device))
+    choice = ModelChoice(run=Path(path), weights=weights, device=device)
+    run = choice.run
+    if (run / "config.json").is_file() and not (run / MODEL_CONFIG).is_file() and not (run / CHECKPOINTS).is_dir():
+        return load_converted(choice)
+    trained = TrainedModel.load(choice)
     trained.explain()
     return trained
+
+
+def load_converted(choice: ModelChoice) -> TrainedModel:
+    """Load a model from a folder for transformers, by way of a temporary folder.
+
+    Raises:
+        InputError: see `convert` and `TrainedModel.load`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        converted = Path(folder, choice.run.resolve().name)
+        convert(ImportConfig(choice.run, converted))
+        trained = TrainedModel.load(dataclasses.replace(choice, run=converted))
+    return dataclasses.replace(trained, path=choice.run)
 
 
 def main() -> None:

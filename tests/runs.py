@@ -325,7 +325,7 @@ def _run_as(variables: dict[str, str], target: Callable[..., None], *arguments: 
     target(*arguments)
 
 
-def take_bf16(set_attribute: Callable[[object, str, object], None]) -> None:
-    """Let runs of this process compute in bf16 also where fp32 would be faster; `set_attribute` as `setattr`."""
+def take_bf16(set_attribute: Callable[[object, str, object], None], is_there: bool = True) -> None:
+    """Let runs of this process take the device for one with bf16, or for one without; `set_attribute` as `setattr`."""
     for module in (preparation, evaluate):
-        set_attribute(module, "has_bf16", lambda device: True)
+        set_attribute(module, "has_bf16", lambda device: is_there)

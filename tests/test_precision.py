@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 
-from gptbert import evaluate
 from gptbert.checkpoint.folder import list_checkpoints
 from gptbert.command_line import parse
 from gptbert.config import TrainConfig
@@ -14,7 +13,7 @@ from gptbert.distributed.world import World
 from gptbert.monitoring.records import read_records
 from gptbert.train import fit
 from gptbert.training import preparation
-from tests.runs import assert_same_checkpoint, flags, write_inputs
+from tests.runs import assert_same_checkpoint, flags, take_bf16, write_inputs
 
 CPU = torch.device("cpu")
 SETTINGS = {"no_compile": True, "max_steps": 3, "log_every": 1, "validation_steps": 1}
@@ -22,8 +21,7 @@ SETTINGS = {"no_compile": True, "max_steps": 3, "log_every": 1, "validation_step
 
 @pytest.fixture
 def without_bf16(monkeypatch):
-    for module in (preparation, evaluate):
-        monkeypatch.setattr(module, "has_bf16", lambda device: False)
+    take_bf16(monkeypatch.setattr, is_there=False)
 
 
 @pytest.mark.parametrize(

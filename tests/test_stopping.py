@@ -120,15 +120,18 @@ def test_in_other_work_the_run_ends_with_a_checkpoint(inputs, undisturbed, monke
     assert_same_end(run_dir, undisturbed)
 
 
-def test_while_rows_are_waited_for(inputs, undisturbed, monkeypatch):
-    """The disk never answers: the steps before are saved, and the process is not kept from ending."""
-    load, get, is_asked, never = BatchLoader.load, Prefetcher.get, threading.Event(), threading.Event()
+def stalling(end):
+    """`BatchLoader.load` that sends a signal at step 5, once its rows are waited for, and then waits for `end`.
+
+    Returns it and a `Prefetcher.get` that tells it.
+    """
+    load, get, is_asked = BatchLoader.load, Prefetcher.get, threading.Event()
 
     def stuck(self, step):
         if step == 5:
             is_asked.wait()
             send()
-            never.wait()
+            end.wait()
         return load(self, step)
 
     def asking(self, step, *others):
@@ -136,6 +139,13 @@ def test_while_rows_are_waited_for(inputs, undisturbed, monkeypatch):
             is_asked.set()
         return get(self, step, *others)
 
+    return stuck, asking
+
+
+def test_while_rows_are_waited_for(inputs, undisturbed, monkeypatch):
+    """The disk never answers: the steps before are saved, and the process is not kept from ending."""
+    never = threading.Event()
+    stuck, asking = stalling(never)
     with monkeypatch.context() as patch:
         patch.setattr(BatchLoader, "load", stuck)
         patch.setattr(Prefetcher, "get", asking)
@@ -264,21 +274,10 @@ def stalled_rank(rank, arguments, as_on_gpus, results):
     """Trains; rank 1's rows of step 5 never come, and all ranks get a signal once the others wait for it."""
     if as_on_gpus:
         StopSignal.stops_before_steps = False
-    load, get, is_asked, never = BatchLoader.load, Prefetcher.get, threading.Event(), threading.Event()
-
-    def stuck(self, step):
-        if step == 5:
-            is_asked.wait()
-            send()
-            if rank == 1:
-                never.wait()
-        return load(self, step)
-
-    def asking(self, step, *others):
-        if step == 5:
-            is_asked.set()
-        return get(self, step, *others)
-
+    never = threading.Event()
+    if rank == 0:
+        never.set()
+    stuck, asking = stalling(never)
     BatchLoader.load, Prefetcher.get, logged = stuck, asking, []
     trainer.log = logged.append
     try:

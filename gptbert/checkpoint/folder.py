@@ -99,6 +99,12 @@ def newest_in(path: Path) -> Path:
     raise InputError(f"{path}: neither a checkpoint nor a run with checkpoints{_what_it_is(path)}")
 
 
+def is_for_transformers(path: Path) -> bool:
+    """Whether a folder has a configuration and weights, as transformers names them."""
+    weights = any(any(path.glob(pattern)) for pattern in ("*model*.safetensors*", "*model*.bin*"))
+    return (path / RUN_CONFIG).is_file() and weights
+
+
 def _is_checkpoints(path: Path) -> bool:
     return path.resolve().name == CHECKPOINTS and (path.parent / CHECKPOINTS).resolve() == path.resolve()
 
@@ -109,7 +115,7 @@ def _what_it_is(path: Path) -> str:
         return f" but a file; name the folder that it is in ({path.parent})"
     if not path.is_dir():
         return "; there is no such folder"
-    if (path / RUN_CONFIG).is_file() and (any(path.glob("*model*.safetensors*")) or any(path.glob("*model*.bin*"))):
+    if is_for_transformers(path):
         return " but a folder for transformers; python -m gptbert.import_hf makes one of it that is read here"
     if list_word_checkpoints(path):
         return f", but one with checkpoints by words; name one of {path / WORD_CHECKPOINTS}"

@@ -64,29 +64,33 @@ def _kind_of_object(content: dict[str, Any]) -> str | None:
 def danger(content: Any) -> str | None:
     """Why a normalizer or decoder could crash the process or exhaust its memory, which the library does not prevent."""
     growth = 1
-    parts = [content.get(key) for key in ("normalizer", "decoder")] if isinstance(content, dict) else []
-    while parts:
-        part = parts.pop()
-        if isinstance(part, list):
-            parts += part
-        elif isinstance(part, dict):
-            if "precompiled_charsmap" in part:  # a wrong length inside it aborts the process
-                return "a normalizer of type Precompiled is not supported"
-            for key in ("content", "prepend"):
-                growth *= 1 + len(part[key]) if isinstance(part.get(key), str) else 1
-            if growth > _MOST_GROWTH:
-                return f"its normalizers or decoders could make a text more than {_MOST_GROWTH:,} times as long"
-            parts += part.values()
+    for part in _parts(content, "normalizer", "decoder"):
+        if "precompiled_charsmap" in part:  # a wrong length inside it aborts the process
+            return "a normalizer of type Precompiled is not supported"
+        for text in _inserted(part):
+            growth *= 1 + len(text)
+        if growth > _MOST_GROWTH:
+            return f"its normalizers or decoders could make a text more than {_MOST_GROWTH:,} times as long"
     return None
 
 
-def inserted_texts(content: dict[str, Any]) -> Iterator[str]:
+def inserted_texts(content: Any) -> Iterator[str]:
     """What a tokenizer's normalizers put into texts: in place of others, or in front."""
-    parts = [content.get("normalizer")]
+    for part in _parts(content, "normalizer"):
+        yield from _inserted(part)
+
+
+def _inserted(part: dict[str, Any]) -> list[str]:
+    return [part[key] for key in ("content", "prepend") if isinstance(part.get(key), str)]
+
+
+def _parts(content: Any, *names: str) -> Iterator[dict[str, Any]]:
+    """The objects under these keys of a tokenizer, and those inside of them."""
+    parts = [content.get(name) for name in names] if isinstance(content, dict) else []
     while parts:
         part = parts.pop()
         if isinstance(part, list):
             parts += part
         elif isinstance(part, dict):
-            yield from (part[key] for key in ("content", "prepend") if isinstance(part.get(key), str))
+            yield part
             parts += part.values()
