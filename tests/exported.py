@@ -27,6 +27,11 @@ SHAPE = ModelConfig(
 )
 
 
+LENGTH = 40  # of texts, beyond max_position_embeddings
+# for logits; other releases sum in a different order
+CLOSE = {"rtol": 1e-5, "atol": 1e-5 if torch.__version__ >= "2.13" else 3e-5}
+
+
 def random_model(seed: int) -> GPTBert:
     """A model in eval mode; no weight keeps a value that hides bugs, such as biases of 0 or one-hot α."""
     torch.manual_seed(seed)

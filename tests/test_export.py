@@ -23,12 +23,8 @@ from gptbert.huggingface.tokenizer_files import write_tokenizer_files
 from gptbert.text.encoding import encode_sentences, encode_with_masks
 from gptbert.text.special_tokens import MASK_ID
 from gptbert.text.tokenizer import load_tokenizer
-from tests.exported import SHAPE, write_checkpoint
+from tests.exported import CLOSE, LENGTH, SHAPE, write_checkpoint
 from tests.tokenizer_kinds import TEXT, kinds
-
-LENGTH = 40  # beyond max_position_embeddings
-# other releases sum in a different order
-CLOSE = {"rtol": 1e-5, "atol": 1e-5 if torch.__version__ >= "2.13" else 3e-5}
 
 
 @pytest.fixture(scope="module")
