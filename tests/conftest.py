@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from hypothesis import settings
 
 from tests.lanes import DEVICE, NO_GPU
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what it runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 if DEVICE == "cpu":
     os.environ |= NO_GPU  # before anything looks for a GPU or imports a kernel
 else:
