@@ -3,6 +3,7 @@
 In Python: `from gptbert import TrainConfig, load_model, score, train`; docs/python.md.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,9 @@ __version__ = "0.1.0"
 __all__ = ["TrainConfig", "load_model", "score", "train"]
 _MODULES = {"TrainConfig": "config", "load_model": "import_hf", "score": "score", "train": "train"}
 kernels_finder.install()  # before anything imports `kernels`
+# OpenMP's threads sleep while they wait for each other: by default they spin, on cores that the others need wherever
+# something else runs. OpenMP reads this when torch loads it.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def __getattr__(name: str) -> Any:

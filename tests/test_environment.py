@@ -3,6 +3,8 @@
 import os
 import pwd
 import re
+import subprocess
+import sys
 import tempfile
 
 import pytest
@@ -182,6 +184,14 @@ def test_a_gpu_that_a_variable_hides_is_explained(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "nine")
     with pytest.raises(InputError, match=r"--device cuda: torch sees no GPU \(CUDA_VISIBLE_DEVICES is 'nine'\)"):
         choose_device("cuda")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks GNU's OpenMP, which torch brings on Linux")
+@pytest.mark.parametrize(("value", "expected"), [(None, "0"), ("active", "30000000000")])
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(monkeypatch, value, expected):
+    set_all(monkeypatch, {"OMP_WAIT_POLICY": value, "OMP_DISPLAY_ENV": "verbose", "GOMP_SPINCOUNT": None})
+    run = subprocess.run([sys.executable, "-c", "import gptbert, torch"], capture_output=True, text=True, check=True)
+    assert f"GOMP_SPINCOUNT = '{expected}'" in run.stderr
 
 
 @pytest.mark.parametrize("value", ["x", "Torch", "cuda"])
