@@ -72,6 +72,13 @@ def test_json_lines_under_any_name(tmp_path, name, content):
     assert read(put(tmp_path, name, content)) == LETTERS
 
 
+@pytest.mark.parametrize("first", [[], ["one"], ["one", "two"]])
+@pytest.mark.parametrize("last", [{"text": "word " * 20_000}, "word " * 20_000])
+def test_json_lines_whose_first_kilobytes_have_no_end(tmp_path, first, last):
+    content = "\n".join(json.dumps(line) for line in (*first, last, "end")).encode()
+    assert read(put(tmp_path, "part-00000", content)) == [*first, ("word " * 20_000).strip(), "end"]
+
+
 @pytest.mark.parametrize("packing", PACKERS)
 def test_compressed_files_under_any_name(tmp_path, packing):
     pack = PACKERS[packing]

@@ -33,7 +33,7 @@ BINARY_SUFFIXES = {
 
 _LINES = 50  # of the head, looked at
 _CHARACTERS = 4096  # looked at to tell an encoding
-_FEW_LINES = 3  # not UTF-8: enough to say that a file is in another encoding
+_FEW_LINES = 3  # enough to say that a file is in another encoding, or JSON Lines whatever the next one is
 _OBJECT = re.compile(r'\{\s*(?:"(?:[^"\\\n]|\\.)*"\s*:|\})')
 _ARRAY = re.compile(
     r'\[\s*(?:\{|\]\s*\Z|"(?:[^"\\\n]|\\.)*(?:"\s*[,\]]|\Z))'
@@ -130,10 +130,9 @@ def _wide_encoding(head: bytes) -> str:
 
 def _format(text: str, suffix: str, complete: bool, text_field: str) -> FileKind:
     lines = text.split("\n")
-    if not complete and len(lines) > 1:
-        lines.pop()
+    beginning = lines.pop().lstrip() if not complete and len(lines) > 1 else ""  # of a line that does not end here
     lines = [line for line in lines if not line.isspace() and line][:_LINES]
-    if kind := _json_kind(text.lstrip(), lines, suffix, complete):
+    if kind := _json_kind(text.lstrip(), lines, beginning, suffix, complete):
         return kind
     if suffix in JSONL_SUFFIXES:
         return JSONL
@@ -148,20 +147,24 @@ def _format(text: str, suffix: str, complete: bool, text_field: str) -> FileKind
     return TEXT
 
 
-def _json_kind(text: str, lines: Sequence[str], suffix: str, complete: bool) -> FileKind | None:
+def _json_kind(text: str, lines: Sequence[str], beginning: str, suffix: str, complete: bool) -> FileKind | None:
     """JSON Lines, or one JSON document; None if it is neither beyond doubt."""
     first = text[:1]
     if not first or first not in '{["':
         return None
     whole = complete or len(lines) > 1 or "\n" in text  # the first line is
     values = [_parsed(line) for line in lines] if whole else []
+    if len(values) < _FEW_LINES and _OBJECT.match(beginning):
+        values.append({})
+    elif len(values) < _FEW_LINES and _LONG_STRING.match(beginning):
+        values.append("")
     if values and sum(isinstance(value, dict) for value in values) >= max(1, len(values) / 2):
         return JSONL
     if first == "{" and _OBJECT.match(text):
         return JSON if whole and len(lines) > 1 else JSONL
     if first == "[":
         return _array_kind(text, values, suffix)
-    strings = len(values) > 1 and suffix != ".txt" and all(isinstance(value, str) for value in values)
+    strings = len(values) > 1 and suffix != ".txt" and all(isinstance(value, str | dict) for value in values)
     return JSONL if strings or (not whole and _LONG_STRING.match(text)) else None
 
 
