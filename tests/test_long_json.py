@@ -131,3 +131,24 @@ def test_what_is_not_wanted_takes_no_memory():
     for number in ("1" * 10**6, "0." + "1" * 10**6, "-" + "1" * 5000):
         with pytest.raises(ValueError, match="digits"):
             read(f"[{number}, 1]", 1000)
+
+
+@given(
+    st.lists(st.sampled_from(["word", "é🐈", " ", "    ", "\t", "\nnext", "\xa0", "x" * 9, "y" * 30]), max_size=12).map(
+        "".join
+    ),
+    st.sampled_from([1, 3, 7, 100]),
+)
+def test_plain_text_is_cut_where_json_is_cut(place, text, size):
+    """Whitespace counts only between words: `cut` says where."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lines, "MAX_LINE", size)
+        patch.setattr(lines, "PIECE", size + 7)
+        patch.setattr(long_text, "BLOCK", size)
+        for module in (documents, corpus, document_reader):
+            patch.setattr(module, "MAX_DOCUMENT", 20)
+        expected = [piece for piece in documents.cut(text.strip()) if piece]
+        assert outcome(put(place, "a.json", json.dumps(text).encode()), format="jsonl")[0] == [
+            ("", p) for p in expected
+        ]
+        assert outcome(put(place, "a.txt", text.encode() + b"\n"), format="text")[0] == [("", p) for p in expected]
