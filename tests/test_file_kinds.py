@@ -1,6 +1,7 @@
 """What a file is, is told by its content: read rightly under any name, or refused in a line that names it."""
 
 import bz2
+import csv
 import gzip
 import io
 import json
@@ -9,6 +10,8 @@ import os
 import pickle
 import re
 import sqlite3
+import subprocess
+import sys
 import tarfile
 import threading
 import zipfile
@@ -70,6 +73,40 @@ def refused(file, **settings):
 @pytest.mark.parametrize("content", [LINES, b"\n \n" + LINES, b"\xef\xbb\xbf" + LINES, LINES.replace(b"\n", b"\r\n")])
 def test_json_lines_under_any_name(tmp_path, name, content):
     assert read(put(tmp_path, name, content)) == LETTERS
+
+
+@pytest.mark.parametrize("first", [[], ["one"], ["one", "two"]])
+@pytest.mark.parametrize("last", [{"text": "word " * 20_000}, "word " * 20_000])
+def test_json_lines_whose_first_kilobytes_have_no_end(tmp_path, first, last):
+    content = "\n".join(json.dumps(line) for line in (*first, last, "end")).encode()
+    assert read(put(tmp_path, "part-00000", content)) == [*first, ("word " * 20_000).strip(), "end"]
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_the_way_on_for_csv_works_or_stops(tmp_path, delimiter):
+    """With long cells, line breaks in them, and a mark; a row with other cells than the header is no row."""
+    texts = ["word, word; " * 20_000, 'two\nlines and a "quote"', "é"]
+    cells = [["id", "text"], *([str(i), text] for i, text in enumerate(texts))]
+    with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file, delimiter=delimiter).writerows(cells)
+    (command,) = re.findall(r"\((python -c .* > FILE.jsonl)\)", refused(tmp_path / "a.csv"))
+    command = command.replace("python", sys.executable, 1)
+    subprocess.run(["sh", "-c", command], check=True, cwd=tmp_path)
+    assert read(tmp_path / "FILE.jsonl") == [text.strip() for text in texts]
+    with (tmp_path / "a.csv").open("a") as file:
+        file.write(f"4{delimiter}one{delimiter}two\n")
+    done = subprocess.run(["sh", "-c", command], check=False, cwd=tmp_path, capture_output=True)
+    assert b"ValueError" in done.stderr
+    assert done.returncode != 0
+
+
+def test_the_way_on_for_a_compressed_file_begins_with_unpacking(tmp_path):
+    text = "A letter to the harbour.\n".encode("utf-16-le") * 9
+    message = refused(put(tmp_path, "a.txt.gz", gzip.compress(text)))
+    assert f"unpack it first, then convert it: iconv -f UTF-16LE -t UTF-8 {tmp_path / 'a.txt'} > FILE" in message
+    assert "-t UTF-8 UNPACKED > FILE" in refused(put(tmp_path, "a.txt", bz2.compress(text)))
+    assert "unpack it first, then unpack it (unzip UNPACKED)" in refused(put(tmp_path, "a", gzip.compress(zipped("a"))))
+    assert f"unpack it (tar -xf {tmp_path / 'a.tgz'})" in refused(put(tmp_path, "a.tgz", gzip.compress(tar())))
 
 
 @pytest.mark.parametrize("packing", PACKERS)
@@ -244,7 +281,7 @@ def test_databases_are_refused(tmp_path):
 
 CSV = ("id,text\n" + "".join(f'{i},"{text}"\n' for i, text in enumerate(LETTERS))).encode()
 INSISTED = {
-    "csv": ("a.csv", CSV, "CSV.*csv.DictReader"),
+    "csv": ("a.csv", CSV, "CSV.*csv.reader"),
     "csv without a suffix": ("part-00000", CSV, "CSV"),
     "csv of semicolons": ("a.txt", CSV.replace(b",", b";"), "CSV"),
     "tsv": ("a.tsv", CSV.replace(b",", b"\t"), "TSV"),

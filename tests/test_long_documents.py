@@ -69,13 +69,80 @@ def test_every_kind_of_file_is_cut_at_the_same_places(tmp_path, form):
     assert (read.tally.cut_documents, read.num_documents) == (1, len(expected))
 
 
-def test_lines_of_json_have_a_limit_that_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "MAX_LINE", 1000)
-    monkeypatch.setattr(lines, "MAX_LINE", 1000)
-    file = put(tmp_path, "a.jsonl", b'"one"\n"' + b"a" * 5000 + b'"\n"two"\n')
-    with pytest.raises(InputError, match=r"a.jsonl:2: the line has more than 1,000 bytes, the most for JSON"):
+@pytest.mark.parametrize("form", ["jsonl", "json", "gzip", "objects"])
+def test_json_of_any_length_is_read(tmp_path, form, monkeypatch):
+    """In a bad line that is as long, nothing before its end was a document."""
+    monkeypatch.setattr(lines, "MAX_LINE", 1 << 17)
+    text = ("\n".join([WORDS * 3] * 20) + " é🐈 ") * 600
+    values = [
+        {"text": "one"},
+        {"id": 7, "text": f"  {text}\t"},
+        {"id": 8, "texts": text},
+        {"text": text + "\ud83d"},
+        "two",
+    ]
+    as_lines = "\n".join(map(json.dumps, values)).encode()
+    content = {
+        "jsonl": as_lines,
+        "json": json.dumps(values, indent=1, ensure_ascii=True).encode(),
+        "gzip": gzip.compress(as_lines, 1),
+        "objects": "\n".join(json.dumps(value, indent=1) for value in values).encode(),
+    }[form]
+    file = put(tmp_path, "a", content)
+    with pytest.raises(InputError, match=r"a:\d+: the object has no `text`, only `id`, `texts` .*--on_error=skip"):
         corpus(file)
-    assert corpus(file, on_error="skip")[1] == ["one", "two"]
+    read, pieces = corpus(file, on_error="skip")
+    assert pieces == ["one", *documents.cut(text.strip()), "two"]
+    assert len(pieces) == 5
+    assert (read.tally.cut_documents, read.tally.skipped_lines, read.tally.good_lines) == (1, 2, 3)
+
+
+def test_a_long_line_that_is_damaged_at_its_end_is_no_document(tmp_path, monkeypatch):
+    monkeypatch.setattr(lines, "MAX_LINE", 1000)
+    text = WORDS * 50_000
+    for damage, reason in (
+        (b"", r"not JSON \(Unterminated string starting at column 1\)"),
+        (b'"}', r"not JSON \(Extra data at column 3250003\)"),
+        (b'\xff"', r"not UTF-8 \(byte 0xff at column 3250002\)"),
+    ):
+        file = put(tmp_path, "a.jsonl", b'"one"\n"' + text.encode() + damage + b'\n"two"\n')
+        with pytest.raises(InputError, match=f"a.jsonl:2: {reason}"):
+            corpus(file)
+        read, pieces = corpus(file, on_error="skip")
+        assert pieces == ["one", "two"]
+        assert read.tally.skipped_bytes == len(text) + len(damage) + 2
+    file = put(tmp_path, "a.jsonl", b'"one"\n"' + text.encode() + b'\0"\n"two"\n')
+    with pytest.raises(InputError, match=r"a.jsonl:2: has NUL bytes from column 3250002 on"):
+        corpus(file, on_error="skip")
+    file = put(tmp_path, "a.jsonl", b'"one"\n' + b" " * 5000 + b'\n"two"\n')
+    assert corpus(file)[1] == ["one", "two"]
+
+
+def test_a_folder_for_temporary_files_without_space_is_named(tmp_path, monkeypatch):
+    """It is not the corpus that cannot be read."""
+    monkeypatch.setattr(lines, "MAX_LINE", 1000)
+    file = put(tmp_path, "a.jsonl", b'"' + b"word " * 500_000 + b'"\n')
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+    with pytest.raises(InputError, match=r"gone: cannot hold a long document .*TMPDIR"):
+        corpus(file)
+
+
+def test_a_line_of_the_length_of_a_block_is_no_blank_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(lines, "PIECE", 64)
+    for length in range(60, 70):
+        text = "a" * length + "\n" + "b" * (129 - length) + "\nc"
+        assert corpus(put(tmp_path, "a.txt", text.encode()))[1] == [text]
+        text = "a\n" + " " * length + "\nb"
+        assert corpus(put(tmp_path, "a.txt", text.encode()))[1] == ["a", "b"]
+
+
+def test_whitespace_at_the_end_does_not_cut_a_document(tmp_path):
+    text = (WORDS * 20_000)[: MAX_DOCUMENT - 1] + "."
+    for content in (text, text + "\n", text + "\n\n\n", text + " " * 500_000, json.dumps(text + "\n\n")):
+        for form in ("blank_line", "line"):
+            read, pieces = corpus(put(tmp_path, "a", content.encode()), text_documents=form)
+            assert pieces == [text]
+            assert read.tally.cut_documents == 0
 
 
 def test_bad_bytes_in_a_long_line_are_named(tmp_path):
@@ -109,7 +176,7 @@ def peak(script, file, **flags):
 
 
 def test_splitting_takes_the_memory_that_the_page_promises(tmp_path):
-    """A line of 100 MB takes some megabytes; a JSON string of 60 MB, a few copies of itself."""
+    """A line of 100 MB takes some megabytes, also of JSON."""
     with (tmp_path / "text8").open("w") as file:
         for _ in range(100):
             file.write(WORDS * (1_000_000 // len(WORDS)))
@@ -121,9 +188,12 @@ def test_splitting_takes_the_memory_that_the_page_promises(tmp_path):
         file.write('{"text": "🐈 ')  # so that each character takes four bytes
         for _ in range(60):
             file.write(WORDS * (1_000_000 // len(WORDS)))
-        file.write('"}\n')
+        file.write('", "list": [')
+        for number in range(300_000):
+            file.write(f'{{"word": {number}}},')
+        file.write("0]}\n")
     size, said = peak("split_corpus", tmp_path / "a.jsonl", output_dir=tmp_path / "out")
-    assert size < 1000, said
+    assert size < 150, said
     assert "1 document cut" in said
 
 

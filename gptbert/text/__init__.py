@@ -7,7 +7,10 @@
 - `forecast`: how many documents they hold, told from a part of them.
 - `file_kind`, `text_kind`: what a file is, by its first bytes.
 - `opened_file`: a file unpacked and decoded as it streams.
-- `lines`: numbered lines, and JSON over several lines.
+- `lines`: numbered lines; long ones in pieces.
+- `json_values`: JSON over several lines.
+- `long_json`: a line or value of JSON that is too long for memory.
+- `long_text`: its document, on the disk and cut.
 - `documents`: the text of a line or row, and where a long one is cut.
 - `tally`: what reading came to, and what of it is worth a warning.
 - `tables`: rows of Parquet and Arrow files and of Hugging Face datasets.

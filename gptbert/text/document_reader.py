@@ -1,7 +1,6 @@
 """Documents out of one file or table after the other, each with its domain; bad lines and rows are counted."""
 
 import io
-import itertools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,12 @@ from gptbert.errors import InputError
 from gptbert.io.screen import log
 from gptbert.text.corpus_config import CorpusConfig
 from gptbert.text.corpus_files import Source, as_text
-from gptbert.text.documents import MAX_DOCUMENT, cut_place, label_field, not_utf8, parse_json, string
+from gptbert.text.documents import MAX_DOCUMENT, cut_place, label_field, not_json, not_utf8, parse_json, string
 from gptbert.text.file_kind import FileKind
-from gptbert.text.lines import numbered_blocks, numbered_lines, numbered_values
+from gptbert.text.json_values import numbered_values
+from gptbert.text.lines import LongLine, numbered_blocks, numbered_lines
+from gptbert.text.long_json import LongJson
+from gptbert.text.long_text import LongText
 from gptbert.text.opened_file import OpenedFile, opened
 from gptbert.text.tables import table_rows
 from gptbert.text.tally import Tally
@@ -69,7 +71,8 @@ class DocumentReader:
             if kind.reader == "jsonl":
                 yield from self._jsonl_documents(file, numbered_lines(read, self._count))
             elif kind.reader == "json":
-                yield from self._json_documents(file, numbered_values(read, self._count))
+                values = numbered_values(read, self._count, self.config.text_field, self.domain_field)
+                yield from self._json_documents(file, values)
             else:
                 yield from self._text_documents(file, numbered_blocks(read, self._count))
         self._check_bad(str(file))
@@ -85,8 +88,11 @@ class DocumentReader:
     def _count(self, size: int) -> None:
         self.tally.read_bytes += size
 
-    def _jsonl_documents(self, file: Path, lines: Iterator[tuple[int, bytes]]) -> Iterator[tuple[str, str]]:
+    def _jsonl_documents(self, file: Path, lines: Iterator[tuple[int, bytes | LongLine]]) -> Iterator[tuple[str, str]]:
         for number, line in lines:
+            if isinstance(line, LongLine):
+                yield from self._long_line(file, number, line)
+                continue
             if line.isspace():
                 continue
             try:
@@ -98,15 +104,48 @@ class DocumentReader:
                 self.tally.good_lines += 1
                 yield document
 
+    def _long_line(self, file: Path, number: int, line: LongLine) -> Iterator[tuple[str, str]]:
+        with LongText() as document:
+            reader = LongJson(iter(line), document, self.config.text_field, self.domain_field)
+            value, wrong = None, None
+            try:
+                try:
+                    value = reader.read()
+                    reader.end()
+                except (ValueError, RecursionError) as error:
+                    wrong = not_json(error)
+                line.finish()
+                if wrong := line.wrong or wrong:
+                    raise wrong
+                domain, text = self._parts(value)
+            except ValueError as error:
+                if line.blank:
+                    return
+                if line.nul:
+                    raise InputError(_has_nul(file, number, line.nul)) from None
+                self._reject(f"{file}:{number}", error, line.size)
+            else:
+                self.tally.good_lines += 1
+                yield from self._pieces(domain, text)
+
     def _json_documents(self, file: Path, values: Iterator[tuple[int, Any]]) -> Iterator[tuple[str, str]]:
         for number, value in values:
             try:
-                document = self._parts(value)
+                domain, text = self._parts(value)
             except ValueError as error:
                 self._reject(f"{file}:{number}", error, 0)
             else:
                 self.tally.good_lines += 1
-                yield document
+                yield from self._pieces(domain, text)
+
+    def _pieces(self, domain: str, text: str | LongText) -> Iterator[tuple[str, str]]:
+        """A document, a long one in the pieces that `Corpus` would cut it into."""
+        if isinstance(text, str):
+            yield domain, text
+            return
+        for number, piece in enumerate(text.pieces()):
+            self.tally.cut_documents += number == 1
+            yield domain, piece
 
     def _text_documents(self, file: Path, blocks: Iterator[tuple[int, bytes]]) -> Iterator[tuple[str, str]]:
         if self.domain_field:
@@ -114,32 +153,45 @@ class DocumentReader:
                 f"{file}: plain text has no field {self.domain_field!r}; --domain_field takes JSON and tables"
             )
         every_line = self.config.text_documents == "line"
-        pieces, size, whole = list[str](), 0, True
-        for piece in itertools.chain.from_iterable(self._lines(file, *block) for block in blocks):
-            blank = piece.isspace()
-            ended = (every_line or blank) and piece.endswith("\n")
-            if ended and not pieces:
-                whole = True
-                if every_line:
-                    yield "", piece
-                continue
-            if every_line or not blank:
-                pieces.append(piece)
-                size += len(piece)
-            if size > MAX_DOCUMENT:
-                text = "".join(pieces).lstrip()
-                while len(text) > MAX_DOCUMENT:
-                    self.tally.cut_documents += whole
-                    whole, end = False, cut_place(text)
-                    yield "", text[:end]
-                    text = text[end:].lstrip()
-                pieces, size = [text] * bool(text), len(text)
-            if ended and pieces:
-                yield "", "".join(pieces)
-            if ended:
-                pieces, size, whole = [], 0, True
-        if pieces:
+        pieces, size, parts = list[str](), 0, 0  # of a document: what is read, its length, and how often it was cut
+        in_line = blank = False  # whether a line goes on that is not blank
+        for block in blocks:
+            piece = ""
+            for piece in self._lines(file, *block):
+                blank = not in_line and piece.isspace()
+                in_line = False
+                ended = (every_line or blank) and piece.endswith("\n")
+                if ended and not pieces and not parts:
+                    if every_line:
+                        yield "", piece
+                    continue
+                if every_line or not blank:
+                    pieces.append(piece)
+                    size += len(piece)
+                if size > MAX_DOCUMENT:
+                    text = "".join(pieces).lstrip()
+                    # whitespace at its end is none of the document's, unless more follows
+                    while len(text) > 2 * MAX_DOCUMENT or len(text.rstrip()) > MAX_DOCUMENT:
+                        end = cut_place(text)
+                        self.tally.cut_documents += parts == 1
+                        parts += 1
+                        yield "", text[:end]
+                        text = text[end:].lstrip()
+                    pieces, size = [text] * bool(text), len(text)
+                if ended:
+                    if not parts or not self._is_blank_end(pieces, parts):
+                        yield "", "".join(pieces)
+                    pieces, size, parts = [], 0, 0
+            in_line = piece != "" and not blank and not piece.endswith("\n")
+        if pieces and not self._is_blank_end(pieces, parts):
             yield "", "".join(pieces)
+
+    def _is_blank_end(self, pieces: list[str], parts: int) -> bool:
+        """Whether nothing is left of a document of which there were parts; otherwise it was cut, if there was one."""
+        if parts and not "".join(pieces).strip():
+            return True
+        self.tally.cut_documents += parts == 1
+        return False
 
     def _lines(self, file: Path, number: int, block: bytes) -> Iterable[str]:
         """The lines of a block, with line ends; bad ones are rejected."""
@@ -164,16 +216,20 @@ class DocumentReader:
                 self.tally.good_lines += 1
                 yield piece
 
-    def _parts(self, record: Any) -> tuple[str, str]:
+    def _parts(self, record: Any) -> tuple[str, Any]:
         """The domain and the text of a line or row; ValueError with the reason if there is none."""
         if isinstance(record, dict):
             name = self.config.text_field
             if name not in record:
                 fields = ", ".join(f"`{field}`" for field in list(record)[:10]) or "nothing"
                 raise ValueError(f"the object has no `{name}`, only {fields} (--text_field names another)")
+            if isinstance(record.get(self.domain_field), LongText):
+                raise ValueError(f"`{name}` is too long to be a domain too")  # noqa: TRY004  a bad line, not a bug
             domain = label_field(record, self.domain_field) if self.domain_field else ""
-            return domain, string(record[name], f"`{name}`")
-        text = string(record, "the line")
+            if len(domain) > MAX_DOCUMENT:
+                raise ValueError(f"`{self.domain_field}` has more than {MAX_DOCUMENT:,} characters")
+            return domain, _checked(record[name], f"`{name}`")
+        text = _checked(record, "the line")
         if self.domain_field:
             raise ValueError(f"the line is a string, not an object with a `{self.domain_field}`")
         return "", text
@@ -207,10 +263,16 @@ class DocumentReader:
             )
 
 
+def _checked(value: Any, what: str) -> str | LongText:
+    return value.checked(what) if isinstance(value, LongText) else string(value, what)
+
+
 def _refuse_nul(file: Path, number: int, lines: bytes) -> None:
     """Raise InputError if lines, of which the first has this number, have NULs."""
     if (place := lines.find(0)) >= 0:
         line, column = number + lines.count(b"\n", 0, place), place - lines.rfind(b"\n", 0, place)
-        raise InputError(
-            f"{file}:{line}: has NUL bytes from column {column} on, so it is damaged or not text; copy it again"
-        )
+        raise InputError(_has_nul(file, line, column))
+
+
+def _has_nul(file: Path, line: int, column: int) -> str:
+    return f"{file}:{line}: has NUL bytes from column {column} on, so it is damaged or not text; copy it again"

@@ -4,8 +4,6 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from gptbert.text.lines import MAX_LINE
-
 MAX_DOCUMENT = 1 << 20  # characters, so that what reads and encodes documents takes bounded memory
 
 
@@ -17,21 +15,26 @@ def decode(content: bytes) -> str:
         raise not_utf8(error) from None
 
 
-def not_utf8(error: UnicodeDecodeError) -> ValueError:
-    """The reason, as users are told it."""
-    return ValueError(f"not UTF-8 (byte 0x{error.object[error.start]:02x} at column {error.start + 1})")
+def not_utf8(error: UnicodeDecodeError, before: int = 0) -> ValueError:
+    """The reason, as users are told it; `before` is the number of bytes of the line before those that it is about."""
+    return ValueError(f"not UTF-8 (byte 0x{error.object[error.start]:02x} at column {before + error.start + 1})")
 
 
 def parse_json(line: bytes) -> Any:
     """The JSON value on a line; ValueError with the reason if there is none."""
-    if len(line) > MAX_LINE:
-        raise ValueError(f"the line has more than {MAX_LINE:,} bytes, the most for JSON (plain text has no limit)")
+    text = decode(line.rstrip(b"\r\n"))
     try:
-        return json.loads(decode(line.rstrip(b"\r\n")))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg.removesuffix(' at')} at column {error.colno})") from None
-    except RecursionError:
-        raise ValueError("not a document (JSON nested too deeply)") from None
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise not_json(error) from None
+
+
+def not_json(error: ValueError | RecursionError) -> ValueError:
+    """The reason of an error of `json.loads`, as users are told it."""
+    if isinstance(error, json.JSONDecodeError):
+        return ValueError(f"not JSON ({error.msg.removesuffix(' at')} at column {error.colno})")
+    deep = isinstance(error, RecursionError)
+    return ValueError(f"not a document (JSON {'nested too deeply' if deep else 'with a number of too many digits'})")
 
 
 def string_field(values: dict[str, Any], name: str) -> str:
@@ -58,11 +61,20 @@ def string(value: Any, what: str) -> str:
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            code = f"\\u{ord(value[error.start]):04x}"
-            raise ValueError(f"half a surrogate pair, {code}, is not a character") from None
+            raise half_a_pair(error) from None
     if "\0" in value:
-        raise ValueError(f"{what} has a NUL, which no text has")
+        raise nul(what)
     return value
+
+
+def half_a_pair(error: UnicodeEncodeError) -> ValueError:
+    """The reason why a string of JSON is no text: an escape that is half of a character."""
+    return ValueError(f"half a surrogate pair, \\u{ord(error.object[error.start]):04x}, is not a character")
+
+
+def nul(what: str) -> ValueError:
+    """The reason why a string of JSON with such an escape is no text."""
+    return ValueError(f"{what} has a NUL, which no text has")
 
 
 def cut(text: str) -> Iterator[str]:

@@ -23,6 +23,7 @@ class FileKind:
         name: what users call it.
         reader: how documents are read out of it; "" if they are not.
         way_on: if it is not read, what to do instead; `{file}` stands for its name.
+        as_packed: whether what is done instead takes compressed files too.
         is_text: text that is refused because it is markup or a table: `--format text` reads it all the same.
         holds_no_text: images, arrays and the like, which folders may have beside the data.
         packing: the compression around it, "" for none.
@@ -31,6 +32,7 @@ class FileKind:
     name: str
     reader: Reader = ""
     way_on: str = ""
+    as_packed: bool = False
     is_text: bool = False
     holds_no_text: bool = False
     packing: str = ""
@@ -49,13 +51,17 @@ class FileKind:
         """The error for a file of a kind that is not read."""
         insist = ", or read it as it is with --format text" if self.is_text else ""
         packed = f", in {self.packing}," if self.packing else ""
-        way_on = self.way_on.replace("{file}", shlex.quote(str(file)))
+        way_on, given = self.way_on, file
+        if self.packing and "{file}" in way_on and not self.as_packed:
+            way_on = f"unpack it first, then {way_on}"
+            given = file.with_suffix("") if file.suffix.lower() in PACKED_SUFFIXES else Path("UNPACKED")
+        way_on = way_on.replace("{file}", shlex.quote(str(given)))
         return f"{file}: is {self.name}{packed} and not read as training text; {way_on}{insist}"
 
     def packed(self, packing: str) -> "FileKind":
         """The same inside of a compression. Tables are read from anywhere in a file, so not from a compressed one."""
         if packing and self.is_table:
-            return FileKind(f"a {self.name} file", way_on="unpack {file} first", packing=packing)
+            return FileKind(f"a {self.name} file", way_on="unpack {file} first", as_packed=True, packing=packing)
         return replace(self, packing=packing)
 
 
@@ -71,14 +77,15 @@ SAFETENSORS = FileKind(
 ARRAY = FileKind("a file of arrays", way_on="give the text itself", holds_no_text=True)
 MEDIA = FileKind("an image, a sound or a video", way_on="give the text itself", holds_no_text=True)
 PROGRAM = FileKind("a program", way_on="give the text itself", holds_no_text=True)
-TAR = FileKind("a tar archive", way_on="unpack it (tar -xf {file}) and give the folder")
+TAR = FileKind("a tar archive", way_on="unpack it (tar -xf {file}) and give the folder", as_packed=True)
 ZIP = FileKind("a zip archive", way_on="unpack it (unzip {file}) and give the folder")
-TWICE = FileKind("compressed twice", way_on="unpack {file} once")
+TWICE = FileKind("compressed twice", way_on="unpack {file} once", as_packed=True)
 _SAVE_AS_TEXT = "save its text as UTF-8 and give that"
 DOCUMENT = FileKind("a document of an office program", way_on=_SAVE_AS_TEXT)
 PICKLE = FileKind("a pickle", way_on="write its texts as JSON Lines")
 DATABASE = FileKind("a database", way_on="export its texts as JSON Lines")
 
+PACKED_SUFFIXES = {".gz", ".bz2", ".xz", ".zst", ".zstd"}
 # How a compressed file begins. The first four are read, see gptbert.text.opened_file.
 PACKINGS = {
     b"\x1f\x8b": "gzip",

@@ -92,6 +92,8 @@ def _sample(source: Source, reader: DocumentReader) -> tuple[int, int]:
     def advance(size: int) -> None:
         nonlocal read
         read += size
+        if read > SAMPLED_OF_KIND:  # a document as long as that
+            raise InputError("enough")
 
     try:
         for _, text in reader.of_file(source, advance):

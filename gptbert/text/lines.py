@@ -1,40 +1,89 @@
-"""Lines of a text file as UTF-8 bytes, numbered; and JSON values of a file that has them over several lines."""
+"""Lines of a text file, numbered, as UTF-8 bytes; long ones in pieces."""
 
 import codecs
+import io
 import itertools
-import json
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from gptbert.errors import InputError
+from gptbert.text.documents import not_utf8
 from gptbert.text.opened_file import OpenedFile, opened
 
-MAX_LINE = 1 << 26  # bytes of a line that must be in memory whole, so that a few kilobytes of gzip cannot fill it
-PIECE = 1 << 18  # bytes of plain text, and at least of JSON over several lines, at a time
-_SPACE = re.compile(r"[ \t\r\n]*")
+MAX_LINE = 1 << 20  # bytes of a line, and characters of a JSON value, that are in memory whole
+PIECE = 1 << 18  # bytes at a time of plain text, of a long line, and at least of JSON over several lines
 
 Count = Callable[[int], object]
+
+
+class LongLine:
+    """A line of more than `MAX_LINE` bytes, which can be read once.
+
+    Attributes:
+        size: bytes read so far.
+        blank: whether they are all whitespace.
+        nul: the column of the first NUL byte among them, 0 for none.
+        wrong: why they are not UTF-8; None if they are.
+    """
+
+    def __init__(self, beginning: bytes, stream: io.BufferedReader) -> None:
+        self.size, self.blank, self.nul = 0, True, 0
+        self.wrong: ValueError | None = None
+        self._pieces = self._read(beginning, stream)
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the text, as far as it is UTF-8, without the end of the line; what is left of it, the second time."""
+        return self._pieces
+
+    def finish(self) -> None:
+        """Read the rest."""
+        for _ in self._pieces:
+            pass
+
+    def _read(self, beginning: bytes, stream: io.BufferedReader) -> Iterator[str]:
+        utf8 = codecs.getincrementaldecoder("utf-8")()
+        head = io.BytesIO(beginning)
+        ended = False
+        while not ended and (piece := head.read(PIECE) or stream.readline(PIECE)):
+            if piece.endswith(b"\r"):  # perhaps of the line's end
+                piece += head.read(PIECE) or stream.readline(PIECE)
+            ended = piece.endswith(b"\n")
+            self.blank = self.blank and piece.isspace()
+            self.nul = self.nul or (self.size + place + 1 if (place := piece.find(0)) >= 0 else 0)
+            text = self._decoded(utf8, piece.rstrip(b"\r\n") if ended else piece, final=ended)
+            self.size += len(piece)
+            if text:
+                yield text
+        self._decoded(utf8, b"", final=True)
+
+    def _decoded(self, utf8: codecs.IncrementalDecoder, piece: bytes, *, final: bool) -> str:
+        if self.wrong is None:
+            waiting = len(utf8.getstate()[0])
+            try:
+                return utf8.decode(piece, final)
+            except UnicodeDecodeError as error:
+                self.wrong = not_utf8(error, self.size - waiting)
+        return ""
 
 
 def file_lines(file: Path) -> Iterator[tuple[int, bytes]]:
     """The lines of a file by itself, as `numbered_lines`.
 
     Raises:
-        InputError: the file cannot be read, or is not text.
+        InputError: the file cannot be read, is not text, or has a line of more than `MAX_LINE` bytes.
     """
     with opened(file) as read:
         kind = read.kind()
         if not kind.reader and not kind.is_text:
             raise InputError(kind.refusal(file))
-        yield from numbered_lines(read)
+        for number, line in numbered_lines(read):
+            if isinstance(line, LongLine):
+                raise InputError(f"{file}:{number}: the line has more than {MAX_LINE:,} bytes, the most here")
+            yield number, line
 
 
-def numbered_lines(read: OpenedFile, count: Count = lambda _: None) -> Iterator[tuple[int, bytes]]:
-    """Yield a file's lines as bytes of UTF-8 with line ends, numbered from 1.
-
-    A line longer than `MAX_LINE` is truncated to one byte more than that.
+def numbered_lines(read: OpenedFile, count: Count = lambda _: None) -> Iterator[tuple[int, bytes | LongLine]]:
+    """Yield a file's lines as bytes of UTF-8 with line ends, numbered from 1; long ones, to be read piece by piece.
 
     Args:
         read: the file.
@@ -45,9 +94,12 @@ def numbered_lines(read: OpenedFile, count: Count = lambda _: None) -> Iterator[
         line = stream.readline(MAX_LINE + 1)
         if not line:
             break
-        yield number, line
-        while len(line) > MAX_LINE and not line.endswith(b"\n"):  # skip the rest of an overlong line
-            line = stream.readline(MAX_LINE + 1)
+        if len(line) <= MAX_LINE:
+            yield number, line
+        else:
+            long_line = LongLine(line, stream)
+            yield number, long_line
+            long_line.finish()
 
 
 def numbered_blocks(read: OpenedFile, count: Count = lambda _: None) -> Iterator[tuple[int, bytes]]:
@@ -75,105 +127,3 @@ def _at_character(piece: bytes) -> tuple[bytes, bytes]:
             needed = 2 if piece[-size] < 0xE0 else 3 if piece[-size] < 0xF0 else 4
             return (piece[:-size], piece[-size:]) if needed > size and len(piece) > size else (piece, b"")
     return piece, b""
-
-
-def numbered_values(read: OpenedFile, count: Count = lambda _: None) -> Iterator[tuple[int, Any]]:
-    """Yield the elements of a file that is one JSON array, or JSON values one after the other, over any lines.
-
-    Yields:
-        The number of the line that a value begins on, and the value, one in memory at a time.
-
-    Raises:
-        InputError: the file is not JSON, or a value has more than `MAX_LINE` characters.
-    """
-    values = _Values(read, count)
-    array = values.next_is("[")
-    first = True
-    while values.skip_space():
-        if array and values.next_is("]"):
-            if values.skip_space():
-                raise values.error("more follows after the end of the array")
-            return
-        if array and not first and not (values.next_is(",") and values.skip_space()):
-            raise values.error("a comma is missing")
-        first = False
-        yield values.value()
-    if array:
-        raise values.error("the array has no end: cut short")
-
-
-class _Values:
-    """A place in a stream of JSON, with some of the text that follows."""
-
-    def __init__(self, read: OpenedFile, count: Count) -> None:
-        self._file = read.file
-        self._stream = read.utf8(count)
-        self._utf8 = codecs.getincrementaldecoder("utf-8")()
-        self._json = json.JSONDecoder()
-        self._text, self._at, self._line, self._more = "", 0, 1, True
-
-    def error(self, reason: str) -> InputError:
-        """What is wrong at this place."""
-        return InputError(
-            f"{self._file}:{self._line}: not JSON ({reason}); correct it, or --format jsonl if each line is JSON, or "
-            "--format text if it is plain text"
-        )
-
-    def skip_space(self) -> bool:
-        """Go to what is not whitespace; False at the end."""
-        while True:
-            space: Any = _SPACE.match(self._text, self._at)  # which matches everywhere
-            end = space.end()
-            self._line += self._text.count("\n", self._at, end)
-            self._at = end
-            if end < len(self._text):
-                return True
-            if not self._fill():
-                return False
-
-    def next_is(self, character: str) -> bool:
-        """Go past a character, if it comes next."""
-        found = self.skip_space() and self._text[self._at] == character
-        self._at += found
-        return found
-
-    def value(self) -> tuple[int, Any]:
-        """The value that comes next, and its line."""
-        while True:
-            try:
-                value, end = self._json.raw_decode(self._text, self._at)
-            except json.JSONDecodeError as error:
-                value, end, reason = None, len(self._text), error.msg.removesuffix(" at")
-            except (ValueError, RecursionError) as error:
-                reason = "nested too deeply" if isinstance(error, RecursionError) else "a number of too many digits"
-                raise self.error(reason) from None
-            else:
-                reason = ""
-            if end < len(self._text) and not reason:
-                break
-            if len(self._text) - self._at > MAX_LINE:
-                raise self.error(reason or f"a value has more than {MAX_LINE:,} characters")
-            if not self._fill():  # a number may go on
-                if reason:
-                    raise self.error(reason)
-                break
-        line = self._line
-        self._line += self._text.count("\n", self._at, end)
-        self._at = end
-        return line, value
-
-    def _fill(self) -> bool:
-        """Read as much again as there is, so that a long value is not parsed in many beginnings."""
-        if not self._more:
-            return False
-        self._text = self._text[self._at :]
-        self._at = 0
-        data = self._stream.read(max(PIECE, min(len(self._text), MAX_LINE)))
-        self._more = bool(data)
-        try:
-            self._text += self._utf8.decode(data, final=not data)
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"{self._file}: not UTF-8 (byte 0x{error.object[error.start]:02x}, after line {self._line}); convert it"
-            ) from None
-        return self._more

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
 
-from gptbert.text.file_kind import BINARY, FileKind
+from gptbert.text.file_kind import BINARY, PACKED_SUFFIXES, FileKind
 
 TEXT = FileKind("plain text", "text")
 JSONL = FileKind("JSON Lines", "jsonl")
@@ -23,7 +23,6 @@ MARKS = {
     b"\xfe\xff": "utf-16-be",
 }
 JSONL_SUFFIXES = {".jsonl", ".ndjson", ".jsonlines", ".jl", ".json"}
-PACKED_SUFFIXES = {".gz", ".bz2", ".xz", ".zst", ".zstd"}
 CSV_SUFFIXES = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
 BINARY_SUFFIXES = {
     ".parquet", ".arrow", ".feather", ".orc", ".avro", ".zip", ".tar", ".tgz", ".7z", ".rar", ".pdf", ".doc", ".docx",
@@ -33,7 +32,7 @@ BINARY_SUFFIXES = {
 
 _LINES = 50  # of the head, looked at
 _CHARACTERS = 4096  # looked at to tell an encoding
-_FEW_LINES = 3  # not UTF-8: enough to say that a file is in another encoding
+_FEW_LINES = 3  # enough to say that a file is in another encoding, or JSON Lines whatever the next one is
 _OBJECT = re.compile(r'\{\s*(?:"(?:[^"\\\n]|\\.)*"\s*:|\})')
 _ARRAY = re.compile(
     r'\[\s*(?:\{|\]\s*\Z|"(?:[^"\\\n]|\\.)*(?:"\s*[,\]]|\Z))'
@@ -130,38 +129,44 @@ def _wide_encoding(head: bytes) -> str:
 
 def _format(text: str, suffix: str, complete: bool, text_field: str) -> FileKind:
     lines = text.split("\n")
-    if not complete and len(lines) > 1:
-        lines.pop()
+    beginning = lines.pop().lstrip() if not complete and len(lines) > 1 else ""  # of a line that does not end here
     lines = [line for line in lines if not line.isspace() and line][:_LINES]
-    if kind := _json_kind(text.lstrip(), lines, suffix, complete):
+    if kind := _json_kind(text.lstrip(), lines, beginning, suffix, complete):
         return kind
     if suffix in JSONL_SUFFIXES:
         return JSONL
-    if (delimiter := CSV_SUFFIXES.get(suffix)) or (delimiter := _csv_delimiter(lines, text_field)):
-        options = ', delimiter="\\t"' if delimiter == "\t" else f', delimiter="{delimiter}"' if delimiter == ";" else ""
-        rows = f"csv.DictReader(sys.stdin{options})"
-        program = f"import csv, json, sys; [print(json.dumps(row)) for row in {rows}]"
-        convert = f"make JSON Lines of it (python -c '{program}' < {{file}} > FILE.jsonl)"
+    if (delimiter := _csv_delimiter(lines, text_field)) or (delimiter := _named_delimiter(lines, suffix)):
+        options = "" if delimiter == "," else f", delimiter={json.dumps(delimiter)}"
+        program = (
+            'import csv, json, sys; csv.field_size_limit(2**31 - 1); file = open(sys.argv[1], newline="", '
+            f'encoding="utf-8-sig"); rows = csv.reader(file, strict=True{options}); names = next(rows); '
+            "[print(json.dumps(dict(zip(names, row, strict=True)))) for row in rows if row]"
+        )
+        convert = f"make JSON Lines of it (python -c '{program}' {{file}} > FILE.jsonl)"
         return FileKind("TSV" if delimiter == "\t" else "CSV", way_on=convert, is_text=True)
     if suffix in BINARY_SUFFIXES and text:
         return FileKind(f"text, not what a name in {suffix} says,", way_on="fetch it again", is_text=True)
     return TEXT
 
 
-def _json_kind(text: str, lines: Sequence[str], suffix: str, complete: bool) -> FileKind | None:
+def _json_kind(text: str, lines: Sequence[str], beginning: str, suffix: str, complete: bool) -> FileKind | None:
     """JSON Lines, or one JSON document; None if it is neither beyond doubt."""
     first = text[:1]
     if not first or first not in '{["':
         return None
     whole = complete or len(lines) > 1 or "\n" in text  # the first line is
     values = [_parsed(line) for line in lines] if whole else []
+    if len(values) < _FEW_LINES and _OBJECT.match(beginning):
+        values.append({})
+    elif len(values) < _FEW_LINES and _LONG_STRING.match(beginning):
+        values.append("")
     if values and sum(isinstance(value, dict) for value in values) >= max(1, len(values) / 2):
         return JSONL
     if first == "{" and _OBJECT.match(text):
         return JSON if whole and len(lines) > 1 else JSONL
     if first == "[":
         return _array_kind(text, values, suffix)
-    strings = len(values) > 1 and suffix != ".txt" and all(isinstance(value, str) for value in values)
+    strings = len(values) > 1 and suffix != ".txt" and all(isinstance(value, str | dict) for value in values)
     return JSONL if strings or (not whole and _LONG_STRING.match(text)) else None
 
 
@@ -177,6 +182,13 @@ def _parsed(line: str) -> Any:
         return json.loads(line)
     except (ValueError, RecursionError):
         return _NO_JSON
+
+
+def _named_delimiter(lines: Sequence[str], suffix: str) -> str:
+    """What separates the columns of a file that is called CSV or TSV; "" if it is called otherwise."""
+    usual = CSV_SUFFIXES.get(suffix, "")
+    names = lines[0] if lines and usual else ""
+    return max((usual, *",;\t"), key=names.count) if names else usual
 
 
 def _csv_delimiter(lines: Sequence[str], text_field: str) -> str:
