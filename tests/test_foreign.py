@@ -256,7 +256,7 @@ def test_files_beside_the_tokenizer_must_agree_with_it(source, models, file, con
     torch.save(published(models[1]), source / "any.bin")
     if "add_prefix_space" in content:
         (source / "tokenizer.json").write_text(kinds()["five special tokens"])
-    (source / file).write_text(json.dumps({"eos_token": "</s>"} | content))
+    (source / file).write_text(json.dumps(content))
     with pytest.raises(InputError, match=re.escape(f"{source / file} says {message}")):
         import_hf(ImportConfig(source / "any.bin", source / "out"))
     as_it_is = {"eos_token": None, "added_tokens_decoder": {"4": {"content": "<mask>"}}, "add_prefix_space": False}
@@ -270,9 +270,7 @@ def test_weights_that_are_not_finite_are_refused(source, models, value):
     state[BIAS] = state[BIAS].double()
     state[BIAS][3] = value
     torch.save(state, source / "any.bin")
-    with pytest.raises(
-        InputError, match=r"any.bin: head.bias has values that are NaN or infinite in fp32, .*5.bias in"
-    ):
+    with pytest.raises(InputError, match=r"any.bin: head.bias has values that are NaN or infinite in fp32 \(shape by"):
         import_hf(ImportConfig(source / "any.bin", source / "out"))
 
 

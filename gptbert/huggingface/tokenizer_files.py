@@ -61,8 +61,7 @@ def check_tokenizer_files(tokenizer: Tokenizer, path: Path) -> None:
         for role in ("unk_token", "bos_token", "eos_token", "pad_token", "mask_token"):
             if (token := _token(said.get(role))) not in (None, roles[role]):
                 raise InputError(f"{file} says that {role} is {token!r}, and in tokenizer {path} it is {roles[role]!r}")
-        numbered = said.items() if name == "added_tokens.json" else _numbered(said.get("added_tokens_decoder"))
-        for token, number in numbered:
+        for token, number in said.items() if name == "added_tokens.json" else _numbered(said):
             if (found := tokenizer.token_to_id(token)) != number:
                 other = "has no such token" if found is None else f"gives it {found}"
                 raise InputError(f"{file} says that {token!r} has the id {number}, and tokenizer {path} {other}")
@@ -83,8 +82,9 @@ def _token(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _numbered(decoder: Any) -> Iterator[tuple[str, int]]:
+def _numbered(settings: dict[str, Any]) -> Iterator[tuple[str, int]]:
     """Tokens and ids of `added_tokens_decoder`."""
+    decoder = settings.get("added_tokens_decoder")
     for number, value in decoder.items() if isinstance(decoder, dict) else ():
         if (token := _token(value)) is not None and number.isdecimal():
             yield token, int(number)
