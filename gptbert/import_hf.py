@@ -17,11 +17,12 @@ from torch import Tensor
 
 from gptbert.checkpoint import manifest
 from gptbert.checkpoint.folder import CHECKPOINTS, MODEL_CONFIG, TOKENIZER, TRAIN_CONFIG, differences
-from gptbert.checkpoint.foreign import find_weights, read_foreign
+from gptbert.checkpoint.foreign import find_weights, index_of, read_foreign
 from gptbert.checkpoint.weights import fitting, write_weights
 from gptbert.command_line import run_command
 from gptbert.config import ModelConfig
 from gptbert.errors import InputError, listed
+from gptbert.huggingface.tokenizer_files import check_tokenizer_files
 from gptbert.io.json_file import read_object, write_json
 from gptbert.io.outputs import new_folder
 from gptbert.io.screen import log
@@ -77,7 +78,9 @@ def convert(config: ImportConfig) -> str:
         if not path.is_file():
             raise InputError(f"{path}: no such file; name the one that goes with {files[0]} with {flag}")
     model_config = read_shape(config_file)
-    check_tokenizer(load_tokenizer(tokenizer_path), tokenizer_path, model_config, config_file)
+    tokenizer = load_tokenizer(tokenizer_path)
+    check_tokenizer(tokenizer, tokenizer_path, model_config, config_file)
+    check_tokenizer_files(tokenizer, tokenizer_path)
     other = folder / "tokenizer.json"
     if other.is_file() and tokenizer_hash(other) != tokenizer_hash(tokenizer_path):
         log(f"--tokenizer_path {config.tokenizer_path} is taken, not {other}, which is another one")
@@ -110,6 +113,8 @@ def find_files(source: Path) -> tuple[list[Path], Path]:
         InputError: there are no weights.
     """
     if source.is_file():
+        if (index := index_of(source)) and index.is_file():
+            raise InputError(f"{source}: is a part of the weights; name {index}, or the folder")
         return [source], source.parent
     if not source.is_dir():
         raise InputError(f"{source}: no such file or folder")
@@ -147,7 +152,8 @@ def check_tokenizer(tokenizer: Tokenizer, path: Path, model_config: ModelConfig,
     values = read_object(config_file)
     for role, token in _ROLES.items():
         said, has = values.get(f"{role}_token_id"), tokenizer.token_to_id(token)
-        if said is not None and has is not None and said != has:
+        said_ids = said if isinstance(said, list) else [said]  # of transformers' `eos_token_id`
+        if said is not None and has is not None and has not in said_ids:
             raise InputError(
                 f"{config_file} says {role}_token_id {said}, and tokenizer {path} gives {token} the id {has}"
             )

@@ -2,6 +2,7 @@
 
 import collections
 import json
+import math
 import pickle
 import re
 import shutil
@@ -18,6 +19,7 @@ from gptbert.import_hf import ImportConfig, import_hf
 from gptbert.model import GPTBert
 from gptbert.upstream import TIED_WEIGHT, to_upstream
 from tests.exported import SHAPE, random_model, write_checkpoint
+from tests.tokenizer_kinds import kinds
 
 EMBEDDING = "embedding.word_embedding.weight"
 BUFFER = "transformer.attention_layers.1.position_indices"
@@ -102,6 +104,9 @@ WRAPPED = {
     "without the embedding's name": lambda one, two: (
         {name: one[name] for name in one if name != EMBEDDING}, 1, 1, []),
     "without the output's name": lambda one, two: ({name: one[name] for name in one if name != TIED_WEIGHT}, 1, 1, []),
+    "an average as a list": lambda one, two: (
+        {"model": one, "ema": {"shadow_params": [*two.values()], "decay": 0.99}}, 1, 1, ["ema.shadow_params"]),
+    "settings that name types": lambda one, two: ({"model": one, "dtype": torch.float32}, 1, 1, ["dtype"]),
     "with another task's head": lambda one, two: (
         prefixed("module.", one | {"head.bias": torch.ones(2)}), 1, 1, ["head.bias"]),
     "half precision": lambda one, two: (
@@ -220,6 +225,7 @@ def test_weights_in_parts(source, models, kind):
     [
         ({"tie_word_embeddings": False}, f"tie_word_embeddings is false, and the weights have no {TIED_WEIGHT}"),
         ({"mask_token_id": 7}, "says mask_token_id 7, and tokenizer .* gives <mask> the id 4"),
+        ({"mask_token_id": [7, 8]}, r"says mask_token_id \[7, 8\], and tokenizer"),
         ({"vocab_size": 400}, r"any.safetensors: .* does not fit .* \(shape by .*config.json\)"),
         ({"num_hidden_layers": 2}, r"not a weight of a model of this shape \(shape by .*config.json\)"),
         ({"max_position_embeddings": 32}, r"position_indices differs .* \(shape by .*config.json\)"),
@@ -233,6 +239,39 @@ def test_the_config_must_agree_with_weights_and_tokenizer(source, models, change
     (source / "config.json").write_text(json.dumps(asdict(SHAPE) | {"tie_word_embeddings": True} | changes))
     with pytest.raises(InputError, match=message):
         import_hf(ImportConfig(source / "any.safetensors", source / "out"))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("tokenizer_config.json", {"mask_token": "[MASK]"}, "that mask_token is '[MASK]', and in tokenizer "),
+        ("special_tokens_map.json", {"pad_token": {"content": "</s>"}}, "that pad_token is '</s>', and in tokenizer "),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"5": {"content": "<x>"}}}, "that '<x>' has the id 5, and"),
+        ("added_tokens.json", {"<mask>": 7}, "that '<mask>' has the id 7, and tokenizer "),
+        ("tokenizer_config.json", {"extra_special_tokens": ["<x>"]}, "that '<x>' is a special token, and tokenizer "),
+        ("tokenizer_config.json", {"add_prefix_space": True}, "true of add_prefix_space, and the pre_tokenizer of"),
+    ],
+)
+def test_files_beside_the_tokenizer_must_agree_with_it(source, models, file, content, message):
+    torch.save(published(models[1]), source / "any.bin")
+    if "add_prefix_space" in content:
+        (source / "tokenizer.json").write_text(kinds()["five special tokens"])
+    (source / file).write_text(json.dumps(content))
+    with pytest.raises(InputError, match=re.escape(f"{source / file} says {message}")):
+        import_hf(ImportConfig(source / "any.bin", source / "out"))
+    as_it_is = {"eos_token": None, "added_tokens_decoder": {"4": {"content": "<mask>"}}, "add_prefix_space": False}
+    (source / file).write_text(json.dumps({} if file == "added_tokens.json" else as_it_is))
+    import_hf(ImportConfig(source / "any.bin", source / "out"))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e300])
+def test_weights_that_are_not_finite_are_refused(source, models, value):
+    state = published(models[1])
+    state[BIAS] = state[BIAS].double()
+    state[BIAS][3] = value
+    torch.save(state, source / "any.bin")
+    with pytest.raises(InputError, match=r"any.bin: head.bias has values that are NaN or infinite in fp32 \(shape by"):
+        import_hf(ImportConfig(source / "any.bin", source / "out"))
 
 
 def test_untied_in_name_only(source, models):
@@ -254,6 +293,7 @@ def test_formats_are_recognized_by_content(source, models):
         (b"GGUF" + b"0" * 30, "is GGUF"),
         (pickle.dumps({"a": 1}), "is a bare pickle"),
         (b"<!doctype html>", "is a web page"),
+        (b'{"hidden_size": 3}', "is JSON and no file of weights"),
         (b"", "refused, since it is not an archive"),
     ):
         for name in ("c.bin", "c.safetensors"):
@@ -264,6 +304,41 @@ def test_formats_are_recognized_by_content(source, models):
         (source / name).unlink()
     with pytest.raises(InputError, match=r"several files that may be the weights \(a.bin, b.safetensors\)"):
         import_hf(ImportConfig(source, source / "out"))
+
+
+def test_where_the_weights_are_is_said(source, models, capsys):
+    """Of parts without their index, of one part, of the hub's cache, and of a folder with something else."""
+    state = published(models[1])
+    part, index = source / "model-00001-of-00002.safetensors", source / "model.safetensors.index.json"
+    save_file(state, part)
+    with pytest.raises(
+        InputError, match=r"weights in parts \(model-00001.*\) without their index, model.safetensors.ind"
+    ):
+        import_hf(ImportConfig(source, source / "out"))
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(state, part.name)}))
+    with pytest.raises(
+        InputError, match=r"00002.safetensors: is a part of the weights; name .*index.json, or the folder"
+    ):
+        import_hf(ImportConfig(part, source / "out"))
+    cache = source / "models--some--one"
+    snapshot = cache / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    for number, name in enumerate(("config.json", "tokenizer.json", part.name, index.name)):
+        (source / name).rename(cache / "blobs" / str(number))
+        (snapshot / name).symlink_to(f"../../blobs/{number}")
+    with pytest.raises(
+        InputError, match=r"some--one: holds neither .*; weights are in snapshots/abc: name that folder"
+    ):
+        import_hf(ImportConfig(cache, source / "out"))
+    torch.save(state, snapshot / "ema.bin")
+    import_hf(ImportConfig(snapshot, source / "out"))
+    assert "abc: takes model.safetensors.index.json, not ema.bin beside it" in capsys.readouterr().err
+    (cache / "blobs" / "model.onnx").touch()
+    with pytest.raises(
+        InputError, match=r"holds neither .* \(it has 0, 1, 2, 3, model.onnx\); name the file of weights"
+    ):
+        import_hf(ImportConfig(cache / "blobs", source / "out"))
 
 
 def test_foreign_tensors_beside_the_weights_are_named(source, models, capsys):

@@ -70,7 +70,7 @@ def test_special_tokens_are_those_of_the_file_by_name(write, kind):
 def test_special_tokens_in_a_text_are_text_unless_they_are_meant(write, kind):
     tokenizer = load_tokenizer(write(kind))
     literal = "In <mask> and <s>text</s> <pad>. a<mask>b"
-    for text in (literal, literal.upper(), *FIVE[1:]):
+    for text in (literal, literal.upper(), "<mask>\n<s>", "<<mask>>", *FIVE[1:]):
         (ids,) = encode_sentences(tokenizer, [text])
         assert not set(ids[1:]) & set(special_ids(tokenizer)) - {UNK_ID}
         ((ids, *_),) = encode_documents(tokenizer, [text])
@@ -132,6 +132,14 @@ def without_unknown(content):
     return {"model": content["model"] | {"unk_id": None}}
 
 
+def added(content, *tokens, **more):
+    number, flags = len(content["model"]["vocab"]), dict.fromkeys(("single_word", "lstrip", "rstrip", "special"), False)
+    ordinary = [
+        flags | {"normalized": True, "id": number + index, "content": text} for index, text in enumerate(tokens)
+    ]
+    return {"added_tokens": content["added_tokens"] + [token | more for token in ordinary]}
+
+
 def numbered(content, name, number):
     """The added token of this name with another id."""
     added = [token | {"id": number} if token["content"] == name else token for token in content["added_tokens"]]
@@ -151,6 +159,20 @@ REFUSED = {
         "gives <s> for text that it does not know",
     ),
     "numbered twice": (OURS, lambda content: numbered(content, "<special_3>", 99), "id 99 in added_tokens and 8 in"),
+    "two added tokens in one": (
+        "five special tokens",
+        lambda content: added(content, "Boats", "boats") | {"normalizer": {"type": "Lowercase"}},
+        "its added tokens 'Boats' and 'boats' are both 'boats' when normalized, so a text has one or the other",
+    ),
+    "a special space": (
+        "five special tokens", lambda content: added(content, " ", special=True), "special token ' ' is in ordinary"),
+    "a special word": (
+        "five special tokens", lambda content: added(content, "Boats", special=True), "special token 'Boats' is in"),
+    "a word for unknown text": (
+        "WordPiece in lower case",
+        lambda content: {"model": content["model"] | {"unk_token": "the"}},
+        "special token 'the' is in ordinary texts",
+    ),
     "one id twice": (
         OURS,
         lambda content: {"model": content["model"] | {"vocab": content["model"]["vocab"] | {"!": 18}}},
@@ -182,6 +204,13 @@ def test_files_that_contradict_themselves_or_cannot_do_it_are_refused(write, cas
         ("tokenizer_config.json", b'{"tokenizer_class": "BertTokenizer"}', "is transformers' settings"),
         ("special_tokens_map.json", b'{"mask_token": "<mask>"}', "is transformers' settings"),
         ("config.json", b'{"model_type": "bert"}', "is the configuration of a model"),
+        (
+            "tokenizer.json",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n",
+            "it is a pointer of Git",
+        ),
+        ("tokenizer.json", b'\xef\xbb\xbf{"model": {}}', "it is text with a byte order mark; save it as UTF-8 without"),
+        ("tokenizer.json", '{"model": {}}'.encode("utf-16"), "it is text in UTF-16; save it as UTF-8"),
         ("corpus.jsonl", b'{"text": "a"}\n{"text": "b"}\n', "not a tokenizers JSON file"),
     ],
 )
@@ -189,7 +218,7 @@ def test_files_of_other_kinds_are_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message) as refused:
         load_tokenizer(tmp_path / name)
-    assert ("expected tokenizer.json" in str(refused.value)) == (name != "corpus.jsonl")
+    assert ("expected tokenizer.json" in str(refused.value)) == (name not in {"corpus.jsonl", "tokenizer.json"})
 
 
 @pytest.mark.parametrize(
@@ -203,6 +232,15 @@ def test_files_of_other_kinds_are_named(tmp_path, name, content, message):
 def test_a_normalizer_that_puts_special_tokens_into_texts_is_refused(write, normalizer):
     with pytest.raises(InputError, match=r": its normalizer puts <mask> into texts, which would be a special token$"):
         load_tokenizer(write("as train_tokenizer.py makes them", normalizer=normalizer))
+
+
+def test_names_that_reach_the_model_whole_only_behind_an_added_token_are_text(write):
+    content = json.loads(kinds()["BPE of whole words"])
+    changes = {"normalizer": {"type": "Prepend", "prepend": "_"}, "pre_tokenizer": None} | added(content, "\n")
+    tokenizer = load_tokenizer(write("BPE of whole words", **changes))
+    for text in ("<mask>\n<s>", "\n</s>\n<mask>"):
+        (ids,) = encode_sentences(tokenizer, [text])
+        assert not set(ids[1:]) & {*range(1, 5)}
 
 
 def test_a_folder_is_no_tokenizer(write, tmp_path):

@@ -63,6 +63,7 @@ def kinds() -> dict[str, str]:
     metaspace = {"pre_tokenizer": pre_tokenizers.Metaspace(), "decoder": decoders.Metaspace()}
     unigram = _trained(models.Unigram(), lambda **all_: trainers.UnigramTrainer(**UNK, **all_), **metaspace)
     words = {"pre_tokenizer": pre_tokenizers.WhitespaceSplit()}
+    llama = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     padding = {"strategy": {"Fixed": 50}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 3,
                "pad_type_id": 0, "pad_token": "<pad>"}  # fmt: skip
     truncation = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
@@ -84,6 +85,10 @@ def kinds() -> dict[str, str]:
         ),
         "special tokens not added": ours | {"added_tokens": []},
         "special tokens not special": _flagged(ours, special=False),
+        "special tokens that a normalizer changes": _flagged(
+            _trained(models.BPE(**UNK), trainers.BpeTrainer, normalizer=llama, decoder=decoders.Metaspace()),
+            normalized=True,
+        ),
         "special tokens that strip": _flagged(five, lstrip=True, rstrip=True, single_word=True, normalized=True),
         "BPE dropout": five | {"model": five["model"] | {"dropout": 0.5}},
         "padding and truncation": five | {"padding": padding, "truncation": truncation},

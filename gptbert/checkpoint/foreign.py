@@ -6,6 +6,7 @@ What such files say twice is compared: tensors under two names, files side by si
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gptbert.errors import InputError, first_line
+from gptbert.errors import InputError, first_line, listed
+from gptbert.io.formats import format_of
 from gptbert.io.json_file import read_object
+from gptbert.io.screen import log
 from gptbert.io.torch_file import load_torch_file
 from gptbert.upstream import is_published, same, to_published, unwrapped_name, upstream_name
 
@@ -28,18 +31,9 @@ _AVERAGE = re.compile(r"(^|[_.])(ema|avg|average|averaged|shadow|swa)([_.]|$)", 
 _OPTIMIZER = re.compile(r"(^|[_.])(optim|optimizer|exp_avg|exp_avg_sq|momentum_buffer|grad|grads|gradients)([_.]|$)")
 _DEEPEST = 6  # dictionaries in dictionaries
 _MOST_ENTRIES = 1_000_000
+_MOST_FILES = 10_000  # looked at for a message
 _LONGEST_NAME = 8  # parts of a published name, at most
-_FORMATS = {  # how files of other formats begin
-    b"version https://git-lfs": "a pointer of Git LFS; git lfs pull brings the file itself",
-    b"\x1f\x8b": "compressed by gzip; gunzip it",
-    b"\x28\xb5\x2f\xfd": "compressed by zstd; unzstd it",
-    b"BZh": "compressed by bzip2; bunzip2 it",
-    b"\xfd7zXZ": "compressed by xz; unxz it",
-    b"GGUF": "GGUF, which llama.cpp reads; import the file that it was made from",
-    b"\x89HDF": "HDF5, which Keras writes; import a PyTorch file",
-    b"\x80": "a bare pickle, which may run code; torch.save(model.state_dict(), FILE) writes what is read here",
-    b"<": "a web page; download the file itself",
-}
+_PART = re.compile(r"(.+)-\d+-of-\d+(\.\w+)")
 
 
 @dataclass(frozen=True)
@@ -69,18 +63,42 @@ def find_weights(folder: Path) -> list[Path]:
     """
     usual = [folder / f"{name}{part}" for name in WEIGHT_FILES for part in ("", ".index.json")]
     if found := [file for file in usual if file.is_file()]:
+        if unread := [file.name for file in sorted(folder.iterdir()) if _is_weights(file) and not _is_of(file, found)]:
+            log(f"{folder}: takes {listed([file.name for file in found], 4)}, not {listed(unread, 4)} beside it")
         return found
-    others = sorted(
-        file
-        for file in folder.iterdir()
-        if file.is_file() and file.suffix in _SUFFIXES and not _NOT_WEIGHTS.search(file.name)
-    )
+    others = sorted(filter(_is_weights, folder.iterdir()))
     if not others:
-        raise InputError(f"{folder}: holds neither {' nor '.join(WEIGHT_FILES)}; name the file of weights")
+        raise InputError(f"{folder}: holds neither {' nor '.join(WEIGHT_FILES)}{_what_is_there(folder)}")
+    if part := next(filter(None, map(index_of, others)), None):
+        raise InputError(f"{folder}: holds weights in parts ({others[0].name}) without their index, {part.name}")
     if len(others) > 1:
         names = ", ".join(file.name for file in others[:5])
         raise InputError(f"{folder}: holds several files that may be the weights ({names}); name one of them")
     return others
+
+
+def index_of(file: Path) -> Path | None:
+    """The index of the weights that a file is a part of, by its name, such as model-00001-of-00002.safetensors."""
+    part = _PART.fullmatch(file.name)
+    return file.with_name(f"{part[1]}{part[2]}.index.json") if part else None
+
+
+def _is_of(file: Path, found: list[Path]) -> bool:
+    """Whether a file is one of these, or a part of them."""
+    return file in found or index_of(file) in found
+
+
+def _what_is_there(folder: Path) -> str:
+    """The folder inside with weights, as in the hub's cache; or else the files that are there."""
+    inside = islice(chain(folder.glob("*/*"), folder.glob("*/*/*")), _MOST_FILES)
+    if found := sorted({str(file.parent.relative_to(folder)) for file in inside if _is_weights(file)}):
+        return f"; weights are in {listed(found, 3)}: name that folder"
+    names = sorted(file.name for file in folder.iterdir())
+    return f" (it has {listed(names, 5)}); name the file of weights" if names else " (it is empty)"
+
+
+def _is_weights(file: Path) -> bool:
+    return file.is_file() and file.suffix in _SUFFIXES and not _NOT_WEIGHTS.search(file.name)
 
 
 def read_foreign(files: list[Path], key: str | None = None) -> ForeignWeights:
@@ -127,17 +145,13 @@ def _read_any(file: Path) -> Any:
         start = handle.read(32)
     if start[:2] == b"PK":
         return load_torch_file(file)
-    if start[8:9] == b"{" or file.suffix == ".safetensors":
-        if (known := _format(start)) and start[8:9] != b"{":
-            raise InputError(f"is {known}")
+    if start[8:9] == b"{":  # behind its length
         return load_file(file)
-    if known := _format(start):
+    if known := format_of(start) or ("JSON and no file of weights" if start[:1] == b"{" else None):
         raise InputError(f"is {known}")
+    if file.suffix == ".safetensors":
+        return load_file(file)  # which says why it is none
     return load_torch_file(file)  # which says why it is none
-
-
-def _format(start: bytes) -> str | None:
-    return next((name for beginning, name in _FORMATS.items() if start.startswith(beginning)), None)
 
 
 def _read_index(index: Path) -> State:
@@ -191,11 +205,16 @@ def _candidates(
                 raw, tensor = groups.setdefault(prefix, {}).setdefault(name, (key, value))
                 if not same(tensor, value):
                     raise InputError(f"{raw} and {key} are the same weight, and differ")
-        elif not path:  # a few; inside of dictionaries there may be millions
-            loose.append(str(key))
+        elif not path or _holds_tensors(value):  # inside of dictionaries there may be millions of others
+            loose.append(".".join((*path, str(key))))
     _assign(unknown, groups, loose)
     for prefix, group in groups.items():
         yield ".".join(filter(None, (*path, prefix))), group
+
+
+def _holds_tensors(value: Any) -> bool:
+    """Whether a value is a list of tensors, as some averages are saved."""
+    return isinstance(value, list | tuple) and any(isinstance(each, Tensor) for each in value[:4])
 
 
 def _assign(unknown: list[tuple[str, str, Tensor]], groups: dict[str, _Found], loose: list[str]) -> None:

@@ -46,8 +46,8 @@ def fitting(
         keys: what the file that they are from calls them, by their name in upstream's layout, for messages.
 
     Raises:
-        InputError: a weight is missing, unknown, of a different shape, not floating-point, or given twice with
-            different values; names the weight.
+        InputError: a weight is missing, unknown, of a different shape, not floating-point, not finite, or given twice
+            with different values; names the weight.
     """
     weights, expected = from_upstream(published, config, keys), shapes(config)
     if missing := [name for name in expected if name not in weights]:
@@ -64,6 +64,8 @@ def fitting(
             raise InputError(f"{name} does not fit the model: {shape}{in_file}")
         if not weights[name].is_floating_point():
             raise InputError(f"{name} is of type {weights[name].dtype}{in_file}")
+        if not weights[name].float().isfinite().all():
+            raise InputError(f"{name} has values that are NaN or infinite in fp32{in_file}")
     return weights
 
 

@@ -4,6 +4,7 @@
 - `owner`: one writer for a folder or file: locks and leases.
 - `environment`: environment variables, checked.
 - `outputs`: a command's outputs, checked before its work and published after it.
+- `formats`: what a file is that lies where another one is expected.
 - `json_file`: reading untrusted JSON, writing our own.
 - `torch_file`: reading untrusted `torch.save` files without running code.
 - `field_types`: fields of settings, as the command line gives them.

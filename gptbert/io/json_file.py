@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gptbert.errors import InputError
+from gptbert.io.formats import format_of
 
 _OBJECT_BYTES = 1 << 20
 
@@ -30,9 +31,15 @@ def read_json(path: Path, most_bytes: int, unique_keys: bool = False) -> Any:
         raise ValueError(f"{size:,} bytes, more than {most_bytes:,}")
     hook: Callable[[list[tuple[str, Any]]], Any] | None = _unique_keys if unique_keys else None
     try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=hook)
+        content = path.read_bytes()
     except OSError as error:
         raise ValueError(error.strerror) from error
+    try:
+        return json.loads(content.decode(), object_pairs_hook=hook)
+    except ValueError as error:
+        if known := format_of(content):
+            raise ValueError(f"it is {known}") from error
+        raise
     except RecursionError:
         raise ValueError("nested too deeply") from None
 

@@ -35,6 +35,9 @@ _STORAGES = {
     "LongStorage": torch.int64, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
     "FloatStorage": torch.float32, "DoubleStorage": torch.float64, "BoolStorage": torch.bool,
 }  # fmt: skip
+_DTYPES = (
+    *_STORAGES.values(), torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2,
+)  # fmt: skip
 
 
 class Storage(NamedTuple):
@@ -120,6 +123,9 @@ class TorchFile:
             # the directory's size, before it is parsed into objects, which no public function tells
             ending = zipfile._EndRecData(self._stream)  # type: ignore[attr-defined]  # noqa: SLF001
             if ending is None:
+                self._stream.seek(0)
+                if self._stream.read(2) == b"PK":
+                    raise InputError("cut short: its archive has no end")
                 raise InputError("refused, since it is not an archive, as torch.save writes since version 1.6")
             if ending[5] > _FREE_BYTES and ending[5] // 46 * _ENTRY_BYTES > 4 * self.size:
                 raise InputError("its archive lists more entries than its size allows")
@@ -182,7 +188,7 @@ _GLOBALS = {
     "collections OrderedDict": _DICTIONARY,  # a module's state_dict; also an empty dictionary of hooks per tensor
     "torch.storage UntypedStorage": _ANY_STORAGE,
     **{f"torch {name}": dtype for name, dtype in _STORAGES.items()},
-    **{f"torch {name}": getattr(torch, name) for name in ("uint16", "uint32", "uint64")},
+    **{f"torch {str(dtype).removeprefix('torch.')}": dtype for dtype in _DTYPES},
 }
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _PLAIN = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"}

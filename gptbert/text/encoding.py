@@ -12,7 +12,7 @@ from tokenizers import Encoding, Tokenizer
 from gptbert.errors import InputError
 from gptbert.text.prefix import without_prefix
 from gptbert.text.special_tokens import BOS_ID
-from gptbert.text.tokenizer import special_ids
+from gptbert.text.tokenizer import special_names
 
 BATCH_BYTES = 2_000_000  # of text per call of the library, which takes some 100 bytes per token, at most one per byte
 DOCUMENT_OVERHEAD = 500  # memory of a short document's objects, in bytes of text
@@ -126,8 +126,7 @@ def encode_with_masks(tokenizer: Tokenizer, text: str) -> list[int]:
     inside = without_prefix(tokenizer)
     if inside is tokenizer:
         return [BOS_ID, *tokenizer.encode(text, add_special_tokens=False).ids]
-    named = [(tokenizer.id_to_token(number), number) for number in special_ids(tokenizer)]
-    names = {name: number for name, number in named if name is not None}
+    names = {name: number for number, name in special_names(tokenizer).items()}
     pattern = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
     first, *others = re.split(f"({pattern})", text)
     ids = [BOS_ID, *tokenizer.encode(first, add_special_tokens=False).ids]

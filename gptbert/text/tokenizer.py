@@ -9,7 +9,7 @@ same ids.
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, pro
 
 from gptbert.errors import InputError, first_line
 from gptbert.text.special_tokens import BOS_ID, MASK_ID, SPECIAL_TOKENS, UNK_ID
-from gptbert.text.tokenizer_file import danger, inserted_texts, read_tokenizer_file
+from gptbert.text.tokenizer_file import danger, inserted_texts, may_make, read_tokenizer_file
 
 _PROBE = "A text, 1 or 2.\n"
 _MOST_SPECIAL = 10_000
@@ -52,14 +52,21 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         _encode_alike(tokenizer)  # before the first text: a BPE model remembers the words that it has encoded
         tokenizer.encode(_PROBE)
         _normalize(tokenizer, content)
-        tokenizer.encode(_PROBE + _RARE)
-        if (number := len(special_ids(tokenizer))) > _MOST_SPECIAL:
-            raise InputError(f"tokenizer {path}: has {number:,} special tokens, more than {_MOST_SPECIAL:,}")
-        names = [name for name in map(tokenizer.id_to_token, special_ids(tokenizer)) if name and name[1:]]
+        names = list(special_names(tokenizer).values())
+        if len(names) > _MOST_SPECIAL:
+            raise InputError(f"tokenizer {path}: has {len(names):,} special tokens, more than {_MOST_SPECIAL:,}")
+        if word := next((name for name in names if not name[1:] or name.isalnum() or name.isspace()), None):
+            raise InputError(
+                f"tokenizer {path}: its special token {word!r} is in ordinary texts, where transformers would take it "
+                'for special; mark it with "special": false, or give it a name such as <end>'
+            )
         if put := next((name for text in inserted_texts(content) for name in names if name in text), None):
             raise InputError(f"tokenizer {path}: its normalizer puts {put} into texts, which would be a special token")
-        if _parsed_literal(tokenizer, content):
-            _separate_literals(tokenizer)
+        if may_make(content, names):
+            _separate_literals(tokenizer, names)
+        tokenizer = Tokenizer.from_str(tokenizer.to_str())  # the library keeps former settings of added tokens
+        _check_added_tokens(path, tokenizer)
+        tokenizer.encode(_PROBE + _RARE)
         if literal := _parsed_literal(tokenizer, content):
             raise InputError(f"tokenizer {path}: makes a special token of the text {literal!r}, whatever its settings")
     return tokenizer
@@ -67,7 +74,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def special_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     """Ids of the special tokens of a loaded tokenizer, ascending."""
-    return tuple(sorted(number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special))
+    return tuple(special_names(tokenizer))
+
+
+def special_names(tokenizer: Tokenizer) -> dict[int, str]:
+    """The special tokens of a tokenizer by their ids, ascending, as texts have them (`id_to_token` normalizes them)."""
+    added = sorted(tokenizer.get_added_tokens_decoder().items())
+    return {number: token.content for number, token in added if token.special}
 
 
 def ordinary_ids(tokenizer: Tokenizer) -> list[int]:
@@ -149,9 +162,22 @@ def _check_ids(path: str | Path, content: Any, tokenizer: Tokenizer) -> None:
             )
 
 
+def _check_added_tokens(path: str | Path, tokenizer: Tokenizer) -> None:
+    """Refuse ordinary added tokens that the library looks for in the same normalized text: it takes any of them."""
+    normalizer, seen = tokenizer.normalizer, dict[str, str]()
+    for token in tokenizer.get_added_tokens_decoder().values():
+        if normalizer and token.normalized and not token.special:
+            text = normalizer.normalize_str(token.content)
+            if (other := seen.setdefault(text, token.content)) != token.content:
+                raise InputError(
+                    f"tokenizer {path}: its added tokens {other!r} and {token.content!r} are both {text!r} when "
+                    "normalized, so a text has one or the other at random; remove one"
+                )
+
+
 def _normalize(tokenizer: Tokenizer, content: Any) -> None:
     """Name the special tokens, and put `<s>` alone around a text; a tokenizer of train_tokenizer.py stays as it is."""
-    own = (tokenizer.id_to_token(number) for number in special_ids(tokenizer))
+    own = special_names(tokenizer).values()
     names = (name for name in (*own, *SPECIAL_TOKENS, _unknown_token(tokenizer, content)) if name is not None)
     numbered = [(tokenizer.token_to_id(name), name) for name in names]
     known = {number: name for number, name in numbered if number is not None}
@@ -169,12 +195,13 @@ def _template() -> processors.TemplateProcessing:
     )
 
 
-def _separate_literals(tokenizer: Tokenizer) -> None:
-    """Split special tokens' names that reach the model in one piece, where its own vocabulary has them."""
-    names = [tokenizer.id_to_token(number) for number in special_ids(tokenizer)]
-    literals = [re.escape(name[0]) + f"(?={re.escape(name[1:])})" for name in names if name and len(name) > 1]
-    split = pre_tokenizers.Split(Regex("|".join(literals)), "isolated")
+def _separate_literals(tokenizer: Tokenizer, names: Sequence[str]) -> None:
+    """Split special tokens' names that could reach the model in one piece, at a text's start or elsewhere."""
     own = tokenizer.pre_tokenizer
+    if own and not any(name in piece for name in names for piece, _ in own.pre_tokenize_str(name)):
+        return
+    literals = [re.escape(name[0]) + f"(?={re.escape(name[1:])})" for name in names]
+    split = pre_tokenizers.Split(Regex("|".join(literals)), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([own, split]) if own else split
 
 
@@ -191,8 +218,8 @@ def _encode_alike(tokenizer: Tokenizer) -> None:
 def _unknown_token(tokenizer: Tokenizer, content: Any) -> str | None:
     """The token that the model gives for what it does not know: named, or in a Unigram model by its id."""
     token_id = content["model"].get("unk_id")
-    if type(token_id) is int and 0 <= token_id < tokenizer.get_vocab_size():
-        return tokenizer.id_to_token(token_id)
+    if type(token_id) is int and 0 <= token_id < len(content["model"]["vocab"]):
+        return content["model"]["vocab"][token_id][0]
     return getattr(tokenizer.model, "unk_token", None)
 
 
@@ -201,9 +228,8 @@ def _parsed_literal(tokenizer: Tokenizer, content: Any) -> str | None:
     unknown = {SPECIAL_TOKENS[UNK_ID], _unknown_token(tokenizer, content)}
     tokenizer.encode_special_tokens = True
     try:
-        for number in special_ids(tokenizer):
-            name = tokenizer.id_to_token(number)
-            for text in (name, f"{name} a {name} a{name}a") if name and name[1:] and name not in unknown else ():
+        for number, name in special_names(tokenizer).items():
+            for text in (name, f"{name} a {name} a{name}a") if name not in unknown else ():
                 if number in tokenizer.encode(text, add_special_tokens=False).ids:
                     return text
     finally:

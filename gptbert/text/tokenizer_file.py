@@ -1,10 +1,11 @@
 """A tokenizer's JSON file as untrusted content: what it is, and whether the library can be given it."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from gptbert.errors import InputError, first_line
+from gptbert.io.formats import format_of
 from gptbert.io.json_file import read_json
 
 _MOST_BYTES = 1 << 26  # twice the size of the largest published ones
@@ -40,6 +41,8 @@ def _kind_of_other(path: Path) -> str | None:
     """What a file is that is no JSON."""
     with path.open("rb") as file:
         start = file.read(_START)
+    if format_of(start):
+        return None  # which the error says
     if start.startswith(b"#version"):
         return "a list of merges (merges.txt), half of a tokenizer"
     if path.suffix == ".model" or (start[:1] == b"\n" and b"\0" in start):
@@ -78,6 +81,21 @@ def inserted_texts(content: Any) -> Iterator[str]:
     """What a tokenizer's normalizers put into texts: in place of others, or in front."""
     for part in _parts(content, "normalizer"):
         yield from _inserted(part)
+
+
+def may_make(content: Any, names: Collection[str]) -> bool:
+    """Whether a tokenizer's model gives a token of one of these names for its letters: by its vocabulary or merges."""
+    model = content["model"]
+    if "merges" not in model or model.get("ignore_merges"):
+        return any(token in names for token in _tokens(model["vocab"]))
+    prefix = model.get("continuing_subword_prefix") or ""
+    pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"])
+    return any(left + right.removeprefix(prefix) in names for left, right in pairs)
+
+
+def _tokens(vocab: Any) -> Iterator[str]:
+    """The tokens of a model's vocabulary: numbered, or with scores in a Unigram model."""
+    yield from vocab if isinstance(vocab, dict) else (token for token, _ in vocab)
 
 
 def _inserted(part: dict[str, Any]) -> list[str]:
