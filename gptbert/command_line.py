@@ -18,6 +18,7 @@ import tyro
 from gptbert.errors import InputError, LostProcessError, SharedError, StoppedError
 from gptbert.io import environment
 from gptbert.io.run_file import FLAG, named_file
+from gptbert.io.screen import Lasting
 
 Settings = TypeVar("Settings")
 
@@ -31,13 +32,16 @@ def run_command(
 
     The exit status is 0 on success, 2 for a command line that cannot be parsed, 73 for an output that another process
     is writing, 1 for other unusable input and for a run that lost a process, `STOPPED` for a run that a signal stopped
-    at a checkpoint, and 130 after Ctrl-C, SIGTERM or SIGUSR1 at other times, all of which clean up. Errors common to
-    all processes are printed by the first of each host; errors of a single process by that process, with its rank.
+    at a checkpoint, and 130 after Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP at other times, all of which clean up. Errors
+    common to all processes are printed by the first of each host; errors of a single process by that process, with its
+    rank.
     """
     if environment.text("LOCAL_RANK") is None:
         # under torchrun, SIGTERM must end a process even if it waits in a collective
-        for number in (signal.SIGTERM, signal.SIGUSR1):  # a batch system's end, and its warning
-            signal.signal(number, signal.default_int_handler)
+        # a batch system's end and its warning; a closed terminal, which nohup has a command ignore
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, signal.default_int_handler)
     try:
         parsed = parse(settings, arguments)
     except InputError as error:
@@ -138,12 +142,12 @@ def _end(message: str, status: int) -> NoReturn:
     In shutdown, a gloo thread that frees the last collective's tensors would find no interpreter and abort the process.
     """
     if message:
-        print(message, file=sys.stderr)
+        print(message, file=Lasting(sys.stderr))
     if environment.text("RANK"):
         if status and not message:
             time.sleep(2)  # torchrun kills all once the first ends, including one yet to print the reason
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            Lasting(stream).flush()
         os._exit(status)
     sys.exit(status)
 
