@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -80,7 +81,7 @@ def parse(settings: type[Settings], arguments: Sequence[str] | None = None) -> S
     except SystemExit as end:
         if end.code in {0, None}:  # --help
             if _speaks():
-                print(output.getvalue(), end="")
+                print(_refilled(output.getvalue()))
             raise
         message = _one_line(errors.getvalue())
         _fail(message + (file.origin(message, own) if file else ""), 2)
@@ -123,6 +124,23 @@ def _one_line(box: str) -> str:
         elif not first.startswith(("For full helptext", "Argument helptext")):
             messages.append(" ".join(line.strip() for line in part))
     return "; ".join(messages) + " (see --help)"
+
+
+def _refilled(text: str) -> str:
+    """Tyro's help with each description as one paragraph; tyro keeps some of the line breaks of our docstrings."""
+    lines = [line.rstrip() for line in text.splitlines()]
+    first = next((line for line in lines if line.startswith("  -h, --help ")), None)
+    if first is None:
+        return text
+    column = first.index("show this help")
+    width = max(map(len, lines)) - column
+
+    def filled(found: re.Match[str]) -> str:
+        words = " ".join(found[2].split())
+        return found[1] + f"\n{' ' * column}".join(textwrap.wrap(words, width, break_on_hyphens=False))
+
+    descriptions = rf"^(.{{{column - 2}}}  )(\S.*(?:\n {{{column}}}\S.*)*)"
+    return re.sub(descriptions, filled, "\n".join(lines), flags=re.MULTILINE)
 
 
 def _missing(lines: list[str]) -> list[str]:

@@ -221,8 +221,7 @@ def _is_over(config: TrainConfig, path: Path | None, step: int, world: World) ->
 
 
 def _log_data(config: TrainConfig, inputs: Inputs, trainer: Trainer) -> None:
-    if len(inputs.train_stores) > 1:
-        log(trainer.progress.describe_corpora(inputs, config.max_steps))
+    log(trainer.progress.describe_corpora(inputs, config.max_steps))
     for line in figures.of_rows(config, inputs, trainer.progress):
         log(line)
     if trainer.validation.share:

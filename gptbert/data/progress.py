@@ -163,12 +163,11 @@ class Progress:
 
     def epochs_before(self, step: int) -> dict[str, float]:
         """Epochs of each corpus before `step`, over both objectives; empty if there is only one corpus."""
-        if len(self._corpora) == 1:
-            return {}
-        return {
-            name: sum(place.epochs(corpus.length) for place in corpus.places)
-            for name, corpus in zip(self._names, self._corpora_before(step), strict=True)
-        }
+        return dict(zip(self._names, self._epochs_before(step), strict=True)) if len(self._corpora) > 1 else {}
+
+    def _epochs_before(self, step: int) -> list[float]:
+        before = self._corpora_before(step)
+        return [sum(place.epochs(corpus.length) for place in corpus.places) for corpus in before]
 
     def padding_share(self) -> float:
         """Fraction of padding among the positions of an epoch of each corpus."""
@@ -177,12 +176,13 @@ class Progress:
         return 1 - sum(stream.document_order.stream_length for stream in streams) / positions
 
     def describe_corpora(self, inputs: Inputs, max_steps: int) -> str:
-        """One line to print: fraction, size and epochs of each of several corpora."""
-        epochs = self.epochs_before(max_steps)
-        rows: Any = self.streams[Objective.CLM]  # a `Mixture`
+        """One line to print: size and epochs of each corpus, and of several its fraction."""
+        rows: Any = self.streams[Objective.CLM]
+        shares = [f"{100 * share:.3g} % " for share in rows.shares] if len(self._corpora) > 1 else [""]
+        epochs = self._epochs_before(max_steps)
         parts = [
-            f"{100 * share:.3g} % {name} ({store.num_tokens:,} tokens, {epochs[name]:.3g} epochs in all)"
-            for share, name, store in zip(rows.shares, self._names, inputs.train_stores, strict=True)
+            f"{share}{name} ({store.num_tokens:,} tokens, {count:.3g} epochs in all)"
+            for share, name, store, count in zip(shares, self._names, inputs.train_stores, epochs, strict=True)
         ]
         return f"training on {', '.join(parts)}"
 
