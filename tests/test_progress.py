@@ -1,6 +1,7 @@
 """What a run has trained on is counted, and continued, whatever settings it is resumed with."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -159,6 +160,10 @@ def test_counts_are_of_what_was_trained(inputs, change, capfd):
     said = capfd.readouterr().err
     assert f"words that the run sees, {before['train/words']:,} of them before this start: " in said
     assert f"of the {records[max(records)]['train/words']:,} words that the run sees" in said
+    store = TokenStore.open(inputs / "train.safetensors")
+    epochs = records[max(records)]["train/tokens"] / (store.num_tokens + store.num_documents)
+    (line,) = re.findall(r"^training on train \(([\d,]+) tokens, ([\d.]+) epochs in all\)$", said, re.MULTILINE)[1:]
+    assert (line[0], float(line[1])) == (f"{store.num_tokens:,}", pytest.approx(epochs, rel=0.03))
     written = words_of(inputs / "runs" / name)
     for words in (100, 150, 200, 300):
         step = next(step for step, record in sorted(records.items()) if record["train/words"] >= words)
