@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -18,6 +19,7 @@ import tyro
 from gptbert.errors import InputError, LostProcessError, SharedError, StoppedError
 from gptbert.io import environment
 from gptbert.io.run_file import FLAG, named_file
+from gptbert.io.screen import Lasting
 
 Settings = TypeVar("Settings")
 
@@ -31,13 +33,16 @@ def run_command(
 
     The exit status is 0 on success, 2 for a command line that cannot be parsed, 73 for an output that another process
     is writing, 1 for other unusable input and for a run that lost a process, `STOPPED` for a run that a signal stopped
-    at a checkpoint, and 130 after Ctrl-C, SIGTERM or SIGUSR1 at other times, all of which clean up. Errors common to
-    all processes are printed by the first of each host; errors of a single process by that process, with its rank.
+    at a checkpoint, and 130 after Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP at other times, all of which clean up. Errors
+    common to all processes are printed by the first of each host; errors of a single process by that process, with its
+    rank.
     """
     if environment.text("LOCAL_RANK") is None:
         # under torchrun, SIGTERM must end a process even if it waits in a collective
-        for number in (signal.SIGTERM, signal.SIGUSR1):  # a batch system's end, and its warning
-            signal.signal(number, signal.default_int_handler)
+        # a batch system's end and its warning; a closed terminal, which nohup has a command ignore
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, signal.default_int_handler)
     try:
         parsed = parse(settings, arguments)
     except InputError as error:
@@ -76,7 +81,7 @@ def parse(settings: type[Settings], arguments: Sequence[str] | None = None) -> S
     except SystemExit as end:
         if end.code in {0, None}:  # --help
             if _speaks():
-                print(output.getvalue(), end="")
+                print(_refilled(output.getvalue()))
             raise
         message = _one_line(errors.getvalue())
         _fail(message + (file.origin(message, own) if file else ""), 2)
@@ -121,6 +126,23 @@ def _one_line(box: str) -> str:
     return "; ".join(messages) + " (see --help)"
 
 
+def _refilled(text: str) -> str:
+    """Tyro's help with each description as one paragraph; tyro keeps some of the line breaks of our docstrings."""
+    lines = [line.rstrip() for line in text.splitlines()]
+    first = next((line for line in lines if line.startswith("  -h, --help ")), None)
+    if first is None:
+        return text
+    column = first.index("show this help")
+    width = max(map(len, lines)) - column
+
+    def filled(found: re.Match[str]) -> str:
+        words = " ".join(found[2].split())
+        return found[1] + f"\n{' ' * column}".join(textwrap.wrap(words, width, break_on_hyphens=False))
+
+    descriptions = rf"^(.{{{column - 2}}}  )(\S.*(?:\n {{{column}}}\S.*)*)"
+    return re.sub(descriptions, filled, "\n".join(lines), flags=re.MULTILINE)
+
+
 def _missing(lines: list[str]) -> list[str]:
     """The arguments in tyro's list of missing ones: indented further than its title, and less than descriptions."""
     indents = [len(line) - len(line.lstrip()) for line in lines]
@@ -138,12 +160,12 @@ def _end(message: str, status: int) -> NoReturn:
     In shutdown, a gloo thread that frees the last collective's tensors would find no interpreter and abort the process.
     """
     if message:
-        print(message, file=sys.stderr)
+        print(message, file=Lasting(sys.stderr))
     if environment.text("RANK"):
         if status and not message:
             time.sleep(2)  # torchrun kills all once the first ends, including one yet to print the reason
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            Lasting(stream).flush()
         os._exit(status)
     sys.exit(status)
 

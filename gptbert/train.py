@@ -4,7 +4,8 @@ In Python, `gptbert.train(config)` is the function `train` here.
 """
 
 import dataclasses
-from contextlib import ExitStack
+import sys
+from contextlib import ExitStack, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from gptbert.data.progress import Progress
 from gptbert.distributed.fsdp import shard_size
 from gptbert.distributed.world import World, connect
 from gptbert.errors import InputError
-from gptbert.io.screen import log
+from gptbert.io.screen import Lasting, log
 from gptbert.model.compilation import restored_settings
 from gptbert.monitoring import figures
 from gptbert.monitoring.hooks import CheckpointHook, Hooks, RecordHook
@@ -95,7 +96,7 @@ def train(
     if config.run_file is not None:
         raise InputError("run_file: is read by the command line only (gptbert.command_line.parse)")
     hooks = Hooks(on_step, on_validation, on_checkpoint)
-    with restored_settings(), connect(config) as world, ExitStack() as ownership:
+    with redirect_stderr(Lasting(sys.stderr)), restored_settings(), connect(config) as world, ExitStack() as ownership:
         # frees every reference to the process group before connect() destroys it
         step = _fit(config, world, ownership, hooks)
         return world.all_gather(TrainResult.of(config.run_dir, step) if world.is_main else None)[0]
@@ -186,7 +187,7 @@ def _progress(
             "--mask_history: the checkpoint counts masks of other token files than --train_path, or of these in "
             "another order; name them as they were, or leave --mask_history out"
         )
-    return progress, note
+    return progress, note or "\n".join(progress.changed_files)
 
 
 def _pairs(config: TrainConfig, world: World) -> PairScores | None:
@@ -220,8 +221,7 @@ def _is_over(config: TrainConfig, path: Path | None, step: int, world: World) ->
 
 
 def _log_data(config: TrainConfig, inputs: Inputs, trainer: Trainer) -> None:
-    if len(inputs.train_stores) > 1:
-        log(trainer.progress.describe_corpora(inputs, config.max_steps))
+    log(trainer.progress.describe_corpora(inputs, config.max_steps))
     for line in figures.of_rows(config, inputs, trainer.progress):
         log(line)
     if trainer.validation.share:

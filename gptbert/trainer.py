@@ -43,6 +43,7 @@ from gptbert.monitoring.validation import Validation, ValidationSettings
 from gptbert.optim import WeightAverage, build_optimizer
 from gptbert.scoring.pair_scores import PairScores
 from gptbert.training import compile_choice
+from gptbert.training.preparation import check_run_dir
 from gptbert.training.step import EagerStep, RecordedStep, autocast
 
 
@@ -276,9 +277,9 @@ class Trainer:
         """Means since the last record, and the last step's schedule values; every rank must call it.
 
         Raises:
-            InputError: too many consecutive steps were skipped, or a rank failed to load rows.
+            InputError: too many consecutive steps were skipped; see `_raise_errors`.
         """
-        self.loader.raise_load_errors()
+        self._raise_errors()
         self.skipped_steps.raise_if_too_many(self.config.max_skipped_steps, self.step)
         means = self.sums.means(self.world)
         self._labels = {objective: values["count"] for objective, values in means.items()}
@@ -306,7 +307,7 @@ class Trainer:
         """Write a checkpoint; every rank must call it, and returns once it is complete.
 
         Raises:
-            InputError: weights are not finite, a rank failed to load rows, or writing failed.
+            InputError: weights are not finite, or writing failed; see `_raise_errors`.
         """
         self._agree_to_save()
         state = Checkpoint(
@@ -333,9 +334,16 @@ class Trainer:
         self._agree_to_save()
         self.words.save(self.step, self.model, self.ema.model, self.inputs.model_config, self.world)
 
+    def _raise_errors(self) -> None:
+        """Raise InputError on all ranks if one failed to load rows, or the run's folder is gone."""
+        with self.world.errors_on_all_ranks():
+            self.loader.raise_load_error()
+            if self.world.is_main:
+                check_run_dir(self.config)
+
     def _agree_to_save(self) -> None:
-        """Raise InputError on all ranks if weights are not finite or a rank failed to load rows."""
-        self.loader.raise_load_errors()
+        """Raise InputError on all ranks if weights are not finite; see `_raise_errors`."""
+        self._raise_errors()
         norm = full_tensor(get_total_norm(self.model.parameters()))
         with self.world.errors_on_all_ranks():
             if not norm.isfinite():

@@ -61,6 +61,8 @@ def test_two_endings_of_one_run(inputs, stable):
         assert rates(inputs / "runs" / name) == pytest.approx(falls)
     fit(config(inputs, "of-the-run", branch_from=stable))
     assert_same_end(inputs / "runs" / "of-the-run", inputs / "runs" / "ending-6")
+    again = parse(TrainConfig, [f"--run_file={inputs / 'runs' / 'of-the-run' / 'run.yaml'}", "--name=again"])
+    assert branched(again) == branched(config(inputs, "again", branch_from=stable, n_special_tokens=16))
 
 
 def test_a_branch_that_was_stopped_goes_on_as_it_began(inputs, stable, tmp_path):
@@ -102,7 +104,9 @@ def test_what_cannot_be_branched_from_is_one_line(inputs, stable, tmp_path):
         with pytest.raises(InputError, match=f"^--branch_from and {flag} name two starts; leave one out"):
             branched(config(inputs, branch_from=at(stable, 3), **changes))
     weights = shutil.copytree(at(stable, 3), tmp_path / "weights", ignore=shutil.ignore_patterns("training_state.pt"))
-    with pytest.raises(InputError, match=r"weights is not a checkpoint of a run; --initial_weights starts from"):
+    with pytest.raises(
+        InputError, match=r"weights holds weights and no run to go on with; --initial_weights starts one"
+    ):
         branched(config(inputs, branch_from=weights))
     ended = shutil.copytree(at(stable, 6), tmp_path / "ended")
     saved = json.loads((ended / "train_config.json").read_text())

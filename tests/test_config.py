@@ -1,6 +1,7 @@
 """The model's JSON file and the command line: accepted values, and one-line errors that name the rejected ones."""
 
 import dataclasses
+import itertools
 import json
 import re
 import subprocess
@@ -198,6 +199,19 @@ def test_help_mentions_every_flag(capsys):
     output = capsys.readouterr().out
     for field in dataclasses.fields(TrainConfig):
         assert re.search(rf"--{field.name}\b", output), field.name
+
+
+def test_descriptions_in_the_help_are_filled_lines(capsys):
+    """No line ends before its width, as where a docstring's line ends in the source."""
+    with pytest.raises(SystemExit):
+        parse(TrainConfig, ["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    column, width = next(line.index("show this help") for line in lines if "-h, --help" in line), max(map(len, lines))
+    of_descriptions = [line for line in lines if line[:column].isspace()]
+    assert len(of_descriptions) > 100
+    for line, following in itertools.pairwise(lines):
+        if line[column:] and following[:column].isspace() and len(line[:column].rstrip()) < column - 1:
+            assert len(line) + 1 + len(following.split()[0]) > width, line
 
 
 def test_train_distributed_shows_its_help_and_its_mistakes():

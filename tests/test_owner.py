@@ -1,9 +1,11 @@
 """One writer for a run's folder and for every output: locks, leases, and what the second process is told."""
 
 import errno
+import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,15 +16,17 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
+from gptbert.checkpoint.folder import list_checkpoints
 from gptbert.command_line import run_command
 from gptbert.config import TrainConfig
 from gptbert.data.token_store import TokenStore, TokenStoreWriter
 from gptbert.errors import OwnedError
 from gptbert.io import owner
 from gptbert.io.outputs import new_folder, staged_outputs
-from gptbert.io.owner import Owner, owned
+from gptbert.io.owner import Owner, owned, whereabouts
 from gptbert.report import write_report
 from gptbert.train import fit
+from gptbert.trainer import Trainer
 from tests.runs import ROOT, flags, forked_ranks, write_inputs
 
 HOLD = (
@@ -150,6 +154,44 @@ def test_an_owner_on_another_host_without_signs_of_life_is_dead_after_a_while(lo
         pass
 
 
+def test_a_clock_that_was_set_back_makes_no_one_wait_longer(path, monkeypatch):
+    """The last sign of life is a day ahead."""
+    elsewhere(path)
+    os.utime(path, (time.time() + 86_400,) * 2)
+    now = itertools.count(0, 50)
+    monkeypatch.setattr(owner.time, "monotonic", lambda: float(next(now)))
+    monkeypatch.setattr(owner.time, "sleep", lambda _: None)
+    with owned(path, "RUN"):
+        assert Owner.read(path).pid == os.getpid()
+    assert next(now) < 400
+
+
+def test_an_owner_whose_file_was_deleted_owns_it_again(path, locks):
+    with owned(path, "RUN"):
+        said = path.read_text()
+        path.unlink()
+        deadline = time.monotonic() + 60
+        while not path.is_file() or path.read_text() != said:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        with pytest.raises(OwnedError, match="is in use by"), owned(path, "RUN"):
+            pass
+    assert not path.exists()
+
+
+def test_a_folder_that_went_away_is_noticed(path):
+    assert not whereabouts(path)
+    with owned(path, "RUN"):
+        assert not whereabouts(path)
+        path.unlink()
+        assert not whereabouts(path), "the folder is there"
+        path.touch()
+        path.parent.rename(path.parent.with_name("other"))
+        assert re.fullmatch(r"was (deleted or moved|moved to .*/other)", whereabouts(path))
+        path.parent.mkdir()
+        assert whereabouts(path), "another folder of its name is not it"
+
+
 def test_of_two_without_locks_at_once_one_gives_way(path, monkeypatch):
     monkeypatch.setattr(owner.fcntl, "flock", no_locks)
     monkeypatch.setattr(owner.time, "sleep", lambda _: elsewhere(path.parent / "x" / "y") or path.write_text("{}"))
@@ -234,3 +276,25 @@ def test_all_ranks_of_a_second_start_end_alike(inputs):
 
 def _second_start(arguments):
     run_command(TrainConfig, fit, arguments)
+
+
+@pytest.mark.parametrize("action", ["move", "delete"])
+def test_a_run_whose_folder_went_away_ends_with_one_line(inputs, monkeypatch, capfd, action):
+    run, there = inputs / "runs" / action, inputs / "runs" / f"{action}d"
+
+    def go(trainer):
+        if trainer.step == 3:
+            run.rename(there)
+            if action == "delete":
+                shutil.rmtree(there)
+
+    train_step = Trainer.train_step
+    monkeypatch.setattr(Trainer, "train_step", lambda self, rows: go(self) or train_step(self, rows))
+    with pytest.raises(SystemExit) as end:
+        run_command(TrainConfig, fit, flags(inputs, name=action, max_steps=9, save_every=2, no_compile=True))
+    assert end.value.code == 1
+    line = capfd.readouterr().err.splitlines()[-1]
+    what = f"moved to {there}" if action == "move" and sys.platform == "linux" else "deleted or moved"
+    assert f"error: --output_dir and --name: {run} was {what} while the run was going" in line
+    assert not run.exists(), "nothing is written in its place"
+    assert action == "delete" or [path.name for path in list_checkpoints(there)] == ["step_00000002"]

@@ -1,6 +1,7 @@
 """What a run has trained on is counted, and continued, whatever settings it is resumed with."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from gptbert.checkpoint import manifest
 from gptbert.checkpoint.folder import list_checkpoints
@@ -157,6 +160,10 @@ def test_counts_are_of_what_was_trained(inputs, change, capfd):
     said = capfd.readouterr().err
     assert f"words that the run sees, {before['train/words']:,} of them before this start: " in said
     assert f"of the {records[max(records)]['train/words']:,} words that the run sees" in said
+    store = TokenStore.open(inputs / "train.safetensors")
+    epochs = records[max(records)]["train/tokens"] / (store.num_tokens + store.num_documents)
+    (line,) = re.findall(r"^training on train \(([\d,]+) tokens, ([\d.]+) epochs in all\)$", said, re.MULTILINE)[1:]
+    assert (line[0], float(line[1])) == (f"{store.num_tokens:,}", pytest.approx(epochs, rel=0.03))
     written = words_of(inputs / "runs" / name)
     for words in (100, 150, 200, 300):
         step = next(step for step, record in sorted(records.items()) if record["train/words"] >= words)
@@ -210,6 +217,35 @@ def test_corpora_are_known_by_their_content(inputs):
     words.append(train(inputs, "corpora", max_steps=12, train_path=[first])[12]["train/words"])
     assert state()["corpora"][0]["places"] > one["places"]
     assert (np.diff(words) > 0).all()
+
+
+def test_another_content_under_the_same_name_is_told(inputs, capfd):
+    """Of the same size, in the middle of the file; shortened; and a file to validate on."""
+    path, valid = inputs / "same.safetensors", inputs / "same-valid.safetensors"
+    with safe_open(inputs / "train.safetensors", "np") as file:
+        arrays, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    shutil.copyfile(inputs / "train.safetensors", path)
+    shutil.copyfile(inputs / "valid.safetensors", valid)
+    words = train(inputs, "same", train_path=path, valid_path=valid)[3]["train/words"]
+    assert "--train_path" not in capfd.readouterr().err
+    middle = len(arrays["tokens"]) // 2
+    tokens = arrays["tokens"].copy()
+    tokens[middle : middle + 2] = tokens[middle + 1], tokens[middle] + 1
+    save_file(arrays | {"tokens": tokens}, path, metadata=metadata)
+    records = train(inputs, "same", train_path=path, valid_path=valid, max_steps=6)
+    line = f"--train_path {path}: was not read before, or its content has changed; read from its beginning"
+    assert line in capfd.readouterr().err.splitlines()
+    assert records[6]["train/words"] == pytest.approx(2 * words, abs=2)
+    offsets = arrays["document_offsets"][:-1]
+    save_file({"tokens": tokens[: offsets[-1]], "document_offsets": offsets}, path, metadata=metadata)
+    shutil.copyfile(inputs / "train.safetensors", valid)
+    records = train(inputs, "same", train_path=path, valid_path=valid, max_steps=9)
+    said = capfd.readouterr().err.splitlines()
+    assert line in said
+    assert f"--valid_path {valid}: has another content than before; its losses are not those of before" in said
+    assert records[9]["train/words"] > 2.5 * words
+    train(inputs, "same", train_path=path, valid_path=valid, max_steps=10)
+    assert "has changed" not in capfd.readouterr().err
 
 
 def test_checkpoints_of_earlier_versions_are_counted_by_their_settings(inputs, capfd):

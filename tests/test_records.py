@@ -42,6 +42,35 @@ def test_a_record_torn_by_a_kill_spoils_no_other(tmp_path, cut):
     assert len(path.read_text().splitlines()) == len(whole) + 1
 
 
+@pytest.mark.parametrize("damage", [b'{"step": 2', b"\0" * 50, b"", b"[1]", b"\xff"])
+def test_a_damaged_line_costs_no_other_and_is_told(tmp_path, capfd, damage):
+    path = tmp_path / "metrics.jsonl"
+    log(path, 0, [10, 20, 30, 40])
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([lines[0], damage, *lines[2:]]) + b"\n")
+    assert [record["step"] for record in read_records(path)] == [10, 30, 40]
+    assert not capfd.readouterr().err
+    log(path, 30, [40])
+    assert [record["step"] for record in read_records(path)] == [10, 30, 40]
+    assert capfd.readouterr().err == f"{path}: 1 line without a whole record, as a crash leaves them, left out\n"
+    assert len(path.read_bytes().splitlines()) == 3
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_file_that_was_deleted_meanwhile_is_begun_again(tmp_path, capfd, replaced):
+    path = tmp_path / "metrics.jsonl"
+    tracker = JsonLines(path, 0)
+    tracker.log(1, {})
+    path.unlink()
+    if replaced:  # as by an editor
+        path.write_text('{"step": 0}\n')
+    for step in (2, 3):
+        tracker.log(step, {})
+    tracker.close()
+    assert [record["step"] for record in read_records(path)] == [*([0] if replaced else []), 2, 3]
+    assert capfd.readouterr().err.count("was deleted or replaced by another program") == 1
+
+
 def test_records_are_on_the_disk_at_once(tmp_path):
     tracker = JsonLines(tmp_path / "metrics.jsonl", 0)
     tracker.log(1, {"loss": math.inf})

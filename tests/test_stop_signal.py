@@ -1,5 +1,6 @@
 """Stop signals: remembered, agreed on by all ranks, and handlers restored afterwards."""
 
+import errno
 import os
 import signal
 import threading
@@ -17,6 +18,14 @@ def should_stop(stop, total):
     """The decision at the end of a step, given the sum of stop requests over ranks."""
     stop.note(total)
     return stop.should_stop()
+
+
+@pytest.fixture(autouse=True)
+def terminal():
+    """SIGHUP as on a terminal, also where these tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -65,3 +74,18 @@ def test_on_another_thread_signals_are_left_alone():
     thread.start()
     thread.join()
     assert seen == [(None, True)]
+
+
+def test_a_hangup_that_nohup_has_a_run_ignore_stays_ignored():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopSignal(World(0, 1, CPU)) as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.received is None
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
+def test_a_screen_that_is_gone_does_not_matter(monkeypatch):
+    monkeypatch.setattr(os, "write", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "gone")))
+    with StopSignal(World(0, 1, CPU)) as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.received is signal.SIGHUP

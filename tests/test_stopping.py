@@ -3,8 +3,10 @@
 The phases send the signal themselves, so that nothing depends on the machine's speed.
 """
 
+import contextlib
 import os
 import signal
+import sys
 import threading
 
 import pytest
@@ -118,6 +120,45 @@ def test_in_other_work_the_run_ends_with_a_checkpoint(inputs, undisturbed, monke
     assert steps_of(run_dir)[-1] == saved
     run(inputs, name)
     assert_same_end(run_dir, undisturbed)
+
+
+class Gone:
+    """A screen whose reader has ended, as a `tee` after Ctrl-C, or a terminal that was closed."""
+
+    lines = 0
+
+    def write(self, _text=""):
+        self.lines += 1
+        raise BrokenPipeError
+
+    flush = write
+
+    def isatty(self):
+        return False
+
+
+def test_without_a_screen_the_run_saves_and_goes_on(inputs, undisturbed, monkeypatch):
+    train_step, sent = Trainer.train_step, []
+
+    def interrupted(self, rows):
+        if self.step == 5 and not sent:
+            sent.append(send(signal.SIGHUP))
+        return train_step(self, rows)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    handler = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        for status in (75, 0):
+            monkeypatch.setattr(sys, "stderr", Gone())
+            with pytest.raises(SystemExit) if status else contextlib.nullcontext() as end:
+                run_command(TrainConfig, fit, flags(inputs, name="gone", **SETTINGS))
+            assert sys.stderr.lines > 3
+            if status:
+                assert end.value.code == status
+                assert steps_of(inputs / "runs" / "gone")[-1] == 6
+    finally:
+        signal.signal(signal.SIGHUP, handler)
+    assert_same_end(inputs / "runs" / "gone", undisturbed)
 
 
 def stalling(end):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from gptbert import schedules
-from gptbert.checkpoint.folder import list_checkpoints, newest_in, read_settings, saved_step
+from gptbert.checkpoint.folder import TRAINING_STATE, list_checkpoints, newest_in, read_settings, saved_step
 from gptbert.config import TrainConfig
 from gptbert.errors import InputError, prefix_errors
 
@@ -43,8 +43,10 @@ def branched(config: TrainConfig) -> tuple[TrainConfig, str]:
         with prefix_errors("--branch_from"):
             path = newest_in(config.branch_from)
             first = saved_step(path)
-            if first is None:
-                raise InputError(f"{path} is not a checkpoint of a run; --initial_weights starts from other weights")
+            if first is None or not (path / TRAINING_STATE).is_file():
+                raise InputError(
+                    f"{path} holds weights and no run to go on with; --initial_weights starts one from them"
+                )
             peak = _Rate.of(path).at(first)
             if peak <= 0:
                 raise InputError(f"{path}: its learning rate has fallen to 0; branch off from an earlier checkpoint")

@@ -168,9 +168,12 @@ def _refusals(final: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError, InputError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        free = shutil.disk_usage(final.parents[1]).free / 1e6
-        raise InputError(f"checkpoint {final}: cannot be written ({reason}); {free:,.1f} MB are free there") from error
+        reason, free = first_line(error), ""
+        if isinstance(error, OSError):
+            reason = f"{error.strerror or reason}: {error.filename}" if error.filename else error.strerror or reason
+        if not isinstance(error, FileNotFoundError | PermissionError):
+            free = f"; {shutil.disk_usage(final.parents[1]).free / 1e6:,.1f} MB are free there"
+        raise InputError(f"checkpoint {final}: cannot be written ({reason}){free}") from error
 
 
 def _write(checkpoint: Checkpoint, temporary: Path, config: TrainConfig, model_config: ModelConfig) -> None:

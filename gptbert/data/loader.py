@@ -50,7 +50,7 @@ class BatchLoader:
         self._plan = self.progress.plan
         self._world = world
         self._micro_batches = micro_batches
-        self._refusal: str | None = None  # load error of this rank, kept until `raise_load_errors`
+        self._refusal: str | None = None  # load error of this rank, kept until `raise_load_error`
         self.mask_history = MaskHistory(inputs.num_train_tokens, world) if config.mask_history else None
 
     def load(self, step: int) -> list[LoadedShare]:
@@ -59,7 +59,7 @@ class BatchLoader:
         If micro-batches have fixed shapes, padding rows fill them up for each objective.
 
         Invalid rows are left out. Raising here would deadlock the other ranks, so the error is kept until the next
-        collective, at a record or checkpoint; see `raise_load_errors`.
+        collective, at a record or checkpoint; see `raise_load_error`.
         """
         return self._load(step, self._read)
 
@@ -116,15 +116,14 @@ class BatchLoader:
         if self.mask_history and state["mask_counts"] is not None:
             self.mask_history.counts.copy_(state["mask_counts"])
 
-    def raise_load_errors(self) -> None:
-        """Raise the load errors of all ranks on all ranks; every rank must call it.
+    def raise_load_error(self) -> None:
+        """Raise this rank's load error, if it has one.
 
         Raises:
             InputError: a token id is outside the vocabulary.
         """
-        with self._world.errors_on_all_ranks():
-            if self._refusal:
-                raise InputError(self._refusal)
+        if self._refusal:
+            raise InputError(self._refusal)
 
     def batch(self, loaded: list[LoadedShare], step: int) -> Batch:
         """Move rows to the device and build their inputs and labels there; without any, a row of padding."""

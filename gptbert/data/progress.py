@@ -5,7 +5,7 @@ length, ratio, corpora, weights, number of steps. So a checkpoint has the places
 plan of today's settings adds to them. Each corpus goes on where it stopped: nothing is skipped or repeated.
 
 A corpus is recognized by its content, not by its file's name. One that is left out keeps its place and its words; a new
-one begins at its beginning.
+one begins at its beginning, as does a file whose content has changed.
 """
 
 import hashlib
@@ -23,7 +23,8 @@ from gptbert.errors import InputError
 from gptbert.model.objective import Objective
 from gptbert.schedules import length_factor
 
-_DIGESTED = 2**16  # tokens at either end of a corpus
+_DIGESTED = 2**25  # tokens; of a larger corpus, so many in pieces from all over it
+_PIECES = 1024
 _LARGEST = 2**62  # of any count in a checkpoint
 
 
@@ -79,6 +80,7 @@ class Progress:
         first_step: `step`.
         streams: each objective's training rows; a mixture if there are several corpora.
         has_same_corpora: whether the checkpoint's run had the same corpora in the same order.
+        changed_files: lines on files that the checkpoint's run did not have, by their content.
 
     Raises:
         InputError: `state` does not fit the files.
@@ -92,6 +94,7 @@ class Progress:
         state: Mapping[str, Any] | None = None,
         step: int = 0,
     ) -> None:
+        is_fresh = state is None
         state = state or fresh_state()
         self.first_step = step
         self.plan = plan.continued(step, dict(zip(Objective, state["slots"], strict=True)), state["tokens"])
@@ -100,6 +103,17 @@ class Progress:
         self._corpora, self._left_out = _recognized(inputs.train_stores, known)
         digests = [corpus.digest for corpus in self._corpora]
         self.has_same_corpora = [corpus.digest for corpus in known[: len(digests)]] == digests
+        self._validated_on = _digest(inputs.valid_store)
+        before = {corpus.digest for corpus in known}
+        self.changed_files = [
+            f"--train_path {path}: was not read before, or its content has changed; read from its beginning"
+            for path, digest in zip(config.train_path, digests, strict=True)
+            if not is_fresh and digest not in before
+        ]
+        if state.get("validated_on", "") not in {"", self._validated_on}:
+            self.changed_files.append(
+                f"--valid_path {config.valid_path}: has another content than before; its losses are not those of before"
+            )
         self._of_corpora = {
             objective: self._streams_of_corpora(config, inputs.train_stores, index)
             for index, objective in enumerate(Objective)
@@ -149,12 +163,11 @@ class Progress:
 
     def epochs_before(self, step: int) -> dict[str, float]:
         """Epochs of each corpus before `step`, over both objectives; empty if there is only one corpus."""
-        if len(self._corpora) == 1:
-            return {}
-        return {
-            name: sum(place.epochs(corpus.length) for place in corpus.places)
-            for name, corpus in zip(self._names, self._corpora_before(step), strict=True)
-        }
+        return dict(zip(self._names, self._epochs_before(step), strict=True)) if len(self._corpora) > 1 else {}
+
+    def _epochs_before(self, step: int) -> list[float]:
+        before = self._corpora_before(step)
+        return [sum(place.epochs(corpus.length) for place in corpus.places) for corpus in before]
 
     def padding_share(self) -> float:
         """Fraction of padding among the positions of an epoch of each corpus."""
@@ -163,12 +176,13 @@ class Progress:
         return 1 - sum(stream.document_order.stream_length for stream in streams) / positions
 
     def describe_corpora(self, inputs: Inputs, max_steps: int) -> str:
-        """One line to print: fraction, size and epochs of each of several corpora."""
-        epochs = self.epochs_before(max_steps)
-        rows: Any = self.streams[Objective.CLM]  # a `Mixture`
+        """One line to print: size and epochs of each corpus, and of several its fraction."""
+        rows: Any = self.streams[Objective.CLM]
+        shares = [f"{100 * share:.3g} % " for share in rows.shares] if len(self._corpora) > 1 else [""]
+        epochs = self._epochs_before(max_steps)
         parts = [
-            f"{100 * share:.3g} % {name} ({store.num_tokens:,} tokens, {epochs[name]:.3g} epochs in all)"
-            for share, name, store in zip(rows.shares, self._names, inputs.train_stores, strict=True)
+            f"{share}{name} ({store.num_tokens:,} tokens, {count:.3g} epochs in all)"
+            for share, name, store, count in zip(shares, self._names, inputs.train_stores, epochs, strict=True)
         ]
         return f"training on {', '.join(parts)}"
 
@@ -180,6 +194,7 @@ class Progress:
             "slots": list(slots.values()),
             "rows": [self.streams[objective].rows_before(slot) for objective, slot in slots.items()],
             "corpora": [corpus.to_state() for corpus in (*self._corpora_before(step), *self._left_out)],
+            "validated_on": self._validated_on,
         }
 
     def _corpora_before(self, step: int) -> list[CorpusProgress]:
@@ -194,7 +209,7 @@ class Progress:
 
 def fresh_state() -> dict[str, Any]:
     """The `Progress.state_dict` before a run's first step."""
-    return {"tokens": 0, "slots": [0, 0], "rows": [0, 0], "corpora": []}
+    return {"tokens": 0, "slots": [0, 0], "rows": [0, 0], "corpora": [], "validated_on": ""}
 
 
 def check_state(state: Any) -> None:
@@ -205,11 +220,12 @@ def check_state(state: Any) -> None:
     """
     is_valid = (
         type(state) is dict
-        and set(state) == set(fresh_state())
+        and set(state) | {"validated_on"} == set(fresh_state())  # earlier versions did not write it
         and _is_count(state["tokens"])
         and all(_are_counts(state[name], len(Objective)) for name in ("slots", "rows"))
         and type(state["corpora"]) is list
         and all(map(_is_corpus, state["corpora"]))
+        and type(state.get("validated_on", "")) is str
     )
     if not is_valid:
         raise InputError("its progress has an unexpected form")
@@ -258,9 +274,11 @@ def _recognized(
 
 
 def _digest(store: TokenStore) -> str:
-    """Recognizes a corpus, however it is cut into files, by its sizes and its first and last tokens."""
+    """Recognizes a corpus, however it is cut into files, by its sizes and its tokens: many, if they are too many."""
     digest = hashlib.sha256(f"{store.num_tokens} {store.num_documents}".encode())
-    for start in (0, max(0, store.num_tokens - _DIGESTED)):
-        for _, tokens in store.slices(start, min(start + _DIGESTED, store.num_tokens)):
-            digest.update(tokens.astype("<i8").tobytes())
+    rest = max(0, store.num_tokens - _DIGESTED)
+    for piece in range(_PIECES):
+        start, end = (rest * piece // (_PIECES - 1) + _DIGESTED * number // _PIECES for number in (piece, piece + 1))
+        for _, tokens in store.slices(start, min(end, store.num_tokens)):
+            digest.update(tokens.astype("<u4").tobytes())
     return digest.hexdigest()

@@ -1,5 +1,6 @@
-"""Signals that ask a run to save and stop: Ctrl-C, and those that batch systems send before SIGKILL."""
+"""Signals that ask a run to save and stop: Ctrl-C, a closed terminal, those that batch systems send before SIGKILL."""
 
+import contextlib
 import itertools
 import os
 import signal
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from gptbert.distributed.world import World
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C; SLURM's end, torchrun's end; SLURM's warning
+# Ctrl-C; SLURM's end, torchrun's end; SLURM's warning; the end of a terminal or of the connection to it
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class StopRequested(Exception):  # noqa: N818  not an error
@@ -23,7 +25,8 @@ class StopSignal:
     """Records a request to stop while the context is entered, and makes all ranks stop at the same place.
 
     The first signal is only recorded and acknowledged on the screen; a second Ctrl-C interrupts at once. Repeats of
-    the other signals are ignored, since batch systems may send several.
+    the other signals are ignored, since batch systems may send several. A SIGHUP that is ignored already, as `nohup`
+    arranges it, stays so.
 
     Attributes:
         received: the first signal, or None.
@@ -105,7 +108,9 @@ class StopSignal:
     def __enter__(self) -> Self:
         self._handlers = {}
         if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
-            self._handlers = {number: signal.signal(number, self._receive) for number in SIGNALS}
+            has_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            numbers = [number for number in SIGNALS if not (has_nohup and number == signal.SIGHUP)]
+            self._handlers = {number: signal.signal(number, self._receive) for number in numbers}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
@@ -119,5 +124,7 @@ class StopSignal:
             raise KeyboardInterrupt
         if self.received is None:
             self.received = signal.Signals(number)
-            if self._world.is_main:  # not through sys.stderr, which is not reentrant
-                os.write(2, f"\n{self.received.name}: saving a checkpoint at the next step, then stopping\n".encode())
+            if self._world.is_main:
+                line = f"\n{self.received.name}: saving a checkpoint at the next step, then stopping\n"
+                with contextlib.suppress(OSError):  # the screen may be gone
+                    os.write(2, line.encode())  # not through sys.stderr, which is not reentrant

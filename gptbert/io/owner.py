@@ -10,6 +10,7 @@ import shlex
 import signal
 import socket
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ _SETTLING = 1.0  # seconds in which two processes without locks notice each othe
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}  # what file systems without locks answer
 _MOST_BYTES = 10_000
 
-_held: set[int] = set()  # open owners' files; a forked child would keep their locks after its parent's death
+_held: dict[int, "_Ownership"] = {}  # by open files; a forked child would keep their locks after its parent's death
 os.register_at_fork(after_in_child=lambda: list(map(os.close, _held)))
 
 
@@ -61,7 +62,7 @@ class Owner:
             host=socket.gethostname(),
             pid=os.getpid(),
             since=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %z"),
-            command=f"{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}"[:200],
+            command=textwrap.shorten(f"{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}", 200, placeholder=" …"),
             machine=_machine(),
             namespace=_pid_namespace(),
             token=secrets.token_hex(8),
@@ -131,7 +132,7 @@ class _Ownership:
     """The owner's file, open and locked; a context manager that renews it and removes it at the end."""
 
     def __init__(self, path: Path, what: str, way_on: str) -> None:
-        self._path, self._what, self._way_on = path, what, way_on
+        self._path, self._what, self._way_on = path.absolute(), what, way_on
         self._handle = -1
         self._own = Owner.this_process()
         try:
@@ -139,6 +140,7 @@ class _Ownership:
         except BaseException:
             self._close()
             raise
+        self._folder = self._path.parent.stat()
         self._ended = threading.Event()
         self._renewing = threading.Thread(target=self._renew, name="owner", daemon=True)
 
@@ -155,7 +157,7 @@ class _Ownership:
 
     def _close(self) -> None:
         if self._handle >= 0:
-            _held.discard(self._handle)
+            _held.pop(self._handle, None)
             os.close(self._handle)
             self._handle = -1
 
@@ -177,7 +179,7 @@ class _Ownership:
         """Open the file and lock it; False where there are no locks."""
         while True:
             self._handle = self._open()
-            _held.add(self._handle)
+            _held[self._handle] = self
             try:
                 fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -206,8 +208,12 @@ class _Ownership:
 
     def _outwait(self, before: Owner) -> None:
         """Return once an owner has shown no sign of life for `PATIENCE`; OwnedError as soon as it shows one."""
-        first, said = _time_of(self._path), False
-        while (left := PATIENCE - (_now_of(self._path) - first)) > 0:
+        first, began, said = _time_of(self._path), time.monotonic(), False
+        while True:
+            # by the file system's clock, which may have been set back since; so for no longer than that from now on
+            waited = max(_now_of(self._path) - first, time.monotonic() - began)
+            if (left := PATIENCE - waited) <= 0:
+                return
             if not said:
                 log(f"{self._what}: may be in use by {before}; waiting at most {left:.0f} s for a sign of life")
                 said = True
@@ -225,10 +231,59 @@ class _Ownership:
         while not self._ended.wait(RENEWAL):
             now = Owner.read(self._path)
             if now and now != self._own and not self._ended.is_set():  # this process was suspended for minutes, say
-                os.write(2, f"error: {self._refusal(now)} (it took over from this process)\n".encode())
+                with contextlib.suppress(OSError):
+                    os.write(2, f"error: {self._refusal(now)} (it took over from this process)\n".encode())
                 os.kill(os.getpid(), signal.SIGKILL)  # nothing more may be written
             with contextlib.suppress(OSError):
+                if now is None:
+                    self._take_again()
                 os.utime(self._handle)
+
+    def _take_again(self) -> None:
+        """After someone has deleted the owner's file, but not its folder."""
+        before = self._handle
+        if self.whereabouts():
+            return
+        try:
+            self._take()
+        except OwnedError:  # by whom, the file says
+            self._close()
+            self._handle = before
+        else:
+            _held.pop(before)
+            os.close(before)
+
+    def is_of(self, path: Path) -> bool:
+        """Whether it is of this file."""
+        return self._path == path.absolute()
+
+    def whereabouts(self) -> str:
+        """See `whereabouts`."""
+        try:
+            if os.path.samestat(self._folder, self._path.parent.stat()):
+                return ""
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError:  # a network file system that does not answer, which says nothing
+            return ""
+        with contextlib.suppress(OSError):  # where the kernel says it
+            now = Path(f"/proc/self/fd/{self._handle}").readlink()
+            if now.exists():
+                return f"was moved to {now.parent}"
+        return "was deleted or moved"
+
+
+def whereabouts(path: Path) -> str:
+    """What has happened to the folder of a file that this process owns.
+
+    Args:
+        path: the owner's file, as given to `owned`.
+
+    Returns:
+        Words such as "was moved to /there"; empty if it is in its place, or not owned by this process.
+    """
+    owners = (ownership for ownership in list(_held.values()) if ownership.is_of(path))
+    return next((ownership.whereabouts() for ownership in owners), "")
 
 
 def _time_of(path: Path) -> float:

@@ -1,7 +1,9 @@
-"""Screen output of commands: lines above the progress bar, tables."""
+"""Screen output of commands: lines above the progress bar, tables, and screens that are gone."""
 
+import contextlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from tqdm import tqdm
 
@@ -22,3 +24,28 @@ def table_row(row: Sequence[str], widths: Sequence[int]) -> str:
     first, *others = row
     cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
     return "  ".join(cells).rstrip()
+
+
+class Lasting:
+    """A stream whose failures to write are ignored.
+
+    Whoever reads a run's screen may go before the run: a terminal is closed, a Ctrl-C ends the `tee` of `2>&1 | tee`
+    first, the disk of a log file is full. That costs lines, and not the steps since the last checkpoint.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """See `io.TextIOBase`."""
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """See `io.IOBase`."""
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

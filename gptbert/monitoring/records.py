@@ -1,5 +1,6 @@
 """Files of records: one JSON object per line, each with its step."""
 
+import contextlib
 import errno
 import json
 import os
@@ -7,33 +8,53 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from gptbert.io.screen import log
+
 _LONGEST_RECORD = 1 << 20  # bytes; a longer line is damaged
 
 
 class JsonLines:
     """Writes one JSON object per line, with its step; each immediately, and completely or not at all.
 
-    Opening drops records of steps after `first_step`: a killed run wrote them, and this one will write them again.
+    Opening drops records of steps after `first_step`: a killed run wrote them, and this one will write them again. It
+    also drops lines that are no records, and says so.
     """
 
     def __init__(self, path: Path, first_step: int) -> None:
-        temporary = path.with_suffix(".tmp")
+        temporary, broken = path.with_suffix(".tmp"), 0
         with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(line for line, record in _records(path) if record["step"] <= first_step)
+            for line, record in _lines(path):
+                broken += record is None
+                if record and record["step"] <= first_step:
+                    file.write(line)
         temporary.replace(path)
+        if broken:
+            log(f"{path}: {broken} line{'s'[: broken > 1]} without a whole record, as a crash leaves them, left out")
+        self._path = path
         self._file = path.open("ab", buffering=0)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Append a record."""
+        self._find_again()
         line = (json.dumps({"step": step, **values}) + "\n").encode()
         size = os.fstat(self._file.fileno()).st_size
-        if self._file.write(line) < len(line):  # disk full: remove the part, since readers stop at a broken line
+        if self._file.write(line) < len(line):  # disk full: remove the part, since it would spoil the next record
             self._file.truncate(size)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+    def _find_again(self) -> None:
+        """Go on in the file of this name if the one that was opened has been deleted or replaced."""
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(self._file.fileno()), self._path.stat()):
+                return
+        file = self._path.open("ab", buffering=0)
+        self._file.close()
+        self._file = file
+        log(f"{self._path}: was deleted or replaced by another program; records go on in the file of that name")
 
 
 def forget_from(path: Path, step: int) -> None:
@@ -49,12 +70,12 @@ def is_recorded(path: Path, step: int, prefix: str) -> bool:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """All records of a file; a last line truncated by a kill is omitted."""
-    return [record for _, record in _records(path)]
+    """All records of a file; lines without a whole one, as a kill leaves them, are omitted."""
+    return [record for _, record in _lines(path) if record]
 
 
-def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Lines and their records, up to the first invalid line."""
+def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    """Lines, each with its record, or None if it has no whole one."""
     if not path.is_file():
         return
     with path.open("rb") as file:
@@ -64,5 +85,6 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 record = json.loads(text)
                 record["step"] += 0
             except (ValueError, TypeError, KeyError, RecursionError):
-                return
-            yield text, record
+                yield "", None
+            else:
+                yield text, record

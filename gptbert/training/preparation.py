@@ -14,7 +14,7 @@ from gptbert.distributed.world import World, why_no_gpu
 from gptbert.errors import InputError
 from gptbert.io import environment
 from gptbert.io.json_file import write_json
-from gptbert.io.owner import owned
+from gptbert.io.owner import owned, whereabouts
 from gptbert.io.run_file import write_run_file
 from gptbert.io.screen import log
 from kernels import cpp
@@ -138,6 +138,19 @@ def own_run_dir(config: TrainConfig) -> Iterator[None]:
         yield
 
 
+def check_run_dir(config: TrainConfig) -> None:
+    """Refuse to go on once the run's folder is not where it was; for the main rank.
+
+    Raises:
+        InputError: it was deleted, or moved away.
+    """
+    if what := whereabouts(config.run_dir / OWNER):
+        raise InputError(
+            f"--output_dir and --name: {config.run_dir} {what} while the run was going; the run ends, and goes on from "
+            "the last checkpoint in it, if there is one, with --resume auto"
+        )
+
+
 @contextmanager
 def _write_errors(config: TrainConfig) -> Iterator[None]:
     try:
@@ -164,6 +177,7 @@ def prepare_run_dir(config: TrainConfig, model_config: ModelConfig, world: World
     with _write_errors(config):
         config.run_dir.mkdir(parents=True, exist_ok=True)
         write_json(config.run_dir / "config.json", settings)
-        write_run_file(config.run_dir / "run.yaml", config)
+        again = config if config.branch_from is None else dataclasses.replace(config, resume=None)
+        write_run_file(config.run_dir / "run.yaml", again)
         with suppress(shutil.SameFileError):
             shutil.copyfile(config.tokenizer_path, config.run_dir / TOKENIZER)
