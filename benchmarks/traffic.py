@@ -283,7 +283,8 @@ def lamb_job(name: str, shapes: list[torch.Size], are_copied: list[bool] | None 
 
 def copied_parameters(model: GPTBert) -> set[Tensor]:
     """The parameters of which fused steps in bf16 have copies."""
-    packed = (each for block in model.blocks for sub_layer in block.pack(torch.bfloat16) for each in sub_layer)
+    weights = model.pack(torch.bfloat16)
+    packed = [weights.words, *(each for block in weights.blocks for sub_layer in block for each in sub_layer)]
     return {part for each in packed for part in each.parts}
 
 
