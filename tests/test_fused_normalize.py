@@ -243,8 +243,12 @@ def test_the_check_finds_them_too(tmp_path):
     def passed():
         yield from check.compare_embedding(CPU, 5, 12)
         yield from check.compare_activation(CPU, 5, 12, torch.float32)
+        yield from check.compare_table(CPU, 150, 130)
 
     assert all(comparison.passed for comparison in passed())
     with mutated("kernels.normalize.kernel", *MUTANTS["LayerNorm without its mean"], tmp_path):
         verdicts = [comparison.passed for comparison in passed()]
-    assert verdicts == [True, False, True, False]
+    assert verdicts == [True, False, True, False, True]
+    for name in ("the first places alone", "overwritten", "the first columns alone"):
+        with mutated("kernels.normalize.kernel", *ADDING_MUTANTS[name], tmp_path):
+            assert [comparison.passed for comparison in passed()] == [True] * 4 + [False], name
