@@ -3,8 +3,9 @@
 `python -m benchmarks.roofline --config_file configs/base.json` prints tables like those of docs/performance.md, with
 three counts per part. Fewest: every operand of a product read once, its result written once, all else fused into
 products, and each mix of the layer weighting reading its inputs. Not fused: this implementation on a CPU, or where its
-operations are not fused. Fused: with the fused Triton kernels, whose mixes come in groups. A part takes at least its
-FLOPs over the peak rate or its bytes over the bandwidth, whichever is more, and the time between its launches.
+operations are not fused. Fused: with the fused Triton kernels, whose mixes come in groups, in a run whose steps are one
+micro-batch each. A part takes at least its FLOPs over the peak rate or its bytes over the bandwidth, whichever is more,
+and the time between its launches.
 
 Shapes as in `gptbert.model`; activations and cast weights have two bytes, the residual stream and gradients four.
 """
@@ -123,9 +124,8 @@ class TrainingStep:
         hidden, inner = self.config.hidden_size, self.config.intermediate_size
         shapes = ((hidden, 4 * hidden), (hidden, hidden), (hidden, 2 * inner), (inner, hidden))
         work = sum((_product(self.tokens, *shape) for shape in shapes), Work())
-        layers, weights = self.config.num_hidden_layers, sum(rows * columns for rows, columns in shapes)
-        # the products add gradients to their memory; the sum for the bias of queries, keys, values and gates
-        fused = work + Work(0, 4 * weights + 2 * 4 * hidden * self.tokens)
+        layers = self.config.num_hidden_layers
+        fused = work + Work(0, 2 * 4 * hidden * self.tokens)  # sums for the bias of queries, keys, values and gates
         return Part("projections", layers * work, layers * work, layers * fused)
 
     def _attention(self) -> Part:
@@ -168,11 +168,11 @@ class TrainingStep:
     def _embedding(self) -> Part:
         entries = self.tokens * self.config.hidden_size
         table = self.config.vocab_size * self.config.hidden_size
-        fewest = Work(0, (2 + 1) * 4 * entries + 4 * table)
-        # forward 2, backward 3; rows' gradients into a table of zeros, which is added twice: to that of the head, and
-        # to the memory of both
-        fused = Work(0, (2 + 3 + 2) * 4 * entries + (1 + 3 + 3) * 4 * table)
-        return Part("embedding", fewest, fewest + Work(0, (2 + 3) * 4 * entries), fused)
+        fewest = Work(0, (2 + 1) * 4 * entries)
+        # forward 2, backward 3; rows' gradients into a table, which is added to that of the head
+        ours = Work(0, (2 + 3 + 3) * 4 * entries + 4 * table)
+        # or to their rows of the head's, at most as many
+        return Part("embedding", fewest, ours, Work(0, (2 + 3 + 3) * 4 * entries))
 
     def _head(self) -> Part:
         config, labeled = self.config, self.labeled_fraction * self.tokens
@@ -181,15 +181,17 @@ class TrainingStep:
         kernel = Work(0, 2 * 2 * labeled * config.vocab_size)  # logits to their gradients, in place
         hidden, table = labeled * config.hidden_size, config.vocab_size * config.hidden_size
         without = Work(logits.flops, (2 + 2 + 2) * hidden + (2 + 2 + 4) * table)  # logits never leave the chip
-        ours = dense + logits + kernel
-        return Part("head and cross-entropy", dense + without, ours, ours + Work(0, (2 + 3) * 2 * hidden))
+        fused = dense + logits + kernel
+        ours = fused + Work(0, 2 * 4 * table)  # the backward multiplies the weight's gradient
+        return Part("head and cross-entropy", dense + without, ours, fused + Work(0, (2 + 3) * 2 * hidden))
 
     def _weights(self) -> Part:
         parameters = parameter_count(self.config)
         copied = copied_count(self.config)
         optimizer, casts = self.optimizer(), Work(0, (4 + 2) * parameters)
-        # LAMB writes the blocks' copies; others, as the head's, are made by autocast; gradients are cleared
-        fused = optimizer + Work(0, COPY_BYTES * copied + (4 + 2) * (parameters - copied) + 4 * parameters)
+        # LAMB writes copies; others, as the head's, are made by autocast; gradients that no product writes are cleared
+        added = parameters - copied_count(self.config, least_dimensions=2)
+        fused = optimizer + Work(0, COPY_BYTES * copied + (4 + 2) * (parameters - copied) + 4 * added)
         return Part("optimizer and casts", optimizer, optimizer + casts, fused)
 
     def _masking(self) -> Part:
@@ -208,10 +210,11 @@ def parameter_count(config: ModelConfig) -> int:
         return sum(param.numel() for param in GPTBert(config).parameters())
 
 
-def copied_count(config: ModelConfig) -> int:
-    """Number of parameters whose copies in bf16 are written by LAMB in fused steps."""
+def copied_count(config: ModelConfig, least_dimensions: int = 1) -> int:
+    """Number of parameters whose copies in bf16 are written by LAMB in fused steps; or of those in matrices."""
     with torch.device("meta"):
-        return sum(param.numel() for param in copied_parameters(GPTBert(config)))
+        copied = copied_parameters(GPTBert(config))
+    return sum(param.numel() for param in copied if param.ndim >= least_dimensions)
 
 
 def _product(rows: float, inputs: int, outputs: int) -> Work:

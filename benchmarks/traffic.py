@@ -32,6 +32,7 @@ from kernels import IGNORE_INDEX, cross_entropy_from_logits, lamb_step, masked_c
 from kernels.depth_mix.fused import GROUP, FusedMixes
 from kernels.gated_norm.fused import gated_norm, gated_norm_backward
 from kernels.lamb import PreparedStep
+from kernels.normalize.fused import add_rows
 from kernels.normalize.fused import backward as normalize_backward
 from kernels.normalize.fused import forward as normalize_rows
 from kernels.padding import padded_rows
@@ -51,6 +52,7 @@ SPAN_MASK_BAR = 1.1
 MIX_BYTES = 1650  # per token and D, for the 24 mixes of 12 layers, forward and backward
 GATED_NORM_BAR = 1.01
 NORMALIZE_BAR = 1.01
+TABLE_BAR = 1.15
 WIDTHS = (52, 11, 11, 6, 8, 10, 11)  # of the table's columns
 
 Operation = Literal[
@@ -283,7 +285,8 @@ def lamb_job(name: str, shapes: list[torch.Size], are_copied: list[bool] | None 
 
 def copied_parameters(model: GPTBert) -> set[Tensor]:
     """The parameters of which fused steps in bf16 have copies."""
-    packed = (each for block in model.blocks for sub_layer in block.pack(torch.bfloat16) for each in sub_layer)
+    weights = model.pack(torch.bfloat16)
+    packed = [weights.words, *(each for block in weights.blocks for sub_layer in block for each in sub_layer)]
     return {part for each in packed for part in each.parts}
 
 
@@ -385,7 +388,8 @@ def gated_norm_jobs(rows: int = 32) -> Iterator[CountedJob]:
 def normalize_jobs(rows: int = 32, size: int = 768) -> Iterator[CountedJob]:
     """The embedding, and the head's activation in bf16: each reads its rows and writes them; backward also a gradient.
 
-    Besides, the ids of the embedding's rows.
+    Besides, the ids of the embedding's rows. Gradients of these are added to rows of a table, here each to its own: 4
+    bytes read, and 8 of the table read and written; and ids of up to 64 rows, from the cache.
     """
     generator = torch.Generator().manual_seed(3)
     weight, ids = torch.randn(99, size, generator=generator), torch.arange(rows)
@@ -395,6 +399,10 @@ def normalize_jobs(rows: int = 32, size: int = 768) -> Iterator[CountedJob]:
             result = normalize_rows(table, own_ids, seed, 0.1, 1e-5)
             normalize_backward(result, table, own_ids, seed, 0.1, 1e-5)
         yield _job(f"normalize of the {name}", counted, (2 + 3) * width * rows * size, NORMALIZE_BAR)
+    gradient = torch.zeros_like(weight)
+    with Counted() as counted:
+        add_rows(gradient, ids, weight[:rows])
+    yield _job("normalize of the embedding's table", counted, (1 + 2) * 4 * rows * size, TABLE_BAR)
 
 
 def _job(name: str, counted: Counted, fewest: int, bar: float) -> CountedJob:

@@ -90,13 +90,13 @@ class Trainer:
             shard([self.model, self.ema.model], config, world)
         is_recorded = config.is_recorded(world.device.type)
         self.optimizer = build_optimizer(config, self.model, is_recorded=is_recorded)
+        self.micro_batches = MicroBatches(config, plan, world)
         step = RecordedStep if is_recorded else EagerStep
-        self.training_step = step(config, self.model, self.ema, self.optimizer, world)
+        self.training_step = step(config, self.model, self.ema, self.optimizer, world, self.micro_batches)
         weights = [1.0 if config.token_weighted_loss else plan.weight(objective) for objective in Objective]
         self._loss_weights = torch.tensor(weights, device=world.device)
         self.sums, self.skipped_steps = self.training_step.sums, self.training_step.skipped_steps
         self.stop_signal = StopSignal(world)
-        self.micro_batches = MicroBatches(config, plan, world)
         self.loader = BatchLoader(config, inputs, plan, world, self.micro_batches, self.progress)
         self.words = WordCheckpoints(config, self.progress)
         self.validation = Validation(

@@ -1,7 +1,8 @@
 """Linear layers whose parameters have a copy in the products' dtype; gradients of weights are written in fp32.
 
 Autocast narrows every weight at each use, writes its gradient in 16 bits and widens it: 12 bytes a parameter and two
-launches that this does without. Layers with the same input have one product.
+launches that this does without. Layers with the same input have one product. Where a step has one backward, gradients
+are written and not added to zeros: 8 bytes a parameter less.
 """
 
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from typing import Any, NamedTuple, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+_BLOCK_ROWS = 256  # of a matrix, per in-place addition
 
 
 class Packed(NamedTuple):
@@ -20,11 +23,14 @@ class Packed(NamedTuple):
         narrow: [ΣE_i, D] or [ΣE_i], without gradient; the parameter itself if there is one, of that dtype.
         gradient: like `narrow`, fp32, the memory of all their gradients, which stays; the backward adds to it, past
             autograd. None: autograd gets the gradients.
+        overwrites: whether the product that makes the gradient of a weight overwrites that memory instead: right where
+            one backward makes all of a step's gradient. Biases' gradients are always added.
     """
 
     parts: tuple[Tensor, ...]
     narrow: Tensor
     gradient: Tensor | None = None
+    overwrites: bool = False
 
     @classmethod
     def of(cls, parts: Sequence[Tensor], dtype: torch.dtype) -> Self:
@@ -34,7 +40,7 @@ class Packed(NamedTuple):
             narrow = torch.cat(copies) if len(copies) > 1 else copies[0]
         return cls(tuple(parts), narrow.detach())
 
-    def with_gradient(self) -> Self:
+    def with_gradient(self, *, overwrites: bool = False) -> Self:
         """With the memory of the parameters' `grad`, if those are fp32 and side by side in one tensor."""
         grads = [part.grad for part in self.parts if part.grad is not None]
         if len(grads) < len(self.parts):
@@ -45,7 +51,8 @@ class Packed(NamedTuple):
         ends = [place + grad.numel() for place, grad in zip(places, grads, strict=True)]
         if places[1:] != ends[:-1] or len({grad.untyped_storage().data_ptr() for grad in grads}) > 1:
             return self
-        return self._replace(gradient=grads[0].as_strided(self.narrow.shape, grads[0].stride()))
+        memory = grads[0].as_strided(self.narrow.shape, grads[0].stride())
+        return self._replace(gradient=memory, overwrites=overwrites)
 
     def split(self) -> tuple[Tensor, ...]:
         """The copy of each parameter, a view."""
@@ -58,10 +65,12 @@ class PackedGradient:
     Args:
         gradient: see `Packed`.
         parts: see `Packed`.
+        overwrites: see `Packed`.
     """
 
-    def __init__(self, gradient: Tensor | None, parts: Sequence[Tensor]) -> None:
+    def __init__(self, gradient: Tensor | None, parts: Sequence[Tensor], *, overwrites: bool = False) -> None:
         self._gradient = gradient
+        self._overwrites = overwrites
         self._lengths = [len(part) for part in parts]
         self._dtypes = [part.dtype for part in parts]
 
@@ -71,11 +80,11 @@ class PackedGradient:
         """gradᵀ · x of [R, E] and [R, D]; and for the first parameter also first_gradᵀ · first_x.
 
         Returns:
-            Each part's gradient for autograd; None where it was added to the memory.
+            Each part's gradient for autograd; None where it is in the memory.
         """
         if self._gradient is not None:
             # in one operation: of two, for the whole and for a view of it, compiled code gave wrong sums (PyTorch 2.13)
-            add_weight_gradient(grad, x, self._gradient, first_grad, first_x)
+            add_weight_gradient(grad, x, self._gradient, first_grad, first_x, self._overwrites)
             return (None,) * len(self._lengths)
         return self._split(
             weight_gradient(grad, x), None if first_grad is None else weight_gradient(first_grad, first_x)
@@ -128,8 +137,9 @@ def linear_and_first(x: Tensor, first_x: Tensor, weight: Packed, bias: Packed) -
 
 
 def _arguments(weight: Packed, bias: Packed | None) -> tuple[Tensor | int | None, ...]:
-    bias_parts, *of_bias = ((), None, None) if bias is None else bias
-    return weight.narrow, of_bias[0], weight.gradient, of_bias[1], len(weight.parts), *weight.parts, *bias_parts
+    bias_parts, *of_bias = ((), None, None) if bias is None else bias[:3]
+    memories = (weight.gradient, of_bias[1], weight.overwrites)
+    return weight.narrow, of_bias[0], *memories, len(weight.parts), *weight.parts, *bias_parts
 
 
 class _Linear(torch.autograd.Function):
@@ -142,11 +152,12 @@ class _Linear(torch.autograd.Function):
         bias: Tensor | None,
         weight_memory: Tensor | None,
         bias_memory: Tensor | None,
+        overwrites: bool,
         count: int,
         *parts: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         ctx.save_for_backward(x, first_x, weight)
-        ctx.weights = PackedGradient(weight_memory, parts[:count])
+        ctx.weights = PackedGradient(weight_memory, parts[:count], overwrites=overwrites)
         ctx.biases = PackedGradient(bias_memory, parts[count:])
         ctx.has_bias, ctx.first_rows = bias is not None, len(parts[0])
         of_first = None
@@ -163,7 +174,7 @@ class _Linear(torch.autograd.Function):
         of_weights = ctx.weights.of_weight(rows, x.flatten(0, -2), first_grad, first_x)
         of_biases = ctx.biases.of_bias(rows, first_grad) if ctx.has_bias else ()
         of_first_x = None if first_x is None else first_grad @ weight[: ctx.first_rows]
-        return grad @ weight, of_first_x, *[None] * 5, *of_weights, *of_biases
+        return grad @ weight, of_first_x, *[None] * 6, *of_weights, *of_biases
 
 
 @torch.library.custom_op("kernels::weight_gradient", mutates_args=())
@@ -183,26 +194,38 @@ def _(grad, x):
 
 @torch.library.custom_op("kernels::add_weight_gradient", mutates_args={"total"})
 def add_weight_gradient(
-    grad: Tensor, x: Tensor, total: Tensor, first_grad: Tensor | None = None, first_x: Tensor | None = None
+    grad: Tensor,
+    x: Tensor,
+    total: Tensor,
+    first_grad: Tensor | None = None,
+    first_x: Tensor | None = None,
+    overwrites: bool = False,
 ) -> None:
-    """Add `weight_gradient` to [E, D]; and that of [R', E'] and [R', D] to its first E' rows."""
-    _add_product(total, grad.T, x)
+    """Add `weight_gradient` to [E, D], or overwrite that; and add that of [R', E'] and [R', D] to its first E' rows."""
+    add_product(total, grad.T, x, overwrites=overwrites)
     if first_grad is not None and first_x is not None:
-        _add_product(total[: first_grad.shape[1]], first_grad.T, first_x)
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    if left.dtype == torch.float32:
-        total.addmm_(left, right)
-    elif multiplies_into_fp32(left.device):
-        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
-    else:
-        total.add_(left @ right)
+        add_product(total[: first_grad.shape[1]], first_grad.T, first_x)
 
 
 @add_weight_gradient.register_fake
-def _(grad, x, total, first_grad=None, first_x=None):
-    del grad, x, total, first_grad, first_x
+def _(grad, x, total, first_grad=None, first_x=None, overwrites=False):
+    del grad, x, total, first_grad, first_x, overwrites
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor, *, overwrites: bool = False) -> None:
+    """Add left · right to `total` [E, D], or overwrite that; in its dtype, where possible without rounding before."""
+    if left.dtype == total.dtype:
+        torch.mm(left, right, out=total) if overwrites else total.addmm_(left, right)
+    elif multiplies_into_fp32(left.device):
+        if overwrites:
+            torch.mm(left, right, out_dtype=total.dtype, out=total)
+        else:
+            torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    elif overwrites:
+        total.copy_(left @ right)
+    else:  # in blocks: PyTorch would cast the whole addend to a new tensor, which takes longer than the addition
+        for part, addend in zip(total.split(_BLOCK_ROWS), (left @ right).split(_BLOCK_ROWS), strict=True):
+            part.add_(addend)
 
 
 def multiplies_into_fp32(device: torch.device) -> bool:

@@ -228,7 +228,7 @@ def test_compiled_blocks_with_packed_weights_share_two_graphs(triton, fresh_comp
     for is_compiled in (False, True):
         torch.manual_seed(0)
         model = GPTBert(dataclasses.replace(TINY, num_hidden_layers=2, **shape))
-        weights = PackedWeights(model.blocks, torch.float32)
+        weights = PackedWeights(model, torch.float32)
         FlatGradients(model.parameters(), World(0, 1, CPU))
         weights.add_gradients_directly()
         if is_compiled:
@@ -237,7 +237,7 @@ def test_compiled_blocks_with_packed_weights_share_two_graphs(triton, fresh_comp
             ids = torch.randint(16, TINY.vocab_size, (rows, 16), generator=torch.Generator().manual_seed(rows))
             torch.manual_seed(5)
             batch = Batch(ids, torch.zeros_like(ids), ids, num_masked=1)
-            total = model(batch, None, 0.0, None, weights.blocks).total
+            total = model(batch, None, 0.0, None, weights.weights).total
             total.backward()
             ends.append([total.detach(), *(param.grad.clone() for param in model.parameters())])
     for eager, compiled in zip([*ends[0], *ends[1]], [*ends[2], *ends[3]], strict=True):

@@ -79,11 +79,50 @@ def test_no_rows():
     assert x.grad.shape == (0, 16)
 
 
+def added(ids, grad, dtype):
+    """A table of ones to which gradients were added, row by row."""
+    table = torch.ones(7, grad.shape[-1], dtype=dtype)
+    for row, own in zip(grad.flatten(0, 1).to(dtype), ids.flatten().tolist(), strict=True):
+        table[own] += row
+    return table
+
+
+def assert_adds_right(rows=9, size=12, ids=None):
+    case = make_embedding(rows, size)
+    ids = case[0] if ids is None else ids.expand(2, rows)
+    memories = [torch.ones(7, size) for _ in range(2)]
+    for memory in memories:
+        fused.add_rows(memory, ids.flatten(), case[2].flatten(0, 1))
+    assert torch.equal(*memories), "the same bits"
+    assert_accurate(
+        memories[0], *(added(ids, case[2], dtype) for dtype in (torch.float64, torch.float32)), name="table"
+    )
+
+
+@pytest.mark.parametrize("size", [1, 130])
+@pytest.mark.parametrize("rows", [1, 32, 70])
+def test_gradients_of_rows_are_added_to_those_of_a_table(size, rows):
+    """Each id in fewer, as many and more places than a program has at a time; and one id everywhere."""
+    assert_adds_right(rows, size)
+    assert_adds_right(rows, size, torch.tensor(6))
+
+
+@pytest.mark.parametrize("prob", [0.0, 0.2])
+def test_the_embeddings_backward_adds_to_memory(prob):
+    case = make_embedding(9, 12)
+    _, expected = run_embedding(case, prob, embed)
+    memory, weight = torch.ones(7, 12), case[1].detach().clone().requires_grad_()
+    embed(case[0], weight, SEED, prob, EPS, memory).backward(case[2])
+    assert weight.grad is None
+    torch.testing.assert_close(memory - 1, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("size", [5, 300])
 def test_every_address_lies_in_a_tensor(size):
     case = make_embedding(9, size)
     with checked_addresses() as faults:
         run_embedding(case, 0.2, embed)
+        kernel.add_rows(torch.zeros(7, size), case[0].flatten(), case[2].flatten(0, 1))
         run_head(case, 0.2, activate)
         torch.autograd.grad(dropouts(case[1].requires_grad_(), SEEDS, 0.2, torch.float32).sum(), case[1])
     assert faults == []
@@ -102,6 +141,7 @@ def test_operations_are_registered_rightly():
     for x, own_ids in ((table, ids), (grad, None)):
         torch.library.opcheck(fused.forward, (x.clone().requires_grad_(), own_ids, SEED, 0.2, EPS))
         torch.library.opcheck(fused.backward, (grad, x, own_ids, SEED, 0.2, EPS))
+    torch.library.opcheck(fused.add_rows, (table, ids.flatten(), grad.flatten(0, 1)))
     torch.library.opcheck(fused_dropout.forward, (table.clone().requires_grad_(), SEEDS, 0.2, torch.float32))
     torch.library.opcheck(fused_dropout.backward, (torch.randn(4, 7, 12), SEEDS, 0.2, torch.float32))
 
@@ -160,6 +200,23 @@ def test_planted_bugs_are_found(name, tmp_path):
         assert_right(case, 0.2)
 
 
+ADDING_MUTANTS = {
+    "the first places alone": ("while count == ROWS:", "while first == tl.program_id(0):"),
+    "each place for itself": ("if own != previous:", "if own >= previous:"),
+    "gradients in the order of ids": ("tl.load(order_ptr + places, mask=is_own, other=0)", "places"),
+    "those of all ids": ("mask=places < rows, other=-1) == own", "mask=places < rows, other=-1) >= 0"),
+    "overwritten": ("tl.load(target_ptr, mask=is_column, other=0.0) + tl.sum", "tl.sum"),
+    "the first columns alone": ("tl.program_id(1) * BLOCK + tl.arange", "tl.arange"),
+}
+
+
+@pytest.mark.parametrize("name", ADDING_MUTANTS)
+def test_planted_bugs_in_adding_are_found(name, tmp_path):
+    ids = torch.tensor(6) if name == "the first places alone" else None
+    with mutated("kernels.normalize.kernel", *ADDING_MUTANTS[name], tmp_path), pytest.raises(AssertionError):
+        assert_adds_right(rows=40, size=130, ids=ids)
+
+
 KEPT = "kept = are_kept(first_words(offsets, seed_ptr), seed_ptr, threshold)"
 SEED_PTR = "seed_ptr = seeds_ptr + mask * seed_stride"
 DROPOUT_MUTANTS = {
@@ -186,8 +243,12 @@ def test_the_check_finds_them_too(tmp_path):
     def passed():
         yield from check.compare_embedding(CPU, 5, 12)
         yield from check.compare_activation(CPU, 5, 12, torch.float32)
+        yield from check.compare_table(CPU, 150, 130)
 
     assert all(comparison.passed for comparison in passed())
     with mutated("kernels.normalize.kernel", *MUTANTS["LayerNorm without its mean"], tmp_path):
         verdicts = [comparison.passed for comparison in passed()]
-    assert verdicts == [True, False, True, False]
+    assert verdicts == [True, False, True, False, True]
+    for name in ("the first places alone", "overwritten", "the first columns alone"):
+        with mutated("kernels.normalize.kernel", *ADDING_MUTANTS[name], tmp_path):
+            assert [comparison.passed for comparison in passed()] == [True] * 4 + [False], name

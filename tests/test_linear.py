@@ -144,7 +144,8 @@ def test_operations_are_registered_rightly():
     for dtype in (torch.float32, torch.bfloat16):
         torch.library.opcheck(weight_gradient, (grad.to(dtype), x.to(dtype)))
         rows = (grad.to(dtype), x.to(dtype), torch.ones(4, 3))
-        for others in ((), (grad[:5, :2].to(dtype), x[:5].to(dtype))):
+        first = grad[:5, :2].to(dtype), x[:5].to(dtype)
+        for others in ((), first, (*first, True)):
             torch.library.opcheck(add_weight_gradient, (*rows, *others))
 
 
@@ -165,6 +166,31 @@ def test_compiled_equals_eager(fresh_compiler, backend, has_memory):
         torch.testing.assert_close(actual, eager)
 
 
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_overwrites_what_is_in_memory(fresh_compiler, backend, dtype):
+    """Even NaN; but what other rows have for the first parameter is added, and so are biases' gradients."""
+    weights, biases, x = make_layers(2)
+    leaves = [x.to(dtype), torch.randn(4, 6, generator=torch.Generator().manual_seed(1)).to(dtype)]
+    packed = [Packed.of(parts, dtype) for parts in (weights, biases)]
+    function = linear_and_first if backend is None else torch.compile(linear_and_first, fullgraph=True, backend=backend)
+
+    def gradients():
+        results = function(*leaves, *own)
+        torch.autograd.backward(results, [torch.cos(result.detach()) for result in results])
+        return [param.grad.clone() for param in (*weights, *biases)]
+
+    give_memory(weights, biases)
+    own = [each.with_gradient() for each in packed]
+    expected = [grad - 1 for grad in gradients()]
+    own = [packed[0].with_gradient(overwrites=True), own[1]]
+    for _ in range(2):
+        own[0].gradient.fill_(torch.nan)
+        own[1].gradient.zero_()
+        for actual, grad in zip(gradients(), expected, strict=True):
+            torch.testing.assert_close(actual, grad, rtol=1e-4, atol=1e-5)
+
+
 @pytest.fixture
 def model():
     set_default_backend("triton")
@@ -175,15 +201,18 @@ def model():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_copies_follow_the_weights(model, dtype):
-    weights = PackedWeights(model.blocks, dtype)
+    weights = PackedWeights(model, dtype)
 
     def are_copies():
         block = model.blocks[1]
         expected = torch.cat([block.attention.query_key.weight, block.attention.value_gate.weight]).to(dtype)
-        (projection, bias, output), (up, down) = weights.blocks[1]
+        (projection, bias, output), (up, down) = weights.weights.blocks[1]
         pairs = [(projection, expected), (output, block.attention.output.weight), (up, block.feed_forward.up.weight)]
         pairs += [(bias, torch.cat([block.attention.query_key.bias, block.attention.value_gate.bias]))]
-        pairs += [(down, block.feed_forward.down.weight)]
+        pairs += [
+            (down, block.feed_forward.down.weight),
+            (weights.weights.words, model.embedding.word_embedding.weight),
+        ]
         return all(torch.equal(packed.narrow, tensor.to(dtype)) for packed, tensor in pairs)
 
     assert are_copies()
@@ -210,7 +239,7 @@ def test_copies_follow_the_weights(model, dtype):
 @pytest.mark.parametrize("optimizer", ["lamb", "adamw", "muon"])
 def test_an_update_writes_the_copies(model, dtype, optimizer, monkeypatch):
     """LAMB's kernel in its own pass, others after it; not those of weights that only look changed."""
-    weights, average = PackedWeights(model.blocks, dtype), WeightAverage(model, 0.9)
+    weights, average = PackedWeights(model, dtype), WeightAverage(model, 0.9)
     makers = {
         "lamb": lambda: Lamb(parameter_groups(model, 0.1), lr=0.1),
         "adamw": lambda: torch.optim.AdamW(parameter_groups(model, 0.1), lr=0.1, fused=True),
@@ -257,6 +286,7 @@ def adds_nothing(self, grad, first_grad=None):
 # A changed copy of the module would register its operations anew, so functions are replaced.
 PLANTED = {
     "the memory overwritten": ("add_weight_gradient", lambda grad, x, total, *_: torch.mm(grad.T, x, out=total)),
+    "added to NaN": ("add_product", lambda total, left, right, **_: total.addmm_(left, right)),
     "nothing added": ("add_weight_gradient", lambda grad, x, total, *_: None),
     "rows for columns": ("weight_gradient", lambda grad, x: (x.T @ grad).reshape(grad.shape[1], -1)),
     "half of the rows": ("weight_gradient", lambda grad, x: grad[::2].T @ x[::2]),
@@ -268,6 +298,7 @@ PLANTED = {
 def all_of_them():
     for has_memory in (False, True):
         test_results_and_gradients_are_those_of_the_layers(has_memory, True, 2, 2)
+    test_a_product_overwrites_what_is_in_memory(None, None, torch.float32)
     test_other_rows_by_the_first_parameter(True)
     test_other_rows_by_the_first_parameter(False)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gptbert import schedules
 from gptbert.config import TrainConfig
 from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.data.micro_batch import MicroBatches, micro_batch_rows
@@ -81,6 +82,32 @@ def batch(masked, causal, length=16):
     """Rows filled with their own index."""
     numbers = torch.arange(masked + causal)[:, None].expand(-1, length)
     return Batch(numbers, torch.zeros_like(numbers), numbers, num_masked=masked)
+
+
+@pytest.mark.parametrize("has_fixed_shapes", [True, False])
+@pytest.mark.parametrize(
+    ("are_single", "changes"),
+    [
+        (True, {"global_batch_size": 32, "local_batch_size": 32}),
+        (True, {"global_batch_size": 32, "local_batch_size": 32, "seq_length_growth": True}),
+        (False, {"global_batch_size": 32, "local_batch_size": 31}),
+        (False, {"global_batch_size": 32, "local_batch_size": 16, "batch_reduction": 4}),  # at its end
+        (True, {"global_batch_size": 32, "local_batch_size": 32, "hybrid_numerator": 0}),
+    ],
+)
+def test_a_run_knows_whether_each_step_is_one_micro_batch(make_config, are_single, changes, has_fixed_shapes):
+    micro_batches, plan = fixed(make_config, **changes)
+    micro_batches.has_fixed_shapes = has_fixed_shapes
+    counts, lengths = set(), set()
+    for step in range(100):
+        rows = sum(plan.rows_of_a_rank(objective, step) for objective in Objective)
+        rows = sum(micro_batches.padded_rows(step).values()) or rows
+        length = plan.config.seq_length * schedules.length_factor(plan.config, step)
+        ids = torch.zeros(rows, length, dtype=torch.long)
+        counts.add(len(micro_batches.cut(Batch(ids, ids, ids, num_masked=0), step)))
+        lengths.add(length)
+    assert micro_batches.are_single is are_single is (counts == {1})
+    assert set(micro_batches.lengths) == lengths
 
 
 @pytest.mark.parametrize("step", [0, 60, 99])

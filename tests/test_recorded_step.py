@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from gptbert.config import TrainConfig
 from gptbert.data import objectives
 from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.data.inputs import Inputs
+from gptbert.data.micro_batch import MicroBatches
 from gptbert.distributed import flat_gradients
 from gptbert.distributed.flat_gradients import FlatGradients
 from gptbert.distributed.world import World, connect
@@ -130,8 +132,42 @@ def test_tritons_launches_are_recorded(inputs, monkeypatch):
     assert_same(*ends)
     assert recorder.recorded == ["forward and backward of 2 rows", UPDATE]
     assert recorder.replays == 2 * (2 + 1), "of two steps with two micro-batches"
-    blocks = trainer.training_step._weights.blocks
-    assert all(packed.gradient is not None for block in blocks for layer in block for packed in layer)
+    packed = list(trainer.training_step._weights._all())
+    assert all(each.gradient is not None and not each.overwrites for each in packed), "gradients are added"
+
+
+@pytest.mark.usefixtures("quick_masks")
+@pytest.mark.parametrize(("operations", "overwritten"), [(wanted.FUSED, 5), (("gated_norm", "normalize"), 3)])
+def test_what_one_micro_batch_overwrites_need_not_be_cleared(inputs, monkeypatch, operations, overwritten):
+    """Gradients as if they were added to zeros, from memory of NaN, also in a replay.
+
+    Of attention that is not fused they are autograd's, so they are added and cleared.
+    """
+    emulate(monkeypatch)
+    set_default_backend("triton")
+    wanted.use_fused(operations)
+    settings = {"config_file": wide_model(inputs), **FEW_ROWS, "global_batch_size": 2}
+    gradients = []
+    for are_single in (True, False):
+        with patch.object(MicroBatches, "are_single", are_single):
+            trainer = make_trainer(inputs, recorded=True, **settings)
+        step, memory = trainer.training_step, trainer.training_step._gradients
+        assert sum(packed.overwrites for packed in step._weights._all()) == overwritten * are_single
+        (micro_batch,) = trainer.micro_batches.cut(trainer.loader.batch(trainer.loader.load(1), 1), 1)
+        for _ in range(1 + are_single):
+            memory.zero_()
+            memory.buffer[len(memory._added) :].fill_(math.nan)
+            torch.manual_seed(0)  # of dropout's seeds
+            step.accumulate([micro_batch], torch.tensor([0.3, 0.7]))
+            gradients.append([param.grad.clone() for param in trainer.model.parameters()])
+        if are_single:
+            with pytest.raises(RuntimeError, match=r"^2 micro-batches in a step of a run whose steps have one each$"):
+                step.accumulate([micro_batch] * 2, torch.tensor([0.3, 0.7]))
+            assert step.recorder.replays == 1
+    assert_same((gradients[0], {}), (gradients[1], {}))
+    for actual, expected in zip(*gradients[1:], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
+        assert actual.any()
 
 
 @pytest.mark.usefixtures("quick_masks")

@@ -67,6 +67,21 @@ class MicroBatches:
         self.has_fixed_shapes = has_fixed_shapes
         self._composition = cache(self._compose)
 
+    @property
+    def lengths(self) -> list[int]:
+        """All row lengths of the run."""
+        return [factor * self._config.seq_length for factor in self._plan.length_factors]
+
+    @property
+    def are_single(self) -> bool:
+        """Whether every step of the run has one micro-batch."""
+        return all(
+            sum(self._plan.most_rows(objective, length // self._config.seq_length) for objective in objectives)
+            <= micro_batch_rows(self._config, length, self._device)
+            for objectives in self._every
+            for length in self.lengths
+        )
+
     def padded_rows(self, step: int) -> dict[Objective, int]:
         """Rows of each objective of this rank at `step`, including padding; empty if shapes are not fixed."""
         return {objective: rows * self._count(step) for objective, rows in self._fixed(self._own, step).items()}

@@ -1,10 +1,10 @@
 """All gradients in one buffer, where they stay, summed over ranks in a few large pieces."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from gptbert.distributed.world import World
 
@@ -25,20 +25,31 @@ class FlatGradients:
         params: fp32, on the rank's device, in the same order on every rank; their `grad` is set.
         world: the ranks to sum over.
         dtype: fp32, or bf16 to send half the bytes; sums are rounded to it on the way.
+        overwritten: parameters whose gradients every backward overwrites, so that nothing need clear them.
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], world: World, dtype: torch.dtype = torch.float32) -> None:
-        params = sorted(params, key=lambda param: param.ndim)  # so that weights packed together have neighbors' places
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        world: World,
+        dtype: torch.dtype = torch.float32,
+        overwritten: Collection[Tensor] = (),
+    ) -> None:
+        unread = set(overwritten)
+        # by dimensions, so that weights packed together have neighbors' places
+        params = sorted(params, key=lambda param: (param in unread, param.ndim))
         spaces = [-(-param.numel() // _ALIGNMENT) * _ALIGNMENT for param in params]
         self.buffer = torch.zeros(sum(spaces), dtype=torch.float32, device=world.device)
+        added = sum(space for param, space in zip(params, spaces, strict=True) if param not in unread)
+        self._added = self.buffer[:added]
         for param, space in zip(params, self.buffer.split(spaces), strict=True):
             param.grad = space[: param.numel()].view_as(param)
         self._world = world
         self._dtype = dtype
 
     def zero_(self) -> None:
-        """Set all gradients to zero."""
-        self.buffer.zero_()
+        """Set all gradients to zero, but for those that the next backward overwrites."""
+        self._added.zero_()
 
     def all_reduce(self) -> None:
         """Sum over all ranks, in place and without a device sync; every rank must call it."""

@@ -29,6 +29,7 @@ from kernels.backend import choose_backend
 from kernels.depth_mix import FusedMixes, is_fused
 from kernels.dropout import dropouts
 from kernels.dropout import is_fused as are_dropouts_fused
+from kernels.linear import Packed
 from kernels.normalize import activate, embed
 from kernels.normalize import is_fused as is_norm_fused
 from kernels.padding import rounded_rows
@@ -51,6 +52,18 @@ class DropoutSeeds(NamedTuple):
         if seeds is None:
             return cls(None, None, [None] * num_layers, None)
         return cls(seeds[0], seeds[1:-1:BLOCK_SEEDS], seeds[1:-1].split(BLOCK_SEEDS), seeds[-1])
+
+
+class ModelWeights(NamedTuple):
+    """Parameters with copies in the products' dtype.
+
+    Attributes:
+        blocks: of each block, from `Block.pack`.
+        words: the embedding [V, D], which is also the output matrix.
+    """
+
+    blocks: Sequence[BlockWeights]
+    words: Packed
 
 
 class Encoded(NamedTuple):
@@ -137,14 +150,15 @@ class GPTBert(nn.Module):
         document_ids: Tensor,
         causal: bool | Tensor,
         seeds: DropoutSeeds,
-        weights: Sequence[BlockWeights] | None = None,
+        weights: ModelWeights | None = None,
     ) -> Encoded:
-        hidden_states, relative = self.embedding(input_ids, seeds.embedding)
+        words = None if weights is None else weights.words
+        hidden_states, relative = self.embedding(input_ids, seeds.embedding, words)
         dtype, device = hidden_states.dtype, hidden_states.device
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         visibility = self._visibility(document_ids, causal, len(relative), dtype)
-        packed: Sequence[BlockWeights | None] = weights or [None] * len(self.blocks)
+        packed: Sequence[BlockWeights | None] = [None] * len(self.blocks) if weights is None else weights.blocks
         alphas = [mix.alpha for block in self.blocks for mix in (block.attention_mix, block.feed_forward_mix)]
         # not if they are sharded: a group of mixes needs all of its weights at once
         if is_fused(device, dtype, self.config.hidden_size, len(alphas)) and not isinstance(alphas[0], DTensor):
@@ -187,14 +201,24 @@ class GPTBert(nn.Module):
     ) -> Visibility:
         """What attention needs: mask and buckets of all pairs, or for the fused kernels ids and tables by distance."""
         length, device = document_ids.shape[1], document_ids.device
-        head_size = self.config.hidden_size // self.config.num_attention_heads
-        if not is_attention_fused(dtype, device, length, head_size, num_position_vectors):
+        if not self.has_fused_attention(length, dtype, device):
             return Visibility(attention_mask(document_ids, causal), self.position_buckets(length))
         if not isinstance(causal, Tensor):
             causal = torch.full_like(document_ids[:, 0], causal, dtype=torch.bool)  # [B]
         buckets = self._buckets(torch.arange(1 - length, length, device=device))
         tables = distance_tables(buckets, num_position_vectors, dtype)
         return Visibility(document_ids=document_ids.int(), is_causal=causal, tables=tables)
+
+    def has_fused_attention(self, length: int, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether attention over rows of this length runs in the fused kernels, with packed weights."""
+        head_size = self.config.hidden_size // self.config.num_attention_heads
+        num_position_vectors = position_rows(2 * self.config.position_bucket_size - 1, device)
+        return is_attention_fused(dtype, device, length, head_size, num_position_vectors)
+
+    def pack(self, dtype: torch.dtype) -> ModelWeights:
+        """The parameters of the large products, with new copies in the products' dtype."""
+        blocks = [block.pack(dtype) for block in self.blocks]
+        return ModelWeights(blocks, Packed.of([self.embedding.word_embedding.weight], dtype))
 
     def dropout_seeds(self, device: torch.device) -> Tensor | None:
         """New seeds of one forward's dropout masks, [masks, 2] int32; None without dropout."""
@@ -209,7 +233,7 @@ class GPTBert(nn.Module):
         scales: Tensor | None = None,
         z_loss_weight: float = 0.0,
         dropout_seeds: Tensor | None = None,
-        weights: Sequence[BlockWeights] | None = None,
+        weights: ModelWeights | None = None,
     ) -> MaskedCrossEntropy:
         """Cross-entropy at labeled positions, summed for each objective.
 
@@ -218,7 +242,8 @@ class GPTBert(nn.Module):
             scales: [objectives] fp32, each objective's factor in `total`; None: 1.
             z_loss_weight: weight of logsumexp² in `total`.
             dropout_seeds: from the method of that name; None: new ones.
-            weights: each block's, from `Block.pack`, in the dtype of the products; None: packed where they are needed.
+            weights: from `pack`, in the dtype of the products; None: packed where they are needed. If the embedding's
+                have memory for the gradient, a backward is from `total` itself: see `masked_cross_entropy`.
 
         Returns:
             Sums over the labeled positions, see `kernels.MaskedCrossEntropy`, [objectives] in the order of `Objective`.
@@ -233,7 +258,7 @@ class GPTBert(nn.Module):
         states, labels, objectives = select_labeled(states, batch)
         return masked_cross_entropy(
             self.head(states, seeds.head, is_normalized=is_normalized),
-            self.embedding.word_embedding.weight,
+            self.embedding.word_embedding.weight if weights is None else weights.words,
             labels,
             self.head.bias,
             segments=objectives,
@@ -284,17 +309,21 @@ class Embedding(nn.Module):
         self.layer_norm = layer_norm(config.hidden_size, config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
 
-    def forward(self, input_ids: Tensor, seed: Tensor | None) -> tuple[Tensor, Tensor]:
-        """[B, T] ids to x0 [B, T, D] and r [P, D], which on a GPU is padded with zero rows; see `position_rows`."""
-        hidden_states = self._words(input_ids, seed if self.training else None)
+    def forward(self, input_ids: Tensor, seed: Tensor | None, words: Packed | None = None) -> tuple[Tensor, Tensor]:
+        """[B, T] ids to x0 [B, T, D] and r [P, D], which on a GPU is padded with zero rows; see `position_rows`.
+
+        `words` are the token embeddings, which have memory for the gradient.
+        """
+        hidden_states = self._words(input_ids, seed if self.training else None, words)
         relative = self.relative_layer_norm(self.relative_embedding)
         zeros = position_rows(len(relative), relative.device) - len(relative)
         return hidden_states, F.pad(relative, (0, 0, 0, zeros)) if zeros else relative
 
-    def _words(self, input_ids: Tensor, seed: Tensor | None) -> Tensor:
+    def _words(self, input_ids: Tensor, seed: Tensor | None, words: Packed | None) -> Tensor:
         weight = self.word_embedding.weight
         if is_norm_fused(weight.device, weight.shape[1]):
-            return embed(input_ids, weight, seed, self.dropout.probability, self.layer_norm.eps)
+            memory = None if words is None else words.gradient
+            return embed(input_ids, weight, seed, self.dropout.probability, self.layer_norm.eps, memory)
         return self.dropout(self.layer_norm(self.word_embedding(input_ids)), seed)
 
 

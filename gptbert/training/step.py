@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gptbert.config import TrainConfig
+from gptbert.data.micro_batch import MicroBatches
 from gptbert.distributed.flat_gradients import FlatGradients
 from gptbert.distributed.fsdp import reshard
 from gptbert.distributed.world import REDUCE_DTYPES, World
@@ -40,10 +41,17 @@ class TrainingStep(ABC):
         average: of its weights.
         optimizer: of its parameters.
         world: the run's processes.
+        micro_batches: of the run.
     """
 
     def __init__(
-        self, config: TrainConfig, model: GPTBert, average: WeightAverage, optimizer: Optimizer, world: World
+        self,
+        config: TrainConfig,
+        model: GPTBert,
+        average: WeightAverage,
+        optimizer: Optimizer,
+        world: World,
+        micro_batches: MicroBatches,
     ) -> None:
         self.parallel_model: nn.Module = model
         self.sums = LossSums(world.device)
@@ -57,6 +65,7 @@ class TrainingStep(ABC):
         self._step_sums = LossSums(world.device)  # of this step's micro-batches so far
         dtype = torch.bfloat16 if config.mixed_precision else torch.float32
         self._weights = packed_weights(model, world.device, dtype)
+        self._lengths, self._takes_one = micro_batches.lengths, micro_batches.are_single
 
     @abstractmethod
     def accumulate(self, micro_batches: list[Batch], scales: Tensor) -> None:
@@ -99,16 +108,31 @@ class TrainingStep(ABC):
     ) -> MaskedCrossEntropy:
         """`GPTBert.forward` in the run's precision."""
         with autocast(self._config, self._world.device):
-            weights = None if self._weights is None else self._weights.blocks
+            weights = None if self._weights is None else self._weights.weights
             return self.parallel_model(batch, scales, self._config.z_loss_weight, dropout_seeds, weights)
 
     @abstractmethod
     def _clear_gradients(self) -> None:
         """Forget the gradients of the step."""
 
-    def _look_for_new_weights(self) -> None:
+    def _flat_gradients(self, dtype: torch.dtype = torch.float32) -> FlatGradients:
+        """Memory that stays, of all gradients.
+
+        If each step is one micro-batch, the products overwrite their gradients instead of adding them to zeros.
+        """
+        if self._weights is None:
+            return FlatGradients(self._model.parameters(), self._world, dtype)
+        device = self._world.device
+        overwritten = self._weights.made_by_products(self._lengths, device) if self._takes_one else ()
+        gradients = FlatGradients(self._model.parameters(), self._world, dtype, overwritten)
+        self._weights.add_gradients_directly(overwritten)
+        return gradients
+
+    def _begin(self, micro_batches: list[Batch]) -> None:
         if self._weights is not None:
             self._weights.refresh_if_changed()
+        if self._takes_one and len(micro_batches) > 1:  # the second would overwrite the first's gradients
+            raise RuntimeError(f"{len(micro_batches)} micro-batches in a step of a run whose steps have one each")
 
     def _add_gradients(self, batch: Batch, scales: Tensor, dropout_seeds: Tensor | None = None) -> None:
         result = self.forward(batch, scales, dropout_seeds)
@@ -138,20 +162,17 @@ class EagerStep(TrainingStep):
     Gradients are reduced over ranks by DDP or FSDP, during the backward of the last micro-batch.
     """
 
-    def __init__(
-        self, config: TrainConfig, model: GPTBert, average: WeightAverage, optimizer: Optimizer, world: World
-    ) -> None:
-        super().__init__(config, model, average, optimizer, world)
+    def __init__(self, config: TrainConfig, model: GPTBert, *others: Any) -> None:
+        super().__init__(config, model, *others)
+        world = self._world
         self.parallel_model = world.wrap(model, REDUCE_DTYPES[config.reduce_dtype])
         self.averaged_ranks = world.world_size
-        self._gradients: FlatGradients | None = None  # DDP has its own memory
-        if world.world_size == 1 and self._weights is not None:
-            self._gradients = FlatGradients(model.parameters(), world)
-            self._weights.add_gradients_directly()
+        has_memory = world.world_size == 1 and self._weights is not None  # DDP has its own
+        self._gradients = self._flat_gradients() if has_memory else None
 
     def accumulate(self, micro_batches: list[Batch], scales: Tensor) -> None:
         """See `TrainingStep.accumulate`."""
-        self._look_for_new_weights()
+        self._begin(micro_batches)
         for index, micro_batch in enumerate(micro_batches):
             with self._world.gradient_sync(self.parallel_model, is_on=index == len(micro_batches) - 1):
                 self._add_gradients(micro_batch, scales)
@@ -170,10 +191,10 @@ class EagerStep(TrainingStep):
 class RecordedStep(TrainingStep):
     """As `EagerStep`, with the same bits, over tensors that stay where they are, in two CUDA graphs.
 
-    One has the forward and backward of a micro-batch, which adds to the gradients; the other has the update, which
-    clears them. What changes from step to step (rows, scales of the losses, dropout's seeds, the learning rate) is
-    copied into tensors that a graph reads. Between the two, gradients are summed over ranks: in a few large pieces, for
-    which DDP's overlap with the backward is given up.
+    One has the forward and backward of a micro-batch, which adds to the gradients or overwrites them; the other has the
+    update, which clears those that are added to. What changes from step to step (rows, scales of the losses, dropout's
+    seeds, the learning rate) is copied into tensors that a graph reads. Between the two, gradients are summed over
+    ranks: in a few large pieces, for which DDP's overlap with the backward is given up.
 
     Graphs are recorded at the second micro-batch of a shape, and at the second update. `MicroBatches` changes shapes a
     few times in a run; graphs of former shapes are dropped first, so that one's memory is held at a time. Muon's update
@@ -185,13 +206,10 @@ class RecordedStep(TrainingStep):
         recorder: of both graphs.
     """
 
-    def __init__(
-        self, config: TrainConfig, model: GPTBert, average: WeightAverage, optimizer: Optimizer, world: World
-    ) -> None:
-        super().__init__(config, model, average, optimizer, world)
-        self._gradients = FlatGradients(model.parameters(), world, REDUCE_DTYPES[config.reduce_dtype])
-        if self._weights is not None:
-            self._weights.add_gradients_directly()
+    def __init__(self, config: TrainConfig, *others: Any) -> None:
+        super().__init__(config, *others)
+        world = self._world
+        self._gradients = self._flat_gradients(REDUCE_DTYPES[config.reduce_dtype])
         self.recorder = Recorder(world.device, is_main=world.is_main)
         self._passes: dict[tuple[Any, ...], tuple[Batch, Recorded]] = {}  # by a micro-batch's shape
         self._scales: Any = None  # a tensor, made by the first step, as are the seeds
@@ -203,7 +221,7 @@ class RecordedStep(TrainingStep):
 
     def accumulate(self, micro_batches: list[Batch], scales: Tensor) -> None:
         """See `TrainingStep.accumulate`."""
-        self._look_for_new_weights()
+        self._begin(micro_batches)
         self._scales = _refilled(self._scales, scales)
         self._drop_all_but(micro_batches)
         for micro_batch in micro_batches:

@@ -51,7 +51,8 @@ def gated_attention(
     """
     rows = (*tables, document_ids, is_causal, seed if dropout_prob else None)
     settings = (dropout_prob, scale, num_heads, eps)
-    return _GatedAttention.apply(projection, position, weight.narrow, weight.gradient, *weight.parts, *rows, *settings)
+    packed = (weight.narrow, weight.gradient, weight.overwrites, *weight.parts)
+    return _GatedAttention.apply(projection, position, *packed, *rows, *settings)
 
 
 class _GatedAttention(torch.autograd.Function):
@@ -64,6 +65,7 @@ class _GatedAttention(torch.autograd.Function):
         position: Tensor,
         narrow: Tensor,
         memory: Tensor | None,
+        overwrites: bool,
         weight: Tensor,
         buckets: Tensor,
         bucket_rows: Tensor,
@@ -76,7 +78,8 @@ class _GatedAttention(torch.autograd.Function):
         rows = (document_ids, is_causal, seed)
         normalized, *kept = forward(projection, position, buckets, variant, *rows, *settings)
         ctx.save_for_backward(narrow, projection, position, buckets, bucket_rows, *rows, *kept)
-        ctx.variant, ctx.settings, ctx.packed = variant, settings[:-1], PackedGradient(memory, [weight])
+        ctx.variant, ctx.settings = variant, settings[:-1]
+        ctx.packed = PackedGradient(memory, [weight], overwrites=overwrites)
         return F.linear(normalized, narrow)
 
     @staticmethod
@@ -85,7 +88,7 @@ class _GatedAttention(torch.autograd.Function):
         inputs = (grad @ narrow, *tensors[:4], ctx.variant, *tensors[4:])
         of_projection, of_position, normalized = backward(*inputs, *ctx.settings)
         of_weight = ctx.packed.of_weight(grad.flatten(0, -2), normalized.flatten(0, -2))
-        return of_projection, of_position, None, None, *of_weight, *[None] * 10
+        return of_projection, of_position, *[None] * 3, *of_weight, *[None] * 10
 
 
 @torch.library.custom_op("kernels::gated_attention", mutates_args=())

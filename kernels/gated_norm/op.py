@@ -12,13 +12,14 @@ from kernels.linear import Packed, PackedGradient
 
 def gated_norm(gate: Tensor, linear: Tensor | None, weight: Tensor, approximate: str, eps: float) -> Tensor:
     """See `kernels.gated_norm`, by the C++ kernels; the gate is bf16."""
-    return _GatedNorm.apply(gate, linear, None, None, weight, approximate == "tanh", eps, False)
+    return _GatedNorm.apply(gate, linear, None, None, weight, approximate == "tanh", eps, False, False)
 
 
 def fused_gated_norm(gate: Tensor, linear: Tensor | None, weight: Packed, approximate: str, eps: float) -> Tensor:
     """See `kernels.gated_norm`, by the Triton kernels; the weight is one parameter."""
     memories = (weight.narrow, weight.gradient)
-    return _GatedNorm.apply(gate, linear, *memories, *weight.parts, approximate == "tanh", eps, True)
+    settings = (approximate == "tanh", eps, True, weight.overwrites)
+    return _GatedNorm.apply(gate, linear, *memories, *weight.parts, *settings)
 
 
 class _GatedNorm(torch.autograd.Function):
@@ -35,12 +36,13 @@ class _GatedNorm(torch.autograd.Function):
         is_tanh: bool,
         eps: float,
         is_fused: bool,
+        overwrites: bool,
     ) -> Tensor:
         normalized, mean, inverse_std = (fused if is_fused else cpp).gated_norm(gate, linear, is_tanh, eps)
         narrow = weight.to(gate.dtype) if narrow is None else narrow
         ctx.save_for_backward(gate, linear, narrow, mean, inverse_std)
         ctx.is_tanh, ctx.is_fused, ctx.dtype = is_tanh, is_fused, weight.dtype
-        ctx.packed = PackedGradient(memory, [weight])
+        ctx.packed = PackedGradient(memory, [weight], overwrites=overwrites)
         return F.linear(normalized, narrow)
 
     @staticmethod
@@ -54,4 +56,4 @@ class _GatedNorm(torch.autograd.Function):
             (of_weight,) = ctx.packed.of_weight(grad_rows, rows)
         else:
             of_weight = (grad_rows.T @ rows).to(ctx.dtype)
-        return of_gate, None if linear is None else of_linear, None, None, of_weight, None, None, None
+        return of_gate, None if linear is None else of_linear, None, None, of_weight, *[None] * 4

@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
+from kernels import torch_private
 from kernels.backend import choose_backend
+from kernels.linear import Packed
 from kernels.masked_cross_entropy import op
 from kernels.masked_cross_entropy.reference import MaskedCrossEntropy
 
@@ -12,7 +14,7 @@ __all__ = ["MaskedCrossEntropy", "cross_entropy_from_logits", "masked_cross_entr
 
 def masked_cross_entropy(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | Packed,
     labels: Tensor,
     bias: Tensor | None = None,
     *,
@@ -32,7 +34,9 @@ def masked_cross_entropy(
 
     Args:
         hidden: [N, D] floating point, the head's last representation.
-        weight: [V, D], often tied to the embedding; its dtype may differ.
+        weight: [V, D], often tied to the embedding; its dtype may differ. Or one parameter with its copy in the
+            products' dtype; if that has memory for the gradient, the forward puts the gradient there. Then factors of
+            the loss belong in `scales`: a backward from anything else than `total` itself is an error.
         labels: [N] integers; rows with `ignore_index` do not count.
         bias: [V] or None.
         segments: [N] integers in 0 … S − 1, of each row the segment that it is summed in; None: all rows together.
@@ -48,32 +52,34 @@ def masked_cross_entropy(
 
     Raises:
         ValueError: shapes do not match.
-        RuntimeError: a label is neither `ignore_index` nor in 0 … V − 1, or a segment not in 0 … S − 1 (on a GPU: a
-            device assert).
+        RuntimeError: a label is neither `ignore_index` nor in 0 … V − 1, or a segment not in 0 … S − 1, or the
+            gradient of weight is in memory and `grad_output` is not 1 (on a GPU: a device assert).
     """
+    packed = weight if isinstance(weight, Packed) else Packed((weight,), weight)
+    (weight,), matrix, memory, overwrites = packed
     _check_shapes(hidden, weight, labels, bias)
     segments, scales = _checked_segments(segments, scales, labels)
     backend = choose_backend(backend, hidden.device)
     with_gradient = torch.is_grad_enabled()
     needs = [with_gradient and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)]
-    loss, z_loss, correct, *gradients = op.masked_cross_entropy(
-        hidden.detach(),
-        weight.detach(),
-        labels,
-        None if bias is None else bias.detach(),
-        segments,
-        scales,
-        ignore_index,
-        z_loss_weight,
-        _compute_dtype(hidden),
-        needs,
-        backend,
+    arguments = (
+        *(hidden.detach(), matrix.detach(), labels, None if bias is None else bias.detach(), segments, scales),
+        *(ignore_index, z_loss_weight, _compute_dtype(hidden), needs, backend),
     )
-    inputs = [tensor for tensor, needed in zip((hidden, weight, bias), needs, strict=True) if needed]
+    if memory is not None and needs[1]:
+        loss, z_loss, correct, *gradients = op.masked_cross_entropy_(*arguments, memory, overwrites)
+        tensors, needs = [hidden, bias], [needs[0], needs[2]]
+    else:
+        loss, z_loss, correct, *gradients = op.masked_cross_entropy(*arguments)
+        tensors = [hidden, weight, bias]
+    inputs = [tensor for tensor, needed in zip(tensors, needs, strict=True) if needed]
     gradients = [tensor for tensor, needed in zip(gradients, needs, strict=True) if needed]
     settings = (ignore_index, z_loss_weight, weight.shape[0])
     rows = (loss, z_loss, correct, labels, segments, scales)
-    return _summed(op.sum_rows(*rows, inputs, gradients, *settings, False, backend), segments)
+    total, *sums = op.sum_rows(*rows, inputs, gradients, *settings, False, backend)
+    if len(tensors) == 2 and total.requires_grad:
+        total.register_hook(_check_grad_output)
+    return _summed((total, *sums), segments)
 
 
 def cross_entropy_from_logits(
@@ -130,6 +136,11 @@ def cross_entropy_from_logits(
     counts = (ignore_index, z_loss_weight, logits.shape[1])
     sums = op.sum_rows(*rows, labels, segments, scales, inputs, gradients, *counts, True, backend)
     return _summed(sums, segments)
+
+
+def _check_grad_output(grad: Tensor) -> None:
+    message = "the gradient of weight is in its memory already, so `grad_output` must be 1; put factors into `scales`"
+    torch_private.assert_async(grad == 1, message)
 
 
 def _summed(results: tuple[Tensor, Tensor, Tensor], segments: Tensor | None) -> MaskedCrossEntropy:

@@ -3,20 +3,20 @@
 import functools
 import importlib
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels import torch_private
 from kernels.add_bias.cpp import column_sums
-from kernels.linear import multiplies_into_fp32
+from kernels.linear import add_product
 from kernels.masked_cross_entropy import cpp, eager
+from kernels.masked_cross_entropy.inputs import checked, labeled_rows, segments_and_scales
 from kernels.padding import PADDING, padded_length, rounded_rows, rows_apart
 
 # Limit on the bytes of a chunk's logits. On a GPU 2²⁸ logits in bf16, a tenth of plain PyTorch's memory for as many:
 # each chunk costs launches. A constant: free memory would make results depend on the machine's state to the bit.
 CHUNK_BYTES = {"cpu": 2**26, "gpu": 2**29}
-_BLOCK_ROWS = 256  # of the output matrix, per in-place addition
 
 Rows = tuple[Tensor, Tensor, Tensor]  # loss, z-loss and correct [N]
 
@@ -106,10 +106,77 @@ def masked_cross_entropy(
         z_loss_weight · z_loss) with respect to hidden (its dtype), weight and bias (fp32 or wider), each empty if not
         needed.
     """
-    labels, segments, scales = _checked(labels, segments, scales, ignore_index, len(weight), backend)
+    settings = (ignore_index, z_loss_weight, compute_dtype, needs, backend)
+    results = _in_chunks(hidden, weight, labels, bias, segments, scales, *settings)
+    loss, z_loss, correct, grad_hidden, grad_weight, grad_bias = results
+    return loss, z_loss, correct, grad_hidden, loss.new_empty(0) if grad_weight is None else grad_weight, grad_bias
+
+
+@masked_cross_entropy.register_fake
+def _(hidden, weight, labels, bias, segments, scales, ignore_index, z_loss_weight, compute_dtype, needs, backend):
+    wide = torch.promote_types(compute_dtype, torch.float32)
+    shapes = [
+        shape if needed else (0,) for shape, needed in zip((weight.shape, (len(weight),)), needs[1:], strict=True)
+    ]
+    grad_hidden = hidden.new_empty(hidden.shape if needs[0] else (0,))
+    gradients = [weight.new_empty(shape, dtype=wide) for shape in shapes]
+    return *_fake_rows(hidden, hidden.shape[0], wide), grad_hidden, *gradients
+
+
+@torch.library.custom_op("kernels::masked_cross_entropy_", mutates_args={"grad_weight"})
+def masked_cross_entropy_(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    segments: Tensor | None,
+    scales: Tensor | None,
+    ignore_index: int,
+    z_loss_weight: float,
+    compute_dtype: torch.dtype,
+    needs: list[bool],
+    backend: str,
+    grad_weight: Tensor,
+    overwrites: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `masked_cross_entropy`; the gradient of weight is added to `grad_weight` [V, D], or overwrites that."""
+    settings = (ignore_index, z_loss_weight, compute_dtype, needs, backend)
+    memory: dict[str, Any] = {"grad_weight": grad_weight, "overwrites": overwrites}
+    results = _in_chunks(hidden, weight, labels, bias, segments, scales, *settings, **memory)
+    loss, z_loss, correct, grad_hidden, _, grad_bias = results
+    return loss, z_loss, correct, grad_hidden, grad_bias
+
+
+@masked_cross_entropy_.register_fake
+def _(hidden, weight, labels, bias, segments, scales, ignore_index, z_loss_weight, compute_dtype, needs, *others):  # noqa: ANN002
+    del others
+    wide = torch.promote_types(compute_dtype, torch.float32)
+    grad_hidden = hidden.new_empty(hidden.shape if needs[0] else (0,))
+    grad_bias = weight.new_empty(len(weight) if needs[2] else 0, dtype=wide)
+    return *_fake_rows(hidden, hidden.shape[0], wide), grad_hidden, grad_bias
+
+
+def _in_chunks(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    segments: Tensor | None,
+    scales: Tensor | None,
+    ignore_index: int,
+    z_loss_weight: float,
+    compute_dtype: torch.dtype,
+    needs: list[bool],
+    backend: str,
+    *,
+    grad_weight: Tensor | None = None,
+    overwrites: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """The results of `masked_cross_entropy`, the gradient of weight in the given memory, or None if not needed."""
+    labels, segments, scales = checked(labels, segments, scales, ignore_index, len(weight), backend)
     num_rows, kept = len(labels), None
     if labels.device.type == "cpu":  # a GPU would need a device sync; callers gather labeled rows instead
-        kept = _labeled_rows(labels, ignore_index, backend)
+        kept = labeled_rows(labels, ignore_index, backend)
     # 1. Inputs in compute_dtype, [N, D], [V, D] and [V]; on the CPU only labeled rows, padded to a recurring number.
     states = hidden if kept is None else hidden[kept]
     labels, segments = (labels, segments) if kept is None else (labels[kept], segments[kept])
@@ -117,7 +184,7 @@ def masked_cross_entropy(
     offset = None if bias is None else bias.to(compute_dtype)
     needs_hidden, needs_weight, needs_bias = needs
     grad_hidden = torch.empty_like(states) if needs_hidden else states.new_empty(0)
-    grad_weight = grad_bias = None
+    grad_bias = None
 
     # 2. One buffer [chunk, V] holds each chunk's logits, and then their gradient.
     chunk = _chunk_rows(len(states), len(weight), compute_dtype, hidden.device)
@@ -140,7 +207,10 @@ def masked_cross_entropy(
         if first + chunk >= len(states):
             del matrix  # freed before the weight's gradient is allocated: with one chunk, the peak of memory
         if needs_weight:
-            grad_weight = _plus_product(grad_weight, gradient.T, part, by_cpp=by_cpp)
+            if grad_weight is None:
+                wide = torch.promote_types(compute_dtype, torch.float32)
+                grad_weight = torch.empty(weight.shape, dtype=wide, device=weight.device)
+            _add_product(grad_weight, gradient.T, part, overwrites=overwrites and first == 0, by_cpp=by_cpp)
         if needs_bias:
             grad_bias = _plus_column_sums(grad_bias, gradient, by_cpp=by_cpp)
     # 4. Concatenate the chunks; scatter rows back to [N].
@@ -149,19 +219,7 @@ def masked_cross_entropy(
     if kept is not None:
         rows = tuple(_spread(tensor, kept, num_rows) for tensor in rows)
         grad_hidden = _spread(grad_hidden, kept, num_rows) if needs_hidden else grad_hidden
-    rest = [rows[0].new_empty(0) if gradient is None else gradient for gradient in (grad_weight, grad_bias)]
-    return *rows, grad_hidden, *rest
-
-
-@masked_cross_entropy.register_fake
-def _(hidden, weight, labels, bias, segments, scales, ignore_index, z_loss_weight, compute_dtype, needs, backend):
-    wide = torch.promote_types(compute_dtype, torch.float32)
-    shapes = [
-        shape if needed else (0,) for shape, needed in zip((weight.shape, (len(weight),)), needs[1:], strict=True)
-    ]
-    grad_hidden = hidden.new_empty(hidden.shape if needs[0] else (0,))
-    gradients = [weight.new_empty(shape, dtype=wide) for shape in shapes]
-    return *_fake_rows(hidden, hidden.shape[0], wide), grad_hidden, *gradients
+    return *rows, grad_hidden, grad_weight, rows[0].new_empty(0) if grad_bias is None else grad_bias
 
 
 @torch.library.custom_op("kernels::multiply_", mutates_args={"gradient"})
@@ -208,7 +266,7 @@ def sum_rows(
     `grad_output` in place, so there can be only one: autograd rejects a second, as saved tensors have changed.
     """
     del inputs, gradients, in_place
-    segments, scales = _segments(labels, segments, scales)
+    segments, scales = segments_and_scales(labels, segments, scales)
     sums = _implementation(loss, backend, takes_rows=False).sums
     return sums((loss, z_loss, correct), labels.contiguous(), segments, scales, ignore_index, z_loss_weight, vocab_size)
 
@@ -258,40 +316,6 @@ def _scaled_gradients(ctx, grad_total, grad_sums, grad_counts):
 sum_rows.register_autograd(_scaled_gradients, setup_context=_keep_gradients)
 
 
-def _checked(
-    labels: Tensor, segments: Tensor | None, scales: Tensor | None, ignore_index: int, vocab_size: int, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Contiguous labels, and segments and scales, all checked, except on Triton, whose kernels check them.
-
-    Raises:
-        RuntimeError: on the CPU immediately; on a GPU a device assert, reported at the next synchronization.
-    """
-    if backend != "triton":
-        valid = (labels == ignore_index) | ((labels >= 0) & (labels < vocab_size))
-        torch_private.assert_async(
-            valid.all(), f"labels: one is neither ignore_index {ignore_index} nor in 0 … {vocab_size - 1}"
-        )
-        if segments is not None:
-            valid = (segments >= 0) & (segments < len(scales))
-            torch_private.assert_async(valid.all(), f"segments: one is not in 0 … {len(scales) - 1}")
-    return labels.contiguous(), *_segments(labels, segments, scales)
-
-
-def _segments(labels: Tensor, segments: Tensor | None, scales: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Segments [N] and scales [S]; without segments all rows are in one."""
-    if segments is None:
-        segments = _zero(labels.device).expand(len(labels))  # stride 0, so no memory
-    return segments, _one(labels.device) if scales is None else scales
-
-
-def _labeled_rows(labels: Tensor, ignore_index: int, backend: str) -> Tensor | None:
-    """Indices of rows to compute on the CPU: labeled ones, then a few ignored ones as padding; None: all rows."""
-    labeled = labels != ignore_index
-    count = int(labeled.sum())
-    most = count if backend == "triton" else rounded_rows(count)  # exact in the interpreter, where launches are counted
-    return labeled.logical_not().argsort(stable=True)[:most] if most < len(labels) else None
-
-
 def _chunk_rows(num_rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> int:
     """Rows per chunk: as few chunks as the limit allows, of about the same size."""
     most = max(1, CHUNK_BYTES["cpu" if device.type == "cpu" else "gpu"] // (vocab_size * dtype.itemsize))
@@ -309,7 +333,7 @@ def _cross_entropy(
     z_loss_weight: float,
     backend: str,
 ) -> Rows:
-    labels, segments, scales = _checked(labels, segments, scales, ignore_index, logits.shape[1], backend)
+    labels, segments, scales = checked(labels, segments, scales, ignore_index, logits.shape[1], backend)
     rows = _implementation(logits, backend).rows
     return rows(logits, labels, segments, scales, gradient, ignore_index, z_loss_weight)
 
@@ -326,18 +350,6 @@ def _implementation(tensor: Tensor, backend: str, *, takes_rows: bool = True) ->
     return cpp if backend == "cpp" and cpp.supports(tensor) else eager
 
 
-@functools.cache
-def _one(device: torch.device) -> Tensor:
-    """The scale 1, [1], cached: creating it would be one of a dozen launches."""
-    return torch.ones(1, device=device)
-
-
-@functools.cache
-def _zero(device: torch.device) -> Tensor:
-    """The only segment where there are none, [1] int64, cached like `_one`."""
-    return torch.zeros(1, dtype=torch.int64, device=device)
-
-
 def _aligned_rows(num_rows: int, row_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Uninitialized [num_rows, row_size], rows aligned to 32 bytes or more, so that kernels load wide words."""
     return rows_apart(torch.empty(0, dtype=dtype, device=device), num_rows, row_size, padded_length(row_size))
@@ -350,26 +362,11 @@ def _empty_gradient(logits: Tensor) -> Tensor:
     return rows_apart(logits, num_rows, vocab_size, stride)
 
 
-def _plus_product(total: Tensor | None, left: Tensor, right: Tensor, *, by_cpp: bool = False) -> Tensor:
-    """`total` (None: zero) + left · right, accumulated in fp32 or wider."""
-    wide, is_first = torch.promote_types(left.dtype, torch.float32), total is None
-    if total is None:
-        total = torch.empty(left.shape[0], right.shape[1], dtype=wide, device=left.device)
-    if left.dtype == wide:
-        return torch.mm(left, right, out=total) if is_first else total.addmm_(left, right)
-    if multiplies_into_fp32(left.device):
-        if is_first:
-            return torch.mm(left, right, out_dtype=wide, out=total)
-        return torch.addmm(total, left, right, out_dtype=wide, out=total)
-    product = torch.mm(left, right)
-    if by_cpp:
-        cpp.accumulate_product(total, product, is_first=is_first)
-    elif is_first:
-        total.copy_(product)
-    else:  # in blocks: PyTorch would cast the whole addend to a new tensor, which takes longer than the addition
-        for part, addend in zip(total.split(_BLOCK_ROWS), product.split(_BLOCK_ROWS), strict=True):
-            part.add_(addend)
-    return total
+def _add_product(total: Tensor, left: Tensor, right: Tensor, *, overwrites: bool, by_cpp: bool) -> None:
+    if by_cpp and left.dtype != total.dtype:
+        cpp.accumulate_product(total, torch.mm(left, right), is_first=overwrites)
+    else:
+        add_product(total, left, right, overwrites=overwrites)
 
 
 def _plus_column_sums(total: Tensor | None, gradient: Tensor, *, by_cpp: bool = False) -> Tensor:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kernels.normalize import activate, embed, normalize, reference
-from kernels.numerics import Comparison, compare_function, random_bf16
+from kernels.normalize import activate, embed, fused, normalize, reference
+from kernels.numerics import Comparison, compare, compare_function, random_bf16
 from kernels.run import Run
 
 _EPS = 1e-5
@@ -44,11 +44,13 @@ def _fused_kernels(device: torch.device, run: Run | None) -> Iterator[Comparison
     if run is not None:
         rows = 300 if is_gpu else 3
         yield from compare_embedding(device, rows, run.norms)
+        yield from compare_table(device, rows, run.norms)
         yield from compare_activation(device, rows, run.norms, run.logits_type if is_gpu else torch.float32)
         return
     for rows, size, gathers, has_dropout in importlib.import_module("kernels.normalize.kernel").CHECKED:
         if gathers:
             yield from compare_embedding(device, rows, size, has_dropout=has_dropout)
+            yield from compare_table(device, 150, size)
             continue
         for dtype in (torch.bfloat16, torch.float32) if is_gpu else (torch.float32,):
             yield from compare_activation(device, rows, size, dtype, has_dropout=has_dropout)
@@ -65,6 +67,20 @@ def compare_embedding(device: torch.device, rows: int, size: int, *, has_dropout
         lambda weight: reference.embed(ids, weight, seed, dropout_prob, _EPS),
         {"weight": weight},
     )
+
+
+def compare_table(device: torch.device, rows: int, size: int) -> Iterator[Comparison]:
+    """Gradients of rows added to a table of five, most of them to the last."""
+    ids = (torch.arange(rows, device=device) ** 2 % 11).clamp(max=4)
+    grad = random_bf16(rows, size).float().to(device)
+
+    def table(dtype: torch.dtype) -> Tensor:
+        return torch.ones(5, size, dtype=dtype, device=device)
+
+    actual = table(torch.float32)
+    fused.add_rows(actual, ids, grad)
+    exact, plain = (table(dtype).index_add(0, ids, grad.to(dtype)) for dtype in (torch.float64, torch.float32))
+    yield from compare(f"embedding's table R={rows} D={size}", actual, exact, plain)
 
 
 def compare_activation(

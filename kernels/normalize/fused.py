@@ -20,7 +20,9 @@ def is_fused(device: torch.device, size: int, backend: str | None = None) -> boo
     return wanted.runs("normalize", device, backend) and size <= whole_rows.WIDEST
 
 
-def embed(ids: Tensor, weight: Tensor, seed: Tensor | None, dropout_prob: float, eps: float) -> Tensor:
+def embed(
+    ids: Tensor, weight: Tensor, seed: Tensor | None, dropout_prob: float, eps: float, memory: Tensor | None = None
+) -> Tensor:
     """dropout(LayerNorm(weight[ids])), for sizes of which `is_fused` is true.
 
     Args:
@@ -29,10 +31,14 @@ def embed(ids: Tensor, weight: Tensor, seed: Tensor | None, dropout_prob: float,
         seed: [2] int32, or None; the mask is that of `kernels.dropout` for the result.
         dropout_prob: probability of a zero.
         eps: of LayerNorm.
+        memory: like the weight, fp32 and contiguous; the backward adds the weight's gradient to it, past autograd.
+            None: autograd gets the gradient.
 
     Returns:
         [..., D] in the weight's dtype.
     """
+    if memory is not None:
+        return _Embed.apply(weight, ids, seed if dropout_prob else None, memory, dropout_prob, eps)
     return forward(weight, ids, seed if dropout_prob else None, dropout_prob, eps)
 
 
@@ -83,6 +89,36 @@ def _gradients(ctx, grad):
 
 
 forward.register_autograd(_gradients, setup_context=_keep_inputs)
+
+
+class _Embed(torch.autograd.Function):
+    """`embed` whose backward adds to the memory of the table's gradient, of which it touches a step's rows alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, ids: Tensor, seed: Tensor | None, memory: Tensor, dropout_prob: float, eps: float
+    ) -> Tensor:
+        ctx.save_for_backward(weight, ids, seed)
+        ctx.memory, ctx.settings = memory, (dropout_prob, eps)
+        return forward(weight.detach(), ids, seed, dropout_prob, eps)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+        weight, ids, seed = ctx.saved_tensors
+        of_rows = backward(grad, weight.detach(), ids, seed, *ctx.settings)
+        add_rows(ctx.memory, ids.flatten(), of_rows.flatten(0, -2))
+        return (None,) * 6
+
+
+@torch.library.custom_op("kernels::add_rows", mutates_args={"table"})
+def add_rows(table: Tensor, ids: Tensor, grad: Tensor) -> None:
+    """Add gradients [R, D] of rows with ids [R] to a table [V, D]; both fp32. The same input gives the same bits."""
+    _kernel().add_rows(table, ids, grad.contiguous())
+
+
+@add_rows.register_fake
+def _(table, ids, grad):
+    del table, ids, grad
 
 
 def _shape(x: Tensor, ids: Tensor | None) -> list[int]:

@@ -2,7 +2,7 @@
 
 The embedding: rows of a table, LayerNorm, dropout. The head: GELU, LayerNorm, dropout. Letters of shapes: R rows, D
 columns, V rows of a table. A program has whole rows; the backward computes them again from the input, so nothing else
-is kept for it.
+is kept for it. Gradients of the embedding's rows can be added to a gradient of the table that exists.
 """
 
 from itertools import product
@@ -21,6 +21,7 @@ from kernels.whole_rows import ROWS, launch_rows
 # what the check launches: R, D, whether it is the embedding or the head, whether there is dropout
 CHECKED = ((5, 16, True, True), (18, 40, False, True), (3, 300, False, False), (4, 40, True, False))
 _FREE = ["rows", "threshold"]
+ADDED_ROWS, ADDED_BLOCK, ADDED_WARPS = 64, 128, 8  # gradients of one id at a time, columns, warps of a program
 
 
 @triton.jit
@@ -97,6 +98,37 @@ def backward_kernel(
     tl.store(of_x_ptr + places, of_x.to(of_x_ptr.dtype.element_ty), mask=is_inside)
 
 
+@triton.jit(do_not_specialize=["rows"])
+def add_rows_kernel(
+    grad_ptr, ids_ptr, order_ptr, table_ptr, rows, size, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Add all gradients [R, D] of an id to its row of the table [V, D]; `order` has the places of the sorted ids.
+
+    The program at an id's first place adds all of them, in their order; those at its other places have nothing to do.
+    """
+    first = tl.program_id(0)
+    own = tl.load(ids_ptr + first)
+    previous = tl.load(ids_ptr + first - 1, mask=first > 0, other=-1)
+    if own != previous:
+        # 1. ROWS places at a time, until a place has another id.
+        columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        is_column = columns < size
+        sums = tl.zeros([ROWS, BLOCK], tl.float32)
+        count = ROWS
+        while count == ROWS:
+            places = first + tl.arange(0, ROWS)
+            is_own = tl.load(ids_ptr + places, mask=places < rows, other=-1) == own
+            source = tl.load(order_ptr + places, mask=is_own, other=0)
+            offsets = source[:, None] * size + columns[None, :]
+            sums += tl.load(grad_ptr + offsets, mask=is_own[:, None] & is_column[None, :], other=0.0)
+            count = tl.sum(is_own.to(tl.int32), axis=0)
+            first += ROWS
+        # 2. Their sum to the table.
+        target_ptr = table_ptr + own * size + columns
+        total = tl.load(target_ptr, mask=is_column, other=0.0) + tl.sum(sums, axis=0)
+        tl.store(target_ptr, total, mask=is_column)
+
+
 def forward(x: Tensor, ids: Tensor | None, seed: Tensor | None, dropout_prob: float, eps: float) -> Tensor:
     """Launch `forward_kernel`.
 
@@ -138,6 +170,18 @@ def backward(
     return of_x
 
 
+def add_rows(table: Tensor, ids: Tensor, grad: Tensor) -> None:
+    """Sort the ids [R], and launch `add_rows_kernel` for gradients [R, D] and a table [V, D], both fp32."""
+    rows, size = grad.shape
+    if rows:
+        ids, order = ids.sort(stable=True)  # the same order of additions each time
+        with torch.cuda.device_of(table):
+            add_rows_kernel[(rows, triton.cdiv(size, ADDED_BLOCK))](
+                grad, ids, order, table, rows, size,
+                ROWS=ADDED_ROWS, BLOCK=ADDED_BLOCK, num_warps=launch_warps(ADDED_WARPS),
+            )  # fmt: skip
+
+
 def _pointers(x: Tensor, ids: Tensor | None, seed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Input, ids and seed; the input in the place of what is missing."""
     return x, x if ids is None else ids, x if seed is None else seed
@@ -156,12 +200,23 @@ def configurations() -> list[Configuration]:
     """Variants of published shapes and of the check: the embedding's rows are fp32, the head's in the run's dtype."""
     cases = [(size, gathers, True) for size in (768, 384) for gathers in (True, False)]
     cases += [case[1:] for case in CHECKED]
-    return [
+    found = [
         _configuration(kernel, dtype, size, gathers=gathers, has_dropout=has_dropout)
         for kernel, dtype in product((forward_kernel, backward_kernel), ("bf16", "fp32"))
         for size, gathers, has_dropout in cases
         if dtype == "fp32" or not gathers
     ]
+    pointers = {"grad_ptr": "*fp32", "ids_ptr": "*i64", "order_ptr": "*i64", "table_ptr": "*fp32"}
+    adding = Configuration(
+        "normalize/add rows",
+        add_rows_kernel,
+        {**pointers, "rows": "i32", "size": "i32"},
+        {"ROWS": ADDED_ROWS, "BLOCK": ADDED_BLOCK},
+        num_warps=ADDED_WARPS,
+        aligned=frozenset({*pointers, "size"}),
+        streams=False,  # loads are wide; what is stored is the sum of many rows
+    )
+    return [*found, adding]
 
 
 def _configuration(kernel: Any, dtype: str, size: int, *, gathers: bool, has_dropout: bool) -> Configuration:
