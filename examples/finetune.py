@@ -124,13 +124,21 @@ def finetune(settings: Settings) -> dict[str, Any]:
         return encode_text(tokenizer, line, labels, settings)
 
     data = {"train_dataset": list(map(encode, train)), "eval_dataset": list(map(encode, validation))}
-    found = {}
-    for seed in settings.seeds:
-        folder = settings.output / f"seed_{seed}" if len(settings.seeds) > 1 else settings.output
-        found[seed] = train_once(settings, seed, folder, tokenizer, labels, data)
-    results = {"settings": vars(settings), "labels": labels} | summary(found, settings.best_by)
-    text = json.dumps(results, indent=2, ensure_ascii=False, default=str)
-    (settings.output / "results.json").write_text(text + "\n", encoding="utf-8")
+    found, file = {}, settings.output / "results.json"
+    settings.output.mkdir(parents=True, exist_ok=True)
+    try:
+        file.touch(exist_ok=False)
+    except FileExistsError:
+        raise InputError(f"--output {settings.output}: another process writes to it; name a new folder") from None
+    try:
+        for seed in settings.seeds:
+            folder = settings.output / f"seed_{seed}" if len(settings.seeds) > 1 else settings.output
+            found[seed] = train_once(settings, seed, folder, tokenizer, labels, data)
+        results = {"settings": vars(settings), "labels": labels} | summary(found, settings.best_by)
+        file.write_text(json.dumps(results, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    except BaseException:
+        file.unlink()
+        raise
     return results
 
 

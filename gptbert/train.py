@@ -153,7 +153,7 @@ def _fit(config: TrainConfig, world: World, ownership: ExitStack, hooks: Hooks) 
             prepare_run_dir(config, inputs.model_config, world, backend)
             print_header(config, inputs, plan, world, backend, words)
             log_choices(config, world, choice)
-            _log_start(config, path, "\n".join(filter(None, [note, branch_line])))
+            _log_start(config, path, "\n".join(filter(None, [note, branch_line, *words.set_aside()])))
     trainer = Trainer(
         config,
         inputs,
@@ -235,10 +235,10 @@ def _log_start(config: TrainConfig, path: Path | None, note: str) -> None:
     if path:
         changes = changed_settings(path, config)
         log(f"going on from {path}" + (f"; changed since: {', '.join(changes)}" if changes else ""))
-        if note:
-            log(note)
     elif config.initial_weights:
         log(f"starting from the weights of {config.initial_weights}")
+    if note:
+        log(note)
 
 
 def main() -> None:

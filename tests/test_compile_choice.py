@@ -131,7 +131,7 @@ def test_a_checkpoint_holds_the_decision_and_the_screen_says_it(inputs, taken, m
     run(inputs, name=name, max_steps=2)
     assert bool(taken) is compiled
     word = "compiled" if compiled else "not compiled"
-    assert f"\n{word}: compiling saves some less than a second of the run" in capsys.readouterr().err
+    assert f"\n{word}: compiling saves less than a second of the run" in capsys.readouterr().err
     (saved,) = list_checkpoints(inputs / "runs" / name)
     assert load(saved, ModelConfig.from_json(inputs / "model.json")).is_compiled is compiled
     taken.clear()

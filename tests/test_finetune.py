@@ -144,6 +144,24 @@ def test_adapters_need_peft(exported, tmp_path, monkeypatch):
         finetune(settings_of(tmp_path, exported, lora=2))
 
 
+def test_of_two_processes_one_writes_the_output(exported, tmp_path, monkeypatch):
+    write_data(tmp_path, "classify")
+    settings, started = settings_of(tmp_path, exported), []
+
+    def second(*_):
+        if not started:
+            started.append(1)
+            with pytest.raises(InputError, match=r"--output .*out: another process writes to it"):
+                finetune(settings)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(example, "train_once", second)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            finetune(settings)
+    assert not any((tmp_path / "out").iterdir()), "and once it has ended, the next may start"
+
+
 def test_training_ends_when_the_metric_stays_and_begins_with_the_seeds_head(exported, tmp_path, monkeypatch):
     for name in ("train", "validation"):
         write_lines(tmp_path / f"{name}.jsonl", [{"text": "a b", "label": 0}, {"text": "c", "label": 1}])
@@ -221,6 +239,7 @@ def test_other_bad_input_is_named(exported, tmp_path, capsys):
     write_lines(tmp_path / "validation.jsonl", [{"text": "a", "label": 0}])
     with pytest.raises(InputError, match=r"train.jsonl: has 1 different labels, expected at least 2"):
         finetune(settings_of(tmp_path, exported))
+    assert not (tmp_path / "out").exists()
     for changes, message in (
         ({"metric": "pearson"}, "--metric pearson: --task classify has accuracy, f1, mcc, loss"),
         ({"seeds": (1, 1)}, "--seeds"),

@@ -113,6 +113,26 @@ def test_a_kill_loses_nothing(inputs, undisturbed, monkeypatch, step, moment):
     assert_same_end(run_dir, undisturbed)
 
 
+@pytest.mark.parametrize("function", [(kept, "delete_old"), (shutil, "rmtree")])
+def test_a_kill_at_the_end_leaves_no_former_one(inputs, monkeypatch, function):
+    """After the last step there is no other save that would delete it."""
+    name = f"end {function[1]}"
+    run_dir, work = inputs / "runs" / name, getattr(*function)
+
+    def deadly(*args, **options):
+        if (run_dir / "best.json").is_file() and best(run_dir)["step"] == 8:
+            raise Killed
+        return work(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*function, deadly)
+        with pytest.raises(Killed):
+            run(inputs, name, max_steps=8)
+    assert len(list((run_dir / "checkpoints").iterdir())) > 1
+    run(inputs, name, max_steps=8)
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step_00000008"]
+
+
 def note(tmp_path, make_config, name, values, start=0, keep_checkpoints=9):
     settings = {"output_dir": tmp_path, "name": "run", "keep_best": name, "pairs_path": ("pairs",)}
     config = make_config(**settings, keep_checkpoints=keep_checkpoints)

@@ -37,7 +37,7 @@ from gptbert.checkpoint.folder import (
     step_of_name,
     write_settings,
 )
-from gptbert.checkpoint.kept import delete_old
+from gptbert.checkpoint.kept import delete_leftovers, delete_old
 from gptbert.checkpoint.shards import load_shards, save_shards
 from gptbert.checkpoint.training_state import STATE_KEYS, read_training_state
 from gptbert.checkpoint.weights import read_weights, write_weights
@@ -178,8 +178,7 @@ def _refusals(final: Path) -> Iterator[None]:
 
 def _write(checkpoint: Checkpoint, temporary: Path, config: TrainConfig, model_config: ModelConfig) -> None:
     """Write all files except the shards and the manifest."""
-    for leftover in temporary.parent.glob(".step_*"):  # from a save or deletion that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
+    delete_leftovers(temporary.parent)
     temporary.mkdir(parents=True)
     state = {key: getattr(checkpoint, key) for key in STATE_KEYS}
     if checkpoint.is_sharded:

@@ -6,6 +6,7 @@ The best one's checkpoint is complete before best.json names it, and the former 
 """
 
 import math
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -72,9 +73,12 @@ class BestCheckpoint:
     def start(self, step: int) -> None:
         """Forget a best checkpoint that is gone, or of a step that the run has yet to train again; for the main rank.
 
+        What a killed run left half written or half deleted goes too.
+
         Args:
             step: that the run goes on from.
         """
+        delete_leftovers(self._config.run_dir / CHECKPOINTS)
         best = Best.of(self._config.run_dir)
         if best is None or best.step > step:
             (self._config.run_dir / BEST).unlink(missing_ok=True)
@@ -111,7 +115,8 @@ class BestCheckpoint:
         former = Best.of(self._config.run_dir)
         if former and former.record == new.record:
             sign = 1 if new.record.endswith("/accuracy") else -1
-            if not sign * new.value > sign * former.value:
+            # of the same step: a run that was killed before it deleted the former best one makes up this record
+            if former.step != new.step and not sign * new.value > sign * former.value:
                 return
         if math.isfinite(new.value):
             new.write(self._config.run_dir)
@@ -138,6 +143,12 @@ def check_best(config: TrainConfig) -> None:
         names += pairs
     if config.keep_best is not None and config.keep_best not in names:
         raise InputError(f"--keep_best {config.keep_best}: no record of this run; expected one of {', '.join(names)}")
+
+
+def delete_leftovers(folder: Path) -> None:
+    """Delete what saves and deletions that were killed left in a folder of checkpoints."""
+    for leftover in folder.glob(".step_*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def delete_old(final: Path, config: TrainConfig) -> None:

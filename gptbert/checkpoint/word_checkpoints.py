@@ -3,21 +3,22 @@
 Words are those counted by the tokenizing step (`TokenStore.num_words`), spread evenly over an epoch's tokens; repeated
 text counts again. A threshold's weights are those of the first step that has seen as many words. A folder is written
 before the checkpoint of its step: a run that resumes from an earlier checkpoint passes the same threshold and rewrites
-identical files. A threshold that a run had passed before the checkpoint that it goes on from gets no folder, since its
-weights are gone.
+identical files; a folder of a later step that it will not rewrite is set aside. A threshold that a run had passed
+before the checkpoint that it goes on from gets no folder, since its weights are gone.
 """
 
 import re
 from decimal import Decimal
 
 from gptbert.checkpoint import manifest
-from gptbert.checkpoint.folder import WORD_CHECKPOINTS, write_settings
+from gptbert.checkpoint.folder import WORD_CHECKPOINTS, list_word_checkpoints, saved_step, write_settings
 from gptbert.checkpoint.weights import write_weights
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.data.progress import Progress
 from gptbert.distributed.fsdp import full_weights
 from gptbert.distributed.world import World
 from gptbert.errors import InputError
+from gptbert.io.files import move_away
 from gptbert.io.json_file import write_json
 from gptbert.io.outputs import new_folder
 from gptbert.model import GPTBert
@@ -77,6 +78,19 @@ class WordCheckpoints:
         if gone := [name for name in map(checkpoint_name, self._passed) if not (folder / name).is_dir()]:
             parts.append(f"; passed before this start, so not written: {' '.join(gone)}")
         return "".join(parts)
+
+    def set_aside(self) -> list[str]:
+        """Rename the folders of steps that the run has yet to train again and will not write again; lines on them.
+
+        They are of a course that the run has left, as after a kill, if `--checkpoint_words` has changed since.
+        """
+        again, lines = {checkpoint_name(words) for words in self.thresholds}, []
+        for folder in list_word_checkpoints(self._config.run_dir):
+            step = saved_step(folder)
+            if folder.name not in again and step is not None and step > self._progress.first_step:
+                aside = move_away(folder, f"left_{folder.name}")
+                lines.append(f"{folder}: of step {step}, after the one that this run goes on from; now {aside.name}")
+        return lines
 
     def record(self, step: int) -> dict[str, float]:
         """The words of a training record after `step` steps; empty if a token file does not say."""

@@ -80,9 +80,8 @@ def choose(
         return CompileChoice(was_compiled, "as the run was that this one goes on from")
     saved = seconds_saved(config, model_config, plan, world)
     cost = COMPILE_SECONDS[device] * len(plan.length_factors)
-    gain = (
-        f"saves some {_in_words(saved)} of the run and takes {_in_words(cost)}, or a third of it where that is cached"
-    )
+    saves = f"saves {'some ' if saved >= 1 else ''}{_in_words(saved)} of the run"
+    gain = f"{saves} and takes {_in_words(cost)}, or a third of it where that is cached"
     return CompileChoice(saved >= cost, f"compiling {gain} (--no_compile: never)")
 
 
