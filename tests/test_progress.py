@@ -1,5 +1,6 @@
 """What a run has trained on is counted, and continued, whatever settings it is resumed with."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -246,6 +247,30 @@ def test_another_content_under_the_same_name_is_told(inputs, capfd):
     assert records[9]["train/words"] > 2.5 * words
     train(inputs, "same", train_path=path, valid_path=valid, max_steps=10)
     assert "has changed" not in capfd.readouterr().err
+
+
+def test_corpora_that_earlier_versions_knew_by_their_ends_go_on(inputs, capfd):
+    """Their digest was of the first and last 65,536 tokens; this corpus has fewer, so of all, twice."""
+    train(inputs, "ends")
+    (path,) = list_checkpoints(inputs / "runs" / "ends")
+    state = torch.load(path / "training_state.pt", weights_only=True)
+    (corpus,) = state["progress"]["corpora"]
+    present = corpus["digest"]
+    with safe_open(inputs / "train.safetensors", "np") as file:
+        tokens, documents = file.get_tensor("tokens"), len(file.get_tensor("document_offsets")) - 1
+    assert len(tokens) < 2**16
+    digest = hashlib.sha256(f"{len(tokens)} {documents}".encode() + 2 * tokens.astype("<i8").tobytes())
+    corpus["digest"] = digest.hexdigest()
+    del state["progress"]["validated_on"]
+    torch.save(state, path / "training_state.pt")
+    manifest.write(path)
+    train(inputs, "ends", max_steps=4)
+    assert "was not read before" not in capfd.readouterr().err
+    (after,) = torch.load(list_checkpoints(inputs / "runs" / "ends")[-1] / "training_state.pt", weights_only=True)[
+        "progress"
+    ]["corpora"]
+    assert after["digest"] == present
+    assert after["places"] > corpus["places"]
 
 
 def test_checkpoints_of_earlier_versions_are_counted_by_their_settings(inputs, capfd):

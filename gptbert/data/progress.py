@@ -100,6 +100,8 @@ class Progress:
         self.plan = plan.continued(step, dict(zip(Objective, state["slots"], strict=True)), state["tokens"])
         self._names = corpus_names(config.train_path)
         known = [CorpusProgress.from_state(each) for each in state["corpora"]]
+        if not is_fresh and "validated_on" not in state:
+            known = _with_present_digests(known, inputs.train_stores)
         self._corpora, self._left_out = _recognized(inputs.train_stores, known)
         digests = [corpus.digest for corpus in self._corpora]
         self.has_same_corpora = [corpus.digest for corpus in known[: len(digests)]] == digests
@@ -271,6 +273,20 @@ def _recognized(
         shuffle = next(shuffle for shuffle in (usual, *others) if shuffle not in taken)
         corpora.append(CorpusProgress(digest, shuffle, 0, store.num_words))
     return corpora, left_out
+
+
+def _with_present_digests(known: Sequence[CorpusProgress], stores: Sequence[TokenStore]) -> list[CorpusProgress]:
+    """The corpora of a checkpoint of an earlier version, which digested the ends of a corpus alone."""
+    present = {_digest_of_ends(store): _digest(store) for store in stores}
+    return [replace(corpus, digest=present.get(corpus.digest, corpus.digest)) for corpus in known]
+
+
+def _digest_of_ends(store: TokenStore) -> str:
+    digest = hashlib.sha256(f"{store.num_tokens} {store.num_documents}".encode())
+    for start in (0, max(0, store.num_tokens - 2**16)):
+        for _, tokens in store.slices(start, min(start + 2**16, store.num_tokens)):
+            digest.update(tokens.astype("<i8").tobytes())
+    return digest.hexdigest()
 
 
 def _digest(store: TokenStore) -> str:
