@@ -211,7 +211,7 @@ def test_planted_bugs_are_found(name, tmp_path):
 
 
 ADDING_MUTANTS = {
-    "the first groups alone": ("while count == ROWS:", "while group < tl.program_id(0) + 1:"),
+    "the first groups alone": ("while goes_on:", "while group < tl.program_id(0) + 1:"),
     "an id begins at each place": ("if begins | (first % ROWS == 0):", "if begins | (first >= 0):"),
     "an id begins nowhere but there": ("if begins | (first % ROWS == 0):", "if begins:"),
     "gradients in the order of ids": ("tl.load(order_ptr + places, mask=is_own, other=0)", "places"),

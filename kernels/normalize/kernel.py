@@ -149,14 +149,14 @@ def add_parts_kernel(ids_ptr, table_ptr, parts_ptr, rows, size, ROWS: tl.constex
         last = tl.load(parts_ptr + (2 * group + 1).to(tl.int64) * size + columns, mask=is_column, other=0.0)
         # ROWS groups at a time, until one begins with another id
         sums = tl.zeros([ROWS, BLOCK], tl.float32)
-        count = ROWS
-        while count == ROWS:
+        goes_on = own == before
+        while goes_on:
             groups = group + 1 + tl.arange(0, ROWS)
             places = groups.to(tl.int64) * ROWS
             is_own = tl.load(ids_ptr + places, mask=places < rows, other=-1) == own
             offsets = (2 * groups[:, None]).to(tl.int64) * size + columns[None, :]
             sums += tl.load(parts_ptr + offsets, mask=is_own[:, None] & is_column[None, :], other=0.0)
-            count = tl.sum(is_own.to(tl.int32), axis=0)
+            goes_on = tl.sum(is_own.to(tl.int32), axis=0) == ROWS
             group += ROWS
         target_ptr = table_ptr + own * size + columns
         total = tl.load(target_ptr, mask=is_column, other=0.0) + (last + tl.sum(sums, axis=0))
