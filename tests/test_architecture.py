@@ -148,7 +148,7 @@ FURTHER = {
     "gated_norm": {"fused.py"},
     "dropout": {"fused.py"},
     "lamb": {"chunk_table.py", "prepared.py", "shards.py"},
-    "masked_cross_entropy": {"sum_kernel.py"},
+    "masked_cross_entropy": {"inputs.py", "sum_kernel.py"},
     "normalize": {"fused.py"},
 }
 FUNCTIONS = {"lamb": "lamb_step"}

@@ -99,12 +99,22 @@ def assert_adds_right(rows=9, size=12, ids=None):
     )
 
 
-@pytest.mark.parametrize("size", [1, 130])
-@pytest.mark.parametrize("rows", [1, 32, 70])
-def test_gradients_of_rows_are_added_to_those_of_a_table(size, rows):
-    """Each id in fewer, as many and more places than a program has at a time; and one id everywhere."""
-    assert_adds_right(rows, size)
-    assert_adds_right(rows, size, torch.tensor(6))
+@pytest.fixture
+def small_groups(monkeypatch):
+    monkeypatch.setattr(kernel, "ADDED_ROWS", 4)
+
+
+@pytest.mark.usefixtures("small_groups")
+@pytest.mark.parametrize("rows", [1, 2, 4, 7, 18, 40])
+def test_gradients_of_rows_are_added_to_those_of_a_table(rows):
+    """Ids whose places are in one group, in two, and in more than a program takes at a time; and one id everywhere."""
+    assert_adds_right(rows, 3)
+    assert_adds_right(rows, 3, torch.tensor(6))
+    assert_adds_right(rows, 3, torch.arange(rows) // 4 % 7)
+
+
+def test_gradients_wider_than_a_program_are_added():
+    assert_adds_right(17, 300)
 
 
 @pytest.mark.parametrize("prob", [0.0, 0.2])
@@ -201,20 +211,36 @@ def test_planted_bugs_are_found(name, tmp_path):
 
 
 ADDING_MUTANTS = {
-    "the first places alone": ("while count == ROWS:", "while first == tl.program_id(0):"),
-    "each place for itself": ("if own != previous:", "if own >= previous:"),
+    "the first groups alone": ("while goes_on:", "while group < tl.program_id(0) + 1:"),
+    "an id begins at each place": ("if begins | (first % ROWS == 0):", "if begins | (first >= 0):"),
+    "an id begins nowhere but there": ("if begins | (first % ROWS == 0):", "if begins:"),
     "gradients in the order of ids": ("tl.load(order_ptr + places, mask=is_own, other=0)", "places"),
-    "those of all ids": ("mask=places < rows, other=-1) == own", "mask=places < rows, other=-1) >= 0"),
-    "overwritten": ("tl.load(target_ptr, mask=is_column, other=0.0) + tl.sum", "tl.sum"),
-    "the first columns alone": ("tl.program_id(1) * BLOCK + tl.arange", "tl.arange"),
-}
+    "those of all ids": ("mask=places < rows, other=-1) == own)", "mask=places < rows, other=-1) >= 0)"),
+    "overwritten": ("tl.load(target_ptr, mask=is_column, other=0.0) + total", "total"),
+    "overwritten by parts": ("tl.load(target_ptr, mask=is_column, other=0.0) + (last", "(last"),
+    "parts in each other's place": ("2 * group + begins.to(tl.int32)", "2 * group + 1 - begins.to(tl.int32)"),
+    "the last group's part left out": ("(last + tl.sum(sums, axis=0))", "tl.sum(sums, axis=0)"),
+    "parts added twice": ("if (own == before) & ((since != own) | (earlier != own)):", "if own == before:"),
+    "parts of an id that fills its first group": ("(since != own) | (earlier != own)", "since != own"),
+    "the first columns alone": (
+        "group = first // ROWS\ncolumns = tl.program_id(1) * BLOCK", "group = first // ROWS\ncolumns = 0 * BLOCK"
+    ),
+    "parts of the first columns alone": (
+        "(earlier != own)):\ncolumns = tl.program_id(1) * BLOCK", "(earlier != own)):\ncolumns = 0 * BLOCK"
+    ),
+}  # fmt: skip
+
+
+def adds_right():
+    kernel.add_rows.__globals__["ADDED_ROWS"] = 4  # the mutant's
+    test_gradients_of_rows_are_added_to_those_of_a_table(18)
+    test_gradients_wider_than_a_program_are_added()
 
 
 @pytest.mark.parametrize("name", ADDING_MUTANTS)
 def test_planted_bugs_in_adding_are_found(name, tmp_path):
-    ids = torch.tensor(6) if name == "the first places alone" else None
     with mutated("kernels.normalize.kernel", *ADDING_MUTANTS[name], tmp_path), pytest.raises(AssertionError):
-        assert_adds_right(rows=40, size=130, ids=ids)
+        adds_right()
 
 
 KEPT = "kept = are_kept(first_words(offsets, seed_ptr), seed_ptr, threshold)"
@@ -243,12 +269,12 @@ def test_the_check_finds_them_too(tmp_path):
     def passed():
         yield from check.compare_embedding(CPU, 5, 12)
         yield from check.compare_activation(CPU, 5, 12, torch.float32)
-        yield from check.compare_table(CPU, 150, 130)
+        yield from check.compare_table(CPU, 150, 260)
 
     assert all(comparison.passed for comparison in passed())
     with mutated("kernels.normalize.kernel", *MUTANTS["LayerNorm without its mean"], tmp_path):
         verdicts = [comparison.passed for comparison in passed()]
     assert verdicts == [True, False, True, False, True]
-    for name in ("the first places alone", "overwritten", "the first columns alone"):
+    for name in ("overwritten", "parts added twice", "the first columns alone"):
         with mutated("kernels.normalize.kernel", *ADDING_MUTANTS[name], tmp_path):
             assert [comparison.passed for comparison in passed()] == [True] * 4 + [False], name

@@ -14,7 +14,7 @@ from gptbert.config import ModelConfig
 from kernels.linear import Packed, add_weight_gradient, linear
 
 SMALL = ModelConfig.from_json("configs/small.json")
-REACHED = 542  # for 12 layers
+REACHED = 543  # for 12 layers
 
 
 def total(counted):

@@ -285,6 +285,17 @@ def test_where_a_recording_fails_the_run_goes_on(inputs, monkeypatch, capfd, is_
     assert said == [expected] * is_main
 
 
+def test_warming_up_is_on_the_recordings_stream(inputs, monkeypatch):
+    """Where compiled code is made before the first step: autograd's nodes of parameters keep their stream."""
+    step = make_trainer(inputs, recorded=True).training_step
+    seen, run, forward = [], step.recorder.run, step.forward
+    monkeypatch.setattr(step.recorder, "run", lambda function: (seen.append("on"), run(function), seen.append("off")))
+    monkeypatch.setattr(step, "forward", lambda *rows: seen.append("forward") or forward(*rows))
+    step.warm_up(Batch.padding(16, ALONE.device))
+    assert seen == ["on", "forward", "off"]
+    assert not step._gradients.buffer.any()
+
+
 def test_a_recorded_run_is_resumed_to_the_bit(inputs, monkeypatch):
     emulate(monkeypatch)
     settings = {"max_steps": 8, "save_every": 4, "no_compile": True, "keep_checkpoints": 9, "kernels": "torch"}

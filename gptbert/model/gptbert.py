@@ -388,7 +388,7 @@ def select_labeled(hidden_states: Tensor, batch: Batch) -> tuple[Tensor, Tensor,
         batch: its labels, their upper bound (without one they are counted, and the number rounded up), and objectives.
 
     Returns:
-        [N, D], and labels and objectives [N]. N is at least the number of labels; unlabeled positions fill it up.
+        [N, D], and labels and objectives [N]. N is at least the number of labels; positions without a label fill it up.
     """
     objectives = batch.objectives[:, None].expand_as(batch.labels)
     positions = (hidden_states.flatten(0, 1), batch.labels.flatten(), objectives.flatten())  # [B·T, D], [B·T], [B·T]
@@ -398,4 +398,7 @@ def select_labeled(hidden_states: Tensor, batch: Batch) -> tuple[Tensor, Tensor,
     if count >= len(labels):
         return positions
     rows = labeled.nonzero_static(size=count, fill_value=-1).squeeze(-1)  # [N]
-    return hidden_states[rows], torch.where(rows >= 0, labels[rows], IGNORE_INDEX), objectives[rows]
+    is_labeled = rows >= 0
+    # fill up with different positions: a GPU adds the gradients of equal ones one after the other
+    rows = torch.where(is_labeled, rows, torch.arange(count, device=rows.device))
+    return hidden_states[rows], torch.where(is_labeled, labels[rows], IGNORE_INDEX), objectives[rows]

@@ -5,6 +5,7 @@ A recorded function has no arguments and no result, reads and writes tensors tha
 for the device: kernels get the addresses and numbers of the recording at each replay.
 """
 
+import gc
 from collections.abc import Callable
 
 import torch
@@ -68,6 +69,7 @@ class Recorder:
         return replay
 
     def _capture(self, function: Callable[[], None]) -> Callable[[], None]:
+        gc.collect()  # of former steps, nothing is left that has memory or waits for another stream
         graph = torch.cuda.CUDAGraph()
         # The outer context restores the stream, which torch.cuda.graph does not where a recording fails.
         # "thread_local": the thread that prepares rows allocates pinned memory meanwhile, which "global" forbids.

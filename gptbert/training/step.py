@@ -229,6 +229,14 @@ class RecordedStep(TrainingStep):
             self._seeds = None if seeds is None else _refilled(self._seeds, seeds)
             self._passes_of(micro_batch)()
 
+    def warm_up(self, batch: Batch) -> None:
+        """See `TrainingStep.warm_up`; on the recordings' stream.
+
+        Autograd's nodes of parameters keep the stream that they were made on. If one of another stream were left over
+        from here, a recording would wait for that stream, which fails.
+        """
+        self.recorder.run(partial(super().warm_up, batch))
+
     def update(self, learning_rate: float) -> Tensor:
         """See `TrainingStep.update`."""
         self._gradients.all_reduce()

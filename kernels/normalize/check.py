@@ -44,13 +44,13 @@ def _fused_kernels(device: torch.device, run: Run | None) -> Iterator[Comparison
     if run is not None:
         rows = 300 if is_gpu else 3
         yield from compare_embedding(device, rows, run.norms)
-        yield from compare_table(device, rows, run.norms)
+        yield from compare_table(device, 3000 if is_gpu else rows, run.norms)
         yield from compare_activation(device, rows, run.norms, run.logits_type if is_gpu else torch.float32)
         return
     for rows, size, gathers, has_dropout in importlib.import_module("kernels.normalize.kernel").CHECKED:
         if gathers:
             yield from compare_embedding(device, rows, size, has_dropout=has_dropout)
-            yield from compare_table(device, 150, size)
+            yield from compare_table(device, 3000 if is_gpu else 150, size)
             continue
         for dtype in (torch.bfloat16, torch.float32) if is_gpu else (torch.float32,):
             yield from compare_activation(device, rows, size, dtype, has_dropout=has_dropout)

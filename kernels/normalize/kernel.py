@@ -21,7 +21,7 @@ from kernels.whole_rows import ROWS, launch_rows
 # what the check launches: R, D, whether it is the embedding or the head, whether there is dropout
 CHECKED = ((5, 16, True, True), (18, 40, False, True), (3, 300, False, False), (4, 40, True, False))
 _FREE = ["rows", "threshold"]
-ADDED_ROWS, ADDED_BLOCK, ADDED_WARPS = 64, 128, 8  # gradients of one id at a time, columns, warps of a program
+ADDED_ROWS, ADDED_BLOCK, ADDED_WARPS = 32, 256, 8  # gradients in a group, columns and warps of a program
 
 
 @triton.jit
@@ -100,32 +100,66 @@ def backward_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def add_rows_kernel(
-    grad_ptr, ids_ptr, order_ptr, table_ptr, rows, size, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    grad_ptr, ids_ptr, order_ptr, table_ptr, parts_ptr, rows, size, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Add all gradients [R, D] of an id to its row of the table [V, D]; `order` has the places of the sorted ids.
 
-    The program at an id's first place adds all of them, in their order; those at its other places have nothing to do.
+    Places come in groups of ROWS. The program at an id's first place in a group adds all of them; those at its other
+    places have nothing to do. If the id has places in other groups too, the sum is a part, left for `add_parts_kernel`:
+    of each group at most the last id's that begins there, and the first's that began before.
     """
+    # 1. Whether this is an id's first place, in all or in the group.
     first = tl.program_id(0)
     own = tl.load(ids_ptr + first)
-    previous = tl.load(ids_ptr + first - 1, mask=first > 0, other=-1)
-    if own != previous:
-        # 1. ROWS places at a time, until a place has another id.
+    begins = tl.load(ids_ptr + first - 1, mask=first > 0, other=-1) != own
+    if begins | (first % ROWS == 0):
+        # 2. The sum of its gradients in the group.
+        group = first // ROWS
         columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         is_column = columns < size
+        places = group * ROWS + tl.arange(0, ROWS)
+        is_own = (places >= first) & (tl.load(ids_ptr + places, mask=places < rows, other=-1) == own)
+        source = tl.load(order_ptr + places, mask=is_own, other=0)
+        offsets = source[:, None] * size + columns[None, :]
+        grad = tl.load(grad_ptr + offsets, mask=is_own[:, None] & is_column[None, :], other=0.0)
+        total = tl.sum(grad, axis=0)
+        # 3. Added to the table, or a part.
+        following = (group + 1) * ROWS
+        goes_on = tl.load(ids_ptr + following, mask=following < rows, other=-1) == own
+        if begins & (goes_on == 0):
+            target_ptr = table_ptr + own * size + columns
+            tl.store(target_ptr, tl.load(target_ptr, mask=is_column, other=0.0) + total, mask=is_column)
+        else:
+            part = 2 * group + begins.to(tl.int32)
+            tl.store(parts_ptr + part.to(tl.int64) * size + columns, total, mask=is_column)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def add_parts_kernel(ids_ptr, table_ptr, parts_ptr, rows, size, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Add the parts of an id to its row of the table, in their order: the program of the group where the id begins."""
+    group = tl.program_id(0)
+    following = (group + 1) * ROWS
+    own = tl.load(ids_ptr + following, mask=following < rows, other=-1)  # of the next group's first place
+    before = tl.load(ids_ptr + following - 1, mask=following < rows, other=-2)
+    since = tl.load(ids_ptr + group * ROWS)
+    earlier = tl.load(ids_ptr + group * ROWS - 1, mask=group > 0, other=-1)
+    if (own == before) & ((since != own) | (earlier != own)):
+        columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        is_column = columns < size
+        last = tl.load(parts_ptr + (2 * group + 1).to(tl.int64) * size + columns, mask=is_column, other=0.0)
+        # ROWS groups at a time, until one begins with another id
         sums = tl.zeros([ROWS, BLOCK], tl.float32)
-        count = ROWS
-        while count == ROWS:
-            places = first + tl.arange(0, ROWS)
+        goes_on = own == before
+        while goes_on:
+            groups = group + 1 + tl.arange(0, ROWS)
+            places = groups.to(tl.int64) * ROWS
             is_own = tl.load(ids_ptr + places, mask=places < rows, other=-1) == own
-            source = tl.load(order_ptr + places, mask=is_own, other=0)
-            offsets = source[:, None] * size + columns[None, :]
-            sums += tl.load(grad_ptr + offsets, mask=is_own[:, None] & is_column[None, :], other=0.0)
-            count = tl.sum(is_own.to(tl.int32), axis=0)
-            first += ROWS
-        # 2. Their sum to the table.
+            offsets = (2 * groups[:, None]).to(tl.int64) * size + columns[None, :]
+            sums += tl.load(parts_ptr + offsets, mask=is_own[:, None] & is_column[None, :], other=0.0)
+            goes_on = tl.sum(is_own.to(tl.int32), axis=0) == ROWS
+            group += ROWS
         target_ptr = table_ptr + own * size + columns
-        total = tl.load(target_ptr, mask=is_column, other=0.0) + tl.sum(sums, axis=0)
+        total = tl.load(target_ptr, mask=is_column, other=0.0) + (last + tl.sum(sums, axis=0))
         tl.store(target_ptr, total, mask=is_column)
 
 
@@ -171,15 +205,17 @@ def backward(
 
 
 def add_rows(table: Tensor, ids: Tensor, grad: Tensor) -> None:
-    """Sort the ids [R], and launch `add_rows_kernel` for gradients [R, D] and a table [V, D], both fp32."""
+    """Sort the ids [R], and launch both kernels for gradients [R, D] and a table [V, D], both fp32."""
     rows, size = grad.shape
-    if rows:
-        ids, order = ids.sort(stable=True)  # the same order of additions each time
-        with torch.cuda.device_of(table):
-            add_rows_kernel[(rows, triton.cdiv(size, ADDED_BLOCK))](
-                grad, ids, order, table, rows, size,
-                ROWS=ADDED_ROWS, BLOCK=ADDED_BLOCK, num_warps=launch_warps(ADDED_WARPS),
-            )  # fmt: skip
+    if not rows:
+        return
+    ids, order = ids.sort(stable=True)  # the same order of additions each time
+    groups, blocks = triton.cdiv(rows, ADDED_ROWS), triton.cdiv(size, ADDED_BLOCK)
+    parts = grad.new_empty(2 * groups, size)
+    options = {"ROWS": ADDED_ROWS, "BLOCK": ADDED_BLOCK, "num_warps": launch_warps(ADDED_WARPS)}
+    with torch.cuda.device_of(table):
+        add_rows_kernel[(rows, blocks)](grad, ids, order, table, parts, rows, size, **options)
+        add_parts_kernel[(groups, blocks)](ids, table, parts, rows, size, **options)
 
 
 def _pointers(x: Tensor, ids: Tensor | None, seed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -206,17 +242,22 @@ def configurations() -> list[Configuration]:
         for size, gathers, has_dropout in cases
         if dtype == "fp32" or not gathers
     ]
-    pointers = {"grad_ptr": "*fp32", "ids_ptr": "*i64", "order_ptr": "*i64", "table_ptr": "*fp32"}
-    adding = Configuration(
-        "normalize/add rows",
-        add_rows_kernel,
-        {**pointers, "rows": "i32", "size": "i32"},
-        {"ROWS": ADDED_ROWS, "BLOCK": ADDED_BLOCK},
-        num_warps=ADDED_WARPS,
-        aligned=frozenset({*pointers, "size"}),
-        streams=False,  # loads are wide; what is stored is the sum of many rows
-    )
-    return [*found, adding]
+    kinds = {"ids_ptr": "*i64", "order_ptr": "*i64", "rows": "i32", "size": "i32"}
+    constants = {"ROWS": ADDED_ROWS, "BLOCK": ADDED_BLOCK}
+    for kernel in (add_rows_kernel, add_parts_kernel):
+        types = {name: kinds.get(name, "*fp32") for name in kernel.arg_names if name not in constants}
+        found.append(
+            Configuration(
+                f"normalize/{kernel.__name__.removesuffix('_kernel').replace('_', ' ')}",
+                kernel,
+                types,
+                constants,
+                num_warps=ADDED_WARPS,
+                aligned=frozenset(types.keys() - {"rows"}),
+                streams=False,  # loads are wide; what is stored is the sum of many rows
+            )
+        )
+    return found
 
 
 def _configuration(kernel: Any, dtype: str, size: int, *, gathers: bool, has_dropout: bool) -> Configuration:
