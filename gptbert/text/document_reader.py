@@ -1,11 +1,12 @@
 """Documents out of one file or table after the other, each with its domain; bad lines and rows are counted."""
 
 import io
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gptbert.errors import InputError
+from gptbert.errors import InputError, one_line
 from gptbert.io.screen import log
 from gptbert.text.corpus_config import CorpusConfig
 from gptbert.text.corpus_files import Source, as_text
@@ -20,6 +21,8 @@ from gptbert.text.tables import table_rows
 from gptbert.text.tally import Tally
 
 REPORTED_LINES = 5  # bad lines reported individually with --on_error=skip; the rest is only counted
+MOST_OBJECTS = 20  # of JSON, on lines one after the other of plain text
+_OBJECTS = re.compile(rb'(?:(?:\A|\n)\{"[^\n]*\}\r?(?=\n|\Z)){2,}')
 FEW_LINES = 36  # of a file of which more than half may be bad with --on_error=skip
 
 
@@ -195,6 +198,8 @@ class DocumentReader:
 
     def _lines(self, file: Path, number: int, block: bytes) -> Iterable[str]:
         """The lines of a block, with line ends; bad ones are rejected."""
+        if self.config.format == "auto":
+            _refuse_json_lines(file, number, block)
         try:
             text = block.decode("utf-8")
         except UnicodeDecodeError:
@@ -249,7 +254,7 @@ class DocumentReader:
         self.tally.skipped_bytes += size
         self.tally.skipped_lines += 1
         if self.tally.skipped_lines <= REPORTED_LINES:
-            log(f"skipped {place}: {reason}")
+            log(one_line(f"skipped {place}: {reason}"))
         elif self.tally.skipped_lines == REPORTED_LINES + 1:
             log("skipped more lines, which are only counted")
 
@@ -265,6 +270,21 @@ class DocumentReader:
 
 def _checked(value: Any, what: str) -> str | LongText:
     return value.checked(what) if isinstance(value, LongText) else string(value, what)
+
+
+def _refuse_json_lines(file: Path, number: int, block: bytes) -> None:
+    """Raise InputError if a block of plain text, whose first line has this number, has JSON Lines in it."""
+    if block.count(b'{"') < 2:
+        return
+    for found in _OBJECTS.finditer(block):
+        start, end = found.span()
+        if block.count(b"\n{", start, end) < MOST_OBJECTS and end - start < len(block) / 2:
+            continue
+        line = number + block.count(b"\n", 0, start) + block.startswith(b"\n", start)
+        raise InputError(
+            f"{file}:{line}: JSON Lines begin here, after plain text; split the file in two, or --format text if all "
+            "of it is plain text"
+        )
 
 
 def _refuse_nul(file: Path, number: int, lines: bytes) -> None:
