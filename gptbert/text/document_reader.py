@@ -226,7 +226,7 @@ class DocumentReader:
         if isinstance(record, dict):
             name = self.config.text_field
             if name not in record:
-                fields = ", ".join(f"`{field}`" for field in list(record)[:10]) or "nothing"
+                fields = ", ".join(f"`{field[:50]}`" for field in list(record)[:10]) or "nothing"
                 raise ValueError(f"the object has no `{name}`, only {fields} (--text_field names another)")
             if isinstance(record.get(self.domain_field), LongText):
                 raise ValueError(f"`{name}` is too long to be a domain too")  # noqa: TRY004  a bad line, not a bug

@@ -170,10 +170,8 @@ def _json_kind(text: str, lines: Sequence[str], beginning: str, suffix: str, com
         return None
     whole = complete or len(lines) > 1 or "\n" in text  # the first line is
     values = [_parsed(line) for line in lines] if whole else []
-    if len(values) < _FEW_LINES and _OBJECT.match(beginning):
-        values.append({})
-    elif len(values) < _FEW_LINES and _LONG_STRING.match(beginning):
-        values.append("")
+    if len(values) < _FEW_LINES and _NO_JSON not in values:
+        values += [{}] if _OBJECT.match(beginning) else [""] if _LONG_STRING.match(beginning) else []
     if values and sum(isinstance(value, dict) for value in values) >= max(1, len(values) / 2):
         return JSONL
     if first == "{" and _OBJECT.match(text):
