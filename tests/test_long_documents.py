@@ -13,7 +13,7 @@ from gptbert.text import documents, lines
 from gptbert.text.corpus import Corpus, CorpusConfig
 from gptbert.text.documents import MAX_DOCUMENT
 from tests.test_file_kinds import put
-from tokenize_scripts.train_tokenizer import learn
+from tokenize_scripts.train_tokenizer import TrainTokenizerConfig, in_pieces, learn, train_tokenizer
 
 ROOT = Path(__file__).parents[1]
 WORDS = "the sea is grey and a boat comes home late from far away islands "
@@ -150,6 +150,23 @@ def test_bad_bytes_in_a_long_line_are_named(tmp_path):
         corpus(put(tmp_path, "a.txt", b"one\n" + b"word " * 500_000 + b"\xff\xff" + b" word" * 9))
     with pytest.raises(InputError, match=r"a.txt:2: not UTF-8 \(byte 0xc3"):
         corpus(put(tmp_path, "a.txt", b"one\n" + b"word " * 500_000 + b"\xc3"))
+
+
+@pytest.mark.parametrize("flags", [{}, {"normalizer": "none", "marks_in_words": False}, {"normalizer": "nfkc"}])
+def test_a_tokenizer_is_learned_from_pieces_of_long_documents_as_from_the_whole(tmp_path, monkeypatch, flags):
+    """The library takes 256 texts at a time, which must not be 256 million characters."""
+    put(tmp_path, "a.txt", ((WORDS + "é  two spaces\nand 1234 lines, don't ") * 300).encode())
+    learned = []
+    for size in (1 << 20, 100):
+        monkeypatch.setattr("tokenize_scripts.train_tokenizer.LONG_TEXT", size)
+        output = tmp_path / f"{size}.json"
+        train_tokenizer(TrainTokenizerConfig(input=(tmp_path / "a.txt",), output=output, vocab_size=330, **flags))
+        learned.append(output.read_bytes())
+    assert learned[0] == learned[1]
+    text = "word " * 50 + "x" * 250
+    pieces = list(in_pieces(text))
+    assert "".join(pieces) == text
+    assert max(map(len, pieces)) <= 100
 
 
 PEAK = """
