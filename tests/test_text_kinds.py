@@ -23,6 +23,8 @@ NOT_TEXT = {
     "sums": (b"d41d8cd98f00b204e9800998ecf8427e  book 1.txt\n" * 3, "a list of checksums"),
     "sums of BSD": (b"SHA256 (book 1.txt) = " + b"ab" * 32 + b"\n", "a list of checksums"),
     "a sum": (b"ab" * 32, "a list of checksums"),
+    "a part of a page": (b"\n<div class='a'><p>" + LETTERS[0].encode() + b"</p></div>\n" * 3, "HTML or XML"),
+    "extracted pages": (b"<doc id='7'>\n" + TEXT + b"\n</doc>\n" + TEXT, "HTML or XML"),
     "addresses": (b"https://example.org/a\nftp://example.org/b c\n".replace(b" c", b""), "a list of addresses"),
 }
 
@@ -33,7 +35,7 @@ def test_text_that_is_no_document_is_named(tmp_path, case, capsys):
     file = put(tmp_path, "a", content)
     assert re.search(reason, refused(file))
     assert read(file, format="text")
-    if "carriage" in reason:  # too large to be a note beside the data
+    if "list" not in reason:  # too large to be a note beside the data
         return
     put(tmp_path, "b.jsonl", jsonl(["word " * 300] * 100))
     texts, lines = listing(capsys, tmp_path)
@@ -66,6 +68,24 @@ def test_json_lines_after_plain_text_are_named_with_their_line(tmp_path):
     long = (json.dumps({"text": "word " * 20_000}) + "\n").encode() * 9
     # of those in the first block, one is too little
     assert f"c.txt:{number + 1}: JSON Lines begin here" in refused(put(tmp_path, "c.txt", text + b"\n" + long))
+
+
+def test_tags_in_markdown_are_text(tmp_path):
+    text = b'<p align="center">\nA title\n</p>\n' + TEXT
+    assert len(read(put(tmp_path, "a.md", text))) == len(LETTERS)
+    assert "HTML or XML" in refused(put(tmp_path, "a.txt", text))
+
+
+def test_marks_of_files_that_were_joined_are_none_of_a_document(tmp_path):
+    mark = b"\xef\xbb\xbf"
+    assert (
+        read(put(tmp_path, "a.txt", mark + TEXT + b"\n\n" + mark + TEXT + b"\n\n" + mark * 2 + TEXT))[:80]
+        == LETTERS * 2
+    )
+
+
+def test_an_array_that_ends_behind_a_comma_is_cut_short(tmp_path):
+    assert "the array has no end: cut short" in refused(put(tmp_path, "a.json", b'[{"text": "a"},\n{"text": "b"},\n'))
 
 
 def test_what_takes_too_much_memory_to_unpack_is_not_called_damaged(tmp_path):

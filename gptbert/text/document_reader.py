@@ -206,6 +206,8 @@ class DocumentReader:
             return self._good_lines(file, number, block)
         if "\0" in text:
             _refuse_nul(file, number, block)
+        if "\ufeff" in text:  # marks of files that were joined
+            text = text.removeprefix("\ufeff").replace("\n\ufeff", "\n")
         self.tally.good_lines += text.count("\n") + (not text.endswith("\n"))
         return io.StringIO(text, newline="\n")
 

@@ -17,6 +17,7 @@ JSON = FileKind("JSON", "json")
 _GIVE_TEXT = "give the text itself"
 CHECKSUMS = FileKind("a list of checksums", way_on=_GIVE_TEXT, is_text=True, holds_no_text=True)
 ADDRESSES = FileKind("a list of addresses", way_on=_GIVE_TEXT, is_text=True, holds_no_text=True)
+MARKUP = FileKind("HTML or XML", way_on="extract its text", is_text=True)
 CARRIAGE_RETURNS = FileKind(
     "text whose lines end in carriage returns alone", way_on=r"convert it (tr '\r' '\n' < {file} > FILE)", is_text=True
 )
@@ -47,6 +48,8 @@ _ARRAY = re.compile(
 _LONG_STRING = re.compile(r'"(?:[^"\\\n]|\\.)*\Z')
 _CHECKSUM = re.compile(r"(?:\w[\w-]* ?\(.*\) ?= ?)?[0-9a-fA-F]{32,128}(?:\s.*)?")
 _ADDRESS = re.compile(r"[a-z][a-z0-9+]*://\S+\s*")
+_WITH_TAGS = {".md", ".markdown", ".rst"}  # of pages; they are prose all the same
+_TAG = re.compile(r"<([A-Za-z][\w:.-]*)(?:\s[^<>]*)?>")
 _NO_JSON = object()
 
 
@@ -155,12 +158,22 @@ def _format(text: str, suffix: str, complete: bool, text_field: str) -> FileKind
         )
         convert = f"make JSON Lines of it (python -c '{program}' {{file}} > FILE.jsonl)"
         return FileKind("TSV" if delimiter == "\t" else "CSV", way_on=convert, is_text=True)
-    for pattern, kind in ((_CHECKSUM, CHECKSUMS), (_ADDRESS, ADDRESSES)):
-        if lines and all(pattern.fullmatch(line) for line in lines):
-            return kind
+    if kind := _no_prose(text.lstrip(), lines, suffix):
+        return kind
     if suffix in BINARY_SUFFIXES and text:
         return FileKind(f"text, not what a name in {suffix} says,", way_on="fetch it again", is_text=True)
     return TEXT
+
+
+def _no_prose(text: str, lines: Sequence[str], suffix: str) -> FileKind | None:
+    """The kind of a text that is markup, or a list and nothing else."""
+    tag = None if suffix in _WITH_TAGS else _TAG.match(text)
+    if tag and (f"</{tag[1]}>" in text or text.count("</") >= _FEW_LINES):
+        return MARKUP
+    for pattern, kind in ((_CHECKSUM, CHECKSUMS), (_ADDRESS, ADDRESSES)):
+        if lines and all(pattern.fullmatch(line) for line in lines):
+            return kind
+    return None
 
 
 def _json_kind(text: str, lines: Sequence[str], beginning: str, suffix: str, complete: bool) -> FileKind | None:
