@@ -198,7 +198,7 @@ def test_splitting_takes_the_memory_that_the_page_promises(tmp_path):
         for _ in range(100):
             file.write(WORDS * (1_000_000 // len(WORDS)))
     size, said = peak("split_corpus", tmp_path / "text8", output_dir=tmp_path / "out")
-    assert size < 150, said
+    assert size < 100, said
     assert "1 document cut" in said
     (tmp_path / "text8").unlink()
     with (tmp_path / "a.jsonl").open("w", encoding="utf-8") as file:
@@ -210,7 +210,7 @@ def test_splitting_takes_the_memory_that_the_page_promises(tmp_path):
             file.write(f'{{"word": {number}}},')
         file.write("0]}\n")
     size, said = peak("split_corpus", tmp_path / "a.jsonl", output_dir=tmp_path / "out")
-    assert size < 150, said
+    assert size < 100, said
     assert "1 document cut" in said
 
 
