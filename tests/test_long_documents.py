@@ -89,7 +89,9 @@ def test_json_of_any_length_is_read(tmp_path, form, monkeypatch):
         "objects": "\n".join(json.dumps(value, indent=1) for value in values).encode(),
     }[form]
     file = put(tmp_path, "a", content)
-    with pytest.raises(InputError, match=r"a:\d+: the object has no `text`, only `id`, `texts` .*--on_error=skip"):
+    whole = gzip.decompress(content) if form == "gzip" else content
+    line = whole.count(b"\n", 0, whole.index(b'"id": 8')) + (form in {"jsonl", "gzip"})
+    with pytest.raises(InputError, match=rf"a:{line}: the object has no `text`, only `id`, `texts` .*--on_error=skip"):
         corpus(file)
     read, pieces = corpus(file, on_error="skip")
     assert pieces == ["one", *documents.cut(text.strip()), "two"]
@@ -111,6 +113,15 @@ def test_a_long_line_that_is_damaged_at_its_end_is_no_document(tmp_path, monkeyp
         read, pieces = corpus(file, on_error="skip")
         assert pieces == ["one", "two"]
         assert read.tally.skipped_bytes == len(text) + len(damage) + 2
+    monkeypatch.setattr(lines, "PIECE", 64)
+    file = put(tmp_path, "a.jsonl", b'"' + b"a" * 2000 + "é".encode()[:1] + b'x"\n')
+    with pytest.raises(InputError, match=r"a.jsonl:1: not UTF-8 \(byte 0xc3 at column 2002\)"):
+        corpus(file)
+    for size in range(2001, 2065):
+        file = put(tmp_path, "a.jsonl", b'"' + b"a" * size + b'\xf0\x9f"\n')
+        with pytest.raises(InputError, match=rf"a.jsonl:1: not UTF-8 \(byte 0xf0 at column {size + 2}\)"):
+            corpus(file)
+    monkeypatch.setattr(lines, "PIECE", 1 << 18)
     file = put(tmp_path, "a.jsonl", b'"one"\n"' + text.encode() + b'\0"\n"two"\n')
     with pytest.raises(InputError, match=r"a.jsonl:2: has NUL bytes from column 3250002 on"):
         corpus(file, on_error="skip")
