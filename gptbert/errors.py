@@ -8,8 +8,7 @@ class OneLineError(Exception):
     """An error whose message is one line; line breaks and control characters in it are shown as escapes."""
 
     def __init__(self, message: str) -> None:
-        shown = (part if part.isprintable() else part.encode("unicode_escape").decode() for part in message)
-        super().__init__("".join(shown))
+        super().__init__(one_line(message))
 
 
 class InputError(OneLineError):
@@ -62,6 +61,11 @@ def listed(names: Sequence[str], most: int) -> str:
     """Names for a message: the first `most` of them, and the number of the others."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return f"{', '.join(names[:most])}{more}"
+
+
+def one_line(text: str) -> str:
+    """A text with escapes in place of line breaks and control characters, which names of files may have."""
+    return "".join(part if part.isprintable() else part.encode("unicode_escape").decode() for part in text)
 
 
 def first_line(error: BaseException) -> str:

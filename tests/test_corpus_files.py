@@ -144,6 +144,16 @@ def _forecast(config, monkeypatch, sampled_bytes):
     return found
 
 
+def test_a_long_line_is_not_read_twice_to_foretell_its_pieces(tmp_path, monkeypatch):
+    put(tmp_path, "a.jsonl", jsonl(["one"]) + b'"' + b"word " * 3_000_000 + b'"\n')
+    read = []
+    monkeypatch.setattr(forecast.DocumentReader, "_count", lambda _, size: read.append(size))
+    corpus = Corpus(CorpusConfig(input=(tmp_path,)))
+    (told,) = forecasts(corpus._listing.sources, corpus.config, None).values()
+    assert sum(read) < 10_000_000
+    assert str(told).startswith("about ")
+
+
 def test_a_mixed_folder_is_read_and_listed_by_kind(tmp_path, capsys):
     put(tmp_path, "a.jsonl", jsonl(["one", "two"]))
     put(tmp_path, "b.txt", b"three\n\nfour\n\nfive")
@@ -224,6 +234,16 @@ def test_broken_links_are_named(tmp_path, capsys):
     assert f"left out: {tmp_path / 'b.jsonl'} (a broken link), {tmp_path / 'c'} (a broken link)" in lines[1]
     with pytest.raises(InputError, match=r"--input .*/b.jsonl: is a link to gone.jsonl, which is not there"):
         read(tmp_path / "b.jsonl")
+
+
+def test_other_names_of_a_file_and_links_to_devices_are_named(tmp_path, capsys):
+    put(tmp_path, "a.jsonl", jsonl(["one"]))
+    os.link(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+    (tmp_path / "c.jsonl").symlink_to("/dev/zero")
+    texts, lines = listing(capsys, tmp_path)
+    assert texts == ["one"]
+    assert f"{tmp_path / 'b.jsonl'} (read already, under another name)" in lines[1]
+    assert f"{tmp_path / 'c.jsonl'} (not a file)" in lines[1]
 
 
 def test_what_is_no_file_is_named(tmp_path, capsys):

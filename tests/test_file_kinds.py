@@ -79,7 +79,10 @@ def test_json_lines_under_any_name(tmp_path, name, content):
 @pytest.mark.parametrize("last", [{"text": "word " * 20_000}, "word " * 20_000])
 def test_json_lines_whose_first_kilobytes_have_no_end(tmp_path, first, last):
     content = "\n".join(json.dumps(line) for line in (*first, last, "end")).encode()
-    assert read(put(tmp_path, "part-00000", content)) == [*first, ("word " * 20_000).strip(), "end"]
+    expected = [*first, ("word " * 20_000).strip(), "end"]
+    assert read(put(tmp_path, "part-00000", content)) == expected
+    array = "[\n" + ",\n".join(json.dumps(line) for line in (*first, last, "end")) + "]\n"
+    assert read(put(tmp_path, "part-00000", array.encode())) == expected
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])

@@ -13,7 +13,7 @@ from gptbert.text import documents, lines
 from gptbert.text.corpus import Corpus, CorpusConfig
 from gptbert.text.documents import MAX_DOCUMENT
 from tests.test_file_kinds import put
-from tokenize_scripts.train_tokenizer import learn
+from tokenize_scripts.train_tokenizer import TrainTokenizerConfig, in_pieces, learn, train_tokenizer
 
 ROOT = Path(__file__).parents[1]
 WORDS = "the sea is grey and a boat comes home late from far away islands "
@@ -89,7 +89,9 @@ def test_json_of_any_length_is_read(tmp_path, form, monkeypatch):
         "objects": "\n".join(json.dumps(value, indent=1) for value in values).encode(),
     }[form]
     file = put(tmp_path, "a", content)
-    with pytest.raises(InputError, match=r"a:\d+: the object has no `text`, only `id`, `texts` .*--on_error=skip"):
+    whole = gzip.decompress(content) if form == "gzip" else content
+    line = whole.count(b"\n", 0, whole.index(b'"id": 8')) + (form in {"jsonl", "gzip"})
+    with pytest.raises(InputError, match=rf"a:{line}: the object has no `text`, only `id`, `texts` .*--on_error=skip"):
         corpus(file)
     read, pieces = corpus(file, on_error="skip")
     assert pieces == ["one", *documents.cut(text.strip()), "two"]
@@ -111,6 +113,15 @@ def test_a_long_line_that_is_damaged_at_its_end_is_no_document(tmp_path, monkeyp
         read, pieces = corpus(file, on_error="skip")
         assert pieces == ["one", "two"]
         assert read.tally.skipped_bytes == len(text) + len(damage) + 2
+    monkeypatch.setattr(lines, "PIECE", 64)
+    file = put(tmp_path, "a.jsonl", b'"' + b"a" * 2000 + "é".encode()[:1] + b'x"\n')
+    with pytest.raises(InputError, match=r"a.jsonl:1: not UTF-8 \(byte 0xc3 at column 2002\)"):
+        corpus(file)
+    for size in range(2001, 2065):
+        file = put(tmp_path, "a.jsonl", b'"' + b"a" * size + b'\xf0\x9f"\n')
+        with pytest.raises(InputError, match=rf"a.jsonl:1: not UTF-8 \(byte 0xf0 at column {size + 2}\)"):
+            corpus(file)
+    monkeypatch.setattr(lines, "PIECE", 1 << 18)
     file = put(tmp_path, "a.jsonl", b'"one"\n"' + text.encode() + b'\0"\n"two"\n')
     with pytest.raises(InputError, match=r"a.jsonl:2: has NUL bytes from column 3250002 on"):
         corpus(file, on_error="skip")
@@ -152,6 +163,23 @@ def test_bad_bytes_in_a_long_line_are_named(tmp_path):
         corpus(put(tmp_path, "a.txt", b"one\n" + b"word " * 500_000 + b"\xc3"))
 
 
+@pytest.mark.parametrize("flags", [{}, {"normalizer": "none", "marks_in_words": False}, {"normalizer": "nfkc"}])
+def test_a_tokenizer_is_learned_from_pieces_of_long_documents_as_from_the_whole(tmp_path, monkeypatch, flags):
+    """The library takes 256 texts at a time, which must not be 256 million characters."""
+    put(tmp_path, "a.txt", ((WORDS + "é  two spaces\nand 1234 lines, don't ") * 300).encode())
+    learned = []
+    for size in (1 << 20, 100):
+        monkeypatch.setattr("tokenize_scripts.train_tokenizer.LONG_TEXT", size)
+        output = tmp_path / f"{size}.json"
+        train_tokenizer(TrainTokenizerConfig(input=(tmp_path / "a.txt",), output=output, vocab_size=330, **flags))
+        learned.append(output.read_bytes())
+    assert learned[0] == learned[1]
+    text = "word " * 50 + "x" * 250
+    pieces = list(in_pieces(text))
+    assert "".join(pieces) == text
+    assert max(map(len, pieces)) <= 100
+
+
 PEAK = """
 import sys
 from pathlib import Path
@@ -181,7 +209,7 @@ def test_splitting_takes_the_memory_that_the_page_promises(tmp_path):
         for _ in range(100):
             file.write(WORDS * (1_000_000 // len(WORDS)))
     size, said = peak("split_corpus", tmp_path / "text8", output_dir=tmp_path / "out")
-    assert size < 150, said
+    assert size < 100, said
     assert "1 document cut" in said
     (tmp_path / "text8").unlink()
     with (tmp_path / "a.jsonl").open("w", encoding="utf-8") as file:
@@ -193,7 +221,7 @@ def test_splitting_takes_the_memory_that_the_page_promises(tmp_path):
             file.write(f'{{"word": {number}}},')
         file.write("0]}\n")
     size, said = peak("split_corpus", tmp_path / "a.jsonl", output_dir=tmp_path / "out")
-    assert size < 150, said
+    assert size < 100, said
     assert "1 document cut" in said
 
 

@@ -102,6 +102,13 @@ def test_values_are_read_in_pieces_as_they_are_whole(place, texts, around, size)
     assert pieces == whole
 
 
+def test_the_name_of_a_field_may_have_any_length_and_is_not_shown_whole(place):
+    text = json.dumps({"n" * 300_000: 1, "txt": "a", "m" * 2_000_000: 2})
+    message = outcome(put(place, "b.jsonl", text.encode()))
+    assert "the object has no `text`, only `nnn" in message
+    assert len(message) < 500
+
+
 def read(text, size=7):
     """The value of a JSON text that comes in pieces of a size."""
     pieces = (text[start : start + size] for start in range(0, len(text), size))
@@ -128,6 +135,8 @@ def test_what_is_not_wanted_takes_no_memory():
     assert read("[" * MAX_DEPTH + "]" * MAX_DEPTH)[1] == []
     with pytest.raises(RecursionError):
         read("[" * 10**6)
+    with pytest.raises(RecursionError):
+        read('{"a":' * 10**5)
     for number in ("1" * 10**6, "0." + "1" * 10**6, "-" + "1" * 5000):
         with pytest.raises(ValueError, match="digits"):
             read(f"[{number}, 1]", 1000)

@@ -62,8 +62,18 @@ def split_corpus(config: SplitConfig) -> None:
     close(
         f"wrote {sides} to {config.output_dir}, from {corpus.counts()}",
         [corpus.tally.figures()],
-        corpus.tally.warnings() + empty,
+        corpus.tally.warnings() + empty + _inside_input(config),
     )
+
+
+def _inside_input(config: SplitConfig) -> list[str]:
+    """A warning if the outputs lie where the next reading of a folder finds them."""
+    output = config.output_dir.resolve()
+    folders = [folder for folder in config.input if folder.is_dir() and output.is_relative_to(folder.resolve())]
+    return [
+        f"--output_dir {config.output_dir} is in --input {folder}: reading that again would read its documents twice"
+        for folder in folders
+    ]
 
 
 def side_of(text: str, valid_fraction: float, test_fraction: float) -> str:

@@ -22,6 +22,7 @@ from gptbert.text.tally import TokenFigures, close
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())  # 256 characters, one per byte
 LONG_WORD = re.compile(r"\S{1000}")  # what the library learns of a word takes the square of its length: it gets an end
+LONG_TEXT = 1 << 16  # characters; of longer texts the library gets pieces
 SAMPLED_CHARACTERS = 1_000_000  # of the corpus, encoded at the end to show what the tokenizer does with it
 MOST_DECOMPOSED = 0.01  # share of the documents that may be without a warning
 SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + len(ALPHABET)
@@ -171,6 +172,17 @@ def learn(texts: Iterator[str], vocab_size: int, min_frequency: int, splitting: 
     return tokenizer
 
 
+def in_pieces(text: str) -> Iterator[str]:
+    """A text as the library gets it, which takes 256 at a time and much memory for each: cut in front of a space."""
+    start = 0
+    while len(text) - start > LONG_TEXT:
+        end = text.rfind(" ", start + 1, start + LONG_TEXT)
+        end = end if end > start else start + LONG_TEXT
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
 def _announce_merges(corpus: Corpus, sample: list[str]) -> Iterator[str]:
     """The documents, the first of them kept in `sample`; then print a line: the library learns without progress."""
     size = 0
@@ -178,7 +190,7 @@ def _announce_merges(corpus: Corpus, sample: list[str]) -> Iterator[str]:
         if size < SAMPLED_CHARACTERS:
             sample.append(text)
             size += len(text)
-        yield LONG_WORD.sub(lambda word: f"{word[0]}\n", text)
+        yield from in_pieces(LONG_WORD.sub(lambda word: f"{word[0]}\n", text))
     tqdm.write(f"read {corpus.num_documents:,} documents; learning the merges", file=sys.stderr)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
 
-from gptbert.errors import InputError
+from gptbert.errors import InputError, one_line
 from gptbert.io.screen import log
 from gptbert.text.corpus_config import CorpusConfig
 from gptbert.text.corpus_files import CorpusFiles
@@ -78,7 +78,7 @@ class Corpus:
         if len(self.files) > 1 or any(path.is_dir() for path in self.config.input):
             expected = forecasts(self._listing.sources, self.config, self._reader.domain_field)
             for line in self._listing.lines(expected):
-                log(line)
+                log(one_line(line))
         delay = 0.0 if self.config.on_error == "skip" else 0.5  # lines above a bar show it before its time
         with tqdm(total=total, unit="B", unit_scale=True, delay=delay, mininterval=interval) as bar:
             for domain, document in self._documents(bar.update):
@@ -140,6 +140,8 @@ class Corpus:
         for source in self._listing.sources:
             documents, text_bytes = tally.num_documents, tally.text_bytes
             yield from reader.of_file(source, advance)
+            if source.has_changed():
+                tally.changed_files.append(str(source.path))
             self._by_kind[source.title][0] += tally.num_documents - documents
             self._by_kind[source.title][1] += tally.text_bytes - text_bytes
         reader.check_all()

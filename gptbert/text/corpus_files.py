@@ -3,12 +3,12 @@
 import json
 import os
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gptbert.errors import InputError
+from gptbert.errors import InputError, listed
 from gptbert.text.file_kind import ARROW_FILE, ARROW_STREAM, BINARY, HEAD_BYTES, PARQUET, FileKind
 from gptbert.text.opened_file import kind_of
 from gptbert.text.tables import saved_dataset_files
@@ -22,6 +22,10 @@ _NOTES = re.compile(
     r"(readme|licen[cs]e|copying|copyright|notice|authors|contributors|contributing|citation|changelog|"
     r"code_of_conduct|datasheet|data(set)?[_-]?card|data[_-]?statement)([._-].*)?"
 )
+_NOTES_BY_FULL_NAME = re.compile(
+    r"(install|version|disclaimer|terms(_of_(use|service))?|makefile|manifest|file_?list|requirements|robots)(\.txt|\.md)?"
+)
+_NOTE_FOLDERS = re.compile(r"licen[cs]es|__macosx")
 _NOTE_SUFFIXES = {"", ".md", ".txt", ".rst", ".htm", ".html", ".pdf", ".tex", ".bib", ".cff"}
 _CHECKSUMS = re.compile(
     r"(md5|sha-?\d*|b2|blake\w*|check)sums?([._-].*)?|.*\.(md5|sha\d+|b2|crc32|sfv|asc|sig|torrent)"
@@ -43,11 +47,26 @@ class Source:
         path: where it is.
         kind: what it is; None for a pipe, which can be looked at only once.
         size: bytes on disk.
+        changed: when it was changed, in ns.
     """
 
     path: Path
     kind: FileKind | None
     size: int
+    changed: int
+
+    @classmethod
+    def of(cls, path: Path, kind: FileKind | None) -> "Source":
+        """A file as it is now."""
+        status = path.stat()
+        return cls(path, kind, status.st_size, status.st_mtime_ns)
+
+    def has_changed(self) -> bool:
+        """Whether somebody has written to the file since."""
+        try:
+            return self.kind is not None and self != Source.of(self.path, self.kind)
+        except OSError:  # removed, when it was open
+            return False
 
     @property
     def title(self) -> str:
@@ -101,15 +120,17 @@ class CorpusFiles:
         Args:
             documents: what to say of the documents of each kind, by its title.
         """
-        files: Counter[str] = Counter()
-        sizes: Counter[str] = Counter()
+        files: dict[str, list[Source]] = defaultdict(list)
         for source in self.sources:
-            files[source.title] += 1
-            sizes[source.title] += source.size
+            files[source.title].append(source)
+        total = sum(source.size for source in self.sources)
         kinds = []
-        for kind, count in files.items():
+        for kind, of_kind in files.items():
+            count, size = len(of_kind), sum(source.size for source in of_kind)
+            # perhaps no data at all
+            names = f" ({listed([source.path.name for source in of_kind], NAMED)})" * (size < MOST_REFUSED * total)
             expected = f", {documents[kind]}" if kind in documents else ""
-            kinds.append(f"{kind}: {count:,} file{'s' * (count > 1)}, {sizes[kind]:,} bytes{expected}")
+            kinds.append(f"{kind}: {count:,} file{'s' * (count > 1)}{names}, {size:,} bytes{expected}")
         yield f"to read: {'; '.join(kinds)}"
         if self.left_out:
             yield f"left out: {self._named()}; give a file by itself to have it read"
@@ -138,6 +159,8 @@ class CorpusFiles:
                 repeated = True
                 if path.is_symlink():
                     self._leave_out(path, f"a link to {path.resolve()}, which is read already")
+                elif path.stat().st_nlink > 1:
+                    self._leave_out(path, "read already, under another name")
         sources = self._by_content(sorted(chosen))
         if not sources and not repeated:
             left = f"left out: {self._named(root)}; give a file by itself to have it read" if self.left_out else "none"
@@ -146,7 +169,7 @@ class CorpusFiles:
 
     def _by_content(self, files: Sequence[Path]) -> list[Source]:
         """Those of a folder's files that are read."""
-        kinds = {path: self._kind(path) for path in files}
+        kinds = {path: self._kind(path, in_folder=True) for path in files}
         structured = any(kind.is_table or kind.reader in {"jsonl", "json"} for kind in kinds.values())
         sources = []
         for path, kind in kinds.items():
@@ -155,10 +178,10 @@ class CorpusFiles:
                 self._leave_out(path, kind.name)
             elif beside and not kind.is_table and kind.reader != "jsonl":
                 self._leave_out(path, "beside JSON or tables")
-            elif kind == JSON and path.suffix.lower() == ".json" and _is_settings(path, self._text_field):
+            elif kind in {JSON, JSONL} and path.suffix.lower() == ".json" and _is_settings(path, self._text_field):
                 self._leave_out(path, f"a JSON object without `{self._text_field}`, see --text_field")
             else:
-                sources.append(Source(path, kind, path.stat().st_size))
+                sources.append(Source.of(path, kind))
         refused = [source for source in sources if not kinds[source.path].reader]
         if sum(source.size for source in refused) > MOST_REFUSED * sum(source.size for source in sources):
             raise InputError(kinds[refused[0].path].refusal(refused[0].path))
@@ -185,25 +208,32 @@ class CorpusFiles:
                     yield from saved
                     subfolders.clear()
                     continue
+                kept = []
                 for path in [folder / name for name in sorted(subfolders)]:
                     if path.name.startswith("."):
                         self._leave_out(path, HIDDEN)
-                    elif path.is_symlink():
-                        waiting.append(path)
-                subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+                    elif _NOTE_FOLDERS.fullmatch(path.name.lower()):
+                        self._leave_out(path, "about the data")
+                    else:
+                        kept.append(path.name)
+                        if path.is_symlink():
+                            waiting.append(path)
+                subfolders[:] = kept
                 for path in [folder / name for name in sorted(names)]:
                     if path.is_file():
                         yield path
                     else:
-                        self._leave_out(path, "a broken link" if path.is_symlink() else "not a file")
+                        self._leave_out(
+                            path, "a broken link" if path.is_symlink() and not path.exists() else "not a file"
+                        )
 
-    def _kind(self, path: Path) -> FileKind:
+    def _kind(self, path: Path, *, in_folder: bool = False) -> FileKind:
         """What a file is by its content; by its name, if that says a table and the content nothing else."""
         kind = kind_of(path, self._text_field)
         by_name = _BY_NAME.get(path.suffix.lower())
         if by_name and (kind == BINARY or path.stat().st_size == 0):
             return by_name
-        return as_text(kind, self._format)
+        return kind if in_folder and kind.holds_no_text else as_text(kind, self._format)
 
 
 def as_text(kind: FileKind, file_format: str) -> FileKind:
@@ -226,7 +256,7 @@ def _reason_by_name(path: Path) -> str:
     name = path.name.lower()
     if name.startswith("."):
         return HIDDEN
-    if _NOTES.fullmatch(name) and path.suffix.lower() in _NOTE_SUFFIXES:
+    if _NOTES_BY_FULL_NAME.fullmatch(name) or (_NOTES.fullmatch(name) and path.suffix.lower() in _NOTE_SUFFIXES):
         return "about the data"
     if _CHECKSUMS.fullmatch(name):
         return "checksums"
@@ -238,7 +268,7 @@ def _reason_by_name(path: Path) -> str:
 def _accepted(path: Path, kind: FileKind | None) -> Source:
     if kind and not kind.reader:
         raise InputError(kind.refusal(path))
-    return Source(path, kind, path.stat().st_size)
+    return Source.of(path, kind)
 
 
 def _is_settings(path: Path, text_field: str) -> bool:

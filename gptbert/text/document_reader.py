@@ -1,11 +1,12 @@
 """Documents out of one file or table after the other, each with its domain; bad lines and rows are counted."""
 
 import io
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gptbert.errors import InputError
+from gptbert.errors import InputError, one_line
 from gptbert.io.screen import log
 from gptbert.text.corpus_config import CorpusConfig
 from gptbert.text.corpus_files import Source, as_text
@@ -20,6 +21,8 @@ from gptbert.text.tables import table_rows
 from gptbert.text.tally import Tally
 
 REPORTED_LINES = 5  # bad lines reported individually with --on_error=skip; the rest is only counted
+MOST_OBJECTS = 20  # of JSON, on lines one after the other of plain text
+_OBJECTS = re.compile(rb'(?:(?:\A|\n)\{"[^\n]*\}\r?(?=\n|\Z)){2,}')
 FEW_LINES = 36  # of a file of which more than half may be bad with --on_error=skip
 
 
@@ -195,12 +198,16 @@ class DocumentReader:
 
     def _lines(self, file: Path, number: int, block: bytes) -> Iterable[str]:
         """The lines of a block, with line ends; bad ones are rejected."""
+        if self.config.format == "auto":
+            _refuse_json_lines(file, number, block)
         try:
             text = block.decode("utf-8")
         except UnicodeDecodeError:
             return self._good_lines(file, number, block)
         if "\0" in text:
             _refuse_nul(file, number, block)
+        if "\ufeff" in text:  # marks of files that were joined
+            text = text.removeprefix("\ufeff").replace("\n\ufeff", "\n")
         self.tally.good_lines += text.count("\n") + (not text.endswith("\n"))
         return io.StringIO(text, newline="\n")
 
@@ -221,7 +228,7 @@ class DocumentReader:
         if isinstance(record, dict):
             name = self.config.text_field
             if name not in record:
-                fields = ", ".join(f"`{field}`" for field in list(record)[:10]) or "nothing"
+                fields = ", ".join(f"`{field[:50]}`" for field in list(record)[:10]) or "nothing"
                 raise ValueError(f"the object has no `{name}`, only {fields} (--text_field names another)")
             if isinstance(record.get(self.domain_field), LongText):
                 raise ValueError(f"`{name}` is too long to be a domain too")  # noqa: TRY004  a bad line, not a bug
@@ -249,7 +256,7 @@ class DocumentReader:
         self.tally.skipped_bytes += size
         self.tally.skipped_lines += 1
         if self.tally.skipped_lines <= REPORTED_LINES:
-            log(f"skipped {place}: {reason}")
+            log(one_line(f"skipped {place}: {reason}"))
         elif self.tally.skipped_lines == REPORTED_LINES + 1:
             log("skipped more lines, which are only counted")
 
@@ -265,6 +272,21 @@ class DocumentReader:
 
 def _checked(value: Any, what: str) -> str | LongText:
     return value.checked(what) if isinstance(value, LongText) else string(value, what)
+
+
+def _refuse_json_lines(file: Path, number: int, block: bytes) -> None:
+    """Raise InputError if a block of plain text, whose first line has this number, has JSON Lines in it."""
+    if block.count(b'{"') < 2:
+        return
+    for found in _OBJECTS.finditer(block):
+        start, end = found.span()
+        if block.count(b"\n{", start, end) < MOST_OBJECTS and end - start < len(block) / 2:
+            continue
+        line = number + block.count(b"\n", 0, start) + block.startswith(b"\n", start)
+        raise InputError(
+            f"{file}:{line}: JSON Lines begin here, after plain text; split the file in two, or --format text if all "
+            "of it is plain text"
+        )
 
 
 def _refuse_nul(file: Path, number: int, lines: bytes) -> None:

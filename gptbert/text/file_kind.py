@@ -95,6 +95,7 @@ PACKINGS = {
     b"\x04\x22\x4d\x18": "lz4",
     b"\x1f\x9d": "compress",
     b"LZIP": "lzip",
+    b"]\0\0": "lzma",
     b"\xff\x06\0\0sNaPpY": "snappy",
 }
 _ZSTD_SKIPPABLE = range(0x184D2A50, 0x184D2A60)  # a frame of notes, which may come first

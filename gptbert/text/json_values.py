@@ -46,8 +46,10 @@ def numbered_values(
                 if values.skip_space():
                     raise values.error("more follows after the end of the array")
                 return
-            if array and not first and not (values.next_is(",") and values.skip_space()):
+            if array and not first and not values.next_is(","):
                 raise values.error("a comma is missing")
+            if not values.skip_space():
+                break
             first = False
             line, found = values.value()
             yield line, values.long_value(document, text_field, label_field) if found is _LONG else found

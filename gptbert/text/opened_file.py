@@ -6,6 +6,7 @@ import gzip
 import importlib
 import io
 import lzma
+import shlex
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,15 @@ from gptbert.text.text_kind import mark_of, text_kind
 
 CHUNK = 1 << 20  # bytes read at a time
 XZ_MEMORY = 1 << 28  # bytes; the largest preset of xz needs a quarter of it, and a header may ask for gigabytes
-_UNPACKERS = {"lz4": "lz4 -d", "compress": "uncompress", "lzip": "lzip -d", "snappy": "snzip -d", "zstd": "zstd -d"}
+_UNPACKERS = {
+    "xz": "xz -d",
+    "lz4": "lz4 -d",
+    "compress": "uncompress",
+    "lzip": "lzip -d",
+    "lzma": "unlzma",
+    "snappy": "snzip -d",
+    "zstd": "zstd -d",
+}
 
 
 class OpenedFile:
@@ -86,6 +95,9 @@ def opened(file: Path, advance: Callable[[int], object] = lambda _: None) -> Ite
         if getattr(error, "errno", None) is not None or not packing:
             reason = getattr(error, "strerror", None) or first_line(error)
             raise InputError(f"{file}: cannot be read ({reason})") from error
+        if "memory" in str(error).lower():  # a header may ask for gigabytes
+            way_on = f"unpack it ({_UNPACKERS[packing]} {shlex.quote(str(file))})"
+            raise InputError(f"{file}: takes more memory to unpack than {packing} usually does; {way_on}") from error
         reason = f"the {packing} data is damaged or cut short ({first_line(error)})"
         raise InputError(f"{file}: {reason}; copy the file again") from error
 
@@ -222,4 +234,6 @@ def _unpacked(file: Path, packing: str, packed: io.BufferedReader) -> Any:
         except ImportError:
             pass
     library = ", or pip install pyarrow" if packing == "zstd" else ""
-    raise InputError(f"{file}: is compressed with {packing}; unpack it ({_UNPACKERS[packing]} {file}){library}")
+    raise InputError(
+        f"{file}: is compressed with {packing}; unpack it ({_UNPACKERS[packing]} {shlex.quote(str(file))}){library}"
+    )

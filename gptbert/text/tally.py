@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gptbert.errors import InputError
+from gptbert.errors import InputError, listed, one_line
 from gptbert.text.documents import MAX_DOCUMENT
 
 SAMPLED_TEXTS = 1 << 13  # different texts that are remembered, as hashes
 MOST_SKIPPED = 0.01  # share of the text that bad lines may be without a warning
 MOST_REPEATED = 0.5
+MOST_EMPTY = 0.9  # blank lines among them, with --text_documents line
 SOME_UNKNOWN = 0.01  # share of tokens that may be unknown without a warning
 MOST_UNKNOWN = 0.5  # and without an error
 SHORT_TOKENS, LONG_TOKENS = 1.5, 12.0  # bytes per token, between which there is no warning
@@ -65,6 +66,7 @@ class Tally:
         cut_documents: documents that were cut because of their length.
         read_bytes: text in the files, with all fields of JSON and without those of tables.
         left_out_bytes: the size on disk of a folder's files that are not read.
+        changed_files: files that others wrote to while they were read.
         repeated: how many documents repeat others.
     """
 
@@ -77,6 +79,7 @@ class Tally:
     cut_documents: int = 0
     read_bytes: int = 0
     left_out_bytes: int = 0
+    changed_files: list[str] = field(default_factory=list)
     repeated: RepeatedTexts = field(default_factory=RepeatedTexts)
 
     def add(self, document: str) -> None:
@@ -121,6 +124,12 @@ class Tally:
     def warnings(self) -> list[str]:
         """What is past a sensible limit."""
         found = []
+        if self.changed_files:
+            found.append(
+                f"changed while they were read, so documents may be cut or missing: {listed(self.changed_files, 5)}"
+            )
+        if self.empty_documents > MOST_EMPTY * (self.empty_documents + self.num_documents):
+            found.append(f"{self.empty_documents:,} documents were empty, and {self.num_documents:,} were not")
         if self.skipped_share > MOST_SKIPPED:
             found.append(f"{self.skipped_share:.1%} of the text was left out as bad lines; look at those named above")
         if self.text_share < LEAST_TEXT:
@@ -188,7 +197,7 @@ class TokenFigures:
 def close(line: str, figures: Sequence[str], warnings: Sequence[str]) -> None:
     """Print the last line of a command, with figures at its end, after its warnings."""
     for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr, flush=True)
+        print(one_line(f"warning: {warning}"), file=sys.stderr, flush=True)
     print("; ".join([line, *figures]))
 
 

@@ -14,6 +14,14 @@ TEXT = FileKind("plain text", "text")
 JSONL = FileKind("JSON Lines", "jsonl")
 JSON = FileKind("JSON", "json")
 
+_GIVE_TEXT = "give the text itself"
+CHECKSUMS = FileKind("a list of checksums", way_on=_GIVE_TEXT, is_text=True, holds_no_text=True)
+ADDRESSES = FileKind("a list of addresses", way_on=_GIVE_TEXT, is_text=True, holds_no_text=True)
+MARKUP = FileKind("HTML or XML", way_on="extract its text", is_text=True)
+CARRIAGE_RETURNS = FileKind(
+    "text whose lines end in carriage returns alone", way_on=r"convert it (tr '\r' '\n' < {file} > FILE)", is_text=True
+)
+
 # Marks at the start of a file, longest first.
 MARKS = {
     b"\xff\xfe\0\0": "utf-32-le",
@@ -38,6 +46,10 @@ _ARRAY = re.compile(
     r'\[\s*(?:\{|\]\s*\Z|"(?:[^"\\\n]|\\.)*(?:"\s*[,\]]|\Z))'
 )  # its first string may not end in the head
 _LONG_STRING = re.compile(r'"(?:[^"\\\n]|\\.)*\Z')
+_CHECKSUM = re.compile(r"(?:\w[\w-]* ?\(.*\) ?= ?)?[0-9a-fA-F]{32,128}(?:\s.*)?")
+_ADDRESS = re.compile(r"[a-z][a-z0-9+]*://\S+\s*")
+_WITH_TAGS = {".md", ".markdown", ".rst"}  # of pages; they are prose all the same
+_TAG = re.compile(r"<([A-Za-z][\w:.-]*)(?:\s[^<>]*)?>")
 _NO_JSON = object()
 
 
@@ -64,6 +76,8 @@ def text_kind(head: bytes, name: str, complete: bool, text_field: str) -> FileKi
         if reason := _not_utf8(head, suffix):
             return reason
         text = head.decode("utf-8", "replace")
+    if "\n" not in text.strip() and text.strip().count("\r") >= _FEW_LINES:
+        return CARRIAGE_RETURNS
     return _format(text, suffix, complete, text_field)
 
 
@@ -144,9 +158,22 @@ def _format(text: str, suffix: str, complete: bool, text_field: str) -> FileKind
         )
         convert = f"make JSON Lines of it (python -c '{program}' {{file}} > FILE.jsonl)"
         return FileKind("TSV" if delimiter == "\t" else "CSV", way_on=convert, is_text=True)
+    if kind := _no_prose(text.lstrip(), lines, suffix):
+        return kind
     if suffix in BINARY_SUFFIXES and text:
         return FileKind(f"text, not what a name in {suffix} says,", way_on="fetch it again", is_text=True)
     return TEXT
+
+
+def _no_prose(text: str, lines: Sequence[str], suffix: str) -> FileKind | None:
+    """The kind of a text that is markup, or a list and nothing else."""
+    tag = None if suffix in _WITH_TAGS else _TAG.match(text)
+    if tag and (f"</{tag[1]}>" in text or text.count("</") >= _FEW_LINES):
+        return MARKUP
+    for pattern, kind in ((_CHECKSUM, CHECKSUMS), (_ADDRESS, ADDRESSES)):
+        if lines and all(pattern.fullmatch(line) for line in lines):
+            return kind
+    return None
 
 
 def _json_kind(text: str, lines: Sequence[str], beginning: str, suffix: str, complete: bool) -> FileKind | None:
@@ -156,10 +183,8 @@ def _json_kind(text: str, lines: Sequence[str], beginning: str, suffix: str, com
         return None
     whole = complete or len(lines) > 1 or "\n" in text  # the first line is
     values = [_parsed(line) for line in lines] if whole else []
-    if len(values) < _FEW_LINES and _OBJECT.match(beginning):
-        values.append({})
-    elif len(values) < _FEW_LINES and _LONG_STRING.match(beginning):
-        values.append("")
+    if len(values) < _FEW_LINES and _NO_JSON not in values:
+        values += [{}] if _OBJECT.match(beginning) else [""] if _LONG_STRING.match(beginning) else []
     if values and sum(isinstance(value, dict) for value in values) >= max(1, len(values) / 2):
         return JSONL
     if first == "{" and _OBJECT.match(text):

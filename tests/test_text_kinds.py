@@ -1,0 +1,155 @@
+"""Text that is not what it seems: refused or left out with its name, never read as something else."""
+
+import json
+import lzma
+import os
+import re
+import zlib
+from pathlib import Path
+
+import pytest
+
+from gptbert.errors import InputError
+from gptbert.text.corpus import Corpus, CorpusConfig
+from gptbert.text.tally import close
+from tests.test_corpus_files import listing
+from tests.test_file_kinds import LETTERS, LINES, TEXT, put, read, refused
+from tests.texts import jsonl
+from tokenize_scripts.split_corpus import SplitConfig, split_corpus
+
+NOT_TEXT = {
+    "carriage returns": (TEXT.replace(b"\n", b"\r"), r"carriage returns alone .*tr '\\r' '\\n' < "),
+    "carriage returns in JSON Lines": (LINES.replace(b"\n", b"\r"), "carriage returns alone"),
+    "sums": (b"d41d8cd98f00b204e9800998ecf8427e  book 1.txt\n" * 3, "a list of checksums"),
+    "sums of BSD": (b"SHA256 (book 1.txt) = " + b"ab" * 32 + b"\n", "a list of checksums"),
+    "a sum": (b"ab" * 32, "a list of checksums"),
+    "a part of a page": (b"\n<div class='a'><p>" + LETTERS[0].encode() + b"</p></div>\n" * 3, "HTML or XML"),
+    "extracted pages": (b"<doc id='7'>\n" + TEXT + b"\n</doc>\n" + TEXT, "HTML or XML"),
+    "addresses": (b"https://example.org/a\nftp://example.org/b c\n".replace(b" c", b""), "a list of addresses"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_TEXT)
+def test_text_that_is_no_document_is_named(tmp_path, case, capsys):
+    content, reason = NOT_TEXT[case]
+    file = put(tmp_path, "a", content)
+    assert re.search(reason, refused(file))
+    assert read(file, format="text")
+    if "list" not in reason:  # too large to be a note beside the data
+        return
+    put(tmp_path, "b.jsonl", jsonl(["word " * 300] * 100))
+    texts, lines = listing(capsys, tmp_path)
+    assert len(texts) == 100
+    assert re.search(
+        rf"left out: {file} \({reason.partition(' .*')[0].partition(' alone')[0]}|text whose lines", lines[1]
+    )
+
+
+def test_texts_with_addresses_and_sums_in_them_are_text(tmp_path):
+    for text in (
+        f"See https://example.org\nfor {'ab' * 32} .",
+        "https://example.org is\na site",
+        "ab" * 100,
+        "deadbeef " * 9,
+    ):
+        assert read(put(tmp_path, "a.txt", text.encode())) == [text.strip()]
+
+
+def test_json_lines_after_plain_text_are_named_with_their_line(tmp_path):
+    """The beginning of a file says what it is; a file of two kinds has been put together by mistake."""
+    text, objects = TEXT * 40, "".join(json.dumps({"text": letter}) + "\n" for letter in LETTERS).encode()
+    assert len(text) > 1 << 16
+    file = put(tmp_path, "a.txt", text + b"\n" + objects + text)
+    number = text.count(b"\n") + 2
+    assert f"a.txt:{number}: JSON Lines begin here" in refused(file)
+    assert objects.decode().splitlines()[0] in "".join(read(file, format="text"))
+    few = put(tmp_path, "b.txt", text + b"\n" + b"".join(objects.splitlines(True)[:5]) + text)
+    assert any('{"' in document for document in read(few)), "an example in a text is text"
+    long = (json.dumps({"text": "word " * 20_000}) + "\n").encode() * 9
+    # of those in the first block, one is too little
+    assert f"c.txt:{number + 1}: JSON Lines begin here" in refused(put(tmp_path, "c.txt", text + b"\n" + long))
+
+
+def test_tags_in_markdown_are_text(tmp_path):
+    text = b'<p align="center">\nA title\n</p>\n' + TEXT
+    assert len(read(put(tmp_path, "a.md", text))) == len(LETTERS)
+    assert "HTML or XML" in refused(put(tmp_path, "a.txt", text))
+
+
+def test_marks_of_files_that_were_joined_are_none_of_a_document(tmp_path):
+    mark = b"\xef\xbb\xbf"
+    assert (
+        read(put(tmp_path, "a.txt", mark + TEXT + b"\n\n" + mark + TEXT + b"\n\n" + mark * 2 + TEXT))[:80]
+        == LETTERS * 2
+    )
+
+
+def test_an_array_that_ends_behind_a_comma_is_cut_short(tmp_path):
+    assert "the array has no end: cut short" in refused(put(tmp_path, "a.json", b'[{"text": "a"},\n{"text": "b"},\n'))
+
+
+def test_what_takes_too_much_memory_to_unpack_is_not_called_damaged(tmp_path):
+    packed = bytearray(lzma.compress(LINES))
+    end = 12 + 4 * (packed[12] + 1)  # of the block's header, whose filter's property is the size of its dictionary
+    packed[packed.index(b"\x21\x01", 12) + 2] = 36  # 1 GB
+    packed[end - 4 : end] = zlib.crc32(packed[12 : end - 4]).to_bytes(4, "little")
+    assert re.search(r"takes more memory to unpack .*xz -d", refused(put(tmp_path, "a.xz", bytes(packed))))
+    assert "unlzma" in refused(put(tmp_path, "a.lzma", lzma.compress(LINES, format=lzma.FORMAT_ALONE)))
+
+
+def test_notes_of_other_names_and_settings_of_one_line_are_left_out(tmp_path, capsys):
+    put(tmp_path, "a.jsonl", jsonl(LETTERS))
+    for name in (
+        "INSTALL",
+        "VERSION",
+        "TERMS_OF_USE.txt",
+        "Makefile",
+        "MANIFEST",
+        "LICENSES/MIT.txt",
+        "__MACOSX/a.txt",
+    ):
+        put(tmp_path, name, b"No training text.\n")
+    put(tmp_path, "stats.json", b'{"documents": 40}')
+    assert listing(capsys, tmp_path)[0] == LETTERS
+
+
+def test_the_files_of_a_kind_that_is_rare_are_named(tmp_path, capsys):
+    put(tmp_path, "a.jsonl", jsonl(LETTERS * 9))
+    put(tmp_path, "vocab.txt", b"word\n")
+    _, lines = listing(capsys, tmp_path)
+    assert "plain text: 1 file (vocab.txt), 5 bytes, 1 document" in lines[0]
+
+
+def test_names_that_no_terminal_should_get_are_escaped(tmp_path, capsys):
+    put(tmp_path, "a.jsonl", jsonl(LETTERS * 9) + b"{}\n")
+    for name in (b"b\n.csv", b"b\x1b[31m.csv", b"b\xff.csv"):
+        Path(tmp_path, os.fsdecode(name)).write_bytes(b"id,text\n1,a\n")
+    _, lines = listing(capsys, tmp_path, on_error="skip")
+    (left,) = [line for line in lines if line.startswith("left out")]
+    assert all(name in left for name in (r"b\n.csv", r"b\x1b[31m.csv", r"b\udcff.csv"))
+
+
+def test_a_file_that_changes_while_it_is_read_is_named(tmp_path, capsys):
+    file = put(tmp_path, "a\n.jsonl", jsonl(LETTERS))
+    corpus = Corpus(CorpusConfig(input=(file,)))
+    put(tmp_path, "a\n.jsonl", jsonl(LETTERS * 2))
+    assert len(list(corpus)) == 80
+    close("", [], corpus.tally.warnings())
+    assert r"a\n.jsonl" in capsys.readouterr().err
+    gone = Corpus(CorpusConfig(input=(file,)))
+    file.unlink()
+    with pytest.raises(InputError, match="cannot be read"):
+        list(gone)
+
+
+def test_documents_that_are_nearly_all_empty_are_a_warning(tmp_path):
+    corpus = Corpus(CorpusConfig(input=(put(tmp_path, "a.jsonl", jsonl(["", " "] * 50 + ["a"])),)))
+    list(corpus)
+    assert corpus.tally.warnings()[0] == "100 documents were empty, and 1 were not"
+
+
+def test_an_output_in_the_input_is_a_warning(tmp_path, capsys):
+    put(tmp_path, "a.jsonl", jsonl(LETTERS))
+    split_corpus(SplitConfig(input=(tmp_path,), output_dir=tmp_path / "split"))
+    assert f"split is in --input {tmp_path}: reading that again" in capsys.readouterr().err
+    assert json.loads((tmp_path / "split/train.jsonl").read_text().splitlines()[0])
