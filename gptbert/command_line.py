@@ -25,7 +25,11 @@ STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run the same command again to resume
 
 
 def run_command(
-    settings: type[Settings], function: Callable[[Settings], None], arguments: Sequence[str] | None = None
+    settings: type[Settings],
+    function: Callable[[Settings], None],
+    arguments: Sequence[str] | None = None,
+    *,
+    under_torchrun: bool = False,
 ) -> None:
     """Parse the command line into `settings`, call `function` with it, and end the process.
 
@@ -33,7 +37,16 @@ def run_command(
     is writing, 1 for other unusable input and for a run that lost a process, `STOPPED` for a run that a signal stopped
     at a checkpoint, and 130 after Ctrl-C, SIGTERM or SIGUSR1 at other times, all of which clean up. Errors common to
     all processes are printed by the first of each host; errors of a single process by that process, with its rank.
+
+    Args:
+        settings: a dataclass.
+        function: what the command does.
+        arguments: None takes those of this process.
+        under_torchrun: it may be one of several processes; other commands ignore torchrun's variables, which a job's
+            shell may have left over.
     """
+    if not under_torchrun:
+        environment.drop("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     if environment.text("LOCAL_RANK") is None:
         # under torchrun, SIGTERM must end a process even if it waits in a collective
         for number in (signal.SIGTERM, signal.SIGUSR1):  # a batch system's end, and its warning
@@ -47,7 +60,7 @@ def run_command(
     except SharedError as error:
         _fail(str(error), error.status)
     except (InputError, LostProcessError) as error:
-        who = f"rank {rank}: " if (rank := environment.text("RANK")) else ""
+        who = f"rank {rank}: " if (rank := environment.text("RANK") or "").isdecimal() else ""
         _fail(f"{who}{error}", getattr(error, "status", 1), by_all=True)
     except StoppedError as error:
         _end(str(error) if _speaks() else "", STOPPED)

@@ -73,6 +73,12 @@ def drop_empty(prefix: str) -> None:
         del os.environ[name]
 
 
+def drop(*names: str) -> None:
+    """Unset variables that are meant for other programs."""
+    for name in names:
+        os.environ.pop(name, None)
+
+
 def check_folder(name: str) -> None:
     """Refuse a variable that names a folder which is not there and cannot be made, or cannot be written.
 
