@@ -27,7 +27,11 @@ STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run the same command again to resume
 
 
 def run_command(
-    settings: type[Settings], function: Callable[[Settings], None], arguments: Sequence[str] | None = None
+    settings: type[Settings],
+    function: Callable[[Settings], None],
+    arguments: Sequence[str] | None = None,
+    *,
+    under_torchrun: bool = False,
 ) -> None:
     """Parse the command line into `settings`, call `function` with it, and end the process.
 
@@ -36,10 +40,19 @@ def run_command(
     at a checkpoint, and 130 after Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP at other times, all of which clean up. Errors
     common to all processes are printed by the first of each host; errors of a single process by that process, with its
     rank.
+
+    Args:
+        settings: a dataclass.
+        function: what the command does.
+        arguments: None takes those of this process.
+        under_torchrun: it may be one of several processes; other commands ignore torchrun's variables, which a job's
+            shell may have left over.
     """
+    if not under_torchrun:
+        environment.drop("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     if environment.text("LOCAL_RANK") is None:
         # under torchrun, SIGTERM must end a process even if it waits in a collective
-        # a batch system's end and its warning; a closed terminal, which nohup has a command ignore
+        # others: a batch system's end and its warning; a closed terminal, which nohup has a command ignore
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, signal.default_int_handler)
@@ -52,7 +65,7 @@ def run_command(
     except SharedError as error:
         _fail(str(error), error.status)
     except (InputError, LostProcessError) as error:
-        who = f"rank {rank}: " if (rank := environment.text("RANK")) else ""
+        who = f"rank {rank}: " if (rank := environment.text("RANK") or "").isdecimal() else ""
         _fail(f"{who}{error}", getattr(error, "status", 1), by_all=True)
     except StoppedError as error:
         _end(str(error) if _speaks() else "", STOPPED)

@@ -243,7 +243,7 @@ def _log_start(config: TrainConfig, path: Path | None, note: str) -> None:
 
 def main() -> None:
     """Entry point."""
-    run_command(TrainConfig, fit)
+    run_command(TrainConfig, fit, under_torchrun=True)
 
 
 make_callable(__name__, train)

@@ -334,7 +334,7 @@ def test_commands_end_with_a_status_and_one_line(capsys, monkeypatch, error, sta
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("LOCAL_RANK", rank)
         with pytest.raises(SystemExit) as end:
-            run_command(TrainConfig, fail, REQUIRED)
+            run_command(TrainConfig, fail, REQUIRED, under_torchrun=True)
         assert end.value.code == status
         assert capsys.readouterr().err.count("\n") == lines
 

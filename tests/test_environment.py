@@ -90,9 +90,9 @@ def test_launches_that_cannot_be_are_one_line(monkeypatch, variables, message):
 def test_a_run_ends_with_that_line(monkeypatch, make_config, capfd, variables):
     set_all(monkeypatch, variables)
     monkeypatch.setattr(os, "_exit", lambda status: (_ for _ in ()).throw(SystemExit(status)))
+    required = [f"--{name}=x" for name in ("train_path", "valid_path", "config_file", "tokenizer_path")]
     with pytest.raises(SystemExit) as end:
-        run_command(TrainConfig, lambda _: read_launch(), [f"--{name}=x" for name in
-                    ("train_path", "valid_path", "config_file", "tokenizer_path")])  # fmt: skip
+        run_command(TrainConfig, lambda _: read_launch(), required, under_torchrun=True)
     assert end.value.code == 1
     (line,) = capfd.readouterr().err.splitlines()
     name, value = next(iter(variables.items()))
@@ -100,11 +100,28 @@ def test_a_run_ends_with_that_line(monkeypatch, make_config, capfd, variables):
     assert value in line
 
 
-def test_a_variable_that_was_left_over_silences_no_command(monkeypatch, capfd):
-    monkeypatch.setenv("LOCAL_RANK", "2")
+@pytest.mark.parametrize("left_over", [{"LOCAL_RANK": "2"}, {"RANK": "x"}, LAUNCH])
+@pytest.mark.parametrize(
+    ("arguments", "said", "status"),
+    [
+        ([], "error: missing RUN", 2),
+        (["a", "b", "--license", "?"], "error: --license", 1),
+        (["a", "b"], "error: a: ", 1),
+    ],
+)
+def test_a_variable_that_was_left_over_silences_no_command(monkeypatch, capfd, left_over, arguments, said, status):
+    set_all(monkeypatch, left_over)
+    with pytest.raises(SystemExit) as end:
+        run_command(ExportConfig, export, arguments)
+    assert end.value.code == status
+    assert capfd.readouterr().err.startswith(said)
+
+
+def test_the_help_is_shown_whatever_was_left_over(monkeypatch, capsys):
+    set_all(monkeypatch, LAUNCH)
     with pytest.raises(SystemExit):
-        run_command(ExportConfig, export, [])
-    assert capfd.readouterr().err.startswith("error: missing RUN")
+        run_command(ExportConfig, export, ["--help"])
+    assert "--shift_masked_logits" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("value", ["soon", "-3", "0", "inf", "nan", "1,5"])
@@ -169,13 +186,21 @@ def test_programs_that_need_a_home_get_one(monkeypatch, tmp_path):
 
 def test_the_device_that_was_chosen_is_said(make_config, capfd, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    for name in ("OMP_NUM_THREADS", "RANK"):
+        monkeypatch.delenv(name, raising=False)
     log_choices(make_config(), World(0, 1, torch.device("cpu")), "compiled")
     assert "on the CPU, since " in capfd.readouterr().err
     log_choices(make_config(device="cpu"), World(0, 1, torch.device("cpu")), "compiled")
     assert "on the CPU, 1 thread a process (--device, --cpu_threads)" in capfd.readouterr().err
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     log_choices(make_config(device="cpu"), World(0, 1, torch.device("cpu")), "compiled")
-    assert "on the CPU, 3 threads a process (--device, --cpu_threads)" in capfd.readouterr().err
+    assert "on the CPU, 3 threads a process (--device, --cpu_threads)\n" in capfd.readouterr().err
+    for named, rank, said in (("12", None, "; OMP_NUM_THREADS, which is '12', does not count"), ("1", "0", "")):
+        monkeypatch.setenv("OMP_NUM_THREADS", named)
+        if rank:
+            monkeypatch.setenv("RANK", rank)
+        log_choices(make_config(device="cpu"), World(0, 1, torch.device("cpu")), "compiled")
+        assert f"(--device, --cpu_threads){said}\n" in capfd.readouterr().err
 
 
 def test_a_gpu_that_a_variable_hides_is_explained(monkeypatch):

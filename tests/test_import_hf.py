@@ -85,6 +85,7 @@ def test_refusals_name_what_is_wrong_and_leave_nothing(folder, tmp_path):
     bias = "classifier.nonlinearity.5.bias"
     files = {
         "missing": {name: weights[name] for name in weights if name != bias},
+        "headless": {name: weights[name] for name in weights if not name.startswith("classifier.")},
         "unknown": weights | {"transformer.more": torch.ones(2)},
         "shape": weights | {bias: torch.ones(3)},
         "integers": weights | {bias: weights[bias].long()},
@@ -97,7 +98,8 @@ def test_refusals_name_what_is_wrong_and_leave_nothing(folder, tmp_path):
     (folder / "inputs" / "empty").mkdir()
     before = sorted(tmp_path.iterdir())
     for source, message in (
-        ("missing.safetensors", "head.bias is missing"),
+        ("missing.safetensors", r"head.bias is missing \(in files: classifier.nonlinearity.5.bias\) \(shape by"),
+        ("headless.safetensors", r"5.bias\); it was saved for another task, without its language model's head"),
         ("unknown.safetensors", "transformer.more is no parameter of a GPT-BERT"),
         ("shape.safetensors", r"head.bias does not fit the model: \[3\] for \[324\]"),
         ("integers.safetensors", "head.bias is of type torch.int64"),

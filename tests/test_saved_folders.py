@@ -22,6 +22,7 @@ from gptbert.generate import GenerateSettings, generate
 from gptbert.import_hf import ImportConfig, import_hf
 from gptbert.report import write_report
 from tests.runs import train, write_inputs
+from tests.tokenizer_kinds import kinds
 
 STEPS = 3
 
@@ -174,6 +175,7 @@ def test_messages_say_what_a_folder_is_and_the_way_on(run_dir, tmp_path):
         (tmp_path / "several", r"holds several models \(a, b\); name one"),
         (tmp_path / "begun", "has not saved one yet"),
         (tmp_path / "gone", "there is no such folder"),
+        (run_dir.parent, r", but a folder of runs \(elsewhere\); name one"),
     ):
         with pytest.raises(InputError, match=message):
             newest_in(path)
@@ -198,6 +200,20 @@ def test_what_is_needed_is_named(run_dir, tmp_path, lacks, message):
         with pytest.raises(InputError, match=message):
             work()
     assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_that_is_not_the_models_is_refused(run_dir, make_config, inputs, tmp_path):
+    """One that was put in place of the one that the checkpoint was saved with; its manifest says so."""
+    path = newest(run_dir)
+    (path / "tokenizer.json").write_text(kinds()["sixty-five special tokens"])
+    settings = make_config(initial_weights=path, tokenizer_path=path / "tokenizer.json")
+    for work in (
+        lambda: export(ExportConfig(path, tmp_path / "out")),
+        lambda: generate(GenerateSettings(run=path, prompt="A")),
+        lambda: read_initial_weights(settings, ModelConfig.from_json(inputs / "model.json")),
+    ):
+        with pytest.raises(InputError, match=r"tokenizer\.json: \d+ bytes instead of \d+"):
+            work()
 
 
 def test_half_a_save_is_no_model(run_dir):

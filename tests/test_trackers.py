@@ -82,7 +82,9 @@ def test_wandb_of_versions_that_cannot_be_asked_without_a_prompt(login, monkeypa
     ("variables", "message"),
     [
         ({"WANDB_MODE": "of"}, "WANDB_MODE is 'of', expected online or offline or disabled; unset it"),
-        ({"WANDB_API_KEY": "k"}, "WANDB_API_KEY"),
+        ({"WANDB_API_KEY": "k"}, "WANDB_API_KEY.*wandb login"),
+        ({"WANDB_SILENT": "abc"}, "^WANDB_SILENT is 'abc': .*; unset it, or --trackers without wandb$"),
+        ({"WANDB_RUN_ID": "a/b"}, r"^wandb: Run ID .* \(WANDB_RUN_ID in the environment\); unset it, or --trackers"),
         ({"WANDB_BASE_URL": "nonsense", "WANDB_API_KEY": KEY}, "WANDB_BASE_URL is 'nonsense': .*valid URL"),
         (
             {"WANDB_BASE_URL": "nonsense", "WANDB_MODE": "offline"},

@@ -107,4 +107,4 @@ def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
 
 if __name__ == "__main__":
     with always_compiled(), without_code() if sys.argv[1] == "traced" else nullcontext():
-        run_command(TrainConfig, fit, sys.argv[2:])
+        run_command(TrainConfig, fit, sys.argv[2:], under_torchrun=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gptbert.config import ModelConfig, TrainConfig
-from gptbert.errors import InputError
+from gptbert.errors import InputError, listed
 from gptbert.io.json_file import read_json, read_object, write_json
 from gptbert.io.screen import log
 from gptbert.io.torch_file import TorchFile
@@ -121,7 +121,8 @@ def _what_it_is(path: Path) -> str:
         return f", but one with checkpoints by words; name one of {path / WORD_CHECKPOINTS}"
     if (path / RUN_CONFIG).is_file() and (path / TOKENIZER).is_file():
         return " (it has not saved one yet)"
-    return ""
+    runs = sorted(file.parent.name for file in path.glob(f"*/{CHECKPOINTS}"))
+    return f", but a folder of runs ({listed(runs, 4)}); name one" if runs else ""
 
 
 def saved_step(path: Path) -> int | None:

@@ -10,6 +10,7 @@ from gptbert.checkpoint import manifest
 from gptbert.checkpoint.folder import (
     MODEL_CONFIG,
     SHARDS,
+    TOKENIZER,
     TRAINING_STATE,
     WORDS,
     is_sharded,
@@ -88,7 +89,7 @@ def _as_count(value: object) -> int | None:
 
 
 def read_full_weights(path: Path, weights: str, config: ModelConfig) -> dict[str, Tensor]:
-    """Full weights of a checkpoint, sharded or not, checked against its manifest.
+    """Full weights of a checkpoint, sharded or not, checked against its manifest like the tokenizer beside them.
 
     Args:
         path: the checkpoint's folder.
@@ -100,10 +101,11 @@ def read_full_weights(path: Path, weights: str, config: ModelConfig) -> dict[str
     """
     require_weights(path, weights)
     if not is_sharded(path):
-        _check(path, [MODEL_CONFIG, f"{weights}.safetensors"])
+        _check(path, [MODEL_CONFIG, f"{weights}.safetensors"], [TOKENIZER])
         return read_weights(path / f"{weights}.safetensors", config)
     listed = manifest.listed(path)
-    manifest.check(path, [name for name in listed if name == MODEL_CONFIG or name.startswith(f"{SHARDS}/")])
+    others = [name for name in (MODEL_CONFIG, TOKENIZER) if name in listed and (path / name).exists()]
+    manifest.check(path, [*others, *(name for name in listed if name.startswith(f"{SHARDS}/"))])
     state = {name: torch.empty(shape) for name, shape in shapes(config).items()}
     load_shards({f"{weights}.{name}": tensor for name, tensor in state.items()}, path / SHARDS)
     return state
@@ -127,9 +129,16 @@ def require_weights(path: Path, weights: str, hint: str = "") -> None:
         raise InputError(f"{path}: has no {files[weights].name}, only {files[other].name}{way_on}")
 
 
-def _check(path: Path, names: list[str]) -> None:
-    """Check files against the folder's manifest; a complete folder that someone else wrote may have none."""
+def _check(path: Path, names: list[str], if_there: list[str]) -> None:
+    """Check files against the folder's manifest; a complete folder that someone else wrote may have none.
+
+    Args:
+        path: the folder.
+        names: files that its manifest must have.
+        if_there: files that are checked if they and their digests are there.
+    """
     if (path / manifest.NAME).exists() or path.name.endswith((".incomplete", ".deleted")):
-        manifest.check(path, names)
+        listed = manifest.listed(path)
+        manifest.check(path, [*names, *(name for name in if_there if name in listed and (path / name).exists())])
     else:
         log(f"{path}: has no {manifest.NAME}, so its files are taken as they are")

@@ -52,7 +52,9 @@ def fitting(
     weights, expected = from_upstream(published, config, keys), shapes(config)
     if missing := [name for name in expected if name not in weights]:
         others = f", and so are {listed(missing[1:], 4)}" if missing[1:] else ""
-        raise InputError(f"{missing[0]} is missing{others}")
+        is_head = set(missing) == {name for name in expected if name.startswith("head.")}
+        way_on = "; it was saved for another task, without its language model's head" if is_head else ""
+        raise InputError(f"{missing[0]} is missing{others} (in files: {to_published(missing[0])}){way_on}")
     for name in expected | weights:
         published_name = to_published(name) or name
         key = (keys or {}).get(published_name, published_name)

@@ -67,10 +67,20 @@ def choice(name: str, names: Collection[str]) -> str | None:
     return value
 
 
+def names(prefix: str) -> list[str]:
+    """The variables whose names begin so, sorted."""
+    return sorted(name for name in os.environ if name.startswith(prefix))
+
+
 def drop_empty(prefix: str) -> None:
     """Unset the empty variables whose names begin so, for a library that would not take them for absent."""
-    for name in [name for name in os.environ if name.startswith(prefix) and not text(name)]:
-        del os.environ[name]
+    drop(*(name for name in names(prefix) if not text(name)))
+
+
+def drop(*names: str) -> None:
+    """Unset variables that are meant for other programs."""
+    for name in names:
+        os.environ.pop(name, None)
 
 
 def check_folder(name: str) -> None:

@@ -13,6 +13,8 @@ from gptbert.io import environment
 from gptbert.io.screen import log
 from gptbert.monitoring.records import JsonLines
 
+_UNSET = "; unset it, or --trackers without wandb"
+
 
 class Tracker(Protocol):
     """A destination of records."""
@@ -63,7 +65,7 @@ class Wandb:
             self._run = start(mode)
         except Exception as error:  # wandb's own, the network's, the service's
             if hasattr(error, "errors"):  # pydantic's, of a setting of a wrong value
-                raise InputError(f"{_named(error)}; unset it, or --trackers without wandb") from error
+                raise InputError(f"{_named(error)}{_UNSET}") from error
             is_refused = isinstance(error, wandb.errors.AuthenticationError | wandb.errors.UsageError)
             if is_refused and config.wandb_mode == "online":
                 raise InputError(
@@ -108,14 +110,16 @@ def _is_logged_in() -> bool:
             return wandb.login(prompt=False, verify=False)
         return bool(wandb.api.api_key)  # of versions before 0.31
     except (ValueError, wandb.errors.Error) as error:
-        raise InputError(f"{_named(error)} (wandb login; --wandb_mode offline needs neither)") from error
+        way_on = " (wandb login; --wandb_mode offline needs none)" if "key" in str(error).lower() else _UNSET
+        raise InputError(f"{_named(error)}{way_on}") from error
 
 
 def _named(error: Exception) -> str:
-    """A wandb error, with the name of the variable that a setting of a wrong value comes from."""
+    """A wandb error, with the name of the variable that a wrong value comes from, or of all that are set."""
     wrong = error.errors() if hasattr(error, "errors") else []  # pydantic's
     if not wrong:
-        return f"wandb: {first_line(error)}"
+        variables = environment.names("WANDB_")
+        return f"wandb: {first_line(error)}" + (f" ({', '.join(variables)} in the environment)" if variables else "")
     value = "" if "key" in str(wrong[0]["loc"]) else f" is {str(wrong[0].get('input'))[:100]!r}"
     return f"WANDB_{'_'.join(map(str, wrong[0]['loc'])).upper()}{value}: {wrong[0]['msg']}"
 

@@ -117,9 +117,16 @@ def log_choices(config: TrainConfig, world: World, compiling: object) -> None:
     if world.device.type == "cpu":
         why = f", since {why_no_gpu()}" if config.device == "auto" else ""
         threads = torch.get_num_threads()
-        log(f"on the CPU{why}, {threads} thread{'s'[: threads > 1]} a process (--device, --cpu_threads)")
+        told = f"{threads} thread{'s'[: threads > 1]} a process (--device, --cpu_threads){_other(threads)}"
+        log(f"on the CPU{why}, {told}")
     if world.device.type == "mps":
         log("on Apple's MPS, where this trainer has not been run yet: compare its first losses with --device cpu")
+
+
+def _other(threads: int) -> str:
+    """That OMP_NUM_THREADS says another number; torchrun sets it too, to 1."""
+    named = environment.text("OMP_NUM_THREADS") if environment.text("RANK") is None else None
+    return "" if named in {None, str(threads)} else f"; OMP_NUM_THREADS, which is {named[:100]!r}, does not count"
 
 
 @contextmanager
