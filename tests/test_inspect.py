@@ -105,15 +105,20 @@ def inspected():
 
 
 def test_no_kernel_breaks_a_bar(inspected):
-    """With the Triton of constraints.txt; other versions may spill a few bytes, see docs/library-faults.md."""
+    """With the Triton of constraints.txt; others may spill a few bytes (docs/library-faults.md), or take 3 % longer."""
     builds, processes = inspected
     problems = {problem for build in builds for problem in build["problems"]}
     if version("triton").startswith("3.7."):
         assert [(process.returncode, process.stderr) for process in processes] == [(0, "")] * 2
         assert not problems
-    assert {
-        problem for problem in problems if not re.fullmatch(r"spills [1-5]?\d bytes a thread, of 0 allowed", problem)
-    } == set()
+    assert {problem for problem in problems if not _is_tolerable(problem)} == set()
+
+
+def _is_tolerable(problem):
+    if re.fullmatch(r"spills [1-5]?\d bytes a thread, of \d allowed", problem):
+        return True
+    found = re.fullmatch(r"takes (\d+) [\w ]+ a tile, of (\d+) allowed", problem)
+    return found is not None and int(found[1]) < 1.03 * int(found[2])
 
 
 def test_every_operation_is_built_for_every_target(inspected):

@@ -201,15 +201,16 @@ def gram_kernel(
     new = tl.arange(0, 16)
     old_ptrs = values_ptr + old.to(tl.int64)[:, None] * slot_stride
     new_ptrs = values_ptr + (new + depth + _G).to(tl.int64)[:, None] * slot_stride
-    # 2. Products of every num_programs-th block of elements.
-    sums = tl.zeros([REPRESENTATIONS, 16], tl.float32)
+    # 2. Products of every num_programs-th block of elements. Of 16 rows they are no wgmma, for which Triton 3.6 leaves
+    #    out the fence behind copies to shared memory.
+    sums = tl.zeros([16, REPRESENTATIONS], tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(slot_stride, BLOCK), tl.num_programs(0)):
         offsets = (block * BLOCK + tl.arange(0, BLOCK))[None, :]
         y = tl.load(old_ptrs + offsets, mask=(old <= last)[:, None] & (offsets < slot_stride), other=0.0)
         grad = tl.load(new_ptrs + offsets, mask=(new < count)[:, None] & (offsets < slot_stride), other=0.0)
-        sums = tl.dot(y, tl.trans(grad), sums, input_precision="ieee")
+        sums = tl.dot(grad, tl.trans(y), sums, input_precision="ieee")
     parts_ptr += tl.program_id(0) * 16 * REPRESENTATIONS
-    tl.store(parts_ptr + new[None, :] * REPRESENTATIONS + old[:, None], sums)
+    tl.store(parts_ptr + new[:, None] * REPRESENTATIONS + old[None, :], sums)
 
 
 @triton.jit(do_not_specialize=["num_parts", "depth"])
