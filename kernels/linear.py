@@ -5,6 +5,7 @@ launches that this does without. Layers with the same input have one product. Wh
 are written and not added to zeros: 8 bytes a parameter less.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
@@ -228,6 +229,19 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, *, overwrites: bool 
             part.add_(addend)
 
 
+@functools.cache
 def multiplies_into_fp32(device: torch.device) -> bool:
-    """Whether matmuls of 16-bit matrices can write fp32: on GPUs from sm_80 on."""
-    return device.type == "meta" or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0))
+    """Whether matmuls of 16-bit matrices write fp32 and add to it: on GPUs from sm_80 on, tried out at the first call.
+
+    `out_dtype` is new in PyTorch, and its first versions did not take an fp32 addend.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return device.type == "meta"
+    ones = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
+    total = torch.full((16, 16), 2**-10, dtype=torch.float32, device=device)  # which bf16 does not add to 16
+    try:
+        torch.addmm(total, ones, ones, out_dtype=torch.float32, out=total)
+        product = torch.mm(ones, ones, out_dtype=torch.float32, out=torch.empty_like(total))
+    except (RuntimeError, TypeError):
+        return False
+    return bool((total == 16 + 2**-10).all() and (product == 16).all())

@@ -14,7 +14,7 @@ from gptbert.training import packed_weights
 from gptbert.training.packed_weights import PackedWeights
 from kernels import torch_private, wanted
 from kernels.backend import set_default_backend
-from kernels.linear import Packed, add_weight_gradient, linear, linear_and_first, weight_gradient
+from kernels.linear import Packed, add_weight_gradient, linear, linear_and_first, multiplies_into_fp32, weight_gradient
 from tests.conftest import TINY
 from tests.numerics import assert_accurate
 
@@ -308,3 +308,31 @@ def test_planted_bugs_are_found(name, monkeypatch):
     monkeypatch.setattr(f"kernels.linear.{PLANTED[name][0]}", PLANTED[name][1])
     with pytest.raises((AssertionError, RuntimeError)):
         all_of_them()
+
+
+@pytest.mark.parametrize(
+    ("addmm", "expected"),
+    [
+        (lambda total, left, right, *, out_dtype, out: out.addmm_(left.to(out_dtype), right.to(out_dtype)), True),
+        (lambda total, left, right, *, out_dtype, out: out.copy_(left @ right + total.bfloat16()), False),  # rounded
+        (lambda total, left, right, *, out_dtype, out: out.copy_(left @ right), False),  # forgotten
+        (lambda *_, **__: torch.mm(torch.ones(1, 1), torch.ones(1, 1).double()), False),  # refused
+        (lambda total, left, right: None, False),  # not known
+    ],
+)
+def test_products_into_fp32_are_tried_out_on_a_gpu(monkeypatch, addmm, expected):
+    """By tensors on the CPU in place of a GPU's."""
+    on_cpu = {name: getattr(torch, name) for name in ("ones", "full")}
+    for name, function in on_cpu.items():
+        monkeypatch.setattr(torch, name, lambda *args, function=function, device, **kwargs: function(*args, **kwargs))
+    monkeypatch.setattr(torch, "addmm", addmm)
+    mm = torch.mm
+    monkeypatch.setattr(
+        torch,
+        "mm",
+        lambda left, right, out_dtype=None, out=None: mm(left, right) if out is None else out.copy_(mm(left, right)),
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert multiplies_into_fp32.__wrapped__(torch.device("cuda")) is expected
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert not multiplies_into_fp32.__wrapped__(torch.device("cuda"))
