@@ -20,7 +20,7 @@ __all__ = ["TrainConfig", "load_model", "score", "train"]
 _MODULES = {"TrainConfig": "config", "load_model": "import_hf", "score": "score", "train": "train"}
 kernels_finder.install()  # before anything imports `kernels`
 # OpenMP's threads sleep while they wait for each other: by default they spin, on cores that the others need wherever
-# something else runs. OpenMP reads this when torch loads it.
+# something else runs. OpenMP reads this when torch loads it; docs/performance.md has what it costs and saves.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
