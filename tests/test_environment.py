@@ -192,6 +192,7 @@ def test_the_device_that_was_chosen_is_said(make_config, capfd, monkeypatch):
     assert "on the CPU, since " in capfd.readouterr().err
     log_choices(make_config(device="cpu"), World(0, 1, torch.device("cpu")), "compiled")
     assert "on the CPU, 1 thread a process (--device, --cpu_threads)" in capfd.readouterr().err
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     log_choices(make_config(device="cpu"), World(0, 1, torch.device("cpu")), "compiled")
     assert "on the CPU, 3 threads a process (--device, --cpu_threads)\n" in capfd.readouterr().err
