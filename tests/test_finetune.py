@@ -146,7 +146,7 @@ def test_adapters_need_peft(exported, tmp_path, monkeypatch):
 
 def test_of_two_processes_one_writes_the_output(exported, tmp_path, monkeypatch):
     write_data(tmp_path, "classify")
-    settings, started = settings_of(tmp_path, exported), []
+    settings, started = settings_of(tmp_path, exported, text_fields=("text",)), []
 
     def second(*_):
         if not started:

@@ -290,23 +290,18 @@ def test_files_that_are_too_large_to_be_meant_are_not_read(sandbox, tmp_path):
     assert sandbox.read("records", path) == ""
 
 
-@pytest.mark.parametrize("pack", [lambda content: gzip.compress(content, 1), bz2.compress], ids=["gzip", "bzip2"])
-def test_lines_that_compression_made_small_are_refused(sandbox, tmp_path, pack):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(pack(b'"' + b"a" * (96 << 20) + b'"\n"next"\n'))
-    with pytest.raises(AssertionError, match="bytes for a file"):  # the longest allowed line already takes that much
-        sandbox.read("corpus", path)
-
-
 def test_text_that_compression_made_small_takes_no_memory(sandbox, tmp_path):
     path = tmp_path / "a.txt"
     for content in (
         b"a" * (100 << 20),
         b"\xff\xfe" + b"a\0" * (20 << 20),
         b'[{"text": "a"}' + b" " * (100 << 20) + b"]",
+        b'{"text": "a", "other": "' + b"a" * (96 << 20) + b'"}\n',
     ):
         path.write_bytes(gzip.compress(content, 1))
-        sandbox.read("corpus", path)
+        assert sandbox.read("corpus", path) == ""
+    path.write_bytes(bz2.compress(b'{"text": "a", "other": "' + b"a" * (20 << 20) + b'"}\n'))
+    assert sandbox.read("corpus", path) == ""
 
 
 def test_xz_that_asks_for_much_memory_is_refused(sandbox, tmp_path):
@@ -317,7 +312,7 @@ def test_xz_that_asks_for_much_memory_is_refused(sandbox, tmp_path):
     content[16] = 39  # 3 GB
     content[20:24] = zlib.crc32(content[12:20]).to_bytes(4, "little")
     path.write_bytes(content)
-    assert "the xz data is damaged" in sandbox.read("corpus", path)
+    assert "takes more memory to unpack" in sandbox.read("corpus", path)
 
 
 def pipe(path):

@@ -201,11 +201,11 @@ def test_a_run_that_was_killed_has_each_of_them_once_and_the_same(inputs, plain,
 
 def test_a_folder_of_a_course_that_the_run_left_is_set_aside(inputs, plain, capfd):
     """Killed after step 8 and before its checkpoint, and resumed without the threshold that was reached there."""
-    run_dir = shutil.copytree(plain, inputs / "runs" / "left")
+    run_dir = shutil.copytree(plain, inputs / "runs" / "set-aside")
     for path in list_checkpoints(run_dir)[1:]:
         shutil.rmtree(path)
     assert [path.name for path in list_checkpoints(run_dir)] == ["step_00000004"]
-    run(inputs, "left", "200", resume="auto")
+    run(inputs, "set-aside", "200", resume="auto")
     assert sorted(path.name for path in (run_dir / "words").iterdir()) == ["chck_200", "left_chck_500"]
     assert [path.name for path in list_word_checkpoints(run_dir)] == ["chck_200"]
     line = f"{run_dir}/words/chck_500: of step 8, after the one that this run goes on from; now left_chck_500"

@@ -244,16 +244,16 @@ def configurations() -> list[Configuration]:
     ]
     kinds = {"ids_ptr": "*i64", "order_ptr": "*i64", "rows": "i32", "size": "i32"}
     constants = {"ROWS": ADDED_ROWS, "BLOCK": ADDED_BLOCK}
-    for kernel in (add_rows_kernel, add_parts_kernel):
+    for kernel, size in product((add_rows_kernel, add_parts_kernel), ("", " odd D")):
         types = {name: kinds.get(name, "*fp32") for name in kernel.arg_names if name not in constants}
         found.append(
             Configuration(
-                f"normalize/{kernel.__name__.removesuffix('_kernel').replace('_', ' ')}",
+                f"normalize/{kernel.__name__.removesuffix('_kernel').replace('_', ' ')}{size}",
                 kernel,
                 types,
                 constants,
                 num_warps=ADDED_WARPS,
-                aligned=frozenset(types.keys() - {"rows"}),
+                aligned=frozenset(types.keys() - {"rows", *(["size"] if size else [])}),
                 streams=False,  # loads are wide; what is stored is the sum of many rows
             )
         )

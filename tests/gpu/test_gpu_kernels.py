@@ -178,6 +178,12 @@ def opcheck_masked_cross_entropy(device):
     ]
 
 
+def opcheck_masked_cross_entropy_in_memory(device):
+    _, (first, *_) = opcheck_masked_cross_entropy(device)
+    memory = random(131, 8, device=device, seed=1)
+    return cross_entropy.masked_cross_entropy_, [(*first, memory, overwrites) for overwrites in (False, True)]
+
+
 def opcheck_multiply(device):
     return cross_entropy.multiply_, [(random(9, 131, device=device), torch.tensor(0.5, device=device), "triton")]
 
@@ -311,6 +317,11 @@ def opcheck_dropouts_backward(device):
     return dropouts.backward, [(narrow_random(2, 16, 24, device=device), seeds, 0.1, torch.float32)]
 
 
+def opcheck_add_rows(device):
+    table, ids = random(16, 24, device=device), random_ids(16, 40, device=device)
+    return norms.add_rows, [(table, ids, random(40, 24, device=device, seed=1))]
+
+
 def opcheck_weight_gradient(device):
     rows = narrow_random(16, 32, device=device), narrow_random(16, 24, device=device)
     return linear.weight_gradient, [rows]
@@ -328,6 +339,7 @@ OPERATIONS_REGISTERED = {
     "gated_attention_backward": opcheck_gated_attention_backward,
     "fused_normalize": opcheck_normalize,
     "fused_normalize_backward": opcheck_normalize_backward,
+    "add_rows": opcheck_add_rows,
     "dropouts": opcheck_dropouts,
     "dropouts_backward": opcheck_dropouts_backward,
     "weight_gradient": opcheck_weight_gradient,
@@ -341,6 +353,7 @@ OPERATIONS_REGISTERED = {
     "cross_entropy": opcheck_rows("cross_entropy"),
     "cross_entropy_": opcheck_rows("cross_entropy_"),
     "masked_cross_entropy": opcheck_masked_cross_entropy,
+    "masked_cross_entropy_": opcheck_masked_cross_entropy_in_memory,
     "multiply_": opcheck_multiply,
     "multiplied": opcheck_multiplied,
     "sum_rows": opcheck_sum_rows,
