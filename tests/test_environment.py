@@ -192,7 +192,6 @@ def test_the_device_that_was_chosen_is_said(make_config, capfd, monkeypatch):
     assert "on the CPU, since " in capfd.readouterr().err
     log_choices(make_config(device="cpu"), World(0, 1, torch.device("cpu")), "compiled")
     assert "on the CPU, 1 thread a process (--device, --cpu_threads)" in capfd.readouterr().err
-    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     log_choices(make_config(device="cpu"), World(0, 1, torch.device("cpu")), "compiled")
     assert "on the CPU, 3 threads a process (--device, --cpu_threads)\n" in capfd.readouterr().err
@@ -202,6 +201,15 @@ def test_the_device_that_was_chosen_is_said(make_config, capfd, monkeypatch):
             monkeypatch.setenv("RANK", rank)
         log_choices(make_config(device="cpu"), World(0, 1, torch.device("cpu")), "compiled")
         assert f"(--device, --cpu_threads){said}\n" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("threads", "policy"), [(1, "passive"), (3, "active"), (3, "passive")])
+def test_that_threads_sleep_is_said_where_they_do(make_config, capfd, monkeypatch, threads, policy):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    log_choices(make_config(device="cpu"), World(0, 1, torch.device("cpu")), "compiled")
+    is_said = "threads sleep while they wait for each other (OMP_WAIT_POLICY=active" in capfd.readouterr().err
+    assert is_said == (threads > 1 and policy == "passive")
 
 
 def test_a_gpu_that_a_variable_hides_is_explained(monkeypatch):

@@ -119,6 +119,8 @@ def log_choices(config: TrainConfig, world: World, compiling: object) -> None:
         threads = torch.get_num_threads()
         told = f"{threads} thread{'s'[: threads > 1]} a process (--device, --cpu_threads){_other(threads)}"
         log(f"on the CPU{why}, {told}")
+        if threads > 1 and environment.text("OMP_WAIT_POLICY") == "passive":
+            log("threads sleep while they wait for each other (OMP_WAIT_POLICY=active: faster if nothing else runs)")
     if world.device.type == "mps":
         log("on Apple's MPS, where this trainer has not been run yet: compare its first losses with --device cpu")
 
