@@ -101,11 +101,10 @@ def read_full_weights(path: Path, weights: str, config: ModelConfig) -> dict[str
     """
     require_weights(path, weights)
     if not is_sharded(path):
-        _check(path, [MODEL_CONFIG, f"{weights}.safetensors"], [TOKENIZER])
+        _check(path, [MODEL_CONFIG, f"{weights}.safetensors"])
         return read_weights(path / f"{weights}.safetensors", config)
     listed = manifest.listed(path)
-    others = [name for name in (MODEL_CONFIG, TOKENIZER) if name in listed and (path / name).exists()]
-    manifest.check(path, [*others, *(name for name in listed if name.startswith(f"{SHARDS}/"))])
+    _check_listed(path, [name for name in listed if name == MODEL_CONFIG or name.startswith(f"{SHARDS}/")])
     state = {name: torch.empty(shape) for name, shape in shapes(config).items()}
     load_shards({f"{weights}.{name}": tensor for name, tensor in state.items()}, path / SHARDS)
     return state
@@ -129,16 +128,15 @@ def require_weights(path: Path, weights: str, hint: str = "") -> None:
         raise InputError(f"{path}: has no {files[weights].name}, only {files[other].name}{way_on}")
 
 
-def _check(path: Path, names: list[str], if_there: list[str]) -> None:
-    """Check files against the folder's manifest; a complete folder that someone else wrote may have none.
-
-    Args:
-        path: the folder.
-        names: files that its manifest must have.
-        if_there: files that are checked if they and their digests are there.
-    """
+def _check(path: Path, names: list[str]) -> None:
+    """Check files against the folder's manifest; a complete folder that someone else wrote may have none."""
     if (path / manifest.NAME).exists() or path.name.endswith((".incomplete", ".deleted")):
-        listed = manifest.listed(path)
-        manifest.check(path, [*names, *(name for name in if_there if name in listed and (path / name).exists())])
+        _check_listed(path, names)
     else:
         log(f"{path}: has no {manifest.NAME}, so its files are taken as they are")
+
+
+def _check_listed(path: Path, names: list[str]) -> None:
+    """Check files that the manifest must have, and the tokenizer, if it and its digest are there."""
+    has_tokenizer = TOKENIZER in manifest.listed(path) and (path / TOKENIZER).exists()
+    manifest.check(path, [*names, TOKENIZER] if has_tokenizer else names)

@@ -77,6 +77,11 @@ class HybridPlan:
         self.earlier_slots = dict.fromkeys(Objective, 0)
         self.earlier_tokens = 0
 
+    @property
+    def row_lengths(self) -> list[int]:
+        """Every row length that occurs in the run, in tokens."""
+        return [factor * self.config.seq_length for factor in self.length_factors]
+
     def continued(self, step: int, slots: dict[Objective, int], tokens: int) -> "HybridPlan":
         """The plan of a run that goes on after `step` steps of other settings, with these slots and tokens behind it.
 

@@ -70,7 +70,7 @@ class MicroBatches:
     @property
     def lengths(self) -> list[int]:
         """All row lengths of the run."""
-        return [factor * self._config.seq_length for factor in self._plan.length_factors]
+        return self._plan.row_lengths
 
     @property
     def are_single(self) -> bool:

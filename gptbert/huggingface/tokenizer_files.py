@@ -30,9 +30,8 @@ def write_tokenizer_files(tokenizer: Tokenizer, folder: Path, model_max_length: 
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
     }
-    if (
-        prefix := _prefix(tokenizer)
-    ) is not None:  # transformers 4 sets the pre-tokenizer's to its own default otherwise
+    prefix = _prefix(tokenizer)
+    if prefix is not None:  # transformers 4 sets the pre-tokenizer's to its own default otherwise
         settings["add_prefix_space"] = prefix
     write_json(folder / "tokenizer_config.json", settings)
     write_json(folder / "special_tokens_map.json", special_tokens())

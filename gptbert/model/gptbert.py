@@ -211,8 +211,7 @@ class GPTBert(nn.Module):
 
     def has_fused_attention(self, length: int, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether attention over rows of this length runs in the fused kernels, with packed weights."""
-        head_size = self.config.hidden_size // self.config.num_attention_heads
-        num_position_vectors = position_rows(2 * self.config.position_bucket_size - 1, device)
+        _, head_size, num_position_vectors = attention_shape(self.config, device)
         return is_attention_fused(dtype, device, length, head_size, num_position_vectors)
 
     def pack(self, dtype: torch.dtype) -> ModelWeights:
@@ -345,6 +344,12 @@ class Head(nn.Module):
         if is_norm_fused(dense.device, dense.shape[-1]):
             return activate(dense, seed if self.training else None, self.dropout.probability, self.output_norm.eps)
         return self.dropout(self.output_norm(F.gelu(dense)), seed)
+
+
+def attention_shape(config: ModelConfig, device: torch.device) -> tuple[int, int, int]:
+    """The number of heads, the size of each, and the number of position vectors with their padding."""
+    head_size = config.hidden_size // config.num_attention_heads
+    return config.num_attention_heads, head_size, position_rows(2 * config.position_bucket_size - 1, device)
 
 
 def position_rows(count: int, device: torch.device) -> int:

@@ -24,7 +24,7 @@ from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.distributed.world import World
 from gptbert.errors import InputError
 from gptbert.io.screen import log
-from gptbert.model.gptbert import position_rows
+from gptbert.model.gptbert import attention_shape
 from kernels import depth_mix, dropout, gated_norm, normalize
 from kernels.attention_context.fused import is_fused
 from kernels.check import WAY_ON
@@ -41,12 +41,12 @@ def run_of(config: TrainConfig, model_config: ModelConfig, plan: HybridPlan, wor
     return Run(
         dtype=str(dtype).removeprefix("torch."),
         vocab_size=model_config.vocab_size,
-        row_lengths=tuple(sorted({factor * config.seq_length + 1 for factor in plan.length_factors})),
+        row_lengths=tuple(sorted(length + 1 for length in plan.row_lengths)),
         validation_length=config.seq_length + 1,
         mask_history=config.mask_history,
         lamb=config.optimizer == "lamb",
         buckets=world.world_size > 1,
-        attention=_fused_attention(config, model_config, plan, world, dtype),
+        attention=_fused_attention(model_config, plan, world, dtype),
         gates=_fused_gates(model_config, world, dtype),
         dropouts=dropout.is_fused(world.device),
         norms=model_config.hidden_size if normalize.is_fused(world.device, model_config.hidden_size) else None,
@@ -55,15 +55,11 @@ def run_of(config: TrainConfig, model_config: ModelConfig, plan: HybridPlan, wor
 
 
 def _fused_attention(
-    config: TrainConfig, model_config: ModelConfig, plan: HybridPlan, world: World, dtype: torch.dtype
+    model_config: ModelConfig, plan: HybridPlan, world: World, dtype: torch.dtype
 ) -> tuple[int, int, int] | None:
     """`Run.attention`: None if no row length has fused attention."""
-    num_heads = model_config.num_attention_heads
-    head_size = model_config.hidden_size // num_heads
-    num_vectors = position_rows(2 * model_config.position_bucket_size - 1, world.device)
-    lengths = [factor * config.seq_length for factor in plan.length_factors]
-    is_used = any(is_fused(dtype, world.device, length, head_size, num_vectors) for length in lengths)
-    return (num_heads, head_size, num_vectors) if is_used else None
+    shape = attention_shape(model_config, world.device)
+    return shape if any(is_fused(dtype, world.device, length, *shape[1:]) for length in plan.row_lengths) else None
 
 
 def _fused_gates(model_config: ModelConfig, world: World, dtype: torch.dtype) -> tuple[int, int] | None:

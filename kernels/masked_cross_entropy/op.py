@@ -113,7 +113,7 @@ def masked_cross_entropy(
 
 
 @masked_cross_entropy.register_fake
-def _(hidden, weight, labels, bias, segments, scales, ignore_index, z_loss_weight, compute_dtype, needs, backend):
+def _fake(hidden, weight, labels, bias, segments, scales, ignore_index, z_loss_weight, compute_dtype, needs, backend):
     wide = torch.promote_types(compute_dtype, torch.float32)
     shapes = [
         shape if needed else (0,) for shape, needed in zip((weight.shape, (len(weight),)), needs[1:], strict=True)
@@ -148,12 +148,10 @@ def masked_cross_entropy_(
 
 
 @masked_cross_entropy_.register_fake
-def _(hidden, weight, labels, bias, segments, scales, ignore_index, z_loss_weight, compute_dtype, needs, *others):  # noqa: ANN002
-    del others
-    wide = torch.promote_types(compute_dtype, torch.float32)
-    grad_hidden = hidden.new_empty(hidden.shape if needs[0] else (0,))
-    grad_bias = weight.new_empty(len(weight) if needs[2] else 0, dtype=wide)
-    return *_fake_rows(hidden, hidden.shape[0], wide), grad_hidden, grad_bias
+def _(*arguments):  # noqa: ANN002
+    *rest, _grad_weight, _overwrites = arguments
+    *rows_and_hidden, _, grad_bias = _fake(*rest)
+    return *rows_and_hidden, grad_bias
 
 
 def _in_chunks(
