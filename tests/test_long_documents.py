@@ -13,10 +13,10 @@ from gptbert.text import documents, lines
 from gptbert.text.corpus import Corpus, CorpusConfig
 from gptbert.text.documents import MAX_DOCUMENT
 from tests.test_file_kinds import put
+from tests.texts import WORDS
 from tokenize_scripts.train_tokenizer import TrainTokenizerConfig, in_pieces, learn, train_tokenizer
 
 ROOT = Path(__file__).parents[1]
-WORDS = "the sea is grey and a boat comes home late from far away islands "
 
 
 def corpus(file, **settings):

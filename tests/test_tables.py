@@ -10,12 +10,12 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from gptbert.errors import InputError
-from gptbert.text import tables
+from gptbert.text import long_text, tables
 from gptbert.text.corpus import Corpus, CorpusConfig
 from gptbert.text.opened_file import kind_of
 from gptbert.text.tables import table_rows
 from tests.runs import write_inputs
-from tests.texts import DOCUMENTS, jsonl
+from tests.texts import DOCUMENTS, WORDS, jsonl
 from tokenize_scripts.split_corpus import SplitConfig, split_corpus
 from tokenize_scripts.tokenize_corpus import TokenizeConfig, tokenize_corpus
 
@@ -41,12 +41,11 @@ def arrow(path, values=DOCUMENTS, kind=None):
 
 WRITERS = {"a.parquet": parquet, "A.ARROW": arrow}
 DICTIONARY = pa.dictionary(pa.int32(), pa.string())
+KINDS_OF_TEXT = [pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), DICTIONARY]
 
 
 @pytest.mark.parametrize("name", WRITERS)
-@pytest.mark.parametrize(
-    "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), DICTIONARY], ids=str
-)
+@pytest.mark.parametrize("kind", KINDS_OF_TEXT, ids=str)
 def test_every_kind_of_text_column(tmp_path, name, kind):
     texts = [*DOCUMENTS, "", *DOCUMENTS]
     file = WRITERS[name](tmp_path / name, texts, kind)
@@ -164,12 +163,87 @@ def test_reading_holds_a_few_rows_at_a_time(tmp_path, monkeypatch):
     assert 500_000 < most < 5_000_000
 
 
-def test_a_text_that_is_stored_once_is_in_memory_once(tmp_path):
+def shorten(monkeypatch, document, text, block):
+    """A cut after fewer characters, views of texts of fewer bytes, and those read in smaller blocks."""
+    for module in ("documents", "document_reader", "corpus"):
+        monkeypatch.setattr(f"gptbert.text.{module}.MAX_DOCUMENT", document)
+    monkeypatch.setattr(tables, "LONG_TEXT", text)
+    monkeypatch.setattr(long_text, "BLOCK", block)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("kind", KINDS_OF_TEXT, ids=str)
+def test_long_texts_are_cut_as_those_of_lines_are(tmp_path, monkeypatch, name, kind):
+    """Longer and shorter than what is handed on as a view, with characters of every width across the blocks."""
+    shorten(monkeypatch, document=300, text=400, block=7)
+    generator = random.Random(0)
+    texts = [
+        "".join(generator.choices("a\u00e9\u20ac\U0001f408 \n", k=length)) for length in (0, 90, 500, 2000, 3, 700)
+    ]
+    texts[1:1] = [None, " \n" * 500]
+    WRITERS[name](tmp_path / name, texts, kind)
+    (tmp_path / "lines").mkdir()
+    lines = tmp_path / "lines" / "a.jsonl"
+    lines.write_bytes(jsonl([text for text in texts if text is not None]))
+    read, expected = corpus(tmp_path / name, on_error="skip"), corpus(lines)
+    assert list(read) == list(expected)
+    assert read.skipped_lines == 1, "null"
+    assert read.tally.cut_documents == expected.tally.cut_documents >= 3
+    assert read.empty_documents == expected.empty_documents == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b"\xc3\xa9" * 50 + b"\xff" + b"x" * 50, r"not UTF-8 \(byte 0xff at column 101\)"),
+        (b"x" * 150 + b"\xc3", r"not UTF-8 \(byte 0xc3 at column 151\)"),
+        (b"x" * 150 + b"\0", "`text` has a NUL, which no text has"),
+    ],
+)
+def test_long_texts_are_checked_whole_before_any_of_it_is_a_document(tmp_path, monkeypatch, text, reason):
+    shorten(monkeypatch, document=20, text=100, block=8)
+    read = corpus(parquet(tmp_path / "a.parquet", [b"good", text, b"x" * 150], pa.binary()))
+    found = []
+    with pytest.raises(InputError, match=rf"a.parquet: row 2: {reason}"):
+        found.extend(read)
+    assert found == ["good"]
+
+
+def test_a_long_text_is_no_domain(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "LONG_TEXT", 100)
+    pq.write_table(pa.table({"text": ["one"], "domain": ["x" * 101]}), tmp_path / "a.parquet")
+    for field in ("domain", "text"):
+        read = Corpus(CorpusConfig(input=(tmp_path,), text_field=field), "domain")
+        with pytest.raises(InputError, match="row 1: `domain` is too long for a domain"):
+            list(read.with_domains())
+
+
+@pytest.mark.parametrize(("name", "most"), [("a.parquet", 80), ("A.ARROW", 5)])
+def test_a_long_text_is_in_memory_as_often_as_the_library_needs(tmp_path, name, most):
+    """Python has none of it; of Parquet the library has its page and the column of its batch."""
+    WRITERS[name](tmp_path / name, [WORDS * (20_000_000 // len(WORDS))], pa.string())
+    read = iter(corpus(tmp_path / name))
+    before = pa.total_allocated_bytes()
+    tracemalloc.start()
+    sizes = [(len(text), pa.total_allocated_bytes() - before) for text in read]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert sum(size for size, _ in sizes) > 19_900_000
+    assert max(allocated for _, allocated in sizes) < most * 1_000_000
+    assert peak < 12_000_000
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_text_that_is_stored_once_is_in_memory_once(tmp_path, name):
     text = "long " * 100_000
     column = pa.DictionaryArray.from_arrays(pa.array([0, 1, None] * 100), pa.array([text, "short"]))
-    table = pa.table({"text": column})
-    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as stream:
-        stream.write_table(table)
+    table = pa.table({"text": column.cast(pa.string()) if name == "a.parquet" else column})
+    if name == "a.parquet":
+        pq.write_table(table, tmp_path / name)
+    else:
+        with pa.OSFile(str(tmp_path / name), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as stream:
+            stream.write_table(table)
+    del table
     read = corpus(tmp_path, on_error="skip")
     before = pa.total_allocated_bytes()
     lengths, most = [], 0
@@ -178,6 +252,16 @@ def test_a_text_that_is_stored_once_is_in_memory_once(tmp_path):
         most = max(most, pa.total_allocated_bytes() - before)
     assert lengths == [len(text.rstrip()), len("short")] * 100
     assert most < 10 * len(text)
+
+
+@pytest.mark.parametrize("index", [2, -1])
+def test_an_index_without_a_text_is_damage(tmp_path, index):
+    column = pa.DictionaryArray.from_arrays(pa.array([0, index], pa.int8()), pa.array(["one", "two"]), safe=False)
+    table = pa.table({"text": column})
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    with pytest.raises(InputError, match=r"a.arrow: damaged, cut short or not to be read \("):
+        list(corpus(tmp_path))
 
 
 # Hugging Face

@@ -8,6 +8,7 @@ DOCUMENTS = [
     "naïve café 猫 🐈",
     "<mask> is <s>plain</s> text",
 ]
+WORDS = "the sea is grey and a boat comes home late from far away islands "
 
 
 def jsonl(documents):

@@ -51,14 +51,18 @@ class DocumentReader:
         """The documents of a table's rows; `where` names it."""
         self._before = self.tally.good_lines, self.tally.skipped_lines
         before = self.tally.text_bytes
-        for number, row in enumerate(rows, start=1):
-            try:
-                document = self._parts(row)
-            except ValueError as error:
-                self._reject(f"{where}: row {number}", error, 0)
-            else:
-                self.tally.good_lines += 1
-                yield document
+        with LongText() as document:
+            for number, row in enumerate(rows, start=1):
+                try:
+                    if isinstance(content := row[self.config.text_field], memoryview):
+                        document.fill(content)
+                        row[self.config.text_field] = document
+                    domain, text = self._parts(row)
+                except ValueError as error:
+                    self._reject(f"{where}: row {number}", error, 0)
+                else:
+                    self.tally.good_lines += 1
+                    yield from self._pieces(domain, text)
         self.tally.read_bytes += self.tally.text_bytes - before
         self._check_bad(where)
 
@@ -230,11 +234,10 @@ class DocumentReader:
             if name not in record:
                 fields = ", ".join(f"`{field[:50]}`" for field in list(record)[:10]) or "nothing"
                 raise ValueError(f"the object has no `{name}`, only {fields} (--text_field names another)")
-            if isinstance(record.get(self.domain_field), LongText):
-                raise ValueError(f"`{name}` is too long to be a domain too")  # noqa: TRY004  a bad line, not a bug
-            domain = label_field(record, self.domain_field) if self.domain_field else ""
-            if len(domain) > MAX_DOCUMENT:
-                raise ValueError(f"`{self.domain_field}` has more than {MAX_DOCUMENT:,} characters")
+            is_long = isinstance(record.get(self.domain_field), LongText | memoryview)
+            domain = label_field(record, self.domain_field) if self.domain_field and not is_long else ""
+            if is_long or len(domain) > MAX_DOCUMENT:
+                raise ValueError(f"`{self.domain_field}` is too long for a domain")
             return domain, _checked(record[name], f"`{name}`")
         text = _checked(record, "the line")
         if self.domain_field:

@@ -1,5 +1,6 @@
 """A document that is too long for memory: on the disk while it is read, then cut into pieces."""
 
+import codecs
 import io
 import tempfile
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from typing import Self
 from gptbert.errors import InputError
 from gptbert.text import documents
 
-BLOCK = 1 << 18  # characters that are read again at a time
+BLOCK = 1 << 18  # characters that are read again at a time, or bytes of a text that is in memory
 
 
 class LongText:
@@ -53,6 +54,19 @@ class LongText:
             self._end = self._size + len(content) - len(text[len(kept) :].encode())
         self._size += len(content)
 
+    def fill(self, content: memoryview) -> None:
+        """Begin a new text that is all of these bytes; ValueError with the reason if they are not UTF-8."""
+        self.clear()
+        start = 0
+        while start < len(content):
+            block = content[start : start + BLOCK]
+            try:
+                text, size = codecs.utf_8_decode(block, "strict", start + len(block) == len(content))
+            except UnicodeDecodeError as error:
+                raise documents.not_utf8(error, start) from None
+            self.add(text)
+            start += size
+
     def checked(self, what: str) -> "LongText":
         """This; ValueError with the reason if it is no text, as `documents.string` says it."""
         if self._wrong:
@@ -86,6 +100,6 @@ def _disk() -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(
-            f"{tempfile.gettempdir()}: cannot hold a long document of JSON while it is read ({error.strerror}); set "
+            f"{tempfile.gettempdir()}: cannot hold a long document while it is read ({error.strerror}); set "
             "TMPDIR to a folder with space"
         ) from error

@@ -1,8 +1,9 @@
 """Rows of tables: Parquet and Arrow files, folders of `Dataset.save_to_disk`, and Hugging Face datasets by name.
 
-Values of text columns are UTF-8 bytes, not validated yet, and None for null. Numbers and booleans are returned as they
-are; a column of any other type yields that type in place of each value. pyarrow and datasets are imported on demand,
-since they are an extra (`pip install datasets pyarrow`).
+Values of text columns are UTF-8 bytes, not validated yet, and None for null; of a text of more than `LONG_TEXT` bytes a
+view of the library's memory. Numbers and booleans are returned as they are; a column of any other type yields that type
+in place of each value. pyarrow and datasets are imported on demand, since they are an extra (`pip install datasets
+pyarrow`).
 """
 
 import importlib
@@ -12,20 +13,27 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from gptbert.errors import InputError, first_line
 from gptbert.io.json_file import read_json
+from gptbert.text.documents import MAX_DOCUMENT
 from gptbert.text.file_kind import FileKind
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
     from datasets import IterableDataset
 
 BATCH_BYTES = 4_000_000  # decompressed bytes of a Parquet file in memory at once; at least one row
 BATCH_ROWS = 1000  # at most
+LONG_TEXT = 4 * MAX_DOCUMENT  # bytes; a longer text has more than MAX_DOCUMENT characters
+_INDEX_BYTES = 8  # of a row at most, where a row group of a Parquet file stores each text once
+_HEADER_BYTES = 1 << 12  # of the pages of such indices
 _STREAM_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 _SAVED_JSON_BYTES = 1 << 24  # enough for the names of many thousand files
 
-Row = dict[str, Any]  # by column: bytes, a number, a boolean, None, or the type of an unsupported column
+Row = dict[str, Any]  # by column: bytes, a memoryview, a number, a boolean, None, or the type of an unsupported column
 
 
 def require_library(name: str, what: str) -> ModuleType:
@@ -155,18 +163,33 @@ def _parquet_batches(
     with parquet.ParquetFile(str(file), **settings) as opened:
         _require_columns(str(file), columns, opened.schema_arrow.names)
         metadata, size = opened.metadata, file.stat().st_size
-        rows = told = 0
-        for group in range(metadata.num_row_groups):
-            unpacked = max(1, metadata.row_group(group).total_byte_size)
-            batch_rows = BATCH_BYTES * metadata.row_group(group).num_rows // unpacked
-            batch_rows = min(max(1, batch_rows), BATCH_ROWS)
+    rows = told = 0
+    for group in range(metadata.num_row_groups):
+        row_group = metadata.row_group(group)
+        batch_rows = BATCH_BYTES * row_group.num_rows // max(1, row_group.total_byte_size)
+        batch_rows = min(max(1, batch_rows), BATCH_ROWS)
+        stored_once = [name for name in columns if _is_stored_once(row_group, name)]
+        with parquet.ParquetFile(str(file), metadata=metadata, read_dictionary=stored_once, **settings) as opened:
             for batch in opened.iter_batches(batch_rows, [group], list(columns), use_threads=False):
                 yield batch
                 rows += batch.num_rows
                 done = size * rows // max(rows, metadata.num_rows)
                 advance(done - told)
                 told = done
-        advance(size - told)
+    advance(size - told)
+
+
+def _is_stored_once(row_group: "pq.RowGroupMetaData", column: str) -> bool:
+    """Whether a row group seems to have each text of a column once, and for each of several rows an index.
+
+    Read as such, the texts are in memory once too, not once for each row of a batch.
+    """
+    chunks = (row_group.column(number) for number in range(row_group.num_columns))
+    chunk = next((chunk for chunk in chunks if chunk.path_in_schema == column), None)
+    if chunk is None or not chunk.has_dictionary_page or chunk.num_values < 2:
+        return False
+    index_bytes = chunk.total_compressed_size - (chunk.data_page_offset - chunk.dictionary_page_offset)
+    return index_bytes <= _INDEX_BYTES * chunk.num_values + _HEADER_BYTES
 
 
 def _file_batches(file: Path, columns: Sequence[str], advance: Callable[[int], object]) -> Iterator["pa.RecordBatch"]:
@@ -209,28 +232,59 @@ def _rows(batch: "pa.RecordBatch | pa.Table", columns: Sequence[str]) -> Iterato
 def _values(column: "pa.Array | pa.ChunkedArray") -> Iterator[Any]:
     types = importlib.import_module("pyarrow.types")
     if types.is_dictionary(column.type):
-        column.validate(full=True)  # validates its indices
         if _bytes_type(column.type.value_type):
             return _looked_up(column)
+        column.validate(full=True)  # validates its indices
         column = column.cast(column.type.value_type)
     if types.is_null(column.type):
         return (None for _ in range(len(column)))
     if types.is_boolean(column.type) or types.is_integer(column.type) or types.is_floating(column.type):
         return (value.as_py() for value in column)
-    as_bytes = _bytes_type(column.type)
-    if as_bytes is None:
+    if _bytes_type(column.type) is None:
         return (column.type for _ in range(len(column)))
-    column = column.cast(as_bytes)
-    column.validate(full=True)  # offsets in a damaged file may point anywhere
-    return (value.as_py() for value in column)
+    return (texts[index] for texts in map(_Texts, _chunks(column)) for index in range(len(texts)))
 
 
-def _looked_up(column: "pa.DictionaryArray | pa.ChunkedArray") -> Iterator[bytes | None]:
+def _looked_up(column: "pa.DictionaryArray | pa.ChunkedArray") -> Iterator[bytes | memoryview | None]:
     """Texts of a column that stores each once; no copy for every row, since one may have megabytes."""
-    for chunk in column.chunks if hasattr(column, "chunks") else [column]:
-        texts = chunk.dictionary.cast(_bytes_type(chunk.dictionary.type))
-        texts.validate(full=True)
-        yield from (None if index is None else texts[index].as_py() for index in chunk.indices.to_pylist())
+    for chunk in _chunks(column):
+        texts = _Texts(chunk.dictionary)
+        chunk.indices.validate(full=True)
+        type(chunk).from_arrays(chunk.indices, texts.array)  # raises where an index has no text
+        yield from (None if index is None else texts[index] for index in chunk.indices.to_pylist())
+
+
+def _chunks(column: "pa.Array | pa.ChunkedArray") -> list["pa.Array"]:
+    return column.chunks if hasattr(column, "chunks") else [column]
+
+
+class _Texts:
+    """Texts of an array, by index: bytes, None for null, and of a long one a view, since the library's is a copy.
+
+    Attributes:
+        array: the texts as bytes.
+    """
+
+    def __init__(self, array: "pa.Array") -> None:
+        self.array = array.cast(_bytes_type(array.type))
+        self.array.validate(full=True)  # offsets in a damaged file may point anywhere
+        self._long = dict[int, memoryview]()
+        width = {"binary": 4, "large_binary": 8}.get(str(self.array.type))
+        if width and len(array):  # the others, of which each text is by itself, are copied once
+            _, ends, content = self.array.buffers()
+            ends = np.frombuffer(ends, f"i{width}", len(array) + 1, self.array.offset * width)
+            for index in np.flatnonzero(np.diff(ends) > LONG_TEXT).tolist():
+                if self.array.slice(index, 1).null_count == 0:
+                    self._long[index] = memoryview(content)[ends[index] : ends[index + 1]]
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, index: int) -> bytes | memoryview | None:
+        if index in self._long:
+            return self._long[index]
+        content = self.array[index].as_py()
+        return memoryview(content) if content and len(content) > LONG_TEXT else content
 
 
 def _bytes_type(text: "pa.DataType") -> "pa.DataType | None":
