@@ -16,6 +16,7 @@ from torch import Tensor
 from benchmarks import machine, peers
 from benchmarks.measurement import BASELINE, Measurement
 from kernels import cross_entropy_from_logits, masked_cross_entropy
+from kernels.linear import Packed
 from kernels.masked_cross_entropy import reference
 from kernels.numerics import Comparison, compare
 
@@ -40,11 +41,19 @@ class Shape:
 
 @dataclass(frozen=True)
 class Implementation:
-    """A loss of (hidden, weight, labels, bias, z_loss_weight), summed over rows, and what it does not compute."""
+    """A loss of (hidden, weight, labels, bias, z_loss_weight), summed over rows, and what it does not compute.
+
+    Attributes:
+        loss: of the sums.
+        has_bias: whether it adds a bias.
+        has_z_loss: whether it has the weight of logsumexp².
+        is_packed: whether its weight is `Inputs.packed`, as the trainer passes it on GPUs.
+    """
 
     loss: Loss
     has_bias: bool = True
     has_z_loss: bool = True
+    is_packed: bool = False
 
 
 SHAPES = [Shape(rows, *model) for model in MODELS.values() for rows in (4096, 1229, 614)]
@@ -56,7 +65,9 @@ def _reference(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | No
     return reference.masked_cross_entropy(hidden, weight, labels, bias, z_loss_weight=z_loss_weight).total
 
 
-def _ours(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor, z_loss_weight: float, backend: str) -> Tensor:
+def _ours(
+    hidden: Tensor, weight: Tensor | Packed, labels: Tensor, bias: Tensor, z_loss_weight: float, backend: str
+) -> Tensor:
     return masked_cross_entropy(hidden, weight, labels, bias, z_loss_weight=z_loss_weight, backend=backend).total
 
 
@@ -73,6 +84,7 @@ IMPLEMENTATIONS = {
     "reference_compiled": Implementation(_reference),
     "torch": Implementation(functools.partial(_ours, backend="torch")),
     "triton": Implementation(functools.partial(_ours, backend="triton")),
+    "triton_packed": Implementation(functools.partial(_ours, backend="triton"), is_packed=True),
     "cpp": Implementation(functools.partial(_ours, backend="cpp")),
     "linear_cross_entropy": Implementation(peers.linear_cross_entropy, has_z_loss=False),
     "linear_cross_entropy_chunked": Implementation(
@@ -100,12 +112,12 @@ def test_masked_cross_entropy(measurement: Measurement, impl: str, shape: Shape)
         _skip_what_takes_minutes(impl, shape)
     shape = shape if measurement.enabled else TINY
     implementation = IMPLEMENTATIONS[impl]
-    loss = measurement.compile(implementation.loss) if impl == "reference_compiled" else implementation.loss
-    measurement.prove(hidden_proof(loss, shape, implementation.has_bias, implementation.has_z_loss))
+    if impl == "reference_compiled":
+        implementation = replace(implementation, loss=measurement.compile(implementation.loss))
+    measurement.prove(hidden_proof(implementation, shape))
     inputs = make_inputs(shape.N, shape.D, shape.V)
-    own_inputs = inputs if implementation.has_bias else replace(inputs, bias=None)
-    baseline = None if impl == BASELINE else lambda: gradients_of(_reference, inputs)
-    measurement.time(lambda: gradients_of(loss, own_inputs), baseline)
+    baseline = None if impl == BASELINE else lambda: gradients_of(IMPLEMENTATIONS[BASELINE], inputs)
+    measurement.time(lambda: gradients_of(implementation, inputs), baseline)
 
 
 @pytest.mark.parametrize("impl", FROM_LOGITS)
@@ -137,8 +149,13 @@ class Inputs:
 
     hidden: Tensor
     weight: Tensor
-    bias: Tensor | None
+    bias: Tensor
     labels: Tensor
+
+    @functools.cached_property
+    def packed(self) -> Packed:
+        """The weight with a copy in bf16, and with memory that its gradient overwrites."""
+        return Packed((self.weight,), self.weight.detach().bfloat16(), torch.empty_like(self.weight), overwrites=True)
 
 
 def make_inputs(rows: int, hidden_size: int, vocab_size: int) -> Inputs:
@@ -173,13 +190,19 @@ def _dynamic_rows(tensor: Tensor) -> Tensor:
 
 
 def gradients_of(
-    loss: Loss, inputs: Inputs, z_loss_weight: float = Z_LOSS_WEIGHT, *, autocast: bool = True
+    implementation: Implementation, inputs: Inputs, z_loss_weight: float = Z_LOSS_WEIGHT, *, autocast: bool = True
 ) -> tuple[Tensor, ...]:
     """The total and its gradients with respect to hidden, weight and bias."""
+    weight = inputs.packed if implementation.is_packed else inputs.weight
+    bias = inputs.bias if implementation.has_bias else None
+    z_loss_weight = z_loss_weight if implementation.has_z_loss else 0.0
     with torch.autocast(inputs.hidden.device.type, torch.bfloat16, enabled=autocast):
-        total = loss(inputs.hidden, inputs.weight, inputs.labels, inputs.bias, z_loss_weight)
-    wanted = [inputs.hidden, inputs.weight] + ([] if inputs.bias is None else [inputs.bias])
-    return total.detach(), *torch.autograd.grad(total, wanted)
+        total = implementation.loss(inputs.hidden, weight, inputs.labels, bias, z_loss_weight)
+    wanted = [inputs.hidden] + ([] if implementation.is_packed else [inputs.weight]) + ([] if bias is None else [bias])
+    grad_hidden, *others = torch.autograd.grad(total, wanted)
+    if implementation.is_packed:
+        others.insert(0, inputs.packed.gradient)
+    return total.detach(), grad_hidden, *others
 
 
 def logits_gradient(loss: Loss, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,10 +211,10 @@ def logits_gradient(loss: Loss, logits: Tensor, labels: Tensor) -> tuple[Tensor,
     return total.detach(), *torch.autograd.grad(total, logits)
 
 
-def hidden_proof(loss: Loss, shape: Shape, has_bias: bool, has_z_loss: bool) -> Iterator[Comparison]:
-    """`loss` and its gradients against the fp64 reference, at this D and V."""
-    inputs, exact, plain = _expected(shape.D, shape.V, has_bias, has_z_loss)
-    actual = gradients_of(loss, inputs, Z_LOSS_WEIGHT if has_z_loss else 0.0)
+def hidden_proof(implementation: Implementation, shape: Shape) -> Iterator[Comparison]:
+    """The loss and its gradients against the fp64 reference, at this D and V."""
+    inputs, exact, plain = _expected(shape.D, shape.V, implementation.has_bias, implementation.has_z_loss)
+    actual = gradients_of(implementation, inputs)
     never_label = ~torch.isin(torch.arange(shape.V, device=inputs.labels.device), inputs.labels)
     off_target = {"weight": never_label[:, None], "bias": never_label}
     for name, *tensors in zip(("total", "hidden", "weight", "bias"), actual, exact, plain, strict=False):
@@ -205,14 +228,10 @@ def _expected(
     """Inputs with some rows ignored, and their gradients in fp64 and by plain PyTorch as the trainer would."""
     inputs = make_inputs(PROOF_ROWS, hidden_size, vocab_size)
     inputs.labels[::7] = -100
-    inputs = inputs if has_bias else replace(inputs, bias=None)
-    wide = [
-        None if tensor is None else tensor.detach().double().requires_grad_()
-        for tensor in (inputs.hidden, inputs.weight, inputs.bias)
-    ]
-    z_loss_weight = Z_LOSS_WEIGHT if has_z_loss else 0.0
-    exact = gradients_of(_reference, Inputs(*wide, inputs.labels), z_loss_weight, autocast=False)
-    return inputs, exact, gradients_of(_reference, inputs, z_loss_weight)
+    wide = [tensor.detach().double().requires_grad_() for tensor in (inputs.hidden, inputs.weight, inputs.bias)]
+    expected = Implementation(_reference, has_bias, has_z_loss)
+    exact = gradients_of(expected, Inputs(*wide, inputs.labels), autocast=False)
+    return inputs, exact, gradients_of(expected, inputs)
 
 
 def logits_proof(loss: Loss, vocab_size: int) -> Iterator[Comparison]:

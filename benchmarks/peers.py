@@ -13,6 +13,7 @@ from kernels.backend import interpreted
 
 PACKAGES = {
     "triton": "triton",
+    "triton_packed": "triton",
     "triton_load": "triton",
     "liger": "liger_kernel",
     "cut_cross_entropy": "cut_cross_entropy",

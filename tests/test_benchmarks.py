@@ -149,13 +149,19 @@ LOGITS_BUGS = {
 
 @pytest.mark.parametrize("impl", ["reference_eager", "torch", "linear_cross_entropy", "linear_cross_entropy_chunked"])
 def test_right_cross_entropies_pass(impl):
-    implementation = MCE.IMPLEMENTATIONS[impl]
-    assert passes(MCE.hidden_proof(implementation.loss, MCE.TINY, implementation.has_bias, implementation.has_z_loss))
+    assert passes(MCE.hidden_proof(MCE.IMPLEMENTATIONS[impl], MCE.TINY))
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+def test_right_cross_entropies_of_packed_weights_pass(backend):
+    """As "triton_packed", which takes a GPU."""
+    loss = partial(MCE._ours, backend=backend)
+    assert passes(MCE.hidden_proof(MCE.Implementation(loss, is_packed=True), MCE.TINY))
 
 
 @pytest.mark.parametrize("bug", HIDDEN_BUGS)
 def test_wrong_cross_entropies_do_not_pass(bug):
-    assert not passes(MCE.hidden_proof(HIDDEN_BUGS[bug], MCE.TINY, True, True))
+    assert not passes(MCE.hidden_proof(MCE.Implementation(HIDDEN_BUGS[bug]), MCE.TINY))
 
 
 @pytest.mark.parametrize("impl", ["reference_eager", "torch"])

@@ -53,7 +53,7 @@ SPAN_MASK = (bench_span_mask.Shape(32, 136), bench_span_mask.Shape(256, 520))
 LAMB = ("small", "base_32k")
 COMPILED = "reference_compiled"
 OPTIMIZER = "optimizer"  # gptbert.optim.Lamb, which calls the operation
-COMPILING = (COMPILED, OPTIMIZER, "triton", "triton_load", "liger", "cut_cross_entropy")
+COMPILING = (COMPILED, OPTIMIZER, "triton", "triton_packed", "triton_load", "liger", "cut_cross_entropy")
 ROUNDS, CALLS = 10, 5  # calls of a round without a device sync between them
 PROFILED = 3
 
@@ -129,7 +129,8 @@ def jobs(settings: Settings) -> Iterator[Job]:
 def _cross_entropy(settings: Settings) -> Iterator[Job]:
     bench = bench_cross_entropy
     eager = bench.Implementation(peers.eager_cross_entropy, has_z_loss=False)
-    implementations = {"triton": bench.IMPLEMENTATIONS["triton"], "eager": eager, **bench.IMPLEMENTATIONS}
+    first = ("triton_packed", "triton")
+    implementations = {impl: bench.IMPLEMENTATIONS[impl] for impl in first} | {"eager": eager} | bench.IMPLEMENTATIONS
     for shape in (bench.TINY,) if settings.rehearse else CROSS_ENTROPY:
         for impl, implementation in implementations.items():
             make = functools.partial(_make_cross_entropy, shape, impl, implementation, settings)
@@ -140,11 +141,10 @@ def _make_cross_entropy(
     shape: bench_cross_entropy.Shape, impl: str, implementation: bench_cross_entropy.Implementation, settings: Settings
 ) -> tuple[Run, Proof]:
     bench = bench_cross_entropy
-    loss = _compiled(implementation.loss, settings) if impl == COMPILED else implementation.loss
-    inputs = bench.make_inputs(shape.N, shape.D, shape.V)
-    own = inputs if implementation.has_bias else bench.replace(inputs, bias=None)
-    proof = functools.partial(bench.hidden_proof, loss, shape, implementation.has_bias, implementation.has_z_loss)
-    return functools.partial(bench.gradients_of, loss, own), proof
+    if impl == COMPILED:
+        implementation = dataclasses.replace(implementation, loss=_compiled(implementation.loss, settings))
+    run = functools.partial(bench.gradients_of, implementation, bench.make_inputs(shape.N, shape.D, shape.V))
+    return run, functools.partial(bench.hidden_proof, implementation, shape)
 
 
 def _attention(settings: Settings) -> Iterator[Job]:
