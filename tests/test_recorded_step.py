@@ -397,6 +397,38 @@ def test_ranks_with_gradients_in_one_buffer_do_what_ddp_does(inputs, settings):
         torch.testing.assert_close(torch.tensor(recorded), torch.tensor(ddp), rtol=1e-6, atol=1e-6)
 
 
+def ranks_that_overwrite(rank, inputs, settings, results):
+    """Gradient norms and weights after three steps by fused kernels, which overwrite gradients or add to zeros."""
+    set_default_backend("triton")
+    wanted.use_fused(wanted.FUSED)
+    objectives.span_mask = partial(objectives.span_mask, backend="torch")  # as in `quick_masks`
+    config = parse(TrainConfig, flags(inputs, cuda_graph="on", no_compile=True, timeout=60, **settings))
+    ends = []
+    with connect(config) as world:
+        for overwrites in (True, False):
+            torch.manual_seed(rank)  # of dropout's seeds
+            trainer = Trainer(config, Inputs.open(config), HybridPlan(config, world.world_size), world)
+            assert trainer.micro_batches.are_single
+            trainer.micro_batches.has_fixed_shapes = True
+            if not overwrites:
+                with patch.object(MicroBatches, "are_single", new=False):
+                    trainer = Trainer(config, Inputs.open(config), HybridPlan(config, world.world_size), world)
+                trainer.micro_batches.has_fixed_shapes = True
+            assert any(packed.overwrites for packed in trainer.training_step._weights._all()) is overwrites
+            norms, *weights = steps_of(trainer, range(3))[0]
+            ends.append([norms.tolist(), torch.cat([weight.detach().flatten() for weight in weights]).tolist()])
+            del trainer  # before the process group is destroyed
+    results.put((rank, ends))
+
+
+def test_ranks_overwrite_the_sums_of_the_step_before(inputs):
+    settings = FEW_ROWS | {"hybrid_mode": "batch", "config_file": wide_model(inputs)}
+    said = on_ranks(2, ranks_that_overwrite, inputs, settings)
+    assert said[0] == said[1], "the same update on every rank"
+    for actual, expected in zip(*said[0], strict=True):
+        torch.testing.assert_close(torch.tensor(actual), torch.tensor(expected), rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize(
     "changes", [{"cuda_graph": "on"}, {"cuda_graph": "off"}, {"parallel": "fsdp"}], ids=["buffer", "ddp", "fsdp"]
 )

@@ -206,7 +206,7 @@ def fence(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> None
     machine.shared.is_unfenced[:] = False
 
 
-@executes("MEMBAR NOP ERRBAR CCTL WARPSYNC", "ALL CTA GPU SC IVALL")
+@executes("MEMBAR NOP ERRBAR CCTL WARPSYNC BSSY BSYNC", "ALL CTA GPU SC IVALL RECONVERGENT")
 def nothing(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> None:
-    """Order of accesses that is kept here in any case."""
+    """Order of accesses that is kept here in any case, and places where lanes that went two ways meet again."""
     del machine, instruction, lanes
