@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import queue
 import runpy
 import signal
 import socket
@@ -286,9 +287,17 @@ def on_ranks(world_size: int, target: Callable[..., None], *arguments: object) -
     """
     results = _CONTEXT.Queue()
     ranks = forked_ranks(world_size, _with_rank, target, *arguments, results)
-    said = dict(results.get(timeout=300) for _ in ranks)
+    said: dict[int, Any] = {}
+    for _ in range(300):
+        with contextlib.suppress(queue.Empty):
+            while len(said) < len(ranks):
+                said.update([results.get(timeout=1)])
+        if len(said) == len(ranks) or any(process.exitcode for process in ranks):
+            break
     for process in ranks:
-        process.join(60)
+        process.join(60 if len(said) == len(ranks) else 0)
+        process.kill()
+    assert len(said) == len(ranks), "see what the ranks wrote"
     return said
 
 
