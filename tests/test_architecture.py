@@ -147,7 +147,7 @@ FURTHER = {
     "depth_mix": {"fused.py"},
     "gated_norm": {"fused.py"},
     "dropout": {"fused.py"},
-    "lamb": {"chunk_table.py", "prepared.py", "shards.py"},
+    "lamb": {"chunk_table.py", "rounding.py", "prepared.py", "shards.py"},
     "masked_cross_entropy": {"inputs.py", "sum_kernel.py"},
     "normalize": {"fused.py"},
 }

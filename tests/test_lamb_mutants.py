@@ -2,7 +2,7 @@
 
 import pytest
 
-from kernels.lamb import check
+from kernels.lamb import check, kernel
 from tests.mutation import mutated
 
 MUTANTS = {
@@ -45,16 +45,16 @@ MUTANTS = {
     "average of the old parameter": ("(param - average)", "(param + step_size * update - average)"),
     "average exchanged": ("average += one_minus_decay * (", "average = param - one_minus_decay * ("),
     "average not kept": ("_store(averages, lanes, average, length, is_last)", "pass"),
-    "copy of the old parameter": ("_narrow(param, COPY", "_narrow(param + step_size * update, COPY"),
+    "copy of the old parameter": ("narrow(param, COPY", "narrow(param + step_size * update, COPY"),
     "copy without the trust ratio": (
-        "_narrow(param, COPY", "_narrow(param + step_size * update - lr_scale * tl.load(lr_ptr) * update, COPY"
+        "narrow(param, COPY", "narrow(param + step_size * update - lr_scale * tl.load(lr_ptr) * update, COPY"
     ),
-    "copy of the average": ("_narrow(param, COPY", "_narrow(average if AVERAGE else param, COPY"),
-    "copy cut off": ("_narrow(param, COPY_TYPE)", "param.to(COPY_TYPE)"),
+    "copy of the average": ("narrow(param, COPY", "narrow(average if AVERAGE else param, COPY"),
+    "copy cut off": ("narrow(param, COPY_TYPE)", "param.to(COPY_TYPE)"),
     "copy rounded half up": (
-        "_narrow(param, COPY_TYPE)", "_round(param, 0x8000, COPY_TYPE, COPY_TYPE.is_bf16())"
+        "narrow(param, COPY_TYPE)", "round_to(param, 0x8000, COPY_TYPE, COPY_TYPE.is_bf16())"
     ),
-    "copy not kept": ("_store(copies, lanes, _narrow(param, COPY_TYPE), length, is_last)", "pass"),
+    "copy not kept": ("_store(copies, lanes, narrow(param, COPY_TYPE), length, is_last)", "pass"),
     "copy past the end": ("COPY_TYPE), length, is_last", "COPY_TYPE), length + 1, is_last"),
     "copy without its last element": ("COPY_TYPE), length, is_last", "COPY_TYPE), length - 1, is_last"),
     "copy without its last block": ("is not None and has_copy", "is not None and has_copy and not is_last"),
@@ -67,16 +67,24 @@ MUTANTS = {
     "age not kept": ("tl.store(tl.load(row_ptr + _STEP).to(tl.pointer_type(tl.float32)), age)", "pass"),
     "scalars of the first tensor": ("tensor * _SCALARS + _DENOMINATOR_SCALE)\n", "_DENOMINATOR_SCALE)\n"),
     "decay of the first tensor": ("decays_ptr + tensor)\nexp", "decays_ptr)\nexp"),
-    "moments cut off": ("noise = 0x7FFF + ((bits >> 16) & 1)", "noise = 0"),
     "one noise for both moments": ("noise >> 16, MOMENT_TYPE", "noise & 0xFFFF, MOMENT_TYPE"),
-    "one noise for all tensors": ("low * 0 + tensor.to(tl.uint32)", "low * 0"),
-    "one noise for all steps": ("low * 0 + age.to(tl.uint32)", "low * 0"),
     "one noise for all chunks": ("tensor, start + first, BLOCK", "tensor, first, BLOCK"),
 }  # fmt: skip
+OF_ROUNDING = {
+    "moments cut off": ("noise = 0x7FFF + ((bits >> 16) & 1)", "noise = 0"),
+    "one noise for all tensors": ("low * 0 + tensor.to(tl.uint32)", "low * 0"),
+    "one noise for all steps": ("low * 0 + age.to(tl.uint32)", "low * 0"),
+}
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_planted_bug_is_found(name, device, tmp_path):
     with mutated("kernels.lamb.kernel", *MUTANTS[name], tmp_path):
+        assert not all(result.passed for result in check.comparisons(device, "triton")), name
+
+
+@pytest.mark.parametrize("name", OF_ROUNDING)
+def test_a_planted_bug_of_rounding_is_found(name, device, tmp_path):
+    with mutated("kernels.lamb.rounding", *OF_ROUNDING[name], tmp_path, users=[kernel]):
         assert not all(result.passed for result in check.comparisons(device, "triton")), name

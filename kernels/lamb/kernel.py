@@ -19,6 +19,7 @@ from torch.distributed import ProcessGroup
 from kernels.configuration import Configuration, launch_warps
 from kernels.lamb import chunk_table
 from kernels.lamb.reference import clip_factor
+from kernels.lamb.rounding import narrow, random_bits, round_to
 from kernels.lamb.shards import add_up_chunks, whole_norms
 
 BLOCK = 2048  # elements: eight per thread, 128 bits of bf16 or two words of 128 bits of fp32
@@ -88,57 +89,6 @@ def _store(pointer, lanes, values, length, MASKED: tl.constexpr):
 def _adam_update(exp_avg, exp_avg_sq, exp_avg_scale, denominator_scale, eps):
     """Adam's update, u of docs/model.md#lamb without decay; the scales are 1/(1 − β1ᵗ) and 1/√(1 − β2ᵗ)."""
     return exp_avg * exp_avg_scale / (tl.sqrt(exp_avg_sq) * denominator_scale + eps)
-
-
-@triton.jit
-def _noise(seed, age, tensor, first, BLOCK: tl.constexpr):
-    """[BLOCK] uint32, random bits for elements from `first` (int64) on: a pure function of the arguments.
-
-    Philox gives four words per counter, so a counter covers four elements; `first` is a multiple of four.
-    """
-    # 1. One counter (element // 4 low, high, tensor, step) per four elements.
-    four = first // 4 + tl.arange(0, BLOCK // 4)
-    low, high = four.to(tl.uint32), (four >> 32).to(tl.uint32)
-    word0, word1, word2, word3 = tl.philox(seed, low, high, low * 0 + tensor.to(tl.uint32), low * 0 + age.to(tl.uint32))
-    # 2. Interleave the four words [BLOCK // 4] into [BLOCK].
-    return tl.join(tl.join(word0, word2), tl.join(word1, word3)).reshape(BLOCK)
-
-
-@triton.jit
-def _cut(values, noise, STOCHASTIC: tl.constexpr):
-    """Numbers of bf16, in fp32: rounded to nearest even, or stochastically with the 16 random bits of `noise`.
-
-    By hand, because Triton's interpreter truncates. Infinities and NaN stay as they are.
-    """
-    bits = values.to(tl.uint32, bitcast=True)
-    if not STOCHASTIC:
-        noise = 0x7FFF + ((bits >> 16) & 1)  # round to nearest even
-    # Add below the cut, then drop the lower 16 bits.
-    is_finite = (bits & 0x7F800000) != 0x7F800000
-    rounded = ((bits + noise) & 0xFFFF0000).to(tl.float32, bitcast=True)
-    return tl.where(is_finite, rounded, values)
-
-
-@triton.jit
-def _round(values, noise, TYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """Cast fp32 to TYPE; see `_cut`."""
-    if TYPE.is_bf16():
-        values = _cut(values, noise, STOCHASTIC)
-    return values.to(TYPE)
-
-
-@triton.jit
-def _narrow(values, TYPE: tl.constexpr):
-    """Cast fp32 to TYPE with the bits of Tensor.to, to nearest even; of subnormal numbers too, unlike `_round`.
-
-    Those the interpreter's cast gets wrong. (In the moments kernel this way spills 20 bytes on sm_80 and sm_90.) A NaN
-    that was computed stays one, as it has a bit in its upper half.
-    """
-    if TYPE.is_bf16():
-        upper = _cut(values, 0, False).to(tl.uint32, bitcast=True) >> 16
-        return upper.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:  # noqa: RET505 - Triton compiles one branch
-        return values.to(TYPE)
 
 
 @triton.jit
@@ -234,9 +184,9 @@ def moments_kernel(
             # 4. m and v in fp32, rounded to MOMENT_TYPE and stored.
             exp_avg += one_minus_beta1 * (grad - exp_avg)
             exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (grad * grad)
-            noise = _noise(seed, age, tensor, start + first, BLOCK) if STOCHASTIC else 0
-            new_exp_avg = _round(exp_avg, noise & 0xFFFF, MOMENT_TYPE, STOCHASTIC)
-            new_exp_avg_sq = _round(exp_avg_sq, noise >> 16, MOMENT_TYPE, STOCHASTIC)
+            noise = random_bits(seed, age, tensor, start + first, BLOCK) if STOCHASTIC else 0
+            new_exp_avg = round_to(exp_avg, noise & 0xFFFF, MOMENT_TYPE, STOCHASTIC)
+            new_exp_avg_sq = round_to(exp_avg_sq, noise >> 16, MOMENT_TYPE, STOCHASTIC)
             _store(exp_avgs, lanes, new_exp_avg, length, is_last)
             _store(exp_avg_sqs, lanes, new_exp_avg_sq, length, is_last)
             # 5. u = Adam's update + decay · p from the rounded moments, which are what the update kernel loads.
@@ -322,7 +272,7 @@ def update_kernel(
                 average += one_minus_decay * (param - average)
                 _store(averages, lanes, average, length, is_last)
             if COPY_TYPE is not None and has_copy:
-                _store(copies, lanes, _narrow(param, COPY_TYPE), length, is_last)
+                _store(copies, lanes, narrow(param, COPY_TYPE), length, is_last)
 
 
 def launch(
