@@ -74,9 +74,9 @@ def from_upstream(
     converted, buckets = {}, None
     for name, tensor in unwrapped.items():
         if re.fullmatch(_BUFFER_PATTERN, name):
-            if config and buckets is None:
+            if config and buckets is None and tensor.shape == (config.max_position_embeddings,) * 2:
                 buckets = position_buckets(config)
-            if buckets is not None and not same(tensor, buckets):
+            if config and (buckets is None or not same(tensor, buckets)):
                 raise InputError(
                     f"{keys[name]} differs from what position_bucket_size and max_position_embeddings make of it"
                 )
@@ -140,9 +140,10 @@ def to_published(name: str) -> str | None:
 
 def position_buckets(config: ModelConfig) -> Tensor:
     """The published models' buffer [M, M] int32: each pair of positions' bucket."""
-    position = torch.arange(config.max_position_embeddings)
-    buckets = position_bucket(position[:, None] - position[None, :], config) + config.position_bucket_size - 1
-    return buckets.int()
+    longest = config.max_position_embeddings
+    distance = torch.arange(longest - 1, -longest, -1)  # [2M − 1]
+    buckets = (position_bucket(distance, config) + config.position_bucket_size - 1).int()
+    return buckets.unfold(0, longest, 1).flip(0)  # [M, M] of few bytes, then of all: i − j of row i and column j
 
 
 def to_upstream(state_dict: Mapping[str, Tensor], config: ModelConfig | None = None) -> dict[str, Tensor]:

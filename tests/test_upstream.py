@@ -1,5 +1,6 @@
 """Published parameter names, in both directions."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -60,6 +61,16 @@ def test_prefixes_of_wrappers_are_dropped(tiny, prefix):
     state = GPTBert(tiny).state_dict()
     wrapped = {prefix + key: tensor for key, tensor in to_upstream(state, tiny).items()}
     assert set(from_upstream(wrapped)) == set(state)
+
+
+def test_a_buffer_is_compared_within_the_memory_that_it_has(tiny):
+    """Not with terabytes, where a config has another length."""
+    state = to_upstream(GPTBert(tiny).state_dict(), tiny)
+    assert from_upstream(state, tiny)
+    for number in (2**20, tiny.max_position_embeddings + 1):
+        config = dataclasses.replace(tiny, max_position_embeddings=number)
+        with pytest.raises(InputError, match=r"0\.position_indices differs from what .*max_position_embeddings make"):
+            from_upstream(state, config)
 
 
 @pytest.mark.parametrize(
