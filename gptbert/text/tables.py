@@ -8,7 +8,7 @@ pyarrow`).
 
 import importlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 BATCH_BYTES = 4_000_000  # decompressed bytes of a Parquet file in memory at once; at least one row
 BATCH_ROWS = 1000  # at most
+EXPANDED_BYTES = (
+    64_000_000  # of a batch, which is not looked at for texts that a Parquet file stores once for many rows
+)
 LONG_TEXT = 4 * MAX_DOCUMENT  # bytes; a longer text has more than MAX_DOCUMENT characters
 _INDEX_BYTES = 8  # of a row at most, where a row group of a Parquet file stores each text once
 _HEADER_BYTES = 1 << 12  # of the pages of such indices
@@ -163,30 +166,37 @@ def _parquet_batches(
     with parquet.ParquetFile(str(file), **settings) as opened:
         _require_columns(str(file), columns, opened.schema_arrow.names)
         metadata, size = opened.metadata, file.stat().st_size
-    rows = told = 0
-    for group in range(metadata.num_row_groups):
-        row_group = metadata.row_group(group)
-        batch_rows = BATCH_BYTES * row_group.num_rows // max(1, row_group.total_byte_size)
-        batch_rows = min(max(1, batch_rows), BATCH_ROWS)
-        stored_once = [name for name in columns if _is_stored_once(row_group, name)]
-        with parquet.ParquetFile(str(file), metadata=metadata, read_dictionary=stored_once, **settings) as opened:
-            for batch in opened.iter_batches(batch_rows, [group], list(columns), use_threads=False):
-                yield batch
-                rows += batch.num_rows
-                done = size * rows // max(rows, metadata.num_rows)
-                advance(done - told)
-                told = done
-    advance(size - told)
+        rows = told = 0
+        for group in range(metadata.num_row_groups):
+            row_group = metadata.row_group(group)
+            batch_rows = BATCH_BYTES * row_group.num_rows // max(1, row_group.total_byte_size)
+            batch_rows = min(max(1, batch_rows), BATCH_ROWS, max(1, row_group.num_rows))
+            may_expand = batch_rows > 1 and batch_rows * row_group.total_byte_size > EXPANDED_BYTES
+            stored_once = [name for name in columns if may_expand and _is_stored_once(opened, group, name)]
+            own = {"metadata": metadata, "read_dictionary": stored_once, **settings}
+            with parquet.ParquetFile(str(file), **own) if stored_once else nullcontext(opened) as reader:
+                for batch in reader.iter_batches(batch_rows, [group], list(columns), use_threads=False):
+                    yield batch
+                    rows += batch.num_rows
+                    done = size * rows // max(rows, metadata.num_rows)
+                    advance(done - told)
+                    told = done
+        advance(size - told)
 
 
-def _is_stored_once(row_group: "pq.RowGroupMetaData", column: str) -> bool:
-    """Whether a row group seems to have each text of a column once, and for each of several rows an index.
+def _is_stored_once(opened: "pq.ParquetFile", group: int, column: str) -> bool:
+    """Whether a row group seems to have each text of a column once, and for each row an index.
 
     Read as such, the texts are in memory once too, not once for each row of a batch.
     """
-    chunks = (row_group.column(number) for number in range(row_group.num_columns))
-    chunk = next((chunk for chunk in chunks if chunk.path_in_schema == column), None)
-    if chunk is None or not chunk.has_dictionary_page or chunk.num_values < 2:
+    schema = opened.metadata.schema
+    places = [number for number in range(len(schema)) if schema.column(number).path == column]
+    if not places:
+        return False
+    # raises where the file is damaged, and the line after it would abort (docs/library-faults.md)
+    next(opened.iter_batches(1, [group], [column], use_threads=False), None)
+    chunk = opened.metadata.row_group(group).column(places[0])
+    if not chunk.has_dictionary_page:
         return False
     index_bytes = chunk.total_compressed_size - (chunk.data_page_offset - chunk.dictionary_page_offset)
     return index_bytes <= _INDEX_BYTES * chunk.num_values + _HEADER_BYTES
