@@ -361,16 +361,16 @@ def test_damage_anywhere_in_the_description_of_a_parquet_file_is_no_end_of_the_p
     file = parquet(tmp_path / "a.parquet", ["one", "two"] * 9)
     content = file.read_bytes()
     begin = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
-    refused = 0
+    messages = []
     for place in range(begin, len(content)):
         for bit in (1, 2):
             file.write_bytes(content[:place] + bytes([content[place] ^ bit]) + content[place + 1 :])
             try:
                 list(corpus(file, on_error="skip"))
             except InputError as error:
-                refused += 1
-                assert "\n" not in str(error)
-    assert refused > 50
+                messages.append(str(error))
+    assert len(messages) > 50
+    assert not any("\n" in message for message in messages)
 
 
 def test_without_the_libraries_is_one_line(tmp_path, monkeypatch):

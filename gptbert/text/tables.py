@@ -336,6 +336,6 @@ def _damage(where: str) -> Iterator[None]:
     pyarrow = require_library("pyarrow", where)
     try:
         yield
-    except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError, SystemError) as error:  # the last: negative lengths
         reason = first_line(error) or type(error).__name__
         raise InputError(f"{where}: damaged, cut short or not to be read ({reason[:200]})") from error
