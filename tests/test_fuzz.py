@@ -9,6 +9,8 @@ import json
 import shutil
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
@@ -270,6 +272,32 @@ def test_damaged_corpora_are_read_or_refused_in_one_line(sandbox, valid, place, 
     if data.draw(st.booleans()):
         content = data.draw(st.just(packed := gzip.compress(content, mtime=0)) | damage.damaged_bytes(packed))
     read(sandbox, "corpus", put(place, name, content))
+
+
+@pytest.fixture(scope="module")
+def table_files():
+    """Parquet and Arrow files, by a name that says nothing of what they are."""
+    texts = ["one two", "é€ three " * 9, None, "", "x" * 300, "one two"] * 3
+    found = []
+    for kind in (pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string())):
+        table = pa.table({"text": pa.array(texts, kind)})
+        for new in (pa.ipc.new_stream, pa.ipc.new_file):
+            sink = pa.BufferOutputStream()
+            with new(sink, table.schema) as writer:
+                writer.write_table(table, 5)
+            found.append(sink.getvalue().to_pybytes())
+        for compression, rows in (("none", 99), ("zstd", 4)):
+            sink = pa.BufferOutputStream()
+            pq.write_table(table, sink, compression=compression, row_group_size=rows)
+            found.append(sink.getvalue().to_pybytes())
+    return found
+
+
+@examples(0.5)
+@given(st.data())
+def test_damaged_tables_are_read_or_refused_in_one_line(sandbox, table_files, place, data):
+    content = data.draw(damage.damaged_bytes(data.draw(st.sampled_from(table_files))))
+    read(sandbox, "corpus", put(place, "part-00000", content))
 
 
 @examples()
