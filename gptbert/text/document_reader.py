@@ -279,7 +279,7 @@ def _checked(value: Any, what: str) -> str | LongText:
 
 def _refuse_json_lines(file: Path, number: int, block: bytes) -> None:
     """Raise InputError if a block of plain text, whose first line has this number, has JSON Lines in it."""
-    if block.count(b'{"') < 2:
+    if block.count(b'\n{"') + block.startswith(b'{"') < 2:
         return
     for found in _OBJECTS.finditer(block):
         start, end = found.span()
