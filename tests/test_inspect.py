@@ -20,7 +20,7 @@ from kernels.configuration import TRITON_OPERATIONS, Configuration
 
 ROOT = Path(__file__).parents[1]
 
-SLOWER = 1.3  # the most that other Tritons than the one of constraints.txt may take of a bar
+SLOWER = 1.03 if version("triton").startswith("3.6.") else 1.3  # how much of a bar others than Triton 3.7 may take
 COMMON = (
     r"attention_context/.* d=64 T=(128|512) dropout$|cross_entropy/(sum|multiply|scale|rows bf16 V=(16384|65536)\b)|"
     r"cross_entropy/rows fp\d\d V=(16384|65536)$|lamb/[^(]*$|span_mask/.*i64 T=(256|4096) spans to 3( |$)|"
