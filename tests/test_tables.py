@@ -1,5 +1,6 @@
 """Documents from Parquet and Arrow files and Hugging Face datasets: every column type, and damaged files."""
 
+import itertools
 import random
 import sys
 import tracemalloc
@@ -31,11 +32,14 @@ def parquet(path, values=DOCUMENTS, kind=None, column="text", **options):
     return path
 
 
-def arrow(path, values=DOCUMENTS, kind=None):
-    table = pa.table({"id": range(len(values)), "text": pa.array(values, kind)})
+def write_stream(table, path, rows=None):
+    """An Arrow stream, in batches of so many rows."""
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as stream:
-        for batch in table.to_batches(3):
-            stream.write_batch(batch)
+        stream.write_table(table, rows)
+
+
+def arrow(path, values=DOCUMENTS, kind=None):
+    write_stream(pa.table({"id": range(len(values)), "text": pa.array(values, kind)}), path, rows=3)
     return path
 
 
@@ -237,13 +241,10 @@ def test_a_long_text_is_in_memory_as_often_as_the_library_needs(tmp_path, name, 
 def test_a_text_that_is_stored_once_is_in_memory_once(tmp_path, name):
     text = "long " * 100_000
     column = pa.DictionaryArray.from_arrays(pa.array([0, 1, None] * 100), pa.array([text, "short"]))
-    table = pa.table({"text": column.cast(pa.string()) if name == "a.parquet" else column})
     if name == "a.parquet":
-        pq.write_table(table, tmp_path / name)
+        pq.write_table(pa.table({"text": column.cast(pa.string())}), tmp_path / name)
     else:
-        with pa.OSFile(str(tmp_path / name), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as stream:
-            stream.write_table(table)
-    del table
+        write_stream(pa.table({"text": column}), tmp_path / name)
     read = corpus(tmp_path, on_error="skip")
     before = pa.total_allocated_bytes()
     lengths, most = [], 0
@@ -257,9 +258,7 @@ def test_a_text_that_is_stored_once_is_in_memory_once(tmp_path, name):
 @pytest.mark.parametrize("index", [2, -1])
 def test_an_index_without_a_text_is_damage(tmp_path, index):
     column = pa.DictionaryArray.from_arrays(pa.array([0, index], pa.int8()), pa.array(["one", "two"]), safe=False)
-    table = pa.table({"text": column})
-    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as stream:
-        stream.write_table(table)
+    write_stream(pa.table({"text": column}), tmp_path / "a.arrow")
     with pytest.raises(InputError, match=r"a.arrow: damaged, cut short or not to be read \("):
         list(corpus(tmp_path))
 
@@ -337,22 +336,31 @@ def test_a_file_cut_anywhere_is_one_line(tmp_path, name):
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", WRITERS)
-def test_a_damaged_file_is_one_line_or_other_text(tmp_path, name):
-    file = WRITERS[name](tmp_path / name, [f"{i} " * 20 for i in range(9)], DICTIONARY)
-    content, generator = file.read_bytes(), random.Random(0)
+def refusals(file, contents):
+    """The messages with which these contents of a file are refused, one line each; the others are read."""
     messages = []
-    for _ in range(200):
-        damaged = bytearray(content)
-        for _ in range(generator.randint(1, 4)):
-            damaged[generator.randrange(len(damaged))] = generator.randrange(256)
-        file.write_bytes(damaged)
+    for content in contents:
+        file.write_bytes(content)
         try:
             list(corpus(file, on_error="skip"))
         except InputError as error:
             messages.append(str(error))
-    assert len(messages) > 20
     assert not any("\n" in message for message in messages)
+    return messages
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_damaged_file_is_one_line_or_other_text(tmp_path, name):
+    file = WRITERS[name](tmp_path / name, [f"{i} " * 20 for i in range(9)], DICTIONARY)
+    content, generator = file.read_bytes(), random.Random(0)
+
+    def damaged():
+        changed = bytearray(content)
+        for _ in range(generator.randint(1, 4)):
+            changed[generator.randrange(len(changed))] = generator.randrange(256)
+        return changed
+
+    assert len(refusals(file, (damaged() for _ in range(200)))) > 20
 
 
 def test_damage_anywhere_in_the_description_of_a_parquet_file_is_no_end_of_the_process(tmp_path, monkeypatch):
@@ -361,16 +369,9 @@ def test_damage_anywhere_in_the_description_of_a_parquet_file_is_no_end_of_the_p
     file = parquet(tmp_path / "a.parquet", ["one", "two"] * 9)
     content = file.read_bytes()
     begin = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
-    messages = []
-    for place in range(begin, len(content)):
-        for bit in (1, 2):
-            file.write_bytes(content[:place] + bytes([content[place] ^ bit]) + content[place + 1 :])
-            try:
-                list(corpus(file, on_error="skip"))
-            except InputError as error:
-                messages.append(str(error))
-    assert len(messages) > 50
-    assert not any("\n" in message for message in messages)
+    places = itertools.product(range(begin, len(content)), (1, 2))
+    damaged = (content[:place] + bytes([content[place] ^ bit]) + content[place + 1 :] for place, bit in places)
+    assert len(refusals(file, damaged)) > 50
 
 
 def test_without_the_libraries_is_one_line(tmp_path, monkeypatch):

@@ -27,9 +27,7 @@ if TYPE_CHECKING:
 
 BATCH_BYTES = 4_000_000  # decompressed bytes of a Parquet file in memory at once; at least one row
 BATCH_ROWS = 1000  # at most
-EXPANDED_BYTES = (
-    64_000_000  # of a batch, which is not looked at for texts that a Parquet file stores once for many rows
-)
+EXPANDED_BYTES = 64_000_000  # up to here a batch may have copies of texts that a Parquet file stores once
 LONG_TEXT = 4 * MAX_DOCUMENT  # bytes; a longer text has more than MAX_DOCUMENT characters
 _INDEX_BYTES = 8  # of a row at most, where a row group of a Parquet file stores each text once
 _HEADER_BYTES = 1 << 12  # of the pages of such indices
