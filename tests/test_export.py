@@ -129,6 +129,16 @@ def test_generate_with_and_without_cache(folder):
     assert loaded.generate(**inputs, max_new_tokens=3, num_beams=3, do_sample=False).shape == (2, prompt + 3)
 
 
+def test_what_generate_is_asked_for_reaches_the_model(folder):
+    loaded, ids = load(AutoModelForCausalLM, folder), some_ids(rows=1, length=5)
+    wanted = {"output_hidden_states": True, "output_attentions": True, "return_dict_in_generate": True}
+    output = loaded.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, **wanted)
+    assert [states[-1].shape[1] for states in output.hidden_states] == [5, 1]
+    assert [probabilities[0].shape[-1] for probabilities in output.attentions] == [5, 6]
+    with pytest.raises(ValueError, match="token_type_ids are not all 0"):
+        loaded.generate(ids, token_type_ids=torch.ones_like(ids), max_new_tokens=2)
+
+
 @pytest.mark.parametrize("auto", [AutoModelForMaskedLM, AutoModelForCausalLM])
 def test_losses_are_means_over_labels(folder, auto):
     loaded, ids = load(auto, folder), some_ids()

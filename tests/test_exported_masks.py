@@ -4,10 +4,15 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    modeling_utils,
+)
 
 from gptbert.export import ExportConfig, export
-from gptbert.text.special_tokens import MASK_ID
+from gptbert.text.special_tokens import MASK_ID, PAD_ID
 from tests.exported import CLOSE, LENGTH, SHAPE, write_checkpoint
 
 
@@ -58,6 +63,19 @@ def test_padding_stands_on_either_side(folder, auto):
         torch.testing.assert_close(from_left[row, LENGTH - length :], alone, **CLOSE)
     ignored = loaded(right, torch.ones_like(right)).logits
     assert not torch.allclose(ignored[2, :2], from_right[2, :2], atol=1e-2) or auto is AutoModelForCausalLM
+
+
+@torch.no_grad()
+def test_padding_without_a_mask_is_told(folder, monkeypatch):
+    said = []
+    monkeypatch.setattr(modeling_utils.logger, "warning_once", said.append)
+    loaded, ids = load(AutoModelForMaskedLM, folder), some_ids()
+    loaded(ids)
+    ids[0, -1] = PAD_ID
+    loaded(ids, torch.ones_like(ids))
+    assert not said
+    loaded(ids)
+    assert "attention_mask" in said[0]
 
 
 @torch.no_grad()

@@ -55,7 +55,7 @@ class GPTBertModel(GPTBertPreTrainedModel):
     ) -> BaseModelOutputWithPast | tuple[Tensor, ...]:
         """Representations [B, T, D]; see `GPTBertPreTrainedModel.encode`."""
         causal = self.config.is_decoder
-        inputs_embeds = self.embed(input_ids, inputs_embeds, token_type_ids)
+        inputs_embeds = self.embed(input_ids, inputs_embeds, token_type_ids, attention_mask)
         hidden_states, extras = self.encode(
             inputs_embeds, attention_mask, causal, None, output_hidden_states, output_attentions
         )
@@ -113,7 +113,7 @@ class GPTBertForMaskedLM(_LanguageModel):
             token_type_ids: see there.
         """
         attention_mask = attended(attention_mask)
-        inputs_embeds = self.embed(input_ids, inputs_embeds, token_type_ids)
+        inputs_embeds = self.embed(input_ids, inputs_embeds, token_type_ids, attention_mask)
         hidden_states, extras = self.encode(
             inputs_embeds, attention_mask, False, None, output_hidden_states, output_attentions
         )
@@ -138,6 +138,9 @@ class GPTBertForCausalLM(_LanguageModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         inputs_embeds: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         **_: Any,
     ) -> dict[str, Any]:
         """The arguments that `generate` passes to `forward`: only the ids [B, T] not in the cache yet.
@@ -157,6 +160,9 @@ class GPTBertForCausalLM(_LanguageModel, GenerationMixin):
             "past_key_values": cache,
             "use_cache": use_cache,
             "logits_to_keep": logits_to_keep,
+            "token_type_ids": token_type_ids,
+            "output_hidden_states": output_hidden_states,
+            "output_attentions": output_attentions,
         }
 
     def forward(
@@ -194,7 +200,7 @@ class GPTBertForCausalLM(_LanguageModel, GenerationMixin):
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
         if cache is None and use_cache:
             cache = DynamicCache()
-        inputs_embeds = self.embed(input_ids, inputs_embeds, token_type_ids)
+        inputs_embeds = self.embed(input_ids, inputs_embeds, token_type_ids, attention_mask)
         hidden_states, extras = self.encode(
             inputs_embeds, attention_mask, True, cache, output_hidden_states, output_attentions
         )
@@ -245,7 +251,7 @@ class GPTBertForSequenceClassification(_Classifier):
         """
         causal = self.config.is_decoder
         attention_mask = attended(attention_mask)
-        inputs_embeds = self.embed(input_ids, inputs_embeds, token_type_ids)
+        inputs_embeds = self.embed(input_ids, inputs_embeds, token_type_ids, attention_mask)
         hidden_states, extras = self.encode(
             inputs_embeds, attention_mask, causal, None, output_hidden_states, output_attentions
         )
@@ -270,7 +276,7 @@ class GPTBertForTokenClassification(_Classifier):
     ) -> TokenClassifierOutput | tuple[Tensor, ...]:
         """Logits [B, T, num_labels], and the mean loss if there are labels [B, T], −100 to ignore."""
         causal = self.config.is_decoder
-        inputs_embeds = self.embed(input_ids, inputs_embeds, token_type_ids)
+        inputs_embeds = self.embed(input_ids, inputs_embeds, token_type_ids, attention_mask)
         hidden_states, extras = self.encode(
             inputs_embeds, attention_mask, causal, None, output_hidden_states, output_attentions
         )
@@ -298,7 +304,7 @@ class GPTBertForQuestionAnswering(_Classifier):
     ) -> QuestionAnsweringModelOutput | tuple[Tensor, ...]:
         """Start and end logits [B, T] each, and the mean loss if there are positions [B]; those outside are ignored."""
         causal = self.config.is_decoder
-        inputs_embeds = self.embed(input_ids, inputs_embeds, token_type_ids)
+        inputs_embeds = self.embed(input_ids, inputs_embeds, token_type_ids, attention_mask)
         hidden_states, extras = self.encode(
             inputs_embeds, attention_mask, causal, None, output_hidden_states, output_attentions
         )
@@ -346,7 +352,7 @@ class GPTBertForMultipleChoice(_Classifier):
         )
         mask = attended(mask)
         hidden_states, extras = self.encode(
-            self.embed(ids, embeds, types), mask, causal, None, output_hidden_states, output_attentions
+            self.embed(ids, embeds, types, mask), mask, causal, None, output_hidden_states, output_attentions
         )
         logits = self.head(text_state(hidden_states, mask, causal)).view(given.shape[:2])
         loss = None if labels is None else F.cross_entropy(logits.float(), labels)

@@ -74,14 +74,21 @@ class GPTBertPreTrainedModel(PreTrainedModel):
                 nn.init.ones_(alpha[-1:])
 
     def embed(
-        self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None, token_type_ids: Tensor | None = None
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
     ) -> Tensor:
         """Rows of the word embedding [B, T, D], or what is given in their place.
+
+        Warns once if there is padding and no mask, since it is then read as text.
 
         Args:
             input_ids: [B, T], or None.
             inputs_embeds: [B, T, D], or None.
             token_type_ids: zeros, as some tokenizers add: there is one type.
+            attention_mask: of any form, or None.
 
         Raises:
             ValueError: neither ids nor embeddings are given, or both; or a token is of another type than 0.
@@ -90,7 +97,10 @@ class GPTBertPreTrainedModel(PreTrainedModel):
             raise ValueError("pass either input_ids or inputs_embeds")
         if token_type_ids is not None and not torch.compiler.is_compiling() and token_type_ids.any():
             raise ValueError("token_type_ids are not all 0, and a GPT-BERT has no types of tokens")
-        return self.embedding.word_embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        if inputs_embeds is not None:
+            return inputs_embeds
+        self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
+        return self.embedding.word_embedding(input_ids)
 
     def encode(
         self,
