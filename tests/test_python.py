@@ -113,6 +113,7 @@ def test_scores_are_those_of_the_command(run):
         assert pairs.shape == (2, 2)
         np.testing.assert_allclose(pairs, [found[:2], found[1:]], rtol=1e-6)
     assert score(loaded, []).shape == (0,)
+    assert np.array_equal(score(loaded, (text for text in TEXTS)), score(loaded, TEXTS))
     for texts in ("one text", [("a",)], ["a", ("b", "c")], [("a", "b"), "cd"], [3]):
         with pytest.raises(InputError, match="expected a list of texts, or a list of pairs"):
             score(loaded, texts)

@@ -1,6 +1,6 @@
 """Log-probabilities of texts, or of pairs of texts, in Python; docs/python.md."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +16,7 @@ OBJECTIVES = {"causal": Objective.CLM, "mntp": Objective.MLM}
 
 def score(
     model: TrainedModel,
-    texts: Sequence[str] | Sequence[tuple[str, str]],
+    texts: Iterable[str] | Iterable[tuple[str, str]],
     *,
     backend: Literal["causal", "mntp"] = "causal",
     temperature: float = 1.0,
@@ -44,10 +44,11 @@ def score(
         raise InputError(f"temperature is {temperature}, expected a number from 0.01 to 100")
     if batch_tokens < 1:
         raise InputError(f"batch_tokens is {batch_tokens}, expected at least 1")
-    if isinstance(texts, str) or not (all(map(_is_text, texts)) or all(map(_is_pair, texts))):
+    given: list[Any] = list(texts)  # once: it may be a generator
+    if isinstance(texts, str) or not (all(map(_is_text, given)) or all(map(_is_pair, given))):
         raise InputError("texts: expected a list of texts, or a list of pairs of texts")
-    are_pairs = any(map(_is_pair, texts))
-    rows: Sequence[Any] = texts if are_pairs else [[text] for text in texts]
+    are_pairs = any(map(_is_pair, given))
+    rows = given if are_pairs else [[text] for text in given]
     sentences = encode_sentences(model.tokenizer, [text for row in rows for text in row])
     scores = log_likelihoods(model.model, sentences, OBJECTIVES[backend], (temperature,), batch_tokens)[:, 0].numpy()
     return scores.reshape(-1, 2) if are_pairs else scores
