@@ -102,7 +102,7 @@ def test_refusals_name_what_is_wrong_and_leave_nothing(folder, tmp_path):
         ("headless.safetensors", r"5.bias\); it was saved for another task, without its language model's head"),
         ("unknown.safetensors", "transformer.more is no parameter of a GPT-BERT"),
         ("shape.safetensors", r"head.bias does not fit the model: \[3\] for \[324\]"),
-        ("integers.safetensors", "head.bias is of type torch.int64"),
+        ("integers.safetensors", "head.bias is of type int64, expected floats"),
         ("cut.safetensors", "cut.safetensors: "),
         ("list.bin", "list.bin: expected a dictionary of weights"),
         ("numbers.bin", r"numbers.bin: holds no weights of a GPT-BERT \(it has 'a'\)"),

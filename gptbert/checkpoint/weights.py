@@ -46,8 +46,8 @@ def fitting(
         keys: what the file that they are from calls them, by their name in upstream's layout, for messages.
 
     Raises:
-        InputError: a weight is missing, unknown, of a different shape, not floating-point, not finite, or given twice
-            with different values; names the weight.
+        InputError: a weight is missing, unknown, of a different shape, quantized, not finite, 0 everywhere, or given
+            twice with different values; names the weight.
     """
     weights, expected = from_upstream(published, config, keys), shapes(config)
     if missing := [name for name in expected if name not in weights]:
@@ -64,8 +64,11 @@ def fitting(
         if weights[name].shape != expected[name]:
             shape = f"{list(weights[name].shape)} for {list(expected[name])}"
             raise InputError(f"{name} does not fit the model: {shape}{in_file}")
-        if not weights[name].is_floating_point():
-            raise InputError(f"{name} is of type {weights[name].dtype}{in_file}")
+        if not weights[name].is_floating_point() or weights[name].itemsize < 2:  # their scales are elsewhere
+            kind = str(weights[name].dtype).removeprefix("torch.")
+            raise InputError(f"{name} is of type {kind}, expected floats of 16 bits or more{in_file}")
+        if weights[name].ndim > 1 and not weights[name].any():
+            raise InputError(f"{name} is 0 everywhere, as in a file that was not written to its end{in_file}")
         if not weights[name].float().isfinite().all():
             raise InputError(f"{name} has values that are NaN or infinite in fp32{in_file}")
     return weights
