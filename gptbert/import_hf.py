@@ -7,6 +7,7 @@ import dataclasses
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -32,6 +33,7 @@ from gptbert.upstream import TIED_WEIGHT
 
 _ROLES = {"unk": "<unk>", "bos": "<s>", "eos": "</s>", "pad": "<pad>", "mask": "<mask>"}
 _OTHER_KEYS = {"num_layers": "num_hidden_layers"}  # of BabyLM's baselines of 2025, whose code reads both
+_CONFIGS = ("config.json", MODEL_CONFIG)  # beside the weights
 _MOST_NAMED = 20  # keys that are left out
 
 
@@ -72,7 +74,7 @@ def convert(config: ImportConfig) -> str:
             cannot be written.
     """
     files, folder = find_files(config.source)
-    config_file = config.config_file or _beside(folder, ("config.json", MODEL_CONFIG))
+    config_file = config.config_file or _beside(folder, _CONFIGS)
     tokenizer_path = config.tokenizer_path or folder / "tokenizer.json"
     for flag, path in (("--config_file", config_file), ("--tokenizer_path", tokenizer_path)):
         if not path.is_file():
@@ -84,6 +86,10 @@ def convert(config: ImportConfig) -> str:
     other = folder / "tokenizer.json"
     if other.is_file() and tokenizer_hash(other) != tokenizer_hash(tokenizer_path):
         log(f"--tokenizer_path {config.tokenizer_path} is taken, not {other}, which is another one")
+    for other in [folder / name for name in _CONFIGS if config.config_file]:
+        with suppress(InputError):  # the flag may be given because the file beside the weights is of no use
+            if other.is_file() and (changes := differences(read_shape(other), model_config)):
+                log(f"--config_file {config_file} is taken, not {other}, which differs: {changes}")
     foreign = read_foreign(files, config.weights_key)
     check_tied(config_file, foreign.model)
     both = ((foreign.model, foreign.model_keys), (foreign.ema, foreign.ema_keys))

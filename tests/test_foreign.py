@@ -22,6 +22,7 @@ from tests.exported import SHAPE, random_model, write_checkpoint
 from tests.tokenizer_kinds import kinds
 
 EMBEDDING = "embedding.word_embedding.weight"
+MATRIX = "transformer.mlp_layers.0.mlp.1.weight"
 BUFFER = "transformer.attention_layers.1.position_indices"
 
 
@@ -272,6 +273,35 @@ def test_weights_that_are_not_finite_are_refused(source, models, value):
     torch.save(state, source / "any.bin")
     with pytest.raises(InputError, match=r"any.bin: head.bias has values that are NaN or infinite in fp32 \(shape by"):
         import_hf(ImportConfig(source / "any.bin", source / "out"))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantized_weights_are_refused(source, models, dtype):
+    state = published(models[1])
+    state[MATRIX] = state[MATRIX].to(dtype)
+    save_file(state | {f"{MATRIX}_scale": torch.tensor(0.1)}, source / "any.safetensors")
+    with pytest.raises(InputError, match=r"up.weight is of type (int8|float8\w+), expected floats of 16 bits or more"):
+        import_hf(ImportConfig(source / "any.safetensors", source / "out"))
+
+
+def test_a_file_whose_end_was_never_written_is_refused(source, models):
+    """Downloaders reserve the whole file at first."""
+    state = published(models[1])
+    state[MATRIX].zero_()
+    save_file(state, source / "any.safetensors")
+    with pytest.raises(InputError, match=r"up.weight is 0 everywhere, as in a file that was not written to its end"):
+        import_hf(ImportConfig(source / "any.safetensors", source / "out"))
+
+
+def test_a_config_beside_the_weights_that_is_not_taken_is_told(source, models, capsys):
+    save_file(published(models[1]), source / "any.safetensors")
+    for content in (asdict(SHAPE), asdict(SHAPE) | {"num_attention_heads": 4}, {"of": "another kind"}):
+        (source / "config.json").write_text(json.dumps(content))
+        (source / "named.json").write_text(json.dumps(asdict(SHAPE)))
+        output = source / f"out {len(str(content))} {content.get('num_attention_heads')}"
+        import_hf(ImportConfig(source / "any.safetensors", output, config_file=source / "named.json"))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("config.json, which differs: num_attention_heads 4 there, 2 here")
 
 
 def test_untied_in_name_only(source, models):
