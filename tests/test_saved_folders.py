@@ -168,7 +168,13 @@ def test_messages_say_what_a_folder_is_and_the_way_on(run_dir, tmp_path):
     (tmp_path / "begun").mkdir()
     for name in ("config.json", "tokenizer.json"):
         shutil.copyfile(run_dir / name, tmp_path / "begun" / name)
+    shutil.copytree(run_dir, tmp_path / "copies/strange")
+    (tmp_path / "copies/strange/checkpoints/step_00000099").mkdir()
     for path, message in (
+        (
+            tmp_path / "copies/strange",
+            "step_00000099: is named like the newest checkpoint, and holds no model_config.json",
+        ),
         (tmp_path / "exported", "neither .* but a folder for transformers; python -m gptbert.import_hf makes one"),
         (newest(run_dir) / "ema.safetensors", r"but a file; name the folder that it is in \(.*step_00000003\)"),
         (tmp_path / "words", "one with checkpoints by words; name one of .*words/words"),

@@ -84,12 +84,18 @@ def newest_in(path: Path) -> Path:
     """The folder itself if it holds a model, or the newest checkpoint of a run or of its `checkpoints` folder.
 
     Raises:
-        InputError: it is none of these, or its models have names that do not say which is the newest.
+        InputError: it is none of these; the newest is no checkpoint but for its name; or its models have names that do
+            not say which is the newest.
     """
     if (path / MODEL_CONFIG).is_file():
         return path
     if inside := list_checkpoints(path) or (list_checkpoints(path.parent) if _is_checkpoints(path) else []):
-        return inside[-1]
+        if (inside[-1] / MODEL_CONFIG).is_file():
+            return inside[-1]
+        raise InputError(
+            f"{inside[-1]}: is named like the newest checkpoint, and holds no {MODEL_CONFIG}; complete it or move it "
+            "away, or name another checkpoint"
+        )
     folders = [folder for folder in (path / CHECKPOINTS, path) if folder.is_dir()]
     models = sorted(file.parent for folder in folders for file in folder.glob(f"*/{MODEL_CONFIG}"))
     if len(models) == 1:
