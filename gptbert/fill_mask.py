@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from gptbert.command_line import run_command
 from gptbert.errors import InputError
-from gptbert.io.screen import table
+from gptbert.io.screen import log, table
 from gptbert.model import GPTBert
 from gptbert.scoring.trained_model import ModelChoice, TrainedModel
 from gptbert.text.encoding import decode_behind, encode_with_masks
@@ -81,7 +81,23 @@ def fill_mask(settings: FillMaskSettings) -> None:
         cells = [cell for text, probability in candidates for cell in (repr(text), f"{probability:.1%}")]
         rows.append([str(rank), *cells])
     print(table(rows))
+    if lone := masks_behind_lone_spaces(trained.tokenizer, settings.text):
+        log(
+            f"note: mask {', '.join(map(str, lone))} stands behind a space of its own, and words bring theirs: leave "
+            'it out, as in "one<mask> three"'
+        )
     trained.explain()
+
+
+def masks_behind_lone_spaces(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The masks, from 1, that follow a token that is a space and no more: a word behind it would lack its own."""
+    ids = encode_with_masks(tokenizer, text)
+    places = [place for place, token in enumerate(ids) if token == MASK_ID]
+    return [
+        number
+        for number, place in enumerate(places, start=1)
+        if decode_behind(tokenizer, ids[: place - 1], ids[place - 1 : place]) == " "
+    ]
 
 
 def main() -> None:

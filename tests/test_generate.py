@@ -6,7 +6,7 @@ import torch
 from gptbert.command_line import parse, run_command
 from gptbert.config import TrainConfig
 from gptbert.errors import InputError
-from gptbert.fill_mask import FillMaskSettings, fill_mask, fill_masks
+from gptbert.fill_mask import FillMaskSettings, fill_mask, fill_masks, masks_behind_lone_spaces
 from gptbert.generate import GenerateSettings, continue_text, distribution, generate
 from gptbert.scoring.trained_model import ModelChoice, TrainedModel
 from gptbert.text.encoding import encode_sentences
@@ -81,6 +81,12 @@ def test_a_mask_may_come_first_and_a_text_without_masks_is_refused(tokenizer):
         fill_masks(AddOne(320), tokenizer, "nothing to fill")
     encode_sentences(tokenizer, ["sets the tokenizer to plain text"])
     assert len(fill_masks(AddOne(320), tokenizer, "a<mask>")) == 1
+
+
+def test_masks_behind_a_space_are_told(tokenizer):
+    """What such a space is, the tokenizer decides: one without spaces in its tokens has none."""
+    assert masks_behind_lone_spaces(tokenizer, "a<mask> b <mask> c\n<mask><mask> d") == [2]
+    assert masks_behind_lone_spaces(tokenizer, "<mask>") == []
 
 
 def test_special_tokens_fill_no_mask(tokenizer):
