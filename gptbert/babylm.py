@@ -113,6 +113,8 @@ def find_checkpoints(run: Path) -> list[Checkpoint]:
         words = words_in_name(folder.name)
         if words and (is_exported or (folder / MODEL_CONFIG).is_file()):
             by_words.append(Checkpoint(folder.name, folder, words, is_exported))
+        else:
+            log(f"{folder}: is left out, since {'it holds no model' if words else 'its name says no number of words'}")
     by_words.sort(key=lambda checkpoint: checkpoint.words or 0)
     if _is_exported(run):
         return [*by_words, Checkpoint(_MAIN, run, None, is_exported=True)]

@@ -14,6 +14,7 @@ from gptbert.checkpoint import manifest
 from gptbert.checkpoint.saved_model import load_model
 from gptbert.checkpoint.weights import write_weights
 from gptbert.command_line import run_command
+from gptbert.errors import InputError
 from gptbert.export import ExportConfig, export
 from gptbert.scoring.passages import next_words, with_masks_behind
 from gptbert.text.special_tokens import MASK_ID
@@ -221,6 +222,16 @@ def test_an_exported_folder_gives_the_same(of_all, run_dir, data, tmp_path):
 def test_the_default_is_what_the_model_was_trained_for(tmp_path, settings, backends):
     (tmp_path / "train_config.json").write_text(json.dumps(settings))
     assert trained_backends(tmp_path) == backends
+
+
+def test_checkpoints_by_words_that_are_left_out_are_named(tmp_path, capsys):
+    for name in ("chck_1M", "chck_main"):
+        (tmp_path / "words" / name).mkdir(parents=True)
+    with pytest.raises(InputError, match="neither a checkpoint"):
+        find_checkpoints(tmp_path)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.endswith("chck_1M: is left out, since it holds no model")
+    assert second.endswith("chck_main: is left out, since its name says no number of words")
 
 
 def test_without_matplotlib_a_line_says_so(newest, data, tmp_path, monkeypatch, capsys):
