@@ -27,7 +27,7 @@ from gptbert.command_line import make_callable, run_command
 from gptbert.errors import InputError
 from gptbert.io.outputs import check_outputs, staged_outputs
 from gptbert.io.screen import table
-from gptbert.scoring.closing import ties_line, unknown_line, unknown_share
+from gptbert.scoring.closing import repeated_share, repeats_line, ties_line, unknown_line, unknown_share
 from gptbert.scoring.likelihood import log_likelihoods, num_predictions
 from gptbert.scoring.minimal_pairs import BLIMP_GROUP, Accuracy, MinimalPair, members, read_pairs
 from gptbert.scoring.texts import OBJECTIVES
@@ -135,7 +135,8 @@ def score(settings: ScoreSettings) -> None:
         staged = {path: stack.enter_context(staged_outputs(path))[0] for path in outputs}
         backends = list(dict.fromkeys(settings.backend))
         unknown = unknown_share(trained.tokenizer, _ids(trained, pairs))
-        closing = [unknown_line(unknown, "PAIRS")]  # before the work, too
+        repeated = repeated_share([(pair.good, pair.bad) for pair in pairs])
+        closing = [unknown_line(unknown, "PAIRS"), repeats_line(repeated)]  # before the work, too
         results = score_pairs(trained, pairs, backends, temperatures, settings.batch_tokens)
         closing += [
             ties_line(scores.good[:, scores.best], scores.bad[:, scores.best], name) for name, scores in results.items()
@@ -148,6 +149,7 @@ def score(settings: ScoreSettings) -> None:
                 "num_pairs": len(pairs),
                 "num_pairs_by_group": {field: _sizes(pairs, field) for field in pairs[0].groups},
                 "unknown_tokens": unknown,
+                "repeated_pairs": repeated,
                 "backends": {name: _as_json(scores) for name, scores in results.items()},
             }
             staged[settings.output].write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")

@@ -31,6 +31,7 @@ def test_what_is_there_is_read_and_the_rest_left_out(data, tmp_path):
     (copy / "aoa/cdi_human.csv").unlink()
     (copy / "reading/reading_data.csv").unlink()
     shutil.rmtree(copy / "comps")
+    (copy / "blimp_fast/._of_macos.jsonl").write_bytes(b"\0\5\x16\7")
     (copy / "ewok_filtered/notes.txt").touch()
     for file in (copy / "ewok_filtered").glob("*.jsonl"):
         file.unlink()

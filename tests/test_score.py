@@ -12,7 +12,7 @@ from gptbert.config import TrainConfig
 from gptbert.errors import InputError
 from gptbert.model.objective import Objective
 from gptbert.score import SWEEP, BackendScores, ScoreSettings, score
-from gptbert.scoring.closing import ties_line
+from gptbert.scoring.closing import repeated_share, repeats_line, ties_line
 from gptbert.scoring.likelihood import log_likelihoods
 from gptbert.scoring.minimal_pairs import Accuracy, MinimalPair, read_pairs
 from gptbert.scoring.trained_model import ModelChoice, TrainedModel
@@ -76,6 +76,9 @@ def test_files_and_folders_are_read_once_and_in_order(tmp_path):
     write_pairs(tmp_path / "b.jsonl", PAIRS[:1])
     (tmp_path / "sub/c.jsonl.gz").write_bytes(gzip.compress(write_pairs(tmp_path / "x", PAIRS[1:]).read_bytes()))
     (tmp_path / "notes.txt").write_text("no pairs")
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    write_pairs(tmp_path / ".ipynb_checkpoints/b-checkpoint.jsonl", PAIRS[:1])
+    (tmp_path / "sub/._c.jsonl").write_bytes(b"\0\5\x16\7")
     pairs = read_pairs([tmp_path, tmp_path / "b.jsonl"])
     assert [pair.groups for pair in pairs] == [{"UID": uid} for _, _, uid, _ in PAIRS]
     assert [pair.line for pair in pairs] == [1, 1, 2, 3]
@@ -100,7 +103,7 @@ def test_without_a_uid_everywhere_there_are_no_groups(tmp_path):
         ('{"sentence_good": 3, "sentence_bad": "B."}', "`sentence_good` is a number, not a string"),
         ('{"sentence_good": " ", "sentence_bad": "B."}', "`sentence_good` is empty"),
         ('{"sentence_good": "A.", "sentence_bad": "B.", "UID": ["x"]}', "`UID` is an array"),
-        ('{"sentence_good": ', "not JSON"),
+        ("{", "not JSON (Expecting property name enclosed in double quotes at column 2); expected an object with `sen"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, message):
@@ -172,7 +175,10 @@ def test_a_sweep_gives_what_separate_runs_give(run_dir, tmp_path):
         (["--backend", "mlm"], "--backend"),
         (["--backend"], "--backend"),
         (["--batch_tokens", "0"], "--batch_tokens is 0"),
-        (["--group_by", "genre"], "a.jsonl:1: the object has no `genre`"),
+        (
+            ["--group_by", "genre"],
+            "`genre`, only `sentence_good`, `sentence_bad`, `UID`, `field`, `pairID` (--group_by names others)",
+        ),
         (["--output", "{}/a.jsonl"], "is also an input"),
         (["--output", "{}"], "is a folder"),
         (["--output", "{}/a.jsonl/x.json"], "cannot be written"),
@@ -213,14 +219,21 @@ def test_the_figures_at_the_end_show_ties_and_unknown_tokens(run_dir, tmp_path, 
     write_pairs(tmp_path / "pairs.jsonl")
     output = tmp_path / "scores.json"
     score(ScoreSettings(run=run_dir, pairs=(tmp_path / "pairs.jsonl",), output=output, backend=("causal",)))
-    assert capsys.readouterr().out.splitlines()[-1] == "0.0% unknown tokens; WARNING: 25.0% ties (causal)"
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "0.0% unknown tokens; 0.0% repeated pairs; WARNING: 25.0% ties (causal)"
+    )
     report = json.loads(output.read_text())
-    assert (report["unknown_tokens"], report["backends"]["causal"]["ties"]) == (0, 0.25)
+    assert (report["unknown_tokens"], report["repeated_pairs"], report["backends"]["causal"]["ties"]) == (0, 0, 0.25)
     same = [{"sentence_good": "Same.", "sentence_bad": "Same."}] * 3
     (tmp_path / "same.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in same))
     with pytest.raises(InputError, match=r"--backend causal: both sentences score the same in every pair"):
         score(ScoreSettings(run=run_dir, pairs=(tmp_path / "same.jsonl",), output=tmp_path / "no.json"))
     assert not (tmp_path / "no.json").exists()
+
+
+def test_a_pair_the_other_way_round_is_the_same_pair():
+    assert repeated_share([("a", "b"), ("b", "a"), ("a", "b"), ("a", "c")]) == 0.5
+    assert [repeats_line(share) for share in (0.05, 0.5)] == ["5.0% repeated pairs", "WARNING: 50.0% repeated pairs"]
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,15 @@ def check_folder_name(flag: str, name: str, where: str) -> None:
         raise InputError(f"{flag} {found} must be the name of one folder inside {where}, of printable characters")
 
 
+def visible_files(folder: Path, *patterns: str) -> list[Path]:
+    """The files of a folder that match a pattern, sorted, without hidden ones and those in hidden folders.
+
+    macOS puts a `._name` beside every file of an archive, and Jupyter a copy into `.ipynb_checkpoints`.
+    """
+    found = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
+    return sorted(file for file in found if not any(part[0] == "." for part in file.relative_to(folder).parts))
+
+
 def fsync_file(path: Path) -> None:
     """Flush a file or folder to disk, and give a file the default mode of new files.
 

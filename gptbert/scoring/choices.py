@@ -15,6 +15,7 @@ import torch
 from tokenizers import Tokenizer
 
 from gptbert.errors import InputError
+from gptbert.io.files import visible_files
 from gptbert.scoring.correlation import spearman
 from gptbert.scoring.passages import Passage, completions
 from gptbert.text.documents import label_field, parse_json, string_field
@@ -105,7 +106,7 @@ def read_choices(task: str, folder: Path) -> Choices:
         InputError: a line is not an item, or there is none; names file and line.
     """
     items = []
-    for file in sorted(folder.glob("*.jsonl")):
+    for file in visible_files(folder, "*.jsonl"):
         for number, line in file_lines(file):
             if line.isspace():
                 continue

@@ -53,6 +53,16 @@ def ties_line(good: np.ndarray, bad: np.ndarray, backend: str) -> str:
     return f"{_warning(share > _FEW)}{share:.1%} ties ({backend})"
 
 
+def repeated_share(pairs: Sequence[tuple[str, str]]) -> float:
+    """The share of pairs that are there again, in either order: they count again, or against each other."""
+    return 1 - len(set(map(frozenset, pairs))) / len(pairs)
+
+
+def repeats_line(share: float) -> str:
+    """The line about repeated pairs, a warning if there are many."""
+    return f"{_warning(share > _FEW)}{share:.1%} repeated pairs"
+
+
 def right_ties_line(share: float, backend: str) -> str:
     """The line about items whose best texts score the same, where these count as right.
 

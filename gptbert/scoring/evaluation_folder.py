@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptbert.errors import InputError, listed
+from gptbert.io.files import visible_files
 from gptbert.scoring import reading_times
 from gptbert.scoring.acquisition import CHILDREN, CONTEXTS, Acquisition
 from gptbert.scoring.choices import Choices, read_choices
@@ -82,7 +83,7 @@ def _missing(name: str, folders: Sequence[Path]) -> str | None:
         return None
     if name == "reading":
         return None if (folders[0] / reading_times.FILE).is_file() else f"no {reading_times.FILE} in {folders[0].name}"
-    return None if any(folders[0].glob("*.jsonl")) else f"no .jsonl file in {folders[0].name}"
+    return None if visible_files(folders[0], "*.jsonl") else f"no .jsonl file in {folders[0].name}"
 
 
 def _read(name: str, folders: Sequence[Path]) -> Task:
@@ -94,4 +95,4 @@ def _read(name: str, folders: Sequence[Path]) -> Task:
         return Task(folder, (contexts, children), Acquisition(contexts, children))
     if name == "reading":
         return Task(folder, (folder / reading_times.FILE,), ReadingTimes(folder))
-    return Task(folder, tuple(folder.glob("*.jsonl")), read_choices(name, folder))
+    return Task(folder, tuple(visible_files(folder, "*.jsonl")), read_choices(name, folder))

@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from gptbert.errors import InputError
-from gptbert.text.documents import label_field, parse_json, string_field
+from gptbert.io.files import visible_files
+from gptbert.text.documents import keys_of, label_field, parse_json, string_field
 from gptbert.text.lines import file_lines
 
+_EXPECTED = "an object with `sentence_good` and `sentence_bad`"
 BLIMP_GROUP = "UID"  # BLiMP's field for the paradigm of a pair
 
 
@@ -33,7 +35,7 @@ class MinimalPair:
 
 
 def read_pairs(paths: Sequence[Path], group_by: Sequence[str] | None = None) -> list[MinimalPair]:
-    """Read every line of files, and of the `.jsonl` and `.jsonl.gz` files in folders, sorted by name.
+    """Read every line of files, and of the `.jsonl` and `.jsonl.gz` files in folders, sorted by name, hidden ones not.
 
     Args:
         paths: files and folders.
@@ -101,9 +103,14 @@ def members(pairs: Sequence[MinimalPair], field: str) -> dict[str, list[int]]:
 
 
 def _parse_pair(line: bytes, fields: Sequence[str], file: Path, number: int, *, optional: bool) -> MinimalPair:
-    values = parse_json(line)
+    try:
+        values = parse_json(line)
+    except ValueError as error:  # of JSON over several lines, too
+        raise ValueError(f"{error}; expected {_EXPECTED} on each line") from None
     if not isinstance(values, dict):
-        raise ValueError("is no object with `sentence_good` and `sentence_bad`")  # noqa: TRY004  a bad line, not a bug
+        raise ValueError(f"is no {_EXPECTED.removeprefix('an ')}")  # noqa: TRY004  a bad line, not a bug
+    if not optional and (missing := [field for field in fields if field not in values]):
+        raise ValueError(f"the object has no `{missing[0]}`, only {keys_of(values)} (--group_by names others)")
     sentences = [string_field(values, name) for name in ("sentence_good", "sentence_bad")]
     for name, sentence in zip(("sentence_good", "sentence_bad"), sentences, strict=True):
         if not sentence.strip():
@@ -119,7 +126,7 @@ def _files(path: Path) -> list[Path]:
         raise InputError(f"{path}: no such file or folder")
     if not path.is_dir():
         return [path]
-    files = sorted(file for suffix in ("*.jsonl", "*.jsonl.gz") for file in path.rglob(suffix) if file.is_file())
+    files = visible_files(path, "**/*.jsonl", "**/*.jsonl.gz")
     if not files:
         raise InputError(f"{path}: the folder holds no .jsonl file")
     return files

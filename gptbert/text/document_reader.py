@@ -10,7 +10,7 @@ from gptbert.errors import InputError, one_line
 from gptbert.io.screen import log
 from gptbert.text.corpus_config import CorpusConfig
 from gptbert.text.corpus_files import Source, as_text
-from gptbert.text.documents import MAX_DOCUMENT, cut_place, label_field, not_json, not_utf8, parse_json, string
+from gptbert.text.documents import MAX_DOCUMENT, cut_place, keys_of, label_field, not_json, not_utf8, parse_json, string
 from gptbert.text.file_kind import FileKind
 from gptbert.text.json_values import numbered_values
 from gptbert.text.lines import LongLine, numbered_blocks, numbered_lines
@@ -232,8 +232,7 @@ class DocumentReader:
         if isinstance(record, dict):
             name = self.config.text_field
             if name not in record:
-                fields = ", ".join(f"`{field[:50]}`" for field in list(record)[:10]) or "nothing"
-                raise ValueError(f"the object has no `{name}`, only {fields} (--text_field names another)")
+                raise ValueError(f"the object has no `{name}`, only {keys_of(record)} (--text_field names another)")
             is_long = isinstance(record.get(self.domain_field), LongText | memoryview)
             domain = label_field(record, self.domain_field) if self.domain_field and not is_long else ""
             if is_long or len(domain) > MAX_DOCUMENT:

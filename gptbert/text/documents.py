@@ -40,8 +40,13 @@ def not_json(error: ValueError | RecursionError) -> ValueError:
 def string_field(values: dict[str, Any], name: str) -> str:
     """A text in a JSON object; ValueError with the reason if there is none."""
     if name not in values:
-        raise ValueError(f"the object has no `{name}`")
+        raise ValueError(f"the object has no `{name}`, only {keys_of(values)}")
     return string(values[name], f"`{name}`")
+
+
+def keys_of(values: dict[str, Any]) -> str:
+    """The first fields of a JSON object, for a message."""
+    return ", ".join(f"`{field[:50]}`" for field in list(values)[:10]) or "nothing"
 
 
 def label_field(values: dict[str, Any], name: str) -> str:
