@@ -124,6 +124,9 @@ def finetune(settings: Settings) -> dict[str, Any]:
         return encode_text(tokenizer, line, labels, settings)
 
     data = {"train_dataset": list(map(encode, train)), "eval_dataset": list(map(encode, validation))}
+    if settings.task == "tag" and not any(set(line["labels"]) - {IGNORE_INDEX} for line in data["eval_dataset"]):
+        raise InputError(f"{settings.validation}: has no tag of the training data within --max_length")
+    print(figures(data, tokenizer, settings.max_length))
     found, file = {}, settings.output / "results.json"
     settings.output.mkdir(parents=True, exist_ok=True)
     try:
@@ -140,6 +143,19 @@ def finetune(settings: Settings) -> dict[str, Any]:
         file.unlink()
         raise
     return results
+
+
+def figures(data: dict[str, list[dict]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
+    """What would show a mistake in the data: validation on training's texts, texts that are cut, unknown tokens."""
+    train, validation = ([tuple(line["input_ids"]) for line in lines] for lines in data.values())
+    texts, trained_on = train + validation, set(train)
+    repeated = np.mean([text in trained_on for text in validation])
+    full = np.mean([len(text) >= max_length for text in texts])
+    unknown = sum(text.count(tokenizer.unk_token_id) for text in texts) / sum(map(len, texts))
+    return (
+        f"{len(train):,} texts to train on and {len(validation):,} to validate on, of which {repeated:.1%} are "
+        f"among the first; {full:.1%} of all fill --max_length or are cut; {unknown:.1%} unknown tokens"
+    )
 
 
 def train_once(

@@ -253,6 +253,23 @@ def test_other_bad_input_is_named(exported, tmp_path, capsys):
         example.main([*flags, "--train", str(tmp_path / "absent.jsonl")])
 
 
+def test_figures_show_mistakes_in_the_data(exported):
+    tokenizer = AutoTokenizer.from_pretrained(exported, trust_remote_code=True)
+    texts = [{"input_ids": [1, *ids]} for ids in ([20, 21], [20, 21, 22], [tokenizer.unk_token_id])]
+    data = {"train_dataset": texts[:1], "eval_dataset": [texts[0], *texts]}
+    assert example.figures(data, tokenizer, max_length=4) == (
+        "1 texts to train on and 4 to validate on, of which 50.0% are among the first; 20.0% of all fill --max_length "
+        "or are cut; 6.7% unknown tokens"
+    )
+
+
+def test_tags_without_any_of_the_training_data_are_refused(exported, tmp_path):
+    write_lines(tmp_path / "train.jsonl", [{"words": ["a", "b"], "tags": ["x", "y"]}])
+    write_lines(tmp_path / "validation.jsonl", [{"words": ["a", "b"], "tags": ["X", "Y"]}])
+    with pytest.raises(InputError, match=r"validation.jsonl: has no tag of the training data within --max_length"):
+        finetune(settings_of(tmp_path, exported, "tag"))
+
+
 def test_metrics_are_those_of_their_definitions():
     labels = np.array([0, 0, 0, 1, 1, 2])
     predictions = np.eye(3)[[0, 0, 1, 1, 2, 2]]
