@@ -220,6 +220,11 @@ def test_corpora_are_known_by_their_content(inputs):
     assert (np.diff(words) > 0).all()
 
 
+def test_validation_on_training_texts_is_told(inputs, capfd):
+    train(inputs, "on-itself", valid_path=inputs / "train.safetensors", max_steps=1)
+    assert "is in --train_path, too, so its losses are of texts trained on" in capfd.readouterr().err
+
+
 def test_another_content_under_the_same_name_is_told(inputs, capfd):
     """Of the same size, in the middle of the file; shortened; and a file to validate on."""
     path, valid = inputs / "same.safetensors", inputs / "same-valid.safetensors"
