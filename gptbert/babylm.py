@@ -240,7 +240,7 @@ def evaluate(
     """Score all tasks by each checkpoint and backend, with a progress bar; raises as `TrainedModel.load`."""
     acquisition: Any = tasks["aoa"].content if "aoa" in tasks else None
     aoa_scores: dict[str, list[np.ndarray]] = {backend: [] for backend in backends}
-    ties: dict[str, list[float]] = {backend: [] for backend in backends}
+    ties: dict[str, list[tuple[float, str]]] = {backend: [] for backend in backends}
     evaluated, notes, unknown = list[dict[str, Any]](), list[str](), 0.0
     encoded: tuple[str, dict[str, list[Passage]]] = ("", {})
     with tqdm(unit="token", unit_scale=True, delay=0.5) as bar:
@@ -264,7 +264,7 @@ def evaluate(
                     else:
                         results[backend][name] = content.results(scores)
                 for backend, of_tasks in results.items():
-                    ties[backend].append(_tied_share(of_tasks, tasks))
+                    ties[backend].append(most_tied(of_tasks))
             evaluated.append(
                 {"name": checkpoint.name, "path": str(checkpoint.path), "words": checkpoint.words, "results": results}
             )
@@ -272,7 +272,7 @@ def evaluate(
     of_ages = {backend: acquisition.results(aoa_scores[backend], seen) for backend in backends} if acquisition else {}
     closing = [unknown_line(unknown, "DATA")]
     if any(isinstance(task.content, Choices) and name not in _WUGS for name, task in tasks.items()):
-        closing += [right_ties_line(max(ties[backend]), backend) for backend in backends]
+        closing += [right_ties_line(*max(ties[backend]), backend) for backend in backends]
     return Evaluated(backends, evaluated, of_ages, unknown, closing, [*notes, *_undefined(evaluated, of_ages)])
 
 
@@ -298,10 +298,9 @@ def _work(encoded: Mapping[str, Sequence[Passage]], checkpoints: Sequence[Checkp
     )
 
 
-def _tied_share(results: Mapping[str, Any], tasks: Mapping[str, Task]) -> float:
-    """The share of tied items over all tasks that choose."""
-    sizes = {name: len(tasks[name].content) for name, result in results.items() if "ties" in result}
-    return sum(results[name]["ties"] * size for name, size in sizes.items()) / max(1, sum(sizes.values()))
+def most_tied(results: Mapping[str, Any]) -> tuple[float, str]:
+    """The largest share of tied items of a task that chooses, and its name; a small task counts like a large one."""
+    return max(((result["ties"], name) for name, result in results.items() if "ties" in result), default=(0.0, ""))
 
 
 def _scores(results: Mapping[str, Any]) -> dict[str, float]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from gptbert.babylm import BabylmSettings, babylm, find_checkpoints, trained_backends
+from gptbert.babylm import BabylmSettings, babylm, find_checkpoints, most_tied, trained_backends
 from gptbert.checkpoint import manifest
 from gptbert.checkpoint.saved_model import load_model
 from gptbert.checkpoint.weights import write_weights
@@ -192,7 +192,7 @@ def test_the_screen_has_the_plan_the_table_and_what_to_mind(newest, data, tmp_pa
         shown = [f"{results[backend][task][part]:.2f}" for backend in ("mntp", "causal")]
         name = part if task == "reading" else task
         assert [name, *shown] in [line.split() for line in screen.splitlines()]
-    assert "WARNING: 33.3% ties, counted as right (causal)" in screen
+    assert "WARNING: 33.3% ties in supplement, counted as right (causal)" in screen
     assert (tmp_path / "run_babylm.png").is_file()
 
 
@@ -222,6 +222,13 @@ def test_an_exported_folder_gives_the_same(of_all, run_dir, data, tmp_path):
 def test_the_default_is_what_the_model_was_trained_for(tmp_path, settings, backends):
     (tmp_path / "train_config.json").write_text(json.dumps(settings))
     assert trained_backends(tmp_path) == backends
+
+
+def test_the_ties_of_a_small_task_are_told():
+    """Large tasks would hide them, and each counts in BabyLM's mean."""
+    results = {"blimp": {"ties": 0.001}, "supplement": {"ties": 1.0}, "reading": {}}
+    assert most_tied(results) == (1.0, "supplement")
+    assert most_tied({"reading": {}}) == (0.0, "")
 
 
 def test_checkpoints_by_words_that_are_left_out_are_named(tmp_path, capsys):

@@ -63,14 +63,15 @@ def repeats_line(share: float) -> str:
     return f"{_warning(share > _FEW)}{share:.1%} repeated pairs"
 
 
-def right_ties_line(share: float, backend: str) -> str:
+def right_ties_line(share: float, task: str, backend: str) -> str:
     """The line about items whose best texts score the same, where these count as right.
 
     Args:
-        share: of the items.
+        share: of the task's items.
+        task: the one with the most.
         backend: its name.
     """
-    return f"{_warning(share > _FEW)}{share:.1%} ties, counted as right ({backend})"
+    return f"{_warning(share > _FEW)}{share:.1%} ties in {task}, counted as right ({backend})"
 
 
 def _warning(is_one: bool) -> str:
