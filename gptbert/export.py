@@ -131,15 +131,20 @@ class Origin:
         """Collect it from a checkpoint's folder, in its run's folder or anywhere else; by content, not by names."""
         run_dir, step = run_of(checkpoint), saved_step(checkpoint)
         records = read_records(run_dir / "metrics.jsonl") if run_dir and step is not None else []
-        words = read_object(checkpoint / WORDS).get("words") if (checkpoint / WORDS).is_file() else None
         return cls(
             checkpoint,
             settings_if_any(checkpoint),
             read_object(run_dir / RUN_CONFIG) if run_dir else {},
             [record for record in records if record["step"] <= step],
             step,
-            words if _is_number(words) else None,
+            _words_of(checkpoint),
         )
+
+
+def _words_of(checkpoint: Path) -> float | None:
+    """The words that a checkpoint has seen; None if it does not say."""
+    words = read_object(checkpoint / WORDS).get("words") if (checkpoint / WORDS).is_file() else None
+    return words if _is_number(words) else None
 
 
 def export(config: ExportConfig) -> None:
@@ -152,8 +157,7 @@ def export(config: ExportConfig) -> None:
     shift = config.shift_masked_logits and not config.babylm
     by_words = []
     if config.words or config.babylm:
-        by_words = list_word_checkpoints(config.run)
-        by_words.sort(key=lambda path: read_object(path / "words.json").get("words", 0))
+        by_words = sorted(map(newest_in, list_word_checkpoints(config.run)), key=lambda path: _words_of(path) or 0)
         if config.words and not by_words:
             raise InputError(f"--words: {config.run} has no checkpoints by words (train with --checkpoint_words)")
     with new_folder(config.output, "OUTPUT") as folder:

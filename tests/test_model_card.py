@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -56,6 +57,17 @@ def test_a_run_says_on_its_card_what_it_was(checkpoint, tmp_path, capsys):
     export(ExportConfig(run_dir, tmp_path / "babylm", babylm=True))
     for folder in (tmp_path / "babylm", tmp_path / "babylm" / "chck_120"):
         assert json.loads((folder / "config.json").read_text())["masked_logits_alignment"] == "previous"
+
+
+def test_checkpoints_by_words_need_a_model_and_no_more(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "run/checkpoints/step_00000001")
+    shutil.copytree(checkpoint, tmp_path / "run/words/chck_1M")
+    export(ExportConfig(tmp_path / "run", tmp_path / "out", words=True))
+    assert (tmp_path / "out/chck_1M/model.safetensors").is_file()
+    (tmp_path / "run/words/chck_2M").mkdir()
+    with pytest.raises(InputError, match="chck_2M: neither a checkpoint nor a run"):
+        export(ExportConfig(tmp_path / "run", tmp_path / "none", words=True))
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_checkpoint_alone_has_a_card_too(checkpoint):

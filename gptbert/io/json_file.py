@@ -52,6 +52,8 @@ def read_object(path: Path, unique_keys: bool = False) -> dict[str, Any]:
     """
     try:
         content = read_json(path, _OBJECT_BYTES, unique_keys)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(content, dict):
