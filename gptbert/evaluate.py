@@ -18,7 +18,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from gptbert.checkpoint.folder import TOKENIZER
+from gptbert.checkpoint.folder import TOKENIZER, settings_if_any
 from gptbert.command_line import run_command
 from gptbert.data.token_store import TokenStore, token_dtype
 from gptbert.distributed.hardware import has_bf16
@@ -151,10 +151,18 @@ def evaluate(settings: EvaluateSettings) -> None:
     evaluated = sum(int(values["count"]) for values in together.means().values())
     print(f"\n{evaluated:,} labels; {closing}")
     trained.explain()
+    if seen := [file for file in settings.input if file.resolve() in _trained_on(trained.path)]:
+        print(f"\n{seen[0]} is what the run was trained on (--train_path).")
     if of_run.validation_steps and not settings.validation_steps:
         print(f"\nAll rows; the run itself validated with --validation_steps {of_run.validation_steps}.")
     if of_run.validation_steps is None and not settings.validation_steps and together.num_tokens > DEFAULT_TOKENS:
         print(f"\nAll rows; the run itself validates on {DEFAULT_TOKENS:,} tokens of a file, spread evenly over it.")
+
+
+def _trained_on(checkpoint: Path) -> set[Path]:
+    """The token files that a checkpoint's run was trained on, by its settings; relative ones from here."""
+    paths = settings_if_any(checkpoint).get("train_path")
+    return {Path(path).resolve() for path in (paths if isinstance(paths, list) else [paths]) if isinstance(path, str)}
 
 
 def _first_tokens(stores: Mapping[str, TokenStore]) -> list[np.ndarray]:

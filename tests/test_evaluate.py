@@ -70,6 +70,12 @@ def test_all_rows_are_evaluated_unless_asked_otherwise(inputs, run_dir, tmp_path
     assert "--validation_steps" not in capsys.readouterr().out
 
 
+def test_data_that_the_run_was_trained_on_are_told(inputs, run_dir, tmp_path, capsys):
+    for name, is_told in (("train", True), ("valid", False)):
+        results(run_dir, tmp_path, inputs / f"{name}.safetensors", validation_steps=1)
+        assert ("is what the run was trained on (--train_path)" in capsys.readouterr().out) == is_told
+
+
 def test_texts_are_what_a_token_file_of_them_is(inputs, run_dir, tmp_path):
     token_file = results(run_dir, tmp_path, inputs / "valid.safetensors")
     assert results(run_dir, tmp_path, inputs / "valid.jsonl")["all"] == token_file["all"]
