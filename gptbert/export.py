@@ -232,12 +232,12 @@ def write_export(
 
 
 def published_weights(checkpoint: Path, weights: str, config: ModelConfig) -> dict[str, Tensor]:
-    """A checkpoint's weights under the published names, the tied one once, as transformers writes them."""
+    """A checkpoint's weights under the published names, the tied one once, as transformers writes them, in fp32."""
     require_weights(checkpoint, weights, "; --weights {other} exports that")
     with prefix_errors(str(checkpoint)):
         published = to_upstream(read_full_weights(checkpoint, weights, config))
     del published[TIED_WEIGHT]
-    return {name: tensor.contiguous() for name, tensor in published.items()}
+    return {name: tensor.float().contiguous() for name, tensor in published.items()}
 
 
 def model_card(

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from gptbert.command_line import run_command
@@ -62,8 +62,13 @@ def test_a_run_says_on_its_card_what_it_was(checkpoint, tmp_path, capsys):
 def test_checkpoints_by_words_need_a_model_and_no_more(checkpoint, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "run/checkpoints/step_00000001")
     shutil.copytree(checkpoint, tmp_path / "run/words/chck_1M")
+    weights = load_file(checkpoint / "ema.safetensors")
+    halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+    save_file(halves, tmp_path / "run/words/chck_1M/ema.safetensors")
+    (tmp_path / "run/words/chck_1M/manifest.json").unlink()
     export(ExportConfig(tmp_path / "run", tmp_path / "out", words=True))
-    assert (tmp_path / "out/chck_1M/model.safetensors").is_file()
+    exported = load_file(tmp_path / "out/chck_1M/model.safetensors")
+    assert {tensor.dtype for tensor in exported.values()} == {torch.float32}, "as its config.json says"
     (tmp_path / "run/words/chck_2M").mkdir()
     with pytest.raises(InputError, match="chck_2M: neither a checkpoint nor a run"):
         export(ExportConfig(tmp_path / "run", tmp_path / "none", words=True))
