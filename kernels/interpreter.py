@@ -1,8 +1,11 @@
-"""Triton's interpreter without work that has no effect, which is more than half of its time."""
+"""Triton's interpreter without work that has no effect, which is most of its time."""
 
 import dataclasses
 import importlib
+from collections.abc import Callable
 from typing import Any
+
+NUMPY_TYPE = "_get_np_dtype"  # name of the interpreter's function from Triton's types to NumPy's
 
 
 def leave_out_dead_work() -> None:
@@ -11,10 +14,13 @@ def leave_out_dead_work() -> None:
     1. Each integer addition and product is also computed in int64, for an assertion that the interpreter never makes.
     2. Each call of a device function replaces Triton's language again, which the launch has already done. A function's
        first call still does, since its module may name another part of the language.
+    3. Each result makes its type, its shape and a table of NumPy's types anew. There are few types, so each keeps its
+       own: its blocks, the shape of their tensors, and its NumPy type.
 
     Names of the interpreter that a version of Triton does not have are left alone.
     """
-    interpreter = importlib.import_module("triton.runtime.interpreter")
+    interpreter: Any = importlib.import_module("triton.runtime.interpreter")
+    core: Any = importlib.import_module("triton.language.core")
     builder: Any = getattr(interpreter, "interpreter_builder", None)
     options: Any = getattr(builder, "options", None)
     if getattr(options, "sanitize_overflow", False) and not getattr(options, "debug", True):
@@ -22,6 +28,13 @@ def leave_out_dead_work() -> None:
     function: Any = getattr(interpreter, "InterpretedFunction", None)
     if hasattr(function, "rewrite") and not hasattr(function, "replacing_call"):
         function.replacing_call, function.__call__ = function.__call__, _call
+    if not hasattr(core.block_type, "is_kept"):
+        core.block_type.is_kept = True
+        _keep_blocks(core.block_type, core.constexpr)
+        _keep_shapes(core.tensor)
+        numpy_type = getattr(interpreter, NUMPY_TYPE, None)
+        if numpy_type:
+            setattr(interpreter, NUMPY_TYPE, _kept_in_its_argument(numpy_type))
 
 
 def _call(function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -29,3 +42,41 @@ def _call(function: Any, *args: Any, **kwargs: Any) -> Any:
         return function.rewrite()(*args, **kwargs)
     function.was_called = True
     return function.replacing_call(*args, **kwargs)
+
+
+def _keep_blocks(block_type: Any, constexpr: Any) -> None:
+    make = block_type.__init__
+
+    def new(cls: Any, element_ty: Any, shape: Any) -> Any:
+        sizes = tuple([size.value if isinstance(size, constexpr) else size for size in shape])
+        blocks = element_ty.__dict__.setdefault("kept_blocks", {})
+        if sizes not in blocks:
+            blocks[sizes] = object.__new__(cls)
+            make(blocks[sizes], element_ty, shape)
+        return blocks[sizes]
+
+    block_type.__new__, block_type.__init__ = new, lambda *_: None
+
+
+def _keep_shapes(tensor: Any) -> None:
+    make = tensor.__init__
+
+    def init(self: Any, handle: Any, of_type: Any) -> None:
+        kept = of_type.__dict__.get("kept_shape")
+        if kept is None:
+            make(self, handle, of_type)
+            of_type.kept_shape = {name: value for name, value in self.__dict__.items() if name != "handle"}
+        else:
+            self.__dict__.update(kept, handle=handle)
+
+    tensor.__init__ = init
+
+
+def _kept_in_its_argument(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def kept(dtype: Any) -> Any:
+        found = dtype.__dict__.get("kept_numpy_type")
+        if found is None:
+            found = dtype.kept_numpy_type = function(dtype)
+        return found
+
+    return kept

@@ -51,6 +51,24 @@ def test_results_are_the_same_with_less_work(monkeypatch):
     assert own[2] == 2, "for each product"
 
 
+def test_types_are_made_once(monkeypatch):
+    """All but those of pointers, which each launch has anew."""
+    launched(monkeypatch)
+    made, own = [], tl.core.validate_block_shape
+    monkeypatch.setattr(tl.core, "validate_block_shape", lambda shape: (made.append(shape), own(shape))[1])
+    launched(monkeypatch)
+    assert len(made) == 4, "two blocks for each pointer"
+
+
+def test_blocks_differ_by_element_and_shape():
+    one = tl.block_type(tl.int32, [tl.constexpr(4), 8])
+    assert one == tl.block_type(tl.int32, (4, 8))
+    assert one.shape == (4, 8)
+    others = [tl.block_type(tl.int32, [8, 4]), tl.block_type(tl.uint32, [4, 8]), tl.block_type(tl.int32, [32])]
+    assert one not in others
+    assert len({block.name for block in (one, *others)}) == 4
+
+
 def test_it_can_be_asked_for_twice_and_of_a_version_without_these_names(monkeypatch):
     before = interpreter.InterpretedFunction.__call__, interpreter.InterpretedFunction.replacing_call
     leave_out_dead_work()
