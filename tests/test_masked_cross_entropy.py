@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels import cross_entropy_from_logits, masked_cross_entropy
 from kernels.masked_cross_entropy import op
-from kernels.masked_cross_entropy.check import comparisons, random_logits
+from kernels.masked_cross_entropy.check import random_logits
 from tests.numerics import assert_accurate, scattered
 
 IGNORED = -100
@@ -491,9 +491,3 @@ def test_the_tolerance_rejects_planted_bugs(backend, bug, vocab, dtype):
         return
     with pytest.raises(AssertionError):
         assert_accurate(PLANTED[bug](logits, case.labels).to(dtype), reference, plain, off_target)
-
-
-def test_the_check_passes_on_each_backend(backend, device):
-    results = list(comparisons(device, backend))
-    assert len(results) > (40 if backend == "cpp" else 100)
-    assert [result for result in results if not result.passed] == []
