@@ -39,9 +39,11 @@ demo: install
 EXPORTED := export exported_masks exported_models adapters finetune
 
 # Files in the order of their names: the longest have few tests, and xdist would begin with those that have most.
+# Tests start a hundred processes, and each would compile our modules again if Python may not keep bytecode.
+test: export PYTHONDONTWRITEBYTECODE =
 test: lint $(OLDEST)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest $(EXPORTED:%=tests/test_%.py)
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -n 2 --dist loadfile $(EXPORTED:%=tests/test_%.py)
 
 # The oldest transformers that exported folders promise to work with, beside the newest; its Trainer imports datasets.
 $(OLDEST): .venv/.installed Makefile
