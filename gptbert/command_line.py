@@ -18,8 +18,8 @@ import tyro
 
 from gptbert.errors import InputError, LostProcessError, SharedError, StoppedError
 from gptbert.io import environment
-from gptbert.io.run_file import FLAG, named_file
-from gptbert.io.screen import Lasting
+from gptbert.io.run_file import FLAG, check_switches, named_file, repeated, with_home
+from gptbert.io.screen import Lasting, log
 
 Settings = TypeVar("Settings")
 
@@ -80,8 +80,11 @@ def parse(settings: type[Settings], arguments: Sequence[str] | None = None) -> S
 
     Flags may come from a file (`gptbert.io.run_file`); those on the command line count more.
     """
-    own = list(sys.argv[1:] if arguments is None else arguments)
+    own = list(map(with_home, sys.argv[1:] if arguments is None else arguments))
+    check_switches(settings, own)
     file = named_file(settings, own)
+    if (twice := repeated(own)) and _speaks():
+        log(f"given more than once, where the last one counts: {', '.join(twice)}")
     output, errors = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -100,6 +101,46 @@ def test_a_mistake_is_one_line_that_names_the_place(tmp_path, text, message):
     file = put(tmp_path, text)
     with pytest.raises(InputError, match=message):
         parse(TrainConfig, ["--run_file", str(file), *LINE])
+
+
+@pytest.mark.parametrize("name", ["007", "2024_01", "12:30:00", "1.10", "0x1f", "2024-01-05", ".5", "1e3"])
+def test_a_name_of_digits_is_what_is_written(tmp_path, name):
+    """YAML alone would read 7, 202401, 45000 and 1.1."""
+    assert (
+        parse(TrainConfig, ["--run_file", str(put(tmp_path, f"{YAML}name: {name}".replace("name: -x\n", "")))]).name
+        == name
+    )
+
+
+def test_home_and_variables_are_those_of_shells(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("JOB", "17")
+    file = put(tmp_path, "output_dir: ~/runs\ntrain_path: [~/a, $JOB/b]\nresume: ~/x\nname: of_${JOB}\n")
+    config = parse(TrainConfig, [*LINE[3:-1], "--run_file", str(file)])
+    assert [*map(str, (config.output_dir, *config.train_path, config.resume)), config.name] == [
+        "/home/me/runs", "/home/me/a", "17/b", "/home/me/x", "of_17",
+    ]  # fmt: skip
+    assert str(parse(TrainConfig, [*LINE, "--output_dir=~/runs"]).output_dir) == "/home/me/runs"
+    assert parse(TrainConfig, [*LINE, "--name=~x"]).name == "~x"
+    with pytest.raises(
+        InputError, match=r"run.yaml:2: output_dir has \$SCRATCH_9, which the environment has not; set it"
+    ):
+        parse(TrainConfig, [*LINE, "--run_file", str(put(tmp_path, "name: a\noutput_dir: $SCRATCH_9/runs\n"))])
+
+
+def test_a_flag_that_is_there_twice_is_said(capfd):
+    config = parse(TrainConfig, [*LINE, "--train-path", "c.bin", "d.bin", "--seed=1", "--compile", "--seed=2"])
+    assert (config.train_path, config.seed) == ((Path("c.bin"), Path("d.bin")), 2)
+    said = "given more than once, where the last one counts: --train_path, --compile, --seed"
+    assert capfd.readouterr().err.splitlines() == [said]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--mixed_precision=true"], ["--mixed-precision", "True"], ["--no_compile", "1"]]
+)
+def test_a_switch_with_a_value_is_explained(arguments):
+    with pytest.raises(InputError, match=r"--(mixed_precision|compile) \S+: is a switch without a value; .*--no_"):
+        parse(TrainConfig, [*LINE, *arguments])
 
 
 def test_a_value_that_no_flag_takes_names_the_file(tmp_path, capsys):

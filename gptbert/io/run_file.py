@@ -1,11 +1,13 @@
 """A command's flags in a YAML or TOML file: read as a command line would be, and written for a run to be started again.
 
 A key is a flag's name, a value what stands behind the flag: a number, a text, true or false, a list, or null for
-None. Relative paths are relative to the working directory, as on the command line.
+None. Relative paths are relative to the working directory, as on the command line, and `~` and variables of the
+environment stand for what they do in a shell. Numbers and dates are what is written, so a run may be named 007.
 """
 
 import dataclasses
 import importlib
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -91,17 +93,59 @@ def write_run_file(path: Path, settings: Any) -> None:
     path.write_text(head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
+def with_home(argument: str) -> str:
+    """`--flag=~/x` with the home folder in place of `~`, which shells leave as it is behind an equals sign."""
+    flag, equals, value = argument.partition("=")
+    return f"{flag}{equals}{_with_home(flag, value)}" if flag.startswith("--") else argument
+
+
+def repeated(arguments: Sequence[str]) -> list[str]:
+    """The flags that a command line has more than once, of which the last one counts."""
+    names = _names(arguments)
+    return [f"--{name}" for name in dict.fromkeys(names) if names.count(name) > 1]
+
+
+def check_switches(settings: type, arguments: Sequence[str]) -> None:
+    """Refuse switches with a truth value behind them, as other programs have them.
+
+    Raises:
+        InputError: names the flag and the way on.
+    """
+    switches = {field.name for field in dataclasses.fields(settings) if field.type is bool}
+    for name, value in zip(_names(arguments), (value for _, value in _pairs(arguments)), strict=True):
+        if name in switches and value.lower() in {"true", "false", "yes", "no", "on", "off", "0", "1"}:
+            raise InputError(f"--{name} {value}: is a switch without a value; --{name} is on, --no_{name} is off")
+
+
 def _as_arguments(where: str, key: str, value: Any, *, is_switch: bool) -> list[str]:
     if is_switch or isinstance(value, bool):
         if not (is_switch and isinstance(value, bool)):
             wanted = "true or false" if is_switch else "no truth value; a text such as on, yes or no needs quotes"
-            raise InputError(f"{where}: {key} is {value!r}, expected {wanted}")
+            raise InputError(f"{where}: {key} is {value}, expected {wanted}")
         return [f"--{key}" if value else f"--no_{key}"]
     if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(each, dict | list) for each in value)):
         raise InputError(f"{where}: {key} has values inside of values, expected one value or a list")
     if isinstance(value, list):
-        return [f"--{key}", *map(str, value)]
-    return [f"--{key}={value}"]
+        return [f"--{key}", *(_as_in_shells(where, key, str(each)) for each in value)]
+    return [f"--{key}={_as_in_shells(where, key, str(value))}"]
+
+
+def _with_home(where: str, text: str) -> str:
+    if text.partition("/")[0] != "~":
+        return text
+    try:
+        return str(Path(text).expanduser())
+    except RuntimeError as error:
+        raise InputError(f"{where} {text}: HOME is not set, and the user has no folder; write the path") from error
+
+
+def _as_in_shells(where: str, key: str, text: str) -> str:
+    text = os.path.expandvars(_with_home(f"{where}: {key}", text))
+    if absent := re.search(r"\$(\w+|\{\w+\})", text):
+        raise InputError(
+            f"{where}: {key} has {absent[0]}, which the environment has not; set it, or write what it means"
+        )
+    return text
 
 
 def _settings(path: Path, text: str) -> dict[Any, Any]:
@@ -118,15 +162,23 @@ def _settings(path: Path, text: str) -> dict[Any, Any]:
 
 
 def _toml(_path: Path, text: str) -> Any:
-    return importlib.import_module("tomllib").loads(text)  # here, since it takes every command's start longer
+    tomllib = importlib.import_module("tomllib")  # here, since it takes every command's start longer
+    return tomllib.loads(text, parse_float=str)
 
 
 def _yaml(path: Path, text: str) -> Any:
-    """The content, without YAML's rule that of two equal keys the last one counts."""
+    """The content, without two of YAML's rules: that of equal keys the last one counts, and that 007 means 7."""
     yaml = importlib.import_module("yaml")
+
+    class Loader(yaml.SafeLoader):  # type: ignore[name-defined]
+        yaml_implicit_resolvers = {  # noqa: RUF012
+            first: [(tag, pattern) for tag, pattern in rules if tag.rpartition(":")[2] in {"bool", "null", "merge"}]
+            for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
     try:
-        node = yaml.compose(text, yaml.SafeLoader)
-        content = yaml.safe_load(text)
+        node = yaml.compose(text, Loader)
+        content = yaml.load(text, Loader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise InputError(f"{path}:{line}: not YAML ({error.problem})") from None
