@@ -103,7 +103,10 @@ class Trainer:
             ValidationSettings.of(config), inputs.valid_store, world, inputs.vocab_size, inputs.special_ids
         )
         self.pairs = pairs
-        self.best = BestCheckpoint(config, world)
+        measured_on = f"{self.validation}, {self.progress.validated_on}"
+        if pairs and config.keep_best and config.keep_best.startswith("pairs/"):
+            measured_on = pairs.digest
+        self.best = BestCheckpoint(config, world, measured_on)
         self.step = 0
         self.saved_step: int | None = None  # of the newest checkpoint in this run's folder
         self._labels: dict[Objective, float] = {}  # of the steps of the last record

@@ -63,7 +63,9 @@ def steps(run_dir):
 
 
 def best(run_dir):
-    return json.loads((run_dir / "best.json").read_text())
+    content = json.loads((run_dir / "best.json").read_text())
+    assert " rows of 16 tokens, masks 0.15, 0.1, 0.1, " in content.pop("measured_on")
+    return content
 
 
 def test_the_best_is_kept_and_the_former_best_ones_are_not(inputs, capfd):
@@ -133,10 +135,10 @@ def test_a_kill_at_the_end_leaves_no_former_one(inputs, monkeypatch, function):
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step_00000008"]
 
 
-def note(tmp_path, make_config, name, values, start=0, keep_checkpoints=9):
+def note(tmp_path, make_config, name, values, start=0, keep_checkpoints=9, measured_on=""):
     settings = {"output_dir": tmp_path, "name": "run", "keep_best": name, "pairs_path": ("pairs",)}
     config = make_config(**settings, keep_checkpoints=keep_checkpoints)
-    keeper = BestCheckpoint(config, World(0, 1, torch.device("cpu")))
+    keeper = BestCheckpoint(config, World(0, 1, torch.device("cpu")), measured_on)
     keeper.start(start)
     for step, value in enumerate(values, start=start + 1):
         (tmp_path / f"run/checkpoints/step_{step:08d}").mkdir(parents=True)
@@ -168,6 +170,11 @@ def test_a_best_one_of_another_time_is_forgotten(tmp_path, make_config):
     note(tmp_path, make_config, name, [2.0, 1.0])
     assert note(tmp_path, make_config, name, [1.5], start=2) == Best(name, 1.0, 2), "the run goes on"
     assert note(tmp_path, make_config, "validation/clm/loss", [3.0], start=3).value == 3.0, "another record"
+    assert note(tmp_path, make_config, "validation/clm/loss", [3.5], 4, measured_on="a").step == 4, (
+        "of an earlier version"
+    )
+    assert note(tmp_path, make_config, "validation/clm/loss", [2.0], 5, measured_on="a").step == 6
+    assert note(tmp_path, make_config, "validation/clm/loss", [9.0], 6, measured_on="b").step == 7, "another file, say"
     shutil.rmtree(tmp_path / "run/checkpoints")
     assert note(tmp_path, make_config, "validation/clm/loss", [9.0] * 5) == Best("validation/clm/loss", 9.0, 1)
     (tmp_path / "run/checkpoints/step_00000001").rmdir()

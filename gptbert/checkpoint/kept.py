@@ -1,6 +1,6 @@
 """The checkpoints that a run keeps: the newest ones, those of `--save_steps`, and the best one (`--keep_best`).
 
-run folder/best.json    {"record": "validation_ema/mlm/loss", "value": 2.31, "step": 6000}
+run folder/best.json    {"record": "validation_ema/mlm/loss", "value": 2.31, "step": 6000, "measured_on": "…"}
 
 The best one's checkpoint is complete before best.json names it, and the former best one is deleted after that.
 """
@@ -26,11 +26,15 @@ BEST = "best.json"
 
 @dataclass(frozen=True)
 class Best:
-    """The best value so far of a record, and its step."""
+    """The best value so far of a record, its step, and what it was measured on (empty if an earlier version wrote it).
+
+    Values that were measured on something else, such as another validation file, say nothing about each other.
+    """
 
     record: str
     value: float
     step: int
+    measured_on: str = ""
 
     @classmethod
     def of(cls, run_dir: Path) -> "Best | None":
@@ -45,9 +49,11 @@ class Best:
         content = read_object(path)
         record, step = content.get("record"), content.get("step")
         value: Any = content.get("value")
-        if not (isinstance(record, str) and type(value) in {int, float} and type(step) is int and step >= 0):
+        measured_on: Any = content.get("measured_on", "")
+        is_whole = isinstance(record, str) and type(value) in {int, float} and isinstance(measured_on, str)
+        if not (is_whole and type(step) is int and step >= 0):
             raise InputError(f"{path}: expected a record, its value and its step; without the file, the search is new")
-        best = cls(record, float(value), step)
+        best = cls(record, float(value), step, measured_on)
         return best if best.checkpoint(run_dir).is_dir() else None
 
     def checkpoint(self, run_dir: Path) -> Path:
@@ -64,10 +70,17 @@ class Best:
 
 
 class BestCheckpoint:
-    """Keeps the checkpoint with the best value so far of the record that `--keep_best` names, if it names one."""
+    """Keeps the checkpoint with the best value so far of the record that `--keep_best` names, if it names one.
 
-    def __init__(self, config: TrainConfig, world: World) -> None:
+    Args:
+        config: the run's settings.
+        world: its processes.
+        measured_on: what the record is measured on; see `Best`.
+    """
+
+    def __init__(self, config: TrainConfig, world: World, measured_on: str = "") -> None:
         self._config = config
+        self._measured_on = measured_on
         self._world = world
 
     def start(self, step: int) -> None:
@@ -102,7 +115,8 @@ class BestCheckpoint:
         if self._config.keep_best in record:
             with self._world.errors_on_all_ranks():
                 if self._world.is_main:
-                    self._compare(Best(self._config.keep_best, record[self._config.keep_best], step))
+                    value = record[self._config.keep_best]
+                    self._compare(Best(self._config.keep_best, value, step, self._measured_on))
 
     def __str__(self) -> str:
         """A line for the end of the run; empty if there is nothing to say."""
@@ -113,7 +127,7 @@ class BestCheckpoint:
 
     def _compare(self, new: Best) -> None:
         former = Best.of(self._config.run_dir)
-        if former and former.record == new.record:
+        if former and former.record == new.record and former.measured_on in {"", new.measured_on}:
             sign = 1 if new.record.endswith("/accuracy") else -1
             # of the same step: a run that was killed before it deleted the former best one makes up this record
             if former.step != new.step and not sign * new.value > sign * former.value:

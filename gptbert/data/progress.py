@@ -81,6 +81,7 @@ class Progress:
         streams: each objective's training rows; a mixture if there are several corpora.
         has_same_corpora: whether the checkpoint's run had the same corpora in the same order.
         changed_files: lines on files that the checkpoint's run did not have, by their content.
+        validated_on: recognizes the content of the validation file.
 
     Raises:
         InputError: `state` does not fit the files.
@@ -105,14 +106,14 @@ class Progress:
         self._corpora, self._left_out = _recognized(inputs.train_stores, known)
         digests = [corpus.digest for corpus in self._corpora]
         self.has_same_corpora = [corpus.digest for corpus in known[: len(digests)]] == digests
-        self._validated_on = _digest(inputs.valid_store)
+        self.validated_on = _digest(inputs.valid_store)
         before = {corpus.digest for corpus in known}
         self.changed_files = [
             f"--train_path {path}: was not read before, or its content has changed; read from its beginning"
             for path, digest in zip(config.train_path, digests, strict=True)
             if not is_fresh and digest not in before
         ]
-        if state.get("validated_on", "") not in {"", self._validated_on}:
+        if state.get("validated_on", "") not in {"", self.validated_on}:
             self.changed_files.append(
                 f"--valid_path {config.valid_path}: has another content than before; its losses are not those of before"
             )
@@ -196,7 +197,7 @@ class Progress:
             "slots": list(slots.values()),
             "rows": [self.streams[objective].rows_before(slot) for objective, slot in slots.items()],
             "corpora": [corpus.to_state() for corpus in (*self._corpora_before(step), *self._left_out)],
-            "validated_on": self._validated_on,
+            "validated_on": self.validated_on,
         }
 
     def _corpora_before(self, step: int) -> list[CorpusProgress]:

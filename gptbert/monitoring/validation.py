@@ -120,6 +120,12 @@ class Validation:
             return ""
         return f"{self.num_rows:,} of {self._stream.slots_per_epoch:,} rows, spread evenly over the file"
 
+    def __str__(self) -> str:
+        """The rows and masks, without the file: validations of which this is equal can be compared."""
+        settings = self._settings
+        masks = f"{settings.validation_mask_p:g}, {settings.mask_random_p:g}, {settings.mask_keep_p:g}"
+        return f"{self.num_rows} rows of {settings.seq_length} tokens, masks {masks}"
+
     def rows_of(self, rank: int) -> range:
         """The rows that a rank evaluates."""
         first, end = (self.num_rows * number // self._world.world_size for number in (rank, rank + 1))

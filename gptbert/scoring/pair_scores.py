@@ -1,5 +1,6 @@
 """Minimal pairs during a run (`--pairs_path`): how often the average of the weights prefers the good sentence."""
 
+import hashlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -33,6 +34,7 @@ class PairScores:
     Attributes:
         objectives: those that are scored.
         num_predictions: of this rank, in all: tokens that `record` predicts.
+        digest: recognizes the pairs.
 
     Raises:
         InputError: a file is missing, a line is not a pair, or the tokenizer does not know the text.
@@ -51,6 +53,7 @@ class PairScores:
         self.objectives = trained_objectives(config)
         self.num_predictions = len(self.objectives) * num_predictions(self._own)
         self._every = config.score_every
+        self.digest = hashlib.sha256(repr([(pair.good, pair.bad) for pair in self._pairs]).encode()).hexdigest()
 
     def __str__(self) -> str:
         """A line for the first screen."""
