@@ -19,7 +19,7 @@ import tyro
 from gptbert.errors import InputError, LostProcessError, SharedError, StoppedError
 from gptbert.io import environment
 from gptbert.io.run_file import FLAG, check_switches, named_file, repeated, with_home
-from gptbert.io.screen import Lasting, log
+from gptbert.io.screen import Lasting, log, provide_streams
 
 Settings = TypeVar("Settings")
 
@@ -48,6 +48,7 @@ def run_command(
         under_torchrun: it may be one of several processes; other commands ignore torchrun's variables, which a job's
             shell may have left over.
     """
+    provide_streams()
     if not under_torchrun:
         environment.drop("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     if environment.text("LOCAL_RANK") is None:

@@ -225,6 +225,23 @@ def test_of_many_shards_only_the_last_ones_stay_mapped(tmp_path, monkeypatch):
     assert not opened
 
 
+@pytest.mark.parametrize("shard_tokens", [3, 100])
+def test_a_file_that_is_written_anew_in_its_place_is_refused(tmp_path, shard_tokens):
+    """As cp does it: its mapping would end the process (SIGBUS), or give other text."""
+    path = tmp_path / "t.safetensors"
+    write(path, shard_tokens=shard_tokens)
+    store = TokenStore.open(path)
+    write(path, [[1, 2]], shard_tokens=shard_tokens)
+    assert read(store) == DOCUMENTS, "a file that replaces it changes nothing"
+    store = TokenStore.open(path)
+    with path.open("r+b") as file:
+        file.truncate(9)
+    with pytest.raises(
+        InputError, match=r"t.safetensors: has 9 bytes, and had [\d,]+ when it was opened; something has"
+    ):
+        read(store)
+
+
 def test_incomplete_and_mixed_shards_are_refused(tmp_path):
     path = tmp_path / "t.safetensors"
     second = tmp_path / "t-00002-of-00004.safetensors"

@@ -47,9 +47,8 @@ class Best:
         if not path.exists():
             return None
         content = read_object(path)
-        record, step = content.get("record"), content.get("step")
-        value: Any = content.get("value")
-        measured_on: Any = content.get("measured_on", "")
+        wanted: dict[str, Any] = {"record": None, "value": None, "step": None, "measured_on": ""}
+        record, value, step, measured_on = (content.get(name, usual) for name, usual in wanted.items())
         is_whole = isinstance(record, str) and type(value) in {int, float} and isinstance(measured_on, str)
         if not (is_whole and type(step) is int and step >= 0):
             raise InputError(f"{path}: expected a record, its value and its step; without the file, the search is new")

@@ -15,7 +15,7 @@ A reader memory-maps files, of many shards only those read last, and keeps none 
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -70,6 +70,7 @@ class TokenStore:
     files: Sequence[str] = ()
     num_words: int | None = None
     _chunk_sizes: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False)
+    _sizes: list[tuple[int, int]] = field(default_factory=list, init=False, repr=False)  # as files were: inode, bytes
 
     @cached_property
     def shard_starts(self) -> np.ndarray:
@@ -123,6 +124,7 @@ class TokenStore:
                 files,
                 num_words=None if None in words else sum(words),
             )
+            store._sizes.extend(map(_size_of, files))
         if store.num_tokens == 0:
             raise InputError(f"token file {path}: holds no tokens; tokenize a corpus that is not empty")
         return store
@@ -213,26 +215,51 @@ class TokenStore:
             The token ids [Σ lengths] and their positions in the store [Σ lengths] int64.
 
         Raises:
-            InputError: an id is not below `vocab_size`; this covers tokens that `check_ids` did not read.
+            InputError: an id is not below `vocab_size`; this covers tokens that `check_ids` did not read. Or a file is
+                not what was opened.
         """
         positions = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
         if len(self.shards) == 1:
+            self._check_size(0)
             tokens = self.shards[0][positions]
         else:
             shard_of = np.minimum(np.searchsorted(self.shard_starts, starts, side="right"), len(self.shards)) - 1
             begins = starts - self.shard_starts[shard_of]
             arrays = {shard: self.shards[shard] for shard in np.unique(shard_of).tolist()}
+            for shard in arrays:
+                self._check_size(shard)
             pieces = zip(shard_of.tolist(), begins.tolist(), (begins + lengths).tolist(), strict=True)
             parts = [arrays[shard][begin:end] for shard, begin, end in pieces]
             tokens = np.concatenate(parts or [self.shards[0][:0]])
         self._check(tokens, positions)
         return tokens, positions
 
+    def _check_size(self, shard: int) -> None:
+        """Refuse a file that was written anew in its place, as cp does.
+
+        Its mapping would give other text, or end the process without a word (SIGBUS) where the file is shorter now. A
+        file that was deleted, or replaced by another one of its name, is still mapped as it was.
+        """
+        if not self._sizes:
+            return
+        with suppress(OSError):  # it was deleted, or its disk does not answer
+            inode, size = _size_of(self.files[shard])
+            if inode == self._sizes[shard][0] and size != self._sizes[shard][1]:
+                raise InputError(
+                    f"token file {self.files[shard]}: has {size:,} bytes, and had {self._sizes[shard][1]:,} when it "
+                    "was opened; something has written to it since (a new file belongs under another name)"
+                )
+
     def _check(self, tokens: np.ndarray, positions: np.ndarray | range) -> None:
         if len(tokens) and (largest := int(tokens.max())) >= self.vocab_size:
             shard = int(np.searchsorted(self.shard_starts, positions[int(tokens.argmax())], side="right")) - 1
             file = f"token file {self.files[shard]}: " if self.files else ""
             raise InputError(f"{file}token id {largest} in a store of {self.vocab_size} ids; tokenize the corpus again")
+
+
+def _size_of(file: str) -> tuple[int, int]:
+    now = Path(file).stat()
+    return now.st_ino, now.st_size
 
 
 class TokenStoreWriter:

@@ -1,6 +1,7 @@
 """Screen output of commands: lines above the progress bar, tables, and screens that are gone."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -24,6 +25,21 @@ def table_row(row: Sequence[str], widths: Sequence[int]) -> str:
     first, *others = row
     cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
     return "  ".join(cells).rstrip()
+
+
+def provide_streams() -> None:
+    """Open the null device where a standard stream is closed (`>&-`, as some daemons start programs).
+
+    Otherwise the next file, such as a run's records, would get its number, and what is meant for the screen.
+    """
+    handle = os.open(os.devnull, os.O_RDWR)
+    while handle <= 2:
+        os.set_inheritable(handle, True)
+        handle = os.open(os.devnull, os.O_RDWR)
+    os.close(handle)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w", encoding="utf-8", closefd=False))
 
 
 class Lasting:
