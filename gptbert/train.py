@@ -222,7 +222,7 @@ def _is_over(config: TrainConfig, path: Path | None, step: int, world: World) ->
 
 def _log_data(config: TrainConfig, inputs: Inputs, trainer: Trainer) -> None:
     log(trainer.progress.describe_corpora(inputs, config.max_steps))
-    for line in figures.of_rows(config, inputs, trainer.progress):
+    for line in [*figures.of_rows(config, inputs, trainer.progress), *figures.of_validation(inputs)]:
         log(line)
     if trainer.validation.share:
         log(f"validating on {trainer.validation.share} (--validation_steps)")

@@ -11,7 +11,7 @@ from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.data.inputs import Inputs
 from gptbert.data.progress import Progress
 from gptbert.model.objective import Objective
-from gptbert.monitoring.figures import of_labels, of_rows
+from gptbert.monitoring.figures import of_labels, of_rows, of_validation
 from gptbert.schedules import steps_since_due
 from gptbert.text.special_tokens import UNK_ID
 from gptbert.train import fit
@@ -46,6 +46,19 @@ def test_unknown_tokens_are_warned_of(make_store, make_config, tiny):
         assert len(lines) == count
         assert f"{unknown / 10:.2f}% of the tokens are unknown" in lines[0]
     assert "a tokenizer that was not made for such text" in lines[1]
+
+
+@pytest.mark.parametrize("shared", [0, 1, 2, 100])
+def test_validation_documents_that_are_trained_on_are_warned_of(make_store, tiny, shared):
+    """Whole documents: those of equal beginnings, or only cut alike, are others."""
+    tokens = np.random.default_rng(7).integers(16, 64, (300, 20))
+    other = tokens[:100].copy()
+    other[shared:, 18] = 63 - (other[shared:, 18] - 16)  # no token is its own opposite
+    stores = [make_store([20] * len(part), tokens=part.ravel()) for part in (tokens[200:], tokens, other)]
+    lines = of_validation(Inputs(tiny, 64, tuple(stores[:2]), stores[2]))
+    assert [line.partition("%")[0] for line in lines] == ([f"warning: at least {shared}.0"] if shared > 1 else [])
+    short = make_store([15] * 4, tokens=np.full(60, 20))
+    assert not of_validation(Inputs(tiny, 64, (short,), short)), "short ones repeat in any text"
 
 
 def test_labels_of_a_step():
