@@ -15,7 +15,7 @@ from gptbert.checkpoint.checkpoint import Checkpoint
 from gptbert.checkpoint.folder import list_checkpoints, saved_setting
 from gptbert.checkpoint.initial_weights import read_initial_weights
 from gptbert.checkpoint.kept import check_best
-from gptbert.checkpoint.resume import changed_settings, find_for_all_ranks, progress_state
+from gptbert.checkpoint.resume import changed_schedules, changed_settings, find_for_all_ranks, progress_state
 from gptbert.checkpoint.word_checkpoints import WordCheckpoints
 from gptbert.command_line import make_callable, run_command
 from gptbert.config import TrainConfig
@@ -153,7 +153,7 @@ def _fit(config: TrainConfig, world: World, ownership: ExitStack, hooks: Hooks) 
             prepare_run_dir(config, inputs.model_config, world, backend)
             print_header(config, inputs, plan, world, backend, words)
             log_choices(config, world, choice)
-            _log_start(config, path, "\n".join(filter(None, [note, branch_line, *words.set_aside()])))
+            _log_start(config, path, first_step, "\n".join(filter(None, [note, branch_line, *words.set_aside()])))
     trainer = Trainer(
         config,
         inputs,
@@ -232,11 +232,13 @@ def _log_data(config: TrainConfig, inputs: Inputs, trainer: Trainer) -> None:
         log(str(trainer.pairs))
 
 
-def _log_start(config: TrainConfig, path: Path | None, note: str) -> None:
+def _log_start(config: TrainConfig, path: Path | None, step: int, note: str) -> None:
     """Say what the run starts from: a checkpoint, other weights, or nothing, of which there is nothing to say."""
     if path:
         changes = changed_settings(path, config)
         log(f"going on from {path}" + (f"; changed since: {', '.join(changes)}" if changes else ""))
+        if jumps := changed_schedules(path, step, config):
+            log(jumps)
     elif config.initial_weights:
         log(f"starting from the weights of {config.initial_weights}")
     if note:

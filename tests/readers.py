@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 
 from gptbert.checkpoint import checkpoint, manifest
 from gptbert.checkpoint.foreign import read_foreign
-from gptbert.checkpoint.resume import changed_settings, check_settings
+from gptbert.checkpoint.resume import changed_schedules, changed_settings, check_settings
 from gptbert.checkpoint.saved_model import load_model
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.data.packing import RowStream
@@ -92,6 +92,7 @@ def resumed_settings(path: Path) -> None:
     config = TrainConfig((tokenizer_path,), *[tokenizer_path] * 3)
     check_settings(path, config)
     changed_settings(path, config)
+    changed_schedules(path, 1, config)
     ValidationSettings.from_json(path)
 
 

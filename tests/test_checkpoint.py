@@ -15,10 +15,11 @@ from safetensors import SafetensorError
 from gptbert.checkpoint import checkpoint
 from gptbert.checkpoint.checkpoint import Checkpoint
 from gptbert.checkpoint.folder import list_checkpoints
-from gptbert.checkpoint.resume import changed_settings, find
+from gptbert.checkpoint.resume import changed_schedules, changed_settings, find
 from gptbert.checkpoint.saved_model import load_model
 from gptbert.distributed.world import World
 from gptbert.errors import InputError
+from gptbert.io.json_file import write_json
 from gptbert.model import GPTBert
 from gptbert.optim import Lamb
 
@@ -307,6 +308,19 @@ def test_settings_that_changed_are_listed(run, save, tmp_path):
     mixed = dataclasses.replace(run, train_path=(Path("none"), Path("b")), train_weights=(0.7, 1.0))
     changes = ["--train_path none -> none b", "--train_weights None -> 0.7 1.0"]
     assert changed_settings(path, mixed) == changes
+
+
+def test_what_changed_settings_do_at_once_is_said(run, save):
+    """A run that had ended goes on with the learning rate of a middle."""
+    then = dataclasses.replace(run, max_steps=100, learning_rate=1e-3, global_batch_size=100, mask_p_end=0.3)
+    write_json(save(100) / "train_config.json", then.to_dict())
+    path = run.run_dir / "checkpoints/step_00000100"
+    assert changed_schedules(path, 100, then) == changed_schedules(path, 100, dataclasses.replace(then, seed=1)) == ""
+    assert changed_schedules(path, 100, dataclasses.replace(then, max_steps=200)) == (
+        "so that from here on: learning_rate 0.000561 instead of 0, batch_size 63 instead of 100"
+    )
+    write_json(path / "train_config.json", {"max_steps": 100})
+    assert changed_schedules(path, 100, then) == "", "of an earlier version"
 
 
 def test_checkpoints_from_before_corpora_and_huge_pages_could_be_chosen_have_not_changed(run, save):

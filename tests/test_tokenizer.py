@@ -1,5 +1,6 @@
 """Tokenizer files of many kinds: what they ask for beyond training is undone, and special tokens go by their names."""
 
+import dataclasses
 import json
 from collections import Counter
 
@@ -327,8 +328,10 @@ def inputs(tmp_path_factory):
 def test_the_tokenizer_decides_the_vocabulary(inputs, tmp_path, stated, size, remark):
     values = {name: value for name, value in (MODEL | {"vocab_size": stated}).items() if value is not None}
     (tmp_path / "model.json").write_text(json.dumps(values))
-    opened = Inputs.open(parse(TrainConfig, flags(inputs, config_file=tmp_path / "model.json", n_special_tokens=16)))
+    config = parse(TrainConfig, flags(inputs, config_file=tmp_path / "model.json", n_special_tokens=16))
+    opened, long = Inputs.open(config), Inputs.open(dataclasses.replace(config, seq_length_growth=True))
     assert (opened.model_config.vocab_size, opened.vocab_size, opened.remark) == (size, 320, remark)
+    assert "rows of 128 tokens are longer than max_position_embeddings 64 of" in long.remark
     assert opened.special_ids == tuple(range(16))
     if stated is None:
         with pytest.raises(InputError, match="missing key vocab_size"):

@@ -87,6 +87,12 @@ def test_other_files_are_one_line(tmp_path, content):
     assert "\n" not in str(error.value)
 
 
+def test_a_text_is_called_one(tmp_path):
+    (tmp_path / "t.jsonl").write_text('"Ein Wörterbuch"\n')
+    with pytest.raises(InputError, match=r"t.jsonl: is text; tokenize_scripts/tokenize_corpus.py makes tokens of it"):
+        read_token_file(tmp_path / "t.jsonl")
+
+
 def test_a_missing_file_is_an_input_error(tmp_path):
     with pytest.raises(InputError, match="none"):
         read_token_file(tmp_path / "none.bin")

@@ -1,9 +1,11 @@
 """`--resume`: the checkpoint to resume from, and the settings that must match it."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from gptbert import schedules
 from gptbert.checkpoint import manifest
 from gptbert.checkpoint.checkpoint import WAY_OUT, Checkpoint, load
 from gptbert.checkpoint.folder import TOKENIZER, TRAINING_STATE, list_checkpoints, list_word_checkpoints, read_settings
@@ -25,6 +27,11 @@ _OF_DATA = (
     "train_path", "train_weights", "hybrid_numerator", "hybrid_denominator", "seq_length", "seq_length_growth",
     "global_batch_size", "batch_reduction", "max_steps", "seed",
 )  # fmt: skip
+_OF_SCHEDULES = (
+    "learning_rate", "warmup_proportion", "cooldown_proportion", "schedule", "max_steps", "mask_p_start", "mask_p_end",
+    "seq_length", "seq_length_growth", "global_batch_size", "batch_reduction",
+)  # fmt: skip
+_NOTABLE = 0.01  # of a schedule's value
 _NOTES = {"seed": " (in the rest of this epoch some documents repeat and others are left out: it is another shuffle)"}
 _NOT_OF_THE_RESULT = {
     "resume",
@@ -142,6 +149,25 @@ def changed_settings(path: Path, config: TrainConfig) -> list[str]:
         for name in here
         if name not in _NOT_OF_THE_RESULT and here[name] != there[name]
     ]
+
+
+def changed_schedules(path: Path, step: int, config: TrainConfig) -> str:
+    """What other settings than a checkpoint's do at once to the schedules, for the log; empty if nothing.
+
+    A run that is made longer after its end, say, goes on with the learning rate of its middle.
+    """
+    saved = read_settings(path)
+    try:
+        then = replace(config, save_steps=(), **{name: saved[name] for name in _OF_SCHEDULES})
+        before, now = schedules.values(then, step), schedules.values(config, step)
+    except (KeyError, TypeError, ValueError, InputError, ArithmeticError):  # of an earlier version, or damaged
+        return ""
+    jumps = [
+        f"{name} {now[name]:.3g} instead of {before[name]:.3g}"
+        for name in now
+        if not math.isclose(now[name], before[name], rel_tol=_NOTABLE)
+    ]
+    return f"so that from here on: {', '.join(jumps)}" if jumps else ""
 
 
 def progress_state(path: Path, resumed: Checkpoint, config: TrainConfig, inputs: Inputs) -> tuple[dict[str, Any], str]:

@@ -28,7 +28,7 @@ class Inputs:
         valid_store: validation documents.
         special_ids: the tokenizer's special tokens, ascending.
         unknown_id: of the token that it gives for unknown text, or None.
-        remark: what to tell the user about the vocabulary; empty if there is nothing special about it.
+        remark: what to tell the user about the vocabulary and long rows; empty if there is nothing special about them.
     """
 
     model_config: ModelConfig
@@ -64,13 +64,11 @@ class Inputs:
         if len(special) == vocab_size:
             raise InputError(f"--tokenizer_path {config.tokenizer_path}: has no token beside {vocab_size} special ones")
         digest = tokenizer_hash(config.tokenizer_path)
-        longest_row = config.seq_length * (4 if config.seq_length_growth else 1)
+        longest = longest_row(config)
         return cls(
             model_config,
             vocab_size,
-            tuple(
-                _open_store("--train_path", path, config, vocab_size, digest, longest_row) for path in config.train_path
-            ),
+            tuple(_open_store("--train_path", path, config, vocab_size, digest, longest) for path in config.train_path),
             _open_store("--valid_path", config.valid_path, config, vocab_size, digest, config.seq_length),
             special,
             unknown_id(tokenizer),
@@ -93,6 +91,11 @@ class Inputs:
             self.valid_store.check_ids(rank, world_size)
 
 
+def longest_row(config: TrainConfig) -> int:
+    """Tokens of the longest rows of a run."""
+    return config.seq_length * (4 if config.seq_length_growth else 1)
+
+
 def corpus_names(paths: Sequence[Path]) -> list[str]:
     """Names of files in messages: their stems, or as many trailing path components as make them unique."""
     names, parts = [path.stem for path in paths], 0
@@ -103,7 +106,7 @@ def corpus_names(paths: Sequence[Path]) -> list[str]:
 
 
 def _remark(config: TrainConfig, tokenizer: Tokenizer, model_config: ModelConfig) -> str:
-    """What is unusual about the special tokens, and where tokenizer, model and its JSON differ in size."""
+    """What is unusual about the special tokens, and where tokenizer, model, its JSON and rows differ in size."""
     size, special, remarks = tokenizer.get_vocab_size(), special_ids(tokenizer), []
     if special != USUAL_SPECIAL_IDS:
         remarks.append(f"{len(special)} special tokens of {size}: {_in_words(tokenizer, special)}")
@@ -113,6 +116,12 @@ def _remark(config: TrainConfig, tokenizer: Tokenizer, model_config: ModelConfig
         remarks.append(f"vocab_size is {size}, as in --tokenizer_path, {other} in --config_file")
     elif stated > size:
         remarks.append(f"vocab_size is {stated}, as in --config_file; the tokenizer has {size}")
+    longest, positions = longest_row(config), model_config.max_position_embeddings
+    if longest > positions:
+        remarks.append(
+            f"rows of {longest} tokens are longer than max_position_embeddings {positions} of --config_file, from "
+            "which on the model takes all distances for one"
+        )
     return "; ".join(remarks)
 
 

@@ -1,6 +1,7 @@
 """Token files of upstream GPT-BERT: `torch.save` of a list of tensors."""
 
 from array import array
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,22 @@ def read_token_file(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
             documents = _Documents()
             tokens, offsets = documents.read(file, file.value(build=documents.add))
     except InputError as error:
+        if _is_text(Path(path)):
+            raise InputError(
+                f"token file {path}: is text; tokenize_scripts/tokenize_corpus.py makes tokens of it"
+            ) from None
         raise InputError(f"token file {path}: {error}; tokenize the corpus again") from error
     starts = offsets[:-1][np.diff(offsets) > 0]
     led = starts[tokens[starts] == BOS_ID]  # positions of documents' leading `<s>`
     return np.delete(tokens, led) if len(led) else tokens, offsets - np.searchsorted(led, offsets)
+
+
+def _is_text(path: Path) -> bool:
+    with suppress(OSError, UnicodeDecodeError):
+        with path.open("rb") as file:
+            beginning = file.read(4096)
+        return b"\0" not in beginning and bool(beginning[:-4].decode("utf-8"))  # the last character may be cut
+    return False
 
 
 class _Documents:
