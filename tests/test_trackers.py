@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from gptbert.distributed.world import World
 from gptbert.errors import InputError
 from gptbert.io import environment
 from gptbert.monitoring.records import read_records
-from gptbert.monitoring.trackers import TensorBoard, Trackers, _wandb_mode
+from gptbert.monitoring.trackers import TensorBoard, Trackers, _wandb_mode, id_of
 from tests.disk import small_disk
 from tests.runs import Ranks, flags, wait_for_record, write_inputs
 
@@ -101,6 +102,20 @@ def test_variables_of_wandb_that_cannot_be_used_are_named(login, make_config, tm
     with pytest.raises(InputError, match=message) as error:
         Trackers(config, World(0, 1, torch.device("cpu")), {}, 0)
     assert KEY not in str(error.value)
+
+
+def test_a_copied_run_is_another_one_in_wandb(tmp_path, capfd):
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    run.mkdir()
+    first = id_of(run)
+    run = run.rename(tmp_path / "moved")
+    assert id_of(run) == id_of(run) == first, "one that is moved, or goes on, is the same"
+    assert not capfd.readouterr().err
+    shutil.copytree(run, copy)
+    assert first != id_of(copy) == id_of(copy)
+    assert capfd.readouterr().err == f"{copy} is a copy of {run}, so wandb records it as another run\n"
+    (run / "wandb_id").write_text("12345678")
+    assert id_of(run) == "12345678", "of an earlier version"
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -195,7 +210,7 @@ def test_trackers_of_a_run_that_was_killed_hold_each_record_once(tmp_path):
         assert shown[name] == [(step, pytest.approx(value, rel=1e-6)) for step, value in expected[name]], name
     offline = list((run / "wandb").glob("offline-run-*"))
     assert len(offline) == 2
-    assert {folder.name.rpartition("-")[2] for folder in offline} == {(run / "wandb_id").read_text()}
+    assert {folder.name.rpartition("-")[2] for folder in offline} == {id_of(run)}
 
 
 def test_tensorboard_takes_what_is_no_number(make_config, tmp_path):

@@ -4,6 +4,7 @@ import inspect
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol, Self
 
 from gptbert.config import TrainConfig
@@ -13,6 +14,7 @@ from gptbert.io import environment
 from gptbert.io.screen import log
 from gptbert.monitoring.records import JsonLines
 
+_ID_FILE = "wandb_id"  # in a run's folder
 _UNSET = "; unset it, or --trackers without wandb"
 
 
@@ -40,9 +42,7 @@ class Wandb:
 
         environment.drop_empty("WANDB_")
         environment.provide_home(config.run_dir)
-        id_file = config.run_dir / "wandb_id"
-        if not id_file.exists():
-            id_file.write_text(secrets.token_hex(4), encoding="utf-8")
+        run_id = id_of(config.run_dir)
         limits = {"init_timeout": environment.seconds("WANDB_INIT_TIMEOUT") or 30.0, "finish_timeout": 20}  # s
 
         def start(mode: str) -> wandb.Run:
@@ -50,7 +50,7 @@ class Wandb:
                 project=config.wandb_project,
                 entity=config.wandb_entity,
                 name=config.name,
-                id=id_file.read_text(encoding="utf-8").strip(),
+                id=run_id,
                 resume="allow" if mode == "online" else None,
                 dir=config.run_dir,
                 mode=mode,
@@ -84,6 +84,29 @@ class Wandb:
     def close(self) -> None:
         """See `Tracker`; stops uploading after a timeout."""
         self._run.finish()
+
+
+def id_of(run_dir: Path) -> str:
+    """The id of a run in wandb, which its folder keeps where it is moved; a copy of it is another run, with its own.
+
+    The folder's wandb_id has the id, and the folder for which it was made.
+    """
+    file, here = run_dir / _ID_FILE, run_dir.resolve()
+    run_id, home = _read_id(file)
+    original = home / _ID_FILE
+    if run_id and original.is_file() and not original.samefile(file) and _read_id(original)[0] == run_id:
+        log(f"{run_dir} is a copy of {home}, so wandb records it as another run")
+        run_id = ""
+    run_id = run_id or secrets.token_hex(4)
+    file.write_text(f"{run_id}\n{here}\n", encoding="utf-8")
+    return run_id
+
+
+def _read_id(file: Path) -> tuple[str, Path]:
+    """The id, or "", and its run's folder; that of the file where it does not say one, as earlier versions wrote it."""
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
+    run_id, home, *_ = [*lines, "", ""]
+    return run_id.strip(), Path(home) if home else file.parent
 
 
 def _wandb_mode() -> str:
