@@ -1,19 +1,24 @@
 """Bad input ends a run with one clear line, a non-zero status, no traceback, and no files written."""
 
+import dataclasses
+import errno
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 
 from gptbert.command_line import run_command
 from gptbert.config import TrainConfig
 from gptbert.data.token_store import TokenStoreWriter
-from gptbert.distributed.world import connect
+from gptbert.distributed.world import World, connect
 from gptbert.errors import InputError
 from gptbert.text.tokenizer import tokenizer_hash
 from gptbert.train import fit
+from gptbert.training.preparation import prepare_run_dir
 from tests.runs import MODEL, flags, on_ranks, write_inputs
 
 
@@ -239,6 +244,32 @@ def test_resume_from_a_damaged_checkpoint(finished, tmp_path, capfd, file):
     error = capfd.readouterr().err
     assert "damaged" in error or "cannot be read" in error
     assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["config.json", "run.yaml", "tokenizer.json"])
+def test_a_full_disk_at_a_start_costs_none_of_the_files_that_were_there(tmp_path, make_config, tiny, monkeypatch, name):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    config = make_config(output_dir=tmp_path, name="run", tokenizer_path=tmp_path / "tokenizer.json")
+    world = World(0, 1, torch.device("cpu"))
+    prepare_run_dir(config, tiny, world, "torch")
+    before = {path.name: path.read_text() for path in config.run_dir.iterdir()}
+    assert name in before
+
+    def half(file, *_, **__):
+        Path(file).write_bytes(b"{")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if name == "tokenizer.json":
+        monkeypatch.setattr("shutil.copyfile", lambda _, file: half(file))
+    else:
+        write = Path.write_text
+        monkeypatch.setattr(
+            Path, "write_text", lambda file, *text, **how: (half if name in file.name else write)(file, *text, **how)
+        )
+    with pytest.raises(InputError, match=r"cannot be written \(No space left on device\)"):
+        prepare_run_dir(dataclasses.replace(config, seed=1), tiny, world, "torch")
+    now = {path.name: path.read_text() for path in config.run_dir.iterdir()}
+    assert (now.keys(), now[name]) == (before.keys(), before[name])
 
 
 def complain(only_if):

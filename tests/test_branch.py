@@ -1,12 +1,14 @@
 """`--branch_from`: one stable run, several endings, whose learning rate falls from what it was to 0."""
 
 import json
+import re
 import shutil
 
 import pytest
 
 from gptbert.checkpoint.branch import branched
 from gptbert.checkpoint.folder import list_checkpoints
+from gptbert.checkpoint.resume import find
 from gptbert.command_line import parse
 from gptbert.config import TrainConfig
 from gptbert.errors import InputError
@@ -103,6 +105,10 @@ def test_what_cannot_be_branched_from_is_one_line(inputs, stable, tmp_path):
     for flag, changes in (("--resume PATH", {"resume": "there"}), ("--initial_weights", {"initial_weights": "there"})):
         with pytest.raises(InputError, match=f"^--branch_from and {flag} name two starts; leave one out"):
             branched(config(inputs, branch_from=at(stable, 3), **changes))
+    with pytest.raises(
+        InputError, match=f"^--branch_from {re.escape(str(at(stable, 3)))} while the run 'stable' already has"
+    ):
+        find(branched(config(inputs, branch_from=at(stable, 3), name="stable", max_steps=9))[0])
     weights = shutil.copytree(at(stable, 3), tmp_path / "weights", ignore=shutil.ignore_patterns("training_state.pt"))
     with pytest.raises(
         InputError, match=r"weights holds weights and no run to go on with; --initial_weights starts one"

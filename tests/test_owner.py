@@ -192,6 +192,16 @@ def test_a_folder_that_went_away_is_noticed(path):
         assert whereabouts(path), "another folder of its name is not it"
 
 
+def test_a_link_to_what_is_not_there_is_called_one(tmp_path):
+    """As one to a disk that is not mounted."""
+    (tmp_path / "link").symlink_to(tmp_path / "absent")
+    with (
+        pytest.raises(NotADirectoryError, match="link links to what is not there"),
+        owned(tmp_path / "link/run/o", "it"),
+    ):
+        pass
+
+
 def test_of_two_without_locks_at_once_one_gives_way(path, monkeypatch):
     monkeypatch.setattr(owner.fcntl, "flock", no_locks)
     monkeypatch.setattr(owner.time, "sleep", lambda _: elsewhere(path.parent / "x" / "y") or path.write_text("{}"))

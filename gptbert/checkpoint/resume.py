@@ -89,24 +89,23 @@ def find(config: TrainConfig) -> Path | None:
     if config.resume == "auto":
         return _newest_undamaged(existing)
     path = Path(config.resume)
+    asked = f"--resume {path}" if config.branch_from is None else f"--branch_from {config.branch_from}"
     if not any((path / name).is_file() for name in (TRAINING_STATE, manifest.NAME)):
         inside = list_checkpoints(path)
         if not inside:
-            raise InputError(f"--resume {path}: not a checkpoint (a folder that holds {TRAINING_STATE})")
+            raise InputError(f"{asked}: not a checkpoint (a folder that holds {TRAINING_STATE})")
         path = inside[-1]
     if left_over and (not existing or path.resolve() != existing[-1].resolve()):
         raise InputError(
-            f"--resume {path} while the run {config.name!r} already has {left_over[-1].name}: give another --name to "
+            f"{asked} while the run {config.name!r} already has {left_over[-1].name}: give another --name to "
             "branch off there, or go on with --resume auto"
         )
     try:
         manifest.check(path)
     except InputError as error:
-        raise InputError(f"--resume {path}: the checkpoint is damaged ({error}); {WAY_OUT}") from None
+        raise InputError(f"{asked}: the checkpoint is damaged ({error}); {WAY_OUT}") from None
     if not (path / TRAINING_STATE).is_file():
-        raise InputError(
-            f"--resume {path}: holds weights and no run to go on with; --initial_weights starts one from them"
-        )
+        raise InputError(f"{asked}: holds weights and no run to go on with; --initial_weights starts one from them")
     return path
 
 

@@ -3,6 +3,8 @@
 import os
 import reprlib
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from gptbert.errors import InputError
@@ -51,6 +53,17 @@ def fsync_folder(folder: Path) -> None:
     """`fsync_file` on everything in a folder, then on the folder itself."""
     for path in (*folder.rglob("*"), folder):
         fsync_file(path)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write a file that takes the place of `path` once the block ends; after an error, `path` is as it was."""
+    temporary = path.with_name(f".{path.name}.new")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def publish(temporary: Path, final: Path) -> None:

@@ -201,7 +201,9 @@ class _Ownership:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 return os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             except FileExistsError as error:  # what should be a folder is something else
-                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), error.filename) from error
+                is_link = Path(error.filename).is_symlink() and not Path(error.filename).exists()
+                why = f"{error.filename} links to what is not there" if is_link else os.strerror(errno.ENOTDIR)
+                raise NotADirectoryError(errno.ENOTDIR, why, error.filename) from error
             except FileNotFoundError:  # an owner that ended removed the folder in between
                 if not attempts:
                     raise

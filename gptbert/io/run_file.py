@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gptbert.errors import InputError, first_line
+from gptbert.io.files import replacing
 
 FLAG = "run_file"
 _MOST_BYTES = 1 << 20
@@ -90,7 +91,8 @@ def write_run_file(path: Path, settings: Any) -> None:
     yaml = importlib.import_module("yaml")
     values = {name: value for name, value in settings.to_dict().items() if name != FLAG}
     head = f"# All settings of this run: gptbert train --{FLAG} {path.name} --name ANOTHER starts it again.\n"
-    path.write_text(head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    with replacing(path) as file:
+        file.write_text(head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def with_home(argument: str) -> str:

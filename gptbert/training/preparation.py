@@ -3,16 +3,17 @@
 import dataclasses
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 
 import torch
 
-from gptbert.checkpoint.folder import OWNER, TOKENIZER
+from gptbert.checkpoint.folder import OWNER, RUN_CONFIG, TOKENIZER
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.distributed.hardware import hardware_name, has_bf16
 from gptbert.distributed.world import World, why_no_gpu
 from gptbert.errors import InputError
 from gptbert.io import environment
+from gptbert.io.files import replacing
 from gptbert.io.json_file import write_json
 from gptbert.io.owner import owned, whereabouts
 from gptbert.io.run_file import write_run_file
@@ -185,8 +186,10 @@ def prepare_run_dir(config: TrainConfig, model_config: ModelConfig, world: World
     }
     with _write_errors(config):
         config.run_dir.mkdir(parents=True, exist_ok=True)
-        write_json(config.run_dir / "config.json", settings)
+        # a run that goes on finds these files, which a disk that is full then must not cost
+        with replacing(config.run_dir / RUN_CONFIG) as file:
+            write_json(file, settings)
         again = config if config.branch_from is None else dataclasses.replace(config, resume=None)
         write_run_file(config.run_dir / "run.yaml", again)
-        with suppress(shutil.SameFileError):
-            shutil.copyfile(config.tokenizer_path, config.run_dir / TOKENIZER)
+        with replacing(config.run_dir / TOKENIZER) as file:
+            shutil.copyfile(config.tokenizer_path, file)
