@@ -3,6 +3,7 @@
 import os
 import pwd
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -12,7 +13,7 @@ import torch
 
 from gptbert.command_line import run_command
 from gptbert.config import TrainConfig
-from gptbert.distributed.world import Launch, World, choose_device, read_launch
+from gptbert.distributed.world import Launch, World, choose_device, connect, read_launch
 from gptbert.errors import InputError
 from gptbert.export import ExportConfig, export
 from gptbert.io import environment
@@ -226,6 +227,18 @@ def test_waiting_threads_sleep_unless_the_user_says_otherwise(monkeypatch, value
     set_all(monkeypatch, {"OMP_WAIT_POLICY": value, "OMP_DISPLAY_ENV": "verbose", "GOMP_SPINCOUNT": None})
     run = subprocess.run([sys.executable, "-c", "import gptbert, torch"], capture_output=True, text=True, check=True)
     assert f"GOMP_SPINCOUNT = '{expected}'" in run.stderr
+
+
+def test_network_interfaces_are_those_of_the_host(monkeypatch, make_config):
+    _, first = socket.if_nameindex()[0]
+    for value in ("", first, f"{first},{first}"):
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", value)
+        environment.check_interfaces("GLOO_SOCKET_IFNAME")
+    for name, value in (LAUNCH | MASTER | {"GLOO_SOCKET_IFNAME": "eth99"}).items():
+        monkeypatch.setenv(name, value)
+    line = r"GLOO_SOCKET_IFNAME is 'eth99', expected a network interface of this host \(.*\); or unset it"
+    with pytest.raises(InputError, match=line), connect(make_config(device="cpu", cpu_threads=1, huge_pages=False)):
+        pass
 
 
 @pytest.mark.parametrize("value", ["x", "Torch", "cuda"])

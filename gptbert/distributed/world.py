@@ -129,6 +129,8 @@ def connect(config: TrainConfig) -> Iterator[World]:
         yield World(rank, world_size, device)
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
+    if backend == "gloo":
+        environment.check_interfaces("GLOO_SOCKET_IFNAME")
     try:
         _join(backend, timedelta(seconds=config.timeout))
         yield World(rank, world_size, device)

@@ -6,6 +6,7 @@ An empty variable is as good as none, as shells leave them (`NAME= command`).
 import math
 import os
 import pwd
+import socket
 import tempfile
 from collections.abc import Collection
 from pathlib import Path
@@ -100,6 +101,17 @@ def check_folder(name: str) -> None:
             pass
     except OSError as error:
         raise InputError(f"{_said(name)}, a folder that cannot be written ({error.strerror}); unset it") from error
+
+
+def check_interfaces(name: str) -> None:
+    """Refuse a variable that names network interfaces, separated by commas, of which one is not there.
+
+    Raises:
+        InputError: names the variable, its value and those that there are.
+    """
+    there = [interface for _, interface in socket.if_nameindex()]
+    if not set((text(name) or "").split(",")) <= {"", *there}:
+        raise InputError(f"{_said(name)}, expected a network interface of this host ({', '.join(there)}); or unset it")
 
 
 def check_program(name: str) -> None:
