@@ -18,7 +18,7 @@ import tyro
 
 from gptbert.errors import InputError, LostProcessError, SharedError, StoppedError
 from gptbert.io import environment
-from gptbert.io.run_file import FLAG, check_switches, named_file, repeated, with_home
+from gptbert.io.run_file import FLAG, named_file, repeated, switch_with_value, with_home
 from gptbert.io.screen import Lasting, log, provide_streams
 
 Settings = TypeVar("Settings")
@@ -82,7 +82,6 @@ def parse(settings: type[Settings], arguments: Sequence[str] | None = None) -> S
     Flags may come from a file (`gptbert.io.run_file`); those on the command line count more.
     """
     own = list(map(with_home, sys.argv[1:] if arguments is None else arguments))
-    check_switches(settings, own)
     file = named_file(settings, own)
     if (twice := repeated(own)) and _speaks():
         log(f"given more than once, where the last one counts: {', '.join(twice)}")
@@ -100,7 +99,7 @@ def parse(settings: type[Settings], arguments: Sequence[str] | None = None) -> S
             if _speaks():
                 print(_refilled(output.getvalue()))
             raise
-        message = _one_line(errors.getvalue())
+        message = switch_with_value(settings, own) or _one_line(errors.getvalue())
         _fail(message + (file.origin(message, own) if file else ""), 2)
 
 

@@ -1,6 +1,7 @@
 """Flags from a YAML or TOML file: the same run as from the command line, which counts more; mistakes name the line."""
 
 import dataclasses
+import re
 import sys
 from pathlib import Path
 
@@ -138,9 +139,13 @@ def test_a_flag_that_is_there_twice_is_said(capfd):
 @pytest.mark.parametrize(
     "arguments", [["--mixed_precision=true"], ["--mixed-precision", "True"], ["--no_compile", "1"]]
 )
-def test_a_switch_with_a_value_is_explained(arguments):
-    with pytest.raises(InputError, match=r"--(mixed_precision|compile) \S+: is a switch without a value; .*--no_"):
+def test_a_switch_with_a_value_is_explained(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
         parse(TrainConfig, [*LINE, *arguments])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(
+        r"error: --(mixed_precision|compile) \w+: is a switch without a value; .* --no_\w+ is off", line
+    )
 
 
 def test_a_value_that_no_flag_takes_names_the_file(tmp_path, capsys):

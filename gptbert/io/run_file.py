@@ -107,16 +107,13 @@ def repeated(arguments: Sequence[str]) -> list[str]:
     return [f"--{name}" for name in dict.fromkeys(names) if names.count(name) > 1]
 
 
-def check_switches(settings: type, arguments: Sequence[str]) -> None:
-    """Refuse switches with a truth value behind them, as other programs have them.
-
-    Raises:
-        InputError: names the flag and the way on.
-    """
+def switch_with_value(settings: type, arguments: Sequence[str]) -> str:
+    """A line on a switch with a truth value behind it, as other programs have them; empty if there is none."""
     switches = {field.name for field in dataclasses.fields(settings) if field.type is bool}
     for name, value in zip(_names(arguments), (value for _, value in _pairs(arguments)), strict=True):
         if name in switches and value.lower() in {"true", "false", "yes", "no", "on", "off", "0", "1"}:
-            raise InputError(f"--{name} {value}: is a switch without a value; --{name} is on, --no_{name} is off")
+            return f"--{name} {value}: is a switch without a value; --{name} is on, --no_{name} is off"
+    return ""
 
 
 def _as_arguments(where: str, key: str, value: Any, *, is_switch: bool) -> list[str]:
