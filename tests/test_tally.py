@@ -38,7 +38,7 @@ def run(script, config, capsys, **settings):
 
 @pytest.mark.parametrize(("unknown", "warned"), [(0, False), (1, False), (20, True), (490, True), (510, None)])
 def test_unknown_tokens(tmp_path, capsys, unknown, warned):
-    words = ["known"] * (1000 - unknown) + ["strange"] * unknown
+    words = ["known"] * (1000 - unknown) + ["alien"] * unknown
     file = put(tmp_path, "a.jsonl", jsonl([" ".join(words), "known"]))
     settings = {
         "input": (file,),

@@ -10,7 +10,7 @@ from gptbert.data.token_store import SHARD_TOKENS, TokenStoreWriter
 from gptbert.errors import InputError
 from gptbert.io.outputs import check_outputs
 from gptbert.text.corpus import Corpus, CorpusConfig
-from gptbert.text.encoding import encode_documents
+from gptbert.text.encoding import LostText, encode_documents
 from gptbert.text.tally import TokenFigures, close
 from gptbert.text.tokenizer import load_tokenizer, notes, tokenizer_hash, unknown_id
 
@@ -44,12 +44,14 @@ def tokenize_corpus(config: TokenizeConfig) -> None:
     check_outputs([config.output], [*corpus.files, config.tokenizer_path])
     digest = tokenizer_hash(config.tokenizer_path)
     unknown_token, unknown = unknown_id(tokenizer), 0
+    lost = LostText(tokenizer, unknown_token)
     with TokenStoreWriter(config.output, tokenizer.get_vocab_size(), digest, config.shard_tokens) as writer:
-        for tokens, lengths, words in encode_documents(tokenizer, corpus):
+        for tokens, lengths, words in encode_documents(tokenizer, lost.watched(corpus)):
             writer.append(tokens, lengths, words)
             unknown += np.count_nonzero(tokens == unknown_token)
         corpus.require_documents()
-        token_figures = TokenFigures(writer.num_tokens, unknown, corpus.text_bytes, tokenizer.get_vocab_size())
+        size = tokenizer.get_vocab_size()
+        token_figures = TokenFigures(writer.num_tokens, unknown, corpus.text_bytes, size, lost.share)
         token_figures.check(config.tokenizer_path)
     names = str(writer.files[0]) if len(writer.files) == 1 else f"{writer.files[0]} to {writer.files[-1].name}"
     close(

@@ -19,5 +19,5 @@
 - `special_tokens`: the special tokens and their ids.
 - `splitting`: normalizer, splitter and decoder of a new tokenizer.
 - `prefix`: what tokenizers put in front of a text, and encoding without it.
-- `encoding`: documents and sentences to token ids, and back.
+- `encoding`: documents and sentences to token ids, and back; what of a text no token has.
 """

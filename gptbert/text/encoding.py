@@ -1,6 +1,7 @@
-"""Texts to token ids: documents, streamed and using all cores; sentences."""
+"""Texts to token ids: documents, streamed and using all cores; sentences; and what of a text no token has."""
 
 import re
+import unicodedata
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +21,9 @@ ENCODER_THREADS = 2  # one keeps the cores busy while the other converts its res
 WAITING_BATCHES = ENCODER_THREADS + 1  # being encoded, or waiting for the main thread
 _WITH_ENDS = 4096  # sentences per call of the library
 WAITING_BYTES = (WAITING_BATCHES + 1) * BATCH_BYTES  # of their text, where single documents are larger than a batch
+SAMPLED = 20_000  # characters at most of a document that is looked at for what its tokens do not have
+FIRST = 100_000  # characters, of which every document is looked at
+ONE_OF = 100  # of the characters that follow: to look at one takes three times as long as to encode it
 
 
 def encode_documents(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator[tuple[np.ndarray, ...]]:
@@ -54,6 +58,65 @@ def encode_documents(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator
             yield _to_arrays(*waiting.popleft()[1].result())
     finally:
         encoder.shutdown(cancel_futures=True)
+
+
+class LostText:
+    """The share of a text that its tokens do not have, which the share of unknown tokens does not say.
+
+    Unigram models and `fuse_unk` make one unknown token of any stretch, WordPiece of a word; normalizers and splitters
+    may leave characters out. Some documents of a stream are looked at, each of which stands for those since the last.
+
+    Attributes:
+        share: characters other than whitespace that no token but the unknown one has, as a share of all.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, unknown: int | None) -> None:
+        """Begin with nothing.
+
+        Args:
+            tokenizer: set to encode documents, as `encode_documents` does.
+            unknown: the id of its token for unknown text, None for none.
+        """
+        self._tokenizer, self._unknown = tokenizer, unknown
+        self._passed = self._looked_at = self._since = 0
+        self._characters = self._lost = 0.0
+
+    @property
+    def share(self) -> float:
+        """See above."""
+        return self._lost / max(1, self._characters)
+
+    def watched(self, documents: Iterable[str]) -> Iterator[str]:
+        """The documents, some of which are looked at as they pass; the last one too."""
+        text = ""
+        for text in documents:
+            self._passed += len(text)
+            self._since += len(text)
+            if self._looked_at <= FIRST + self._passed / ONE_OF:
+                self._look_at(text[:SAMPLED])
+            yield text
+        if self._since:
+            self._look_at(text[:SAMPLED])
+
+    def _look_at(self, sample: str) -> None:
+        self._looked_at += len(sample)
+        characters, lost = lost_characters(self._tokenizer, sample, self._unknown)
+        self._characters += self._since * characters / len(sample)
+        self._lost += self._since * lost / len(sample)
+        self._since = 0
+
+
+def lost_characters(tokenizer: Tokenizer, text: str, unknown: int | None) -> tuple[int, int]:
+    """The number of characters of a text without whitespace and control characters, and of those that no token has."""
+    text = unicodedata.normalize("NFC", text)  # of what a normalizer composes, the library knows only the first place
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    ids = np.array(encoding.ids, np.int64)
+    places = np.array(encoding.offsets, np.int64).reshape(-1, 2)[ids != (-1 if unknown is None else unknown)]
+    changes = np.zeros(len(text) + 1, np.int64)
+    np.add.at(changes, places[:, 0], 1)
+    np.add.at(changes, places[:, 1], -1)
+    counted = np.array([unicodedata.category(character)[0] not in "ZC" for character in text], bool)
+    return int(counted.sum()), int((counted & (changes.cumsum()[:-1] == 0)).sum())
 
 
 def encode_sentences(

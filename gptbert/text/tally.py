@@ -153,12 +153,14 @@ class TokenFigures:
         unknown: how many of them are the unknown token.
         text_bytes: the size of the texts as UTF-8.
         vocab_size: of the tokenizer.
+        lost_share: of the characters, those that no token but the unknown one has.
     """
 
     num_tokens: int
     unknown: int
     text_bytes: int
     vocab_size: int
+    lost_share: float = 0.0
 
     @property
     def bytes_per_token(self) -> float:
@@ -171,12 +173,13 @@ class TokenFigures:
         return self.unknown / max(1, self.num_tokens)
 
     def check(self, tokenizer: Path) -> None:
-        """Raise InputError if most tokens are unknown."""
-        if self.unknown_share > MOST_UNKNOWN:
-            raise InputError(
-                f"tokenizer {tokenizer}: {self.unknown_share:.0%} of the tokens are unknown; nothing was written; "
-                "train one on these texts with tokenize_scripts/train_tokenizer.py"
-            )
+        """Raise InputError if most tokens are unknown, or most of the text has none."""
+        for share, what in ((self.unknown_share, "tokens are unknown"), (self.lost_share, "text has no known token")):
+            if share > MOST_UNKNOWN:
+                raise InputError(
+                    f"tokenizer {tokenizer}: {share:.0%} of the {what}; nothing was written; train one on these texts "
+                    "with tokenize_scripts/train_tokenizer.py"
+                )
 
     def warnings(self) -> list[str]:
         """What is past a sensible limit."""
@@ -184,6 +187,11 @@ class TokenFigures:
         if self.unknown_share > SOME_UNKNOWN:
             found.append(
                 f"{self.unknown_share:.1%} of the tokens are unknown: the tokenizer lacks characters of the text"
+            )
+        if self.lost_share > max(SOME_UNKNOWN, self.unknown_share):
+            found.append(
+                f"{self.lost_share:.1%} of the text has no known token: the tokenizer leaves it out, or has one "
+                "unknown token for a long stretch"
             )
         fits = SHORT_TOKENS <= self.bytes_per_token <= LONG_TOKENS or not self.num_tokens
         if not fits and self.vocab_size >= LARGE_VOCABULARY:
