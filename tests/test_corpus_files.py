@@ -252,3 +252,49 @@ def test_what_is_no_file_is_named(tmp_path, capsys):
     texts, lines = listing(capsys, tmp_path)
     assert texts == ["one"]
     assert "pipe (not a file)" in lines[1]
+
+
+def test_files_of_several_splits_and_copies_that_are_compressed_are_warnings(tmp_path):
+    root = tmp_path / "test"  # whose own name says nothing of its files
+    for name in ("train_10M/a.train", "train_10M/b.train", "contest.txt"):
+        put(root, name, name.encode())
+    assert Corpus(CorpusConfig(input=(root,))).warnings() == []
+    put(root, "babylm_dev/a.dev", b"dev")
+    put(root, "b.txt.gz", gzip.compress(b"text"))
+    put(root, "b.txt", b"text")
+    splits = (
+        f"read as one corpus, though their names are of several splits: {root}/babylm_dev/a.dev, "
+        f"{root}/train_10M/a.train"
+    )
+    packed = f"read although the same name without the compression is read too: {root}/b.txt.gz"
+    assert Corpus(CorpusConfig(input=(root,))).warnings() == [splits, packed]
+    named = (root / "train_10M" / "a.train", root / "babylm_dev" / "a.dev")
+    assert "of several splits" in Corpus(CorpusConfig(input=named)).warnings()[0]
+    assert Corpus(CorpusConfig(input=named[:1])).warnings() == []
+
+
+def test_a_split_that_nothing_has_is_an_error(tmp_path):
+    file = put(tmp_path, "train.jsonl", jsonl(["one"]))
+    for inputs in ((tmp_path,), (file,)):
+        with pytest.raises(InputError, match=r"--split train: .* give the files of that split alone"):
+            read(*inputs, split="train")
+    with pytest.raises(InputError, match=r"--dataset_config en: is of --dataset"):
+        read(file, dataset_config="en")
+
+
+def test_caches_of_hugging_face_are_read_once_and_by_their_names(tmp_path, capsys):
+    hub = tmp_path / "datasets--a--b"
+    put(hub, "blobs/0a1b", b"A text.")
+    put(hub, "blobs/2c3d", b"---\nlicense: mit\n---\nA card.")
+    put(hub, "snapshots/0/.keep", b"")
+    (hub / "snapshots" / "0" / "a.txt").symlink_to("../../blobs/0a1b")
+    (hub / "snapshots" / "0" / "README.md").symlink_to("../../blobs/2c3d")
+    texts, lines = listing(capsys, hub)
+    assert texts == ["A text."]
+    assert "blobs (read by the names in snapshots)" in lines[1]
+    for name in ("x-train.arrow", "cache-0123456789abcdef.arrow", "cache-0123456789abcdef_00000_of_00002.arrow"):
+        with pa.ipc.new_stream(str(tmp_path / name), pa.schema({"text": pa.string()})) as stream:
+            stream.write_table(pa.table({"text": ["one"]}))
+    (tmp_path / "blobs").mkdir()
+    put(tmp_path / "blobs", "b.txt", b"two")
+    assert read(tmp_path) == ["two", "A text.", "one"]

@@ -62,7 +62,7 @@ def split_corpus(config: SplitConfig) -> None:
     close(
         f"wrote {sides} to {config.output_dir}, from {corpus.counts()}",
         [corpus.tally.figures()],
-        corpus.tally.warnings() + empty + _inside_input(config),
+        corpus.warnings() + empty + _inside_input(config),
     )
 
 

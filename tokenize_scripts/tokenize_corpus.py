@@ -59,7 +59,7 @@ def tokenize_corpus(config: TokenizeConfig) -> None:
         f"{writer.num_words:,} words from {corpus.counts()} to {len(writer.files)} file{'s'[: len(writer.files) > 1]}: "
         f"{names}",
         [f"{token_figures.unknown_share:.2%} of the tokens are unknown", corpus.tally.figures()],
-        corpus.tally.warnings() + token_figures.warnings(),
+        corpus.warnings() + token_figures.warnings(),
     )
 
 

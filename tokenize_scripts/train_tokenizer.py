@@ -137,7 +137,7 @@ def train_tokenizer(config: TrainTokenizerConfig) -> None:
     close(
         f"wrote {config.output}: {size} tokens, learned from {corpus.counts()}",
         [f"{token_figures.bytes_per_token:.2f} bytes per token at its start", corpus.tally.figures()],
-        corpus.tally.warnings() + token_figures.warnings() + _warnings(forms, config),
+        corpus.warnings() + token_figures.warnings() + _warnings(forms, config),
     )
 
 

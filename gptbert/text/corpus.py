@@ -48,7 +48,11 @@ class Corpus:
         self.config = config
         if bool(config.input) == bool(config.dataset):
             raise InputError("--input: needs at least one file or folder, or --dataset a name instead")
-        self._listing = CorpusFiles(config.input, config.split, config.text_field, config.format)
+        if config.dataset_config and not config.dataset:
+            raise InputError(f"--dataset_config {config.dataset_config}: is of --dataset, and --input was given")
+        self._listing = CorpusFiles(
+            config.input, None if config.dataset else config.split, config.text_field, config.format
+        )
         self.files = [source.path for source in self._listing.sources]
         if tables := [source.path for source in self._listing.sources if source.kind and source.kind.is_table]:
             require_library("pyarrow", str(tables[0]))
@@ -119,6 +123,10 @@ class Corpus:
     def counts(self) -> str:
         """A summary of what was read and omitted, for a script's last line."""
         return self.tally.counts()
+
+    def warnings(self) -> list[str]:
+        """What of the files and of reading them is worth a warning."""
+        return self._listing.warnings + self.tally.warnings()
 
     def require_documents(self) -> None:
         """Raise InputError if nothing was read."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptbert.errors import InputError, listed
-from gptbert.text.file_kind import ARROW_FILE, ARROW_STREAM, BINARY, HEAD_BYTES, PARQUET, FileKind
+from gptbert.text.file_kind import ARROW_FILE, ARROW_STREAM, BINARY, HEAD_BYTES, PACKED_SUFFIXES, PARQUET, FileKind
 from gptbert.text.opened_file import kind_of
 from gptbert.text.tables import saved_dataset_files
 from gptbert.text.text_kind import JSON, JSONL, TEXT, unpacked_suffix
@@ -31,7 +31,13 @@ _CHECKSUMS = re.compile(
     r"(md5|sha-?\d*|b2|blake\w*|check)sums?([._-].*)?|.*\.(md5|sha\d+|b2|crc32|sfv|asc|sig|torrent)"
 )
 _MARKERS = re.compile(r"_(success|started.*|committed.*|metadata|common_metadata|temporary)|thumbs\.db|desktop\.ini")
-_COPIES = re.compile(r".*(~|\.(bak|orig|swp|tmp|part|crdownload|download|aria2|lock))")
+_CACHED = r"cache-[0-9a-f]{16}(_\d+_of_\d+)?\.arrow"  # what a map of Hugging Face's datasets made of the data beside it
+_COPIES = re.compile(rf".*(~|\.(bak|orig|swp|tmp|part|crdownload|download|aria2|lock))|{_CACHED}")
+_STORE = {"blobs", "snapshots"}  # of the Hub's cache: the second has links with names to what the first holds
+_SPLITS = {
+    "train": "train", "training": "train", "valid": "validation", "validation": "validation", "val": "validation",
+    "dev": "validation", "test": "test", "eval": "test",
+}  # fmt: skip
 _BESIDE_DATA = {
     ".md", ".rst", ".py", ".sh", ".ipynb", ".yaml", ".yml", ".toml", ".cfg", ".ini", ".log", ".htm", ".html", ".xml",
     ".css", ".js", ".bib", ".tex", ".pdf",
@@ -81,6 +87,7 @@ class CorpusFiles:
         sources: files to read, in order.
         left_out: files of folders that are not, with the reasons.
         left_out_bytes: their size on disk.
+        warnings: what of the files that are read may be a mistake.
     """
 
     def __init__(self, inputs: Sequence[Path], split: str | None, text_field: str, file_format: str) -> None:
@@ -103,6 +110,7 @@ class CorpusFiles:
         self._text_field = text_field
         self._format = file_format
         self._seen: set[tuple[int, int]] = set()
+        self._has_splits = False
         for path in inputs:
             if path.is_symlink() and not path.exists():
                 raise InputError(f"--input {path}: is a link to {path.readlink()}, which is not there")
@@ -113,6 +121,13 @@ class CorpusFiles:
             elif _is_new(path, self._seen):
                 kind = self._kind(path) if path.is_file() else None
                 self.sources.append(_accepted(path, kind))
+        if split and not self._has_splits:
+            raise InputError(
+                f"--split {split}: chooses in a folder of DatasetDict.save_to_disk, and no --input is one; give the "
+                "files of that split alone"
+            )
+        paths = [source.path for source in self.sources]
+        self.warnings = [*_splits_together(inputs, paths), *_packed_too(paths)]
 
     def lines(self, documents: Mapping[str, object]) -> Iterator[str]:
         """The listing: files, bytes and documents of each kind, and what is left out.
@@ -204,16 +219,15 @@ class CorpusFiles:
                     subfolders.clear()
                     self._leave_out(folder, "a link to a folder that is read already")
                     continue
+                self._has_splits |= "dataset_dict.json" in names
                 if (saved := saved_dataset_files(folder, names, self._split)) is not None:
                     yield from saved
                     subfolders.clear()
                     continue
                 kept = []
                 for path in [folder / name for name in sorted(subfolders)]:
-                    if path.name.startswith("."):
-                        self._leave_out(path, HIDDEN)
-                    elif _NOTE_FOLDERS.fullmatch(path.name.lower()):
-                        self._leave_out(path, "about the data")
+                    if reason := _reason_of_folder(path.name, subfolders):
+                        self._leave_out(path, reason)
                     else:
                         kept.append(path.name)
                         if path.is_symlink():
@@ -263,6 +277,39 @@ def _reason_by_name(path: Path) -> str:
     if _MARKERS.fullmatch(name):
         return "a marker"
     return "a copy or a part of a file" if _COPIES.fullmatch(name) else ""
+
+
+def _reason_of_folder(name: str, beside: Sequence[str]) -> str:
+    """Why a folder inside of a folder is left out, by its name and those beside it; "" if it is not."""
+    if name.startswith("."):
+        return HIDDEN
+    if name == "blobs" and _STORE.issubset(beside):
+        return "read by the names in snapshots"
+    return "about the data" if _NOTE_FOLDERS.fullmatch(name.lower()) else ""
+
+
+def _splits_together(inputs: Sequence[Path], paths: Sequence[Path]) -> list[str]:
+    """A warning if files that are called train are read together with those of another split."""
+    found = dict[str, Path]()
+    for path in paths:
+        below = next(
+            (path.relative_to(root) for root in inputs if root != path and path.is_relative_to(root)), path.name
+        )
+        for word in re.split(r"[^a-z]+", str(below).lower()):
+            if word in _SPLITS:
+                found.setdefault(_SPLITS[word], path)
+    if len(found) < 2 or "train" not in found:
+        return []
+    return [
+        f"read as one corpus, though their names are of several splits: {listed(list(map(str, found.values())), 3)}"
+    ]
+
+
+def _packed_too(paths: Sequence[Path]) -> list[str]:
+    """A warning if files are read that seem to be the compressed form of others."""
+    packed = [path for path in paths if path.suffix.lower() in PACKED_SUFFIXES]
+    both = sorted(str(path) for path in packed if path.with_suffix("") in set(paths))
+    return [f"read although the same name without the compression is read too: {listed(both, 3)}"] if both else []
 
 
 def _accepted(path: Path, kind: FileKind | None) -> Source:
