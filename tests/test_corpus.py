@@ -2,6 +2,7 @@
 
 import gzip
 import tracemalloc
+from pathlib import Path
 
 import pytest
 
@@ -32,6 +33,8 @@ def test_inputs_that_are_not_there(tmp_path):
         Corpus(CorpusConfig(input=(tmp_path,)))
     with pytest.raises(InputError, match="nowhere: no such file or folder"):
         Corpus(CorpusConfig(input=(tmp_path / "nowhere",)))
+    with pytest.raises(InputError, match=r"--input -: no such file or folder \(standard input is /dev/stdin\)"):
+        Corpus(CorpusConfig(input=(Path("-"),)))
     with pytest.raises(InputError, match="--input: needs at least one"):
         Corpus(CorpusConfig(input=()))
 

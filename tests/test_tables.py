@@ -88,6 +88,12 @@ def test_a_bad_row_stops_with_its_number_or_is_skipped(tmp_path, name, values, k
     assert read.skipped_lines == 1
 
 
+def test_two_columns_of_a_name_are_no_damage(tmp_path):
+    pq.write_table(pa.table([["one"], ["two"]], names=["text", "text"]), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"a.parquet: has 2 columns text; rename all but one$"):
+        list(corpus(tmp_path))
+
+
 def test_bytes_that_call_themselves_a_string(tmp_path):
     values = pa.array([b"one", b"caf\xe9"]).view(pa.string())
     file = parquet(tmp_path / "a.parquet", values)

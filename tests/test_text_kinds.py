@@ -4,12 +4,15 @@ import json
 import lzma
 import os
 import re
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
 import pytest
 
 from gptbert.errors import InputError
+from gptbert.text import lines
 from gptbert.text.corpus import Corpus, CorpusConfig
 from gptbert.text.tally import close
 from tests.test_corpus_files import listing
@@ -25,6 +28,8 @@ NOT_TEXT = {
     "a sum": (b"ab" * 32, "a list of checksums"),
     "a part of a page": (b"\n<div class='a'><p>" + LETTERS[0].encode() + b"</p></div>\n" * 3, "HTML or XML"),
     "extracted pages": (b"<doc id='7'>\n" + TEXT + b"\n</doc>\n" + TEXT, "HTML or XML"),
+    "a long page, the first of several": (b'<doc id="7">\n' + TEXT * 60, "HTML or XML"),
+    "a dump": (b"-- MySQL dump 10.16\n\nINSERT INTO `page` VALUES (1,'A');\n", "a dump of a database"),
     "addresses": (b"https://example.org/a\nftp://example.org/b c\n".replace(b" c", b""), "a list of addresses"),
 }
 
@@ -45,12 +50,41 @@ def test_text_that_is_no_document_is_named(tmp_path, case, capsys):
     )
 
 
+WITHIN = {  # by the way on: a file, and what it makes of it
+    "(grep -vE": ("2\n\n3\n00:00:01,500 --> 00:00:02,900\nNo 2?\r\nYes.\n\n" * 9, "No 2?\nYes.\n" * 9),
+    "(grep -vE '^[": ("WEBVTT\n\n" + "00:01.500 --> 00:02.900\nYes.\n\n" * 9, "WEBVTT\n" + "Yes.\n" * 9),
+    "(grep": ("@UTF8\n@Begin\n*CHI:\tno .\n%mor:\tco|no .\n@End\n", "*CHI:\tno .\n"),
+    "(sed": ("# text = No.\n1\tNo\tno\tINTJ\tUH\t_\t0\troot\t_\t_\n\n" * 9, "No.\n" * 9),
+    "(cut": ("1\tOne.\n2\tTwo.\n", "One.\nTwo.\n"),
+    "(python": ("{'text': \"It's\", 'id': 1}\n" * 2, '{"text": "It\'s", "id": 1}\n' * 2),
+}
+
+
+@pytest.mark.parametrize("way_on", WITHIN)
+def test_the_way_to_the_text_within_annotations_works(tmp_path, way_on):
+    content, text = WITHIN[way_on]
+    message = refused(put(tmp_path, "a b.txt", content.encode()))
+    assert way_on in message
+    assert read(tmp_path / "a b.txt", format="text")
+    command = re.search(r"\(((?:grep|sed|cut|python) .*) > FILE", message)[1].replace("python ", f"{sys.executable} ")
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout == text
+
+
+def test_characters_in_escapes_are_another_encoding(tmp_path):
+    assert "convert it (iconv -f ISO-2022-JP" in refused(put(tmp_path, "a", "日本語\n".encode("iso2022_jp") * 3))
+
+
 def test_texts_with_addresses_and_sums_in_them_are_text(tmp_path):
     for text in (
         f"See https://example.org\nfor {'ab' * 32} .",
         "https://example.org is\na site",
         "ab" * 100,
         "deadbeef " * 9,
+        "1\tone\ntwo\tand no number",
+        "From 00:01.500 --> 00:02.900 nobody speaks.",
+        "{'a': 1} is a dictionary of Python.",
+        "<Anna> says no.\n" + "word\n" * 20_000,
     ):
         assert read(put(tmp_path, "a.txt", text.encode())) == [text.strip()]
 
@@ -82,6 +116,18 @@ def test_marks_of_files_that_were_joined_are_none_of_a_document(tmp_path):
         read(put(tmp_path, "a.txt", mark + TEXT + b"\n\n" + mark + TEXT + b"\n\n" + mark * 2 + TEXT))[:80]
         == LETTERS * 2
     )
+    assert read(put(tmp_path, "a.jsonl", (mark + LINES) * 2)) == LETTERS * 2
+    assert read(put(tmp_path, "a.json", (mark + b'{\n"text": "one"\n}\n') * 2)) == ["one"] * 2
+
+
+def test_line_ends_of_a_file_are_none_of_its_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(lines, "PIECE", 8)
+    for text in ("one\ntwo\n\nthree\n", "1234567\n12345678\n123456789\n\nthree\n"):
+        for content in (text, text.replace("\n", "\r\n")):
+            assert read(put(tmp_path, "a", content.encode())) == [text.partition("\n\n")[0], "three"]
+    content = b"one\r\ncaf\xe9\r\ntwo\r\n" + b"good\r\n" * 9
+    assert read(put(tmp_path, "a", content), on_error="skip") == ["one\ntwo" + "\ngood" * 9]
+    assert read(put(tmp_path, "a.jsonl", jsonl(["a\r\nb"]))) == ["a\r\nb"], "an escape is of the text"
 
 
 def test_an_array_that_ends_behind_a_comma_is_cut_short(tmp_path):

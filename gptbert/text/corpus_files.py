@@ -115,7 +115,8 @@ class CorpusFiles:
             if path.is_symlink() and not path.exists():
                 raise InputError(f"--input {path}: is a link to {path.readlink()}, which is not there")
             if not path.exists():
-                raise InputError(f"--input {path}: no such file or folder")
+                standard_input = " (standard input is /dev/stdin)" * (str(path) == "-")
+                raise InputError(f"--input {path}: no such file or folder{standard_input}")
             if path.is_dir():
                 self._add_folder(path)
             elif _is_new(path, self._seen):

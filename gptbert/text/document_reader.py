@@ -212,6 +212,7 @@ class DocumentReader:
             _refuse_nul(file, number, block)
         if "\ufeff" in text:  # marks of files that were joined
             text = text.removeprefix("\ufeff").replace("\n\ufeff", "\n")
+        text = _with_line_feeds(text)
         self.tally.good_lines += text.count("\n") + (not text.endswith("\n"))
         return io.StringIO(text, newline="\n")
 
@@ -225,7 +226,7 @@ class DocumentReader:
                 self._reject(f"{file}:{place}", not_utf8(error), len(line))
             else:
                 self.tally.good_lines += 1
-                yield piece
+                yield _with_line_feeds(piece)
 
     def _parts(self, record: Any) -> tuple[str, Any]:
         """The domain and the text of a line or row; ValueError with the reason if there is none."""
@@ -270,6 +271,11 @@ class DocumentReader:
                 f"{where}: {bad:,} of {good + bad:,} lines are bad ({bad / (good + bad):.0%}), too many to be skipped; "
                 f"the first: {self.first_bad}"
             )
+
+
+def _with_line_feeds(text: str) -> str:
+    """Text whose lines end as those of all files do: how they end in this one is none of the text."""
+    return text.replace("\r\n", "\n") if "\r" in text else text
 
 
 def _checked(value: Any, what: str) -> str | LongText:

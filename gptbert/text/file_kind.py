@@ -85,6 +85,13 @@ DOCUMENT = FileKind("a document of an office program", way_on=_SAVE_AS_TEXT)
 PICKLE = FileKind("a pickle", way_on="write its texts as JSON Lines")
 DATABASE = FileKind("a database", way_on="export its texts as JSON Lines")
 
+SQL = FileKind("a dump of a database", way_on="export its texts as JSON Lines", is_text=True)
+CHAT = FileKind(
+    "a CHAT transcript, of which most lines are about what is said,",
+    way_on=r"take what is said (grep '^\*' {file} > FILE)",
+    is_text=True,
+)
+
 PACKED_SUFFIXES = {".gz", ".bz2", ".xz", ".zst", ".zstd"}
 # How a compressed file begins. The first four are read, see gptbert.text.opened_file.
 PACKINGS = {
@@ -119,6 +126,11 @@ _SIGNATURES = {
     b"{\\rtf": FileKind("an RTF document", way_on=_SAVE_AS_TEXT, is_text=True),
     b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": DOCUMENT,
     b"SQLite format 3\0": DATABASE,
+    b"-- MySQL dump": SQL,
+    b"-- MariaDB dump": SQL,
+    b"--\n-- PostgreSQL database dump": SQL,
+    b"PRAGMA foreign_keys=OFF;": SQL,
+    b"@UTF8": CHAT,
     b"\x89HDF\r\n\x1a\n": FileKind("an HDF5 file", way_on="export its texts as JSON Lines"),
     b"\x93NUMPY": ARRAY,
     b"\x89PNG\r\n\x1a\n": MEDIA,

@@ -15,7 +15,7 @@ from gptbert.text.long_json import LongJson
 from gptbert.text.long_text import LongText
 from gptbert.text.opened_file import OpenedFile
 
-_SPACE = re.compile(r"[ \t\r\n]*")
+_SPACE = re.compile(r"[ \t\r\n\ufeff]*")  # with the marks of files that were joined
 _LONG = object()
 
 

@@ -94,6 +94,7 @@ def numbered_lines(read: OpenedFile, count: Count = lambda _: None) -> Iterator[
         line = stream.readline(MAX_LINE + 1)
         if not line:
             break
+        line = line.removeprefix(codecs.BOM_UTF8)  # the mark of a file that was joined to others
         if len(line) <= MAX_LINE:
             yield number, line
         else:
@@ -121,7 +122,9 @@ def numbered_blocks(read: OpenedFile, count: Count = lambda _: None) -> Iterator
 
 
 def _at_character(piece: bytes) -> tuple[bytes, bytes]:
-    """A piece of UTF-8 without an incomplete character at its end, and that."""
+    """A piece of UTF-8 without an incomplete character or line end at its end, and that."""
+    if piece.endswith(b"\r"):
+        return piece[:-1], piece[-1:]
     for size in range(1, min(4, len(piece) + 1)):
         if piece[-size] >= 0xC0:  # the first byte of a character of two to four
             needed = 2 if piece[-size] < 0xE0 else 3 if piece[-size] < 0xF0 else 4

@@ -326,6 +326,8 @@ def _require_columns(where: str, columns: Sequence[str], there: Sequence[str]) -
     for name in columns:
         if name not in there:
             raise InputError(f"{where}: has no column {name}, only {', '.join(there)}; see --text_field")
+        if there.count(name) > 1:
+            raise InputError(f"{where}: has {there.count(name)} columns {name}; rename all but one")
 
 
 @contextmanager

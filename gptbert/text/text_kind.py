@@ -17,6 +17,29 @@ JSON = FileKind("JSON", "json")
 _GIVE_TEXT = "give the text itself"
 CHECKSUMS = FileKind("a list of checksums", way_on=_GIVE_TEXT, is_text=True, holds_no_text=True)
 ADDRESSES = FileKind("a list of addresses", way_on=_GIVE_TEXT, is_text=True, holds_no_text=True)
+SUBTITLES = FileKind(
+    "a file of subtitles, with their times,",
+    way_on="take what is said (grep -vE '^[0-9]*[[:space:]]*$|-->' {file} > FILE)",
+    is_text=True,
+)
+CONLL = FileKind(
+    "a table of words (CoNLL)", way_on="take its sentences (sed -n 's/^# text = //p' {file} > FILE)", is_text=True
+)
+NUMBERED = FileKind(
+    "a list of numbered texts", way_on="take the texts (cut -f 2- {file} > FILE; --text_documents line)", is_text=True
+)
+ISO_2022 = FileKind(
+    "text in another encoding than UTF-8",
+    way_on="convert it (iconv -f ISO-2022-JP -t UTF-8 {file} > FILE, or ISO-2022-KR, ISO-2022-CN)",
+)
+_FROM_PYTHON = (
+    'import ast, json, sys; [print(json.dumps(ast.literal_eval(line))) for line in open(sys.argv[1], encoding="utf-8")]'
+)
+PYTHON = FileKind(
+    "lines of Python's dictionaries, which are no JSON,",
+    way_on=f"make JSON Lines of it (python -c '{_FROM_PYTHON}' {{file}} > FILE.jsonl)",
+    is_text=True,
+)
 MARKUP = FileKind("HTML or XML", way_on="extract its text", is_text=True)
 CARRIAGE_RETURNS = FileKind(
     "text whose lines end in carriage returns alone", way_on=r"convert it (tr '\r' '\n' < {file} > FILE)", is_text=True
@@ -41,13 +64,21 @@ BINARY_SUFFIXES = {
 _LINES = 50  # of the head, looked at
 _CHARACTERS = 4096  # looked at to tell an encoding
 _FEW_LINES = 3  # enough to say that a file is in another encoding, or JSON Lines whatever the next one is
+_ISO_2022 = re.compile(rb"\x1b\$[@AB()*]")  # bytes of ASCII stand for other characters from here on
 _OBJECT = re.compile(r'\{\s*(?:"(?:[^"\\\n]|\\.)*"\s*:|\})')
 _ARRAY = re.compile(
     r'\[\s*(?:\{|\]\s*\Z|"(?:[^"\\\n]|\\.)*(?:"\s*[,\]]|\Z))'
 )  # its first string may not end in the head
 _LONG_STRING = re.compile(r'"(?:[^"\\\n]|\\.)*\Z')
-_CHECKSUM = re.compile(r"(?:\w[\w-]* ?\(.*\) ?= ?)?[0-9a-fA-F]{32,128}(?:\s.*)?")
-_ADDRESS = re.compile(r"[a-z][a-z0-9+]*://\S+\s*")
+# Kinds of text of which so many lines look so.
+_LINES_OF = (
+    (CHECKSUMS, re.compile(r"(?:\w[\w-]* ?\(.*\) ?= ?)?[0-9a-fA-F]{32,128}(?:\s.*)?"), 1),
+    (ADDRESSES, re.compile(r"[a-z][a-z0-9+]*://\S+\s*"), 1),
+    (NUMBERED, re.compile(r"\d+\t[^\t]+"), 1),
+    (PYTHON, re.compile(r"\{'[^']*': .*\}\s*"), 1),
+    (CONLL, re.compile(r"\d+\S*\t[^\t]+(?:\t[^\t]*){6,}"), 0.5),
+    (SUBTITLES, re.compile(r"(?:\d+:)?\d\d:\d\d[.,]\d{3} --> .*"), 0.1),
+)
 _WITH_TAGS = {".md", ".markdown", ".rst"}  # of pages; they are prose all the same
 _TAG = re.compile(r"<([A-Za-z][\w:.-]*)(?:\s[^<>]*)?>")
 _NO_JSON = object()
@@ -75,6 +106,8 @@ def text_kind(head: bytes, name: str, complete: bool, text_field: str) -> FileKi
         head = head[len(mark) :]
         if reason := _not_utf8(head, suffix):
             return reason
+        if len(_ISO_2022.findall(head)) >= _FEW_LINES:
+            return ISO_2022
         text = head.decode("utf-8", "replace")
     if "\n" not in text.strip() and text.strip().count("\r") >= _FEW_LINES:
         return CARRIAGE_RETURNS
@@ -158,20 +191,20 @@ def _format(text: str, suffix: str, complete: bool, text_field: str) -> FileKind
         )
         convert = f"make JSON Lines of it (python -c '{program}' {{file}} > FILE.jsonl)"
         return FileKind("TSV" if delimiter == "\t" else "CSV", way_on=convert, is_text=True)
-    if kind := _no_prose(text.lstrip(), lines, suffix):
+    if kind := _no_prose(text.lstrip(), lines, suffix, complete):
         return kind
     if suffix in BINARY_SUFFIXES and text:
         return FileKind(f"text, not what a name in {suffix} says,", way_on="fetch it again", is_text=True)
     return TEXT
 
 
-def _no_prose(text: str, lines: Sequence[str], suffix: str) -> FileKind | None:
-    """The kind of a text that is markup, or a list and nothing else."""
+def _no_prose(text: str, lines: Sequence[str], suffix: str, complete: bool) -> FileKind | None:
+    """The kind of a text that is markup, or has lines that nobody says."""
     tag = None if suffix in _WITH_TAGS else _TAG.match(text)
-    if tag and (f"</{tag[1]}>" in text or text.count("</") >= _FEW_LINES):
+    if tag and (f"</{tag[1]}>" in text or text.count("</") >= _FEW_LINES or ('="' in tag[0] and not complete)):
         return MARKUP
-    for pattern, kind in ((_CHECKSUM, CHECKSUMS), (_ADDRESS, ADDRESSES)):
-        if lines and all(pattern.fullmatch(line) for line in lines):
+    for kind, pattern, share in _LINES_OF:
+        if lines and sum(bool(pattern.fullmatch(line)) for line in lines) >= share * len(lines):
             return kind
     return None
 
