@@ -1,5 +1,6 @@
 """Text that is not what it seems: refused or left out with its name, never read as something else."""
 
+import gzip
 import json
 import lzma
 import os
@@ -29,6 +30,8 @@ NOT_TEXT = {
     "a part of a page": (b"\n<div class='a'><p>" + LETTERS[0].encode() + b"</p></div>\n" * 3, "HTML or XML"),
     "extracted pages": (b"<doc id='7'>\n" + TEXT + b"\n</doc>\n" + TEXT, "HTML or XML"),
     "a long page, the first of several": (b'<doc id="7">\n' + TEXT * 60, "HTML or XML"),
+    "token ids": (b"11 262 50256 13\n198, 3\n" * 20, "a list of numbers"),
+    "a transcript with a mark": (b"\xef\xbb\xbf@UTF8\r\n@Begin\r\n*CHI:\tno .\r\n", "a CHAT transcript"),
     "a dump": (b"-- MySQL dump 10.16\n\nINSERT INTO `page` VALUES (1,'A');\n", "a dump of a database"),
     "addresses": (b"https://example.org/a\nftp://example.org/b c\n".replace(b" c", b""), "a list of addresses"),
 }
@@ -66,6 +69,7 @@ def test_the_way_to_the_text_within_annotations_works(tmp_path, way_on):
     message = refused(put(tmp_path, "a b.txt", content.encode()))
     assert way_on in message
     assert read(tmp_path / "a b.txt", format="text")
+    assert ", in gzip, and not" in refused(put(tmp_path, "a.gz", gzip.compress(content.encode())))
     command = re.search(r"\(((?:grep|sed|cut|python) .*) > FILE", message)[1].replace("python ", f"{sys.executable} ")
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
     assert done.stdout == text
@@ -116,7 +120,7 @@ def test_marks_of_files_that_were_joined_are_none_of_a_document(tmp_path):
         read(put(tmp_path, "a.txt", mark + TEXT + b"\n\n" + mark + TEXT + b"\n\n" + mark * 2 + TEXT))[:80]
         == LETTERS * 2
     )
-    assert read(put(tmp_path, "a.jsonl", (mark + LINES) * 2)) == LETTERS * 2
+    assert read(put(tmp_path, "a.jsonl", (mark + LINES) * 2 + mark)) == LETTERS * 2
     assert read(put(tmp_path, "a.json", (mark + b'{\n"text": "one"\n}\n') * 2)) == ["one"] * 2
 
 

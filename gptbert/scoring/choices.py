@@ -108,7 +108,7 @@ def read_choices(task: str, folder: Path) -> Choices:
     items = []
     for file in visible_files(folder, "*.jsonl"):
         for number, line in file_lines(file):
-            if line.isspace():
+            if not line.strip():
                 continue
             try:
                 values = parse_json(line)

@@ -48,7 +48,7 @@ def read_pairs(paths: Sequence[Path], group_by: Sequence[str] | None = None) -> 
     pairs = []
     for file in {file: None for path in paths for file in _files(path)}:
         for number, line in file_lines(file):
-            if line.isspace():
+            if not line.strip():
                 continue
             try:
                 pairs.append(_parse_pair(line, fields, file, number, optional=group_by is None))

@@ -100,7 +100,7 @@ class DocumentReader:
             if isinstance(line, LongLine):
                 yield from self._long_line(file, number, line)
                 continue
-            if line.isspace():
+            if not line.strip():
                 continue
             try:
                 document = self._parts(parse_json(line))

@@ -3,6 +3,7 @@
 Text is told apart by `gptbert.text.text_kind`.
 """
 
+import codecs
 import shlex
 import tarfile
 from collections.abc import Iterator
@@ -50,13 +51,13 @@ class FileKind:
     def refusal(self, file: Path) -> str:
         """The error for a file of a kind that is not read."""
         insist = ", or read it as it is with --format text" if self.is_text else ""
-        packed = f", in {self.packing}," if self.packing else ""
+        name = f"{self.name.removesuffix(',')}, in {self.packing}," if self.packing else self.name
         way_on, given = self.way_on, file
         if self.packing and "{file}" in way_on and not self.as_packed:
             way_on = f"unpack it first, then {way_on}"
             given = file.with_suffix("") if file.suffix.lower() in PACKED_SUFFIXES else Path("UNPACKED")
         way_on = way_on.replace("{file}", shlex.quote(str(given)))
-        return f"{file}: is {self.name}{packed} and not read as training text; {way_on}{insist}"
+        return f"{file}: is {name} and not read as training text; {way_on}{insist}"
 
     def packed(self, packing: str) -> "FileKind":
         """The same inside of a compression. Tables are read from anywhere in a file, so not from a compressed one."""
@@ -173,9 +174,10 @@ def binary_kind(head: bytes) -> FileKind | None:
     Args:
         head: the first `HEAD_BYTES` of the file, unpacked.
     """
-    start = head[:40].lstrip(b"\xef\xbb\xbf").lstrip().lower()  # markup may follow blank lines
+    marked = head.removeprefix(codecs.BOM_UTF8)
+    start = marked[:40].lstrip().lower()  # markup may follow blank lines
     for magic, kind in _SIGNATURES.items():
-        if head.startswith(magic) or (magic.startswith(b"<") and start.startswith(magic)):
+        if marked.startswith(magic) or (magic.startswith(b"<") and start.startswith(magic)):
             return None if _is_word(magic, head) else kind
     if packing_of(head):
         return TWICE

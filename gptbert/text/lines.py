@@ -82,20 +82,20 @@ def file_lines(file: Path) -> Iterator[tuple[int, bytes]]:
             yield number, line
 
 
-def numbered_lines(read: OpenedFile, count: Count = lambda _: None) -> Iterator[tuple[int, bytes | LongLine]]:
+def numbered_lines(source: OpenedFile, count: Count = lambda _: None) -> Iterator[tuple[int, bytes | LongLine]]:
     """Yield a file's lines as bytes of UTF-8 with line ends, numbered from 1; long ones, to be read piece by piece.
 
     Args:
-        read: the file.
+        source: the file.
         count: called with the number of further bytes of text.
     """
-    stream = read.utf8(count)
+    stream = source.utf8(count)
     for number in itertools.count(start=1):
-        line = stream.readline(MAX_LINE + 1)
-        if not line:
+        read = stream.readline(max(MAX_LINE + 1, len(codecs.BOM_UTF8)))
+        if not read:
             break
-        line = line.removeprefix(codecs.BOM_UTF8)  # the mark of a file that was joined to others
-        if len(line) <= MAX_LINE:
+        line = read.removeprefix(codecs.BOM_UTF8)  # the mark of a file that was joined to others
+        if len(read) <= MAX_LINE:
             yield number, line
         else:
             long_line = LongLine(line, stream)

@@ -40,6 +40,7 @@ PYTHON = FileKind(
     way_on=f"make JSON Lines of it (python -c '{_FROM_PYTHON}' {{file}} > FILE.jsonl)",
     is_text=True,
 )
+NUMBERS = FileKind("a list of numbers", way_on="give the text itself, not its token ids", is_text=True)
 MARKUP = FileKind("HTML or XML", way_on="extract its text", is_text=True)
 CARRIAGE_RETURNS = FileKind(
     "text whose lines end in carriage returns alone", way_on=r"convert it (tr '\r' '\n' < {file} > FILE)", is_text=True
@@ -74,6 +75,7 @@ _LONG_STRING = re.compile(r'"(?:[^"\\\n]|\\.)*\Z')
 _LINES_OF = (
     (CHECKSUMS, re.compile(r"(?:\w[\w-]* ?\(.*\) ?= ?)?[0-9a-fA-F]{32,128}(?:\s.*)?"), 1),
     (ADDRESSES, re.compile(r"[a-z][a-z0-9+]*://\S+\s*"), 1),
+    (NUMBERS, re.compile(r"[-+.,;\d\s\[\]]*\d[-+.,;\d\s\[\]]*"), 1),
     (NUMBERED, re.compile(r"\d+\t[^\t]+"), 1),
     (PYTHON, re.compile(r"\{'[^']*': .*\}\s*"), 1),
     (CONLL, re.compile(r"\d+\S*\t[^\t]+(?:\t[^\t]*){6,}"), 0.5),
