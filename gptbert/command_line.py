@@ -6,11 +6,12 @@ import inspect
 import io
 import os
 import re
+import select
 import signal
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, NoReturn, TypeVar
 
@@ -37,9 +38,9 @@ def run_command(
 
     The exit status is 0 on success, 2 for a command line that cannot be parsed, 73 for an output that another process
     is writing, 1 for other unusable input and for a run that lost a process, `STOPPED` for a run that a signal stopped
-    at a checkpoint, and 130 after Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP at other times, all of which clean up. Errors
-    common to all processes are printed by the first of each host; errors of a single process by that process, with its
-    rank.
+    at a checkpoint, 130 after Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP at other times, all of which clean up, and 141 when
+    nobody reads what it prints any more. Errors common to all processes are printed by the first of each host; errors
+    of a single process by that process, with its rank.
 
     Args:
         settings: a dataclass.
@@ -62,7 +63,8 @@ def run_command(
     except InputError as error:
         _fail(str(error), 1)
     try:
-        function(parsed)
+        with _while_read():
+            function(parsed)
     except SharedError as error:
         _fail(str(error), error.status)
     except (InputError, LostProcessError) as error:
@@ -184,6 +186,21 @@ def _end(message: str, status: int) -> NoReturn:
             Lasting(stream).flush()
         os._exit(status)
     sys.exit(status)
+
+
+@contextlib.contextmanager
+def _while_read() -> Iterator[None]:
+    """Context manager: when nobody reads what is printed any more (`| head`), end the process without a word."""
+    try:
+        yield
+        print(end="", flush=True)
+    except BrokenPipeError:
+        poll = select.poll()
+        poll.register(1, select.POLLOUT)
+        if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+            raise  # of another pipe
+        sys.stdout = None  # or what waits in it would be written at the end
+        _end("", 128 + signal.SIGPIPE)
 
 
 def _speaks() -> bool:

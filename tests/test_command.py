@@ -1,6 +1,9 @@
 """The command `gptbert`: its first argument chooses another command, which has the rest."""
 
 import importlib
+import os
+import signal
+import subprocess
 import sys
 from importlib.metadata import entry_points
 
@@ -63,3 +66,19 @@ def test_without_a_checkout_there_are_no_benchmarks(tmp_path, monkeypatch, capsy
         main(["bench"])
     assert end.value.code == 1
     assert capsys.readouterr().err == "error: gptbert bench: the benchmarks are in a checkout of gptbert only\n"
+
+
+def test_a_command_whose_reader_is_gone_ends_without_a_word():
+    program = (
+        "from dataclasses import dataclass; from gptbert.command_line import run_command; "
+        "run_command(dataclass(type('Settings', (), {})), lambda _: print('a line'), [])"
+    )
+    for unbuffered in ("", "1"):
+        reading, writing = os.pipe()
+        os.close(reading)
+        variables = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=variables, stdout=writing, stderr=subprocess.PIPE, check=False
+        )
+        os.close(writing)
+        assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")

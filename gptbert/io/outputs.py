@@ -14,7 +14,7 @@ from gptbert.io.owner import owned
 
 
 def check_outputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
-    """Refuse, before any work is done, outputs that are folders or that would overwrite an input.
+    """Refuse, before any work is done, outputs that are folders or devices, or that would overwrite an input.
 
     Raises:
         InputError: an output is refused; names it.
@@ -23,6 +23,8 @@ def check_outputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
     for output in outputs:
         if output.is_dir():
             raise InputError(f"output {output}: is a folder; name a file")
+        if output.exists() and not output.is_file():  # which root's file would replace, for all programs
+            raise InputError(f"output {output}: is a device or a pipe; name a file")
         if output.resolve() in taken:
             raise InputError(f"output {output}: is also an input, which it would overwrite; name another file")
 
