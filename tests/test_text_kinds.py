@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -15,7 +16,9 @@ import pytest
 from gptbert.errors import InputError
 from gptbert.text import lines
 from gptbert.text.corpus import Corpus, CorpusConfig
+from gptbert.text.file_kind import HEAD_BYTES
 from gptbert.text.tally import close
+from gptbert.text.text_kind import text_kind
 from tests.test_corpus_files import listing
 from tests.test_file_kinds import LETTERS, LINES, TEXT, put, read, refused
 from tests.texts import jsonl
@@ -91,6 +94,14 @@ def test_texts_with_addresses_and_sums_in_them_are_text(tmp_path):
         "<Anna> says no.\n" + "word\n" * 20_000,
     ):
         assert read(put(tmp_path, "a.txt", text.encode())) == [text.strip()]
+
+
+@pytest.mark.parametrize("end", ["x", "\t", " ,x", "\t\t", "] }"])
+@pytest.mark.parametrize("line", ["1", "1\t", "{'a': ", "a(", "00:"])
+def test_long_lines_take_no_longer_than_others(tmp_path, line, end):
+    before = time.process_time()
+    text_kind((line * (HEAD_BYTES // len(line)) + end).encode(), "a.txt", complete=True, text_field="text")
+    assert time.process_time() - before < 1
 
 
 def test_json_lines_after_plain_text_are_named_with_their_line(tmp_path):

@@ -71,14 +71,14 @@ _ARRAY = re.compile(
     r'\[\s*(?:\{|\]\s*\Z|"(?:[^"\\\n]|\\.)*(?:"\s*[,\]]|\Z))'
 )  # its first string may not end in the head
 _LONG_STRING = re.compile(r'"(?:[^"\\\n]|\\.)*\Z')
-# Kinds of text of which so many lines look so.
+# Kinds of text of which so many lines look so. The patterns take time in proportion to a line's length.
 _LINES_OF = (
     (CHECKSUMS, re.compile(r"(?:\w[\w-]* ?\(.*\) ?= ?)?[0-9a-fA-F]{32,128}(?:\s.*)?"), 1),
     (ADDRESSES, re.compile(r"[a-z][a-z0-9+]*://\S+\s*"), 1),
-    (NUMBERS, re.compile(r"[-+.,;\d\s\[\]]*\d[-+.,;\d\s\[\]]*"), 1),
+    (NUMBERS, re.compile(r"(?=\D*\d)[-+.,;\d\s\[\]]+"), 1),
     (NUMBERED, re.compile(r"\d+\t[^\t]+"), 1),
     (PYTHON, re.compile(r"\{'[^']*': .*\}\s*"), 1),
-    (CONLL, re.compile(r"\d+\S*\t[^\t]+(?:\t[^\t]*){6,}"), 0.5),
+    (CONLL, re.compile(r"\d\S*\t[^\t]+(?:\t[^\t]*){6,}"), 0.5),
     (SUBTITLES, re.compile(r"(?:\d+:)?\d\d:\d\d[.,]\d{3} --> .*"), 0.1),
 )
 _WITH_TAGS = {".md", ".markdown", ".rst"}  # of pages; they are prose all the same
