@@ -199,11 +199,14 @@ def test_files_that_contradict_themselves_or_cannot_do_it_are_refused(write, cas
     [
         ("spm.model", b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02\n\x0b", "is a SentencePiece model"),
         ("spiece", b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02\n\x0b", "is a SentencePiece model"),
+        ("tokenizer.model", b"IQ== 0\nIg== 1\n", "is a list of tokens for tiktoken"),
+        ("spm.vocab", "<unk>\t0\n<s>\t0\n▁the\t-3.2\n".encode(), "is a list of tokens"),
         ("vocab.txt", b"[PAD]\n[UNK]\n[CLS]\nthe\n##s\n", "is a list of tokens"),
         ("merges.txt", b"#version: 0.2\na b\n", "is a list of merges"),
         ("vocab.json", b'{"<unk>": 0, "<s>": 1}', "is a vocabulary"),
         ("tokenizer_config.json", b'{"tokenizer_class": "BertTokenizer"}', "is transformers' settings"),
         ("special_tokens_map.json", b'{"mask_token": "<mask>"}', "is transformers' settings"),
+        ("special_tokens_map.json", b'{"unk_token": "[UNK]"}', "is transformers' settings"),
         ("config.json", b'{"model_type": "bert"}', "is the configuration of a model"),
         (
             "tokenizer.json",

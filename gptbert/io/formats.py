@@ -9,7 +9,7 @@ _BEGINNINGS = {
     b"GGUF": "GGUF, which llama.cpp reads; import the file that it was made from",
     b"\x89HDF": "HDF5, which Keras writes; import a PyTorch file",
     b"\x80": "a bare pickle, which may run code; torch.save(model.state_dict(), FILE) writes what is read here",
-    b"<": "a web page; download the file itself",
+    **dict.fromkeys((b"<!", b"<?", b"<h", b"<H"), "a web page; download the file itself"),  # not <s>, of a vocabulary
     b"\xff\xfe": "text in UTF-16; save it as UTF-8",
     b"\xfe\xff": "text in UTF-16; save it as UTF-8",
     b"\xef\xbb\xbf": "text with a byte order mark; save it as UTF-8 without one",

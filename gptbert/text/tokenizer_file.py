@@ -1,5 +1,6 @@
 """A tokenizer's JSON file as untrusted content: what it is, and whether the library can be given it."""
 
+import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ _MOST_BYTES = 1 << 26  # twice the size of the largest published ones
 _MOST_GROWTH = 10_000  # of a text's length by normalizers or decoders
 _TRAIN_ONE = "train one with tokenize_scripts/train_tokenizer.py"
 _EXPECTED = f"expected tokenizer.json, a file of the `tokenizers` library ({_TRAIN_ONE})"
+_TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* \d+")  # bytes in base64, and their number
 _START = 1 << 12  # bytes that are enough to recognize a file of another kind
 
 
@@ -45,9 +47,11 @@ def _kind_of_other(path: Path) -> str | None:
         return None  # which the error says
     if start.startswith(b"#version"):
         return "a list of merges (merges.txt), half of a tokenizer"
+    lines = start.splitlines()[: -1 if len(start) == _START else None]  # the last one may be cut
+    if lines and all(_TIKTOKEN.fullmatch(line) for line in lines):
+        return "a list of tokens for tiktoken"
     if path.suffix == ".model" or (start[:1] == b"\n" and b"\0" in start):
         return "a SentencePiece model"
-    lines = start.splitlines()[: -1 if len(start) == _START else None]  # the last one may be cut
     if len(lines) > 1 and b"\0" not in start and all(len(line.split()) <= 2 and b"{" not in line for line in lines):
         return "a list of tokens (vocab.txt)"
     return None
@@ -55,7 +59,7 @@ def _kind_of_other(path: Path) -> str | None:
 
 def _kind_of_object(content: dict[str, Any]) -> str | None:
     """What a JSON object is that has no tokenizer's model."""
-    if content.keys() & {"tokenizer_class", "added_tokens_decoder", "bos_token", "mask_token"}:
+    if content.keys() & {"tokenizer_class", "added_tokens_decoder", "bos_token", "mask_token", "unk_token"}:
         return "transformers' settings of a tokenizer"
     if content.keys() & {"hidden_size", "model_type"}:
         return "the configuration of a model"
