@@ -226,8 +226,6 @@ def _log_data(config: TrainConfig, inputs: Inputs, trainer: Trainer) -> None:
         log(line)
     if trainer.validation.share:
         log(f"validating on {trainer.validation.share} (--validation_steps)")
-    if config.valid_path.resolve() in {path.resolve() for path in config.train_path}:
-        log(f"warning: --valid_path {config.valid_path} is in --train_path, too, so its losses are of texts trained on")
     if trainer.pairs:
         log(str(trainer.pairs))
 

@@ -222,7 +222,7 @@ def test_corpora_are_known_by_their_content(inputs):
 
 def test_validation_on_training_texts_is_told(inputs, capfd):
     train(inputs, "on-itself", valid_path=inputs / "train.safetensors", max_steps=1)
-    assert "is in --train_path, too, so its losses are of texts trained on" in capfd.readouterr().err
+    assert "warning: at least 100.0% of the documents of --valid_path are in --train_path too" in capfd.readouterr().err
 
 
 def test_another_content_under_the_same_name_is_told(inputs, capfd):

@@ -22,8 +22,8 @@ WAITING_BATCHES = ENCODER_THREADS + 1  # being encoded, or waiting for the main 
 _WITH_ENDS = 4096  # sentences per call of the library
 WAITING_BYTES = (WAITING_BATCHES + 1) * BATCH_BYTES  # of their text, where single documents are larger than a batch
 SAMPLED = 20_000  # characters at most of a document that is looked at for what its tokens do not have
-FIRST = 100_000  # characters, of which every document is looked at
-ONE_OF = 100  # of the characters that follow: to look at one takes three times as long as to encode it
+FIRST = 50_000  # characters, of which every document is looked at
+ONE_OF = 500  # of the characters that follow: to look at one takes three times as long as to encode it
 
 
 def encode_documents(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator[tuple[np.ndarray, ...]]:
