@@ -22,14 +22,15 @@ ROOT = Path(__file__).parents[1]
 
 SLOWER = 1.03 if version("triton").startswith("3.6.") else 1.3  # how much of a bar others than Triton 3.7 may take
 COMMON = (
-    r"attention_context/.* d=64 T=(128|512) dropout$|cross_entropy/(sum|multiply|scale|rows bf16 V=(16384|65536)\b)|"
-    r"cross_entropy/rows fp\d\d V=(16384|65536)$|lamb/[^(]*$|span_mask/.*i64 T=(256|4096) spans to 3( |$)|"
-    r"depth_mix/.*(D=768|\d bf16$|sums)|gated_norm/.* bf16 D=(2560|2048|768|16|40)$|normalize/(add|.* D=(768|40|16)\b)|"
-    r"dropout/"
+    r"attention_context/.* d=64 T=(128|512) dropout$|cross_entropy/(sum|multiply|scale|rows bf16 V=(16384\b|65536$))|"
+    r"cross_entropy/rows fp\d\d V=16384$|lamb/(clip|norm [^(]*|moments [^(]*(stochastic|fp32 moments))$|"
+    r"lamb/update [^(]*(averages, bf16 copies|moments|moments, fp32 copies)$|"
+    r"span_mask/.*i64 T=(256|4096) spans to 3( |$)|"
+    r"depth_mix/.*(D=768|\d bf16$|sums)|gated_norm/.* bf16 D=(2560|768|40)$|normalize/(add|.* D=(768|40)\b)|dropout/"
 )
 WIDEST = (
     r"attention.* d=64 T=128 dropout$|cross_entropy/rows bf16 V=(16384|32768)$|"
-    r"lamb/(clip|norm bf16|moments .* stochastic|update .* averages, bf16)|"
+    r"lamb/(clip|norm bf16.*unal|moments bf16.*unal.*unal.*stochastic|update bf16.*unal.*averages, bf16)|"
     r"span_mask/.*i64 T=(512|4096) spans to 3$|depth_mix/.* bf16 D=768 dropout$|depth_mix/.* [67] bf16$|"
     r"gated_norm/.* bf16 D=2560$|normalize/(add (rows|parts)|.* bf16 D=768 dropout)$|dropout/.* bf16"
 )
