@@ -41,7 +41,8 @@ EXPORTED := export exported_masks exported_models adapters finetune
 # Files in the order of their names: the longest have few tests, and xdist would begin with those that have most.
 # Tests start a hundred processes, and each would compile our modules again if Python may not keep bytecode.
 test: export PYTHONDONTWRITEBYTECODE =
-test: lint $(OLDEST)
+test: install
+	$(MAKE) --jobs=2 lint $(OLDEST)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -n 2 --dist loadfile $(EXPORTED:%=tests/test_%.py)
 
