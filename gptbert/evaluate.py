@@ -151,7 +151,8 @@ def evaluate(settings: EvaluateSettings) -> None:
     evaluated = sum(int(values["count"]) for values in together.means().values())
     print(f"\n{evaluated:,} labels; {closing}")
     trained.explain()
-    if seen := [file for file in settings.input if file.resolve() in _trained_on(trained.path)]:
+    trained_on = _trained_on(trained.path)
+    if seen := [file for file in settings.input if file.resolve() in trained_on]:
         print(f"\n{seen[0]} is what the run was trained on (--train_path).")
     if of_run.validation_steps and not settings.validation_steps:
         print(f"\nAll rows; the run itself validated with --validation_steps {of_run.validation_steps}.")

@@ -5,7 +5,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-NUMPY_TYPE = "_get_np_dtype"  # name of the interpreter's function from Triton's types to NumPy's
+_NUMPY_TYPE = "_get_np_dtype"  # name of the interpreter's function from Triton's types to NumPy's
 
 
 def leave_out_dead_work() -> None:
@@ -32,9 +32,9 @@ def leave_out_dead_work() -> None:
         core.block_type.is_kept = True
         _keep_blocks(core.block_type, core.constexpr)
         _keep_shapes(core.tensor)
-        numpy_type = getattr(interpreter, NUMPY_TYPE, None)
+        numpy_type = getattr(interpreter, _NUMPY_TYPE, None)
         if numpy_type:
-            setattr(interpreter, NUMPY_TYPE, _kept_in_its_argument(numpy_type))
+            setattr(interpreter, _NUMPY_TYPE, _kept_in_its_argument(numpy_type))
 
 
 def _call(function: Any, *args: Any, **kwargs: Any) -> Any:

@@ -17,7 +17,7 @@ from gptbert.config import TrainConfig
 from gptbert.data.hybrid_plan import trained_objectives
 from gptbert.distributed.world import World
 from gptbert.errors import InputError
-from gptbert.io.files import delete, fsync_file
+from gptbert.io.files import delete, replacing
 from gptbert.io.json_file import read_object, write_json
 from gptbert.model.objective import Objective
 
@@ -61,11 +61,8 @@ class Best:
 
     def write(self, run_dir: Path) -> None:
         """Replace the file, atomically."""
-        temporary = run_dir / f".{BEST}"
-        write_json(temporary, asdict(self))
-        fsync_file(temporary)
-        temporary.replace(run_dir / BEST)
-        fsync_file(run_dir)
+        with replacing(run_dir / BEST) as file:
+            write_json(file, asdict(self))
 
 
 class BestCheckpoint:

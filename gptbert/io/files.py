@@ -57,11 +57,13 @@ def fsync_folder(folder: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Where to write a file that takes the place of `path` once the block ends; after an error, `path` is as it was."""
+    """Where to write what takes the place of the file `path` after the block, fsynced; an error leaves `path` alone."""
     temporary = path.with_name(f".{path.name}.new")
     try:
         yield temporary
+        fsync_file(temporary)
         temporary.replace(path)
+        fsync_file(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

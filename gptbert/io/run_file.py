@@ -110,7 +110,8 @@ def repeated(arguments: Sequence[str]) -> list[str]:
 def switch_with_value(settings: type, arguments: Sequence[str]) -> str:
     """A line on a switch with a truth value behind it, as other programs have them; empty if there is none."""
     switches = {field.name for field in dataclasses.fields(settings) if field.type is bool}
-    for name, value in zip(_names(arguments), (value for _, value in _pairs(arguments)), strict=True):
+    for flag, value in _pairs(arguments):
+        name = flag.removeprefix("no_")
         if name in switches and value.lower() in {"true", "false", "yes", "no", "on", "off", "0", "1"}:
             return f"--{name} {value}: is a switch without a value; --{name} is on, --no_{name} is off"
     return ""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from gptbert.io.files import replacing
 from gptbert.io.screen import log
 
 _LONGEST_RECORD = 1 << 20  # bytes; a longer line is damaged
@@ -21,13 +22,12 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, first_step: int) -> None:
-        temporary, broken = path.with_suffix(".tmp"), 0
-        with temporary.open("w", encoding="utf-8") as file:
+        broken = 0
+        with replacing(path) as new, new.open("w", encoding="utf-8") as file:
             for line, record in _lines(path):
                 broken += record is None
                 if record and record["step"] <= first_step:
                     file.write(line)
-        temporary.replace(path)
         if broken:
             log(f"{path}: {broken} line{'s'[: broken > 1]} without a whole record, as a crash leaves them, left out")
         self._path = path
