@@ -11,7 +11,7 @@ import re
 from decimal import Decimal
 
 from gptbert.checkpoint import manifest
-from gptbert.checkpoint.folder import WORD_CHECKPOINTS, list_word_checkpoints, saved_step, write_settings
+from gptbert.checkpoint.folder import WORD_CHECKPOINTS, WORDS, list_word_checkpoints, saved_step, write_settings
 from gptbert.checkpoint.weights import write_weights
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.data.progress import Progress
@@ -122,7 +122,7 @@ class WordCheckpoints:
                             write_weights(folder / f"{name}.safetensors", tensors, model_config)
                         write_settings(folder, self._config, model_config)
                         counts = {"words": self.words_before(step), "tokens": self._progress.tokens_before(step)}
-                        write_json(folder / "words.json", {"step": step, **counts})
+                        write_json(folder / WORDS, {"step": step, **counts})
                         manifest.write(folder)
 
 
