@@ -1,8 +1,8 @@
 """Launch every kernel as on a GPU, without a GPU: `python -m tests.dry_launch`.
 
-Triton's own launch path runs (argument binding, specialization, options, compilation for sm_90) up to the driver's
+Triton's own launch path runs (argument binding, specialization, options, the compiler's first stage) up to the driver's
 launch, which is replaced by a stub. This finds launcher bugs that TRITON_INTERPRET would hide, and compares what is
-compiled with `configurations()`.
+compiled with `configurations()`, whose machine code `kernels.inspect` builds.
 
 Prints a JSON list of launches, each once: check (the operation whose check made it), operation, kernel, types,
 constants, aligned arguments, num_warps, max_registers.
@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import sys
+import tempfile
 from types import SimpleNamespace
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -48,6 +49,23 @@ def record(source, metadata):
     return lambda *_: launches.setdefault((current["check"], kind), launch | current)
 
 
+def without_machine_code(_backend=None, stages=None, *_):
+    """Triton's hook into its compiler: stop after the first stage. Without stages it wants a key and a hash."""
+    if stages is None:
+        return "", ""
+    for stage in list(stages)[1:]:
+        del stages[stage]
+    stages["cubin"] = no_code
+    return None
+
+
+def no_code(_module, metadata):
+    """The compiler's last stage: an empty kernel."""
+    metadata |= dict.fromkeys(("shared", "tmem_size", "global_scratch_size", "profile_scratch_size"), 0)
+    metadata |= {"name": "none", "global_scratch_align": 1, "profile_scratch_align": 1}
+    return b""
+
+
 stand_in = SimpleNamespace(
     get_current_target=lambda: GPUTarget("cuda", 90, 32),
     get_current_device=lambda: 0,
@@ -63,14 +81,16 @@ stand_in = SimpleNamespace(
 def main() -> None:
     """Run the operations' checks, whose results are meaningless here, and print the recorded launches."""
     triton.runtime.driver.set_active(stand_in)
+    triton.knobs.runtime.add_stages_inspection_hook = without_machine_code
     kernels.backend.interpreted = lambda: True  # treat CPU tensors like a GPU's
     torch._assert_async = lambda *_: None  # kernels have not written the values that it asserts on
     fused.DTYPES["cpu"] = torch.bfloat16
     whole_rows.ROWS_INTERPRETED = whole_rows.ROWS
-    for op in sys.argv[1:] or TRITON_OPERATIONS:
-        current["check"] = op
-        for _ in importlib.import_module(f"kernels.{op}.check").comparisons(torch.device("cpu"), "triton"):
-            pass
+    with tempfile.TemporaryDirectory() as triton.knobs.cache.dir:  # of kernels that are empty
+        for op in sys.argv[1:] or TRITON_OPERATIONS:
+            current["check"] = op
+            for _ in importlib.import_module(f"kernels.{op}.check").comparisons(torch.device("cpu"), "triton"):
+                pass
     print(json.dumps(list(launches.values())))
 
 
