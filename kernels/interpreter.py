@@ -1,11 +1,13 @@
 """Triton's interpreter without work that has no effect, which is most of its time."""
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
 
-_NUMPY_TYPE = "_get_np_dtype"  # name of the interpreter's function from Triton's types to NumPy's
+# names of the interpreter's functions from Triton's types to NumPy's, and for the replacement of an operation
+_NUMPY_TYPE, _PATCH = "_get_np_dtype", "_patch_attr"
 
 
 def leave_out_dead_work() -> None:
@@ -16,6 +18,8 @@ def leave_out_dead_work() -> None:
        first call still does, since its module may name another part of the language.
     3. Each result makes its type, its shape and a table of NumPy's types anew. There are few types, so each keeps its
        own: its blocks, the shape of their tensors, and its NumPy type.
+    4. Operands of equal types or shapes are cast and broadcast nevertheless, in dozens of calls; and each operation of
+       the language is called through two others.
 
     Names of the interpreter that a version of Triton does not have are left alone.
     """
@@ -35,6 +39,12 @@ def leave_out_dead_work() -> None:
         numpy_type = getattr(interpreter, _NUMPY_TYPE, None)
         if numpy_type:
             setattr(interpreter, _NUMPY_TYPE, _kept_in_its_argument(numpy_type))
+        semantic: Any = getattr(interpreter, "interpreter_semantic", None)
+        if hasattr(semantic, "broadcast_impl_value") and hasattr(semantic, "binary_op_type_checking_impl"):
+            _broadcast_what_differs(semantic, core)
+            _cast_what_differs(semantic, core)
+        if semantic and hasattr(interpreter, _PATCH):
+            setattr(interpreter, _PATCH, functools.partial(_patch_directly, semantic))
 
 
 def _call(function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -51,8 +61,10 @@ def _keep_blocks(block_type: Any, constexpr: Any) -> None:
         sizes = tuple([size.value if isinstance(size, constexpr) else size for size in shape])
         blocks = element_ty.__dict__.setdefault("kept_blocks", {})
         if sizes not in blocks:
-            blocks[sizes] = object.__new__(cls)
-            make(blocks[sizes], element_ty, shape)
+            block = object.__new__(cls)
+            make(block, element_ty, shape)
+            block.kept_sizes = sizes
+            blocks[sizes] = block
         return blocks[sizes]
 
     block_type.__new__, block_type.__init__ = new, lambda *_: None
@@ -70,6 +82,52 @@ def _keep_shapes(tensor: Any) -> None:
             self.__dict__.update(kept, handle=handle)
 
     tensor.__init__ = init
+
+
+def _broadcast_what_differs(semantic: Any, core: Any) -> None:
+    own = semantic.broadcast_impl_value
+
+    def broadcast(lhs: Any, rhs: Any) -> tuple[Any, Any]:
+        if lhs.type is rhs.type:
+            return lhs, rhs
+        left, right = (operand.type.__dict__.get("kept_sizes", ()) for operand in (lhs, rhs))
+        if not left or len(left) != len(right):  # scalars, which become blocks, and other ranks
+            return own(lhs, rhs)
+        sizes = tuple(map(max, left, right))
+        if any(1 < size < wanted for size, wanted in zip(left + right, sizes * 2, strict=True)):  # a mistake
+            return own(lhs, rhs)
+        return reach(lhs, left, sizes), reach(rhs, right, sizes)
+
+    def reach(operand: Any, sizes: tuple[int, ...], wanted: tuple[int, ...]) -> Any:
+        if sizes == wanted:
+            return operand
+        wider = semantic.builder.create_broadcast(operand.handle, wanted)
+        return core.tensor(wider, core.block_type(operand.type.scalar, list(wanted)))
+
+    semantic.broadcast_impl_value = broadcast
+
+
+def _cast_what_differs(semantic: Any, core: Any) -> None:
+    own = semantic.binary_op_type_checking_impl
+
+    def check(lhs: Any, rhs: Any, *allowed: bool, **more: bool) -> tuple[Any, Any]:
+        # two tensors, and no division, whose operands may be cast also if they are of one type
+        if isinstance(lhs, core.tensor) and isinstance(rhs, core.tensor) and len(allowed) <= 2 and not more:
+            element = lhs.type.scalar
+            if element is rhs.type.scalar and not element.is_ptr():
+                return semantic.broadcast_impl_value(lhs, rhs)
+        return own(lhs, rhs, *allowed, **more)
+
+    semantic.binary_op_type_checking_impl = check
+
+
+def _patch_directly(semantic: Any, holder: Any, name: str, member: Any, _builder: Any, scope: Any) -> None:
+    function = getattr(member, "__wrapped__", member)
+
+    def call(*args: Any, _semantic: Any = None, **kwargs: Any) -> Any:
+        return function(*args, **kwargs, _semantic=semantic)
+
+    scope.set_attr(holder, name, call)
 
 
 def _kept_in_its_argument(function: Callable[[Any], Any]) -> Callable[[Any], Any]:

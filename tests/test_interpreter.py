@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import pytest
 import torch
 import triton
 import triton.language as tl
@@ -67,6 +68,39 @@ def test_blocks_differ_by_element_and_shape():
     others = [tl.block_type(tl.int32, [8, 4]), tl.block_type(tl.uint32, [4, 8]), tl.block_type(tl.int32, [32])]
     assert one not in others
     assert len({block.name for block in (one, *others)}) == 4
+
+
+def full(shape, value, dtype=tl.int32):
+    return interpreter.interpreter_semantic.full(shape, value, dtype)
+
+
+@pytest.mark.parametrize(
+    ("left", "right"), [([4, 8], [4, 8]), ([4, 1], [1, 8]), ([4, 8], [4, 1]), ([8], [4, 8]), ([], [8]), ([8], [])]
+)
+@pytest.mark.parametrize("dtype", [tl.int32, tl.uint32, tl.float32])
+def test_operands_meet_as_tritons_own_do(left, right, dtype):
+    semantic, operands = interpreter.interpreter_semantic, (full(left, 3), full(right, 5, dtype))
+    found = semantic.binary_op_type_checking_impl(*operands)
+    own = type(semantic)(interpreter.interpreter_builder).binary_op_type_checking_impl(*operands)
+    for ours, theirs in zip(found, own, strict=True):
+        assert ours.type == theirs.type
+        assert ours.handle.dtype == theirs.handle.dtype
+        assert (ours.handle.data == theirs.handle.data).all()
+        assert ours.handle.data.shape == theirs.handle.data.shape
+
+
+def test_operands_of_one_type_are_neither_cast_nor_broadcast(monkeypatch):
+    semantic = interpreter.interpreter_semantic
+    for name in ("cast", "to_tensor", "scalar_constant"):
+        monkeypatch.setattr(semantic, name, None)
+    one = semantic.add(semantic.arange(0, 8), semantic.arange(0, 8), sanitize_overflow=False)
+    monkeypatch.setattr(semantic.builder, "create_broadcast", None)
+    assert semantic.mul(one, one, sanitize_overflow=False).handle.data[7] == 14**2
+
+
+def test_shapes_that_do_not_meet_are_refused():
+    with pytest.raises(ValueError, match="incompatible dimensions at index 0: 4 and 8"):
+        interpreter.interpreter_semantic.add(full([4, 8], 1), full([8, 8], 1), sanitize_overflow=False)
 
 
 def test_it_can_be_asked_for_twice_and_of_a_version_without_these_names(monkeypatch):
