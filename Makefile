@@ -3,6 +3,9 @@ BIN := .venv/bin
 OLDEST := .venv/transformers-4.51
 TORCH ?= 2.11.0
 DEMO := demo
+# Python compiles what is imported; pip would compile all there is, which takes a minute.
+PIP := python -m pip install --quiet --disable-pip-version-check --no-compile
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: demo test test-torch test-faults fuzz soak lint lint-files docs bench clean install test-gpu gpu
 
@@ -10,7 +13,7 @@ install: .venv/.installed
 
 .venv/.installed: pyproject.toml setup.py constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" -c constraints.txt
+	$(BIN)/$(PIP) -e ".[dev]" -c constraints.txt
 	@touch $@
 
 # The main job on real text: Python's own documentation, one masked and one causal rank.
@@ -39,8 +42,6 @@ demo: install
 EXPORTED := export exported_masks exported_models adapters finetune
 
 # Files in the order of their names: the longest have few tests, and xdist would begin with those that have most.
-# Tests start a hundred processes, and each would compile our modules again if Python may not keep bytecode.
-test: export PYTHONDONTWRITEBYTECODE =
 test: install
 	$(MAKE) --jobs=2 lint $(OLDEST)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -48,7 +49,7 @@ test: install
 
 # The oldest transformers that exported folders promise to work with, beside the newest; its Trainer imports datasets.
 $(OLDEST): .venv/.installed Makefile
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ \
+	$(BIN)/$(PIP) --no-deps --upgrade --target $@ \
 		"transformers==4.51.3" "tokenizers~=0.21.0" "huggingface-hub~=0.30" "datasets~=3.5"
 	@touch $@
 
@@ -66,7 +67,7 @@ test-torch: .venv/torch-$(TORCH)/.installed
 # Triton 3.6, which PyTorch 2.11 brings, cannot interpret kernels with numpy 2.4.
 .venv/torch-%/.installed: pyproject.toml setup.py
 	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" $(if $(filter newest,$*),torch,"torch==$*") \
+	$(@D)/bin/$(PIP) -e ".[dev]" $(if $(filter newest,$*),torch,"torch==$*") \
 		$(if $(filter 2.11.%,$*),"numpy<2.4")
 	@touch $@
 
@@ -96,14 +97,14 @@ lint: install
 
 # Dockerfile, workflow and citation by their own linters.
 lint-files: install
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[lint]" -c constraints.txt
+	$(BIN)/$(PIP) -e ".[lint]" -c constraints.txt
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 
 # All pages as a site, in build/site; a link that leads nowhere is an error.
 docs: install
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]" -c constraints.txt
+	$(BIN)/$(PIP) -e ".[docs]" -c constraints.txt
 	$(BIN)/mkdocs build --strict
 
 # On a GPU, `pip install -e '.[bench]'` first adds the peers that need one. Passive, because OpenMP's threads otherwise
@@ -116,7 +117,7 @@ bench: install
 
 # Everything that a GPU can tell, in eight minutes, with a page in benchmarks/results. Peers stand beside it where pip finds them.
 gpu: install
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[bench]" || echo "without the peers of [bench]"
+	$(BIN)/$(PIP) -e ".[bench]" || echo "without the peers of [bench]"
 	$(BIN)/python -m benchmarks.gpu
 
 clean:

@@ -138,7 +138,7 @@ def test_short_runs_are_not_compiled(tmp_path, compiled, monkeypatch):
     inputs = write_inputs(tmp_path)
     config = parse(TrainConfig, flags(inputs))
     plan = HybridPlan(config, 1)
-    trace_only(monkeypatch)
+    trace_only(monkeypatch, backend="eager")
     if compiled:
         monkeypatch.setattr(plan, "tokens_before", lambda step: 10**12)
     trainer = Trainer(config, Inputs.open(config), plan, World(0, 1, CPU))
