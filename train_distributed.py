@@ -1,6 +1,9 @@
 """Train a hybrid GPT-BERT: `torchrun --nproc_per_node=4 train_distributed.py …`, or without torchrun as one process."""
 
-from gptbert.train import main
+from gptbert.io.imports import uncollected
+
+with uncollected():
+    from gptbert.train import main
 
 if __name__ == "__main__":
     main()

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from gptbert import __version__
+from gptbert.io.imports import uncollected
 
 _COMMANDS = {
     "split": ("tokenize_scripts.split_corpus", "split documents into train, validation and test"),
@@ -57,7 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.exit(1)
         sys.path.append(str(_CHECKOUT))
     sys.argv = [f"gptbert {name}", *rest]
-    importlib.import_module(module).main()
+    with uncollected():
+        command = importlib.import_module(module)
+    command.main()
 
 
 if __name__ == "__main__":

@@ -9,5 +9,6 @@
 - `torch_file`: reading untrusted `torch.save` files without running code.
 - `field_types`: fields of settings, as the command line gives them.
 - `run_file`: a command's flags in a YAML or TOML file.
+- `imports`: a command's imports, without garbage collections.
 - `screen`: lines above the progress bar, and tables.
 """
