@@ -59,7 +59,8 @@ def run_command(
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, signal.default_int_handler)
     try:
-        parsed = parse(settings, arguments)
+        with _while_read():
+            parsed = parse(settings, arguments)
     except InputError as error:
         _fail(str(error), 1)
     try:
@@ -99,7 +100,7 @@ def parse(settings: type[Settings], arguments: Sequence[str] | None = None) -> S
     except SystemExit as end:
         if end.code in {0, None}:  # --help
             if _speaks():
-                print(_refilled(output.getvalue()))
+                print(_refilled(output.getvalue()), flush=True)
             raise
         message = switch_with_value(settings, own) or _one_line(errors.getvalue())
         _fail(message + (file.origin(message, own) if file else ""), 2)

@@ -68,10 +68,11 @@ def test_without_a_checkout_there_are_no_benchmarks(tmp_path, monkeypatch, capsy
     assert capsys.readouterr().err == "error: gptbert bench: the benchmarks are in a checkout of gptbert only\n"
 
 
-def test_a_command_whose_reader_is_gone_ends_without_a_word():
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_a_command_whose_reader_is_gone_ends_without_a_word(arguments):
     program = (
         "from dataclasses import dataclass; from gptbert.command_line import run_command; "
-        "run_command(dataclass(type('Settings', (), {})), lambda _: print('a line'), [])"
+        f"run_command(dataclass(type('Settings', (), {{}})), lambda _: print('a line'), {arguments})"
     )
     for unbuffered in ("", "1"):
         reading, writing = os.pipe()
