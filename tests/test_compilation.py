@@ -112,7 +112,7 @@ def even_short_runs(monkeypatch):
 
 def test_a_whole_run_compiles_its_shapes_once(tmp_path, even_short_runs, monkeypatch):
     """Batch size, mask fraction and row length change, objectives alternate, and validation runs in between."""
-    trace_only(monkeypatch)
+    trace_only(monkeypatch, backend="eager")
     inputs = write_inputs(tmp_path)
     settings = {"mixed_precision": True, "seq_length_growth": True, "seq_length": 8}
     config = parse(TrainConfig, flags(inputs, **settings, max_steps=40, hybrid_denominator=2, hybrid_mode="batch"))

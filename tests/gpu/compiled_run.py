@@ -21,7 +21,7 @@ def always_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     for device in compile_choice.COMPILE_SECONDS:
         monkeypatch.setitem(compile_choice.COMPILE_SECONDS, device, 0.0)
     if DEVICE == "cpu":
-        trace_only(monkeypatch)
+        trace_only(monkeypatch, backend="eager")
 
 
 def main() -> None:
