@@ -187,7 +187,9 @@ def test_when_a_checkpoint_is_due(make_config):
 
     def due(name):
         return [
-            step for step in range(1, 21) if BestCheckpoint(make_config(keep_best=name, **settings), world).is_due(step)
+            step
+            for step in range(1, 21)
+            if BestCheckpoint(make_config(keep_best=name, **settings), world, "").is_due(step)
         ]
 
     assert due("validation/mlm/loss") == [6, 12, 18, 20]

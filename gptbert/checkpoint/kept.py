@@ -74,7 +74,7 @@ class BestCheckpoint:
         measured_on: what the record is measured on; see `Best`.
     """
 
-    def __init__(self, config: TrainConfig, world: World, measured_on: str = "") -> None:
+    def __init__(self, config: TrainConfig, world: World, measured_on: str) -> None:
         self._config = config
         self._measured_on = measured_on
         self._world = world
