@@ -62,7 +62,7 @@ TORCH_TESTS := torch_private compilation activation_checkpointing model trainer 
 # Beside the PyTorch of constraints.txt: any other, which brings its own Triton (a build for CUDA, some GB, on CPUs too).
 # TORCH=2.11.0 is the oldest; TORCH=newest takes what pip finds.
 test-torch: .venv/torch-$(TORCH)/.installed
-	.venv/torch-$(TORCH)/bin/python -m pytest -n 2 --dist loadfile $(TORCH_TESTS:%=tests/test_%.py)
+	GPTBERT_TEST_ALL_CODE=1 .venv/torch-$(TORCH)/bin/python -m pytest -n 2 --dist loadfile $(TORCH_TESTS:%=tests/test_%.py)
 
 # Triton 3.6, which PyTorch 2.11 brings, cannot interpret kernels with numpy 2.4.
 .venv/torch-%/.installed: pyproject.toml setup.py

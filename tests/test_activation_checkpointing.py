@@ -89,12 +89,8 @@ def test_less_is_kept_for_the_backward(dtype):
 
 @DTYPES
 def test_compiled_it_is_the_same_keeps_less_and_needs_no_code_of_its_own(dtype, monkeypatch):
-    """In fp32 up to Inductor, whose code takes a minute to compile: the choice of what is kept comes before it.
-
-    In bf16 the code is that of test_compilation.py, whose rows have 16 tokens too.
-    """
-    if dtype == torch.float32:
-        trace_only(monkeypatch, backend="aot_eager_decomp_partition")
+    """Up to Inductor, whose code takes a minute to compile: the choice of what is kept comes before it."""
+    trace_only(monkeypatch, backend="aot_eager_decomp_partition")
     model, length = make_model(), 16
     compile_blocks(model.blocks)
     plain = gradients(model, length=length, dtype=dtype)
