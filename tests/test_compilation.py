@@ -99,7 +99,7 @@ def test_rows_and_objectives_do_not_recompile():
 
 
 def test_without_unbacked_sizes_one_row_has_code_of_its_own(monkeypatch):
-    trace_only(monkeypatch)
+    trace_only(monkeypatch, backend="eager")
     monkeypatch.delattr("torch._dynamo.decorators.mark_unbacked")
     model, eager = make_model(), make_model()
     compile_blocks(model.blocks)
