@@ -16,17 +16,17 @@ from tests.gpu.tracing import trace_only
 from tests.lanes import DEVICE
 
 
-def always_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compile runs of any length; the rehearsal only traces, since Inductor takes minutes."""
+def always_compile(monkeypatch: pytest.MonkeyPatch, backend: str = "aot_eager") -> None:
+    """Compile runs of any length; the rehearsal only traces, to this backend, since Inductor takes minutes."""
     for device in compile_choice.COMPILE_SECONDS:
         monkeypatch.setitem(compile_choice.COMPILE_SECONDS, device, 0.0)
     if DEVICE == "cpu":
-        trace_only(monkeypatch, backend="eager")
+        trace_only(monkeypatch, backend=backend)
 
 
 def main() -> None:
     with pytest.MonkeyPatch.context() as patch:
-        always_compile(patch)
+        always_compile(patch, backend="eager")
         fit(parse(TrainConfig, sys.argv[1:]))
     print(counters["stats"]["unique_graphs"])
 
