@@ -11,7 +11,7 @@ from gptbert.checkpoint.weights import write_weights
 from gptbert.config import ModelConfig
 from gptbert.model import GPTBert
 from gptbert.text.tokenizer import load_tokenizer
-from tests.runs import write_inputs
+from tests.runs import assert_same, write_inputs
 
 SHAPE = ModelConfig(
     hidden_size=32,
@@ -58,3 +58,15 @@ def write_checkpoint(folder: Path) -> tuple[Path, dict[str, GPTBert]]:
     assert load_tokenizer(checkpoint / "tokenizer.json").get_vocab_size() < SHAPE.vocab_size
     manifest.write(checkpoint)
     return checkpoint, models
+
+
+def assert_same_model(one: torch.nn.Module, other: torch.nn.Module, *inputs: torch.Tensor) -> None:
+    """Two models of transformers have the same weights, bit for bit, and compute the same.
+
+    Their outputs may differ in the last bits: weights lie in memory where their file has them, and on some CPUs a
+    product's order of additions depends on the address.
+    """
+    assert_same(one.state_dict(), other.state_dict())
+    outputs = [{name: value for name, value in model(*inputs).items() if "logits" in name} for model in (one, other)]
+    assert outputs[0]
+    torch.testing.assert_close(*outputs, **CLOSE)
