@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from gptbert import __version__
+from gptbert.command_line import printing
 from gptbert.io.imports import uncollected
 
 _COMMANDS = {
@@ -39,12 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if name in {"-h", "--help"}:
         width = max(map(len, _COMMANDS)) + 2
         lines = (f"  {command:{width}}{what}" for command, (_, what) in _COMMANDS.items())
-        print(
-            "usage: gptbert COMMAND …, or gptbert --version\n", *lines, "\ngptbert COMMAND --help says more.", sep="\n"
-        )
+        with printing():
+            print("usage: gptbert COMMAND …, or gptbert --version\n", *lines, sep="\n")
+            print("\ngptbert COMMAND --help says more.")
         return
     if name == "--version":
-        print(f"gptbert {__version__}")
+        with printing():
+            print(f"gptbert {__version__}")
         return
     if name not in _COMMANDS:
         meant = get_close_matches(name, _COMMANDS, n=1)

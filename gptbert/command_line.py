@@ -6,7 +6,6 @@ import inspect
 import io
 import os
 import re
-import select
 import signal
 import sys
 import textwrap
@@ -21,6 +20,7 @@ from gptbert.errors import InputError, LostProcessError, SharedError, StoppedErr
 from gptbert.io import environment
 from gptbert.io.run_file import FLAG, named_file, repeated, switch_with_value, with_home
 from gptbert.io.screen import Lasting, log, provide_streams
+from gptbert.io.standard_output import StandardOutput, StandardOutputError
 
 Settings = TypeVar("Settings")
 
@@ -37,10 +37,10 @@ def run_command(
     """Parse the command line into `settings`, call `function` with it, and end the process.
 
     The exit status is 0 on success, 2 for a command line that cannot be parsed, 73 for an output that another process
-    is writing, 1 for other unusable input and for a run that lost a process, `STOPPED` for a run that a signal stopped
-    at a checkpoint, 130 after Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP at other times, all of which clean up, and 141 when
-    nobody reads what it prints any more. Errors common to all processes are printed by the first of each host; errors
-    of a single process by that process, with its rank.
+    is writing, 1 for other unusable input, for output that cannot be written and for a run that lost a process,
+    `STOPPED` for a run that a signal stopped at a checkpoint, 130 after Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP at other
+    times, all of which clean up, and 141 when nobody reads what it prints any more. Errors common to all processes are
+    printed by the first of each host; errors of a single process by that process, with its rank.
 
     Args:
         settings: a dataclass.
@@ -59,12 +59,12 @@ def run_command(
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, signal.default_int_handler)
     try:
-        with _while_read():
+        with printing():
             parsed = parse(settings, arguments)
     except InputError as error:
         _fail(str(error), 1)
     try:
-        with _while_read():
+        with printing():
             function(parsed)
     except SharedError as error:
         _fail(str(error), error.status)
@@ -104,6 +104,25 @@ def parse(settings: type[Settings], arguments: Sequence[str] | None = None) -> S
             raise
         message = switch_with_value(settings, own) or _one_line(errors.getvalue())
         _fail(message + (file.origin(message, own) if file else ""), 2)
+
+
+@contextlib.contextmanager
+def printing() -> Iterator[None]:
+    """Context manager for what prints: where standard output cannot be written, end the process.
+
+    Without a word and with status 141 if nobody reads it any more (`| head`); with a line and status 1 otherwise, as on
+    a full disk.
+    """
+    output: Any = StandardOutput(sys.stdout)
+    try:
+        with contextlib.redirect_stdout(output):
+            yield
+            output.flush()
+    except StandardOutputError as error:
+        sys.stdout = Lasting(sys.stdout)  # what waits in it must not fail again at the end
+        if isinstance(error.__cause__, BrokenPipeError):
+            _end("", 128 + signal.SIGPIPE)
+        _fail(str(error), 1, by_all=True)
 
 
 def make_callable(module: str, function: Callable[..., Any]) -> None:
@@ -187,21 +206,6 @@ def _end(message: str, status: int) -> NoReturn:
             Lasting(stream).flush()
         os._exit(status)
     sys.exit(status)
-
-
-@contextlib.contextmanager
-def _while_read() -> Iterator[None]:
-    """Context manager: when nobody reads what is printed any more (`| head`), end the process without a word."""
-    try:
-        yield
-        print(end="", flush=True)
-    except BrokenPipeError:
-        poll = select.poll()
-        poll.register(1, select.POLLOUT)
-        if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
-            raise  # of another pipe
-        sys.stdout = None  # or what waits in it would be written at the end
-        _end("", 128 + signal.SIGPIPE)
 
 
 def _speaks() -> bool:

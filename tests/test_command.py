@@ -1,15 +1,19 @@
 """The command `gptbert`: its first argument chooses another command, which has the rest."""
 
 import importlib
+import io
 import os
 import signal
 import subprocess
 import sys
 from importlib.metadata import entry_points
+from pathlib import Path
 
 import pytest
 
 from gptbert.__main__ import _COMMANDS, main
+from gptbert.command_line import printing
+from tests.runs import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -68,18 +72,63 @@ def test_without_a_checkout_there_are_no_benchmarks(tmp_path, monkeypatch, capsy
     assert capsys.readouterr().err == "error: gptbert bench: the benchmarks are in a checkout of gptbert only\n"
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"]])
-def test_a_command_whose_reader_is_gone_ends_without_a_word(arguments):
-    program = (
-        "from dataclasses import dataclass; from gptbert.command_line import run_command; "
-        f"run_command(dataclass(type('Settings', (), {{}})), lambda _: print('a line'), {arguments})"
-    )
-    for unbuffered in ("", "1"):
-        reading, writing = os.pipe()
-        os.close(reading)
+PRINTING = (
+    "from dataclasses import dataclass; from gptbert.command_line import run_command; "
+    "run_command(dataclass(type('Settings', (), {})), lambda _: print('a line'), ARGUMENTS)"
+)
+
+
+@pytest.fixture(
+    params=[
+        ["-c", PRINTING.replace("ARGUMENTS", "[]")],
+        ["-c", PRINTING.replace("ARGUMENTS", "['--help']")],
+        ["-m", "gptbert", "--help"],
+        ["-m", "gptbert", "--version"],
+    ],
+    ids=["result", "help", "gptbert --help", "gptbert --version"],
+)
+def printed_to(request):
+    """Returns a function that has a command print to a file descriptor; returns its status and its last words."""
+
+    def run(output, unbuffered=""):
         variables = os.environ | {"PYTHONUNBUFFERED": unbuffered}
         done = subprocess.run(
-            [sys.executable, "-c", program], env=variables, stdout=writing, stderr=subprocess.PIPE, check=False
+            [sys.executable, *request.param],
+            env=variables,
+            stdout=output,
+            stderr=subprocess.PIPE,
+            cwd=ROOT,
+            check=False,
         )
-        os.close(writing)
-        assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
+        return done.returncode, done.stderr.decode()
+
+    return run
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_command_whose_reader_is_gone_ends_without_a_word(printed_to, unbuffered):
+    reading, writing = os.pipe()
+    os.close(reading)
+    assert printed_to(writing, unbuffered) == (128 + signal.SIGPIPE, "")
+    os.close(writing)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is always full is Linux's")
+def test_output_on_a_full_disk_is_one_line(printed_to):
+    with Path("/dev/full").open("w") as full:
+        said = printed_to(full)
+    assert said == (1, "error: standard output cannot be written: No space left on device\n")
+
+
+@pytest.mark.parametrize(("encoding", "lines"), [("ascii", 1), ("cp1252", 1), ("utf-8", 0), ("utf-16", 0)])
+def test_what_an_encoding_lacks_becomes_an_escape(encoding, lines, monkeypatch, capsys):
+    """Names of files may have surrogates, which no encoding has."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    with printing():
+        print("één → \udcff\nmore →")
+    shown = "één → \udcff\nmore →".encode(encoding, "backslashreplace").decode(encoding)
+    assert stream.buffer.getvalue().decode(encoding) == f"{shown}\n"
+    assert capsys.readouterr().err.splitlines() == lines * [
+        f"standard output is in {encoding}: other characters become escapes; PYTHONIOENCODING=utf-8 keeps them"
+    ]

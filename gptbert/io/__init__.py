@@ -11,4 +11,5 @@
 - `run_file`: a command's flags in a YAML or TOML file.
 - `imports`: a command's imports, without garbage collections.
 - `screen`: lines above the progress bar, and tables.
+- `standard_output`: what a command prints: a full disk, and characters that an encoding lacks.
 """
