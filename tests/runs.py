@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from gptbert import evaluate
 from gptbert.checkpoint.folder import list_checkpoints
+from gptbert.monitoring import flops
 from gptbert.monitoring.records import read_records
 from gptbert.training import preparation
 from tests.lanes import DEVICE
@@ -46,7 +47,8 @@ MODEL = {
 
 TAKE_BF16 = "TAKE_BF16"  # in the environment of processes from `forked_ranks`: see `take_bf16`
 _CONTEXT = multiprocessing.get_context("forkserver" if DEVICE == "cpu" else "spawn")  # CUDA does not survive a fork
-_CONTEXT.set_forkserver_preload(["gptbert.train", "gptbert.command_line", "torch._dynamo"])
+_CONTEXT.set_forkserver_preload(["tests.preloaded"])
+flops._QUICK_SIZES["cpu"] = (64,)  # a run measures the CPU with products of 1024: a tenth of the time of a short one
 
 
 def write_inputs(folder: Path, train_characters: int = 60_000) -> Path:
