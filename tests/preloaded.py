@@ -14,5 +14,5 @@ from gptbert.io import imports  # noqa: F401
 from tests import runs  # noqa: F401
 
 parse(TrainConfig, [f"--{name}=none" for name in ("train_path", "valid_path", "config_file", "tokenizer_path")])
-gc.collect()
+gc.collect()  # no process looks for garbage in a million imported objects
 gc.freeze()

@@ -120,7 +120,7 @@ def test_output_on_a_full_disk_is_one_line(printed_to):
     assert said == (1, "error: standard output cannot be written: No space left on device\n")
 
 
-@pytest.mark.parametrize(("encoding", "lines"), [("ascii", 1), ("cp1252", 1), ("utf-8", 0), ("utf-16", 0)])
+@pytest.mark.parametrize(("encoding", "lines"), [("ascii", 1), ("cp1252", 1), ("utf-8", 0), ("UTF-16", 0)])
 def test_what_an_encoding_lacks_becomes_an_escape(encoding, lines, monkeypatch, capsys):
     """Names of files may have surrogates, which no encoding has."""
     stream = io.TextIOWrapper(io.BytesIO(), encoding)

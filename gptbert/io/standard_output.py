@@ -13,7 +13,7 @@ class StandardOutputError(OneLineError):
 
 
 class StandardOutput:
-    """Standard output whose failures are told from those of files: each becomes an `StandardOutputError`.
+    """Standard output whose failures are told from those of files: each becomes a `StandardOutputError`.
 
     Characters that its encoding lacks are written as escapes, as on standard error.
     """
@@ -38,7 +38,7 @@ class StandardOutput:
             self._stream.flush()
 
     def _say(self, encoding: str) -> None:
-        if not (self._has_said or encoding.startswith("utf")):  # UTF-8 lacks only bytes of files' names
+        if not (self._has_said or encoding.lower().startswith("utf")):  # UTF-8 lacks only bytes of files' names
             log(f"standard output is in {encoding}: other characters become escapes; PYTHONIOENCODING=utf-8 keeps them")
         self._has_said = True
 
