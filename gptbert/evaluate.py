@@ -7,7 +7,7 @@ checkpoint gives the numbers that the run logged for it. Texts are encoded as in
 
 import json
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,9 @@ import tyro
 from tqdm import tqdm
 
 from gptbert.checkpoint.folder import TOKENIZER, settings_if_any
+from gptbert.checkpoint.saved_model import corpora_seen
 from gptbert.command_line import run_command
+from gptbert.data.progress import corpus_digest
 from gptbert.data.token_store import TokenStore, token_dtype
 from gptbert.distributed.hardware import has_bf16
 from gptbert.distributed.world import World
@@ -151,19 +153,25 @@ def evaluate(settings: EvaluateSettings) -> None:
     evaluated = sum(int(values["count"]) for values in together.means().values())
     print(f"\n{evaluated:,} labels; {closing}")
     trained.explain()
-    trained_on = _trained_on(trained.path)
-    if seen := [file for file in settings.input if file.resolve() in trained_on]:
-        print(f"\n{seen[0]} is what the run was trained on (--train_path).")
+    if _is_trained_on(trained.path, settings.input, stores.values()):
+        print("\nThe data, or some of it, is what the run was trained on (--train_path).")
     if of_run.validation_steps and not settings.validation_steps:
         print(f"\nAll rows; the run itself validated with --validation_steps {of_run.validation_steps}.")
     if of_run.validation_steps is None and not settings.validation_steps and together.num_tokens > DEFAULT_TOKENS:
         print(f"\nAll rows; the run itself validates on {DEFAULT_TOKENS:,} tokens of a file, spread evenly over it.")
 
 
-def _trained_on(checkpoint: Path) -> set[Path]:
-    """The token files that a checkpoint's run was trained on, by its settings; relative ones from here."""
-    paths = settings_if_any(checkpoint).get("train_path")
-    return {Path(path).resolve() for path in (paths if isinstance(paths, list) else [paths]) if isinstance(path, str)}
+def _is_trained_on(checkpoint: Path, files: Iterable[Path], stores: Iterable[TokenStore]) -> bool:
+    """Whether a checkpoint's run was trained on any of the data, by their content or by its settings' --train_path.
+
+    Relative paths are looked for from here.
+    """
+    named = settings_if_any(checkpoint).get("train_path")
+    paths = {Path(path).resolve() for path in (named if isinstance(named, list) else [named]) if isinstance(path, str)}
+    digests = corpora_seen(checkpoint)
+    return any(file.resolve() in paths for file in files) or (
+        bool(digests) and any(corpus_digest(store) in digests for store in stores)
+    )
 
 
 def _first_tokens(stores: Mapping[str, TokenStore]) -> list[np.ndarray]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gptbert.checkpoint import manifest
+from gptbert.checkpoint.folder import list_checkpoints
 from gptbert.command_line import parse, run_command
 from gptbert.config import TrainConfig
 from gptbert.data.token_store import TokenStoreWriter
@@ -71,9 +72,21 @@ def test_all_rows_are_evaluated_unless_asked_otherwise(inputs, run_dir, tmp_path
 
 
 def test_data_that_the_run_was_trained_on_are_told(inputs, run_dir, tmp_path, capsys):
-    for name, is_told in (("train", True), ("valid", False)):
-        results(run_dir, tmp_path, inputs / f"{name}.safetensors", validation_steps=1)
-        assert ("is what the run was trained on (--train_path)" in capsys.readouterr().out) == is_told
+    """By name, by content under another name, and as the texts of which the token file was made."""
+    shutil.copy(inputs / "train.safetensors", tmp_path / "another.safetensors")
+    trained_on = (inputs / "train.safetensors", tmp_path / "another.safetensors", inputs / "train.jsonl")
+    others = (inputs / "valid.safetensors", inputs / "valid.jsonl")
+    for file in (*trained_on, *others):
+        results(run_dir, tmp_path, file, validation_steps=1)
+        assert ("is what the run was trained on (--train_path)" in capsys.readouterr().out) == (file in trained_on)
+
+
+def test_without_a_training_state_data_are_known_by_their_name(inputs, run_dir, tmp_path, capsys):
+    copy = shutil.copytree(list_checkpoints(run_dir)[-1], tmp_path / "checkpoint")
+    (copy / "training_state.pt").unlink()
+    manifest.write(copy)
+    results(copy, tmp_path, inputs / "train.safetensors", validation_steps=1)
+    assert "is what the run was trained on" in capsys.readouterr().out
 
 
 def test_texts_are_what_a_token_file_of_them_is(inputs, run_dir, tmp_path):

@@ -2,6 +2,7 @@
 
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,19 +74,32 @@ def tokens_seen(path: Path) -> int | None:
 
     Records say it too, but only at their own steps.
     """
+    tokens = _progress(path).get("tokens")
     with suppress(InputError):
         if (path / WORDS).is_file():
-            return _as_count(read_object(path / WORDS).get("tokens"))
+            tokens = read_object(path / WORDS).get("tokens")
+    return tokens if type(tokens) is int and tokens >= 0 else None
+
+
+def corpora_seen(path: Path) -> set[str]:
+    """Digests (`gptbert.data.progress.corpus_digest`) of what a checkpoint's run was trained on.
+
+    Empty if the checkpoint does not say.
+    """
+    corpora = _progress(path).get("corpora")
+    listed = corpora if isinstance(corpora, list) else []
+    return {str(corpus.get("digest")) for corpus in listed if isinstance(corpus, dict)}
+
+
+def _progress(path: Path) -> dict[str, Any]:
+    """What a checkpoint's training state says of its run's progress; empty if it has none."""
+    progress = None
+    with suppress(InputError):
         if (path / TRAINING_STATE).is_file():
             with TorchFile(path / TRAINING_STATE) as file:
                 state = file.value(build=lambda _: None)  # reads no tensor
             progress = state.get("progress") if isinstance(state, dict) else None
-            return _as_count(progress.get("tokens") if isinstance(progress, dict) else None)
-    return None
-
-
-def _as_count(value: object) -> int | None:
-    return value if type(value) is int and value >= 0 else None
+    return progress if isinstance(progress, dict) else {}
 
 
 def read_full_weights(path: Path, weights: str, config: ModelConfig) -> dict[str, Tensor]:

@@ -33,7 +33,7 @@ class CorpusProgress:
     """One corpus, and how far each objective has read it.
 
     Attributes:
-        digest: recognizes the content.
+        digest: recognizes the content, see `corpus_digest`.
         shuffle: distinguishes its shuffle from those of other corpora.
         length: tokens per epoch, including an `<s>` after each document.
         num_words: words per epoch, or None if not recorded.
@@ -106,7 +106,7 @@ class Progress:
         self._corpora, self._left_out = _recognized(inputs.train_stores, known)
         digests = [corpus.digest for corpus in self._corpora]
         self.has_same_corpora = [corpus.digest for corpus in known[: len(digests)]] == digests
-        self.validated_on = _digest(inputs.valid_store)
+        self.validated_on = corpus_digest(inputs.valid_store)
         before = {corpus.digest for corpus in known}
         self.changed_files = [
             f"--train_path {path}: was not read before, or its content has changed; read from its beginning"
@@ -262,7 +262,7 @@ def _recognized(
     """Each store's corpus, as known from a checkpoint or new, and the known ones that have no store."""
     left_out, corpora = list(known), []
     for number, store in enumerate(stores):
-        digest = _digest(store)
+        digest = corpus_digest(store)
         found = next((corpus for corpus in left_out if corpus.digest == digest), None)
         if found:
             left_out.remove(found)
@@ -278,7 +278,7 @@ def _recognized(
 
 def _with_present_digests(known: Sequence[CorpusProgress], stores: Sequence[TokenStore]) -> list[CorpusProgress]:
     """The corpora of a checkpoint of an earlier version, which digested the ends of a corpus alone."""
-    present = {_digest_of_ends(store): _digest(store) for store in stores}
+    present = {_digest_of_ends(store): corpus_digest(store) for store in stores}
     return [replace(corpus, digest=present.get(corpus.digest, corpus.digest)) for corpus in known]
 
 
@@ -290,7 +290,7 @@ def _digest_of_ends(store: TokenStore) -> str:
     return digest.hexdigest()
 
 
-def _digest(store: TokenStore) -> str:
+def corpus_digest(store: TokenStore) -> str:
     """Recognizes a corpus, however it is cut into files, by its sizes and its tokens: many, if they are too many."""
     digest = hashlib.sha256(f"{store.num_tokens} {store.num_documents}".encode())
     rest = max(0, store.num_tokens - _DIGESTED)
