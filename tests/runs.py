@@ -210,8 +210,9 @@ class Ranks:
     def communicate(self) -> tuple[str, int]:
         """Wait until all have ended, or one has failed, for which the others may wait; returns output and status."""
         deadline = time.monotonic() + 300
-        while self.poll() is None and time.monotonic() < deadline:
-            running = [process.sentinel for process in self.processes if process.is_alive()]
+        while running := [process.sentinel for process in self.processes if process.is_alive()]:
+            if self.poll() is not None or time.monotonic() > deadline:
+                break
             multiprocessing.connection.wait(running, timeout=deadline - time.monotonic())
         status = self.poll()
         self.kill()
@@ -291,10 +292,12 @@ def on_ranks(world_size: int, target: Callable[..., None], *arguments: object) -
     ranks = forked_ranks(world_size, _with_rank, target, *arguments, results)
     said: dict[int, Any] = {}
     for _ in range(300):
+        ended = [process.exitcode is not None for process in ranks]
         with contextlib.suppress(queue.Empty):
             while len(said) < len(ranks):
                 said.update([results.get(timeout=1)])
-        if len(said) == len(ranks) or any(process.exitcode for process in ranks):
+        # one that crashes once it has said its result, as gloo's threads may at the end, is no failure
+        if len(said) == len(ranks) or any(ended[rank] and rank not in said for rank in range(world_size)):
             break
     for process in ranks:
         process.join(60 if len(said) == len(ranks) else 0)
