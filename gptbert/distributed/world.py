@@ -25,6 +25,7 @@ from gptbert.errors import InputError, LostProcessError, SharedError, first_line
 from gptbert.io import environment
 
 _MOST_PROCESSES = 10**6
+_ended_groups: list[Any] = []  # kept until this process ends, see `_leave`
 REDUCE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of `--reduce_dtype`
 
 
@@ -147,10 +148,19 @@ def connect(config: TrainConfig) -> Iterator[World]:
         ) from error
     finally:
         if dist.is_initialized():
-            # DDP's reducer must not hold the last reference to the group: its destructor would wait for gloo's threads
-            # while holding the GIL, which they may need: a deadlock
-            gc.collect()
-            dist.destroy_process_group()
+            _leave(backend)
+
+
+def _leave(backend: str) -> None:
+    """Destroy the process group.
+
+    The reducer of a DDP model that is freed now or later must not hold the last reference to the group: its destructor
+    would wait for gloo's threads while holding the GIL, which they may need: a deadlock.
+    """
+    gc.collect()
+    if backend == "gloo":
+        _ended_groups.append(dist.group.WORLD)
+    dist.destroy_process_group()
 
 
 @dataclass(frozen=True)
