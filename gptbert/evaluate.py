@@ -153,25 +153,25 @@ def evaluate(settings: EvaluateSettings) -> None:
     evaluated = sum(int(values["count"]) for values in together.means().values())
     print(f"\n{evaluated:,} labels; {closing}")
     trained.explain()
-    if _is_trained_on(trained.path, settings.input, stores.values()):
-        print("\nThe data, or some of it, is what the run was trained on (--train_path).")
+    if seen := _seen_in_training(trained.path, settings.input, stores.values()):
+        print(f"\n{seen} is what the run was trained on (--train_path).")
     if of_run.validation_steps and not settings.validation_steps:
         print(f"\nAll rows; the run itself validated with --validation_steps {of_run.validation_steps}.")
     if of_run.validation_steps is None and not settings.validation_steps and together.num_tokens > DEFAULT_TOKENS:
         print(f"\nAll rows; the run itself validates on {DEFAULT_TOKENS:,} tokens of a file, spread evenly over it.")
 
 
-def _is_trained_on(checkpoint: Path, files: Iterable[Path], stores: Iterable[TokenStore]) -> bool:
-    """Whether a checkpoint's run was trained on any of the data, by their content or by its settings' --train_path.
+def _seen_in_training(checkpoint: Path, files: Iterable[Path], stores: Iterable[TokenStore]) -> str:
+    """Which of the data a checkpoint's run was trained on: the first file that its --train_path names, from here.
 
-    Relative paths are looked for from here.
+    Or else "The data", where their content says so; empty if nothing says so.
     """
     named = settings_if_any(checkpoint).get("train_path")
     paths = {Path(path).resolve() for path in (named if isinstance(named, list) else [named]) if isinstance(path, str)}
+    if named_here := next((file for file in files if file.resolve() in paths), None):
+        return str(named_here)
     digests = corpora_seen(checkpoint)
-    return any(file.resolve() in paths for file in files) or (
-        bool(digests) and any(corpus_digest(store) in digests for store in stores)
-    )
+    return "The data" if digests and any(corpus_digest(store) in digests for store in stores) else ""
 
 
 def _first_tokens(stores: Mapping[str, TokenStore]) -> list[np.ndarray]:
