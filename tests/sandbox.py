@@ -47,7 +47,7 @@ class Sandbox:
         """
         if self._child is None:
             self._child = subprocess.Popen(
-                [sys.executable, "-m", "tests.sandbox", str(self.folder)],
+                [sys.executable, "-B", "-m", "tests.sandbox", str(self.folder)],  # -B: bytecode would be a write
                 cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=(self.folder / "stderr").open("wb"),
             )  # fmt: skip
             assert self._answer(SECONDS * 4) == {"ready": True}
