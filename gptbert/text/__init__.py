@@ -18,6 +18,6 @@
 - `tokenizer`: loading it, normalized; its special tokens and its hash.
 - `special_tokens`: the special tokens and their ids.
 - `splitting`: normalizer, splitter and decoder of a new tokenizer.
-- `prefix`: what tokenizers put in front of a text, and encoding without it.
+- `tokenizer_parts`: a tokenizer without the space in front of texts, or without its normal form.
 - `encoding`: documents and sentences to token ids, and back; what of a text no token has.
 """

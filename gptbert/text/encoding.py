@@ -2,18 +2,18 @@
 
 import re
 import unicodedata
+from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import chain
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from gptbert.errors import InputError
-from gptbert.text.prefix import without_prefix
 from gptbert.text.special_tokens import BOS_ID
 from gptbert.text.tokenizer import special_names
+from gptbert.text.tokenizer_parts import is_in_form, without_normal_form, without_prefix
 
 BATCH_BYTES = 2_000_000  # of text per call of the library, which takes some 100 bytes per token, at most one per byte
 DOCUMENT_OVERHEAD = 500  # memory of a short document's objects, in bytes of text
@@ -22,7 +22,7 @@ WAITING_BATCHES = ENCODER_THREADS + 1  # being encoded, or waiting for the main 
 _WITH_ENDS = 4096  # sentences per call of the library
 WAITING_BYTES = (WAITING_BATCHES + 1) * BATCH_BYTES  # of their text, where single documents are larger than a batch
 SAMPLED = 20_000  # characters at most of a document that is looked at for what its tokens do not have
-FIRST = 50_000  # characters, of which every document is looked at
+FIRST = 20_000  # characters, of which every document is looked at
 ONE_OF = 500  # of the characters that follow: to look at one takes three times as long as to encode it
 
 
@@ -43,21 +43,28 @@ def encode_documents(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator
     tokenizer.encode_special_tokens = True
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    faster, form = without_normal_form(tokenizer) or (tokenizer, None)
+    faster.encode_special_tokens = True
 
     def encode(batch: list[str]) -> tuple[list[Encoding], list[int]]:
-        return tokenizer.encode_batch_fast(batch, add_special_tokens=False), [len(text.split()) for text in batch]
+        in_form = [form is not None and is_in_form(text, form) for text in batch]
+        encodings = {}
+        for is_such, encoder in ((False, tokenizer), (True, faster)):
+            part = [text for text, of_part in zip(batch, in_form, strict=True) if of_part == is_such]
+            encodings[is_such] = iter(encoder.encode_batch_fast(part, add_special_tokens=False))
+        return [next(encodings[is_such]) for is_such in in_form], [len(text.split()) for text in batch]
 
     waiting: deque[tuple[int, Future[tuple[list[Encoding], list[int]]]]] = deque()
-    encoder = ThreadPoolExecutor(ENCODER_THREADS)
+    threads = ThreadPoolExecutor(ENCODER_THREADS)
     try:
         for size, batch in _batches(documents):
-            waiting.append((size, encoder.submit(encode, batch)))
+            waiting.append((size, threads.submit(encode, batch)))
             while len(waiting) > WAITING_BATCHES or sum(size for size, _ in waiting) > WAITING_BYTES:
                 yield _to_arrays(*waiting.popleft()[1].result())
         while waiting:
             yield _to_arrays(*waiting.popleft()[1].result())
     finally:
-        encoder.shutdown(cancel_futures=True)
+        threads.shutdown(cancel_futures=True)
 
 
 class LostText:
@@ -115,7 +122,8 @@ def lost_characters(tokenizer: Tokenizer, text: str, unknown: int | None) -> tup
     changes = np.zeros(len(text) + 1, np.int64)
     np.add.at(changes, places[:, 0], 1)
     np.add.at(changes, places[:, 1], -1)
-    counted = np.array([unicodedata.category(character)[0] not in "ZC" for character in text], bool)
+    is_counted = {character: unicodedata.category(character)[0] not in "ZC" for character in set(text)}
+    counted = np.fromiter(map(is_counted.__getitem__, text), bool, len(text))
     return int(counted.sum()), int((counted & (changes.cumsum()[:-1] == 0)).sum())
 
 
@@ -248,5 +256,7 @@ def _batches(documents: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
 
 def _to_arrays(encodings: list[Encoding], words: list[int]) -> tuple[np.ndarray, ...]:
     lengths = np.fromiter(map(len, encodings), np.int64, count=len(encodings))
-    ids = chain.from_iterable(encoding.ids for encoding in encodings)
-    return np.fromiter(ids, np.uint32, count=int(lengths.sum())), lengths, np.array(words, np.int64)
+    ids = array("I")
+    for encoding in encodings:
+        ids.fromlist(encoding.ids)  # the fastest way from a list of integers
+    return np.asarray(ids, np.uint32), lengths, np.array(words, np.int64)
