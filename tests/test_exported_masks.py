@@ -36,7 +36,7 @@ def model(exported):
 
 
 def load(auto, folder, **settings):
-    return auto.from_pretrained(folder, trust_remote_code=True, **settings).eval()
+    return auto.from_pretrained(folder, trust_remote_code=True, **settings).eval().double()
 
 
 def some_ids(rows=3, length=LENGTH):

@@ -36,6 +36,8 @@ from tests.runs import flags, losses, on_ranks, train, write_inputs
 CPU = torch.device("cpu")
 # ranks have different numbers of micro-batches, in training and in validation
 UNEVEN = {"local_batch_size": 3, "global_batch_size": 13, "validation_steps": 1}
+# relative, of losses: what fp32 rounding grows to over the steps, 1.1e-5 at most so far; an error of 1 % comes to 1.1e-4
+CLOSE = 4e-5
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +75,7 @@ def test_a_run_does_not_depend_on_sharding(inputs, one, ranks, settings):
     name = f"fsdp-{ranks}-{settings['hybrid_mode']}"
     settings = UNEVEN | {"config_file": inputs / "no_dropout.json", "parallel": "fsdp"} | settings
     records = train(inputs, name, ranks, **settings, save_every=10)
-    assert all_losses(records) == pytest.approx(all_losses(one), rel=1e-5)
+    assert all_losses(records) == pytest.approx(all_losses(one), rel=CLOSE)
     config = ModelConfig.from_json(inputs / "no_dropout.json")
     ours, theirs = (whole(list_checkpoints(inputs / "runs" / run)[-1], config) for run in (name, "one"))
     for weights in ("model", "ema"):
@@ -107,7 +109,7 @@ def test_shards_are_taken_up_in_other_numbers(inputs, one, ranks, settings):
     records = train(inputs, f"second-half-{ranks}", ranks, **common | settings, resume=half_way)
     wanted = [record for record in one if record["step"] > 10]
     assert len(losses(records)) == 3 * 10 + 2
-    assert losses(records) == pytest.approx(losses(wanted), rel=1e-5)
+    assert losses(records) == pytest.approx(losses(wanted), rel=CLOSE)
 
 
 def test_a_sharded_checkpoint_becomes_an_ordinary_one(inputs, one, capfd):
