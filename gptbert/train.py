@@ -201,7 +201,7 @@ def _of_this_run(config: TrainConfig, path: Path | None, step: int, world: World
 
     A checkpoint is saved before the validation of its step, so a run may end between the two. Every rank must call it.
     """
-    is_own = path is not None and path.resolve().parents[1] == config.run_dir.resolve()
+    is_own = path is not None and any(map(path.samefile, list_checkpoints(config.run_dir)))
     every = {"validation": config.validate_every} | ({"pairs": config.score_every} if config.pairs_path else {})
     due = [name for name in every if step <= config.max_steps and schedules.is_due(step, every[name], config.max_steps)]
     metrics = config.run_dir / "metrics.jsonl"

@@ -1,6 +1,7 @@
 """Checkpoints: complete or absent, the newest kept, found again; a damaged one is refused with a one-line error."""
 
 import dataclasses
+import errno
 import json
 import re
 import shutil
@@ -178,6 +179,35 @@ def test_a_save_killed_half_way_is_no_checkpoint_and_is_cleaned_up(run, save, mo
     assert find(dataclasses.replace(run, resume="auto")).name == "step_00000001"
     save(3)  # a different step from the interrupted one
     assert names(run) == ["step_00000001", "step_00000003"]
+
+
+def test_an_old_one_that_cannot_be_deleted_ends_no_run(run, save, monkeypatch, capsys):
+    """As on NFS, while another program has a file of it open."""
+
+    def busy(path, *args, **options):
+        raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+
+    for step in (1, 2):
+        save(step)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", busy)
+        assert save(3).is_dir()
+    assert "step_00000001: cannot be deleted whole ([Errno 16] Device or resource busy" in capsys.readouterr().err
+    assert [path.name for path in list_checkpoints(run.run_dir)] == ["step_00000002", "step_00000003"]
+    save(4)
+    assert names(run) == ["step_00000003", "step_00000004"]
+
+
+def test_of_a_link_to_a_checkpoint_the_link_is_deleted(run, save, tmp_path):
+    """Someone has moved checkpoints to another disk, and left links in their places."""
+    moved = [save(step).rename(tmp_path / f"moved {step}") for step in (1, 2)]
+    for step, path in enumerate(moved, start=1):
+        (run.run_dir / "checkpoints" / f"step_{step:08d}").symlink_to(path)
+    save(2)
+    assert not (run.run_dir / "checkpoints" / "step_00000002").is_symlink()
+    save(3)
+    assert names(run) == ["step_00000002", "step_00000003"]
+    assert all((path / "training_state.pt").is_file() for path in moved)
 
 
 def test_a_deletion_killed_half_way_is_cleaned_up(run, save, monkeypatch):

@@ -5,6 +5,7 @@ The phases send the signal themselves, so that nothing depends on the machine's 
 
 import contextlib
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -278,6 +279,18 @@ def test_a_validation_that_a_kill_ended_is_made_up(inputs, undisturbed, monkeypa
     assert_same_end(run_dir, undisturbed)
     run(inputs, name, save_every=6)
     assert validated(run_dir) == [6, 12], "and done once"
+
+
+def test_it_is_made_up_where_checkpoints_lie_behind_a_link(inputs, undisturbed, tmp_path):
+    run_dir = inputs / "runs" / "linked"
+    shutil.copytree(undisturbed, run_dir)
+    (run_dir / "checkpoints").rename(tmp_path / "on another disk")
+    (run_dir / "checkpoints").symlink_to(tmp_path / "on another disk")
+    metrics = run_dir / "metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:-1]))
+    assert validated(run_dir) == [6]
+    run(inputs, "linked")
+    assert_same_end(run_dir, undisturbed)
 
 
 def stopped_rank(rank, arguments, results):

@@ -6,7 +6,7 @@ The best one's checkpoint is complete before best.json names it, and the former 
 """
 
 import math
-import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from gptbert.checkpoint.folder import CHECKPOINTS, list_checkpoints, step_of_nam
 from gptbert.config import TrainConfig
 from gptbert.data.hybrid_plan import trained_objectives
 from gptbert.distributed.world import World
-from gptbert.errors import InputError
-from gptbert.io.files import delete, replacing
+from gptbert.errors import InputError, first_line
+from gptbert.io.files import delete, remove, replacing
 from gptbert.io.json_file import read_object, write_json
+from gptbert.io.screen import log
 from gptbert.model.objective import Objective
 
 BEST = "best.json"
@@ -158,11 +159,14 @@ def check_best(config: TrainConfig) -> None:
 def delete_leftovers(folder: Path) -> None:
     """Delete what saves and deletions that were killed left in a folder of checkpoints."""
     for leftover in folder.glob(".step_*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        with suppress(OSError):
+            remove(leftover)
 
 
 def delete_old(final: Path, config: TrainConfig) -> None:
     """Delete all but the newest `keep_checkpoints`, which include the one just written, and those kept besides.
+
+    What cannot be deleted, such as a file that another program holds open on NFS, is said and left for the next time.
 
     Args:
         final: the checkpoint just written.
@@ -173,4 +177,7 @@ def delete_old(final: Path, config: TrainConfig) -> None:
     others = [folder for folder in list_checkpoints(config.run_dir) if folder != final]
     others = [folder for folder in others if step_of_name(folder) not in besides]
     for folder in others[: max(0, len(others) + 1 - config.keep_checkpoints)]:
-        delete(folder)
+        try:
+            delete(folder)
+        except OSError as error:
+            log(f"{folder}: cannot be deleted whole ({first_line(error)}); the next save tries again")

@@ -71,20 +71,28 @@ def replacing(path: Path) -> Iterator[Path]:
 def publish(temporary: Path, final: Path) -> None:
     """Fsync a complete folder and rename it to its final name, replacing any existing one."""
     fsync_folder(temporary)
-    if final.exists():
+    if os.path.lexists(final):
         delete(final)
     temporary.rename(final)
     fsync_file(final.parent)
 
 
 def delete(folder: Path) -> None:
-    """Delete a folder; a kill halfway leaves nothing that looks complete."""
-    shutil.rmtree(move_away(folder, f".{folder.name}.deleted"))
+    """Delete a folder, as `remove` does; a kill halfway leaves nothing that looks complete."""
+    remove(move_away(folder, f".{folder.name}.deleted"))
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder, or a link to one, but not what the link leads to."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)
 
 
 def move_away(folder: Path, name: str) -> Path:
     """Rename a folder, replacing any existing one."""
     there = folder.with_name(name)
-    if there.exists():
-        shutil.rmtree(there)
+    if os.path.lexists(there):
+        remove(there)
     return folder.rename(there)
