@@ -151,7 +151,7 @@ class Trainer:
     def _train(self, trackers: Trackers, samples: Samples, rows: Prefetcher[list[LoadedShare]], bar: tqdm) -> None:
         """Raises StopRequested between steps, or between the parts of a validation."""
         config = self.config
-        throughput = Throughput(self.plan.tokens_before(self.step))
+        throughput = Throughput(self.plan.tokens_before(self.step), self.sums.num_labels(self.world))
         while self.step < config.max_steps:
             with throughput.waiting():
                 step_rows = self._next_rows(rows)

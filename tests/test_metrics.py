@@ -5,10 +5,15 @@ import math
 import pytest
 import torch
 
+from gptbert.config import ModelConfig, TrainConfig
+from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.distributed.world import World
 from gptbert.model.objective import Objective
+from gptbert.monitoring import training_record
 from gptbert.monitoring.metrics import LossSums, Throughput, perplexity, training_losses
+from gptbert.monitoring.training_record import TrainingRecord
 from kernels import MaskedCrossEntropy
+from tests.runs import MODEL
 
 CPU = torch.device("cpu")
 
@@ -73,6 +78,22 @@ def test_the_loss_of_a_record_is_weighted_by_objective():
             assert record[f"train/{objective.value}/{name}"] == values[name]
     assert len(record) == 12
     assert training_losses({}, {}) == {}
+
+
+def test_a_resumed_runs_first_record_has_its_own_share_of_labels(monkeypatch, tmp_path):
+    """Its losses are of all labels since the last record, its speed is of the tokens since the resume."""
+    shares = []
+    monkeypatch.setattr(training_record, "measure_matmul_flops", lambda *_, **__: 1.0)
+    monkeypatch.setattr(training_record, "training_flops", lambda _, length, share: shares.append(share) or 1.0)
+    files = dict.fromkeys(("train_path", "valid_path", "config_file", "tokenizer_path"), tmp_path)
+    config = TrainConfig(**files, max_steps=10, seq_length=8, global_batch_size=2, batch_reduction=1)
+    sums, plan = LossSums(ALONE.device), HybridPlan(config, 1)
+    record = TrainingRecord(config, ModelConfig(**MODEL), plan, ALONE)
+    sums.add(result(clm=(0.0, 0.0, 0, plan.tokens_before(9))))
+    throughput = Throughput(plan.tokens_before(9), sums.num_labels(ALONE))
+    sums.add(result(clm=(0.0, 0.0, 0, 8)))
+    record(10, sums.means(ALONE), torch.tensor(1.0), throughput)
+    assert shares == [0.5]
 
 
 def test_throughput_leaves_pauses_out_and_knows_what_was_waiting(monkeypatch):

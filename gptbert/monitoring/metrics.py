@@ -56,6 +56,10 @@ class LossSums:
         elif world.is_main:
             self.sums.copy_(sum(state["sums"] for state in states))
 
+    def num_labels(self, world: World) -> float:
+        """Labels of all ranks and objectives; every rank must call it."""
+        return sum(values["count"] for values in self.means(world).values())
+
     def means(self, world: World) -> dict[Objective, dict[str, float]]:
         """Means over all ranks' labels, for each objective that has any; every rank must call it."""
         sums = world.all_reduce_sum(self.sums.clone()).tolist()
@@ -96,10 +100,12 @@ class Throughput:
 
     Attributes:
         tokens: tokens seen at the last call of `since_last`, or at the start.
+        labels: of tokens before the start that count in the first record, as a resumed run's may; then 0.
     """
 
-    def __init__(self, tokens: int) -> None:
+    def __init__(self, tokens: int, labels: float = 0) -> None:
         self.tokens = tokens
+        self.labels = labels
         self._since = time.perf_counter()
         self._waited = 0.0
 
@@ -112,7 +118,7 @@ class Throughput:
         now = time.perf_counter()
         seconds = now - self._since
         rate, share = (tokens - self.tokens) / seconds, self._waited / seconds
-        self.tokens, self._since, self._waited = tokens, now, 0.0
+        self.tokens, self.labels, self._since, self._waited = tokens, 0, now, 0.0
         return rate, share
 
     @contextmanager

@@ -54,7 +54,7 @@ class TrainingRecord:
         )
 
     def _speed(self, step: int, tokens: int, labels: float, throughput: Throughput) -> dict[str, float]:
-        before = throughput.tokens
+        before, labels = throughput.tokens, labels - throughput.labels
         rate, waiting = throughput.since_last(tokens)
         length = schedules.sequence_length(self._config, step - 1)
         flops = training_flops(self._model_config, length, labels / max(1, tokens - before))
