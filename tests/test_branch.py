@@ -83,6 +83,30 @@ def test_a_branch_that_was_stopped_goes_on_as_it_began(inputs, stable, tmp_path)
     assert line == "a branch from step 3: the learning rate falls from 0.004 there to 0 at step 11"
 
 
+def test_settings_that_a_crash_damaged_are_not_those_of_the_branch(inputs, stable):
+    changes = {"branch_from": at(stable, 3), "max_steps": 6, "resume": "auto", "save_every": 1, "keep_checkpoints": 9}
+    fit(config(inputs, "crashed", **changes))
+    run_dir = inputs / "runs" / "crashed"
+    (at(run_dir, 6) / "train_config.json").write_text("")
+    saved = json.loads((at(run_dir, 5) / "train_config.json").read_text())
+    (at(run_dir, 5) / "train_config.json").write_text(json.dumps(saved | {"learning_rate": 1.0}))
+    fit(config(inputs, "crashed", **changes))
+    assert rates(run_dir) == pytest.approx([4e-3, 4e-3 * 2 / 3, 4e-3 / 3])
+    assert sorted(path.name for path in (run_dir / "checkpoints").glob("*.damaged")) == [
+        "step_00000005.damaged", "step_00000006.damaged",
+    ]  # fmt: skip
+    assert [path.name for path in list_checkpoints(run_dir)] == ["step_00000004", "step_00000005", "step_00000006"]
+
+
+def test_a_run_that_is_no_branch_or_another_one_is_left_alone(inputs, stable):
+    asked = {"branch_from": at(stable, 3), "resume": "auto"}
+    with pytest.raises(InputError, match=r"the run 'stable' has checkpoints already, and is no branch; give another"):
+        branched(config(inputs, "stable", max_steps=200, **asked))
+    fit(config(inputs, "later", branch_from=at(stable, 4), max_steps=6))
+    with pytest.raises(InputError, match=r"'later' has checkpoints already, and is a branch from step 4; give another"):
+        branched(config(inputs, "later", max_steps=6, **asked))
+
+
 @pytest.mark.parametrize(
     ("schedule", "step", "peak"), [("cosine", 3, 0.55e-3), ("trapezoid", 5, 0.5e-3), ("constant", 5, 1e-3)]
 )

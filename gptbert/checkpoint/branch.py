@@ -1,12 +1,23 @@
 """`--branch_from`: an ending of its own for a run, from one of its checkpoints."""
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 from gptbert import schedules
-from gptbert.checkpoint.folder import TRAINING_STATE, list_checkpoints, newest_in, read_settings, saved_step
+from gptbert.checkpoint import manifest
+from gptbert.checkpoint.folder import (
+    TRAIN_CONFIG,
+    TRAINING_STATE,
+    list_checkpoints,
+    newest_in,
+    read_settings,
+    saved_setting,
+    saved_step,
+    step_of_name,
+)
 from gptbert.config import TrainConfig
 from gptbert.errors import InputError, prefix_errors
 
@@ -24,7 +35,7 @@ def branched(config: TrainConfig) -> tuple[TrainConfig, str]:
         The settings, `resume` among them, and a line for the log; without `--branch_from`, `config` and "".
 
     Raises:
-        InputError: it is not a checkpoint, or the run ends before it.
+        InputError: it is not a checkpoint, or the run ends before it, or has checkpoints of something else.
     """
     if config.branch_from is None:
         return config, ""
@@ -35,10 +46,17 @@ def branched(config: TrainConfig) -> tuple[TrainConfig, str]:
         if value:
             raise InputError(f"--branch_from and {name} name two starts; leave one out")
     first: int | None
-    own = list_checkpoints(config.run_dir) if config.resume == "auto" else []
+    own = _newest_of(config) if config.resume == "auto" else None
     if own:
-        then = _Rate.of(own[-1])
+        then = _Rate.of(own)
         peak, first = then.peak, then.max_steps - then.cooldown_steps
+        is_branch = saved_setting(own, "branch_from") is not None
+        if not is_branch or step_of_name(config.branch_from) not in {None, first}:
+            what = f"a branch from step {first}" if is_branch else "no branch"
+            raise InputError(
+                f"--branch_from {config.branch_from}: the run {config.name!r} has checkpoints already, and is {what}; "
+                "give another --name"
+            )
     else:
         with prefix_errors("--branch_from"):
             path = newest_in(config.branch_from)
@@ -57,6 +75,19 @@ def branched(config: TrainConfig) -> tuple[TrainConfig, str]:
     proportion = (config.max_steps - first) / config.max_steps
     line = f"a branch from step {first}: the learning rate falls from {peak:.3g} there to 0 at step {config.max_steps}"
     return replace(config, **settings, cooldown_proportion=proportion), line
+
+
+def _newest_of(config: TrainConfig) -> Path | None:
+    """The newest of the run's own checkpoints whose settings are as they were written, or else the newest.
+
+    Damaged ones are set aside later, by the process that owns the run's folder.
+    """
+    own = list_checkpoints(config.run_dir)
+    for path in reversed(own):
+        with suppress(InputError):
+            manifest.check(path, [TRAIN_CONFIG])
+            return path
+    return own[-1] if own else None
 
 
 @dataclass(frozen=True)
