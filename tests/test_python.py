@@ -19,7 +19,7 @@ from gptbert.export import ExportConfig, export
 from gptbert.model.objective import Objective
 from gptbert.scoring.likelihood import log_likelihoods
 from gptbert.text.encoding import encode_sentences
-from tests.runs import ROOT, flags, on_ranks, write_inputs
+from tests.runs import ROOT, assert_same_end, flags, on_ranks, write_inputs
 
 TEXTS = ["The statement is executed.", "It return a value.", ""]
 SHORT = {"no_compile": True, "kernels": "torch", "max_steps": 4, "validation_steps": 1, "log_every": 2}
@@ -78,6 +78,17 @@ def test_a_hook_that_fails_ends_the_run(inputs, hook):
     assert isinstance(caught.value.__cause__, KeyError)
 
 
+def test_a_hook_that_draws_random_numbers_changes_nothing(inputs, run):
+    def looks(step, value):
+        torch.manual_seed(step)
+        if isinstance(value, Path):
+            score(load_model(value, device="cpu"), TEXTS)
+
+    hooks = dict.fromkeys(("on_step", "on_validation", "on_checkpoint"), looks)
+    result = train(config_of(inputs, name="looked_at", validate_every=3, save_every=2), **hooks)
+    assert_same_end(result.run_dir, run[0].run_dir)
+
+
 def _fails_on_the_main_rank(rank, arguments, has_hook, results):
     def fails(step, record):
         raise ValueError(f"rank {rank}")
@@ -114,6 +125,11 @@ def test_scores_are_those_of_the_command(run):
         np.testing.assert_allclose(pairs, [found[:2], found[1:]], rtol=1e-6)
     assert score(loaded, []).shape == (0,)
     assert np.array_equal(score(loaded, (text for text in TEXTS)), score(loaded, TEXTS))
+    expected = score(loaded, TEXTS)
+    loaded.model.train()
+    assert np.array_equal(score(loaded, TEXTS), expected), "without dropout"
+    assert loaded.model.training
+    loaded.model.eval()
     for texts in ("one text", [("a",)], ["a", ("b", "c")], [("a", "b"), "cd"], [3]):
         with pytest.raises(InputError, match="expected a list of texts, or a list of pairs"):
             score(loaded, texts)
@@ -150,6 +166,22 @@ def test_settings_may_be_given_as_python_has_them(make_config):
         make_config(parallel="dpp")
     with pytest.raises(InputError, match=r"^--trackers is 'wand', expected one of wandb, tensorboard$"):
         make_config(trackers=["wandb", "wand"])
+
+
+def test_numbers_may_be_of_any_kind_and_texts_are_none(make_config):
+    config = make_config(seed=np.int64(3), global_batch_size=16.0, learning_rate=np.float32(0.5), save_steps=2, name=7)
+    assert (config.seed, config.global_batch_size, config.learning_rate) == (3, 16, 0.5)
+    assert {type(config.seed), type(config.global_batch_size)} == {int}
+    assert (config.save_steps, config.name) == ((2,), "7")
+    assert make_config(checkpoint_words=[300]).checkpoint_words == ("300",)
+    for name, value, expected in (
+        ("learning_rate", "1e-3", "a number"), ("max_steps", 2.5, "a whole number"),
+        ("max_steps", True, "a whole number"),
+        ("mixed_precision", "no", "True or False"), ("resume", True, "a text"), ("valid_path", 3, "a path"),
+        ("log_every", None, "a whole number"), ("save_steps", [2, "x"], "a whole number"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=f"^--{name} is .*, expected {expected}$"):
+            make_config(**{name: value})
 
 
 def test_a_run_file_is_not_ignored(make_config):

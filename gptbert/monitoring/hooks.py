@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from gptbert.distributed.world import World
 from gptbert.errors import SharedError, first_line
 
@@ -14,6 +16,8 @@ CheckpointHook = Callable[[int, Path], object]
 @dataclass(frozen=True)
 class Hooks:
     """Called on the main process only, and never within a step: each costs the device nothing.
+
+    The run's random state is after a hook as it was before.
 
     Attributes:
         on_step: gets the step and the record of training steps once it is written, every `--log_every` steps; values
@@ -42,8 +46,10 @@ class Hooks:
             return
         failure, message = None, ""
         if world.is_main:
+            devices = [world.device] if world.device.type == "cuda" else []
             try:
-                hook(step, value)
+                with torch.random.fork_rng(devices):  # a hook that loads a model, say, draws random numbers
+                    hook(step, value)
             except Exception as error:  # noqa: BLE001  the caller's code may raise anything
                 failure = error
                 message = f"{name} failed after step {step}: {type(error).__name__}: {first_line(error)}"

@@ -25,7 +25,7 @@ def score(
     """Log-probabilities of texts, those that `python -m gptbert.score` compares.
 
     Args:
-        model: from `load_model`.
+        model: from `load_model`; its train/eval mode is restored.
         texts: N texts, or N pairs of texts, as plain text, in which `<mask>` is not a mask.
         backend: "causal" for the log-likelihood; "mntp" for the masked next-token pseudo-log-likelihood, which needs
             one row per token.
@@ -50,7 +50,13 @@ def score(
     are_pairs = any(map(_is_pair, given))
     rows = given if are_pairs else [[text] for text in given]
     sentences = encode_sentences(model.tokenizer, [text for row in rows for text in row])
-    scores = log_likelihoods(model.model, sentences, OBJECTIVES[backend], (temperature,), batch_tokens)[:, 0].numpy()
+    was_training = model.model.training
+    model.model.eval()
+    try:
+        of_each = log_likelihoods(model.model, sentences, OBJECTIVES[backend], (temperature,), batch_tokens)
+    finally:
+        model.model.train(was_training)
+    scores = of_each[:, 0].numpy()
     return scores.reshape(-1, 2) if are_pairs else scores
 
 
