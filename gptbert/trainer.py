@@ -151,7 +151,7 @@ class Trainer:
     def _train(self, trackers: Trackers, samples: Samples, rows: Prefetcher[list[LoadedShare]], bar: tqdm) -> None:
         """Raises StopRequested between steps, or between the parts of a validation."""
         config = self.config
-        throughput = Throughput(self.plan.tokens_before(self.step), self.sums.num_labels(self.world))
+        throughput = Throughput(self.plan.tokens_before(self.step))
         while self.step < config.max_steps:
             with throughput.waiting():
                 step_rows = self._next_rows(rows)
@@ -179,7 +179,8 @@ class Trainer:
                 if self.pairs and schedules.is_due(self.step, config.score_every, config.max_steps):
                     self.score_pairs(self.pairs, trackers, bar)
         if self.world.is_main and self._labels:
-            for line in figures.of_labels(self._labels, schedules.steps_since_due(self.step, config.log_every)):
+            steps = min(schedules.steps_since_due(self.step, config.log_every), self.step - self.progress.first_step)
+            for line in figures.of_labels(self._labels, steps):
                 log(line)
         if self.world.is_main and (line := str(self.best)):
             log(line)
@@ -285,13 +286,13 @@ class Trainer:
         self._raise_errors()
         self.skipped_steps.raise_if_too_many(self.config.max_skipped_steps, self.step)
         means = self.sums.means(self.world)
-        self._labels = {objective: values["count"] for objective, values in means.items()}
+        self._labels = self.sums.new_labels(means)
         self.sums.reset()
         epochs = {
             f"train/corpus/{name}/epochs": count for name, count in self.progress.epochs_before(self.step).items()
         }
         return (
-            self._record(self.step, means, gradient_norm, throughput)
+            self._record(self.step, means, sum(self._labels.values()), gradient_norm, throughput)
             | {"train/skipped_steps": self.skipped_steps.total()}
             | self.words.record(self.step)
             | epochs

@@ -78,3 +78,6 @@ def test_a_run_says_them(tmp_path_factory, capfd, changes):
     assert "rows of 32 tokens: " in said
     labels = int(said.partition("labels in each of the last steps: ")[2].split()[0])
     assert 16 * 32 * 0.95 < labels <= 16 * 32, "all but <s>"
+    fit(parse(TrainConfig, flags(inputs, name="said", **settings | {"max_steps": 9, "resume": "auto"})))
+    labels = int(capfd.readouterr().err.partition("labels in each of the last steps: ")[2].split()[0])
+    assert 16 * 32 * 0.95 < labels <= 16 * 32, "in fewer steps than since a record was due"

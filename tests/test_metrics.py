@@ -90,9 +90,15 @@ def test_a_resumed_runs_first_record_has_its_own_share_of_labels(monkeypatch, tm
     sums, plan = LossSums(ALONE.device), HybridPlan(config, 1)
     record = TrainingRecord(config, ModelConfig(**MODEL), plan, ALONE)
     sums.add(result(clm=(0.0, 0.0, 0, plan.tokens_before(9))))
-    throughput = Throughput(plan.tokens_before(9), sums.num_labels(ALONE))
-    sums.add(result(clm=(0.0, 0.0, 0, 8)))
-    record(10, sums.means(ALONE), torch.tensor(1.0), throughput)
+    resumed = LossSums(ALONE.device)
+    resumed.load_rank_states([sums.state_dict()], ALONE)
+    resumed.add(result(clm=(0.0, 0.0, 0, 8)))
+    means = resumed.means(ALONE)
+    labels = resumed.new_labels(means)
+    assert labels == {Objective.CLM: 8}
+    record(10, means, sum(labels.values()), torch.tensor(1.0), Throughput(plan.tokens_before(9)))
+    resumed.reset()
+    assert resumed.labels_before == [0, 0]
     assert shares == [0.5]
 
 

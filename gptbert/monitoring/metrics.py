@@ -22,10 +22,12 @@ class LossSums:
 
     Attributes:
         sums: [objectives, 4] fp64; always the same tensor, and not read back before `means`.
+        labels_before: [objectives] of all ranks, from before the checkpoint that the run goes on from.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(len(Objective), 4, dtype=widest_float(device), device=device)
+        self.labels_before = [0.0] * len(Objective)
 
     def add(self, result: MaskedCrossEntropy) -> None:
         """Add the sums [objectives] of one forward pass."""
@@ -39,6 +41,7 @@ class LossSums:
     def reset(self) -> None:
         """Set all sums to zero."""
         self.sums.zero_()
+        self.labels_before = [0.0] * len(Objective)
 
     def state_dict(self) -> dict[str, Tensor]:
         """This rank's: {"sums": [objectives, 4] fp64 on the CPU}."""
@@ -51,14 +54,12 @@ class LossSums:
             states: of each rank that saved, from `state_dict`.
             world: the run's processes.
         """
+        of_all = torch.stack([state["sums"] for state in states]).sum(dim=0)
         if len(states) == world.world_size:
             self.sums.copy_(states[world.rank]["sums"])
         elif world.is_main:
-            self.sums.copy_(sum(state["sums"] for state in states))
-
-    def num_labels(self, world: World) -> float:
-        """Labels of all ranks and objectives; every rank must call it."""
-        return sum(values["count"] for values in self.means(world).values())
+            self.sums.copy_(of_all)
+        self.labels_before = of_all[:, -1].tolist()
 
     def means(self, world: World) -> dict[Objective, dict[str, float]]:
         """Means over all ranks' labels, for each objective that has any; every rank must call it."""
@@ -74,6 +75,12 @@ class LossSums:
             for objective, (loss, z_loss, correct, count) in zip(Objective, sums, strict=True)
             if count
         }
+
+    def new_labels(self, means: dict[Objective, dict[str, float]]) -> dict[Objective, float]:
+        """The labels in `means` that are not from before the checkpoint, for each objective that has any."""
+        before = dict(zip(Objective, self.labels_before, strict=True))
+        labels = {objective: values["count"] - before[objective] for objective, values in means.items()}
+        return {objective: count for objective, count in labels.items() if count}
 
 
 def training_losses(means: dict[Objective, dict[str, float]], weights: dict[Objective, float]) -> dict[str, float]:
@@ -100,12 +107,10 @@ class Throughput:
 
     Attributes:
         tokens: tokens seen at the last call of `since_last`, or at the start.
-        labels: of tokens before the start that count in the first record, as a resumed run's may; then 0.
     """
 
-    def __init__(self, tokens: int, labels: float = 0) -> None:
+    def __init__(self, tokens: int) -> None:
         self.tokens = tokens
-        self.labels = labels
         self._since = time.perf_counter()
         self._waited = 0.0
 
@@ -118,7 +123,7 @@ class Throughput:
         now = time.perf_counter()
         seconds = now - self._since
         rate, share = (tokens - self.tokens) / seconds, self._waited / seconds
-        self.tokens, self.labels, self._since, self._waited = tokens, 0, now, 0.0
+        self.tokens, self._since, self._waited = tokens, now, 0.0
         return rate, share
 
     @contextmanager

@@ -32,20 +32,26 @@ class TrainingRecord:
         return schedules.is_due(step, self._config.log_every, self._config.max_steps)
 
     def __call__(
-        self, step: int, means: dict[Objective, dict[str, float]], gradient_norm: Tensor, throughput: Throughput
+        self,
+        step: int,
+        means: dict[Objective, dict[str, float]],
+        labels: float,
+        gradient_norm: Tensor,
+        throughput: Throughput,
     ) -> dict[str, float]:
         """The record after `step` steps; syncs with the device.
 
         Args:
             step: steps completed.
             means: means since the last record; see `LossSums.means`.
+            labels: since the last record, or since the run's start or resume if that is later.
             gradient_norm: the last step's gradient norm before clipping.
             throughput: the run's token counter and timer.
         """
         weights = {objective: self._plan.weight(objective) for objective in means}
         if self._config.token_weighted_loss:
             weights = {objective: values["count"] for objective, values in means.items()}
-        tokens, labels = self._plan.tokens_before(step), sum(values["count"] for values in means.values())
+        tokens = self._plan.tokens_before(step)
         return (
             training_losses(means, weights)
             | {"train/gradient_norm": gradient_norm.item(), "train/tokens": tokens}
@@ -54,7 +60,7 @@ class TrainingRecord:
         )
 
     def _speed(self, step: int, tokens: int, labels: float, throughput: Throughput) -> dict[str, float]:
-        before, labels = throughput.tokens, labels - throughput.labels
+        before = throughput.tokens
         rate, waiting = throughput.since_last(tokens)
         length = schedules.sequence_length(self._config, step - 1)
         flops = training_flops(self._model_config, length, labels / max(1, tokens - before))
