@@ -1,8 +1,8 @@
 """Train a hybrid GPT-BERT: `torchrun --nproc_per_node=4 train_distributed.py …`, or without torchrun as one process."""
 
-from gptbert.io.imports import uncollected
+from gptbert.io.imports import explained, uncollected
 
-with uncollected():
+with uncollected(), explained():
     from gptbert.train import main
 
 if __name__ == "__main__":

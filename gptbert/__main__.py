@@ -7,8 +7,10 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from gptbert import __version__
-from gptbert.command_line import printing
-from gptbert.io.imports import uncollected
+from gptbert.io.imports import explained, uncollected
+
+with explained():
+    from gptbert.command_line import printing
 
 _COMMANDS = {
     "split": ("tokenize_scripts.split_corpus", "split documents into train, validation and test"),
@@ -60,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.exit(1)
         sys.path.append(str(_CHECKOUT))
     sys.argv = [f"gptbert {name}", *rest]
-    with uncollected():
+    with uncollected(), explained():
         command = importlib.import_module(module)
     command.main()
 

@@ -1,13 +1,14 @@
 """While a command's modules are imported, no garbage is collected."""
 
 import gc
+import os
 import subprocess
 import sys
 import weakref
 
 import pytest
 
-from gptbert.io.imports import uncollected
+from gptbert.io.imports import explained, uncollected
 from tests.runs import ROOT
 
 COUNT = """
@@ -64,6 +65,35 @@ def test_afterwards_it_is_as_before():
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("TQDM_MININTERVAL", "abc", "could not convert string to float: 'abc'"),
+        ("TQDM_NCOLS", "", "invalid literal for int() with base 10: ''"),
+        ("TORCH_DISTRIBUTED_DEBUG", "much", "The value of TORCH_DISTRIBUTED_DEBUG must be OFF, INFO, or DETAIL."),
+    ],
+)
+def test_a_variable_that_a_library_cannot_read_is_named(monkeypatch, capsys, name, value, message):
+    monkeypatch.setenv("TORCH_OF_NOTHING", "1")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match="1"), explained():
+        raise ValueError(f"\n{message}\nmore")
+    assert capsys.readouterr().err == f"error: {name} is {value!r}: {message}; unset it for the default\n"
+    monkeypatch.delenv(name)
+    with pytest.raises(ValueError, match="more"), explained():
+        raise ValueError(f"{message}\nmore")
+
+
+@pytest.mark.parametrize("command", [["train_distributed.py"], ["-m", "gptbert", "score", "RUN", "PAIRS"]])
+def test_commands_name_it(command):
+    environment = os.environ | {"TQDM_NCOLS": "wide"}
+    command = [sys.executable, *command]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: TQDM_NCOLS is 'wide': ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_run_starts_without_collections():
