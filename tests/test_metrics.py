@@ -78,6 +78,8 @@ def test_the_loss_of_a_record_is_weighted_by_objective():
             assert record[f"train/{objective.value}/{name}"] == values[name]
     assert len(record) == 12
     assert training_losses({}, {}) == {}
+    only = training_losses({Objective.MLM: means[Objective.MLM]}, {Objective.MLM: 0})
+    assert only == {name: value for name, value in record.items() if name.startswith("train/mlm/")}
 
 
 def test_a_resumed_runs_first_record_has_its_own_share_of_labels(monkeypatch, tmp_path):

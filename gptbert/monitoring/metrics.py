@@ -86,13 +86,14 @@ class LossSums:
 def training_losses(means: dict[Objective, dict[str, float]], weights: dict[Objective, float]) -> dict[str, float]:
     """The losses and accuracies of a training record; empty if all steps were skipped.
 
+    Without those of both objectives together if all labels are of an objective that a resumed run trains no longer.
+
     Args:
         means: from `LossSums.means`.
         weights: the objectives' weights in the loss, up to a common factor.
     """
     record = {}
-    total = sum(weights.values())
-    if means:
+    if total := sum(weights.values()):
         for name in ("loss", "accuracy", "z_loss"):
             record[f"train/{name}"] = sum(weights[key] * values[name] for key, values in means.items()) / total
         record["train/perplexity"] = perplexity(record["train/loss"])
