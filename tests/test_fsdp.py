@@ -36,7 +36,7 @@ from tests.runs import flags, losses, on_ranks, train, write_inputs
 CPU = torch.device("cpu")
 # ranks have different numbers of micro-batches, in training and in validation
 UNEVEN = {"local_batch_size": 3, "global_batch_size": 13, "validation_steps": 1}
-# relative, of losses: what fp32 rounding grows to over the steps, 1.1e-5 at most so far; an error of 1 % comes to 1.1e-4
+# relative, of losses: what fp32 rounding grows to over the steps, 1.1e-5 so far; an error of 1 % comes to 1.1e-4
 CLOSE = 4e-5
 
 
