@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections import Counter
+from itertools import product
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from gptbert.fill_mask import fill_masks
 from gptbert.generate import continue_text
 from gptbert.model import GPTBert
 from gptbert.monitoring.records import read_records
-from gptbert.text.encoding import encode_documents, encode_sentences, encode_with_masks
+from gptbert.text.encoding import encode_documents, encode_sentences, encode_with_ends, encode_with_masks
 from gptbert.text.special_tokens import BOS_ID, MASK_ID, SPECIAL_TOKENS, UNK_ID
 from gptbert.text.tokenizer import are_same, load_tokenizer, notes, ordinary_ids, special_ids, tokenizer_hash
 from gptbert.train import fit
@@ -165,6 +166,11 @@ REFUSED = {
         lambda content: added(content, "Boats", "boats") | {"normalizer": {"type": "Lowercase"}},
         "its added tokens 'Boats' and 'boats' are both 'boats' when normalized, so a text has one or the other",
     ),
+    "an added token without a name": (
+        "five special tokens",
+        lambda content: added(content, "\x01", single_word=True) | {"normalizer": {"type": "Nmt"}},
+        r"nothing is left of its added token '\\x01' when normalized; mark it",
+    ),
     "a special space": (
         "five special tokens", lambda content: added(content, " ", special=True), "special token ' ' is in ordinary"),
     "a special word": (
@@ -192,6 +198,39 @@ def test_files_that_contradict_themselves_or_cannot_do_it_are_refused(write, cas
     path = write(kind, **change(json.loads(kinds()[kind])))
     with pytest.raises(InputError, match=message):
         load_tokenizer(path)
+
+
+@pytest.mark.parametrize("space", list(product((False, True), repeat=2)))
+@pytest.mark.parametrize("word", list(product((False, True), repeat=2)))
+def test_added_tokens_that_strip_are_refused_where_the_library_fails(write, space, word):
+    """It fails where a token takes the whitespace behind it that another one would be, which takes that before it."""
+    content = json.loads(kinds()["five special tokens"])
+    tokens = added(content, "\n", "café")["added_tokens"]
+    for token, (lstrip, rstrip) in zip(tokens[-2:], (space, word), strict=True):
+        token |= {"lstrip": lstrip, "rstrip": rstrip}
+    path, texts = write("five special tokens", added_tokens=tokens), ["café\n\n", "café \n a", "\n \ncafé", "\n"]
+    try:
+        expected = [encoding.ids for encoding in Tokenizer.from_file(str(path)).encode_batch(texts)]
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        with pytest.raises(InputError, match=r"its added tokens 'café' and '\\n' both take the whitespace"):
+            load_tokenizer(path)
+        assert (space, word[1]) == ((True, False), True)
+    else:
+        assert encode_sentences(load_tokenizer(path), texts) == [[BOS_ID, *ids] for ids in expected]
+
+
+def test_a_text_that_the_library_fails_on_is_named(write):
+    """Its normalizers may fail on single texts, here on those that begin with a digit."""
+    spaced = {"type": "Replace", "pattern": {"Regex": r"(?=\d)"}, "content": " "}
+    tokenizer = load_tokenizer(write("five special tokens", normalizer=spaced))
+    texts = ["a boat", "1 boat\nand more" + " words" * 99, "2 boats"]
+    for encode in (encode_documents, encode_sentences, encode_with_ends):
+        with pytest.raises(InputError, match=r"^text '1 boat\\nand .*': the tokenizer cannot encode it \(index out"):
+            list(encode(tokenizer, texts))
+    with pytest.raises(InputError, match=r"^text '3 boats': the tokenizer cannot encode it \(index out"):
+        encode_with_masks(tokenizer, "3 boats")
 
 
 @pytest.mark.parametrize(

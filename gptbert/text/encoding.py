@@ -12,7 +12,7 @@ from tokenizers import Encoding, Tokenizer
 
 from gptbert.errors import InputError
 from gptbert.text.special_tokens import BOS_ID
-from gptbert.text.tokenizer import special_names
+from gptbert.text.tokenizer import library_errors, special_names
 from gptbert.text.tokenizer_parts import is_in_form, without_normal_form, without_prefix
 
 BATCH_BYTES = 2_000_000  # of text per call of the library, which takes some 100 bytes per token, at most one per byte
@@ -24,6 +24,7 @@ WAITING_BYTES = (WAITING_BATCHES + 1) * BATCH_BYTES  # of their text, where sing
 SAMPLED = 20_000  # characters at most of a document that is looked at for what its tokens do not have
 FIRST = 20_000  # characters, of which every document is looked at
 ONE_OF = 500  # of the characters that follow: to look at one takes three times as long as to encode it
+_NAMED = 60  # characters, in a message, of a text that cannot be encoded
 
 
 def encode_documents(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator[tuple[np.ndarray, ...]]:
@@ -51,7 +52,7 @@ def encode_documents(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator
         encodings = {}
         for is_such, encoder in ((False, tokenizer), (True, faster)):
             part = [text for text, of_part in zip(batch, in_form, strict=True) if of_part == is_such]
-            encodings[is_such] = iter(encoder.encode_batch_fast(part, add_special_tokens=False))
+            encodings[is_such] = iter(_encodings(encoder, part))
         return [next(encodings[is_such]) for is_such in in_form], [len(text.split()) for text in batch]
 
     waiting: deque[tuple[int, Future[tuple[list[Encoding], list[int]]]]] = deque()
@@ -116,7 +117,7 @@ class LostText:
 def lost_characters(tokenizer: Tokenizer, text: str, unknown: int | None) -> tuple[int, int]:
     """The number of characters of a text without whitespace and control characters, and of those that no token has."""
     text = unicodedata.normalize("NFC", text)  # of what a normalizer composes, the library knows only the first place
-    encoding = tokenizer.encode(text, add_special_tokens=False)
+    (encoding,) = _encodings(tokenizer, [text], offsets=True)
     ids = np.array(encoding.ids, np.int64)
     places = np.array(encoding.offsets, np.int64).reshape(-1, 2)[ids != (-1 if unknown is None else unknown)]
     changes = np.zeros(len(text) + 1, np.int64)
@@ -143,8 +144,7 @@ def encode_sentences(
     for sentence in sentences:
         _check_text(sentence)
     tokenizer.encode_special_tokens = not as_transformers
-    encodings = tokenizer.encode_batch_fast(list(sentences), add_special_tokens=False)
-    return [[BOS_ID, *encoding.ids] for encoding in encodings]
+    return [[BOS_ID, *encoding.ids] for encoding in _encodings(tokenizer, sentences)]
 
 
 def encode_with_ends(tokenizer: Tokenizer, sentences: Sequence[str]) -> Iterator[tuple[list[int], list[int]]]:
@@ -161,7 +161,7 @@ def encode_with_ends(tokenizer: Tokenizer, sentences: Sequence[str]) -> Iterator
         _check_text(sentence)
     tokenizer.encode_special_tokens = False
     for first in range(0, len(sentences), _WITH_ENDS):  # the library's objects take much more memory than the ids
-        for encoding in tokenizer.encode_batch(list(sentences[first : first + _WITH_ENDS]), add_special_tokens=False):
+        for encoding in _encodings(tokenizer, sentences[first : first + _WITH_ENDS], offsets=True):
             yield [BOS_ID, *encoding.ids], [0, *(end for _, end in encoding.offsets)]
 
 
@@ -196,14 +196,14 @@ def encode_with_masks(tokenizer: Tokenizer, text: str) -> list[int]:
     tokenizer.encode_special_tokens = False
     inside = without_prefix(tokenizer)
     if inside is tokenizer:
-        return [BOS_ID, *tokenizer.encode(text, add_special_tokens=False).ids]
+        return [BOS_ID, *_encodings(tokenizer, [text])[0].ids]
     names = {name: number for number, name in special_names(tokenizer).items()}
     pattern = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
     first, *others = re.split(f"({pattern})", text)
-    ids = [BOS_ID, *tokenizer.encode(first, add_special_tokens=False).ids]
+    ids = [BOS_ID, *_encodings(tokenizer, [first])[0].ids]
     for name, stretch in zip(others[::2], others[1::2], strict=True):
         ids = _without_added_end(tokenizer, ids) if ids[-1] not in names.values() else ids
-        ids += [names[name], *inside.encode(stretch, add_special_tokens=False).ids]
+        ids += [names[name], *_encodings(inside, [stretch])[0].ids]
     return ids
 
 
@@ -224,6 +224,23 @@ def decode_behind(
     if whole.startswith(start):
         return whole[len(start) :]
     return tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens)
+
+
+def _encodings(tokenizer: Tokenizer, texts: Sequence[str], *, offsets: bool = False) -> list[Encoding]:
+    """The library's encodings, without `<s>`; it fails on single texts by some normalizers, which nothing foretells.
+
+    Raises:
+        InputError: it does; names the text.
+    """
+    encode = tokenizer.encode_batch if offsets else tokenizer.encode_batch_fast
+    try:
+        with library_errors("the tokenizer cannot encode the texts"):
+            return encode(list(texts), add_special_tokens=False)
+    except InputError:
+        for text in texts:
+            with library_errors(f"text {text[:_NAMED]!r}: the tokenizer cannot encode it"):
+                encode([text], add_special_tokens=False)
+        raise
 
 
 def _without_added_end(tokenizer: Tokenizer, ids: list[int]) -> list[int]:

@@ -48,7 +48,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     _check_ids(path, content, tokenizer)
     if (unknown := _unknown_token(tokenizer, content)) in SPECIAL_TOKENS[BOS_ID : MASK_ID + 1]:
         raise InputError(f"tokenizer {path}: gives {unknown} for text that it does not know, expected <unk>")
-    with _library_errors(f"tokenizer {path}: cannot encode"):
+    with library_errors(f"tokenizer {path}: cannot encode"):
+        _check_names(path, tokenizer)
         _encode_alike(tokenizer)  # before the first text: a BPE model remembers the words that it has encoded
         tokenizer.encode(_PROBE)
         _normalize(tokenizer, content)
@@ -137,7 +138,7 @@ def _open(path: Path) -> tuple[Any, Tokenizer]:
     content = read_tokenizer_file(path)
     if reason := danger(content):
         raise InputError(f"tokenizer {path}: {reason}")
-    with _library_errors(f"tokenizer {path}: not a tokenizers JSON file"):
+    with library_errors(f"tokenizer {path}: not a tokenizers JSON file"):
         tokenizer = Tokenizer.from_file(str(path))
         tokenizer.no_padding()
         tokenizer.no_truncation()
@@ -162,16 +163,36 @@ def _check_ids(path: str | Path, content: Any, tokenizer: Tokenizer) -> None:
             )
 
 
-def _check_added_tokens(path: str | Path, tokenizer: Tokenizer) -> None:
-    """Refuse ordinary added tokens that the library looks for in the same normalized text: it takes any of them."""
-    normalizer, seen = tokenizer.normalizer, dict[str, str]()
+def _check_names(path: str | Path, tokenizer: Tokenizer) -> None:
+    """Refuse added tokens that the library looks for as an empty text: it fails, or takes all memory."""
+    normalizer = tokenizer.normalizer
     for token in tokenizer.get_added_tokens_decoder().values():
+        if normalizer and token.normalized and not normalizer.normalize_str(token.content):
+            raise InputError(
+                f"tokenizer {path}: nothing is left of its added token {token.content!r} when normalized; mark it with "
+                '"normalized": false, or remove it'
+            )
+
+
+def _check_added_tokens(path: str | Path, tokenizer: Tokenizer) -> None:
+    """Refuse added tokens that the library takes at random, or fails on in some texts."""
+    added = tokenizer.get_added_tokens_decoder().values()
+    normalizer, seen = tokenizer.normalizer, dict[str, str]()
+    for token in added:
+        text = token.content
         if normalizer and token.normalized and not token.special:
-            text = normalizer.normalize_str(token.content)
+            text = normalizer.normalize_str(text)
             if (other := seen.setdefault(text, token.content)) != token.content:
                 raise InputError(
                     f"tokenizer {path}: its added tokens {other!r} and {token.content!r} are both {text!r} when "
                     "normalized, so a text has one or the other at random; remove one"
+                )
+        if text.isspace() and token.lstrip and not token.rstrip:  # of which nothing is left where the other one was
+            same = (other for other in added if other.rstrip and other.normalized == token.normalized)
+            if before := next(same, None):
+                raise InputError(
+                    f"tokenizer {path}: its added tokens {before.content!r} and {token.content!r} both take the "
+                    'whitespace between them, where the library fails; mark the second with "lstrip": false'
                 )
 
 
@@ -238,7 +259,7 @@ def _parsed_literal(tokenizer: Tokenizer, content: Any) -> str | None:
 
 
 @contextmanager
-def _library_errors(message: str) -> Iterator[None]:
+def library_errors(message: str) -> Iterator[None]:
     """Turn the library's errors into InputErrors: exceptions, and Rust panics, which are not `Exception`s."""
     try:
         yield
