@@ -137,3 +137,50 @@ def test_repeated_texts_are_counted_in_bounded_memory(monkeypatch):
     for _ in range(60_000):
         sampled.add("one text")
     assert sampled.repeated_share == pytest.approx(5 / 6, abs=0.03), "however often a single text comes"
+
+
+MEANT = ["Le café était fermé.", "“Où est-il ?”", "It’s closed.", "Паром опаздывает."]
+READ_WRONGLY = [
+    "Le cafÃ© Ã©tait fermÃ©.",
+    "â€œOÃ¹ est-il ?â€\x9d",
+    "Itâ€™s closed.",
+    MEANT[3].encode().decode("latin-1"),
+]
+LATIN = ["MAÇÃ É «ótimo»", "Ça «va»", "LÊ 3 °C", "À 5 €", "naïve Â", "“é”", "ÅÄÖ åäö"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "warned"),
+    [
+        (READ_WRONGLY, True),
+        ([*READ_WRONGLY, *["plain"] * 300], True),
+        ([*READ_WRONGLY, *["plain"] * 400], False),  # of so few the share says nothing
+        ([*READ_WRONGLY, *MEANT], False),
+        (MEANT, False),
+        (LATIN, False),
+        (["plain"], False),
+    ],
+)
+def test_text_that_was_read_in_another_encoding_is_told(texts, warned):
+    counted = Tally()
+    for text in texts:
+        counted.add(text)
+    found = [warning for warning in counted.warnings() if "another encoding" in warning]
+    assert len(found) == warned
+    assert not warned or found[0].startswith("100% of the documents that are not ASCII are UTF-8")
+
+
+@pytest.mark.parametrize("text", READ_WRONGLY)
+def test_what_was_meant_is_shown(text):
+    counted = Tally()
+    counted.add(text)
+    assert counted.example == (text, MEANT[READ_WRONGLY.index(text)])
+
+
+@pytest.mark.parametrize("text", ["b'caf\\xc3\\xa9'", 'b"it\'s"', "['a boat', 'a clock']", '{"text": "a boat"}'])
+def test_notation_of_programs_is_told(tmp_path, capsys, text):
+    """In place of text: str() of bytes, and lines of JSON that were written as strings."""
+    for lines, warned in (([text, text + " ", "A boat."], True), ([text, "A boat.", "b'", "'", "[a]"], False)):
+        file = put(tmp_path, "a.jsonl", jsonl(lines))
+        _, warnings = run(split_corpus, SplitConfig, capsys, input=(file,), output_dir=tmp_path / str(warned))
+        assert any("take the texts out of them" in warning for warning in warnings) == warned

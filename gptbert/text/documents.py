@@ -1,10 +1,21 @@
 """Documents: the text of a JSON value or of a table's row, and the places where a long one is cut."""
 
+import codecs
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
 MAX_DOCUMENT = 1 << 20  # characters, so that what reads and encodes documents takes bounded memory
+
+_LOOKED_AT = 500  # characters of a document, for its encoding
+_WINDOWS = {  # the characters that WINDOWS-1252 has for bytes which are controls in Latin-1
+    ord(bytes([byte]).decode("cp1252")): byte
+    for byte in range(0x80, 0xA0)
+    if byte not in (0x81, 0x8D, 0x8F, 0x90, 0x9D)  # no characters
+}
+_TWO_BYTES = re.compile(f"[\xc2-\xf4][\x80-\xbf{''.join(map(chr, _WINDOWS))}]")  # of UTF-8, as two characters
+_NOTATIONS = (("b'", "'"), ('b"', '"'), ("['", "']"), ('{"', "}"))
 
 
 def decode(content: bytes) -> str:
@@ -18,6 +29,22 @@ def decode(content: bytes) -> str:
 def not_utf8(error: UnicodeDecodeError, before: int = 0) -> ValueError:
     """The reason, as users are told it; `before` is the number of bytes of the line before those that it is about."""
     return ValueError(f"not UTF-8 (byte 0x{error.object[error.start]:02x} at column {before + error.start + 1})")
+
+
+def read_wrongly(text: str) -> str:
+    """How a document whose UTF-8 was read as WINDOWS-1252 or Latin-1 should begin; "" for all others."""
+    if not _TWO_BYTES.search(text, 0, _LOOKED_AT):
+        return ""
+    try:
+        meant, _ = codecs.utf_8_decode(text[:_LOOKED_AT].translate(_WINDOWS).encode("latin-1"), "strict", False)
+    except UnicodeError:
+        return ""
+    return "" if meant.isascii() else meant
+
+
+def is_notation(text: str) -> bool:
+    """Whether a document is what a program writes of texts: Python's bytes or lists, or JSON in a string."""
+    return len(text) > len("b''") and any(text.startswith(start) and text.endswith(end) for start, end in _NOTATIONS)
 
 
 def parse_json(line: bytes) -> Any:

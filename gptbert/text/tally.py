@@ -7,16 +7,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gptbert.errors import InputError, listed, one_line
-from gptbert.text.documents import MAX_DOCUMENT
+from gptbert.text.documents import MAX_DOCUMENT, is_notation, read_wrongly
 
 SAMPLED_TEXTS = 1 << 13  # different texts that are remembered, as hashes
 MOST_SKIPPED = 0.01  # share of the text that bad lines may be without a warning
 MOST_REPEATED = 0.5
+MOST_WRONG = 0.5  # share of the documents that may be notation of a program, or in a wrong encoding
 MOST_EMPTY = 0.9  # blank lines among them, with --text_documents line
 SOME_UNKNOWN = 0.01  # share of tokens that may be unknown without a warning
 MOST_UNKNOWN = 0.5  # and without an error
 SHORT_TOKENS, LONG_TOKENS = 1.5, 12.0  # bytes per token, between which there is no warning
 LARGE_VOCABULARY = 1000  # for vocabularies from here on; smaller ones have little more than the bytes
+SHOWN = 40  # characters of an example
 LEAST_TEXT = 0.1  # share of the bytes of files that is expected to be text and not fields around it
 
 
@@ -64,6 +66,10 @@ class Tally:
         skipped_lines: bad lines and rows skipped with `--on_error=skip`.
         skipped_bytes: the size of those lines.
         cut_documents: documents that were cut because of their length.
+        notations: documents that are what a program writes of texts, such as b'…'.
+        not_ascii: documents with other characters than those of ASCII.
+        wrongly: those of them whose UTF-8 was read in another encoding.
+        example: the last one of them, and what it should be.
         read_bytes: text in the files, with all fields of JSON and without those of tables.
         left_out_bytes: the size on disk of a folder's files that are not read.
         changed_files: files that others wrote to while they were read.
@@ -77,6 +83,10 @@ class Tally:
     skipped_lines: int = 0
     skipped_bytes: int = 0
     cut_documents: int = 0
+    notations: int = 0
+    not_ascii: int = 0
+    wrongly: int = 0
+    example: tuple[str, str] = "", ""
     read_bytes: int = 0
     left_out_bytes: int = 0
     changed_files: list[str] = field(default_factory=list)
@@ -87,6 +97,12 @@ class Tally:
         text = document.encode()
         self.num_documents += 1
         self.text_bytes += len(text)
+        self.notations += is_notation(document)
+        if len(text) > len(document):
+            self.not_ascii += 1
+            if meant := read_wrongly(document):
+                self.wrongly += 1
+                self.example = document, meant
         key = zlib.crc32(text)  # the same in every run, unlike `hash`
         if not key & self.repeated.mask:
             self.repeated.add(key)
@@ -139,6 +155,18 @@ class Tally:
             )
         if self.repeated_share > MOST_REPEATED:
             found.append(f"{self.repeated_share:.0%} of the documents repeat others")
+        if self.notations > MOST_WRONG * self.num_documents:
+            found.append(
+                f"{self.notations / self.num_documents:.0%} of the documents look like Python's bytes or lists, "
+                "as b'…' does, or like JSON in a string; take the texts out of them"
+            )
+        if self.wrongly > max(MOST_WRONG * self.not_ascii, MOST_SKIPPED * self.num_documents):
+            document, meant = (text[:SHOWN] for text in self.example)
+            found.append(
+                f"{self.wrongly / self.not_ascii:.0%} of the documents that are not ASCII are UTF-8 which was read in "
+                f"another encoding, as {document!r} for {meant!r}; convert them back (iconv -f UTF-8 -t WINDOWS-1252, "
+                "or LATIN1)"
+            )
         if self.cut_documents:
             found.append(f"{_documents(self.cut_documents)} of more than {MAX_DOCUMENT:,} characters cut into several")
         return found
