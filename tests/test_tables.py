@@ -300,6 +300,18 @@ def test_damaged_folders_of_datasets(saved):
             corpus(saved, split="dev")
 
 
+@pytest.mark.parametrize("name", ["json", "text", "parquet", "csv"])
+def test_a_reader_is_no_dataset(tmp_path, monkeypatch, name):
+    """The library reads the files of the current folder then, even where a folder is called so."""
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "a.jsonl").write_bytes(jsonl(DOCUMENTS))
+    (tmp_path / f"other.{name}").write_text('{"text": "a file that nobody named"}\n')
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=rf"^--dataset {name}: is a reader of .* --input, or \./{name} for a folder"):
+        list(Corpus(CorpusConfig(dataset=name)))
+    assert list(Corpus(CorpusConfig(dataset=f"./{name}"))) == DOCUMENTS
+
+
 def test_a_dataset_by_name_is_streamed(tmp_path):
     """A folder of data files stands in for a name on the Hub."""
     for name in ("train", "test"):

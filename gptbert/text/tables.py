@@ -7,6 +7,7 @@ pyarrow`).
 """
 
 import importlib
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -311,6 +312,11 @@ def _bytes_type(text: "pa.DataType") -> "pa.DataType | None":
 def _load_dataset(name: str, config: str | None, split: str | None) -> "IterableDataset":
     where = f"--dataset {name}"
     datasets = require_library("datasets", where)
+    if name.isidentifier() and importlib.util.find_spec(f"datasets.packaged_modules.{name}"):
+        raise InputError(
+            f"{where}: is a reader of the library datasets, which would read whatever lies in the current folder; give "
+            f"files and folders with --input, or ./{name} for a folder of this name"
+        )
     try:
         loaded = datasets.load_dataset(name, config, split=split, streaming=True)
     except Exception as error:  # from the network, a folder, or its configurations
