@@ -312,6 +312,23 @@ def test_a_reader_is_no_dataset(tmp_path, monkeypatch, name):
     assert list(Corpus(CorpusConfig(dataset=f"./{name}"))) == DOCUMENTS
 
 
+def test_files_that_the_library_leaves_out_are_told(tmp_path, capsys):
+    """Of files of several kinds it reads those of one, and of those called train no others."""
+    for number in range(3):
+        (tmp_path / f"{number}.jsonl").write_bytes(jsonl(DOCUMENTS))
+    assert list(Corpus(CorpusConfig(dataset=str(tmp_path)))) == DOCUMENTS * 3
+    assert "leaves out" not in capsys.readouterr().err
+    (tmp_path / ".git").mkdir()
+    for name in ("a.txt", "inside/b.txt", ".git/c.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("A text.\n")
+    assert list(Corpus(CorpusConfig(dataset=str(tmp_path)))) == DOCUMENTS * 3
+    assert "library datasets leaves out a.txt, inside/b.txt; --input reads" in capsys.readouterr().err
+    (tmp_path / "2.jsonl").rename(tmp_path / "train.jsonl")
+    assert list(Corpus(CorpusConfig(dataset=str(tmp_path)))) == DOCUMENTS
+    assert "leaves out 0.jsonl, 1.jsonl, a.txt, inside/b.txt; " in capsys.readouterr().err
+
+
 def test_a_dataset_by_name_is_streamed(tmp_path):
     """A folder of data files stands in for a name on the Hub."""
     for name in ("train", "test"):

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gptbert.errors import InputError, first_line
+from gptbert.errors import InputError, first_line, listed, one_line
 from gptbert.io.json_file import read_json
+from gptbert.io.screen import log
 from gptbert.text.documents import MAX_DOCUMENT
 from gptbert.text.file_kind import FileKind
 
@@ -319,13 +320,24 @@ def _load_dataset(name: str, config: str | None, split: str | None) -> "Iterable
         )
     try:
         loaded = datasets.load_dataset(name, config, split=split, streaming=True)
+        unread = _unread_files(datasets.load_dataset_builder(name, config), Path(name)) if Path(name).is_dir() else []
     except Exception as error:  # from the network, a folder, or its configurations
         raise InputError(f"{where}: cannot be opened ({first_line(error) or type(error).__name__})") from error
     if isinstance(loaded, dict):
         if len(loaded) > 1:
             raise InputError(f"{where}: has several splits; choose with --split: {', '.join(map(str, loaded))}")
         (loaded,) = loaded.values()
+    if unread:
+        log(one_line(f"{where}: the library datasets leaves out {listed(unread, 5)}; --input reads files of all kinds"))
     return loaded
+
+
+def _unread_files(builder: Any, folder: Path) -> list[str]:
+    """The files of a folder that the library does not read: of several kinds it takes one, and of names train alone."""
+    read = {Path(file).resolve() for files in (builder.config.data_files or {}).values() for file in files}
+    there = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.resolve() not in read]
+    names = [file.relative_to(folder) for file in there]
+    return [str(name) for name in names if not any(part.startswith(".") for part in name.parts)]
 
 
 def _require_columns(where: str, columns: Sequence[str], there: Sequence[str]) -> None:
