@@ -145,6 +145,16 @@ def test_a_mark_that_does_not_fit_is_named(tmp_path):
     assert "its mark says" in refused(put(tmp_path, "a.txt", content[:-1]))
 
 
+def test_files_in_two_orders_of_bytes_that_were_joined_are_named(tmp_path):
+    """The second one's characters are others then, in silence."""
+    little, big = (("\ufeff" + TEXT.decode() + "\n\n").encode(f"utf-16-{order}") for order in ("le", "be"))
+    assert read(put(tmp_path, "a.txt", little + little)) == LETTERS * 2
+    for content, order in ((little + big, "le"), (big + little, "be")):
+        message = refused(put(tmp_path, "a.txt", content))
+        assert f"its mark says utf-16-{order}, which the rest is not" in message
+        assert "a mark of the other order of bytes" in message
+
+
 VALUES = [
     {"text": "A text."},
     {"text": 'with "quotes", [brackets] and {braces}', "id": [1, {"a": None}]},

@@ -19,6 +19,7 @@ from gptbert.text.text_kind import mark_of, text_kind
 
 CHUNK = 1 << 20  # bytes read at a time
 XZ_MEMORY = 1 << 28  # bytes; the largest preset of xz needs a quarter of it, and a header may ask for gigabytes
+_OTHER_MARK = "\ufffe"  # no character: a mark whose bytes are the other way round, of a file that was joined
 _UNPACKERS = {
     "xz": "xz -d",
     "lz4": "lz4 -d",
@@ -193,6 +194,7 @@ class _Recoded(io.RawIOBase):
 
     def __init__(self, stream: io.RawIOBase, encoding: str) -> None:
         self._stream = io.BufferedReader(stream, CHUNK)
+        self._encoding = encoding
         self._decoder = codecs.getincrementaldecoder(encoding)()
         self._waiting = b""
 
@@ -202,7 +204,10 @@ class _Recoded(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         while not self._waiting:
             data = self._stream.read1(CHUNK)
-            self._waiting = self._decoder.decode(data, final=not data).encode("utf-8")
+            text = self._decoder.decode(data, final=not data)
+            if _OTHER_MARK in text:
+                raise UnicodeDecodeError(self._encoding, b"\xfe\xff", 0, 2, "a mark of the other order of bytes")
+            self._waiting = text.encode("utf-8")
             if not data:
                 break
         piece = self._waiting[: len(buffer)]
