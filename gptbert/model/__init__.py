@@ -6,6 +6,7 @@
 - `key_value_cache`: keys and values of earlier positions, for a text continued token by token.
 - `layer_weighting`: the depth-weighted average of all representations so far.
 - `norm`, `dropout`: LayerNorm and dropout as modules.
+- `eval_mode`: a model without dropout, for a while.
 - `compilation`: torch.compile of the blocks.
 """
 

@@ -18,6 +18,7 @@ from gptbert.data.token_store import TokenStore
 from gptbert.distributed.fsdp import reshard
 from gptbert.distributed.world import World
 from gptbert.model import GPTBert
+from gptbert.model.eval_mode import eval_mode
 from gptbert.text.encoding import decode_behind, encode_prompt
 from gptbert.text.special_tokens import BOS_ID, MASK_ID, PAD_ID
 from gptbert.text.tokenizer import load_tokenizer, special_ids
@@ -73,13 +74,10 @@ class Samples:
         """
         if not self._texts:
             return []
-        was_training = model.training
-        model.eval()
-        with precision:
+        with eval_mode(model), precision:
             hidden_states = model.encode(self._input_ids, self._document_ids, causal=False)
             logits = model.logits(hidden_states[self._rows, self._columns])  # [masks, V]
         reshard(model)
-        model.train(was_training)
         best = logits.float().softmax(dim=-1).topk(TOP)  # [masks, TOP]
         pairs = [zip(*mask, strict=True) for mask in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
         guesses = iter([[[self._decode(token), round(share, 4)] for token, share in mask] for mask in pairs])

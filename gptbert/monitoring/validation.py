@@ -23,6 +23,7 @@ from gptbert.errors import InputError, first_line
 from gptbert.io.json_file import read_json
 from gptbert.model import GPTBert
 from gptbert.model.batch import Batch
+from gptbert.model.eval_mode import eval_mode
 from gptbert.model.objective import Objective
 from gptbert.monitoring.metrics import LossSums
 
@@ -167,20 +168,18 @@ class Validation:
             advance: called, equally often on every rank, with the number of rows just finished; it may raise. The sum
                 over all ranks is `num_rows`.
         """
-        was_training = model.training
-        model.eval()
         sums = LossSums(self._world.device)
         step, own = self._settings.local_batch_size, self.rows_of(self._world.rank)
         most = -(-self.num_rows // self._world.world_size)  # sharded weights need equally many forwards on every rank
         try:
-            for row in range(own.start, own.start + most, step):
-                for batch in self._batches(row, min(step, own.stop - row)):
-                    with precision:
-                        sums.add(model(batch))
-                advance(max(0, min(step, own.stop - row)))
+            with eval_mode(model):
+                for row in range(own.start, own.start + most, step):
+                    for batch in self._batches(row, min(step, own.stop - row)):
+                        with precision:
+                            sums.add(model(batch))
+                    advance(max(0, min(step, own.stop - row)))
         finally:
             reshard(model)
-            model.train(was_training)
         return sums
 
     def _batches(self, first: int, count: int) -> list[Batch]:

@@ -14,6 +14,7 @@ from gptbert.distributed.world import World
 from gptbert.errors import prefix_errors
 from gptbert.model import GPTBert
 from gptbert.model.batch import Batch
+from gptbert.model.eval_mode import eval_mode
 from gptbert.model.objective import Objective
 from gptbert.scoring.closing import unknown_line, unknown_share
 from gptbert.scoring.likelihood import log_likelihoods, num_forwards, num_predictions
@@ -79,17 +80,14 @@ class PairScores:
             advance: called, equally often on every rank, with the number of predictions just made; it may raise. The
                 sum is `num_predictions`.
         """
-        was_training = model.training
-        model.eval()
         try:
-            with precision, torch.compiler.set_stance("force_eager"):
+            with eval_mode(model), precision, torch.compiler.set_stance("force_eager"):
                 return {
                     f"pairs/{objective.value}/accuracy": self._accuracy(model, objective, advance)
                     for objective in self.objectives
                 }
         finally:
             reshard(model)
-            model.train(was_training)
 
     def _accuracy(self, model: GPTBert, objective: Objective, advance: Callable[[int], object]) -> float:
         own = num_forwards(self._own, objective, BATCH_TOKENS)

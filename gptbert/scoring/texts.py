@@ -6,6 +6,7 @@ from typing import Any, Literal
 import numpy as np
 
 from gptbert.errors import InputError
+from gptbert.model.eval_mode import eval_mode
 from gptbert.model.objective import Objective
 from gptbert.scoring.likelihood import log_likelihoods
 from gptbert.scoring.trained_model import TrainedModel
@@ -50,12 +51,8 @@ def score(
     are_pairs = any(map(_is_pair, given))
     rows = given if are_pairs else [[text] for text in given]
     sentences = encode_sentences(model.tokenizer, [text for row in rows for text in row])
-    was_training = model.model.training
-    model.model.eval()
-    try:
+    with eval_mode(model.model):
         of_each = log_likelihoods(model.model, sentences, OBJECTIVES[backend], (temperature,), batch_tokens)
-    finally:
-        model.model.train(was_training)
     scores = of_each[:, 0].numpy()
     return scores.reshape(-1, 2) if are_pairs else scores
 
