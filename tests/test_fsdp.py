@@ -72,19 +72,23 @@ def all_losses(records):
     ids=["2 ranks", "4 ranks, one masked", "2 copies on 4 ranks"],
 )
 def test_a_run_does_not_depend_on_sharding(inputs, one, ranks, settings):
+    """Losses are those of one process; weights and moments those of as many ranks without sharding, nearly to the bit.
+
+    Another number of ranks adds gradients in another order. Those of the layer weights nearly cancel, and LAMB divides
+    them by their size: rounding errors alone moved a weight by 2e-3 in these twenty steps.
+    """
     name = f"fsdp-{ranks}-{settings['hybrid_mode']}"
-    settings = UNEVEN | {"config_file": inputs / "no_dropout.json", "parallel": "fsdp"} | settings
-    records = train(inputs, name, ranks, **settings, save_every=10)
+    common = UNEVEN | {"config_file": inputs / "no_dropout.json", "save_every": 10}
+    records = train(inputs, name, ranks, **common | settings, parallel="fsdp")
     assert all_losses(records) == pytest.approx(all_losses(one), rel=CLOSE)
+    train(inputs, f"not-{name}", ranks, **common, hybrid_mode=settings["hybrid_mode"])
     config = ModelConfig.from_json(inputs / "no_dropout.json")
-    ours, theirs = (whole(list_checkpoints(inputs / "runs" / run)[-1], config) for run in (name, "one"))
+    ours, theirs = (whole(list_checkpoints(inputs / "runs" / run)[-1], config) for run in (name, f"not-{name}"))
     for weights in ("model", "ema"):
         for key, tensor in getattr(theirs, weights).items():
-            # α's gradient nearly cancels, and LAMB divides by its size, rounding errors included: 1.42e-4 was observed
-            atol = 4e-4 if key.endswith("alpha") else 1e-4
-            torch.testing.assert_close(getattr(ours, weights)[key], tensor, rtol=1e-3, atol=atol, msg=key)
+            torch.testing.assert_close(getattr(ours, weights)[key], tensor, rtol=1e-5, atol=1e-5, msg=key)
     for index, state in theirs.optimizer["state"].items():
-        torch.testing.assert_close(ours.optimizer["state"][index], state, rtol=1e-2, atol=1e-4, msg=str(index))
+        torch.testing.assert_close(ours.optimizer["state"][index], state, rtol=1e-4, atol=1e-6, msg=str(index))
 
 
 def whole(path, config):
