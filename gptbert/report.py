@@ -17,7 +17,7 @@ from gptbert.command_line import run_command
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.errors import InputError, first_line
 from gptbert.io.json_file import read_json
-from gptbert.io.outputs import staged_outputs
+from gptbert.io.outputs import check_outputs, staged_outputs
 from gptbert.monitoring import chart
 from gptbert.monitoring.chart import Chart, Line, draw
 from gptbert.monitoring.records import read_records
@@ -59,6 +59,7 @@ def write_report(run_dir: Path, output: Path | None = None) -> Path:
     """
     run_dir = _run_dir(run_dir)
     output = output or run_dir / "report.html"
+    check_outputs([output], [])
     page = render(run_dir)
     if not output.absolute().parent.is_dir():  # perhaps a misspelled run name
         raise InputError(f"--output {output}: cannot be written (there is no such folder)")

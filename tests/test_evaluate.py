@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import numpy as np
@@ -16,6 +17,8 @@ from gptbert.data.token_store import TokenStoreWriter
 from gptbert.distributed.hardware import has_bf16
 from gptbert.errors import InputError
 from gptbert.evaluate import EvaluateSettings, encode_domains, evaluate, is_token_file
+from gptbert.export import ExportConfig, export
+from gptbert.io.outputs import check_outputs
 from gptbert.model.objective import Objective
 from gptbert.monitoring.records import read_records
 from gptbert.scoring.trained_model import ModelChoice, TrainedModel
@@ -254,3 +257,21 @@ def test_unknown_tokens_are_counted_at_the_end(inputs, run_dir, tmp_path, capsys
         else:
             assert results(run_dir, tmp_path, tmp_path / "t.safetensors")["unknown_tokens"] == share
             assert f" labels; {said}\n" in capsys.readouterr().out
+
+
+def test_no_output_replaces_a_file_of_a_run_or_model(run_dir, tmp_path):
+    """Runs, checkpoints and exported models; results and reports in their folders may be replaced."""
+    export(ExportConfig(run_dir, tmp_path / "exported"))
+    folders = [run_dir, run_dir / "checkpoints/step_00000006", tmp_path / "exported"]
+    files = [file for folder in folders for file in folder.iterdir() if file.is_file() and file.name != "README.md"]
+    assert len(files) > 20
+    for file in files:
+        with pytest.raises(InputError, match=re.escape(f"{file}: is a file of the run or model in that folder")):
+            check_outputs([file], [])
+    for folder in folders:
+        (folder / "results.json").touch()
+    try:
+        check_outputs([*(folder / "results.json" for folder in folders), run_dir / "new.safetensors"], [])
+    finally:
+        for folder in folders:
+            (folder / "results.json").unlink()

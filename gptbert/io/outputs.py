@@ -12,9 +12,16 @@ from gptbert.errors import InputError, first_line
 from gptbert.io.files import fsync_file, publish
 from gptbert.io.owner import owned
 
+# What runs, saved models and exported ones consist of, besides weights.
+_OF_A_MODEL = {
+    *("config.json", "run.yaml", "owner.json", "metrics.jsonl", "samples.jsonl"),
+    *("model_config.json", "train_config.json", "tokenizer.json", "manifest.json", "step.json", "words.json"),
+    *("training_state.pt", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"),
+}
+
 
 def check_outputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
-    """Refuse, before any work is done, outputs that are folders or devices, or that would overwrite an input.
+    """Refuse, before any work is done, outputs that are folders or devices, or would overwrite an input or a model.
 
     Raises:
         InputError: an output is refused; names it.
@@ -27,6 +34,15 @@ def check_outputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
             raise InputError(f"output {output}: is a device or a pipe; name a file")
         if output.resolve() in taken:
             raise InputError(f"output {output}: is also an input, which it would overwrite; name another file")
+        if output.exists() and _is_of_a_model(output):
+            raise InputError(f"output {output}: is a file of the run or model in that folder; name another file")
+
+
+def _is_of_a_model(file: Path) -> bool:
+    """Whether a file is part of a run, a saved model or an exported one, by its name and those beside it."""
+    beside = [{"model_config.json"}, {"config.json", "tokenizer.json"}]
+    is_in_one = any(all((file.parent / name).exists() for name in names) for names in beside)
+    return is_in_one and (file.name in _OF_A_MODEL or file.suffix in {".safetensors", ".py"})
 
 
 @contextmanager
