@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from benchmarks import traffic
+from benchmarks.counted import Counted, CountedJob
 from kernels.backend import interpreted
 
 pytestmark = pytest.mark.skipif(not interpreted(), reason="counts in Triton's interpreter; here kernels run on the GPU")
@@ -42,7 +43,7 @@ def sundry_kernel(source, target, counter, block: tl.constexpr):
 
 def run(kernel, dtype, length=1000, block=256):
     source, target = torch.ones(length, dtype=dtype), torch.zeros(length, dtype=dtype)
-    with traffic.Counted() as counted:
+    with Counted() as counted:
         kernel[(triton.cdiv(length, block),)](source, target, length, block=block)
     return counted, target
 
@@ -67,7 +68,7 @@ def test_a_kernel_that_reads_twice_moves_half_as_much_again():
 
 def test_scalars_descriptors_and_atomics():
     source, target, counter = torch.ones(16), torch.zeros(16, dtype=torch.int16), torch.zeros(16, dtype=torch.int64)
-    with traffic.Counted() as counted:
+    with Counted() as counted:
         sundry_kernel[(2,)](source, target, counter, block=16)
     atomics = 8 * (5 + 1)
     assert counted.kernels["sundry_kernel"].loaded == 2 * (8 + 16 * 4 + atomics)
@@ -76,7 +77,7 @@ def test_scalars_descriptors_and_atomics():
 
 def test_kernels_and_launches_are_told_apart_and_nothing_counts_afterwards():
     source, target = torch.ones(8), torch.zeros(8)
-    with traffic.Counted() as counted:
+    with Counted() as counted:
         for kernel in (copy_kernel, twice_kernel, copy_kernel):
             kernel[(1,)](source, target, 8, block=8)
     assert {name: moved.launches for name, moved in counted.kernels.items()} == {"copy_kernel": 2, "twice_kernel": 1}
@@ -98,7 +99,7 @@ def test_kernels_and_launches_are_told_apart_and_nothing_counts_afterwards():
 def test_a_broken_bar_is_a_line_and_the_exit_status(changes, line, monkeypatch, capsys):
     good = {"name": "job", "moved": 100, "fewest": 100, "bar": 1.05, "launches": 4, "launch_bar": 4, "liger": 200}
     for values, status in ((good | {"liger_bar": 0.65}, 0), (good | changes, 1)):
-        monkeypatch.setattr(traffic, "count", lambda _, values=values: [traffic.CountedJob(**values)])
+        monkeypatch.setattr(traffic, "count", lambda _, values=values: [CountedJob(**values)])
         with pytest.raises(SystemExit) as error:
             traffic.run(traffic.TrafficConfig(json=True))
         captured = capsys.readouterr()
@@ -144,7 +145,7 @@ def test_liger_computes_the_same_and_moves_what_its_source_says(weight):
     """Two reads and one write per logit, and one more read and write if the gradient is scaled afterwards."""
     labels = traffic._labels(5, 2, 8192)
     theirs, ours = traffic._logits(5, 8192, torch.float32), traffic._logits(5, 8192, torch.float32)
-    with traffic.Counted() as counted:
+    with Counted() as counted:
         loss = traffic.liger_cross_entropy(theirs, labels, weight)
     log_probs = ours.log_softmax(-1)
     z_loss = ours.logsumexp(-1).square()[2:].mean()
