@@ -4,6 +4,7 @@ In Python: `from gptbert import TrainConfig, load_model, score, train`; docs/pyt
 """
 
 import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ kernels_finder.install()  # before anything imports `kernels`
 # OpenMP's threads sleep while they wait for each other: by default they spin, on cores that the others need wherever
 # something else runs. OpenMP reads this when torch loads it; docs/performance.md has what it costs and saves.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if sys.platform == "darwin":  # what Apple's GPU lacks in older releases of PyTorch, the CPU computes, with a warning
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 
 def __getattr__(name: str) -> Any:

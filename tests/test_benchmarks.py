@@ -149,6 +149,7 @@ LOGITS_BUGS = {
 
 @pytest.mark.parametrize("impl", ["reference_eager", "torch", "linear_cross_entropy", "linear_cross_entropy_chunked"])
 def test_right_cross_entropies_pass(impl):
+    peers.skip_unless_possible(impl)
     assert passes(MCE.hidden_proof(MCE.IMPLEMENTATIONS[impl], MCE.TINY))
 
 

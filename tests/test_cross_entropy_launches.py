@@ -155,6 +155,7 @@ def test_a_call_takes_a_dozen_launches(launches, monkeypatch, shape):
     assert len(launches.names) <= MOST_LAUNCHES, launches.names
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.11."), reason="its addmm with out_dtype fails on the meta device")
 def test_more_logits_than_a_chunk_holds_go_through_in_chunks_of_one_size(launches, monkeypatch):
     inputs = inputs_of("N=32768 V=8192")
     monkeypatch.setitem(op.CHUNK_BYTES, "gpu", 2**29 // 3)

@@ -229,6 +229,17 @@ def test_waiting_threads_sleep_unless_the_user_says_otherwise(monkeypatch, value
     assert f"GOMP_SPINCOUNT = '{expected}'" in run.stderr
 
 
+@pytest.mark.parametrize(
+    ("platform", "value", "expected"), [("darwin", None, "1"), ("darwin", "0", "0"), ("linux", None, "")]
+)
+def test_what_apples_gpu_lacks_is_computed_by_the_cpu(monkeypatch, platform, value, expected):
+    set_all(monkeypatch, {"PYTORCH_ENABLE_MPS_FALLBACK": value})
+    variable = "os.getenv('PYTORCH_ENABLE_MPS_FALLBACK', '')"
+    ask = f"import os, sys; sys.platform = {platform!r}; import gptbert; print({variable})"
+    run = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == expected
+
+
 def test_network_interfaces_are_those_of_the_host(monkeypatch, make_config):
     _, first = socket.if_nameindex()[0]
     for value in ("", first, f"{first},{first}"):

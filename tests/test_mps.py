@@ -150,7 +150,9 @@ def test_a_run_asks_for_what_mps_has(inputs, monkeypatch, optimizer):
         run.sums.state_dict()
     assert len(walk.names) > 80, "or it has seen little"
     assert walk.wide == set()
-    assert {name for name in walk.names if not is_on_mps(name)} == set()
+    of_the_cpu = {"2.11": {"_assert_async.msg", "nonzero_static"}, "2.12": {"_assert_async.msg"}}
+    missing = {name for name in walk.names if not is_on_mps(name)}
+    assert missing == of_the_cpu.get(torch.__version__[:4], set())
 
 
 def test_commands_ask_for_what_mps_has(inputs, monkeypatch):

@@ -25,8 +25,10 @@ export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$interface} GLOO_SOCKET_IFNAME=$
 [[ $own == "$address" ]] && is_host=1 || is_host=0
 # If torchrun shared its store with its processes, a host that rejoins would wait forever for the store's address.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+# A save takes a while for large models: torchrun kills what has not ended after so many seconds (PyTorch 2.11: 30).
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-100}
 
-# Slurm sends USR1 before the time limit (slurm.sh). The trainer then saves, which takes a while for large models.
+# Slurm sends USR1 before the time limit (slurm.sh); the trainer then saves.
 exec torchrun \
     --nnodes="${NNODES:-2}" \
     --nproc_per_node="${NPROC_PER_NODE:-gpu}" \
@@ -37,7 +39,6 @@ exec torchrun \
     --local_addr="$own" \
     --max_restarts="${MAX_RESTARTS:-3}" \
     --signals_to_handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
-    --shutdown_timeout=100 \
     train_distributed.py \
     --train_path="../bin/train_tokenized.bin" \
     --valid_path="../bin/val_tokenized.bin" \
