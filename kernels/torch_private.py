@@ -8,7 +8,7 @@ import ctypes
 import importlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -65,6 +65,24 @@ def process_group(name: str) -> ProcessGroup:
     if not hasattr(module, "_resolve_process_group"):
         raise RuntimeError(f"PyTorch {torch.__version__} does not find a process group by its name")
     return module._resolve_process_group(name)
+
+
+def end_failed_capture(device_index: int, pool: tuple[int, int]) -> None:
+    """After the capture of a CUDA graph has failed, end it for random numbers and memory of the device, too.
+
+    Where CUDA itself has ended the capture, as after a device sync, PyTorch 2.11 raises its error before it does so: it
+    then refuses to draw random numbers, and `torch.cuda.empty_cache` fails. Without `_cuda_endAllocateToPool` that
+    stays so.
+
+    Args:
+        device_index: of the GPU.
+        pool: the capture's, of `torch.cuda.graph_pool_handle`.
+    """
+    generator = torch.cuda.default_generators[device_index]
+    generator.graphsafe_set_state(generator.clone_state())  # the same numbers, in a state that no capture holds
+    if hasattr(torch._C, "_cuda_endAllocateToPool"):
+        with suppress(RuntimeError):  # it has ended already
+            torch._C._cuda_endAllocateToPool(device_index, pool)
 
 
 def loads_cpp() -> bool:

@@ -4,7 +4,8 @@ None by default: each has code of its own for some sizes, which takes seconds to
 a check finds one wrong, and scoring, with rows of any length, does not.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 from types import MappingProxyType
 
@@ -44,6 +45,18 @@ def use_fused(operations: Collection[str], variants: Mapping[str, str] = Mapping
     global _wanted, _variants  # noqa: PLW0603 - process-wide, like `kernels.backend.set_default_backend`
     _wanted = frozenset(operations)
     _variants = {operation: variants.get(operation, names[0]) for operation, names in VARIANTS.items()}
+
+
+@contextmanager
+def without(operation: str) -> Iterator[None]:
+    """A block that does without a fused operation: for instance where rows have many lengths."""
+    global _wanted  # noqa: PLW0603 - likewise
+    before = _wanted
+    _wanted = before - {operation}
+    try:
+        yield
+    finally:
+        _wanted = before
 
 
 def variant(operation: str) -> str:

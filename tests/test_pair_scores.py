@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from gptbert.command_line import parse, run_command
 from gptbert.config import TrainConfig
 from gptbert.distributed.world import World
 from gptbert.errors import StoppedError
+from gptbert.model import GPTBert
 from gptbert.model.objective import Objective
 from gptbert.monitoring.records import read_records
 from gptbert.report import render
@@ -24,6 +26,7 @@ from gptbert.scoring.pair_scores import PairScores
 from gptbert.scoring.trained_model import ModelChoice, TrainedModel
 from gptbert.train import fit
 from gptbert.trainer import Trainer
+from kernels import wanted
 from tests.runs import ROOT, assert_same_checkpoint, assert_same_end, flags, on_ranks, write_inputs
 
 SETTINGS = {
@@ -92,9 +95,14 @@ def test_the_run_is_the_same_without_them(inputs, scored):
     assert losses[0] == losses[1]
 
 
-def test_nothing_is_compiled_for_the_many_lengths(inputs, scored):
+def test_nothing_is_compiled_for_the_many_lengths(inputs, scored, monkeypatch):
     def refuse(*_):
         pytest.fail("compiled")
+
+    seen = set()
+    encode, is_fused = GPTBert.encode, partial(wanted.is_wanted, "attention_context")
+    monkeypatch.setattr(GPTBert, "encode", lambda *args: (seen.add(is_fused()), encode(*args))[1])
+    wanted.use_fused(wanted.FUSED)
 
     trained = TrainedModel.load(ModelChoice(run=scored))
     for block in trained.model.blocks:
@@ -103,6 +111,8 @@ def test_nothing_is_compiled_for_the_many_lengths(inputs, scored):
     config = parse(TrainConfig, flags(inputs, pairs_path=inputs / "pairs"))
     pairs = PairScores(config, World(0, 1, torch.device("cpu")))
     assert pairs.record(trained.model, nullcontext()) == scores(scored)[6]
+    assert seen == {False}
+    assert wanted.is_wanted("attention_context")
 
 
 @pytest.mark.parametrize(("numerator", "objectives"), [(0, {"clm"}), (4, {"mlm"})])

@@ -5,6 +5,7 @@ import json
 import math
 from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -26,6 +27,7 @@ from gptbert.errors import InputError
 from gptbert.model.batch import Batch
 from gptbert.train import fit
 from gptbert.trainer import Trainer
+from gptbert.training import cuda_graph
 from gptbert.training import step as step_module
 from gptbert.training.step import EagerStep, RecordedStep
 from kernels import wanted
@@ -284,6 +286,28 @@ def test_where_a_recording_fails_the_run_goes_on(inputs, monkeypatch, capfd, is_
         "permitted when stream is capturing); this run goes on without, in the same bits"
     )
     assert said == [expected] * is_main
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("operation not permitted when stream is capturing")])
+def test_a_failed_recording_is_ended_for_random_numbers_and_memory(monkeypatch, capfd, error):
+    """PyTorch 2.11 does not do so itself where CUDA has ended the recording; with stand-ins for a GPU's functions."""
+    ended, stream = [], SimpleNamespace(device_index=3)
+    stand_ins = {"CUDAGraph": lambda: SimpleNamespace(replay="a replay"), "graph_pool_handle": lambda: (0, 7)}
+    stand_ins |= {"stream": lambda _: nullcontext(), "current_stream": lambda: stream}
+    stand_ins |= {"graph": lambda graph, pool, stream, capture_error_mode: nullcontext()}
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(cuda_graph, "end_failed_capture", lambda *which: ended.append(which))
+    recorder = cuda_graph.Recorder(ALONE.device)
+    recorder.is_on, recorder._stream = True, stream
+
+    def function():
+        if error:
+            raise error
+
+    assert recorder.record(function, "a step") == (None if error else "a replay")
+    assert ended == ([(3, (0, 7))] if error else [])
+    assert ("a step cannot be recorded (operation not" in capfd.readouterr().err) == bool(error)
 
 
 def test_warming_up_is_on_the_recordings_stream(inputs, monkeypatch):

@@ -204,10 +204,12 @@ class GPTBert(nn.Module):
         if not self.has_fused_attention(length, dtype, device):
             return Visibility(attention_mask(document_ids, causal), self.position_buckets(length))
         if not isinstance(causal, Tensor):
-            causal = torch.full_like(document_ids[:, 0], causal, dtype=torch.bool)  # [B]
+            causal = document_ids.new_full((len(document_ids),), causal, dtype=torch.bool)  # [B]
         buckets = self._buckets(torch.arange(1 - length, length, device=device))
         tables = distance_tables(buckets, num_position_vectors, dtype)
-        return Visibility(document_ids=document_ids.int(), is_causal=causal, tables=tables)
+        # a single row may have any stride, for each of which compiled blocks would be compiled anew
+        ids = document_ids.to(torch.int32, copy=True, memory_format=torch.contiguous_format)
+        return Visibility(document_ids=ids, is_causal=causal, tables=tables)
 
     def has_fused_attention(self, length: int, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether attention over rows of this length runs in the fused kernels, with packed weights."""

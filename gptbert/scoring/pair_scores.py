@@ -21,6 +21,7 @@ from gptbert.scoring.likelihood import log_likelihoods, num_forwards, num_predic
 from gptbert.scoring.minimal_pairs import Accuracy, read_pairs
 from gptbert.text.encoding import encode_sentences
 from gptbert.text.tokenizer import load_tokenizer
+from kernels import wanted
 
 BATCH_TOKENS = 8192  # in a forward, as the default of `gptbert score`
 
@@ -72,7 +73,7 @@ class PairScores:
         """Accuracy under each objective, by the name of its record; every rank must call it.
 
         By the mean over UIDs if every pair has one, which is BLiMP's number, else over all pairs. Nothing is compiled,
-        since sentences have many lengths, each of which would be compiled anew.
+        and attention is not fused, since sentences have many lengths, each of which would be compiled anew.
 
         Args:
             model: its train/eval mode is restored.
@@ -81,7 +82,12 @@ class PairScores:
                 sum is `num_predictions`.
         """
         try:
-            with eval_mode(model), precision, torch.compiler.set_stance("force_eager"):
+            with (
+                eval_mode(model),
+                precision,
+                torch.compiler.set_stance("force_eager"),
+                wanted.without("attention_context"),
+            ):
                 return {
                     f"pairs/{objective.value}/accuracy": self._accuracy(model, objective, advance)
                     for objective in self.objectives

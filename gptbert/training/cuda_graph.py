@@ -12,6 +12,7 @@ import torch
 
 from gptbert.errors import first_line
 from gptbert.io.screen import log
+from kernels.torch_private import end_failed_capture
 
 
 class Recorder:
@@ -32,6 +33,7 @@ class Recorder:
         self.is_on = device.type == "cuda"
         self.recorded: list[str] = []
         self._is_main = is_main
+        self._failed: torch.cuda.CUDAGraph | None = None
         if self.is_on:
             self._stream = torch.cuda.Stream(device)
 
@@ -70,14 +72,19 @@ class Recorder:
 
     def _capture(self, function: Callable[[], None]) -> Callable[[], None]:
         gc.collect()  # of former steps, nothing is left that has memory or waits for another stream
-        graph = torch.cuda.CUDAGraph()
-        # The outer context restores the stream, which torch.cuda.graph does not where a recording fails.
-        # "thread_local": the thread that prepares rows allocates pinned memory meanwhile, which "global" forbids.
-        with (
-            torch.cuda.stream(torch.cuda.current_stream()),
-            torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
-        ):
-            function()
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        try:
+            # The outer context restores the stream, which torch.cuda.graph does not where a recording fails.
+            # "thread_local": the thread that prepares rows allocates pinned memory meanwhile, which "global" forbids.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),
+                torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"),
+            ):
+                function()
+        except RuntimeError:
+            self._failed = graph  # PyTorch's allocator still refers to it
+            end_failed_capture(self._stream.device_index, pool)
+            raise
         return graph.replay
 
 

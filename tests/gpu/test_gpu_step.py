@@ -4,6 +4,8 @@ The rehearsal on the CPU leaves out only `no_waiting` and the recording.
 """
 
 import json
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -15,9 +17,10 @@ from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.data.inputs import Inputs
 from gptbert.distributed.world import World
 from gptbert.trainer import Trainer
+from gptbert.training.cuda_graph import Recorder
 from kernels import wanted
 from tests.gpu.compiled_run import always_compile
-from tests.runs import MODEL, flags
+from tests.runs import MODEL, ROOT, flags
 
 
 @contextmanager
@@ -62,6 +65,31 @@ def test_a_step_waits_for_nothing(inputs, device, optimizer, more, mode, operati
             norm = trainer.train_step(rows[step])
     assert norm.isfinite()
     assert trainer.skipped_steps.total() == 0
+
+
+def test_after_a_failed_recording_the_process_goes_on(device):
+    """In a process of its own, whose random numbers and memory would be the failed recording's for good."""
+    if device.type == "cpu":
+        pytest.skip("nothing is recorded on a CPU")
+    code = "from tests.gpu.test_gpu_step import fail_and_go_on; fail_and_go_on()"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
+
+
+def fail_and_go_on():
+    device = torch.device("cuda", 0)
+    recorder, number = Recorder(device), torch.ones((), device=device)
+    recorder.run(number.item)
+    assert recorder.record(number.item, "a read") is None
+    assert not recorder.is_on
+    torch.cuda.manual_seed(0)
+    first = torch.randint(1000, (9,), device=device)
+    torch.cuda.manual_seed(0)
+    assert torch.equal(torch.randint(1000, (9,), device=device), first)
+    torch.cuda.empty_cache()
+    again = Recorder(device)
+    again.run(lambda: number.add_(1))
+    again.record(lambda: number.add_(1), "an addition")()
+    assert number.item() == 3
 
 
 def test_waiting_is_an_error_where_it_is_looked_for(device):
