@@ -3,8 +3,6 @@
 import functools
 import importlib
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 # ptxas 12.8 loses a descriptor of a Hopper matrix product where registers are scarce: an illegal memory access, seen on
 # an H200 with Triton 3.6. Later releases, on the same PTX, do not. Triton's wheels have one of those, for Blackwell.
@@ -12,39 +10,29 @@ _WRONG = ("12.8",)
 _VARIABLE = "TRITON_PTXAS_PATH"
 
 
-@contextmanager
-def right_assembler() -> Iterator[str | None]:
-    """Context manager: kernels compiled in the block are assembled by Triton's later assembler if its first is wrong.
+@functools.cache
+def use_right_assembler() -> str | None:
+    """Have Triton's later assembler make this process's kernels if its first is wrong; before anything is compiled.
 
-    Around launches, the first of which compiles. An assembler named in the environment is left alone.
+    It stays so: threads compile side by side, and a kernel's key in Triton's cache names the release that the process
+    used first. An assembler named in the environment is left alone.
 
-    Yields:
+    Returns:
         The release for GPUs up to Hopper, such as "12.9"; None without Triton or its NVIDIA backend.
     """
-    if os.environ.get(_VARIABLE):
-        yield _release_of("ptxas")
-        return
-    path, release = _choice()
-    try:
-        if path is not None:
-            os.environ[_VARIABLE] = path
-        yield release
-    finally:
-        os.environ.pop(_VARIABLE, None)
+    first = _release_of("ptxas")
+    if os.environ.get(_VARIABLE) or is_right(first):
+        return first
+    later = _release_of("ptxas_blackwell")
+    if later is None or not is_right(later):
+        return first
+    os.environ[_VARIABLE] = importlib.import_module("triton.knobs").nvidia.ptxas_blackwell.path
+    return later
 
 
 def is_right(release: str | None) -> bool:
     """Whether a release of ptxas is not known to make wrong code; None is no assembler of NVIDIA's."""
     return release is None or not release.startswith(_WRONG)
-
-
-@functools.cache
-def _choice() -> tuple[str | None, str | None]:
-    """Path of the assembler to use instead of Triton's first, or None; and the release that is used."""
-    first, later = _release_of("ptxas"), _release_of("ptxas_blackwell")
-    if is_right(first) or later is None or not is_right(later):
-        return None, first
-    return importlib.import_module("triton.knobs").nvidia.ptxas_blackwell.path, later
 
 
 def _release_of(name: str) -> str | None:

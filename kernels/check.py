@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 import tyro
 
+from kernels.assembler import use_right_assembler
 from kernels.backend import BACKENDS, interpreted
 from kernels.configuration import OPERATIONS, operations
 from kernels.interpreter import leave_out_dead_work
@@ -76,6 +77,8 @@ def run_checks(
             importlib.import_module("triton")
             if interpreted():
                 leave_out_dead_work()
+            else:
+                use_right_assembler()
     with torch.random.fork_rng(devices):  # a run's random numbers must not depend on the check
         chosen = [op for op in operations(backend) if op in ops and (run is None or op in run.operations)]
         check = partial(_check_operation, device, backend, run)

@@ -32,7 +32,7 @@ from typing import Any, Literal, NamedTuple
 import tyro
 from tqdm import tqdm
 
-from kernels.assembler import right_assembler
+from kernels.assembler import use_right_assembler
 from kernels.backend import interpreted
 from kernels.configuration import TRITON_OPERATIONS, Configuration, fitting_warps
 
@@ -165,8 +165,7 @@ def build(configuration: Configuration, target_name: str) -> Build:
         measured = _measure_amd(compiled.asm["amdgcn"])
     result = Build(configuration.name, target_name, shared_bytes=compiled.metadata.shared, **measured)
     if configuration.has_products and target.backend == "cuda" and target.arch < 100:
-        with right_assembler() as release:
-            result = replace(result, assembler=release)
+        result = replace(result, assembler=use_right_assembler())
         if target_name == "sm_90":
             result = _with_tile(result, configuration, compiled.asm["cubin"])
     result.problems.extend(_broken_bars(configuration, target, result, compiled.asm["ttir"]))
@@ -216,9 +215,9 @@ def _compile(configuration: Configuration, target: Target) -> tuple[Any, str]:
     if target.backend == "cuda" and configuration.max_registers is not None:
         options["maxnreg"] = configuration.max_registers
     gpu_target = importlib.import_module("triton.backends.compiler").GPUTarget(*target[:3])
-    assembler = right_assembler() if configuration.has_products else contextlib.nullcontext()
+    use_right_assembler()
     printed = io.StringIO()
-    with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(printed), assembler:
+    with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(printed):
         knobs.nvidia.dump_ptxas_log = True
         compiled = compiler.compile(source, target=gpu_target, options=options)
         cache = importlib.import_module("triton.runtime.cache").get_cache_manager(compiled.hash)

@@ -1,7 +1,6 @@
 """The assembler of kernels with matrix products: a wrong one costs speed, not the run."""
 
 import os
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,17 +9,18 @@ from gptbert.distributed.world import World
 from gptbert.monitoring import progress
 from gptbert.training import preparation
 from kernels import assembler, wanted
-from kernels.assembler import is_right, right_assembler
+from kernels.assembler import is_right, use_right_assembler
 
 GPU = World(0, 1, torch.device("cuda", 0))
 
 
 @pytest.fixture(autouse=True)
 def nothing_stays(monkeypatch):
-    monkeypatch.delenv("TRITON_PTXAS_PATH", raising=False)
-    assembler._choice.cache_clear()
+    monkeypatch.setenv("TRITON_PTXAS_PATH", "")  # restored afterwards
+    del os.environ["TRITON_PTXAS_PATH"]
+    use_right_assembler.cache_clear()
     yield
-    assembler._choice.cache_clear()
+    use_right_assembler.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -38,28 +38,26 @@ def test_one_release_is_known_to_be_wrong(release, right):
 def test_a_later_one_is_used_where_the_first_is_wrong(monkeypatch, first, later, used):
     releases = {"ptxas": first, "ptxas_blackwell": later}
     monkeypatch.setattr(assembler, "_release_of", releases.get)
-    with right_assembler() as release:
-        assert release == used
-        assert ("TRITON_PTXAS_PATH" in os.environ) == (used != first)
-    assert "TRITON_PTXAS_PATH" not in os.environ
+    for _ in range(2):
+        assert use_right_assembler() == used
+        assert ("TRITON_PTXAS_PATH" in os.environ) == (used != first), "from the first call on"
 
 
 def test_one_that_is_named_is_left_alone(monkeypatch):
     monkeypatch.setenv("TRITON_PTXAS_PATH", "/their/ptxas")
     monkeypatch.setattr(assembler, "_release_of", {"ptxas": "12.8"}.get)
-    with right_assembler() as release:
-        assert (release, os.environ["TRITON_PTXAS_PATH"]) == ("12.8", "/their/ptxas")
+    assert (use_right_assembler(), os.environ["TRITON_PTXAS_PATH"]) == ("12.8", "/their/ptxas")
 
 
 @pytest.mark.parametrize(("release", "is_fused"), [("12.8", False), ("12.9", True)])
 def test_without_a_right_one_a_run_does_without_fused_operations(make_config, monkeypatch, capfd, release, is_fused):
-    monkeypatch.setattr(preparation, "right_assembler", lambda: nullcontext(release))
+    monkeypatch.setattr(preparation, "use_right_assembler", lambda: release)
     monkeypatch.setattr(preparation, "choose_backend", lambda *_: "triton")
     assert preparation.prepare_kernels(make_config(), GPU) == "triton"
     assert all(map(wanted.is_wanted, wanted.FUSED)) is is_fused
     said = capfd.readouterr().err
     assert said.startswith("ptxas 12.8 is known to make wrong code") is not is_fused
-    monkeypatch.setattr(progress, "right_assembler", lambda: nullcontext(release))
+    monkeypatch.setattr(progress, "use_right_assembler", lambda: release)
     line = progress._ways(make_config(cuda_graph="off"), GPU)
     fused = "attention_context (gather), gated_norm, normalize, dropout, depth_mix" if is_fused else "nothing"
     assert line == f"fused: {fused}; assembled by ptxas {release}; steps not recorded"

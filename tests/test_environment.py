@@ -278,9 +278,10 @@ def test_an_assembler_that_is_no_program_is_named(monkeypatch, tmp_path):
     environment.check_program("TRITON_PTXAS_PATH")
     monkeypatch.setenv("TRITON_PTXAS_PATH", "")
     environment.check_program("TRITON_PTXAS_PATH")
-    monkeypatch.setattr(assembler, "_choice", lambda: (None, "12.9"))
-    with assembler.right_assembler() as release:
-        assert release == "12.9"
+    monkeypatch.setattr(assembler, "_release_of", {"ptxas": "12.9"}.get)
+    assembler.use_right_assembler.cache_clear()
+    assert assembler.use_right_assembler() == "12.9"
+    assembler.use_right_assembler.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from gptbert.io.screen import log
 from gptbert.model.objective import Objective
 from gptbert.monitoring import recipes
 from gptbert.schedules import MOST_INITIAL, initial_share
-from kernels.assembler import right_assembler
+from kernels.assembler import use_right_assembler
 from kernels.wanted import FUSED, VARIANTS, is_wanted, variant
 
 
@@ -53,8 +53,8 @@ def _ways(config: TrainConfig, world: World) -> str:
     fused = [f"{op} ({variant(op)})" if op in VARIANTS else op for op in FUSED if is_wanted(op)]
     ways = [f"fused: {', '.join(fused) or 'nothing'}"]
     if world.device.type == "cuda":
-        with right_assembler() as release:
-            ways += [f"assembled by ptxas {release}"] if release else []
+        release = use_right_assembler()
+        ways += [f"assembled by ptxas {release}"] if release else []
     ways.append("steps " + ("recorded in CUDA graphs" if config.is_recorded(world.device.type) else "not recorded"))
     return "; ".join(ways)
 

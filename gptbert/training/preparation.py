@@ -19,7 +19,7 @@ from gptbert.io.owner import owned, whereabouts
 from gptbert.io.run_file import write_run_file
 from gptbert.io.screen import log
 from kernels import cpp
-from kernels.assembler import is_right, right_assembler
+from kernels.assembler import is_right, use_right_assembler
 from kernels.backend import choose_backend, chosen_by_name, set_default_backend
 from kernels.check import first_failure, run_checks
 from kernels.wanted import FUSED, use_fused
@@ -60,14 +60,14 @@ def prepare_kernels(config: TrainConfig, world: World) -> str:
     use_fused(FUSED)  # unless `gptbert.training.kernel_check` finds one wrong
     if backend == "triton" and world.device.type == "cuda":
         environment.check_program("TRITON_PTXAS_PATH")
-        with right_assembler() as release:
-            if not is_right(release):
-                use_fused(())
-                if world.is_main:
-                    log(
-                        f"ptxas {release} is known to make wrong code of matrix products, so nothing is fused in this "
-                        "run; TRITON_PTXAS_PATH in the environment names another"
-                    )
+        release = use_right_assembler()
+        if not is_right(release):
+            use_fused(())
+            if world.is_main:
+                log(
+                    f"ptxas {release} is known to make wrong code of matrix products, so nothing is fused in this run; "
+                    "TRITON_PTXAS_PATH in the environment names another"
+                )
     return backend
 
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.assembler import right_assembler
+from kernels.assembler import use_right_assembler
 from kernels.attention_context import backward_kernel
 from kernels.attention_context.fused import TILE, tile_size
 from kernels.attention_context.tiles import (
@@ -201,7 +201,8 @@ def forward(
         table = _position_products(query, key, position, num_heads)
     settings = _settings(query, key, value, seed, num_heads, len(position), variant)
     if num_rows:
-        with torch.cuda.device_of(query), right_assembler():
+        use_right_assembler()
+        with torch.cuda.device_of(query):
             forward_kernel[(settings["L"] // settings["N"], num_rows, num_heads)](
                 query, key, value, table, buckets, document_ids, is_causal,
                 is_causal if seed is None else seed, output, lse,
@@ -266,7 +267,8 @@ def backward(
     rows = (document_ids, is_causal, is_causal if seed is None else seed)
     numbers = (*_numbers(seed, dropout_prob, scale), num_rows)
     if num_rows:
-        with torch.cuda.device_of(query), right_assembler():
+        use_right_assembler()
+        with torch.cuda.device_of(query):
             backward_kernel.queries_kernel[(groups, num_heads)](
                 query, key, value, table, buckets, bucket_rows, position, *rows, output, lse, grad,
                 delta, of_query, parts, scratch[0], *numbers, **settings,

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.assembler import right_assembler
+from kernels.assembler import use_right_assembler
 from kernels.configuration import Configuration, launch_warps
 from kernels.depth_mix.fused import GROUP
 from kernels.dropout_hash import are_kept, first_words, keep_arguments
@@ -323,11 +323,11 @@ def _weight_gradients(values: Tensor, grad_alpha: Tensor, begin: int, last: int)
     size, count = values.shape[1], last - begin + 1
     programs, representations = min(triton.cdiv(size, GRAM_BLOCK), PROGRAMS), _padded(last + 1)
     parts = torch.empty(programs, 16, representations, dtype=torch.float32, device=values.device)
-    with right_assembler():
-        gram_kernel[(programs,)](
-            values, parts, size, begin, count, last, REPRESENTATIONS=representations, BLOCK=GRAM_BLOCK,
-            num_warps=launch_warps(NUM_WARPS), num_stages=GRAM_STAGES[values.dtype],
-        )  # fmt: skip
+    use_right_assembler()
+    gram_kernel[(programs,)](
+        values, parts, size, begin, count, last, REPRESENTATIONS=representations, BLOCK=GRAM_BLOCK,
+        num_warps=launch_warps(NUM_WARPS), num_stages=GRAM_STAGES[values.dtype],
+    )  # fmt: skip
     gram_sums_kernel[(count,)](
         parts, grad_alpha, programs, begin, REPRESENTATIONS=representations, BLOCK=PARTS_BLOCK,
         num_warps=launch_warps(NUM_WARPS),
