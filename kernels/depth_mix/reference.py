@@ -1,12 +1,13 @@
 """Mixes in plain PyTorch, differentiated by autograd."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.dropout import dropout
+from kernels.normalize import op as normalize
 
 
 def depth_mix(representations: list[Tensor], alpha: Tensor) -> Tensor:
@@ -34,17 +35,32 @@ def fused_mixes(
         seeds: [2] int32 or None.
         dropout_prob: probability of a zero.
         eps: LayerNorm's.
-        dtype: to which all y_m but the newest and all h_n are rounded.
+        dtype: to which all y_m but the newest and all h_n are rounded; for ∂α the newest and ∂x_n, too. ∂x_n is made from
+            the rounded h_n. Without rounding in fp64.
     """
-    x, older, normalized = first, [first], [_normalized(first, eps, dtype)]
+    x, older, normalized = first, [first], [normalize.normalize(first, eps, dtype)]
     for output, bias, alpha, seed in zip(outputs, biases, alphas, seeds, strict=True):
         added = output.to(first.dtype) if bias is None else output.to(first.dtype) + bias
         newest = x + dropout(added, seed, dropout_prob)
-        x = depth_mix([*(each.to(dtype).to(first.dtype) for each in older), newest], alpha)
+        rounded = [each.to(dtype).to(first.dtype) for each in older]
+        x = _Mix.apply(alpha, dtype, *rounded, newest)
         older.append(newest)
-        normalized.append(_normalized(x, eps, dtype))
+        normalized.append(normalize.normalize(x, eps, dtype))
     return x, normalized
 
 
-def _normalized(x: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], eps=eps).to(dtype)
+class _Mix(torch.autograd.Function):
+    """`depth_mix`; ∂α is made from what is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, alpha: Tensor, dtype: torch.dtype, *representations: Tensor) -> Tensor:
+        ctx.save_for_backward(alpha, *representations)
+        ctx.dtype = dtype
+        return depth_mix(list(representations), alpha)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        alpha, *representations = ctx.saved_tensors
+        kept = [tensor.to(ctx.dtype).to(grad.dtype) for tensor in (grad, *representations)]
+        grad_alpha = torch.stack([(kept[0] * values).sum() for values in kept[1:]])
+        return grad_alpha, None, *(weight * grad for weight in alpha)
