@@ -6,6 +6,7 @@ checkpoint gives the numbers that the run logged for it. Texts are encoded as in
 """
 
 import json
+import re
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -48,6 +49,8 @@ class EvaluateSettings(CorpusConfig, ModelChoice):
     input: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
     """A token file (safetensors, or upstream's .bin), or files or folders of documents, as for tokenize_corpus.py;
     omit it with --dataset."""
+    dataset: str | None = None
+    """Instead of DATA: a Hugging Face dataset, streamed; its name on the Hub or a folder of data files."""
     domain_field: str | None = None
     """Field of JSONL objects or column of tables: gives results for each of its values, and for all together."""
     seq_length: int | None = None
@@ -61,7 +64,11 @@ class EvaluateSettings(CorpusConfig, ModelChoice):
 
     def __post_init__(self) -> None:
         if not self.input and not self.dataset:
-            raise InputError("DATA: needs a token file, or at least one file or folder of documents")
+            raise InputError(
+                "DATA: needs a token file, or at least one file or folder of documents, or --dataset a name"
+            )
+        if self.input and self.dataset:
+            raise InputError("DATA and --dataset: give one of the two")
         if self.mask_p is not None and not 0 <= self.mask_p <= 1:
             raise InputError(f"--mask_p is {self.mask_p}, expected a number from 0 to 1")
         if self.seq_length is not None and not 2 <= self.seq_length < 10**7:
@@ -249,7 +256,7 @@ def encode_domains(trained: TrainedModel, config: CorpusConfig, domain_field: st
             batches.append((tokens.astype(dtype), lengths))
         corpus.require_documents()
     except InputError as error:  # the data are positional here, without a flag
-        raise InputError(str(error).removeprefix("--input ")) from error
+        raise InputError(re.sub("^--input:", "DATA:", str(error)).removeprefix("--input ")) from error
     tokens, lengths = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
     names = list(dict.fromkeys(domains))
     number = {name: index for index, name in enumerate(names)}

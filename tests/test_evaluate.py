@@ -165,10 +165,27 @@ def test_domains_keep_every_token_in_order(trained, tmp_path):
     [
         (["{}/gone.jsonl"], "gone.jsonl: no such file or folder"),
         (["{}/gone.safetensors"], "gone.safetensors: no such file"),
-        ([], "DATA: needs"),
+        ([], "DATA: needs a token file, or at least one file or folder of documents, or --dataset a name"),
+        (["{}/a.jsonl", "--dataset", "x"], "DATA and --dataset: give one of the two"),
+        (["{}/b.safetensors", "--dataset", "x"], "DATA and --dataset: give one of the two"),
+        (["{}/a.jsonl", "--dataset_config", "en"], "--dataset_config en: is of --dataset, which was not given"),
+        (["{}/a.jsonl", "--split", "dev"], "--split dev: chooses in a folder"),
         (["{}/a.jsonl", "{}/b.safetensors"], "a token file is evaluated on its own"),
         (["{}/b.safetensors", "--domain_field", "x"], "--domain_field x: the token file"),
-        (["{}/a.jsonl", "--domain_field", "x"], "a.jsonl:1: the object has no `x`"),
+        (
+            ["{}/a.jsonl", "--domain_field", "x"],
+            "the object has no `x`, only `text`; give another field as --domain_field",
+        ),
+        (
+            ["{}/g.jsonl", "--domain_field", "x"],
+            "g.jsonl:2: the object has no `x`, only `text`; correct it, or leave such",
+        ),
+        (
+            ["{}/h.jsonl", "--domain_field", "x"],
+            "not an object with a `x`; give another field as --domain_field, or leave it",
+        ),
+        (["{}/i.jsonl", "--domain_field", "x"], "`x` is null, not a string; give another field as --domain_field"),
+        (["{}/j.jsonl", "--domain_field", "x"], "no `text`, only `x` (--text_field names another); correct it"),
         (["{}/c.txt", "--domain_field", "x"], "c.txt: plain text has no field 'x'"),
         (["{}/d.jsonl"], "d.jsonl:1: not JSON"),
         (["{}/e.txt"], "e.txt: holds no text"),
@@ -180,6 +197,8 @@ def test_domains_keep_every_token_in_order(trained, tmp_path):
 )
 def test_a_mistake_is_one_line(run_dir, tmp_path, capfd, arguments, message):
     contents = {"a.jsonl": '{"text": "a"}\n', "b.safetensors": "", "c.txt": "text", "d.jsonl": "{", "e.txt": " "}
+    contents |= {"g.jsonl": '{"text": "a", "x": 1}\n{"text": "b"}', "h.jsonl": '"a"'}
+    contents |= {"i.jsonl": '{"text": "a", "x": null}', "j.jsonl": '{"x": "a"}'}
     for name, content in contents.items():
         (tmp_path / name).write_text(content)
     with pytest.raises(SystemExit) as end:
@@ -190,6 +209,20 @@ def test_a_mistake_is_one_line(run_dir, tmp_path, capfd, arguments, message):
     assert message in line
     assert "--input" not in line
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == contents
+
+
+def test_bad_lines_of_all_files_together_are_those_of_data(run_dir, tmp_path):
+    files = [tmp_path / name for name in ("a.jsonl", "b.jsonl")]
+    for file in files:
+        file.write_text("{\n" * 20)
+    with pytest.raises(InputError, match="^DATA: 40 of 40 lines are bad"):
+        results(run_dir, tmp_path, *files, on_error="skip")
+
+
+def test_the_help_names_no_flag_of_other_commands(capsys):
+    with pytest.raises(SystemExit):
+        parse(EvaluateSettings, ["--help"])
+    assert "--input" not in capsys.readouterr().out
 
 
 def test_token_files_of_another_tokenizer_are_refused(run_dir, tmp_path, capfd):

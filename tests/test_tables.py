@@ -347,7 +347,7 @@ def test_a_dataset_by_name_is_streamed(tmp_path):
         ({"dataset_config": "en"}, "hub: cannot be opened .*en"),
         ({"text_field": "text"}, "hub: has no column text, only id, body"),
         ({"dataset": str(tmp_path / "none")}, "none: cannot be opened"),
-        ({"input": (tmp_path,)}, "--input: needs at least one file or folder, or --dataset a name instead"),
+        ({"input": (tmp_path,)}, "--input and --dataset: give one of the two"),
     ):
         with pytest.raises(InputError, match=message) as error:
             list(Corpus(CorpusConfig(**settings | changes)))

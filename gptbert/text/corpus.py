@@ -46,10 +46,12 @@ class Corpus:
                 library needed to read it is missing.
         """
         self.config = config
-        if bool(config.input) == bool(config.dataset):
+        if config.input and config.dataset:
+            raise InputError("--input and --dataset: give one of the two")
+        if not config.input and not config.dataset:
             raise InputError("--input: needs at least one file or folder, or --dataset a name instead")
         if config.dataset_config and not config.dataset:
-            raise InputError(f"--dataset_config {config.dataset_config}: is of --dataset, and --input was given")
+            raise InputError(f"--dataset_config {config.dataset_config}: is of --dataset, which was not given")
         self._listing = CorpusFiles(
             config.input, None if config.dataset else config.split, config.text_field, config.format
         )

@@ -124,7 +124,7 @@ class CorpusFiles:
                 self.sources.append(_accepted(path, kind))
         if split and not self._has_splits:
             raise InputError(
-                f"--split {split}: chooses in a folder of DatasetDict.save_to_disk, and no --input is one; give the "
+                f"--split {split}: chooses in a folder of DatasetDict.save_to_disk, and none was given; give the "
                 "files of that split alone"
             )
         paths = [source.path for source in self.sources]

@@ -253,6 +253,8 @@ class DocumentReader:
                 way_on = "correct it, or convert the file if it is in another encoding (iconv -f ENCODING -t UTF-8)"
             elif not good and str(reason).startswith("not JSON"):
                 way_on = "correct it, or --format text if it is plain text"
+            elif not good and self._is_of_domain(str(reason)):
+                way_on = "give another field as --domain_field, or leave it out"
             skip = ", or leave such lines out with --on_error=skip" if good else ""
             raise InputError(f"{place}: {reason}; {way_on}{skip}")
         self.first_bad = self.first_bad or f"{place}: {reason}"
@@ -262,6 +264,13 @@ class DocumentReader:
             log(one_line(f"skipped {place}: {reason}"))
         elif self.tally.skipped_lines == REPORTED_LINES + 1:
             log("skipped more lines, which are only counted")
+
+    def _is_of_domain(self, reason: str) -> bool:
+        """Whether a line or row is bad for want of a domain alone."""
+        name = f"`{self.domain_field}`"
+        return bool(self.domain_field) and reason.startswith(
+            (f"the object has no {name}", f"{name} is", "the line is a string, not an object with")
+        )
 
     def _check_bad(self, where: str) -> None:
         """A file whose lines are bad for the most part is of another kind than it is read as."""
