@@ -254,6 +254,21 @@ def test_flags_are_the_parts_of_the_file_and_may_not_contradict(capsys, tmp_path
             parse(TrainTokenizerConfig, [*paths, "--like", "upstream", *other])
 
 
+def test_no_two_choices_of_a_normal_form_differ_only_in_case(capsys):
+    paths = ["--input", "a", "--output", "b"]
+    assert parse(TrainTokenizerConfig, [*paths, "--normalizer", "none"]).normal_form == "none"
+    assert parse(TrainTokenizerConfig, [*paths, "--like", "upstream", "--normalizer", "nfkc"]).normal_form == "nfkc"
+    for arguments, status in ((["--help"], 0), ([*paths, "--normalizer", "None"], 2)):
+        with pytest.raises(SystemExit) as end:
+            parse(TrainTokenizerConfig, arguments)
+        assert (end.value.code or 0) == status
+    said = capsys.readouterr()
+    (shown,) = re.findall(r"--normalizer \{(.*)\}", said.out)
+    assert shown == "none,nfc,nfkc"
+    assert "(default: nfc; with --like upstream nfkc)" in " ".join(said.out.split())
+    assert "invalid choice 'None' for argument '--normalizer'" in said.err
+
+
 def composed_bytes_per_token(sentences, form, splitting):
     """Of a text of such words, by a tokenizer that learned from another one; bytes are those of the composed text."""
 

@@ -6,8 +6,9 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+import tyro
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 
@@ -40,10 +41,12 @@ class TrainTokenizerConfig(CorpusConfig):
     """How often a pair must occur in the corpus to become a token."""
     prefix_space: bool = False
     """Put a space in front of each text, so that its first word has the token that the word has inside of a text."""
-    normalizer: NormalForm | None = None
-    """The Unicode normal form of all text. nfc, the default: letters and their accents composed, the same text to a
-    reader. nfkc: also without variants such as ligatures and wide letters. none: as it is, so that decoding restores
-    every byte."""
+    normalizer: Annotated[
+        NormalForm | None,  # None, if it is not given: unlike nfc, it goes with --like
+        tyro.conf.arg(constructor=NormalForm, help_behavior_hint="(default: nfc; with --like upstream nfkc)"),
+    ] = None
+    """The Unicode normal form of all text. nfc: letters and their accents composed, the same text to a reader. nfkc:
+    also without variants such as ligatures and wide letters. none: as it is, so that decoding restores every byte."""
     marks_in_words: bool = True
     """A combining mark belongs to the word whose letter it is on. If not, it ends the word, as in GPT-2."""
     like: Literal["upstream"] | None = None
