@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import subprocess
 import sys
 import weakref
@@ -84,6 +85,24 @@ def test_a_variable_that_a_library_cannot_read_is_named(monkeypatch, capsys, nam
     monkeypatch.delenv(name)
     with pytest.raises(ValueError, match="more"), explained():
         raise ValueError(f"{message}\nmore")
+
+
+def test_a_library_that_is_not_installed_is_named(capsys):
+    with pytest.raises(SystemExit, match="1"), explained():
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+    way_on = "make install, or source .venv/bin/activate"
+    assert capsys.readouterr().err == f"error: torch is not installed; {way_on}\n"
+    for name in ("torch.no_such_part", "gptbert.gone", "benchmarks", None):
+        with pytest.raises(ModuleNotFoundError), explained():
+            raise ModuleNotFoundError(name=name)
+
+
+@pytest.mark.parametrize("command", [["train_distributed.py"], ["-m", "gptbert", "train"]])
+def test_commands_in_a_python_without_libraries_end_with_one_line(command):
+    without = [sys.executable, "-S", *command]  # -S leaves out site-packages
+    done = subprocess.run(without, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: \w+ is not installed; make install, or source \.venv/bin/activate\n", done.stderr)
 
 
 @pytest.mark.parametrize("command", [["train_distributed.py"], ["-m", "gptbert", "score", "RUN", "PAIRS"]])

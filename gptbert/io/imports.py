@@ -9,14 +9,23 @@ from contextlib import contextmanager
 
 from gptbert.errors import first_line
 
+_OWN = {"gptbert", "kernels", "tokenize_scripts", "benchmarks"}  # packages of ours; others are to be installed
 _PREFIXES = ("TORCH", "PYTORCH_", "TQDM_", "TRITON_")  # of variables that libraries read while they are imported
 
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Context manager: a variable of the environment that a library cannot read ends the process with one line."""
+    """Context manager: an environment that is in the way of imports ends the process with one line.
+
+    It lacks a library, as another Python than that of .venv does, or has a variable that a library cannot read.
+    """
     try:
         yield
+    except ModuleNotFoundError as error:
+        if error.name is None or "." in error.name or error.name in _OWN:
+            raise  # a part of a package that is there
+        print(f"error: {error.name} is not installed; make install, or source .venv/bin/activate", file=sys.stderr)
+        sys.exit(1)
     except ValueError as error:
         read = {name: value for name, value in os.environ.items() if name.startswith(_PREFIXES)}
         words = re.findall(r"\w+|''", str(error))
