@@ -10,7 +10,7 @@ that time, and then it is encoded without, a tenth faster.
 import json
 import unicodedata
 from functools import cache
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -32,10 +32,10 @@ def without_normal_form(tokenizer: Tokenizer) -> tuple[Tokenizer, UnicodeForm] |
 
     The copy gives the same ids for each text that `is_in_form`.
     """
-    form = type(tokenizer.normalizer).__name__
-    if form not in get_args(UnicodeForm):
+    name = type(tokenizer.normalizer).__name__
+    form: UnicodeForm | None = next((form for form in get_args(UnicodeForm) if form == name), None)
+    if form is None:
         return None
-    form = cast(UnicodeForm, form)
     if not all(is_in_form(token.content, form) for token in tokenizer.get_added_tokens_decoder().values()):
         return None  # the library looks for their normalized names
     copy = Tokenizer.from_str(tokenizer.to_str())
