@@ -165,6 +165,22 @@ def test_a_recipe_is_the_whole_path(commands, documents, name, processes):
         assert "finished already" in run_recipe(name, documents, **shared).stdout, "the same command goes on"
 
 
+def test_a_model_is_named_or_the_recipe_ends_before_the_work(commands, documents):
+    """CONFIG=base is --config_file=base; a name that is none ends with a line, and nothing is written."""
+    add_command(commands, "python", 'echo "$@" >> "$(dirname "$0")/python.log"')
+    out = commands / "named"
+    for name, status in (("base", 0), ("bsae", 1)):
+        done = subprocess.run(
+            [FOLDER / "prepare.sh", documents / "train.jsonl", out, name],
+            cwd=ROOT, env=environment(commands), capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == status, done.stderr
+        log = (commands / "python.log").read_text()
+        assert "configs/base.json" in log
+        assert log.count("split_corpus.py") == 1
+    assert done.stderr == "error: CONFIG is bsae: no such file, nor configs/bsae.json\n"
+
+
 def full_size(commands, documents, name):
     """Arguments of torchrun and the trainer for a recipe that is given only its documents."""
     add_command(commands, "torchrun", 'printf "%s\\n" "$@"')
@@ -187,6 +203,7 @@ def test_a_recipe_trains_with_what_it_is_known_for(commands, documents, name):
     assert own == (recipe.optimizer, recipe.rows, recipe.length, recipe.learning_rate)
     assert recipes.warning(config) is None
     assert config.checkpoint_words == ("babylm",)
+    assert config.mask_history == name.startswith("babylm"), "as the published code does"
     log = (commands / "python.log").read_text()
     assert "--input my corpus.jsonl" in log, "a name with a space stays one"
     assert ("--like=upstream" in log) == name.startswith("babylm")

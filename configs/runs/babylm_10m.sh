@@ -27,7 +27,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # torchrun's default; set here, it 
 configs/runs/prepare.sh "$DATA" "$OUT" "$CONFIG" "$VALIDATION" --like=upstream
 
 # 15/16 masked is published, there with each GPU training one objective; here each GPU trains both if the number of GPUs
-# is not divisible by 16, with the same loss. Ours: validation on the whole file, --checkpoint_words, --resume.
+# is not divisible by 16, with the same loss. --mask_history is what the published code always does. Ours: validation on
+# 262,144 tokens, spread over the file (--validation_steps=0 takes all rows), --checkpoint_words, --resume.
 exec torchrun --standalone --nproc_per_node="$GPUS" train_distributed.py \
     --train_path="$OUT/train.safetensors" \
     --valid_path="$OUT/validation.safetensors" \
@@ -58,6 +59,7 @@ exec torchrun --standalone --nproc_per_node="$GPUS" train_distributed.py \
     --mask_p_end=0.15 \
     --mask_random_p=0.1 \
     --mask_keep_p=0.1 \
+    --mask_history \
     --mixed_precision \
     --validate_every=1000 \
     --save_every=1000 \

@@ -7,10 +7,10 @@
 # kept permanently at each of BabyLM's word counts. The same command resumes an interrupted run. Further flags come last
 # and override those below.
 #
-# All flags from --hybrid_numerator to --seed except --checkpoint_words are README.md's: one masked GPU, three causal
-# ones. Other flags keep their defaults: the batch grows from a quarter of its size, rows have a constant length. These
-# settings are from no paper; scaled by the square root of the batch size to that of babylm_10m.sh, the learning rate is
-# 0.016, against 0.0141 there (docs/choosing.md).
+# All flags from --hybrid_numerator to --seed except --checkpoint_words are docs/training.md's: one masked GPU, three
+# causal ones. Other flags keep their defaults: the batch grows from a quarter of its size, rows have a constant length.
+# These settings are from no paper; scaled by the square root of the batch size to that of babylm_10m.sh, the learning
+# rate is 0.016, against 0.0141 there (docs/choosing.md).
 set -euo pipefail
 
 DATA=${DATA:?the documents to train on: JSONL or text, a file or a folder}

@@ -13,6 +13,10 @@ data=${1:?the documents to train on} out=${2:?the folder to write to} config=${3
 validation=${4:-} tokenizer_flags=("${@:5}")
 train=$data
 
+# A name stands for a file of configs/, as it does for --config_file. Looked at before the work, which may take long.
+[[ -f $config || ! -f configs/$config.json ]] || config=configs/$config.json
+[[ -f $config ]] || { echo "error: CONFIG is $config: no such file, nor configs/$config.json" >&2 && exit 1; }
+
 if [[ -z $validation ]]; then
     train=$out/split/train.jsonl validation=$out/split/validation.jsonl
     [[ -e $out/split/test.jsonl ]] || # written last of the three; empty, since its fraction is 0
