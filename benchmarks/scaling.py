@@ -234,7 +234,7 @@ class Setup:
 
     @cached_property
     def compute_seconds(self) -> float:
-        """Forward and backward, by the counts of docs/performance.md at the attainable fraction of the GPU's limits."""
+        """Forward and backward, not fused, as docs/performance.md counts, at the attainable part of a GPU's limits."""
         step = TrainingStep(self.config, self.rows, self.seq_length, self.labeled_fraction)
         return sum(part.ours.seconds(self.cluster.limits) for part in step.model_parts()) / self.cluster.attainable
 
