@@ -27,7 +27,7 @@ C_MODULES = (
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """Collect the documentation that comes with Python (about 2 MB of English), one document per module or topic."""
+    """Collect the documentation that comes with Python (2.6 MB of English), one document per module or topic."""
 
     output: Path
     """The corpus, a JSONL file; split it with split_corpus.py."""

@@ -29,8 +29,8 @@ def masked_cross_entropy(
     Rows are processed in chunks: a matrix product, then loss and gradient of the chunk in one pass. All gradients are
     computed in the forward, those of weight and bias accumulated in fp32; a backward only multiplies them by
     `grad_output`. No second derivative. On the CPU ignored rows are excluded from the matrix products; on a GPU their
-    number would need a device sync, so callers gather the labeled rows (see `gptbert.model.select_labeled`). Under
-    autocast, products are in its dtype, regardless of the inputs'.
+    number would need a device sync, so callers gather the labeled rows (see `gptbert.model.gptbert.select_labeled`).
+    Under autocast, products are in its dtype, regardless of the inputs'.
 
     Args:
         hidden: [N, D] floating point, the head's last representation.
