@@ -215,7 +215,7 @@ def test_bad_lines_of_all_files_together_are_those_of_data(run_dir, tmp_path):
     files = [tmp_path / name for name in ("a.jsonl", "b.jsonl")]
     for file in files:
         file.write_text("{\n" * 20)
-    with pytest.raises(InputError, match="^DATA: 40 of 40 lines are bad"):
+    with pytest.raises(InputError, match=r"^DATA: 40 of 40 lines are bad"):
         results(run_dir, tmp_path, *files, on_error="skip")
 
 
