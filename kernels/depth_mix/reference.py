@@ -35,8 +35,8 @@ def fused_mixes(
         seeds: [2] int32 or None.
         dropout_prob: probability of a zero.
         eps: LayerNorm's.
-        dtype: to which all y_m but the newest and all h_n are rounded; for ∂α the newest and ∂x_n, too. ∂x_n is made from
-            the rounded h_n. Without rounding in fp64.
+        dtype: to which all y_m but the newest and all h_n are rounded, and for ∂α the newest and ∂x_n, too; ∂x_n is
+            made from the rounded h_n. In fp64 nothing is rounded.
     """
     x, older, normalized = first, [first], [normalize.normalize(first, eps, dtype)]
     for output, bias, alpha, seed in zip(outputs, biases, alphas, seeds, strict=True):
