@@ -175,9 +175,9 @@ def test_whole_attention(measurement: Measurement, impl: str, shape: Whole) -> N
 
 def make_whole_inputs(shape: Whole) -> WholeInputs:
     """Two documents per row."""
-    generator, width = torch.Generator().manual_seed(shape.T), shape.H * shape.d
+    generator, width = machine.generator(shape.T), shape.H * shape.d
     sizes = ((shape.B, shape.T, 2 * width), (shape.B, shape.T, 2 * width), (shape.P, 2 * width))
-    tensors = [torch.randn(size, generator=generator).bfloat16().to(machine.device()) for size in sizes]
+    tensors = [torch.randn(size, generator=generator, device=generator.device).bfloat16() for size in sizes]
     distance = torch.arange(1 - shape.T, shape.T)
     most = shape.P // 2 - 1
     buckets = (distance.sign() * distance.abs().float().sqrt().mul(3).ceil().long()).clamp(-most, most) + most

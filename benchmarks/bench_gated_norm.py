@@ -81,9 +81,9 @@ def implementation(impl: str, compiled: Callable[[Forward], Forward]) -> Callabl
 
 def make_inputs(shape: Shape) -> tuple[Tensor, Tensor]:
     """Linear and gate concatenated, and a gradient, in bf16."""
-    generator = torch.Generator().manual_seed(shape.I)
+    generator = machine.generator(shape.I)
     sizes = ((shape.B, shape.T, 2 * shape.I), (shape.B, shape.T, shape.I))
-    gate, grad = (torch.randn(size, generator=generator).bfloat16().to(machine.device()) for size in sizes)
+    gate, grad = (torch.randn(size, generator=generator, device=generator.device).bfloat16() for size in sizes)
     return gate, grad
 
 

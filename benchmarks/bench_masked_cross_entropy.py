@@ -160,27 +160,26 @@ class Inputs:
 
 def make_inputs(rows: int, hidden_size: int, vocab_size: int) -> Inputs:
     """Random inputs on the device; weight and bias are exact in bf16, so that autocast rounds nothing."""
-    generator = torch.Generator().manual_seed(vocab_size)
-    hidden = torch.randn(rows, hidden_size, generator=generator)
-    weight = hidden_size**-0.5 * torch.randn(vocab_size, hidden_size, generator=generator)
-    bias = torch.randn(vocab_size, generator=generator)
-    labels = torch.randint(vocab_size, (rows,), generator=generator)
-    here = machine.device()
+    generator = machine.generator(vocab_size)
+    randn = functools.partial(torch.randn, generator=generator, device=generator.device)
+    hidden = randn(rows, hidden_size)
+    weight = hidden_size**-0.5 * randn(vocab_size, hidden_size)
+    bias = randn(vocab_size)
+    labels = torch.randint(vocab_size, (rows,), generator=generator, device=generator.device)
     return Inputs(
-        _dynamic_rows(hidden.bfloat16().to(here)).requires_grad_(),
-        weight.bfloat16().float().to(here).requires_grad_(),
-        bias.bfloat16().float().to(here).requires_grad_(),
-        _dynamic_rows(labels.to(here)),
+        _dynamic_rows(hidden.bfloat16()).requires_grad_(),
+        weight.bfloat16().float().requires_grad_(),
+        bias.bfloat16().float().requires_grad_(),
+        _dynamic_rows(labels),
     )
 
 
 def make_logits(rows: int, vocab_size: int) -> tuple[Tensor, Tensor]:
     """Random logits [N, V] in bf16 and labels [N] on the device."""
-    generator = torch.Generator().manual_seed(vocab_size)
-    logits = 3 * torch.randn(rows, vocab_size, generator=generator)
-    labels = torch.randint(vocab_size, (rows,), generator=generator)
-    here = machine.device()
-    return _dynamic_rows(logits.bfloat16().to(here)).requires_grad_(), _dynamic_rows(labels.to(here))
+    generator = machine.generator(vocab_size)
+    logits = 3 * torch.randn(rows, vocab_size, generator=generator, device=generator.device)
+    labels = torch.randint(vocab_size, (rows,), generator=generator, device=generator.device)
+    return _dynamic_rows(logits.bfloat16()).requires_grad_(), _dynamic_rows(labels)
 
 
 def _dynamic_rows(tensor: Tensor) -> Tensor:

@@ -27,6 +27,11 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def generator(seed: int) -> torch.Generator:
+    """Random numbers on the device of benchmarks: a CPU takes seconds for a GPU's sizes."""
+    return torch.Generator(device()).manual_seed(seed)
+
+
 def hardware() -> str:
     """The GPU's name, or the processor's without a GPU."""
     return hardware_name(device())

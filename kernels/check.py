@@ -8,8 +8,8 @@ import importlib.util
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -60,6 +60,14 @@ class Row:
 def run_checks(
     device: torch.device, backend: str = "triton", run: Run | None = None, ops: Sequence[str] = OPERATIONS
 ) -> list[Row]:
+    """`each_checked`, of all operations in their order."""
+    rows = [row for rows in each_checked(device, backend, run, ops) for row in rows]
+    return sorted(rows, key=lambda row: OPERATIONS.index(row.op))
+
+
+def each_checked(
+    device: torch.device, backend: str = "triton", run: Run | None = None, ops: Sequence[str] = OPERATIONS
+) -> Iterator[list[Row]]:
     """Compare every operation with its reference, several in parallel: most of the time is compilation.
 
     Args:
@@ -68,8 +76,9 @@ def run_checks(
         run: check only its operations, dtypes and sizes; None checks everything.
         ops: check only these operations.
 
-    Returns:
-        One row per comparison. An exception in a check becomes a failed row; none is raised.
+    Yields:
+        One row per comparison, of an operation once it is done. An exception in a check becomes a failed row; none is
+        raised.
     """
     devices = [device] if device.type == "cuda" else []
     if backend == "triton":
@@ -83,13 +92,13 @@ def run_checks(
         chosen = [op for op in operations(backend) if op in ops and (run is None or op in run.operations)]
         check = partial(_check_operation, device, backend, run)
         # threads only for Triton, which compiles for long; its interpreter has global state
-        checked = _on_threads(check, chosen) if backend == "triton" and not interpreted() else map(check, chosen)
-        return [row for rows in checked for row in rows]
+        yield from _on_threads(check, chosen) if backend == "triton" and not interpreted() else map(check, chosen)
 
 
-def _on_threads(check: Callable[[str], list[Row]], operations: Sequence[str]) -> Iterable[list[Row]]:
+def _on_threads(check: Callable[[str], list[Row]], operations: Sequence[str]) -> Iterator[list[Row]]:
     with ThreadPoolExecutor(max(1, len(operations))) as pool:
-        return list(pool.map(check, operations))
+        for done in as_completed([pool.submit(check, operation) for operation in operations]):
+            yield done.result()
 
 
 def _check_operation(device: torch.device, backend: str, run: Run | None, op: str) -> list[Row]:

@@ -12,6 +12,14 @@ def right(settings, value=7):
     yield {"value": value, "summary": f"found {value}"}
 
 
+def noting(settings, times):
+    """Notes when it begins and ends."""
+    for what in ("begin", "end"):
+        with Path(times).open("a") as file:
+            file.write(f"{what} {time.time()}\n")
+        yield {"value": 1}
+
+
 def crashing(settings):
     yield {"value": 1}
     print("on the way", file=sys.stderr)

@@ -1,8 +1,10 @@
 """Each part of a GPU measurement, rehearsed on the CPU at toy sizes; GPU-only queries are replaced by stubs."""
 
+import dataclasses
 import json
 import os
 import subprocess
+from contextlib import nullcontext
 from types import SimpleNamespace
 from unittest.mock import create_autospec
 
@@ -13,14 +15,19 @@ from torch._dynamo.utils import counters
 from torch.autograd import DeviceType
 
 from benchmarks import machine
-from benchmarks.gpu import hardware, lane, operations, plan, resume, runner, soak, steps
-from benchmarks.gpu.cases import README_COMMAND, WAYS
+from benchmarks.gpu import check, hardware, lane, operations, plan, resume, runner, soak, steps
+from benchmarks.gpu.cases import CASES, README_COMMAND, WAYS
 from benchmarks.gpu.page import page
 from benchmarks.gpu.profile import SLOWEST, profile
 from benchmarks.gpu.profile import figures as profile_figures
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.settings import Settings
+from gptbert.data.hybrid_plan import HybridPlan
+from gptbert.data.micro_batch import MicroBatches
+from gptbert.distributed.world import World
+from gptbert.model.objective import Objective
 from kernels.numerics import Comparison
+from kernels.wanted import FUSED, use_fused
 
 REHEARSED = (
     *("machine", "check", f"steps {README_COMMAND.name}", "operations", "check before a run", "soak"),
@@ -136,6 +143,33 @@ def event(name, milliseconds, count=1, kind=DeviceType.CUDA, is_user_annotation=
         key=name, count=count, device_type=kind, is_user_annotation=is_user_annotation,
         self_device_time_total=1e3 * milliseconds, self_cpu_time_total=1e3 * milliseconds,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=lambda case: case.name)
+def test_all_steps_of_a_case_have_one_shape(settings, case):
+    """A change of shape is recorded anew, and so a step without a graph among those that are timed."""
+    measured = steps.TrainingSteps(case, dataclasses.replace(settings, rehearse=False), "ours", 300)
+    config = dataclasses.replace(measured.config, cuda_graph="on")
+    micro_batches = MicroBatches(config, HybridPlan(config, 1), World(0, 1, torch.device("cuda", 0)))
+
+    def shape(step):
+        rows = micro_batches.padded_rows(step)
+        labels = torch.empty(sum(rows.values()), case.seq_length, device="meta")
+        batch = SimpleNamespace(labels=labels, num_masked=rows.get(Objective.MLM, 0))
+        return tuple(rows.items()), micro_batches._most_labels(batch, step)
+
+    assert len({shape(step) for step in range(300)}) == 1
+
+
+def test_the_check_before_a_run_is_that_of_a_run(monkeypatch):
+    """With the fused operations, which a run wants before it says what is to be checked."""
+    checked = []
+    monkeypatch.setattr(check, "prepare_kernels", lambda *_: use_fused(FUSED) or "triton")
+    monkeypatch.setattr(check, "connect", lambda _: nullcontext(World(0, 1, torch.device("cuda", 0))))
+    monkeypatch.setattr(check, "kernel_check", lambda run, _: checked.append(run) or nullcontext(lambda: None))
+    monkeypatch.setattr(machine, "synchronize", lambda: None)
+    assert check.seconds_before_a_run() >= 0
+    assert set(FUSED) <= set(checked[0].operations)
 
 
 def test_a_profile_is_of_one_step_and_of_kernels_alone():
@@ -313,5 +347,7 @@ def test_tests_are_counted_as_they_end(tmp_path, monkeypatch, rehearse):
     assert found[-1]["outcomes"] == {"passed": 2, "failed": 1, "skipped": 1}
     assert found[-1]["failed"] == 1
     assert found[-1]["failures"] == ["tests/gpu/test_some.py::test_wrong[2]"]
+    assert any("assert 2 == 1" in line for line in found[-1]["output"])
+    assert all("failed" not in each for each in found[:-1]), "a lane that is killed has not said how many failed"
     (folder / "test_some.py").unlink()
     assert "no tests" in next(lane.measure(Settings(8.0, rehearse=True, work=tmp_path)))["summary"]

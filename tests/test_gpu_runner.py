@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -88,6 +89,57 @@ def test_parts_of_a_stage_run_side_by_side(measure, tmp_path):
         [part("waiting_for", name="a", mine=one, other=other), part("waiting_for", name="b", mine=other, other=one)]
     )
     assert [entry["status"] for entry in content["parts"].values()] == [DONE, DONE]
+
+
+def test_a_part_alone_imports_beside_the_one_before_and_waits_for_its_end(measure, tmp_path):
+    times = str(tmp_path / "times")
+    measure(*([part("noting", name=name, times=times)] for name in "abc"))
+    events = [line.split() for line in Path(times).read_text().splitlines()]
+    assert [what for what, _ in events] == ["begin", "end"] * 3
+    assert [float(when) for _, when in events] == sorted(float(when) for _, when in events)
+
+
+def test_a_part_is_ready_while_the_one_before_runs(measure, monkeypatch):
+    seen = []
+
+    class Noting(runner.Process):
+        def __init__(self, part, settings):
+            seen.append(f"made {part.name}")
+            super().__init__(part, settings)
+
+        def begin(self, seconds):
+            seen.append(self.part.name)
+            super().begin(seconds)
+
+    monkeypatch.setattr(runner, "Process", Noting)
+    measure(*([part("right", name=name) for name in names] for names in ("a", "b", "cd")))
+    assert seen == ["made a", "a", "made b", "b", "made c", "c", "made d", "d"]
+
+
+def test_what_inductor_chose_beside_others_is_forgotten(measure, tmp_path):
+    choice, code = (tmp_path / "work" / "inductor" / "ab" / name for name in ("x.best_config", "x.py"))
+    choice.parent.mkdir(parents=True)
+    for file in (choice, code):
+        file.touch()
+    measure([part("right")])
+    assert choice.exists()
+    measure([part("right"), part("right", name="beside")])
+    assert (choice.exists(), code.exists()) == (False, True)
+
+
+def test_logs_are_beside_the_page(measure, tmp_path):
+    measure([part("crashing")])
+    with tarfile.open(tmp_path / "out" / "a-gpu-logs.tar.gz") as archive:
+        assert b"on the way" in archive.extractfile("./crashing.log").read()
+
+
+@pytest.mark.parametrize(("changes", "is_kept"), [({"date": "later"}, True), ({"commit": "def"}, False), (None, False)])
+def test_a_later_report_of_the_same_commit_adds_to_the_page(tmp_path, changes, is_kept):
+    entry = {"status": DONE, "seconds": 1.0, "message": "", "result": {"summary": "found"}}
+    Report(tmp_path, "a-gpu", LABELS).put("a", entry)
+    later = Report(tmp_path, "a-gpu", LABELS | (changes or {}), adds=changes is not None)
+    later.put("b", entry)
+    assert list(json.loads(later.json.read_text())["parts"]) == (["a", "b"] if is_kept else ["b"])
 
 
 def test_a_part_without_its_package_is_left_out_and_says_so(measure, capfd):

@@ -33,7 +33,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--minutes", type=float, default=WHOLE_MINUTES,
         help="for all parts together; fewer repeat less and leave out the last parts (default: %(default)g)",
     )  # fmt: skip
-    parser.add_argument("--only", default="", help=f"some of {','.join(GROUPS)}, with commas between them")
+    parser.add_argument(
+        "--only",
+        default="",
+        help=f"some of {','.join(GROUPS)}, with commas between them; "
+        "their results are added to those that the same commit has on the page",
+    )
     parser.add_argument(
         "--output", type=Path, help="folder of the page and its JSON (default: benchmarks/results; a new temporary one "
         "for --rehearse)",
@@ -60,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = Settings(given.minutes, given.rehearse, work.resolve())
     labels = hardware.labels(settings)
     name = "rehearsal" if given.rehearse else re.sub(r"[^a-z0-9]+", "-", labels["gpu"].lower()).strip("-")
-    report = Report(output, name, labels)
+    report = Report(output, name, labels, adds=bool(given.only))
     print(f"{labels['gpu']}, commit {labels['commit']}; writing {report.page}", flush=True)
     try:
         runner.run(chosen(given.only), settings, report)

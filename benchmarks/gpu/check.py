@@ -21,27 +21,30 @@ from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.distributed.world import connect
 from gptbert.training.kernel_check import kernel_check, run_of
 from gptbert.training.preparation import prepare_kernels
-from kernels.check import first_failure, run_checks
+from kernels.check import Row, each_checked, first_failure
 
 TIMEOUT = 100.0
 
 
 def measure(settings: Settings) -> Iterator[dict[str, Any]]:
-    """Results of `python -m kernels.check`: counts, seconds by operation, and failures."""
+    """Results of `python -m kernels.check`: counts, seconds by operation, and failures; after each operation."""
     del settings
     here = machine.device()
     start = time.perf_counter()
-    rows = run_checks(here, "triton" if here.type == "cuda" else "torch")
-    seconds = time.perf_counter() - start
-    by_operation: dict[str, float] = defaultdict(float)
-    for row in rows:
-        by_operation[row.op] += row.seconds
-    failures = [str(row) for row in rows if not row.passed]
-    yield {
-        "comparisons": len(rows), "failed": len(failures), "failures": failures, "seconds": seconds,
-        "seconds_by_operation": dict(by_operation), "first_failure": first_failure(rows),
-        "summary": f"{len(rows)} comparisons, {len(failures)} out of their bounds, in {seconds:.0f} s",
-    }  # fmt: skip
+    rows: list[Row] = []
+    for checked in each_checked(here, "triton" if here.type == "cuda" else "torch"):
+        rows += checked
+        seconds = time.perf_counter() - start
+        by_operation: dict[str, float] = defaultdict(float)
+        for row in rows:
+            by_operation[row.op] += row.seconds
+        failures = [str(row) for row in rows if not row.passed]
+        yield {
+            "comparisons": len(rows), "failed": len(failures), "failures": failures, "seconds": seconds,
+            "seconds_by_operation": dict(by_operation), "first_failure": first_failure(rows),
+            "summary": f"{len(rows)} comparisons of {', '.join(by_operation)}, {len(failures)} out of their bounds, "
+            f"in {seconds:.0f} s",
+        }  # fmt: skip
 
 
 def before_a_run(settings: Settings) -> Iterator[dict[str, Any]]:
@@ -73,9 +76,10 @@ def seconds_before_a_run() -> float:
     model_config = ModelConfig.from_json(ROOT / "configs" / f"{README_COMMAND.model}.json")
     with connect(config) as world:
         machine.synchronize()  # initialize the device
-        run = run_of(config, model_config, HybridPlan(config, world.world_size), world)
         start = time.perf_counter()
-        with kernel_check(run if prepare_kernels(config, world) == "triton" else None, world.device) as finish:
+        backend = prepare_kernels(config, world)
+        run = run_of(config, model_config, HybridPlan(config, world.world_size), world)
+        with kernel_check(run if backend == "triton" else None, world.device) as finish:
             finish()
         return time.perf_counter() - start
 

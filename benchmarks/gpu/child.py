@@ -1,4 +1,4 @@
-"""The process of one part: writes intermediate results to a file as they arrive."""
+"""The process of one part: imports what it needs, waits for a line, then writes results to a file as they arrive."""
 
 import importlib
 import json
@@ -40,6 +40,7 @@ def main(order: dict[str, Any]) -> None:
     threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
     module, _, function = order["target"].partition(":")
     measure = getattr(importlib.import_module(module), function)
+    sys.stdin.readline()  # other parts are measured until then
     for result in measure(Settings.from_dict(order["settings"]), **order["options"]):
         write(Path(order["result"]), result)
 

@@ -121,7 +121,7 @@ def compile_first(settings: Settings) -> Iterator[dict[str, Any]]:
 
 def jobs(settings: Settings) -> Iterator[Job]:
     """All jobs: those of bars first, those that take minutes to compile last."""
-    kinds = (_cross_entropy, _attention, _mixes, _gated_norm, _embedding, _from_logits, _lamb, _span_mask)
+    kinds = (_cross_entropy, _lamb, _attention, _mixes, _gated_norm, _embedding, _from_logits, _span_mask)
     found = [job for kind in kinds for job in kind(settings)]
     yield from sorted(found, key=lambda job: job.is_slow_to_compile)
 

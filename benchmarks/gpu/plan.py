@@ -15,21 +15,22 @@ Stage = list[Part]
 def stages() -> list[Stage]:
     """All parts, in stages. The parts of a stage run in parallel; a stage starts when the previous one has ended.
 
-    First compilation, on all cores, into shared caches; then timing, one part at a time on the GPU; last, in parallel
-    again, tests whose outcome does not depend on speed.
+    First compilation, on all cores, into shared caches; then training steps, one case at a time on the GPU; then, in
+    parallel again, tests whose outcome does not depend on speed; last, alone, what can be had in a second run
+    (`--only operations`).
     """
     return [
         [Part("machine", "machine", "benchmarks.gpu.hardware:measure", 40)],
         compilations(),
         *([_steps(name)] for name in CASES),
-        [_operations("operations", "measure", 90, compiled_by=COMPILING_OPERATIONS)],
-        [Part("check before a run", "check", "benchmarks.gpu.check:before_a_run", 120, needs=TRAINER)],
         [
             _resume("resume, compiled", is_compiled=True),
             _resume("resume, not compiled", is_compiled=False),
             Part("soak", "soak", "benchmarks.gpu.soak:measure", 150, needs=TRAINER),
             Part("tests", "tests", "benchmarks.gpu.lane:measure", 180, needs=("pytest", "hypothesis")),
         ],
+        [Part("check before a run", "check", "benchmarks.gpu.check:before_a_run", 120, needs=TRAINER)],
+        [_operations("operations", "measure", 120, compiled_by=COMPILING_OPERATIONS)],
     ]
 
 
@@ -39,7 +40,7 @@ def compilations() -> Stage:
     for case in CASES.values():
         sharing.setdefault((case.model, case.seq_length), []).append(case.name)
     return [
-        Part("check", "check", "benchmarks.gpu.check:measure", 150, needs=("tyro",)),
+        Part("check", "check", "benchmarks.gpu.check:measure", 200, needs=("tyro",)),
         *(
             Part(
                 f"compiling {model} T={seq_length}", "steps", "benchmarks.gpu.steps:compile_first", 150,

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,11 +23,11 @@ DONE, RUNNING, FAILED, KILLED, LEFT_OUT = "done", "running", "failed", "killed",
 
 
 class Process:
-    """A running part; killed with its children at its time limit, or when its `with` block ends."""
+    """The process of a part, which imports what it needs and waits; killed with its children at its time limit."""
 
-    def __init__(self, part: Part, settings: Settings, seconds: float) -> None:
+    def __init__(self, part: Part, settings: Settings) -> None:
         self.part = part
-        self.seconds = seconds
+        self.seconds = float("inf")
         for folder in ("parts", "logs", "inductor", "triton"):
             (settings.work / folder).mkdir(parents=True, exist_ok=True)
         self._result = settings.result(part.name)
@@ -39,12 +39,18 @@ class Process:
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 child.command(part, settings, self._result), cwd=ROOT, env=environment(settings),
-                stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
+                stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.PIPE, start_new_session=True,
             )  # fmt: skip
+
+    def begin(self, seconds: float) -> None:
+        """Let it measure, for this long at most."""
+        self.seconds, self._start = seconds, time.monotonic()
+        with suppress(BrokenPipeError), self._process.stdin as line:  # it may have ended already
+            line.write(b"begin\n")
 
     @property
     def spent(self) -> float:
-        """Seconds since it started."""
+        """Seconds since it began."""
         return time.monotonic() - self._start
 
     def kill(self) -> None:
@@ -98,15 +104,43 @@ def limit(part: Part, settings: Settings, deadline: float) -> float:
     return min(part.seconds * longer, deadline - time.monotonic())
 
 
-def run(stages: Iterable[list[Part]], settings: Settings, report: Report) -> None:
-    """Run the stages in sequence until the time is over; print a line for each finished part."""
+def run(stages: Sequence[list[Part]], settings: Settings, report: Report) -> None:
+    """Run the stages in sequence until the time is over; print a line for each finished part.
+
+    A part that is alone in its stage imports what it needs during the stage before.
+    """
     deadline = time.monotonic() + 60 * settings.minutes
-    for stage in stages:
-        run_stage(stage, settings, report, deadline)
+    waiting: dict[str, Process] = {}
+    try:
+        for stage, following in zip(stages, [*stages[1:], []], strict=True):
+            ahead = [part for part in following if len(following) == 1 and not missing(part)]
+            run_stage(stage, settings, report, deadline, waiting, ahead)
+            report.keep_logs(settings.work / "logs")
+            if len(stage) > 1:
+                forget_tuning(settings)
+    finally:
+        for process in waiting.values():
+            process.kill()
 
 
-def run_stage(stage: list[Part], settings: Settings, report: Report, deadline: float) -> None:
-    """Run parts in parallel; write the report when one has new results or ends."""
+def run_stage(
+    stage: list[Part],
+    settings: Settings,
+    report: Report,
+    deadline: float,
+    waiting: dict[str, Process],
+    ahead: list[Part],
+) -> None:
+    """Run parts in parallel; write the report when one has new results or ends.
+
+    Args:
+        stage: the parts.
+        settings: of the measurement.
+        report: gets their results.
+        deadline: by `time.monotonic`.
+        waiting: processes made before, by the names of their parts; those of `ahead` are added.
+        ahead: parts of the next stage.
+    """
     running: list[Process] = []
     try:
         for part in stage:
@@ -117,7 +151,9 @@ def run_stage(stage: list[Part], settings: Settings, report: Report, deadline: f
             elif seconds < LEAST_SECONDS:
                 _left_out(report, part, f"the {settings.minutes:g} minutes were over")
             else:
-                running.append(Process(part, settings, seconds))
+                running.append(waiting.pop(part.name, None) or Process(part, settings))
+                running[-1].begin(seconds)
+        waiting |= {part.name: Process(part, settings) for part in ahead}
         while running:
             time.sleep(POLL_SECONDS)
             for process in list(running):
@@ -131,6 +167,12 @@ def run_stage(stage: list[Part], settings: Settings, report: Report, deadline: f
             process.kill()
             entry = process.entry()
             report.put(process.part.name, entry | {"status": KILLED, "message": "the measurement was stopped"})
+
+
+def forget_tuning(settings: Settings) -> None:
+    """Have Inductor choose again among compiled variants of a kernel: others were running while it timed them."""
+    for choice in (settings.work / "inductor").rglob("*.best_config"):
+        choice.unlink()
 
 
 def _left_out(report: Report, part: Part, reason: str) -> None:

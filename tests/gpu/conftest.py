@@ -13,6 +13,12 @@ NEED_TYRO = ["test_gpu_after_training.py", "test_gpu_step.py", "test_gpu_trainin
 collect_ignore = [] if importlib.util.find_spec("tyro") else NEED_TYRO
 
 
+def pytest_runtest_logreport(report):
+    """Print a failure at once, too: a lane that is killed has no summary."""
+    if report.failed:
+        print(f"\n{report.nodeid}\n{report.longreprtext}", flush=True)
+
+
 def pytest_terminal_summary(terminalreporter):
     if collect_ignore:
         terminalreporter.write_line(f"without tyro, which runs need, left out: {', '.join(collect_ignore)}")
