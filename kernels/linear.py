@@ -93,14 +93,10 @@ class PackedGradient:
 
     def of_bias(self, grad: Tensor, first_grad: Tensor | None = None) -> tuple[Tensor | None, ...]:
         """Sums over the rows of [R, E], likewise."""
-        sums = grad.sum(dim=0, dtype=torch.float32)
-        of_first = None if first_grad is None else first_grad.sum(dim=0, dtype=torch.float32)
-        if self._gradient is None:
-            return self._split(sums, of_first)
-        if of_first is not None:
-            sums[: len(of_first)].add_(of_first)
-        self._gradient.add_(sums)
-        return (None,) * len(self._lengths)
+        if self._gradient is not None:
+            add_row_sums(grad, self._gradient, first_grad)
+            return (None,) * len(self._lengths)
+        return self._split(row_sums(grad), None if first_grad is None else row_sums(first_grad))
 
     def _split(self, gradient: Tensor, of_first: Tensor | None) -> tuple[Tensor, ...]:
         first, *rest = gradient.split(self._lengths)
@@ -176,6 +172,33 @@ class _Linear(torch.autograd.Function):
         of_biases = ctx.biases.of_bias(rows, first_grad) if ctx.has_bias else ()
         of_first_x = None if first_x is None else first_grad @ weight[: ctx.first_rows]
         return grad @ weight, of_first_x, *[None] * 6, *of_weights, *of_biases
+
+
+# Sums over rows are operations, so that PyTorch adds them: Inductor does not split a sum over any number of rows among
+# programs, and the order of its additions is that of the tiles which were fastest when it tried some.
+@torch.library.custom_op("kernels::row_sums", mutates_args=())
+def row_sums(grad: Tensor) -> Tensor:
+    """Sums over the rows of [R, E], in fp32."""
+    return grad.sum(dim=0, dtype=torch.float32)
+
+
+@row_sums.register_fake
+def _(grad):
+    return grad.new_empty(grad.shape[1], dtype=torch.float32)
+
+
+@torch.library.custom_op("kernels::add_row_sums", mutates_args={"total"})
+def add_row_sums(grad: Tensor, total: Tensor, first_grad: Tensor | None = None) -> None:
+    """Add `row_sums` to [E], and those of [R', E'] to its first E'."""
+    sums = grad.sum(dim=0, dtype=torch.float32)
+    if first_grad is not None:
+        sums[: first_grad.shape[1]].add_(first_grad.sum(dim=0, dtype=torch.float32))
+    total.add_(sums)
+
+
+@add_row_sums.register_fake
+def _(grad, total, first_grad=None):
+    del grad, total, first_grad
 
 
 @torch.library.custom_op("kernels::weight_gradient", mutates_args=())

@@ -14,7 +14,16 @@ from gptbert.training import packed_weights
 from gptbert.training.packed_weights import PackedWeights
 from kernels import torch_private, wanted
 from kernels.backend import set_default_backend
-from kernels.linear import Packed, add_weight_gradient, linear, linear_and_first, multiplies_into_fp32, weight_gradient
+from kernels.linear import (
+    Packed,
+    add_row_sums,
+    add_weight_gradient,
+    linear,
+    linear_and_first,
+    multiplies_into_fp32,
+    row_sums,
+    weight_gradient,
+)
 from tests.conftest import TINY
 from tests.numerics import assert_accurate
 
@@ -147,6 +156,9 @@ def test_operations_are_registered_rightly():
         first = grad[:5, :2].to(dtype), x[:5].to(dtype)
         for others in ((), first, (*first, True)):
             torch.library.opcheck(add_weight_gradient, (*rows, *others))
+        torch.library.opcheck(row_sums, (grad.to(dtype),))
+        for first in ((), (grad[:5, :2].to(dtype),)):
+            torch.library.opcheck(add_row_sums, (grad.to(dtype), torch.ones(4), *first))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -291,6 +303,9 @@ PLANTED = {
     "rows for columns": ("weight_gradient", lambda grad, x: (x.T @ grad).reshape(grad.shape[1], -1)),
     "half of the rows": ("weight_gradient", lambda grad, x: grad[::2].T @ x[::2]),
     "a bias without its memory": ("PackedGradient.of_bias", adds_nothing),
+    "a bias's memory overwritten": ("add_row_sums", lambda grad, total, *_: total.copy_(grad.sum(0))),
+    "a bias's other rows left out": ("add_row_sums", lambda grad, total, *_: total.add_(grad.sum(0))),
+    "means of rows": ("row_sums", lambda grad: grad.mean(0)),
     "other rows left out": ("add_weight_gradient", lambda grad, x, total, *_: total.addmm_(grad.T, x)),
 }
 

@@ -332,6 +332,15 @@ def opcheck_add_weight_gradient(device):
     return linear.add_weight_gradient, [(*rows, random(32, 24, device=device))]
 
 
+def opcheck_row_sums(device):
+    return linear.row_sums, [(narrow_random(16, 32, device=device),)]
+
+
+def opcheck_add_row_sums(device):
+    rows = narrow_random(16, 32, device=device)
+    return linear.add_row_sums, [(rows, random(32, device=device)), (rows, random(32, device=device), rows[:8, :16])]
+
+
 OPERATIONS_REGISTERED = {
     "fused_gated_norm": opcheck_gated_norm,
     "fused_gated_norm_backward": opcheck_gated_norm_backward,
@@ -344,6 +353,8 @@ OPERATIONS_REGISTERED = {
     "dropouts_backward": opcheck_dropouts_backward,
     "weight_gradient": opcheck_weight_gradient,
     "add_weight_gradient": opcheck_add_weight_gradient,
+    "row_sums": opcheck_row_sums,
+    "add_row_sums": opcheck_add_row_sums,
     "depth_mix": opcheck_mixes(mixes.forward, 0),
     "depth_mix_backward": opcheck_mixes(mixes.backward, 1),
     "distance_attention": opcheck_fused_attention,
