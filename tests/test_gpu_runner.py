@@ -103,13 +103,13 @@ def test_a_part_is_ready_while_the_one_before_runs(measure, monkeypatch):
     seen = []
 
     class Noting(runner.Process):
-        def __init__(self, part, settings):
-            seen.append(f"made {part.name}")
-            super().__init__(part, settings)
+        def prepare(self):
+            seen.append(f"made {self.part.name}")
+            super().prepare()
 
         def begin(self, seconds):
-            seen.append(self.part.name)
             super().begin(seconds)
+            seen.append(self.part.name)
 
     monkeypatch.setattr(runner, "Process", Noting)
     measure(*([part("right", name=name) for name in names] for names in ("a", "b", "cd")))

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,16 +31,15 @@ def measure(settings: Settings) -> Iterator[dict[str, Any]]:
     here = machine.device()
     start = time.perf_counter()
     rows: list[Row] = []
+    by_operation: dict[str, float] = {}
     for checked in each_checked(here, "triton" if here.type == "cuda" else "torch"):
         rows += checked
+        by_operation[checked[0].op] = sum(row.seconds for row in checked)
         seconds = time.perf_counter() - start
-        by_operation: dict[str, float] = defaultdict(float)
-        for row in rows:
-            by_operation[row.op] += row.seconds
         failures = [str(row) for row in rows if not row.passed]
         yield {
             "comparisons": len(rows), "failed": len(failures), "failures": failures, "seconds": seconds,
-            "seconds_by_operation": dict(by_operation), "first_failure": first_failure(rows),
+            "seconds_by_operation": by_operation, "first_failure": first_failure(rows),
             "summary": f"{len(rows)} comparisons of {', '.join(by_operation)}, {len(failures)} out of their bounds, "
             f"in {seconds:.0f} s",
         }  # fmt: skip

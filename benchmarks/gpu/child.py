@@ -40,7 +40,8 @@ def main(order: dict[str, Any]) -> None:
     threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
     module, _, function = order["target"].partition(":")
     measure = getattr(importlib.import_module(module), function)
-    sys.stdin.readline()  # other parts are measured until then
+    if not sys.stdin.readline():  # other parts are measured until then
+        return  # the parent has died
     for result in measure(Settings.from_dict(order["settings"]), **order["options"]):
         write(Path(order["result"]), result)
 

@@ -1,6 +1,7 @@
 """Runs parts, each in a separate process with a time limit, and keeps the report up to date while they run."""
 
 import importlib.util
+import itertools
 import json
 import os
 import signal
@@ -23,27 +24,34 @@ DONE, RUNNING, FAILED, KILLED, LEFT_OUT = "done", "running", "failed", "killed",
 
 
 class Process:
-    """The process of a part, which imports what it needs and waits; killed with its children at its time limit."""
+    """The process of a part; killed with its children at its time limit."""
 
     def __init__(self, part: Part, settings: Settings) -> None:
         self.part = part
-        self.seconds = float("inf")
-        for folder in ("parts", "logs", "inductor", "triton"):
-            (settings.work / folder).mkdir(parents=True, exist_ok=True)
+        self.seconds = 0.0
+        self._settings = settings
         self._result = settings.result(part.name)
-        self._result.unlink(missing_ok=True)
         self._log = settings.work / "logs" / f"{part.file_name}.log"
         self._read: dict = {}
         self._read_at = 0
-        self._start = time.monotonic()
+        self._start = 0.0
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def prepare(self) -> None:
+        """Let it import what it needs, and wait."""
+        for folder in ("parts", "logs", "inductor", "triton"):
+            (self._settings.work / folder).mkdir(parents=True, exist_ok=True)
+        self._result.unlink(missing_ok=True)
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                child.command(part, settings, self._result), cwd=ROOT, env=environment(settings),
+                child.command(self.part, self._settings, self._result), cwd=ROOT, env=environment(self._settings),
                 stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.PIPE, start_new_session=True,
             )  # fmt: skip
 
     def begin(self, seconds: float) -> None:
         """Let it measure, for this long at most."""
+        if self._process is None:
+            self.prepare()
         self.seconds, self._start = seconds, time.monotonic()
         with suppress(BrokenPipeError), self._process.stdin as line:  # it may have ended already
             line.write(b"begin\n")
@@ -55,6 +63,8 @@ class Process:
 
     def kill(self) -> None:
         """Kill the process and its children, if any are alive."""
+        if self._process is None:
+            return
         with suppress(ProcessLookupError, PermissionError):  # macOS raises the latter for a group that has ended
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -110,50 +120,41 @@ def run(stages: Sequence[list[Part]], settings: Settings, report: Report) -> Non
     A part that is alone in its stage imports what it needs during the stage before.
     """
     deadline = time.monotonic() + 60 * settings.minutes
-    waiting: dict[str, Process] = {}
-    try:
-        for stage, following in zip(stages, [*stages[1:], []], strict=True):
-            ahead = [part for part in following if len(following) == 1 and not missing(part)]
-            run_stage(stage, settings, report, deadline, waiting, ahead)
-            report.keep_logs(settings.work / "logs")
-            if len(stage) > 1:
-                forget_tuning(settings)
-    finally:
-        for process in waiting.values():
-            process.kill()
+    processes = [[Process(part, settings) for part in stage] for stage in stages]
+    for stage, following in itertools.pairwise([*processes, []]):
+        run_stage(stage, following, settings, report, deadline)
+        report.keep_logs(settings.work / "logs")
+        if len(stage) > 1:
+            forget_tuning(settings)
 
 
 def run_stage(
-    stage: list[Part],
-    settings: Settings,
-    report: Report,
-    deadline: float,
-    waiting: dict[str, Process],
-    ahead: list[Part],
+    stage: list[Process], following: list[Process], settings: Settings, report: Report, deadline: float
 ) -> None:
     """Run parts in parallel; write the report when one has new results or ends.
 
     Args:
         stage: the parts.
+        following: those of the next stage.
         settings: of the measurement.
-        report: gets their results.
+        report: gets the results.
         deadline: by `time.monotonic`.
-        waiting: processes made before, by the names of their parts; those of `ahead` are added.
-        ahead: parts of the next stage.
     """
     running: list[Process] = []
     try:
-        for part in stage:
-            seconds = limit(part, settings, deadline)
+        for process in stage:
+            part, seconds = process.part, limit(process.part, settings, deadline)
             if packages := missing(part):
                 names = " and ".join(packages)
                 _left_out(report, part, f"{names} {'is' if len(packages) == 1 else 'are'} not installed")
             elif seconds < LEAST_SECONDS:
+                process.kill()
                 _left_out(report, part, f"the {settings.minutes:g} minutes were over")
             else:
-                running.append(waiting.pop(part.name, None) or Process(part, settings))
-                running[-1].begin(seconds)
-        waiting |= {part.name: Process(part, settings) for part in ahead}
+                running.append(process)
+                process.begin(seconds)
+        if len(following) == 1 and not missing(following[0].part):
+            following[0].prepare()
         while running:
             time.sleep(POLL_SECONDS)
             for process in list(running):
@@ -167,6 +168,8 @@ def run_stage(
             process.kill()
             entry = process.entry()
             report.put(process.part.name, entry | {"status": KILLED, "message": "the measurement was stopped"})
+        for process in following if running else ():
+            process.kill()
 
 
 def forget_tuning(settings: Settings) -> None:
