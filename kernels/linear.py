@@ -190,9 +190,9 @@ def _(grad):
 @torch.library.custom_op("kernels::add_row_sums", mutates_args={"total"})
 def add_row_sums(grad: Tensor, total: Tensor, first_grad: Tensor | None = None) -> None:
     """Add `row_sums` to [E], and those of [R', E'] to its first E'."""
-    sums = grad.sum(dim=0, dtype=torch.float32)
+    sums = row_sums(grad)
     if first_grad is not None:
-        sums[: first_grad.shape[1]].add_(first_grad.sum(dim=0, dtype=torch.float32))
+        sums[: first_grad.shape[1]].add_(row_sums(first_grad))
     total.add_(sums)
 
 

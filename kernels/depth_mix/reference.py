@@ -1,4 +1,4 @@
-"""Mixes in plain PyTorch, differentiated by autograd."""
+"""Mixes in plain PyTorch, with the roundings of what the kernels keep in a narrower dtype."""
 
 from collections.abc import Sequence
 from typing import Any
