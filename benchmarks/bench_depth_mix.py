@@ -77,9 +77,9 @@ def _proof(backend: str | None) -> Iterator[Comparison]:
 
 def make_inputs(shape: Shape) -> Inputs:
     """Representations, and weights in a lower triangle."""
-    generator = torch.Generator().manual_seed(shape.L)
-    values = [torch.randn(shape.N, generator=generator).to(machine.device()) for _ in range(shape.L)]
-    return values, torch.randn(shape.L, shape.L, generator=generator).tril().to(machine.device())
+    generator = machine.generator(shape.L)
+    randn = functools.partial(torch.randn, generator=generator, device=generator.device)
+    return [randn(shape.N) for _ in range(shape.L)], randn(shape.L, shape.L).tril()
 
 
 class Whole(NamedTuple):

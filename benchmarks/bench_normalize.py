@@ -98,11 +98,10 @@ def test_embedding(measurement: Measurement, impl: str, shape: Whole) -> None:
 
 def make_whole_inputs(shape: Whole) -> tuple[Tensor, Tensor, Tensor]:
     """Ids [R], the table [V, D] in fp32, and dropout's seed."""
-    generator = torch.Generator().manual_seed(shape.D)
-    ids = torch.randint(shape.V, (shape.R,), generator=generator)
-    table = torch.randn(shape.V, shape.D, generator=generator)
-    tensors = [tensor.to(machine.device()) for tensor in (ids, table, torch.tensor([1, 2], dtype=torch.int32))]
-    return tensors[0], tensors[1].requires_grad_(), tensors[2]
+    generator = machine.generator(shape.D)
+    ids = torch.randint(shape.V, (shape.R,), generator=generator, device=generator.device)
+    table = torch.randn(shape.V, shape.D, generator=generator, device=generator.device).requires_grad_()
+    return ids, table, torch.tensor([1, 2], dtype=torch.int32, device=generator.device)
 
 
 def whole_gradient(function: Embed, ids: Tensor, table: Tensor, seed: Tensor) -> Tensor:
@@ -123,8 +122,8 @@ def whole_proof(function: Embed, shape: Whole) -> Iterator[Comparison]:
 
 def make_inputs(shape: Shape) -> tuple[Tensor, Tensor]:
     """Hidden states in fp32, and a gradient in bf16."""
-    generator = torch.Generator().manual_seed(shape.D)
-    x, grad = (torch.randn(shape.N, shape.D, generator=generator).to(machine.device()) for _ in range(2))
+    generator = machine.generator(shape.D)
+    x, grad = (torch.randn(shape.N, shape.D, generator=generator, device=generator.device) for _ in range(2))
     return x.requires_grad_(), grad.bfloat16()
 
 
