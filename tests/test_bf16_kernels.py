@@ -9,7 +9,6 @@ from functools import partial
 import pytest
 import torch
 
-from kernels import whole_rows
 from kernels.attention_context import check as attention_context
 from kernels.attention_context import fused
 from kernels.attention_context import kernel as attention_kernel
@@ -84,8 +83,7 @@ def passes(results):
 
 @pytest.mark.parametrize("mutant", test_fused_attention.MUTANTS)
 def test_planted_bugs_in_attention_do_not_pass(mutant, monkeypatch, tmp_path):
-    monkeypatch.setattr(fused, "TILE", 16)  # several tiles in a row, of which a program has several
-    monkeypatch.setattr(attention_kernel, "PROGRAMS", 4)
+    test_fused_attention.use_small_tiles(monkeypatch)
     length = 20 if mutant in test_fused_attention.IN_SHORT_ROWS else 40
     with test_fused_attention.planted(*test_fused_attention.MUTANTS[mutant], tmp_path):
         assert not passes(attention(VARIANTS["attention_context"][0], 1, 32, length, 16, has_dropout=True))
@@ -96,12 +94,8 @@ TOO_SMALL_FOR_BF16 = {"GELU's slope without its curve"}
 
 
 @pytest.mark.parametrize("mutant", sorted(test_fused_mixes.MUTANTS.keys() - NEED_ZEROS))
-def test_planted_bugs_in_mixes_do_not_pass(mutant, monkeypatch, tmp_path):
-    monkeypatch.setattr(whole_rows, "ROWS_INTERPRETED", 1)
-    with test_fused_mixes.planted(*test_fused_mixes.MUTANTS[mutant], tmp_path), monkeypatch.context() as patch:
-        own = depth_mix_kernel.backward.__globals__  # the changed module's
-        patch.setitem(own, "GRAM_BLOCK", 32)  # several parts, and several rows of a program
-        patch.setitem(own, "PROGRAMS", 2)
+def test_planted_bugs_in_mixes_do_not_pass(mutant, tmp_path):
+    with test_fused_mixes.planted_in_a_small_case(mutant, tmp_path):
         assert not passes(mixes(3, 12, 7, has_dropout=True))
 
 

@@ -23,11 +23,15 @@ HEADS, SIZE, VECTORS = 2, 32, 16
 VARIANTS = wanted.VARIANTS["attention_context"]
 
 
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch):
+def use_small_tiles(monkeypatch):
     """Tiles of 16, so that short rows have several of them, and few programs, so that each has several tiles."""
     monkeypatch.setattr(fused, "TILE", 16)
     monkeypatch.setattr(kernel, "PROGRAMS", 4)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    use_small_tiles(monkeypatch)
 
 
 def make_case(rows, length, *, documents=3, seed=0):

@@ -5,6 +5,7 @@ Their whole check runs in tests/test_check.py.
 
 import copy
 import dataclasses
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -319,15 +320,21 @@ MUTANTS = {
 CASES = [(2, 12, 0.2), (7, 12, 0.2), (13, 12, 0.2)]  # the smallest first, which shows most of them
 
 
-@pytest.mark.parametrize("name", MUTANTS)
-def test_planted_bugs_are_found(name, tmp_path, monkeypatch):
-    module, old, new = MUTANTS[name]
-    found = False
-    with planted(module, old, new, tmp_path), monkeypatch.context() as patch:
+@contextmanager
+def planted_in_a_small_case(name, folder):
+    """One of `MUTANTS`, where a small case has several parts, and a program several rows."""
+    with planted(*MUTANTS[name], folder), pytest.MonkeyPatch.context() as patch:
         own = kernel.backward.__globals__  # the changed module's
-        patch.setitem(own, "GRAM_BLOCK", 32)  # several parts in a small case, and several rows of a program
+        patch.setitem(own, "GRAM_BLOCK", 32)
         patch.setitem(own, "PROGRAMS", 2)
         patch.setattr(whole_rows, "ROWS_INTERPRETED", 1)
+        yield
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_planted_bugs_are_found(name, tmp_path):
+    found = False
+    with planted_in_a_small_case(name, tmp_path):
         for num_mixes, size, prob in CASES:
             case = make_case(num_mixes, size)
             if name == "no eps":
