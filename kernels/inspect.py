@@ -4,9 +4,9 @@ Every configuration that a launcher can choose is compiled ahead of time for eve
 from `ptxas -v` (on AMD: the assembly's metadata), widths of loads and stores and the use of tensor cores from the PTX
 or the assembly. Three bars must hold, else the exit status is 1: a program fits into a multiprocessor; registers do
 not spill on an NVIDIA GPU unless the configuration allows it; and kernels bound by memory traffic move blocks of global
-memory in words of 128 bits or more. For sm_90, some programs of kernels with matrix products are executed on the CPU
-(`kernels.machine_code`): nothing may be wrong with their machine code, and a tile may take no more instructions and
-accesses of shared memory than the configuration allows.
+memory in words of 128 bits or more. Up to sm_90, some programs of kernels with matrix products are executed on the CPU
+(`kernels.machine_code`): nothing may be wrong with their machine code, and for sm_90 a tile may take no more
+instructions and accesses of shared memory than the configuration allows.
 
 The project uses absolute imports only, so this file does not shadow the standard library's `inspect`.
 """
@@ -76,7 +76,7 @@ class Build:
         stores: the same for stores.
         tensor_cores: whether there are matrix instructions.
         assembler: release of ptxas, for kernels with matrix products up to sm_90; see `kernels.assembler`.
-        tile: costs of a tile, `kernels.machine_code.emulation.Counts`, of kernels with matrix products on sm_90.
+        tile: costs of a tile, `kernels.machine_code.emulation.Counts`, for the same kernels.
         note: why there are none, or None.
         problems: the bars that do not hold, or why it was not built.
     """
@@ -166,8 +166,7 @@ def build(configuration: Configuration, target_name: str) -> Build:
     result = Build(configuration.name, target_name, shared_bytes=compiled.metadata.shared, **measured)
     if configuration.has_products and target.backend == "cuda" and target.arch < 100:
         result = replace(result, assembler=use_right_assembler())
-        if target_name == "sm_90":
-            result = _with_tile(result, configuration, compiled.asm["cubin"])
+        result = _with_tile(result, configuration, compiled.asm["cubin"])
     result.problems.extend(_broken_bars(configuration, target, result, compiled.asm["ttir"]))
     return result
 
@@ -245,7 +244,7 @@ def _broken_bars(configuration: Configuration, target: Target, result: Build, tt
         ("instructions", configuration.most_instructions),
         ("wavefronts", configuration.most_wavefronts),
     ):
-        if result.tile.get(name, 0) > most:
+        if result.target == "sm_90" and result.tile.get(name, 0) > most:
             problems.append(f"takes {result.tile[name]:.0f} {name} a tile, of {most:.0f} allowed")
     if configuration.streams:
         for kind, widths in (("load", result.loads), ("store", result.stores)):

@@ -1,10 +1,11 @@
-"""Kernels compiled for sm_90 with their launches, for tests of `kernels.machine_code`.
+"""Kernels compiled for sm_80 and sm_90 with their launches, for tests of `kernels.machine_code`.
 
 The tests' own process interprets kernels, so another compiles them: `python -m tests.machine_code FILE SHAPE …`, with
 shapes such as "d=64 T=128 dropout". It writes a file for `torch.load`.
 """
 
 import dataclasses
+import itertools
 import os
 import re
 import sys
@@ -21,10 +22,10 @@ from kernels.machine_code.examples import AttentionInputs
 from kernels.machine_code.launch import recorded
 
 NUM_ROWS = 4
-TARGET = kernels_inspect.TARGETS[measurement.TARGET]
+TARGETS = ("sm_80", "sm_90")
 
 
-def compile_attention(match):
+def compile_attention(match, target):
     """The kernels of one shape, and launches of them on the same tensors; the inputs, and gradients to be written."""
     configurations = [each for each in attention.configurations() if re.search(match, each.name)]
     inputs = AttentionInputs.of(configurations[-1], NUM_ROWS)
@@ -36,7 +37,7 @@ def compile_attention(match):
     compiled = {}
     for configuration, launch in zip(configurations, launches, strict=True):
         assert not launch.differences(configuration)
-        built, _ = kernels_inspect._compile(configuration, TARGET)
+        built, _ = kernels_inspect._compile(configuration, kernels_inspect.TARGETS[target])
         listing = measurement.disassemble(built.asm["cubin"])
         compiled[launch.kernel] = SimpleNamespace(
             listing=listing, launch=launch, types=dict(configuration.types), shared_bytes=built.metadata.shared
@@ -47,7 +48,7 @@ def compile_attention(match):
 def notes():
     """What a listing with an unknown instruction, no disassembler, and another launch than compiled lead to."""
     configuration = next(each for each in attention.configurations() if " T=16" in each.name)
-    built, _ = kernels_inspect._compile(configuration, TARGET)
+    built, _ = kernels_inspect._compile(configuration, kernels_inspect.TARGETS["sm_90"])
     disassemble, found = measurement.disassemble, {}
 
     def missing(_):
@@ -65,4 +66,5 @@ def notes():
 if __name__ == "__main__":
     torch.manual_seed(3)
     path, *shapes = sys.argv[1:]
-    torch.save(({shape: compile_attention(f" {shape}$") for shape in shapes}, notes()), path)
+    cases = itertools.product(TARGETS, shapes)
+    torch.save(({(target, shape): compile_attention(f" {shape}$", target) for target, shape in cases}, notes()), path)

@@ -1,4 +1,4 @@
-"""Hopper's machine code of the kernels with matrix products, executed on a CPU: a tool for their developers.
+"""Machine code of the kernels with matrix products, for sm_80 to sm_90, executed on a CPU: a developer's tool.
 
 ptxas 12.8 made wrong code of such a kernel, which no test of ours could see without a GPU. Here the instructions
 themselves run, as the disassembler prints them, for whole thread blocks and with all numbers: the launch is one that

@@ -94,7 +94,7 @@ def _counts(listing: Listing, machine: Machine, num_warps: int) -> Counts:
     inside = np.zeros(len(listing.instructions), bool)
     for loop in loops:
         inside[loop] = True
-    tiles = int(sum(machine.issued[loop[-1]] for loop in loops)) // num_warps
+    tiles = int(sum(machine.issued[loop[0]] for loop in loops)) // num_warps
     issued = machine.issued / num_warps / max(tiles, 1)
     wavefronts = machine.wavefronts / max(tiles, 1)
     return Counts(tiles, *(float(counts.sum()) for counts in (issued, issued[inside], wavefronts, wavefronts[inside])))

@@ -106,13 +106,15 @@ def narrow(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> Non
     machine.write(target, to_bf16(machine.fraction(source)), lanes)
 
 
-@executes("HADD2", "BF16_V2")
+@executes("HADD2 HFMA2", "BF16_V2")
 def add_halves(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> None:
-    """Sums of two bf16 numbers each."""
+    """Sums of two bf16 numbers each; on sm_80 as a · 1 + b."""
     if instruction.modifiers != ("BF16_V2",):
         raise UnknownInstructionError(f"unknown instruction {instruction}")
     target, *operands = instruction.operands
-    if any(operand.part or operand.is_negative or operand.is_absolute for operand in operands):
+    if instruction.name == "HFMA2" and [operand.text for operand in operands[1:3]] == ["1", "1"]:
+        del operands[1:3]
+    if len(operands) > 2 or any(operand.part or operand.is_negative or operand.is_absolute for operand in operands):
         raise UnknownInstructionError(f"unknown instruction {instruction}")
     first, second = (machine.bits(operand) for operand in operands)
     halves = [
@@ -122,11 +124,11 @@ def add_halves(machine: Machine, instruction: Instruction, lanes: np.ndarray) ->
     machine.write(target, halves[0] | halves[1] << np.uint32(16), lanes)
 
 
-@executes("I2FP", "F32 S32 U32")
+@executes("I2F I2FP", "F32 S32 U32")
 def from_whole(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> None:
     """An integer as fp32."""
     source = instruction.operands[1]
-    is_signed = "S32" in instruction.modifiers
+    is_signed = "U32" not in instruction.modifiers
     _write(machine, instruction, machine.signed(source) if is_signed else machine.whole(source), lanes)
 
 

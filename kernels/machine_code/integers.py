@@ -201,7 +201,7 @@ def extend(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> Non
     machine.write(target, value, lanes)
 
 
-@executes("VIMNMX VIADDMNMX VIMNMX3", "U32 RELU")
+@executes("IMNMX UIMNMX VIMNMX VIADDMNMX VIMNMX3", "U32 RELU")
 def extreme(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> None:
     """The least if a predicate is true, else the greatest: of two, of a sum and a number, or of three."""
     target, *operands, condition = instruction.operands

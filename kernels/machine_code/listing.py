@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -11,6 +11,22 @@ import numpy as np
 # zero, for RZ and URZ. Of its predicates: P0 … P6, UP0 … UP6, and one that is always true, for PT and UPT.
 UNIFORM, ZERO = 256, 320
 UNIFORM_PREDICATE, TRUE = 8, 15
+
+
+class Architecture(NamedTuple):
+    """What differs between generations.
+
+    Attributes:
+        parameters: where arguments begin in the constant memory.
+        shared_start: bytes of a block's shared memory before its own: the first kilobyte may be the system's.
+    """
+
+    parameters: int
+    shared_start: int
+
+
+AMPERE, HOPPER = Architecture(0x160, 0), Architecture(0x210, 1024)
+ARCHITECTURES = {"sm_80": AMPERE, "sm_86": AMPERE, "sm_89": AMPERE, "sm_90": HOPPER}
 
 Kind = Literal["register", "predicate", "constant", "number", "address", "descriptor", "other"]
 
@@ -79,16 +95,21 @@ class Listing:
     Attributes:
         instructions: all of them.
         position: of an address among them.
+        architecture: for which it was compiled.
     """
 
     instructions: tuple[Instruction, ...]
     position: dict[int, int] = field(default_factory=dict)
+    architecture: Architecture = HOPPER
 
     @classmethod
     def parse(cls, text: str) -> "Listing":
-        """The listing that `cuobjdump -sass` prints of a file with one kernel."""
+        """The listing that `cuobjdump -sass` prints of a file with one kernel; for sm_90, if it does not say."""
+        target = re.search(r"^\s*code for (sm_\d+)", text, re.MULTILINE)
+        architecture = HOPPER if target is None else ARCHITECTURES[target[1]]
         instructions = tuple(found for line in text.splitlines() if (found := _instruction(line)) is not None)
-        return cls(instructions, {instruction.address: index for index, instruction in enumerate(instructions)})
+        positions = {instruction.address: index for index, instruction in enumerate(instructions)}
+        return cls(instructions, positions, architecture)
 
     def loops(self) -> list[range]:
         """Positions of the instructions of each innermost loop: from a branch's target up to a branch backwards."""

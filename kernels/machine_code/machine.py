@@ -15,9 +15,10 @@ from kernels.machine_code.registers import WARP, Registers, by_warp
 from kernels.machine_code.tensors import GlobalMemory
 
 _STACK = 8192  # bytes a thread, more than any kernel here spills
-_PARAMETERS = 0x210  # where arguments begin in the constant memory of sm_90
 _SCRATCH = 16  # bytes behind them: pointers that Triton's launcher adds
 _MOST_STEPS = 400_000
+# sm_80 leaves loops by calls; none returns, since RET is not known
+_JUMPS = {("BRA", ()), ("CALL", ("REL", "NOINC"))}
 
 Handler = Callable[["Machine", Instruction, np.ndarray], None]
 HANDLERS: dict[str, tuple[Handler, frozenset[str]]] = {}
@@ -74,9 +75,10 @@ class Machine(Registers):
         memory: GlobalMemory,
         findings: Findings,
     ) -> None:
-        super().__init__(num_threads, _constant_memory(num_threads, grid, parameters), findings)
+        constants = _constant_memory(num_threads, grid, listing.architecture.parameters, parameters)
+        super().__init__(num_threads, constants, findings)
         self.block = block
-        self.shared = SharedMemory(shared_bytes, num_threads, findings)
+        self.shared = SharedMemory(shared_bytes, listing.architecture.shared_start, num_threads, findings)
         self.local = LocalMemory(_STACK, num_threads, findings)
         self.memory = memory
         self.issued = np.zeros(len(listing.instructions), np.int64)
@@ -114,7 +116,7 @@ class Machine(Registers):
         if instruction.name == "EXIT":
             self.alive = self.alive & ~active
             self._go(self.position + 1, lanes & ~active)
-        elif instruction.name == "BRA":
+        elif (instruction.name, instruction.modifiers) in _JUMPS:
             for operand in instruction.operands[:-1]:
                 active = active & self.condition(operand, active)
             self._go(self._listing.position[instruction.operands[-1].row], active)
@@ -142,9 +144,9 @@ class Machine(Registers):
         self.memory.barrier()
 
 
-def _constant_memory(num_threads: int, grid: tuple[int, int, int], parameters: bytes) -> bytes:
-    """Sizes of block and grid, the stack's top, and the arguments; the rest, such as how memory is accessed, is 0."""
-    header = np.zeros(_PARAMETERS // 4, np.uint32)
+def _constant_memory(num_threads: int, grid: tuple[int, int, int], start: int, parameters: bytes) -> bytes:
+    """Sizes of block and grid, the stack's top, and at `start` the arguments; the rest is 0."""
+    header = np.zeros(start // 4, np.uint32)
     header[:6] = (num_threads, 1, 1, *grid)
     header[0x28 // 4] = _STACK
     return header.tobytes() + parameters + bytes(-len(parameters) % 8 + _SCRATCH)

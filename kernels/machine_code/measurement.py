@@ -12,8 +12,6 @@ from kernels.machine_code.examples import example
 from kernels.machine_code.findings import UnknownInstructionError
 from kernels.machine_code.listing import Listing
 
-TARGET = "sm_90"  # whose instructions are known
-
 
 @dataclass(frozen=True)
 class Measurement:
@@ -34,7 +32,7 @@ def measure(configuration: Configuration, cubin: bytes, shared_bytes: int) -> Me
     """Emulate some thread blocks of a launch of a configuration; None for operations without an example.
 
     Args:
-        configuration: what was compiled for `TARGET`.
+        configuration: what was compiled, for one of `listing.ARCHITECTURES`.
         cubin: the result.
         shared_bytes: of a program.
     """

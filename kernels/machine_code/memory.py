@@ -10,14 +10,13 @@ from kernels.machine_code.findings import Findings
 from kernels.machine_code.hazards import Hazards
 from kernels.machine_code.listing import Instruction
 
-SHARED_START = 1024  # the first kilobyte of a block's shared memory is the system's
-
 
 class SharedMemory:
     """A block's shared memory.
 
     Attributes:
         size: bytes.
+        start: address of the first.
         content: [size] uint8.
         hazards: between warps.
         undefined: [size] uint8, bits that were never written, or with a value that had none.
@@ -25,8 +24,9 @@ class SharedMemory:
         is_arriving: [size] bool: written by an asynchronous copy that was not waited for.
     """
 
-    def __init__(self, size: int, num_threads: int, findings: Findings) -> None:
+    def __init__(self, size: int, start: int, num_threads: int, findings: Findings) -> None:
         self.size = size
+        self.start = start
         self.content = np.zeros(size, np.uint8)
         self.hazards = Hazards(size, num_threads)
         self.undefined = np.full(size, 0xFF, np.uint8)
@@ -90,7 +90,7 @@ class SharedMemory:
         self, instruction: Instruction, addresses: np.ndarray, size: int, active: np.ndarray
     ) -> tuple[np.ndarray | None, np.ndarray]:
         """Bytes [lanes, size] of the active lanes with a right address, and which lanes these are, [n] bool."""
-        at = addresses.astype(np.int64) - SHARED_START
+        at = addresses.astype(np.int64) - self.start
         inside = (at >= 0) & (at + size <= self.size)
         if (active & ~inside).any():
             wrong = at[active & ~inside]

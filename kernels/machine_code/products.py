@@ -8,7 +8,6 @@ from kernels.machine_code.findings import UnknownInstructionError
 from kernels.machine_code.floats import from_bf16
 from kernels.machine_code.listing import ZERO, Instruction, Operand
 from kernels.machine_code.machine import Machine, executes
-from kernels.machine_code.memory import SHARED_START
 
 _DEPTH = 16  # numbers of a row of the first matrix: 32 bytes
 _GROUP = 128  # threads of a warp group
@@ -125,7 +124,7 @@ def _places(
         places = start + row // unit * leading + depth // 8 * stride + depth % 8 * width + row % unit * 2
     else:
         places = start + row // 8 * stride + row % 8 * width + depth * 2
-    return (places ^ (places >> 7 & (width // 16 - 1)) << 4) - SHARED_START
+    return (places ^ (places >> 7 & (width // 16 - 1)) << 4) - machine.shared.start
 
 
 def _numbers(machine: Machine, instruction: Instruction, places: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ from kernels.machine_code.listing import TRUE, UNIFORM, ZERO, Instruction, Opera
 from kernels.machine_code.running import RunningProducts
 
 WARP = 32
+_FACTORS = {part: np.uint64(factor) for part, factor in {"": 1, "64": 1, "X4": 4, "X8": 8, "X16": 16}.items()}
 _NONE = np.zeros(1, bool)
 _ALL = np.uint32(0xFFFFFFFF)
 
@@ -120,9 +121,10 @@ class Registers:
         is_wide = any(term.part == "64" for term in operand.terms)
         total = np.full(len(self.threads), operand.offset & 0xFFFFFFFFFFFFFFFF, np.uint64)
         for term in operand.terms:
-            if term.kind != "register" or term.part not in {"", "64"}:
+            if term.kind != "register" or term.part not in _FACTORS:
                 raise UnknownInstructionError(f"unknown address {operand.text} of {self.instruction}")
-            total = total + (self.pair(term) if term.part == "64" else self.bits(term))
+            value = self.pair(term) if term.part == "64" else self.bits(term).astype(np.uint64)
+            total = total + value * _FACTORS[term.part]
         self.settle(lanes)
         return total if is_wide else total & np.uint64(0xFFFFFFFF)
 
