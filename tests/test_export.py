@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    PreTrainedModel,
 )
 
 from gptbert.checkpoint import manifest
@@ -198,6 +199,15 @@ def test_loading_is_strict(folder, tmp_path, change, message):
     copy = damaged(folder, tmp_path, change)
     with pytest.raises(ValueError, match=message):
         AutoModelForMaskedLM.from_pretrained(copy, trust_remote_code=True)
+
+
+def test_classes_have_lists_where_transformers_has_lists(folder):
+    """Releases from 4.57 to 5.8 add a list to what may be unexpected, so there a tuple ends every `from_pretrained`."""
+    for auto in (AutoModel, AutoModelForMaskedLM, AutoModelForCausalLM, AutoModelForSequenceClassification):
+        loaded = load(auto, folder)
+        for known in type(loaded).__mro__[: type(loaded).__mro__.index(PreTrainedModel)]:
+            assert isinstance(known.__dict__.get("_keys_to_ignore_on_load_unexpected", []), list)
+        assert isinstance(type(loaded)._no_split_modules, list)
 
 
 def test_tokenizer_is_the_trainers(folder, exported):

@@ -37,7 +37,7 @@ _CACHE_FIELD = next(
 class GPTBertModel(GPTBertPreTrainedModel):
     """The encoder alone; bidirectional unless the configuration sets `is_decoder`."""
 
-    _keys_to_ignore_on_load_unexpected = (r"\.position_indices$", r"^classifier\.", r"^head\.")
+    _keys_to_ignore_on_load_unexpected = [r"\.position_indices$", r"^classifier\.", r"^head\."]
 
     def __init__(self, config: GPTBertConfig) -> None:
         super().__init__(config)
@@ -65,8 +65,8 @@ class GPTBertModel(GPTBertPreTrainedModel):
 class _LanguageModel(GPTBertPreTrainedModel):
     """The encoder with the language model head."""
 
-    _tied_weights_keys = {"classifier.nonlinearity.5.weight": "embedding.word_embedding.weight"}  # noqa: RUF012
-    _keys_to_ignore_on_load_unexpected = (r"\.position_indices$", r"^head\.")
+    _tied_weights_keys = {"classifier.nonlinearity.5.weight": "embedding.word_embedding.weight"}
+    _keys_to_ignore_on_load_unexpected = [r"\.position_indices$", r"^head\."]
 
     def __init__(self, config: GPTBertConfig) -> None:
         super().__init__(config)
@@ -213,7 +213,7 @@ class GPTBertForCausalLM(_LanguageModel, GenerationMixin):
 class _Classifier(GPTBertPreTrainedModel):
     """The encoder with a new head."""
 
-    _keys_to_ignore_on_load_unexpected = (r"\.position_indices$", r"^classifier\.")
+    _keys_to_ignore_on_load_unexpected = [r"\.position_indices$", r"^classifier\."]
     num_classes: int | None = None  # None: the configuration's `num_labels`
 
     def __init__(self, config: GPTBertConfig) -> None:

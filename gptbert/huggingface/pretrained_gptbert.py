@@ -21,12 +21,12 @@ class GPTBertPreTrainedModel(PreTrainedModel):
 
     config_class = GPTBertConfig
     base_model_prefix = "gptbert"
-    _no_split_modules = ("Attention", "FeedForward")
+    _no_split_modules = ["Attention", "FeedForward"]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_cache_class = True
     _supports_static_cache = True
-    _keys_to_ignore_on_load_unexpected: tuple[str, ...] = (r"\.position_indices$",)  # a buffer in published checkpoints
+    _keys_to_ignore_on_load_unexpected: list[str] = [r"\.position_indices$"]  # a buffer in published checkpoints
     accepts_loss_kwargs = False  # the loss is a mean over this batch's labels
 
     def __init__(self, config: GPTBertConfig) -> None:
