@@ -158,3 +158,13 @@ def test_a_new_model_is_initialized(folder):
     model = AutoModel.from_config(config, trust_remote_code=True)
     for alpha in model.transformer.dwa_modules.alphas:
         assert alpha.tolist() == [0.0] * (len(alpha) - 1) + [1.0]
+
+
+def test_loaded_weights_are_not_initialized_again(folder):
+    """In transformers 5.0 to 5.2 all modules are initialized after loading; loaded parameters have a mark."""
+    model = load(AutoModel, folder)
+    expected = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    for alpha in model.transformer.dwa_modules.alphas:
+        alpha._is_hf_initialized = True
+    model._init_weights(model.transformer.dwa_modules.alphas)
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in model.named_parameters())

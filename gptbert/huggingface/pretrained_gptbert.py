@@ -70,8 +70,9 @@ class GPTBertPreTrainedModel(PreTrainedModel):
             nn.init.trunc_normal_(module.relative_embedding, std=std, a=-2 * std, b=2 * std)
         elif isinstance(module, nn.ParameterList):  # of `LayerWeighting`, which newer transformers skip: it has no own
             for alpha in module:
-                nn.init.zeros_(alpha)
-                nn.init.ones_(alpha[-1:])
+                if not getattr(alpha, "_is_hf_initialized", False):  # loaded; a part of it would not have the mark
+                    nn.init.zeros_(alpha)
+                    nn.init.ones_(alpha[-1:])
 
     def embed(
         self,
