@@ -221,6 +221,7 @@ def write_export(
             "tie_word_embeddings": True,
             "shift_masked_logits": shift_masked_logits,
             "masked_logits_alignment": "token" if shift_masked_logits else "previous",
+            "tokenizer_class": "PreTrainedTokenizerFast",  # without it pipelines of transformers 4.51 to 4.53 have none
             "torch_dtype": "float32",
         },
         "generation_config.json": {**special, "suppress_tokens": never},  # as in gptbert.generate

@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedModel,
+    pipeline,
 )
 
 from gptbert.checkpoint import manifest
@@ -265,6 +266,17 @@ def test_an_exported_folder_has_the_tokenizer_that_its_card_promises(exported, t
     assert "The tokenizer prepends `<s>`" in (tmp_path / "out" / "README.md").read_text()
     never = json.loads((tmp_path / "out" / "generation_config.json").read_text())["suppress_tokens"]
     assert never == [*range(5), *range(320, SHAPE.vocab_size)], "special tokens, and ids that the tokenizer lacks"
+
+
+def test_pipelines_find_the_tokenizer(folder):
+    """Those of transformers 4.51 to 4.53 ask config.json whether there is one."""
+    tokenizer_class = json.loads((folder / "config.json").read_text())["tokenizer_class"]
+    assert tokenizer_class == json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"]
+    fill = pipeline("fill-mask", model=str(folder), trust_remote_code=True)
+    found = fill("One<mask> three", top_k=2)
+    inputs = fill.tokenizer("One<mask> three", return_tensors="pt")
+    scores = load(AutoModelForMaskedLM, folder)(**inputs).logits[inputs.input_ids == MASK_ID]
+    assert [each["token"] for each in found] == scores[0].topk(2).indices.tolist()
 
 
 def test_what_transformers_saves_again_is_the_same(folder, tmp_path):
