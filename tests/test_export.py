@@ -162,6 +162,13 @@ def test_losses_are_means_over_labels(folder, auto):
     assert all(parameter.grad is not None for parameter in loaded.parameters())
 
 
+def test_a_masked_loss_is_the_same_wherever_the_logits_are(folder):
+    ids = some_ids()
+    labels = torch.where(torch.arange(LENGTH) % 3 == 1, ids, -100)
+    shifted, raw = (load(AutoModelForMaskedLM, folder, shift_masked_logits=shift) for shift in (True, False))
+    torch.testing.assert_close(raw(ids, labels=labels).loss, shifted(ids, labels=labels).loss)
+
+
 @pytest.mark.parametrize("is_decoder", [False, True])
 def test_classification_reads_one_token_whatever_the_padding(folder, is_decoder):
     loaded = load(AutoModelForSequenceClassification, folder, num_labels=3, is_decoder=is_decoder)

@@ -105,7 +105,7 @@ class GPTBertForMaskedLM(_LanguageModel):
         Args:
             input_ids: [B, T].
             attention_mask: see `GPTBertPreTrainedModel.encode`.
-            labels: [B, T], the token at each position, −100 to ignore it.
+            labels: [B, T], the token at each position wherever its logits are, −100 to ignore it.
             output_hidden_states: None uses the configuration's.
             output_attentions: None uses the configuration's.
             return_dict: False returns a tuple.
@@ -122,7 +122,11 @@ class GPTBertForMaskedLM(_LanguageModel):
                 hidden_states = hidden_states.masked_fill(~seen_later(attention_mask).unsqueeze(-1), 0)
             hidden_states = F.pad(hidden_states, (0, 0, 1, 0))[:, :-1]
         logits = self.classifier(hidden_states)
-        loss = None if labels is None else mean_loss(logits, labels)
+        loss = None
+        if labels is not None and self.config.shift_masked_logits:
+            loss = mean_loss(logits, labels)
+        elif labels is not None:  # a token's logits are at the position before it
+            loss = mean_loss(logits[:, :-1], labels[:, 1:])
         return _returned(MaskedLMOutput(loss=loss, logits=logits, **extras), return_dict)
 
 
