@@ -168,3 +168,15 @@ def test_loaded_weights_are_not_initialized_again(folder):
         alpha._is_hf_initialized = True
     model._init_weights(model.transformer.dwa_modules.alphas)
     assert all(torch.equal(parameter, expected[name]) for name, parameter in model.named_parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("auto", [AutoModelForMaskedLM, AutoModelForCausalLM, AutoModelForSequenceClassification])
+def test_weights_are_offloaded(folder, auto):
+    accelerate = pytest.importorskip("accelerate")
+    torch.manual_seed(0)
+    loaded, ids = load(auto, folder), some_ids(2, 9)
+    expected = loaded(ids).logits
+    accelerate.cpu_offload(loaded, execution_device="cpu")
+    assert {parameter.device.type for parameter in loaded.parameters()} == {"meta"}
+    torch.testing.assert_close(loaded(ids).logits, expected, **CLOSE)

@@ -90,15 +90,25 @@ class LayerWeighting(nn.Module):
     def __init__(self, config: GPTBertConfig) -> None:
         super().__init__()
         depths = range(1, 2 * config.num_hidden_layers + 1)
-        self.alphas = nn.ParameterList(nn.Parameter(torch.empty(depth + 1)) for depth in depths)
+        self.alphas = LayerWeights(nn.Parameter(torch.empty(depth + 1)) for depth in depths)
 
     def forward(self, representations: Sequence[Tensor]) -> Tensor:
         """y_0 … y_n, [B, T, D] each, to x_n."""
-        first, *others = self.alphas[len(representations) - 2].unbind()
+        first, *others = self.alphas(len(representations) - 2).unbind()
         mixed = first * representations[0]
         for weight, representation in zip(others, representations[1:], strict=True):
             mixed = torch.addcmul(mixed, weight, representation)
         return mixed
+
+
+class LayerWeights(nn.ParameterList):
+    """The α; called for those of one depth, so that accelerate's hooks bring them where weights are offloaded."""
+
+    __call__ = nn.Module.__call__  # a `ParameterList` refuses
+
+    def forward(self, depth: int) -> Tensor:
+        """[depth + 2]."""
+        return self[depth]
 
 
 class Attention(nn.Module):
