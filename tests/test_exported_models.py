@@ -180,3 +180,14 @@ def test_weights_are_offloaded(folder, auto):
     accelerate.cpu_offload(loaded, execution_device="cpu")
     assert {parameter.device.type for parameter in loaded.parameters()} == {"meta"}
     torch.testing.assert_close(loaded(ids).logits, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("auto", [AutoModelForMaskedLM, AutoModelForCausalLM])
+def test_eager_is_in_fp64_what_sdpa_is(folder, auto):
+    ids, mask, outputs = some_ids(3, LENGTH), padded_mask(), []
+    for implementation in ("sdpa", "eager"):
+        loaded = load(auto, folder, attn_implementation=implementation).double()
+        logits = loaded(ids, mask).logits
+        logits.square().mean().backward()  # also of queries that see no key
+        outputs.append((logits, {name: parameter.grad for name, parameter in loaded.named_parameters()}))
+    torch.testing.assert_close(*outputs, rtol=1e-10, atol=1e-10)

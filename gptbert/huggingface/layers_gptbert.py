@@ -168,7 +168,8 @@ class Attention(nn.Module):
             context = context.masked_fill(~mask.any(-1, keepdim=True), 0.0)  # a query that sees no key
             probabilities = None
         else:
-            scores = (query @ key.mT).float() + bias.float()
+            precision = torch.promote_types(bias.dtype, torch.float32)
+            scores = (query @ key.mT).to(precision) + bias.to(precision)
             probabilities = scores.softmax(dim=-1).masked_fill(~mask, 0.0).to(value.dtype)
             context = self.attention_dropout(probabilities) @ value
         context = context.transpose(1, 2).flatten(2)  # [B, T, D]
