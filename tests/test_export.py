@@ -1,4 +1,4 @@
-"""Exported folders in real transformers: `make test` runs this file with the newest release and with 4.51."""
+"""Exported folders in real transformers: `make test` runs this file with the newest release, 5.0 and 4.51."""
 
 import json
 import shutil

@@ -1,6 +1,6 @@
 """Exported models as transformers' users run them: implementations of attention, caches, checkpointing, heads.
 
-`make test` runs this file with the newest transformers and with 4.51.
+`make test` runs this file with the newest transformers, 5.0 and 4.51.
 """
 
 import pytest

@@ -1,6 +1,6 @@
 """The fine-tuning example, on small generated data and with transformers' own Trainer.
 
-`make test` runs this file with the newest transformers and with 4.51.
+`make test` runs this file with the newest transformers, 5.0 and 4.51.
 """
 
 import json
