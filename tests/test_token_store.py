@@ -262,6 +262,17 @@ def test_incomplete_and_mixed_shards_are_refused(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc to read the resident memory")
+@pytest.mark.parametrize("count", [99_999, 100_000])
+def test_sets_of_any_number_of_shards_are_found_in_order(tmp_path, count):
+    """Numbers of 100,000 and more have six digits; only some of the files are there, since that takes seconds."""
+    path = tmp_path / "t.safetensors"
+    numbers = [1, 2, 10, 9_999, 10_000, 10_001, 99_998, 99_999, *([100_000] if count == 100_000 else [])]
+    files = [token_shards.shard_name(path, number, count) for number in numbers]
+    for file in reversed(files):
+        file.touch()
+    assert token_shards.numbered_shards(path) == files
+
+
 def test_opening_maps_the_file_and_reads_only_what_is_asked_for(tmp_path):
     size = 64 << 20
     path = tmp_path / "t.safetensors"

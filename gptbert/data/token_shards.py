@@ -132,10 +132,11 @@ def shard_files(path: Path) -> list[Path]:
 
 def numbered_shards(path: Path) -> list[Path]:
     """Existing shards of this name, in order, even if the set is incomplete."""
-    pattern = re.compile(rf"{re.escape(path.stem)}-\d{{5}}-of-\d{{5}}{re.escape(path.suffix)}")
+    pattern = re.compile(rf"{re.escape(path.stem)}-(\d{{5,}})-of-\d{{5,}}{re.escape(path.suffix)}", flags=re.ASCII)
     if not path.parent.is_dir():
         return []
-    return sorted(file for file in path.parent.iterdir() if pattern.fullmatch(file.name))
+    found = ((pattern.fullmatch(file.name), file) for file in path.parent.iterdir())
+    return [file for _, file in sorted((int(name[1]), file) for name, file in found if name)]
 
 
 def shard_name(path: Path, number: int, count: int) -> Path:
