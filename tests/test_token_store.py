@@ -242,6 +242,24 @@ def test_a_file_that_is_written_anew_in_its_place_is_refused(tmp_path, shard_tok
         read(store)
 
 
+@pytest.mark.parametrize("how", ["our own command", "touched after a copy of the same size"])
+def test_of_many_files_one_that_was_replaced_is_not_opened_again(tmp_path, monkeypatch, how):
+    """Those read last are still mapped; others would give other text, under the old file's documents."""
+    path, documents = tmp_path / "t.safetensors", [[number, number + 1] for number in range(5)]
+    monkeypatch.setattr(token_store, "MOST_MAPPED", 3)
+    write(path, documents, shard_tokens=2)
+    store = TokenStore.open(path)
+    assert read(store) == documents
+    if how == "our own command":
+        write(path, [[9, 9]] * 5, shard_tokens=2)
+    else:
+        first = tmp_path / "t-00001-of-00005.safetensors"
+        first.write_bytes(first.read_bytes())
+    assert store.gather(np.array([8]), np.array([2]))[0].tolist() == documents[4], "is mapped"
+    with pytest.raises(InputError, match=r"t-00001-of-00005\.safetensors: is another file than the one that was"):
+        store.gather(np.array([0]), np.array([2]))
+
+
 def test_incomplete_and_mixed_shards_are_refused(tmp_path):
     path = tmp_path / "t.safetensors"
     second = tmp_path / "t-00002-of-00004.safetensors"

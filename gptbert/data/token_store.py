@@ -107,7 +107,18 @@ class TokenStore:
             tokens, offsets = read_token_file(files[0])
             store = cls([tokens], [offsets], int(tokens.max(initial=0)) + 1, None, files)
         else:
-            opened = lru_cache(MOST_MAPPED)(lambda index: open_shard(Path(files[index])))
+            states: list[tuple[int, int, int]] = []
+
+            def open_once(index: int) -> Shard:
+                shard = open_shard(Path(files[index]))
+                if len(states) == len(files) and _state_of(files[index]) != states[index]:
+                    raise InputError(
+                        f"token file {files[index]}: is another file than the one that was opened at the start, and of "
+                        f"more than {MOST_MAPPED:,} files those read last alone stay open; put the files back"
+                    )
+                return shard
+
+            opened = lru_cache(MOST_MAPPED)(open_once)
             sizes, writers = [], set()
             words: list[Any] = []
             for shard in map(opened, range(len(files))):
@@ -124,7 +135,8 @@ class TokenStore:
                 files,
                 num_words=None if None in words else sum(words),
             )
-            store._sizes.extend(map(_size_of, files))
+            states.extend(map(_state_of, files))
+            store._sizes.extend(state[:2] for state in states)
         if store.num_tokens == 0:
             raise InputError(f"token file {path}: holds no tokens; tokenize a corpus that is not empty")
         return store
@@ -238,7 +250,8 @@ class TokenStore:
         """Refuse a file that was written anew in its place, as cp does.
 
         Its mapping would give other text, or end the process without a word (SIGBUS) where the file is shorter now. A
-        file that was deleted, or replaced by another one of its name, is still mapped as it was.
+        file that was deleted, or replaced by another one of its name, is still mapped as it was; of more than
+        `MOST_MAPPED` files, one that must be opened again is refused by `open` then.
         """
         if not self._sizes:
             return
@@ -258,8 +271,13 @@ class TokenStore:
 
 
 def _size_of(file: str) -> tuple[int, int]:
+    return _state_of(file)[:2]
+
+
+def _state_of(file: str) -> tuple[int, int, int]:
+    """Inode, bytes, and when it was changed: a file of another inode may get that of one that was deleted."""
     now = Path(file).stat()
-    return now.st_ino, now.st_size
+    return now.st_ino, now.st_size, now.st_mtime_ns
 
 
 class TokenStoreWriter:
