@@ -222,6 +222,26 @@ def test_a_file_of_no_owner_is_no_owner(path, content):
         assert Owner.read(path).pid == os.getpid()
 
 
+def test_what_killed_processes_left_of_an_output_is_deleted_by_the_next(tmp_path):
+    """Of tokenizing a corpus that is terabytes, in hidden folders."""
+    for name in (".t.safetensors.ab_cdef1", ".t.safetensors.0hujcpug", ".page.html.zzzzzzzz"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "00000.safetensors").touch()
+    others = [
+        ".t.safetensors.mine",
+        ".other.safetensors.0hujcpug",
+        ".t.safetensors.0hujcpug.x",
+        "t.safetensors.0hujcpug",
+    ]
+    for name in others:
+        (tmp_path / name).mkdir()
+    with TokenStoreWriter(tmp_path / "t.safetensors", 8, "abc") as writer:
+        writer.append(np.array([1]), np.array([1]))
+    with staged_outputs(tmp_path / "page.html") as (staged,):
+        staged.touch()
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted([*others, "page.html", "t.safetensors"])
+
+
 def test_outputs_are_written_by_one_process(tmp_path):
     """Files, folders and token files; the first finishes undisturbed."""
     file, folder, tokens = tmp_path / "new" / "a.json", tmp_path / "folder", tmp_path / "t.safetensors"

@@ -12,8 +12,6 @@ Documents are stored without `<s>`: the packer prepends it to every piece (see `
 A reader memory-maps files, of many shards only those read last, and keeps none open.
 """
 
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -38,7 +36,7 @@ from gptbert.data.token_shards import (
 )
 from gptbert.errors import InputError, first_line
 from gptbert.io.files import fsync_file
-from gptbert.io.outputs import owned_outputs
+from gptbert.io.outputs import owned_outputs, staging_folder
 
 SHARD_TOKENS = 50_000_000  # the writer briefly holds a shard twice: 400 MB with 4-byte ids
 MOST_MAPPED = 1024  # files; two blocks of gptbert.data.document_order span about a hundred
@@ -313,7 +311,7 @@ class TokenStoreWriter:
             raise InputError(f"output {self.path}: is a folder; name a file")
         with _write_errors(self.path), ExitStack() as stack:
             stack.enter_context(owned_outputs(self.path))
-            self._folder = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.absolute().parent))
+            self._folder = stack.enter_context(staging_folder(self.path))
             self._ownership = stack.pop_all()
         return self
 
@@ -366,7 +364,6 @@ class TokenStoreWriter:
                     self._write_shard()
                 self._publish()
         finally:
-            shutil.rmtree(self._folder, ignore_errors=True)
             self._ownership.close()
 
     def _write_shard(self) -> None:

@@ -1,5 +1,6 @@
 """Outputs of commands, files and folders: mistakes are refused before any work, and each appears only when complete."""
 
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -62,13 +63,9 @@ def staged_outputs(*outputs: Path, what: str = "output") -> Iterator[Sequence[Pa
     Raises:
         InputError: the folder cannot be written, the disk is full, or another process writes one of the outputs.
     """
-    target = outputs[0].absolute().parent
     try:
-        with (
-            owned_outputs(*outputs, what=what),
-            tempfile.TemporaryDirectory(prefix=f".{outputs[0].name}.", dir=target) as folder,
-        ):
-            staged = [Path(folder, output.name) for output in outputs]
+        with owned_outputs(*outputs, what=what), staging_folder(outputs[0]) as folder:
+            staged = [folder / output.name for output in outputs]
             yield staged
             for file in staged:
                 fsync_file(file)
@@ -76,6 +73,23 @@ def staged_outputs(*outputs: Path, what: str = "output") -> Iterator[Sequence[Pa
                 file.replace(output)
     except OSError as error:
         raise InputError(f"{what} {outputs[0]}: cannot be written ({error.strerror})") from error
+
+
+@contextmanager
+def staging_folder(output: Path) -> Iterator[Path]:
+    """A hidden folder beside an output that this process owns; deleted at the end, as are those of killed processes.
+
+    Of a corpus these hold terabytes, which nobody sees.
+    """
+    beside = output.absolute().parent
+    of_killed = re.compile(rf"\.{re.escape(output.name)}\.[a-z0-9_]{{8}}")  # as tempfile names them
+    for leftover in [folder for folder in beside.iterdir() if of_killed.fullmatch(folder.name) and folder.is_dir()]:
+        shutil.rmtree(leftover, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=beside))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
