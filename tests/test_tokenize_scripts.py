@@ -26,6 +26,7 @@ from gptbert.text.encoding import encode_documents
 from gptbert.text.special_tokens import BOS_ID, SPECIAL_TOKENS
 from gptbert.text.tokenizer import load_tokenizer, tokenizer_hash
 from tests.texts import DOCUMENTS, jsonl
+from tokenize_scripts import train_tokenizer as tokenizer_script
 from tokenize_scripts.demo_corpus import DemoConfig, demo_corpus
 from tokenize_scripts.split_corpus import SplitConfig, side_of, split_corpus
 from tokenize_scripts.tokenize_corpus import TokenizeConfig, tokenize_corpus
@@ -222,6 +223,20 @@ def test_words_without_an_end_are_learned_from_in_parts(tmp_path):
     assert sample == [" ".join(words)]
     assert max(map(len, text.split())) == 1000
     assert text.replace("\n", "") == sample[0]
+
+
+def test_a_corpus_of_more_pairs_than_the_library_can_count_is_refused(tmp_path, monkeypatch):
+    """It counts them in 32 bits: the most frequent pairs of a large corpus would be those that are never merged."""
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("abab " * 300_000)
+    config = TrainTokenizerConfig(input=(corpus,), output=tmp_path / "tokenizer.json", vocab_size=300)
+    monkeypatch.setattr(tokenizer_script, "MOST_PAIRS", 600_000)
+    train_tokenizer(config)
+    config.output.unlink()
+    monkeypatch.setattr(tokenizer_script, "MOST_PAIRS", 400_000)
+    with pytest.raises(InputError, match=r"too large to learn .*: the bytes b'ab' occur 4\d\d,\d\d\d times, and the"):
+        train_tokenizer(config)
+    assert not config.output.exists()
 
 
 @pytest.mark.parametrize(("flag", "value"), [("vocab_size", 271), ("min_frequency", 0)])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import tyro
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
@@ -26,6 +27,8 @@ LONG_WORD = re.compile(r"\S{1000}")  # what the library learns of a word takes t
 LONG_TEXT = 1 << 16  # characters; of longer texts the library gets pieces
 SAMPLED_CHARACTERS = 1_000_000  # of the corpus, encoded at the end to show what the tokenizer does with it
 MOST_DECOMPOSED = 0.01  # share of the documents that may be without a warning
+MOST_PAIRS = 2_000_000_000  # the library counts a pair in 32 bits: from 2^31 on it is never merged, without a word
+_COUNTED = 1 << 20  # bytes at a time
 SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + len(ALPHABET)
 
 
@@ -100,6 +103,30 @@ class Forms:
         )
 
 
+def countable(texts: Iterable[str]) -> Iterator[str]:
+    """The texts, as long as the library can count their pairs: none is of more than the most frequent pair of bytes.
+
+    Raises:
+        InputError: there are too many; some 90 GB of English, or 12 GB of code, whose spaces are pairs.
+    """
+    counts, waiting, size = np.zeros(2**16, np.int64), list[bytes](), 0
+    for text in texts:
+        waiting.append(text.encode())
+        size += len(waiting[-1])
+        if size >= _COUNTED:
+            content = np.frombuffer(b"\n".join(waiting), np.uint8).astype(np.uint16)
+            counts += np.bincount(content[:-1] << 8 | content[1:], minlength=len(counts))
+            if counts.max() > MOST_PAIRS:
+                pair = int(counts.argmax()).to_bytes(2)
+                raise InputError(
+                    f"the corpus is too large to learn a tokenizer from: the bytes {pair!r} occur {counts.max():,} "
+                    "times, and the library counts pairs in 32 bits; give a part of it in --input, with all kinds of "
+                    "its texts: some gigabytes are enough"
+                )
+            waiting, size = [], 0
+        yield text
+
+
 def train_tokenizer(config: TrainTokenizerConfig) -> None:
     """Count the words of the corpus, learn the merges, write the tokenizer.
 
@@ -120,7 +147,7 @@ def train_tokenizer(config: TrainTokenizerConfig) -> None:
     sample: list[str] = []
     forms = Forms()
     with staged_outputs(config.output) as (staged,):
-        texts = forms.counted(_announce_merges(corpus, sample))
+        texts = countable(forms.counted(_announce_merges(corpus, sample)))
         tokenizer = learn(texts, config.vocab_size, config.min_frequency, config.splitting)
         corpus.require_documents()
         staged.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
