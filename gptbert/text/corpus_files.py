@@ -291,11 +291,10 @@ def _reason_of_folder(name: str, beside: Sequence[str]) -> str:
 
 def _splits_together(inputs: Sequence[Path], paths: Sequence[Path]) -> list[str]:
     """A warning if files that are called train are read together with those of another split."""
-    found = dict[str, Path]()
+    found, roots = dict[str, Path](), set(inputs)  # which may be 100,000 files, given one by one
     for path in paths:
-        below = next(
-            (path.relative_to(root) for root in inputs if root != path and path.is_relative_to(root)), path.name
-        )
+        root = next((parent for parent in path.parents if parent in roots), None)
+        below = path.relative_to(root) if root else path.name
         for word in re.split(r"[^a-z]+", str(below).lower()):
             if word in _SPLITS:
                 found.setdefault(_SPLITS[word], path)
@@ -309,7 +308,8 @@ def _splits_together(inputs: Sequence[Path], paths: Sequence[Path]) -> list[str]
 def _packed_too(paths: Sequence[Path]) -> list[str]:
     """A warning if files are read that seem to be the compressed form of others."""
     packed = [path for path in paths if path.suffix.lower() in PACKED_SUFFIXES]
-    both = sorted(str(path) for path in packed if path.with_suffix("") in set(paths))
+    every = set(paths)
+    both = sorted(str(path) for path in packed if path.with_suffix("") in every)
     return [f"read although the same name without the compression is read too: {listed(both, 3)}"] if both else []
 
 
