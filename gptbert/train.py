@@ -31,7 +31,7 @@ from gptbert.model.compilation import restored_settings
 from gptbert.monitoring import figures
 from gptbert.monitoring.hooks import CheckpointHook, Hooks, RecordHook
 from gptbert.monitoring.progress import print_header
-from gptbert.monitoring.records import is_recorded, read_records
+from gptbert.monitoring.records import is_recorded, records_of
 from gptbert.scoring.pair_scores import PairScores
 from gptbert.trainer import Trainer
 from gptbert.training import compile_choice
@@ -67,8 +67,9 @@ class TrainResult:
     @classmethod
     def of(cls, run_dir: Path, step: int) -> "TrainResult":
         """From the run's files."""
-        records = read_records(run_dir / "metrics.jsonl")
-        last = {name.partition("/")[0]: record for record in records for name in record}
+        last: dict[str, dict[str, float]] = {}
+        for record in records_of(run_dir / "metrics.jsonl"):
+            last |= dict.fromkeys((name.partition("/")[0] for name in record), record)
         newest = list_checkpoints(run_dir)[-1:]
         return cls(run_dir, step, newest[0] if newest else None, last.get("train"), last.get("validation"))
 

@@ -2,10 +2,12 @@
 
 import json
 import math
+import tracemalloc
 
 import pytest
 
-from gptbert.monitoring.records import JsonLines, read_records
+from gptbert.monitoring.records import JsonLines, is_recorded, read_records
+from gptbert.train import TrainResult
 
 
 def log(path, first_step, steps):
@@ -76,6 +78,20 @@ def test_records_are_on_the_disk_at_once(tmp_path):
     tracker.log(1, {"loss": math.inf})
     assert read_records(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": math.inf}]
     tracker.close()
+
+
+def test_memory_of_a_start_and_of_an_end_does_not_grow_with_the_records(tmp_path):
+    """A run of weeks has a million."""
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(f'{{"step": {step}, "train/loss": 0.5}}\n' for step in range(20_000))
+    )
+    tracemalloc.start()
+    assert is_recorded(tmp_path / "metrics.jsonl", 19_999, "train/")
+    assert TrainResult.of(tmp_path, 9).training == {"step": 19_999, "train/loss": 0.5}
+    log(tmp_path / "metrics.jsonl", 19_999, [])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1_000_000
 
 
 def test_a_file_that_is_not_there_has_no_records(tmp_path):

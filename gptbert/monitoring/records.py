@@ -65,13 +65,19 @@ def forget_from(path: Path, step: int) -> None:
 
 def is_recorded(path: Path, step: int, prefix: str) -> bool:
     """Whether a file has a record of this step whose names begin with `prefix`."""
-    records = read_records(path)
-    return any(record["step"] == step and any(name.startswith(prefix) for name in record) for record in records)
+    return any(
+        record["step"] == step and any(name.startswith(prefix) for name in record) for record in records_of(path)
+    )
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """All records of a file; lines without a whole one, as a kill leaves them, are omitted."""
-    return [record for _, record in _lines(path) if record]
+    """All records of a file, which take some 3.5 KB each; see `records_of`."""
+    return list(records_of(path))
+
+
+def records_of(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a file, one in memory at a time; lines without a whole one, as a kill leaves them, are omitted."""
+    return (record for _, record in _lines(path) if record)
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
