@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -184,3 +185,15 @@ def test_notation_of_programs_is_told(tmp_path, capsys, text):
         file = put(tmp_path, "a.jsonl", jsonl(lines))
         _, warnings = run(split_corpus, SplitConfig, capsys, input=(file,), output_dir=tmp_path / str(warned))
         assert any("take the texts out of them" in warning for warning in warnings) == warned
+
+
+def test_a_thousand_million_different_documents_repeat_none():
+    """A sample of them: those whose hashes lack 2^16 bits. Of 32 bits, one in nine would have that of another."""
+    repeated, mask = tally.RepeatedTexts(), 2**16 - 1
+    texts = np.random.default_rng(0).bytes(15_000 * 20)
+    keys = [tally._hash(texts[start : start + 20]) & ~mask for start in range(0, len(texts), 20)]
+    repeated.mask = mask
+    for key in keys:  # as those of 10^9 documents that the sample keeps
+        if not key & repeated.mask:
+            repeated.add(key)
+    assert abs(repeated.share(15_000 * (mask + 1))) < 0.03
