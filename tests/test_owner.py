@@ -154,6 +154,28 @@ def test_an_owner_on_another_host_without_signs_of_life_is_dead_after_a_while(lo
         pass
 
 
+@pytest.mark.parametrize("lives", [False, True])
+def test_the_lock_of_a_host_that_is_gone_is_waited_for(path, monkeypatch, holder, capfd, lives):
+    """A file server holds it for a minute or more; a requeued job, or torchrun's restarts, would be over by then."""
+    monkeypatch.setattr(owner, "RENEWAL", 0.1)
+    monkeypatch.setattr(owner, "PATIENCE", 1.5)
+    os.kill(holder.pid, signal.SIGCONT if lives else signal.SIGSTOP)  # it renews the file's time, or no longer
+    there = replace(Owner.read(path), host="elsewhere", machine="another")
+    monkeypatch.setattr(Owner, "read", lambda _: there)
+    monkeypatch.setattr(owner.Path, "unlink", lambda *_, **__: None)
+    if not lives:
+        threading.Timer(0.5, holder.kill).start()  # the server frees the lock
+    began = time.monotonic()
+    if lives:
+        with pytest.raises(OwnedError, match="on elsewhere, since"), owned(path, "RUN"):
+            pass
+        assert time.monotonic() - began < 1.5
+    else:
+        with owned(path, "RUN"):
+            assert time.monotonic() - began > 0.4
+    assert "is locked by process" in capfd.readouterr().err
+
+
 def test_a_clock_that_was_set_back_makes_no_one_wait_longer(path, monkeypatch):
     """The last sign of life is a day ahead."""
     elsewhere(path)

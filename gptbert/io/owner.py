@@ -183,7 +183,7 @@ class _Ownership:
             try:
                 fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise self._refusal(Owner.read(self._path)) from None
+                self._outwait_lock(Owner.read(self._path))
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
                     raise
@@ -192,6 +192,24 @@ class _Ownership:
                 if os.path.samestat(os.fstat(self._handle), self._path.stat()):
                     return True
             self._close()  # its owner has removed it in the meantime
+
+    def _outwait_lock(self, before: Owner | None) -> None:
+        """Return with the lock, or once its file is gone; OwnedError if its owner lives.
+
+        One on this machine does. A file server frees the locks of a host that is gone after a while, Linux's after 90
+        seconds; a host that is not renews the file's time until then.
+        """
+        if before is None or before.machine == self._own.machine:
+            raise self._refusal(before) from None
+        log(f"{self._what}: is locked by {before}; waiting at most {PATIENCE:.0f} s for a sign of life")
+        with contextlib.suppress(FileNotFoundError):  # it has ended
+            first, end = _time_of(self._path), time.monotonic() + PATIENCE
+            while _time_of(self._path) == first and Owner.read(self._path) == before and time.monotonic() < end:
+                time.sleep(RENEWAL / 10)
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return
+            raise self._refusal(Owner.read(self._path)) from None
 
     def _open(self) -> int:
         attempts = 100
