@@ -12,12 +12,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gptbert.checkpoint import checkpoint
+from gptbert.checkpoint import weights as weights_module
 from gptbert.checkpoint.checkpoint import Checkpoint
 from gptbert.checkpoint.folder import list_checkpoints
 from gptbert.checkpoint.resume import changed_schedules, changed_settings, find
 from gptbert.checkpoint.saved_model import load_model
+from gptbert.checkpoint.weights import write_weights
 from gptbert.distributed.world import World
 from gptbert.errors import InputError
 from gptbert.io.json_file import write_json
@@ -377,3 +380,13 @@ def test_load_model_of_nothing_is_an_input_error(tmp_path):
     for path in (tmp_path, tmp_path / "none"):
         with pytest.raises(InputError, match="neither a checkpoint nor a run"):
             load_model(path)
+
+
+def test_weights_of_a_gpu_are_copied_to_the_host_and_not_beside_themselves(tiny, tmp_path, monkeypatch):
+    """A GPU that is nearly full, or whose free memory is that of recorded steps, has no room for a second model."""
+    saved = {}
+    monkeypatch.setattr(weights_module, "save_file", lambda tensors, _: saved.update(tensors))
+    monkeypatch.setattr(weights_module, "to_upstream", lambda weights, _: weights)
+    with FakeTensorMode():  # needs no GPU
+        write_weights(tmp_path / "model.safetensors", {"weight": torch.ones(3, device="cuda")}, tiny)
+    assert saved["weight"].device.type == "cpu"

@@ -17,8 +17,8 @@ from gptbert.upstream import from_upstream, to_published, to_upstream
 def write_weights(path: Path, weights: dict[str, Tensor], config: ModelConfig) -> None:
     """Write full weights, named as in `GPTBert`."""
     published = to_upstream(weights, config)
-    # clone: safetensors refuses aliases, so a tensor under two names is stored twice
-    save_file({key: tensor.clone() for key, tensor in published.items()}, path)
+    # copies: safetensors refuses aliases, so a tensor under two names is stored twice; none of them on a full GPU
+    save_file({key: tensor.to("cpu", copy=True) for key, tensor in published.items()}, path)
 
 
 def read_weights(file: Path, config: ModelConfig) -> dict[str, Tensor]:
