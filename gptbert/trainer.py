@@ -314,16 +314,17 @@ class Trainer:
             InputError: weights are not finite, or writing failed; see `_raise_errors`.
         """
         self._agree_to_save()
+        history = self.loader.mask_history
         state = Checkpoint(
             step=self.step,
             model=self.model.state_dict(),
             ema=self.ema.model.state_dict(),
             optimizer=self.optimizer.state_dict(),
             rank_states=self.world.all_gather(self.random_state.state_dict() | self.sums.state_dict()),
+            skipped_steps=self.skipped_steps.counts,
+            mask_counts=history.counts if history else None,
             is_compiled=self.is_compiled,
             progress=self.progress.state_dict(self.step),
-            **self.skipped_steps.state_dict(),
-            **self.loader.state_dict(),
         )
         path = checkpoint.save(state, self.config, self.inputs.model_config, self.world)
         self.saved_step = self.step
@@ -377,8 +378,9 @@ class Trainer:
         load_weights(self.model, resumed.model)
         load_weights(self.ema.model, resumed.ema)
         load_moments(self.optimizer, resumed.optimizer["state"])
-        self.skipped_steps.load_state_dict({"skipped_steps": resumed.skipped_steps})
-        self.loader.load_state_dict({"mask_counts": resumed.mask_counts})
+        self.skipped_steps.counts.copy_(resumed.skipped_steps)
+        if self.loader.mask_history and resumed.mask_counts is not None:  # a history that is new starts at zero
+            self.loader.mask_history.counts.copy_(resumed.mask_counts)
         self.random_state.load_rank_states(resumed.rank_states, self.step)
         self.sums.load_rank_states(resumed.rank_states, self.world)
 

@@ -15,16 +15,16 @@ NORMS = st.sampled_from([1.0, 0.0, math.inf, math.nan])
 def test_counts_are_those_of_the_list(steps):
     """Each step has a norm, and may be followed by a record."""
     skipped = SkippedSteps(torch.device("cpu"))
-    row = longest = total = 0
+    streak = longest = total = 0
     for norm, is_recorded in steps:
         is_taken = skipped.add(torch.tensor(norm))
         assert is_taken.item() == math.isfinite(norm)
-        row = 0 if is_taken else row + 1
-        longest, total = max(longest, row), total + (not is_taken)
+        streak = 0 if is_taken else streak + 1
+        longest, total = max(longest, streak), total + (not is_taken)
         if is_recorded:
-            assert skipped.longest_row() == longest
-            longest = row
-    assert skipped.counts.tolist() == [total, row, longest]
+            assert skipped.longest_streak() == longest
+            longest = streak
+    assert skipped.counts.tolist() == [total, streak, longest]
     assert skipped.total() == total
 
 
@@ -32,6 +32,6 @@ def test_counts_go_on_from_saved_ones():
     one, other = (SkippedSteps(torch.device("cpu")) for _ in range(2))
     for norm in (math.nan, math.nan):
         one.add(torch.tensor(norm))
-    other.load_state_dict(one.state_dict())
+    other.counts.copy_(one.counts)
     other.add(torch.tensor(math.inf))
-    assert other.longest_row() == 3
+    assert other.longest_streak() == 3

@@ -1,7 +1,6 @@
 """One rank's rows of each step: prefetched on the host, moved to the device, and masked there."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -106,15 +105,6 @@ class BatchLoader:
             tensor = F.pad(tensor, padding, value=PAD_ID if name == "tokens" else -1)
             tensors[name] = tensor.pin_memory() if self._world.device.type == "cuda" else tensor
         return tensors
-
-    def state_dict(self) -> dict[str, Any]:
-        """{"mask_counts": `MaskHistory.counts`, or None without a history}."""
-        return {"mask_counts": self.mask_history.counts if self.mask_history else None}
-
-    def load_state_dict(self, state: Mapping[str, Tensor | None]) -> None:
-        """Restore a `state_dict`; a history absent from it starts at zero, one not used by this run is dropped."""
-        if self.mask_history and state["mask_counts"] is not None:
-            self.mask_history.counts.copy_(state["mask_counts"])
 
     def raise_load_error(self) -> None:
         """Raise this rank's load error, if it has one.
