@@ -69,13 +69,13 @@ def measure(config: BenchConfig) -> dict[str, object]:
         pairs = [(_seconds(bare_loop), _seconds(lambda: tokenize_corpus(job))) for _ in range(config.alternations + 1)][
             1:
         ]
-    megabytes = corpus.text_bytes / 1e6
+    megabytes = corpus.tally.text_bytes / 1e6
     return {
         "bare_loop_mb_per_s": round(statistics.median(megabytes / bare for bare, _ in pairs), 2),
         "tokenize_corpus_mb_per_s": round(statistics.median(megabytes / ours for _, ours in pairs), 2),
         "ratio": round(statistics.median(bare / ours for bare, ours in pairs), 3),
         "megabytes": round(megabytes, 1),
-        "documents": corpus.num_documents,
+        "documents": corpus.tally.num_documents,
         "alternations": config.alternations,
         "cores": os.cpu_count(),
         "machine": platform.processor() or platform.machine(),

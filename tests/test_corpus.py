@@ -44,8 +44,8 @@ def test_empty_documents_are_dropped_and_counted(tmp_path):
     (tmp_path / "b.txt").write_bytes(b"one\ntwo\n\n  three  \n")
     corpus = Corpus(CorpusConfig(input=(tmp_path,), text_documents="line"))
     assert list(corpus) == ["x", "y", "one", "two", "three"]
-    assert (corpus.num_documents, corpus.empty_documents, corpus.skipped_lines) == (5, 3, 0)
-    assert corpus.text_bytes == len("xyonetwothree")
+    assert (corpus.tally.num_documents, corpus.tally.empty_documents, corpus.tally.skipped_lines) == (5, 3, 0)
+    assert corpus.tally.text_bytes == len("xyonetwothree")
 
 
 def test_long_text_without_blank_lines_is_cut_at_line_ends(tmp_path):
@@ -79,7 +79,7 @@ def test_domains_come_from_a_field_of_jsonl(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     corpus = Corpus(CorpusConfig(input=(tmp_path,), on_error="skip"), domain_field="year")
     assert list(corpus.with_domains()) == [("1999", "a"), ("x", "d")]
-    assert (corpus.skipped_lines, corpus.empty_documents) == (2, 1)
+    assert (corpus.tally.skipped_lines, corpus.tally.empty_documents) == (2, 1)
     with pytest.raises(InputError, match=r"a.jsonl:3: the line is a string, not an object with a `year`"):
         list(Corpus(CorpusConfig(input=(tmp_path,)), domain_field="year"))
     assert next(Corpus(CorpusConfig(input=(tmp_path,))).with_domains()) == ("", "a")
@@ -112,7 +112,7 @@ def test_bad_line_stops_with_file_and_line_or_is_skipped(tmp_path, line, reason)
         list(Corpus(CorpusConfig(input=(file,))))
     corpus = Corpus(CorpusConfig(input=(file,), on_error="skip"))
     assert list(corpus) == ["one", "two"]
-    assert corpus.skipped_lines == 1
+    assert corpus.tally.skipped_lines == 1
 
 
 def test_text_that_is_not_utf8(tmp_path):

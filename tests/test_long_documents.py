@@ -66,7 +66,7 @@ def test_every_kind_of_file_is_cut_at_the_same_places(tmp_path, form):
     expected.append(document[start:])
     read, pieces = corpus(put(tmp_path, "a", content))
     assert pieces == expected
-    assert (read.tally.cut_documents, read.num_documents) == (1, len(expected))
+    assert (read.tally.cut_documents, read.tally.num_documents) == (1, len(expected))
 
 
 @pytest.mark.parametrize("form", ["jsonl", "json", "gzip", "objects"])

@@ -57,7 +57,7 @@ def outcome(file, **settings):
     domain = settings.pop("domain", None)
     try:
         read = Corpus(CorpusConfig(input=(file,), **settings), domain)
-        return [list(read.with_domains()), read.tally.figures(), read.counts()]
+        return [list(read.with_domains()), read.tally.figures(), read.tally.counts()]
     except InputError as error:
         # where a string ends behind an escape, json.loads takes the escape for incomplete
         return UNFINISHED.sub("unfinished", str(error))

@@ -56,7 +56,7 @@ def test_every_kind_of_text_column(tmp_path, name, kind):
     read = corpus(tmp_path)
     assert read.files == [file]
     assert list(read) == [*DOCUMENTS, *DOCUMENTS]
-    assert (read.num_documents, read.empty_documents, read.skipped_lines) == (8, 1, 0)
+    assert (read.tally.num_documents, read.tally.empty_documents, read.tally.skipped_lines) == (8, 1, 0)
 
 
 def test_row_groups_and_a_column_of_another_name(tmp_path):
@@ -85,7 +85,7 @@ def test_a_bad_row_stops_with_its_number_or_is_skipped(tmp_path, name, values, k
         list(corpus(file))
     read = corpus(file, on_error="skip")
     assert list(read) == ["one", "two"]
-    assert read.skipped_lines == 1
+    assert read.tally.skipped_lines == 1
 
 
 def test_two_columns_of_a_name_are_no_damage(tmp_path):
@@ -119,7 +119,7 @@ def test_a_column_of_anything_else_has_bad_rows_only(tmp_path, values, kind, sai
         list(corpus(file))
     read = corpus(file, on_error="skip")
     assert list(read) == []
-    assert read.skipped_lines == 2
+    assert read.tally.skipped_lines == 2
 
 
 def test_all_kinds_in_one_folder_in_order(tmp_path):
@@ -168,7 +168,7 @@ def test_reading_holds_a_few_rows_at_a_time(tmp_path, monkeypatch):
     most = max(pa.total_allocated_bytes() for _ in read) - before
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert read.text_bytes == 20_000_000 < read.num_bytes / 2
+    assert read.tally.text_bytes == 20_000_000 < read.num_bytes / 2
     assert peak < 2_000_000
     assert 500_000 < most < 5_000_000
 
@@ -197,9 +197,9 @@ def test_long_texts_are_cut_as_those_of_lines_are(tmp_path, monkeypatch, name, k
     lines.write_bytes(jsonl([text for text in texts if text is not None]))
     read, expected = corpus(tmp_path / name, on_error="skip"), corpus(lines)
     assert list(read) == list(expected)
-    assert read.skipped_lines == 1, "null"
+    assert read.tally.skipped_lines == 1, "null"
     assert read.tally.cut_documents == expected.tally.cut_documents >= 3
-    assert read.empty_documents == expected.empty_documents == 2
+    assert read.tally.empty_documents == expected.tally.empty_documents == 2
 
 
 @pytest.mark.parametrize(
@@ -339,7 +339,7 @@ def test_a_dataset_by_name_is_streamed(tmp_path):
     settings = {"dataset": str(tmp_path / "hub"), "text_field": "body", "split": "test"}
     read = Corpus(CorpusConfig(**settings, on_error="skip"))
     assert list(read) == ["test", "x"]
-    assert read.skipped_lines == 1
+    assert read.tally.skipped_lines == 1
     for changes, message in (
         ({}, "hub: row 2: `body` is null, not a string"),
         ({"split": None}, "hub: has several splits; choose with --split: train, test"),

@@ -368,7 +368,7 @@ def test_demo_corpus_is_english_unique_and_the_same_each_time(tmp_path):
     corpus = Corpus(CorpusConfig(input=(tmp_path / "one.jsonl",)))
     documents = list(corpus)
     assert len(set(documents)) == len(documents) > 200
-    assert 1_500_000 < corpus.text_bytes < 4_000_000
+    assert 1_500_000 < corpus.tally.text_bytes < 4_000_000
     assert any(text.startswith("json.decoder\n\n") for text in documents)
     assert not {"antigravity", "this"} & set(sys.modules)
 

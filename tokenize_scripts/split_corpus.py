@@ -60,7 +60,7 @@ def split_corpus(config: SplitConfig) -> None:
     fractions = {"validation": config.valid_fraction, "test": config.test_fraction, "train": 1}
     empty = [f"no document went to {side}" for side, fraction in fractions.items() if fraction and not counts[side]]
     close(
-        f"wrote {sides} to {config.output_dir}, from {corpus.counts()}",
+        f"wrote {sides} to {config.output_dir}, from {corpus.tally.counts()}",
         [corpus.tally.figures()],
         corpus.warnings() + empty + _inside_input(config),
     )

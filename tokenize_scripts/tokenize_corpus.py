@@ -51,13 +51,14 @@ def tokenize_corpus(config: TokenizeConfig) -> None:
             unknown += np.count_nonzero(tokens == unknown_token)
         corpus.require_documents()
         size = tokenizer.get_vocab_size()
-        token_figures = TokenFigures(writer.num_tokens, unknown, corpus.text_bytes, size, lost.share)
+        token_figures = TokenFigures(writer.num_tokens, unknown, corpus.tally.text_bytes, size, lost.share)
         token_figures.check(config.tokenizer_path)
-    names = str(writer.files[0]) if len(writer.files) == 1 else f"{writer.files[0]} to {writer.files[-1].name}"
+    files = f"1 file: {writer.files[0]}"
+    if len(writer.files) > 1:
+        files = f"{len(writer.files)} files: {writer.files[0]} to {writer.files[-1].name}"
     close(
         f"wrote {writer.num_tokens:,} tokens ({token_figures.bytes_per_token:.2f} bytes per token) of "
-        f"{writer.num_words:,} words from {corpus.counts()} to {len(writer.files)} file{'s'[: len(writer.files) > 1]}: "
-        f"{names}",
+        f"{writer.num_words:,} words from {corpus.tally.counts()} to {files}",
         [f"{token_figures.unknown_share:.2%} of the tokens are unknown", corpus.tally.figures()],
         corpus.warnings() + token_figures.warnings(),
     )

@@ -165,7 +165,7 @@ def train_tokenizer(config: TrainTokenizerConfig) -> None:
         print(f"note: {forms}; the tokenizer composes them ({config.normal_form.upper()}), and decoding leaves it so")
     token_figures = TokenFigures(*_encoded(tokenizer, sample), size)
     close(
-        f"wrote {config.output}: {size} tokens, learned from {corpus.counts()}",
+        f"wrote {config.output}: {size} tokens, learned from {corpus.tally.counts()}",
         [f"{token_figures.bytes_per_token:.2f} bytes per token at its start", corpus.tally.figures()],
         corpus.warnings() + token_figures.warnings() + _warnings(forms, config),
     )
@@ -221,7 +221,7 @@ def _announce_merges(corpus: Corpus, sample: list[str]) -> Iterator[str]:
             sample.append(text)
             size += len(text)
         yield from in_pieces(LONG_WORD.sub(lambda word: f"{word[0]}\n", text))
-    tqdm.write(f"read {corpus.num_documents:,} documents; learning the merges", file=sys.stderr)
+    tqdm.write(f"read {corpus.tally.num_documents:,} documents; learning the merges", file=sys.stderr)
 
 
 def _warnings(forms: Forms, config: TrainTokenizerConfig) -> list[str]:

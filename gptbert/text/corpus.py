@@ -102,41 +102,17 @@ class Corpus:
             )
             log(f"read: {'; '.join(kinds)}")
 
-    @property
-    def num_documents(self) -> int:
-        """Documents yielded so far."""
-        return self.tally.num_documents
-
-    @property
-    def text_bytes(self) -> int:
-        """Their size as UTF-8, in bytes."""
-        return self.tally.text_bytes
-
-    @property
-    def empty_documents(self) -> int:
-        """Documents omitted because they were only whitespace."""
-        return self.tally.empty_documents
-
-    @property
-    def skipped_lines(self) -> int:
-        """Bad lines and rows skipped with `on_error="skip"`."""
-        return self.tally.skipped_lines
-
-    def counts(self) -> str:
-        """A summary of what was read and omitted, for a script's last line."""
-        return self.tally.counts()
-
     def warnings(self) -> list[str]:
         """What of the files and of reading them is worth a warning."""
         return self._listing.warnings + self.tally.warnings()
 
     def require_documents(self) -> None:
         """Raise InputError if nothing was read."""
-        if self.num_documents == 0:
+        if self.tally.num_documents == 0:
             config = self.config
             name = f"--dataset {config.dataset}" if config.dataset else f"--input {' '.join(map(str, config.input))}"
             first = f"; the first bad line: {self._reader.first_bad}" if self._reader.first_bad else ""
-            raise InputError(f"{name}: holds no text ({self.counts()}), so nothing was written{first}")
+            raise InputError(f"{name}: holds no text ({self.tally.counts()}), so nothing was written{first}")
 
     def _cut(self, text: str) -> Iterator[str]:
         self.tally.cut_documents += 1
