@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Heads of GPT-BERT's models and their losses, for modeling_gptbert.py.
 
-Letters of shapes: B rows, T positions, D hidden, V vocabulary.
+Letters of shapes: B rows, T positions, D hidden.
 """
 
 import torch
@@ -12,47 +12,28 @@ from .configuration_gptbert import GPTBertConfig
 from .layers_gptbert import layer_norm
 
 
-class LanguageModelHead(nn.Module):
-    """Representations to token scores."""
-
-    def __init__(self, config: GPTBertConfig) -> None:
-        super().__init__()
-        self.nonlinearity = nn.Sequential(
-            layer_norm(config.hidden_size, config),
-            nn.Linear(config.hidden_size, config.hidden_size),
-            nn.GELU(),
-            layer_norm(config.hidden_size, config),
-            nn.Dropout(config.hidden_dropout_prob),
-            nn.Linear(config.hidden_size, config.vocab_size),
-        )
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """[..., D] to [..., V]."""
-        return self.nonlinearity(hidden_states)
-
-
-class ClassificationHead(nn.Module):
-    """Like the language model's head, with classes instead of tokens.
+class Head(nn.Module):
+    """Representations to scores of tokens, or of classes.
 
     Args:
-        config: its dropout, `classifier_dropout` or else `hidden_dropout_prob`.
-        num_classes: scores per position.
+        config: the model's.
+        num_scores: per position.
+        dropout: probability of zeroing an element before the last layer.
     """
 
-    def __init__(self, config: GPTBertConfig, num_classes: int) -> None:
+    def __init__(self, config: GPTBertConfig, num_scores: int, dropout: float) -> None:
         super().__init__()
-        dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
         self.nonlinearity = nn.Sequential(
             layer_norm(config.hidden_size, config),
             nn.Linear(config.hidden_size, config.hidden_size),
             nn.GELU(),
             layer_norm(config.hidden_size, config),
             nn.Dropout(dropout),
-            nn.Linear(config.hidden_size, num_classes),
+            nn.Linear(config.hidden_size, num_scores),
         )
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """[..., D] to [..., num_classes]."""
+        """[..., D] to [..., num_scores]."""
         return self.nonlinearity(hidden_states)
 
 

@@ -24,7 +24,7 @@ from transformers.modeling_outputs import (
 )
 
 from .configuration_gptbert import GPTBertConfig
-from .heads_gptbert import ClassificationHead, LanguageModelHead, mean_loss, span_loss, text_loss, text_state
+from .heads_gptbert import Head, mean_loss, span_loss, text_loss, text_state
 from .layers_gptbert import attended, of_all_keys, seen_later
 from .pretrained_gptbert import GPTBertPreTrainedModel
 
@@ -70,7 +70,7 @@ class _LanguageModel(GPTBertPreTrainedModel):
 
     def __init__(self, config: GPTBertConfig) -> None:
         super().__init__(config)
-        self.classifier = LanguageModelHead(config)
+        self.classifier = Head(config, config.vocab_size, config.hidden_dropout_prob)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -222,7 +222,8 @@ class _Classifier(GPTBertPreTrainedModel):
 
     def __init__(self, config: GPTBertConfig) -> None:
         super().__init__(config)
-        self.head = ClassificationHead(config, self.num_classes or config.num_labels)
+        dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+        self.head = Head(config, self.num_classes or config.num_labels, dropout)
         self.post_init()
 
 
