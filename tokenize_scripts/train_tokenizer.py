@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 import tyro
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 from gptbert.command_line import run_command
@@ -18,9 +18,10 @@ from gptbert.errors import InputError
 from gptbert.io.outputs import check_outputs, staged_outputs
 from gptbert.text.corpus import Corpus, CorpusConfig
 from gptbert.text.encoding import encode_documents
-from gptbert.text.special_tokens import BOS_ID, SPECIAL_TOKENS, UNK_ID
+from gptbert.text.special_tokens import SPECIAL_TOKENS, UNK_ID
 from gptbert.text.splitting import NormalForm, Splitting, own_splitting, upstream_splitting
 from gptbert.text.tally import TokenFigures, close
+from gptbert.text.tokenizer import bos_template
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())  # 256 characters, one per byte
 LONG_WORD = re.compile(r"\S{1000}")  # what the library learns of a word takes the square of its length: it gets an end
@@ -195,10 +196,7 @@ def learn(texts: Iterator[str], vocab_size: int, min_frequency: int, splitting: 
         show_progress=False,  # the corpus has its own
     )
     tokenizer.train_from_iterator(texts, trainer)
-    start = SPECIAL_TOKENS[BOS_ID]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{start} $A", pair=f"{start} $A {start} $B", special_tokens=[(start, BOS_ID)]
-    )
+    tokenizer.post_processor = bos_template()
     return tokenizer
 
 

@@ -119,7 +119,7 @@ def notes(path: str | Path, tokenizer: Tokenizer) -> list[str]:
     content, found = read_tokenizer_file(Path(path)), []
     settings = [name for name in _SAMPLING if content["model"].get(name)]
     settings += [name for name in ("truncation", "padding") if content.get(name)]
-    if content.get("post_processor") not in (None, json.loads(_template().__getstate__())):
+    if content.get("post_processor") not in (None, json.loads(bos_template().__getstate__())):
         _, as_written = _open(Path(path))
         _encode_alike(as_written)
         plain = as_written.encode(_PROBE, add_special_tokens=False).ids
@@ -205,11 +205,11 @@ def _normalize(tokenizer: Tokenizer, content: Any) -> None:
     tokenizer.add_special_tokens(
         [AddedToken(known[number], normalized=False, special=True) for number in sorted(known)]
     )
-    tokenizer.post_processor = _template()
+    tokenizer.post_processor = bos_template()
 
 
-def _template() -> processors.TemplateProcessing:
-    """`<s>` in front of a text."""
+def bos_template() -> processors.TemplateProcessing:
+    """The post-processor that puts `<s>` in front of a text."""
     start = SPECIAL_TOKENS[BOS_ID]
     return processors.TemplateProcessing(
         single=f"{start} $A", pair=f"{start} $A {start} $B", special_tokens=[(start, BOS_ID)]
