@@ -66,13 +66,6 @@ class ModelWeights(NamedTuple):
     words: Packed
 
 
-class Encoded(NamedTuple):
-    """The blocks' result, [B, T, D], and its LayerNorm in the products' dtype where the mixes have made it."""
-
-    hidden_states: Tensor
-    normalized: Tensor | None
-
-
 class GPTBert(nn.Module):
     """The whole model: embedding, blocks, and a head tied to the embedding."""
 
@@ -113,7 +106,7 @@ class GPTBert(nn.Module):
             [B, T, D].
         """
         seeds = DropoutSeeds.split(self.dropout_seeds(input_ids.device), len(self.blocks))
-        return self._encode(input_ids, document_ids, causal, seeds).hidden_states
+        return self._encode(input_ids, document_ids, causal, seeds)[0]
 
     @torch.no_grad()
     def encode_next(self, input_ids: Tensor, cache: KeyValueCache) -> Tensor:
@@ -151,7 +144,8 @@ class GPTBert(nn.Module):
         causal: bool | Tensor,
         seeds: DropoutSeeds,
         weights: ModelWeights | None = None,
-    ) -> Encoded:
+    ) -> tuple[Tensor, Tensor | None]:
+        """The blocks' result, [B, T, D], and its LayerNorm in the products' dtype where the mixes have made it."""
         words = None if weights is None else weights.words
         hidden_states, relative = self.embedding(input_ids, seeds.embedding, words)
         dtype, device = hidden_states.dtype, hidden_states.device
@@ -169,8 +163,8 @@ class GPTBert(nn.Module):
             for block, own_relative, *own in zip(self.blocks, each_relative, seeds.blocks, packed, strict=True):
                 states = (hidden_states, normalized, mixes, own_relative, visibility)
                 hidden_states, normalized = block.forward_fused(*states, *own, is_dropped=is_dropped)
-            return Encoded(hidden_states, normalized)
-        return Encoded(self._through_blocks(hidden_states, relative, visibility, seeds.blocks, packed), None)
+            return hidden_states, normalized
+        return self._through_blocks(hidden_states, relative, visibility, seeds.blocks, packed), None
 
     def _through_blocks(
         self,
@@ -252,13 +246,11 @@ class GPTBert(nn.Module):
         if dropout_seeds is None:
             dropout_seeds = self.dropout_seeds(batch.labels.device)
         seeds = DropoutSeeds.split(dropout_seeds, len(self.blocks))
-        encoded = self._encode(batch.input_ids, batch.document_ids, batch.is_causal, seeds, weights)
-        is_normalized = encoded.normalized is not None
+        hidden_states, normalized = self._encode(batch.input_ids, batch.document_ids, batch.is_causal, seeds, weights)
         # [B·T, D] to [N, D]: the head sees labeled positions only
-        states = encoded.hidden_states if encoded.normalized is None else encoded.normalized
-        states, labels, objectives = select_labeled(states, batch)
+        states, labels, objectives = select_labeled(hidden_states if normalized is None else normalized, batch)
         return masked_cross_entropy(
-            self.head(states, seeds.head, is_normalized=is_normalized),
+            self.head(states, seeds.head, is_normalized=normalized is not None),
             self.embedding.word_embedding.weight if weights is None else weights.words,
             labels,
             self.head.bias,
