@@ -11,7 +11,7 @@ from gptbert.errors import InputError, listed
 from gptbert.model.gptbert import position_bucket
 
 # our name → published name; {} is the layer
-_NAMES = {
+_TO_PUBLISHED = {
     "embedding.word_embedding.weight": "embedding.word_embedding.weight",
     "embedding.relative_embedding": "embedding.relative_embedding",
     "embedding.relative_layer_norm.weight": "embedding.relative_layer_norm.weight",
@@ -28,7 +28,6 @@ _NAMES = {
     "head.dense.bias": "classifier.nonlinearity.1.bias",
     "head.bias": "classifier.nonlinearity.5.bias",
 }
-_TO_PUBLISHED = {ours.replace("{}", "L"): published.replace("{}", "L") for ours, published in _NAMES.items()}
 _FROM_PUBLISHED = {published: ours for ours, published in _TO_PUBLISHED.items()}
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 TIED_WEIGHT = "classifier.nonlinearity.5.weight"
@@ -174,10 +173,10 @@ def _rename(name: str, table: dict[str, str]) -> str:
     generic = _generic(name)
     if generic not in table:
         raise InputError(f"{name} is no parameter of a GPT-BERT")
-    return table[generic].replace("L", _LAYER.findall(name)[0]) if "L" in generic else table[generic]
+    return table[generic].format(*_LAYER.findall(name)[:1])
 
 
 def _generic(name: str) -> str:
-    """A name with `L` for its layer."""
-    layer = _LAYER.search(name)
-    return name[: layer.start()] + "L" + name[layer.end() :] if layer and "nonlinearity" not in name else name
+    """A name with `{}` for its layer."""
+    name = name.replace("{}", "")  # which is no layer
+    return name if "nonlinearity" in name else _LAYER.sub("{}", name, count=1)
