@@ -4,7 +4,6 @@ import math
 import os
 import shutil
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,14 +68,6 @@ def test_wandb_is_online_only_for_those_who_logged_in(login, capfd, variables, h
         if says_why
         else []
     )
-
-
-def test_wandb_of_versions_that_cannot_be_asked_without_a_prompt(login, monkeypatch):
-    login({}, None)
-    monkeypatch.setattr(wandb, "login", lambda key=None: None)
-    for key in (None, KEY):
-        monkeypatch.setattr(wandb, "api", SimpleNamespace(api_key=key), raising=False)
-        assert _wandb_mode() == ("online" if key else "offline")
 
 
 @pytest.mark.parametrize(

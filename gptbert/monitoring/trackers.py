@@ -1,6 +1,5 @@
 """Destinations of a run's records: its own files, Weights & Biases, TensorBoard."""
 
-import inspect
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -120,7 +119,7 @@ def _wandb_mode() -> str:
 
 
 def _is_logged_in() -> bool:
-    """Whether wandb has credentials for its server, from wherever this version of it takes them; asks no one.
+    """Whether wandb has credentials for its server; asks no one.
 
     Raises:
         InputError: a variable of wandb's, such as WANDB_API_KEY or WANDB_BASE_URL, cannot be used.
@@ -129,9 +128,7 @@ def _is_logged_in() -> bool:
 
     try:
         wandb.setup(settings=wandb.Settings(silent=True))
-        if "prompt" in inspect.signature(wandb.login).parameters:
-            return wandb.login(prompt=False, verify=False)
-        return bool(wandb.api.api_key)  # of versions before 0.31
+        return wandb.login(prompt=False, verify=False)
     except (ValueError, wandb.errors.Error) as error:
         way_on = " (wandb login; --wandb_mode offline needs none)" if "key" in str(error).lower() else _UNSET
         raise InputError(f"{_named(error)}{way_on}") from error
