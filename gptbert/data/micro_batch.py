@@ -49,12 +49,12 @@ class MicroBatches:
         config: the run's settings.
         plan: the rows of each step.
         world: this rank and its device.
-        has_fixed_shapes: whether shapes are fixed; by default as above.
+
+    Attributes:
+        has_fixed_shapes: whether shapes are fixed; see above.
     """
 
-    def __init__(
-        self, config: TrainConfig, plan: HybridPlan, world: World, *, has_fixed_shapes: bool | None = None
-    ) -> None:
+    def __init__(self, config: TrainConfig, plan: HybridPlan, world: World) -> None:
         self._config = config
         self._plan = plan
         self._device = world.device
@@ -62,9 +62,7 @@ class MicroBatches:
         # every rank's objectives: MLM ranks come first, CLM ranks last, unless each rank trains both
         self._every = {plan.objectives(rank) for rank in (0, world.world_size - 1)}
         self._is_sharded = config.parallel == "fsdp" and world.world_size > 1
-        if has_fixed_shapes is None:
-            has_fixed_shapes = world.device.type != "cpu" or config.is_recorded(world.device.type)
-        self.has_fixed_shapes = has_fixed_shapes
+        self.has_fixed_shapes = world.device.type != "cpu" or config.is_recorded(world.device.type)
         self._composition = cache(self._compose)
 
     @property

@@ -13,9 +13,9 @@ DEFAULT_MAX_SPAN_LENGTH = 3
 _MAX_VOCAB_SIZE = 2**31  # the product with a 32-bit random word fits int64
 
 
-def most_selected(length: int, mask_p: float, max_span_length: int = DEFAULT_MAX_SPAN_LENGTH) -> int:
+def most_selected(length: int, mask_p: float) -> int:
     """Upper bound on the tokens that `span_mask` selects in a row of `length`; the last span may exceed k."""
-    return min(length, int(length * mask_p) + 1 + max_span_length - 1)
+    return min(length, int(length * mask_p) + DEFAULT_MAX_SPAN_LENGTH)
 
 
 def span_mask(
