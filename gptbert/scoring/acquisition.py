@@ -22,7 +22,7 @@ from gptbert.io.json_file import read_json
 from gptbert.scoring.correlation import pearson
 from gptbert.scoring.csv_table import CsvTable
 from gptbert.scoring.passages import Passage, completions
-from gptbert.scoring.sigmoid import fit, fit_within, place
+from gptbert.scoring.sigmoid import fit, place
 from gptbert.text.documents import string
 
 CONTEXTS, CHILDREN = "cdi_childes.json", "cdi_human.csv"
@@ -118,8 +118,9 @@ def child_age(ages: np.ndarray, shares: np.ndarray) -> float | None:
     ages, shares = ages[~np.isnan(shares)], shares[~np.isnan(shares)]
     if len(ages) < _FEWEST:
         return None
-    low, high = [0, 0, ages[0], -0.5], [2, 1, ages[-1], 0.5]
-    age = place(fit_within(ages, shares, [1.0, 0.1, ages.mean(), 0.0], low, high), 0.5)
+    bounds = [0, 0, ages[0], -0.5], [2, 1, ages[-1], 0.5]
+    parameters = fit(ages, shares, [1.0, 0.1, ages.mean(), 0.0], bounds)
+    age = None if parameters is None else place(parameters, 0.5)
     return age if age is not None and ages[0] <= age <= ages[-1] else None
 
 
