@@ -10,6 +10,7 @@ from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.data.inputs import Inputs
 from gptbert.distributed.world import World
 from gptbert.model import GPTBert
+from gptbert.model.batch import Batch
 from gptbert.model.compilation import compile_blocks
 from gptbert.trainer import Trainer
 from tests.conftest import TINY
@@ -42,7 +43,7 @@ def forward(model, rows=8, length=32, *, causal=False, dtype=torch.float32):
     ids = torch.randint(16, 64, (rows, length))
     documents = (torch.arange(length) >= length // 2).long().expand(rows, -1)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        return model.sums(ids, documents, ids, causal).total
+        return model(Batch(ids, documents, ids, num_masked=0 if causal else rows)).total
 
 
 def gradients(model, *args, **settings):
