@@ -65,7 +65,7 @@ class Lamb(Optimizer):
     def _forget_calls(self) -> None:
         self._calls: list[_Call] = []
         self._idle: list[int] = []
-        self._prepared_for: tuple[Any, ...] | None = None
+        self._cache_key: tuple[Any, ...] | None = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -117,10 +117,10 @@ class Lamb(Optimizer):
         calls, idle = self._find_calls(params, grads, averages or {}, copies or {})
         gradient_norm = None
         if len(calls) != 1 and max_grad_norm is not None:  # the global norm spans the calls, so it is computed first
-            gradient_norm = full_tensor(get_total_norm([grads[place] for call in calls for place in call.places]))
+            gradient_norm = full_tensor(get_total_norm([grads[index] for call in calls for index in call.indices]))
         for call in calls:
             norm = call.step(  # returns the global norm, given or computed
-                [grads[place] for place in call.places],
+                [grads[index] for index in call.indices],
                 lr=call.group["lr"],
                 beta1=call.group["betas"][0],
                 beta2=call.group["betas"][1],
@@ -131,7 +131,7 @@ class Lamb(Optimizer):
             )
             gradient_norm = norm if gradient_norm is None else gradient_norm
         if averages:
-            _move_averages({params[place]: averages[params[place]] for place in idle}, average_decay, gradient_norm)
+            _move_averages({params[index]: averages[params[index]] for index in idle}, average_decay, gradient_norm)
         return gradient_norm
 
     def _find_calls(
@@ -150,14 +150,14 @@ class Lamb(Optimizer):
             for group in self.param_groups
         ]
         kinds = [shared.index(settings) for settings in shared]  # groups of one kind share a call
-        everything = (kinds, params, grads, averages, copies)
-        if self._prepared_for != self._all_that_matters(*everything):
-            self._calls = self._make_calls(*everything)
-            self._idle = [place for place, grad in enumerate(grads) if grad is None]
-            self._prepared_for = self._all_that_matters(*everything)  # with states created just now
+        arguments = (kinds, params, grads, averages, copies)
+        if self._cache_key != self._key_of(*arguments):
+            self._calls = self._make_calls(*arguments)
+            self._idle = [index for index, grad in enumerate(grads) if grad is None]
+            self._cache_key = self._key_of(*arguments)  # with states created just now
         return self._calls, self._idle
 
-    def _all_that_matters(
+    def _key_of(
         self,
         kinds: list[int],
         params: list[Tensor],
@@ -165,7 +165,7 @@ class Lamb(Optimizer):
         averages: Mapping[Tensor, Tensor],
         copies: Mapping[Tensor, Tensor],
     ) -> tuple[Any, ...]:
-        """Everything calls depend on, as values fast to compare; calls hold their tensors, so ids stay unique."""
+        """What the calls depend on, in values fast to compare; calls hold their tensors, so ids stay unique."""
         states = self.state.values()
         tensors = chain(params, averages, averages.values(), self.state, chain.from_iterable(map(dict.values, states)))
         groups = [(len(group["params"]), group["weight_decay"]) for group in self.param_groups]
@@ -183,25 +183,25 @@ class Lamb(Optimizer):
         group_of_shards = _shard_group(params)
         owners = [index for index, group in enumerate(self.param_groups) for _ in group["params"]]
         members = defaultdict(list)
-        for place, (param, owner) in enumerate(zip(params, owners, strict=True)):
-            if grads[place] is not None:
-                members[kinds[owner], param.device, param.dtype].append(place)
+        for index, (param, owner) in enumerate(zip(params, owners, strict=True)):
+            if grads[index] is not None:
+                members[kinds[owner], param.device, param.dtype].append(index)
         calls = []
-        for places in members.values():
-            own = [params[place] for place in places]
+        for indices in members.values():
+            own = [params[index] for index in indices]
             states = [self._state_of(param) for param in own]
             moments = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
             exp_avgs, exp_avg_sqs, steps = moments
             lists = (own, exp_avgs, exp_avg_sqs, steps)
-            means = [averages[param] for param in own] if averages else []
+            own_averages = [averages[param] for param in own] if averages else []
             own_copies = [copies.get(param) for param in own]
-            decays = [self.param_groups[owners[place]]["weight_decay"] for place in places]
+            decays = [self.param_groups[owners[index]]["weight_decay"] for index in indices]
             is_whole = group_of_shards is None and own[0].dtype == torch.float32
             if is_whole and choose_backend(None, own[0].device) == "triton":
-                step: Callable[..., Tensor | None] = PreparedStep(*lists, means, decays, own_copies)
+                step: Callable[..., Tensor | None] = PreparedStep(*lists, own_averages, decays, own_copies)
             else:
-                step = partial(_plain_step, lists, means, decays, own_copies, group_of_shards)
-            calls.append(_Call(self.param_groups[owners[places[0]]], places, step))
+                step = partial(_plain_step, lists, own_averages, decays, own_copies, group_of_shards)
+            calls.append(_Call(self.param_groups[owners[indices[0]]], indices, step))
         return calls
 
     def _state_of(self, param: Tensor) -> dict[str, Tensor]:
@@ -219,12 +219,12 @@ class _Call:
 
     Attributes:
         group: the parameter group with their learning rate, betas and eps.
-        places: their indices among the parameters of all groups.
+        indices: theirs, among the parameters of all groups.
         step: called with their gradients and settings.
     """
 
     group: dict[str, Any]
-    places: list[int]
+    indices: list[int]
     step: Callable[..., Tensor | None]
 
 
@@ -273,9 +273,9 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, model: nn.Module, gradient_norm: Tensor | None = None) -> None:
         """Set average ← decay · average + (1 − decay) · weights, unless a norm is given and is not finite."""
-        _move_averages(self.of(model), self.decay, gradient_norm)
+        _move_averages(self.by_parameter(model), self.decay, gradient_norm)
 
-    def of(self, model: nn.Module) -> dict[Tensor, Tensor]:
+    def by_parameter(self, model: nn.Module) -> dict[Tensor, Tensor]:
         """The average of each of the model's parameters, sharded alike.
 
         Cached: only FSDP replaces the parameter objects of the two models.
@@ -336,7 +336,7 @@ def update_weights(
         The gradient norm before clipping, finite or not, a scalar on the device.
     """
     if isinstance(optimizer, Lamb):
-        return optimizer.clip_step_average(max_grad_norm, average.of(model), average.decay, copies)
+        return optimizer.clip_step_average(max_grad_norm, average.by_parameter(model), average.decay, copies)
     gradient_norm = full_tensor(clip_grad_norm_(model.parameters(), max_grad_norm))
     if optimizer.defaults.get("fused") is False:  # it knows no way to skip a step: a device sync
         if gradient_norm.isfinite():

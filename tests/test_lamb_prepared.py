@@ -380,7 +380,7 @@ def test_an_optimizer_notices_what_changes_between_steps(device, triton, prepara
                 CHANGES[change][0](optimizer, module)
             if index:
                 optimizer._forget_calls()
-            optimizer.clip_step_average(1.0, average.of(module), average.decay)
+            optimizer.clip_step_average(1.0, average.by_parameter(module), average.decay)
     assert same(*(module.parameters() for module in modules))
     assert same(*(average.model.parameters() for average in averages))
     assert same(*([t for s in o.state.values() for t in s.values()] for o in optimizers))
@@ -410,7 +410,7 @@ def test_copies_of_some_parameters_follow_them(device, monkeypatch, backend, rat
             if step == 4:
                 optimizer.load_state_dict(optimizer.state_dict())
             copies = dict(zip(params, places, strict=True)) if each is module else None
-            optimizer.clip_step_average(1.0, average.of(each), 0.9, copies)
+            optimizer.clip_step_average(1.0, average.by_parameter(each), 0.9, copies)
         copy_all(expected_places, [param.detach() for param in params])
         assert have_the_same_bits(memory, expected)
         assert same(module.parameters(), uncopied.parameters())
@@ -425,7 +425,7 @@ def test_a_new_backend_and_another_average_are_taken(device, triton, preparation
         monkeypatch.setenv("KERNELS_BACKEND", backend)
         average = WeightAverage(module, 0.0)
         set_gradients(module, 1)
-        optimizer.clip_step_average(1.0, average.of(module), average.decay)
+        optimizer.clip_step_average(1.0, average.by_parameter(module), average.decay)
         assert len(taken) == calls
         assert same(average.model.parameters(), module.parameters())
     assert len(preparations) == 3
@@ -435,6 +435,6 @@ def test_averages_are_of_the_model_that_is_asked_for(device):
     modules = [make_module(device) for _ in "ab"]
     average = WeightAverage(modules[0], 0.5)
     for module in (modules[0], modules[0], modules[1]):
-        assert [*average.of(module)] == [*module.parameters()]
-        assert list(map(id, average.of(module).values())) == list(map(id, average.model.parameters()))
-    assert average.of(modules[1]) is average.of(modules[1])
+        assert [*average.by_parameter(module)] == [*module.parameters()]
+        assert list(map(id, average.by_parameter(module).values())) == list(map(id, average.model.parameters()))
+    assert average.by_parameter(modules[1]) is average.by_parameter(modules[1])
