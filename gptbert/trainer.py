@@ -119,8 +119,8 @@ class Trainer:
     def run(self) -> None:
         """Train all remaining steps, with records, validation and checkpoints.
 
-        Work of a step is done in an order that loses nothing: folders by words, the checkpoint, validation, scores of
-        minimal pairs. A validation or scores that a signal or a kill ends are made up by the run that resumes.
+        After a step come checkpoints by words, the checkpoint, validation, and scores of minimal pairs, in this order:
+        if a signal or a kill interrupts validation or scoring, the resumed run does it again.
 
         Raises:
             StoppedError: a signal requested a stop, and a checkpoint was saved.
@@ -135,7 +135,7 @@ class Trainer:
                     self.best.start(self.step)
                 samples = Samples(config, self.inputs.valid_store, self.world)
                 trackers = Trackers(config, self.world, settings, self.step)
-            stack.enter_context(self.stop_signal)  # until here, nothing would be lost: a signal ends the run at once
+            stack.enter_context(self.stop_signal)  # before this a signal ends the run at once: nothing would be lost
             stack.enter_context(trackers)
             rows = stack.enter_context(Prefetcher(self.loader.load, self.step, config.max_steps))
             bar = stack.enter_context(progress_bar(config, self.world, self.step))
@@ -149,7 +149,7 @@ class Trainer:
                 self._stop()
 
     def _train(self, trackers: Trackers, samples: Samples, rows: Prefetcher[list[LoadedShare]], bar: tqdm) -> None:
-        """Raises StopRequested between steps, or between the parts of a validation."""
+        """Take all remaining steps; raises StopRequested between steps, or between the parts of a validation."""
         config = self.config
         throughput = Throughput(self.plan.tokens_before(self.step))
         while self.step < config.max_steps:
@@ -188,8 +188,8 @@ class Trainer:
     def _next_rows(self, rows: Prefetcher[list[LoadedShare]]) -> list[LoadedShare]:
         """This rank's rows of the step.
 
-        If it waits for them when a signal comes, all ranks stop before this step. On several GPUs they stop at its end,
-        and this rank takes part without its rows, which are not trained on then.
+        If a signal arrives while this rank waits for them, all ranks stop before the step. On several GPUs they stop
+        after it: this rank takes part with padding in place of its rows, which are then not trained on.
 
         Raises:
             StopRequested: on all ranks.
@@ -209,7 +209,7 @@ class Trainer:
     def validate(self, trackers: Trackers, samples: Samples, bar: tqdm) -> None:
         """Record the validation of this step; every rank must call it.
 
-        The record comes last: once it is there, a run that resumes has nothing to make up.
+        The record is written last: once it exists, a resumed run has nothing to repeat.
 
         Raises:
             StopRequested: a signal came in the meantime; nothing is recorded.
@@ -227,7 +227,7 @@ class Trainer:
         self.hooks.call("on_validation", self.world, self.step, record)
 
     def score_pairs(self, pairs: PairScores, trackers: Trackers, bar: tqdm) -> None:
-        """Record the scores of minimal pairs, as `validate` its record; every rank must call it."""
+        """Record the scores of minimal pairs, in the order of `validate`; every rank must call it."""
         with validation_progress(bar, pairs.num_predictions, "scoring pairs") as show:
             precision = autocast(self.config, self.world.device)
             record = pairs.record(self.ema.model, precision, self._interruptible(show))
@@ -246,7 +246,7 @@ class Trainer:
         return advance
 
     def _stop(self) -> None:
-        """Save, unless this step's checkpoint is there, and end the run; every rank must call it."""
+        """Save a checkpoint of this step unless there is one, and end the run; every rank must call it."""
         if self.step == 0:
             raise KeyboardInterrupt  # nothing is trained that could be lost
         if self.saved_step != self.step:

@@ -7,5 +7,5 @@
 - `random_state`: the random numbers of dropout on a rank.
 - `stop_signal`: signals that ask a run to save and stop.
 - `memory`: peak memory, and an allocator that keeps freed memory.
-- `hardware`: the name of a device.
+- `hardware`: a device's name, a process's cores, support of bf16, the wait for a GPU.
 """

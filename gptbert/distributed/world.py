@@ -91,7 +91,7 @@ class World:
 
     @contextmanager
     def errors_on_all_ranks(self) -> Iterator[None]:
-        """Context manager: if the block raises InputError on any rank, all ranks raise it, with the same message."""
+        """Context manager: after an InputError or OSError on any rank, all ranks raise it as the same `SharedError`."""
         failure = None
         try:
             yield

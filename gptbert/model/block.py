@@ -95,7 +95,7 @@ class Block(nn.Module):
         return BlockWeights(self.attention.pack(dtype), self.feed_forward.pack(dtype))
 
     def _run(self, sub_layer: nn.Module, *inputs: Any, **options: Any) -> Tensor:
-        """The sub-layer's output. Only the sub-layer is checkpointed, since each y_m is taken once."""
+        """The sub-layer's output. Only the sub-layer is recomputed: the mixes store each y_m once, in their buffer."""
         if not (self.is_checkpointed and torch.is_grad_enabled()):
             return sub_layer(*inputs, **options)
         # dropout is a function of its seeds, so there is no generator state to restore

@@ -78,9 +78,9 @@ class TrainingStep(ABC):
 
     @abstractmethod
     def update(self, learning_rate: float) -> Tensor:
-        """Update weights, average and sums once by the gradients, and clear those; without a device sync.
+        """Update the weights, their average and the loss sums, and clear the gradients; without a device sync.
 
-        If the gradient norm is not finite on any rank, all but the count of skipped steps is left unchanged.
+        If the gradient norm is not finite on any rank, nothing changes but the count of skipped steps.
 
         Args:
             learning_rate: rounded to fp32, as a tensor holds it.
@@ -116,9 +116,9 @@ class TrainingStep(ABC):
         """Forget the gradients of the step."""
 
     def _flat_gradients(self, dtype: torch.dtype = torch.float32) -> FlatGradients:
-        """Memory that stays, of all gradients.
+        """One buffer for all gradients, at an address that stays.
 
-        If each step is one micro-batch, the products overwrite their gradients instead of adding them to zeros.
+        If each step is one micro-batch, matrix products overwrite their gradients instead of adding them to zeros.
         """
         if self._weights is None:
             return FlatGradients(self._model.parameters(), self._world, dtype)
@@ -189,16 +189,16 @@ class EagerStep(TrainingStep):
 
 
 class RecordedStep(TrainingStep):
-    """As `EagerStep`, with the same bits, over tensors that stay where they are, in two CUDA graphs.
+    """`EagerStep` as two CUDA graphs over tensors whose addresses stay, with the same results to the bit.
 
-    One has the forward and backward of a micro-batch, which adds to the gradients or overwrites them; the other has the
-    update, which clears those that are added to. What changes from step to step (rows, scales of the losses, dropout's
-    seeds, the learning rate) is copied into tensors that a graph reads. Between the two, gradients are summed over
-    ranks: in a few large pieces, for which DDP's overlap with the backward is given up.
+    One graph is the forward and backward of a micro-batch, which adds to the gradients or overwrites them; the other is
+    the update, which clears those that are added to. What changes from step to step (rows, scales of the losses,
+    dropout's seeds, the learning rate) is copied into tensors that the graphs read. Between the two graphs, gradients
+    are summed over ranks in a few large pieces, without DDP's overlap with the backward.
 
     Graphs are recorded at the second micro-batch of a shape, and at the second update. `MicroBatches` changes shapes a
-    few times in a run; graphs of former shapes are dropped first, so that one's memory is held at a time. Muon's update
-    is not recorded: PyTorch's takes its learning rate from the host.
+    few times in a run; the graph of the former shape is dropped first, so that only one is in memory. Muon's update is
+    not recorded: PyTorch's takes its learning rate from the host.
 
     On a CPU the operations are the same, and nothing is recorded.
 
