@@ -55,10 +55,8 @@ class GPTBertModel(GPTBertPreTrainedModel):
     ) -> BaseModelOutputWithPast | tuple[Tensor, ...]:
         """Representations [B, T, D]; see `GPTBertPreTrainedModel.encode`."""
         causal = self.config.is_decoder
-        inputs_embeds = self.embed(input_ids, inputs_embeds, token_type_ids, attention_mask)
-        hidden_states, extras = self.encode(
-            inputs_embeds, attention_mask, causal, None, output_hidden_states, output_attentions
-        )
+        options = (output_hidden_states, output_attentions, inputs_embeds, token_type_ids)
+        hidden_states, extras = self.encode(input_ids, attention_mask, causal, None, *options)
         return _returned(BaseModelOutputWithPast(last_hidden_state=hidden_states, **extras), return_dict)
 
 
@@ -109,14 +107,12 @@ class GPTBertForMaskedLM(_LanguageModel):
             output_hidden_states: None uses the configuration's.
             output_attentions: None uses the configuration's.
             return_dict: False returns a tuple.
-            inputs_embeds: see `GPTBertPreTrainedModel.embed`.
+            inputs_embeds: see `GPTBertPreTrainedModel.encode`.
             token_type_ids: see there.
         """
         attention_mask = attended(attention_mask)
-        inputs_embeds = self.embed(input_ids, inputs_embeds, token_type_ids, attention_mask)
-        hidden_states, extras = self.encode(
-            inputs_embeds, attention_mask, False, None, output_hidden_states, output_attentions
-        )
+        options = (output_hidden_states, output_attentions, inputs_embeds, token_type_ids)
+        hidden_states, extras = self.encode(input_ids, attention_mask, False, None, *options)
         if self.config.shift_masked_logits:
             if attention_mask is not None:  # left padding is not context
                 hidden_states = hidden_states.masked_fill(~seen_later(attention_mask).unsqueeze(-1), 0)
@@ -197,17 +193,15 @@ class GPTBertForCausalLM(_LanguageModel, GenerationMixin):
             output_attentions: None uses the configuration's.
             return_dict: False returns a tuple.
             logits_to_keep: compute logits only for this many last positions; 0: for all.
-            inputs_embeds: see `GPTBertPreTrainedModel.embed`.
+            inputs_embeds: see `GPTBertPreTrainedModel.encode`.
             token_type_ids: see there.
         """
         cache = cache if cache is not None else past_key_values
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
         if cache is None and use_cache:
             cache = DynamicCache()
-        inputs_embeds = self.embed(input_ids, inputs_embeds, token_type_ids, attention_mask)
-        hidden_states, extras = self.encode(
-            inputs_embeds, attention_mask, True, cache, output_hidden_states, output_attentions
-        )
+        options = (output_hidden_states, output_attentions, inputs_embeds, token_type_ids)
+        hidden_states, extras = self.encode(input_ids, attention_mask, True, cache, *options)
         logits = self.classifier(hidden_states[:, -logits_to_keep:])
         loss = None if labels is None else mean_loss(logits[:, :-1], labels[:, 1:])
         extras[_CACHE_FIELD] = cache if use_cache else None
@@ -251,15 +245,13 @@ class GPTBertForSequenceClassification(_Classifier):
             output_hidden_states: None uses the configuration's.
             output_attentions: None uses the configuration's.
             return_dict: False returns a tuple.
-            inputs_embeds: see `GPTBertPreTrainedModel.embed`.
+            inputs_embeds: see `GPTBertPreTrainedModel.encode`.
             token_type_ids: see there.
         """
         causal = self.config.is_decoder
         attention_mask = attended(attention_mask)
-        inputs_embeds = self.embed(input_ids, inputs_embeds, token_type_ids, attention_mask)
-        hidden_states, extras = self.encode(
-            inputs_embeds, attention_mask, causal, None, output_hidden_states, output_attentions
-        )
+        options = (output_hidden_states, output_attentions, inputs_embeds, token_type_ids)
+        hidden_states, extras = self.encode(input_ids, attention_mask, causal, None, *options)
         logits = self.head(text_state(hidden_states, attention_mask, causal))
         loss = None if labels is None else text_loss(logits, labels, self.config)
         return _returned(SequenceClassifierOutput(loss=loss, logits=logits, **extras), return_dict)
@@ -281,10 +273,8 @@ class GPTBertForTokenClassification(_Classifier):
     ) -> TokenClassifierOutput | tuple[Tensor, ...]:
         """Logits [B, T, num_labels], and the mean loss if there are labels [B, T], −100 to ignore."""
         causal = self.config.is_decoder
-        inputs_embeds = self.embed(input_ids, inputs_embeds, token_type_ids, attention_mask)
-        hidden_states, extras = self.encode(
-            inputs_embeds, attention_mask, causal, None, output_hidden_states, output_attentions
-        )
+        options = (output_hidden_states, output_attentions, inputs_embeds, token_type_ids)
+        hidden_states, extras = self.encode(input_ids, attention_mask, causal, None, *options)
         logits = self.head(hidden_states)
         loss = None if labels is None else mean_loss(logits, labels)
         return _returned(TokenClassifierOutput(loss=loss, logits=logits, **extras), return_dict)
@@ -309,10 +299,8 @@ class GPTBertForQuestionAnswering(_Classifier):
     ) -> QuestionAnsweringModelOutput | tuple[Tensor, ...]:
         """Start and end logits [B, T] each, and the mean loss if there are positions [B]; those outside are ignored."""
         causal = self.config.is_decoder
-        inputs_embeds = self.embed(input_ids, inputs_embeds, token_type_ids, attention_mask)
-        hidden_states, extras = self.encode(
-            inputs_embeds, attention_mask, causal, None, output_hidden_states, output_attentions
-        )
+        options = (output_hidden_states, output_attentions, inputs_embeds, token_type_ids)
+        hidden_states, extras = self.encode(input_ids, attention_mask, causal, None, *options)
         start, end = (logits.contiguous() for logits in self.head(hidden_states).unbind(dim=-1))
         loss = None
         if start_positions is not None and end_positions is not None:
@@ -356,9 +344,8 @@ class GPTBertForMultipleChoice(_Classifier):
             for each in (input_ids, attention_mask, inputs_embeds, token_type_ids)
         )
         mask = attended(mask)
-        hidden_states, extras = self.encode(
-            self.embed(ids, embeds, types, mask), mask, causal, None, output_hidden_states, output_attentions
-        )
+        options = (output_hidden_states, output_attentions, embeds, types)
+        hidden_states, extras = self.encode(ids, mask, causal, None, *options)
         logits = self.head(text_state(hidden_states, mask, causal)).view(given.shape[:2])
         loss = None if labels is None else F.cross_entropy(logits.float(), labels)
         return _returned(MultipleChoiceModelOutput(loss=loss, logits=logits, **extras), return_dict)

@@ -74,61 +74,45 @@ class GPTBertPreTrainedModel(PreTrainedModel):
                     nn.init.zeros_(alpha)
                     nn.init.ones_(alpha[-1:])
 
-    def embed(
-        self,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-    ) -> Tensor:
-        """Rows of the word embedding [B, T, D], or what is given in their place.
-
-        Warns once if there is padding and no mask, since it is then read as text.
-
-        Args:
-            input_ids: [B, T], or None.
-            inputs_embeds: [B, T, D], or None.
-            token_type_ids: zeros, as some tokenizers add: there is one type.
-            attention_mask: of any form, or None.
-
-        Raises:
-            ValueError: neither ids nor embeddings are given, or both; or a token is of another type than 0.
-        """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("pass either input_ids or inputs_embeds")
-        if token_type_ids is not None and not torch.compiler.is_compiling() and token_type_ids.any():
-            raise ValueError("token_type_ids are not all 0, and a GPT-BERT has no types of tokens")
-        if inputs_embeds is not None:
-            return inputs_embeds
-        self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
-        return self.embedding.word_embedding(input_ids)
-
     def encode(
         self,
-        inputs_embeds: Tensor,
+        input_ids: Tensor | None,
         attention_mask: Tensor | None,
         causal: bool,
         cache: Cache | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        inputs_embeds: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, tuple[Tensor, ...] | None]]:
         """Contextual representations [B, T, D], and the optional fields of transformers' outputs.
 
         These are `hidden_states`, the embedding and each layer's output [B, T, D], and `attentions`, each layer's
-        probabilities [B, H, T, K]; None unless requested.
+        probabilities [B, H, T, K]; None unless requested. Warns once if there is padding and no mask, since padding is
+        then read as text.
 
         Args:
-            inputs_embeds: [B, T, D], from `embed`.
+            input_ids: [B, T], or None.
             attention_mask: [B, K], [B, T, K] or [B or 1, 1, T or 1, K]; see `layers_gptbert.attended` for its values,
                 such as 1 where a key may be attended to, 0 where not; None attends to all.
             causal: attend only to positions up to one's own.
             cache: keys and values of earlier positions, to which this call adds its own.
             output_hidden_states: None uses the configuration's.
             output_attentions: None uses the configuration's.
+            inputs_embeds: rows of the word embedding [B, T, D] in place of ids, or None.
+            token_type_ids: zeros, as some tokenizers add: there is one type.
 
         Raises:
-            ValueError: the mask has a different shape or unclear values.
+            ValueError: neither ids nor embeddings are given, or both; or a token is of another type than 0; or the mask
+                has a different shape or unclear values.
         """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass either input_ids or inputs_embeds")
+        if token_type_ids is not None and not torch.compiler.is_compiling() and token_type_ids.any():
+            raise ValueError("token_type_ids are not all 0, and a GPT-BERT has no types of tokens")
+        if inputs_embeds is None:
+            self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
+            inputs_embeds = self.embedding.word_embedding(input_ids)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if output_attentions is None:
