@@ -157,7 +157,7 @@ class Trainer:
                 step_rows = self._next_rows(rows)
             gradient_norm = self.train_step(step_rows)
             stops = self.stop_signal.should_stop()
-            if self._record.is_due(self.step):
+            if schedules.is_due(self.step, config.log_every, config.max_steps):
                 record = self.training_record(gradient_norm, throughput)
                 trackers.log(self.step, record)
                 bar.set_postfix_str(summary(record, "train"), refresh=False)

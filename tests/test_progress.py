@@ -77,7 +77,7 @@ def test_no_token_is_skipped_or_repeated_whatever_changes(make_store, make_confi
         tokens += more
         state = progress.state_dict(2 * number + 2)
         check_state(state)
-        assert progress.tokens_before(2 * number + 2) == state["tokens"] == tokens
+        assert progress.plan.tokens_before(2 * number + 2) == state["tokens"] == tokens
         undisturbed = Progress(config, inputs, HybridPlan(config, 1), progress.state_dict(2 * number), 2 * number)
         assert undisturbed.state_dict(config.max_steps) == progress.state_dict(config.max_steps)
     borders = np.cumsum([0, *map(sum, corpora)])

@@ -62,7 +62,7 @@ def test_a_threshold_is_due_once_at_the_first_step_that_reaches_it(make_store, m
         seq_length=4, max_steps=4, global_batch_size=4, batch_reduction=1, checkpoint_words=("9", "19", "20", "27", "3")
     )
     words = words_of(make_store([9, 5]), 10, config, tiny)
-    assert [words.words_before(step) for step in range(5)] == [0, 2 + 7, 5 + 15, 7 + 22, 40]
+    assert [words._progress.words_before(step) for step in range(5)] == [0, 2 + 7, 5 + 15, 7 + 22, 40]
     assert [words.due(step) for step in range(1, 5)] == [[3, 9], [19, 20], [27], []]
     nothing = words_of(make_store([9, 5]), 10, dataclasses.replace(config, checkpoint_words=()), tiny)
     assert nothing.due(1) == []

@@ -45,7 +45,7 @@ class WordCheckpoints:
         self._passed: list[int] = []
         if not config.checkpoint_words:
             return
-        seen = self.words_before(config.max_steps)
+        seen = progress.words_before(config.max_steps)
         if seen is None:
             raise InputError(
                 "--checkpoint_words: a token file that this run trains on, or did before its checkpoint, does not say "
@@ -57,20 +57,16 @@ class WordCheckpoints:
                 raise InputError(
                     f"--checkpoint_words {value}: the run sees {seen:,} words in --max_steps {config.max_steps}"
                 )
-        before = self.words_before(progress.first_step) or 0
+        before = progress.words_before(progress.first_step) or 0
         self._passed = sorted(words for words in chosen if words <= before)
         self.thresholds = sorted(words for words in chosen if before < words <= seen)
-
-    def words_before(self, step: int) -> int | None:
-        """Words in all steps before `step`, of both objectives; None if a token file does not record them."""
-        return self._progress.words_before(step)
 
     def forecast(self) -> str:
         """A line for the log: what the run will save from here on."""
         names = " ".join(map(checkpoint_name, self.thresholds)) or "no folder"
-        before = self.words_before(self._progress.first_step)
+        before = self._progress.words_before(self._progress.first_step)
         parts = [
-            f"of the {self.words_before(self._config.max_steps):,} words that the run sees",
+            f"of the {self._progress.words_before(self._config.max_steps):,} words that the run sees",
             f", {before:,} of them before this start" if before else "",
             f": {names} in words/",
         ]
@@ -94,14 +90,14 @@ class WordCheckpoints:
 
     def record(self, step: int) -> dict[str, float]:
         """The words of a training record after `step` steps; empty if a token file does not say."""
-        words = self.words_before(step)
+        words = self._progress.words_before(step)
         return {} if words is None else {"train/words": words}
 
     def due(self, step: int) -> list[int]:
         """The thresholds reached after `step` steps, but not a step earlier."""
         if not self.thresholds or step <= self._progress.first_step:
             return []
-        before, seen = (self.words_before(number) or 0 for number in (step - 1, step))
+        before, seen = (self._progress.words_before(number) or 0 for number in (step - 1, step))
         return [words for words in self.thresholds if before < words <= seen]
 
     def save(self, step: int, model: GPTBert, ema: GPTBert, model_config: ModelConfig, world: World) -> None:
@@ -121,7 +117,10 @@ class WordCheckpoints:
                         for name, tensors in weights.items():
                             write_weights(folder / f"{name}.safetensors", tensors, model_config)
                         write_settings(folder, self._config, model_config)
-                        counts = {"words": self.words_before(step), "tokens": self._progress.tokens_before(step)}
+                        counts = {
+                            "words": self._progress.words_before(step),
+                            "tokens": self._progress.plan.tokens_before(step),
+                        }
                         write_json(folder / WORDS, {"step": step, **counts})
                         manifest.write(folder)
 

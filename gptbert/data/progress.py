@@ -155,10 +155,6 @@ class Progress:
                 growth.append((self.plan.slots_before(objective, step), factor))
         return Mixture(streams, config.train_weights, growth, rows)
 
-    def tokens_before(self, step: int) -> int:
-        """Tokens (positions of the model's input) in all steps before `step`."""
-        return self.plan.tokens_before(step)
-
     def words_before(self, step: int) -> int | None:
         """Words in all steps before `step`, of both objectives; None if a token file does not record them."""
         words: list[Any] = [corpus.words() for corpus in (*self._corpora_before(step), *self._left_out)]
@@ -193,7 +189,7 @@ class Progress:
         """What a run that goes on from `step` needs, in numbers, strings, lists and dictionaries."""
         slots = {objective: self.plan.slots_before(objective, step) for objective in Objective}
         return {
-            "tokens": self.tokens_before(step),
+            "tokens": self.plan.tokens_before(step),
             "slots": list(slots.values()),
             "rows": [self.streams[objective].rows_before(slot) for objective, slot in slots.items()],
             "corpora": [corpus.to_state() for corpus in (*self._corpora_before(step), *self._left_out)],

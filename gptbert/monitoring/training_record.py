@@ -27,10 +27,6 @@ class TrainingRecord:
         dtype = torch.bfloat16 if config.mixed_precision else torch.float32
         self._matmul_flops = measure_matmul_flops(world.device, dtype, quick=True)
 
-    def is_due(self, step: int) -> bool:
-        """Whether a record is due after `step` steps."""
-        return schedules.is_due(step, self._config.log_every, self._config.max_steps)
-
     def __call__(
         self,
         step: int,
