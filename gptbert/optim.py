@@ -18,7 +18,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim import AdamW, Optimizer
 
 from gptbert.config import TrainConfig
-from gptbert.distributed.fsdp import full_tensor, local, reshard
+from gptbert.distributed.fsdp import full_tensor, local
 from gptbert.muon import MuonWithAdamW, hidden_matrices
 from kernels import lamb_step, torch_private
 from kernels.backend import choose_backend, chosen_by_name
@@ -281,7 +281,8 @@ class WeightAverage:
         Cached: only FSDP replaces the parameter objects of the two models.
         """
         if self._pairs_of is not model or isinstance(model, FSDPModule):
-            reshard(self.model)
+            if isinstance(self.model, FSDPModule):
+                self.model.reshard()
             self._pairs = dict(zip(model.parameters(), self.model.parameters(), strict=True))
             self._pairs_of = model
         return self._pairs

@@ -9,7 +9,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -78,12 +78,6 @@ def _shard(model: GPTBert, mesh: DeviceMesh, reduce_dtype: torch.dtype, *, mixed
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_force_sum_reduction_for_comms(True)  # gloo has no mean reduction
-
-
-def reshard(model: nn.Module) -> None:
-    """Free the unsharded root parameters after a forward without backward."""
-    if isinstance(model, FSDPModule):
-        model.reshard()
 
 
 def local(tensor: Tensor) -> Tensor:

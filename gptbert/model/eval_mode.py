@@ -4,14 +4,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Context manager: the model is in eval mode, and after that, whatever happens, in the mode that it was in."""
+    """Context manager: the model is in eval mode, and after that, whatever happens, in the mode that it was in.
+
+    A sharded model then frees the weights of its root, which stay gathered after a forward without a backward.
+    """
     was_training = model.training
     model.eval()
     try:
         yield
     finally:
         model.train(was_training)
+        if isinstance(model, FSDPModule):
+            model.reshard()

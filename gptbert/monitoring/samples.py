@@ -15,7 +15,6 @@ import torch
 
 from gptbert.config import TrainConfig
 from gptbert.data.token_store import TokenStore
-from gptbert.distributed.fsdp import reshard
 from gptbert.distributed.world import World
 from gptbert.model import GPTBert
 from gptbert.model.eval_mode import eval_mode
@@ -77,7 +76,6 @@ class Samples:
         with eval_mode(model), precision:
             hidden_states = model.encode(self._input_ids, self._document_ids, causal=False)
             logits = model.logits(hidden_states[self._rows, self._columns])  # [masks, V]
-        reshard(model)
         best = logits.float().softmax(dim=-1).topk(TOP)  # [masks, TOP]
         pairs = [zip(*mask, strict=True) for mask in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
         guesses = iter([[[self._decode(token), round(share, 4)] for token, share in mask] for mask in pairs])

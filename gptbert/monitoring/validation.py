@@ -17,7 +17,6 @@ from gptbert.config import TrainConfig
 from gptbert.data.objectives import Masking, causal_batch, masked_batch
 from gptbert.data.packing import Rows, RowStream
 from gptbert.data.token_store import TokenStore
-from gptbert.distributed.fsdp import reshard
 from gptbert.distributed.world import World
 from gptbert.errors import InputError, first_line
 from gptbert.io.json_file import read_json
@@ -171,15 +170,12 @@ class Validation:
         sums = LossSums(self._world.device)
         step, own = self._settings.local_batch_size, self.rows_of(self._world.rank)
         most = -(-self.num_rows // self._world.world_size)  # sharded weights need equally many forwards on every rank
-        try:
-            with eval_mode(model):
-                for row in range(own.start, own.start + most, step):
-                    for batch in self._batches(row, min(step, own.stop - row)):
-                        with precision:
-                            sums.add(model(batch))
-                    advance(max(0, min(step, own.stop - row)))
-        finally:
-            reshard(model)
+        with eval_mode(model):
+            for row in range(own.start, own.start + most, step):
+                for batch in self._batches(row, min(step, own.stop - row)):
+                    with precision:
+                        sums.add(model(batch))
+                advance(max(0, min(step, own.stop - row)))
         return sums
 
     def _batches(self, first: int, count: int) -> list[Batch]:

@@ -9,7 +9,6 @@ import torch
 
 from gptbert.config import TrainConfig
 from gptbert.data.hybrid_plan import trained_objectives
-from gptbert.distributed.fsdp import reshard
 from gptbert.distributed.world import World
 from gptbert.errors import prefix_errors
 from gptbert.model import GPTBert
@@ -81,19 +80,16 @@ class PairScores:
             advance: called, equally often on every rank, with the number of predictions just made; it may raise. The
                 sum is `num_predictions`.
         """
-        try:
-            with (
-                eval_mode(model),
-                precision,
-                torch.compiler.set_stance("force_eager"),
-                wanted.without("attention_context"),
-            ):
-                return {
-                    f"pairs/{objective.value}/accuracy": self._accuracy(model, objective, advance)
-                    for objective in self.objectives
-                }
-        finally:
-            reshard(model)
+        with (
+            eval_mode(model),
+            precision,
+            torch.compiler.set_stance("force_eager"),
+            wanted.without("attention_context"),
+        ):
+            return {
+                f"pairs/{objective.value}/accuracy": self._accuracy(model, objective, advance)
+                for objective in self.objectives
+            }
 
     def _accuracy(self, model: GPTBert, objective: Objective, advance: Callable[[int], object]) -> float:
         own = num_forwards(self._own, objective, BATCH_TOKENS)

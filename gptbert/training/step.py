@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 from gptbert.config import TrainConfig
 from gptbert.data.micro_batch import MicroBatches
 from gptbert.distributed.flat_gradients import FlatGradients
-from gptbert.distributed.fsdp import reshard
 from gptbert.distributed.world import REDUCE_DTYPES, World
 from gptbert.model.batch import Batch
+from gptbert.model.eval_mode import eval_mode
 from gptbert.model.gptbert import GPTBert
 from gptbert.monitoring.metrics import LossSums
 from gptbert.monitoring.skipped_steps import SkippedSteps
@@ -97,11 +97,9 @@ class TrainingStep(ABC):
     @torch.no_grad()
     def warm_up_evaluation(self, batch: Batch) -> None:
         """Run the weights and their average once in eval mode, which compiles separate graphs."""
-        for model in (self._model.eval(), self._average.model):
-            with autocast(self._config, self._world.device):
+        for model in (self._model, self._average.model):
+            with eval_mode(model), autocast(self._config, self._world.device):
                 model.encode(batch.input_ids, batch.document_ids, batch.is_causal)
-            reshard(model)
-        self._model.train()
 
     def forward(
         self, batch: Batch, scales: Tensor | None = None, dropout_seeds: Tensor | None = None
