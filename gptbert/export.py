@@ -22,7 +22,7 @@ from gptbert.checkpoint.folder import (
     WORDS,
     list_word_checkpoints,
     newest_in,
-    run_of,
+    run_dir_of,
     saved_step,
     settings_if_any,
     tokenizer_of,
@@ -129,7 +129,7 @@ class Origin:
     @classmethod
     def of(cls, checkpoint: Path) -> "Origin":
         """Collect it from a checkpoint's folder, in its run's folder or anywhere else; by content, not by names."""
-        run_dir, step = run_of(checkpoint), saved_step(checkpoint)
+        run_dir, step = run_dir_of(checkpoint), saved_step(checkpoint)
         records = read_records(run_dir / "metrics.jsonl") if run_dir and step is not None else []
         return cls(
             checkpoint,
@@ -281,7 +281,7 @@ def model_card(
 
 def _are_one(checkpoint: Path) -> bool:
     """Whether the weights and their average are the same, by the manifest: imported weights have no average."""
-    entries = manifest.listed(checkpoint) if (checkpoint / manifest.NAME).is_file() else {}
+    entries = manifest.read(checkpoint) if (checkpoint / manifest.NAME).is_file() else {}
     return "ema.safetensors" in entries and entries["ema.safetensors"] == entries.get("model.safetensors")
 
 

@@ -75,9 +75,9 @@ def _run_dir(path: Path) -> Path:
         return above
     if (path / "config.json").exists() or not (path / "model_config.json").exists():
         return path
-    from gptbert.checkpoint.folder import run_of  # noqa: PLC0415  loads PyTorch
+    from gptbert.checkpoint.folder import run_dir_of  # noqa: PLC0415  loads PyTorch
 
-    if (run_dir := run_of(path)) is None:
+    if (run_dir := run_dir_of(path)) is None:
         raise InputError(f"{path}: a checkpoint without its run's records; name the run's folder")
     return run_dir
 

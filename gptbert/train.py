@@ -12,7 +12,7 @@ from pathlib import Path
 from gptbert import schedules
 from gptbert.checkpoint.branch import branched
 from gptbert.checkpoint.checkpoint import Checkpoint
-from gptbert.checkpoint.folder import list_checkpoints, saved_setting
+from gptbert.checkpoint.folder import list_checkpoints, read_settings
 from gptbert.checkpoint.initial_weights import read_initial_weights
 from gptbert.checkpoint.kept import check_best
 from gptbert.checkpoint.resume import changed_schedules, changed_settings, find_for_all_ranks, progress_state
@@ -35,7 +35,7 @@ from gptbert.monitoring.records import is_recorded, records_of
 from gptbert.scoring.pair_scores import PairScores
 from gptbert.trainer import Trainer
 from gptbert.training import compile_choice
-from gptbert.training.kernel_check import agree_on_fused, kernel_check, run_of
+from gptbert.training.kernel_check import agree_on_fused, kernel_check, kernel_settings
 from gptbert.training.preparation import (
     log_choices,
     own_run_dir,
@@ -119,7 +119,7 @@ def _fit(config: TrainConfig, world: World, ownership: ExitStack, hooks: Hooks) 
         plan = HybridPlan(config, world.world_size)
         pairs = _pairs(config, world)
     is_checked = backend == "triton" and config.kernel_check == "on"
-    run = run_of(config, inputs.model_config, plan, world) if is_checked else None
+    run = kernel_settings(config, inputs.model_config, plan, world) if is_checked else None
     with kernel_check(run, world.device) as finish_check:
         with world.errors_on_all_ranks():
             inputs.check_ids(world.rank, world.world_size)
@@ -146,7 +146,7 @@ def _fit(config: TrainConfig, world: World, ownership: ExitStack, hooks: Hooks) 
         with world.errors_on_all_ranks():
             reasons = finish_check()
         agree_on_fused(reasons, world)
-    was_asked = path is None or saved_setting(path, "compile") is not False
+    was_asked = path is None or read_settings(path).get("compile") is not False
     choice = compile_choice.choose(config, inputs.model_config, plan, world, resumed, was_asked)
     with world.errors_on_all_ranks():
         backend = prepare_cpp_kernels(config, world, is_compiled=choice.is_compiled)

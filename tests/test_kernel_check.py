@@ -18,7 +18,7 @@ from gptbert.errors import InputError
 from gptbert.monitoring import progress
 from gptbert.train import fit
 from gptbert.training import kernel_check as module
-from gptbert.training.kernel_check import kernel_check, run_of
+from gptbert.training.kernel_check import kernel_check, kernel_settings
 from kernels import wanted
 from kernels.attention_context.fused import distance_tables
 from kernels.run import Run
@@ -198,8 +198,8 @@ def test_a_signal_in_the_check_ends_the_run_and_the_check(inputs, plant, monkeyp
 def test_what_is_checked_is_what_the_run_does(make_config):
     config = make_config(mixed_precision=True, seq_length=64, seq_length_growth=True, mask_history=True, max_steps=100)
     model, device = ModelConfig(**MODEL), torch.device("cpu")
-    run = run_of(config, model, HybridPlan(config, 1), World(0, 1, device))
+    run = kernel_settings(config, model, HybridPlan(config, 1), World(0, 1, device))
     assert run == Run("bfloat16", 320, (65, 129, 257), 65, mask_history=True, lamb=True, buckets=False)
     config = make_config(mixed_precision=False, seq_length=64, optimizer="adamw", max_steps=100)
-    run = run_of(config, model, HybridPlan(config, 2), World(1, 2, device))
+    run = kernel_settings(config, model, HybridPlan(config, 2), World(1, 2, device))
     assert run == Run("float32", 320, (65,), 65, mask_history=False, lamb=False, buckets=True)

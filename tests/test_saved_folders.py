@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from gptbert.checkpoint import checkpoint, manifest
-from gptbert.checkpoint.folder import list_checkpoints, newest_in, run_of, saved_step
+from gptbert.checkpoint.folder import list_checkpoints, newest_in, run_dir_of, saved_step
 from gptbert.checkpoint.initial_weights import read_initial_weights
 from gptbert.checkpoint.resume import find
 from gptbert.config import ModelConfig
@@ -134,7 +134,7 @@ def test_every_command_takes_every_folder_that_holds_a_model(inputs, run_dir, ma
     assert (f"from step {step}" in card) == (step is not None)
     assert ("None" in card) is False
     assert (kind != "imported") == ("the weights' moving average" in card)
-    assert (run_of(newest_in(path)) is not None) == has_records
+    assert (run_dir_of(newest_in(path)) is not None) == has_records
     assert ("tokens seen" in card) == (step is not None), "the checkpoint itself says it"
     generate(GenerateSettings(run=path, prompt="A", num_tokens=1))
     evaluate(EvaluateSettings(run=path, input=(inputs / "valid.safetensors",), validation_steps=1, seq_length=32))
@@ -142,7 +142,7 @@ def test_every_command_takes_every_folder_that_holds_a_model(inputs, run_dir, ma
     settings = make_config(initial_weights=path, tokenizer_path=inputs / "tokenizer.json")
     assert read_initial_weights(settings, ModelConfig.from_json(inputs / "model.json"))
     if has_records and step:
-        assert write_report(path).resolve() == (run_of(newest_in(path)) / "report.html").resolve()
+        assert write_report(path).resolve() == (run_dir_of(newest_in(path)) / "report.html").resolve()
 
 
 @pytest.mark.parametrize("kind", [kind for kind, (_, step, _) in FOLDERS.items() if step == STEPS])

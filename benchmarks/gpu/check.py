@@ -18,7 +18,7 @@ from benchmarks.gpu.settings import Settings
 from gptbert.config import ModelConfig
 from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.distributed.world import connect
-from gptbert.training.kernel_check import kernel_check, run_of
+from gptbert.training.kernel_check import kernel_check, kernel_settings
 from gptbert.training.preparation import prepare_kernels
 from kernels.check import Row, each_checked, first_failure
 
@@ -76,7 +76,7 @@ def seconds_before_a_run() -> float:
         machine.synchronize()  # initialize the device
         start = time.perf_counter()
         backend = prepare_kernels(config, world)
-        run = run_of(config, model_config, HybridPlan(config, world.world_size), world)
+        run = kernel_settings(config, model_config, HybridPlan(config, world.world_size), world)
         with kernel_check(run if backend == "triton" else None, world.device) as finish:
             finish()
         return time.perf_counter() - start

@@ -14,7 +14,6 @@ from gptbert.checkpoint.folder import (
     list_checkpoints,
     newest_in,
     read_settings,
-    saved_setting,
     saved_step,
     step_of_name,
 )
@@ -50,7 +49,7 @@ def branched(config: TrainConfig) -> tuple[TrainConfig, str]:
     if own:
         then = _Rate.of(own)
         peak, first = then.peak, then.max_steps - then.cooldown_steps
-        is_branch = saved_setting(own, "branch_from") is not None
+        is_branch = read_settings(own).get("branch_from") is not None
         if not is_branch or step_of_name(config.branch_from) not in {None, first}:
             what = f"a branch from step {first}" if is_branch else "no branch"
             raise InputError(

@@ -49,11 +49,6 @@ def read_settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def saved_setting(path: Path, name: str) -> Any:
-    """A setting of the run that wrote a checkpoint; None if it had no such setting."""
-    return read_settings(path).get(name)
-
-
 def differences(saved: ModelConfig, config: ModelConfig) -> str:
     """How a saved model's shape differs from `config`, for a message; empty if it does not."""
     here, there = asdict(config), asdict(saved)
@@ -170,7 +165,7 @@ def settings_if_any(path: Path) -> dict[str, Any]:
     return read_object(path / TRAIN_CONFIG) if (path / TRAIN_CONFIG).is_file() else {}
 
 
-def run_of(checkpoint: Path) -> Path | None:
+def run_dir_of(checkpoint: Path) -> Path | None:
     """The folder of the run that wrote a checkpoint, if the checkpoint lies in it.
 
     By content: the run's config.json has the name, and the output folder or the other settings, of the checkpoint's.

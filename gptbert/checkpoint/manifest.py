@@ -49,7 +49,7 @@ def check(folder: Path, names: Iterable[str] | None = None) -> None:
     Raises:
         InputError: a file is missing, truncated or changed; names the file, not the folder.
     """
-    entries = listed(folder)
+    entries = read(folder)
     for name in entries if names is None else names:
         if name not in entries:
             raise InputError(f"{name}: not in {NAME}")
@@ -59,7 +59,7 @@ def check(folder: Path, names: Iterable[str] | None = None) -> None:
             raise InputError(f"{name[:100]}: cannot be read ({first_line(error)[:100]})") from error
 
 
-def listed(folder: Path) -> dict[str, Entry]:
+def read(folder: Path) -> dict[str, Entry]:
     """The entries of a folder's manifest.
 
     Raises:

@@ -117,8 +117,8 @@ def read_full_weights(path: Path, weights: str, config: ModelConfig) -> dict[str
     if not is_sharded(path):
         _check(path, [MODEL_CONFIG, f"{weights}.safetensors"])
         return read_weights(path / f"{weights}.safetensors", config)
-    listed = manifest.listed(path)
-    _check_listed(path, [name for name in listed if name == MODEL_CONFIG or name.startswith(f"{SHARDS}/")])
+    entries = manifest.read(path)
+    _check_listed(path, [name for name in entries if name == MODEL_CONFIG or name.startswith(f"{SHARDS}/")])
     state = {name: torch.empty(shape) for name, shape in shapes(config).items()}
     load_shards({f"{weights}.{name}": tensor for name, tensor in state.items()}, path / SHARDS)
     return state
@@ -152,5 +152,5 @@ def _check(path: Path, names: list[str]) -> None:
 
 def _check_listed(path: Path, names: list[str]) -> None:
     """Check files that the manifest must have, and the tokenizer, if it and its digest are there."""
-    has_tokenizer = TOKENIZER in manifest.listed(path) and (path / TOKENIZER).exists()
+    has_tokenizer = TOKENIZER in manifest.read(path) and (path / TOKENIZER).exists()
     manifest.check(path, [*names, TOKENIZER] if has_tokenizer else names)

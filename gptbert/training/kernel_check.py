@@ -35,7 +35,7 @@ Failures = dict[tuple[str, str | None], str]  # by operation, and variant if it 
 SECONDS = 300  # timeout; it takes some five without a compile cache
 
 
-def run_of(config: TrainConfig, model_config: ModelConfig, plan: HybridPlan, world: World) -> Run:
+def kernel_settings(config: TrainConfig, model_config: ModelConfig, plan: HybridPlan, world: World) -> Run:
     """The settings that the kernels of a run must work with."""
     dtype = torch.bfloat16 if config.mixed_precision else torch.float32
     return Run(
