@@ -22,7 +22,6 @@ from kernels.assembler import use_right_assembler
 from kernels.backend import BACKENDS, interpreted
 from kernels.configuration import OPERATIONS, operations
 from kernels.interpreter import leave_out_dead_work
-from kernels.numerics import Comparison
 from kernels.run import Run
 
 WAY_ON = "--kernels torch, or KERNELS_BACKEND=torch in the environment, trains without these kernels"
@@ -102,34 +101,27 @@ def _on_threads(check: Callable[[str], list[Row]], operations: Sequence[str]) ->
 
 
 def _check_operation(device: torch.device, backend: str, run: Run | None, op: str) -> list[Row]:
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        return list(_check(op, partial(_comparisons, op, device, backend, run)))
+    rows: list[Row] = []
+    start = time.perf_counter()
+    try:
+        check = importlib.import_module(f"kernels.{op}.check")
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            for result in check.comparisons(device, backend, run):
+                rows.append(Row(op, result.name, result.error, result.bound, time.perf_counter() - start))
+                start = time.perf_counter()
+        if not rows:
+            raise RuntimeError("nothing was compared")  # noqa: TRY301 - an empty check fails too
+    except Exception as error:  # noqa: BLE001 - compilation and launch can raise anything
+        text = str(error).strip().splitlines()
+        message = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+        rows.append(Row(op, "check", float("inf"), 0.0, time.perf_counter() - start, message))
+    return rows
 
 
 def first_failure(rows: Sequence[Row]) -> str | None:
     """One line about the first failed row and what to do, or None if all passed."""
     failed = next((row for row in rows if not row.passed), None)
     return None if failed is None else f"kernel check failed: {failed}; {WAY_ON}"
-
-
-def _comparisons(op: str, device: torch.device, backend: str, run: Run | None) -> Iterator[Comparison]:
-    yield from importlib.import_module(f"kernels.{op}.check").comparisons(device, backend, run)
-
-
-def _check(op: str, comparisons: Callable[[], Iterator[Comparison]]) -> Iterator[Row]:
-    start = time.perf_counter()
-    try:
-        compared = 0
-        for result in comparisons():
-            end = time.perf_counter()
-            yield Row(op, result.name, result.error, result.bound, end - start)
-            start, compared = time.perf_counter(), compared + 1
-        if not compared:
-            raise RuntimeError("nothing was compared")  # noqa: TRY301 - an empty check fails too
-    except Exception as error:  # noqa: BLE001 - compilation and launch can raise anything
-        text = str(error).strip().splitlines()
-        message = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
-        yield Row(op, "check", float("inf"), 0.0, time.perf_counter() - start, message)
 
 
 @dataclass(frozen=True, kw_only=True)
