@@ -97,7 +97,7 @@ class Trainer:
         self._loss_weights = torch.tensor(weights, device=world.device)
         self.sums, self.skipped_steps = self.training_step.sums, self.training_step.skipped_steps
         self.stop_signal = StopSignal(world)
-        self.loader = BatchLoader(config, inputs, plan, world, self.micro_batches, self.progress)
+        self.loader = BatchLoader(config, inputs, world, self.micro_batches, self.progress)
         self.words = WordCheckpoints(config, self.progress)
         self.validation = Validation(
             ValidationSettings.of(config), inputs.valid_store, world, inputs.vocab_size, inputs.special_ids

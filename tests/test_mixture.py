@@ -15,6 +15,7 @@ from gptbert.data.loader import BatchLoader
 from gptbert.data.micro_batch import MicroBatches
 from gptbert.data.mixture import Mixture
 from gptbert.data.packing import Position, RowStream
+from gptbert.data.progress import Progress
 from gptbert.distributed.world import World
 from gptbert.errors import InputError
 from gptbert.model.objective import Objective
@@ -205,7 +206,10 @@ def test_ranks_together_train_what_a_run_mixes(make_store, make_config, tiny):
     inputs, plan = Inputs(tiny, 64, stores, stores[0]), HybridPlan(config, 3)
     assert plan.length_factors == {1: 0, 2: 24, 4: 30}
     worlds = [World(rank, 3, CPU) for rank in range(3)]
-    ranks = [BatchLoader(config, inputs, plan, world, MicroBatches(config, plan, world)) for world in worlds]
+    ranks = [
+        BatchLoader(config, inputs, world, MicroBatches(config, plan, world), Progress(config, inputs, plan))
+        for world in worlds
+    ]
     trained = {objective: [] for objective in Objective}
     for step in range(config.max_steps):
         for share, tensors in (loaded for rank in ranks for loaded in rank.load(step)):
@@ -231,10 +235,9 @@ def test_ranks_together_train_what_a_run_mixes(make_store, make_config, tiny):
 def test_one_file_is_no_mixture(make_store, make_config, tiny):
     store = make_store([30] * 9, tokens=np.arange(270) % 40 + 16)
     config = make_config(train_path=(Path("a"),), train_weights=(3.0,))
-    plan, world = HybridPlan(config, 1), World(0, 1, CPU)
-    rows = BatchLoader(config, Inputs(tiny, 64, (store,), store), plan, world, MicroBatches(config, plan, world))
-    assert {type(stream) for stream in rows.progress.streams.values()} == {RowStream}
-    assert rows.progress.epochs_before(7) == {}
+    progress = Progress(config, Inputs(tiny, 64, (store,), store), HybridPlan(config, 1))
+    assert {type(stream) for stream in progress.streams.values()} == {RowStream}
+    assert progress.epochs_before(7) == {}
 
 
 def test_names_tell_files_apart(tmp_path):

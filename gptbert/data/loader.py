@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gptbert import schedules
 from gptbert.config import TrainConfig
-from gptbert.data.hybrid_plan import HybridPlan, Share
+from gptbert.data.hybrid_plan import Share
 from gptbert.data.inputs import Inputs
 from gptbert.data.mask_history import MaskHistory
 from gptbert.data.micro_batch import MicroBatches
@@ -38,15 +38,14 @@ class BatchLoader:
         self,
         config: TrainConfig,
         inputs: Inputs,
-        plan: HybridPlan,
         world: World,
         micro_batches: MicroBatches,
-        progress: Progress | None = None,
+        progress: Progress,
     ) -> None:
         self._config = config
         self._inputs = inputs
-        self.progress = progress or Progress(config, inputs, plan)
-        self._plan = self.progress.plan
+        self.progress = progress
+        self._plan = progress.plan
         self._world = world
         self._micro_batches = micro_batches
         self._refusal: str | None = None  # load error of this rank, kept until `raise_load_error`
