@@ -92,7 +92,7 @@ class Attention(nn.Module):
         seeds: Tensor | Sequence[Tensor | None] | None,
         weights: AttentionWeights | None = None,
         *,
-        is_bare: bool = False,
+        product_only: bool = False,
     ) -> Tensor:
         """X [B, T, D] to x + attention(x).
 
@@ -103,26 +103,26 @@ class Attention(nn.Module):
             seeds: SEEDS of dropout, [2] each or None, or all in one tensor; in the order of use. The first, of
                 `relative`, is None if its elements have been dropped.
             weights: from `pack`, for fused attention; None: packed here.
-            is_bare: `hidden_states` are normalized, and the result is the last product alone, since the mixes do the
-                rest; see `kernels.depth_mix.FusedMixes`.
+            product_only: `hidden_states` are normalized already, and the result is the product with the output matrix
+                alone: the mixes add bias, dropout and residual (`kernels.depth_mix.FusedMixes`).
         """
         relative_seed, probability_seed, output_seed = (None,) * SEEDS if seeds is None else seeds
-        normalized = hidden_states if is_bare else self.input_norm(hidden_states)
+        normalized = hidden_states if product_only else self.input_norm(hidden_states)
         relative = self.dropout(relative, relative_seed)
         dropout = (probability_seed, self.attention_dropout_prob if self.training else 0.0)
         if visibility.tables is None:
-            output = self._by_pairs(normalized, relative, visibility, *dropout)
+            output = self._eager_product(normalized, relative, visibility, *dropout)
         else:
             weights = self.pack(normalized.dtype) if weights is None else weights
-            output = self._by_distance(normalized, relative, visibility, *dropout, weights)
-        if is_bare:
+            output = self._fused_product(normalized, relative, visibility, *dropout, weights)
+        if product_only:
             return output
         return hidden_states + self.dropout(add_bias(output, self.output.bias), output_seed)
 
-    def _by_pairs(
+    def _eager_product(
         self, normalized: Tensor, relative: Tensor, visibility: Visibility, seed: Tensor | None, dropout_prob: float
     ) -> Tensor:
-        """The output's product, with scores [H, B, T, T]."""
+        """The product with the output matrix, from scores [H, B, T, T]."""
         # cast to bf16 once, so both uses' gradients are summed in bf16 before the cast back to fp32
         weight, bias = (param.to(normalized.dtype) for param in (self.query_key.weight, self.query_key.bias))
         query, key = add_bias(F.linear(normalized, weight), bias).chunk(2, dim=-1)
@@ -147,7 +147,7 @@ class Attention(nn.Module):
             )  # [H, B, T, d]
         return gated_norm(gate, context, self.output.weight, approximate="none", eps=self.eps)
 
-    def _by_distance(
+    def _fused_product(
         self,
         normalized: Tensor,
         relative: Tensor,
@@ -156,7 +156,7 @@ class Attention(nn.Module):
         dropout_prob: float,
         weights: AttentionWeights,
     ) -> Tensor:
-        """The output's product, by the fused kernels, which leave no scores."""
+        """The product with the output matrix, by the fused kernels, which keep no scores."""
         inputs = (normalized, relative.to(normalized.dtype))
         projection, position = linear_and_first(*inputs, weights.projection, weights.bias)  # [B, T, 4D] and [P, 2D]
         visible: tuple[Any, Any, Any] = (visibility.tables, visibility.document_ids, visibility.is_causal)

@@ -83,11 +83,11 @@ class Block(nn.Module):
         if self.is_compiled:
             normalized, visibility = any_number_of_rows(normalized), visibility.of_any_number_of_rows()
         own = (None, None) if weights is None else weights
-        output = self._run(self.attention, normalized, relative, visibility, attention_seeds, own[0], is_bare=True)
+        output = self._run(self.attention, normalized, relative, visibility, attention_seeds, own[0], product_only=True)
         hidden_states, normalized = mixes.mix(output, self.attention.output.bias, hidden_states, output_seed)
         if self.is_compiled:
             normalized = any_number_of_rows(normalized)
-        output = self._run(self.feed_forward, normalized, None, own[1], is_bare=True)
+        output = self._run(self.feed_forward, normalized, None, own[1], product_only=True)
         return mixes.mix(output, None, hidden_states, feed_forward_seed)
 
     def pack(self, dtype: torch.dtype) -> BlockWeights:

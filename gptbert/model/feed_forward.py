@@ -37,10 +37,10 @@ class FeedForward(nn.Module):
         seed: Tensor | None,
         weights: FeedForwardWeights | None = None,
         *,
-        is_bare: bool = False,
+        product_only: bool = False,
     ) -> Tensor:
-        """X [B, T, D] to x + feed_forward(x); `weights` and `is_bare` as in `Attention`."""
-        normalized = hidden_states if is_bare else self.input_norm(hidden_states)
+        """X [B, T, D] to x + feed_forward(x); `weights` and `product_only` as in `Attention`."""
+        normalized = hidden_states if product_only else self.input_norm(hidden_states)
         down: Packed | Tensor
         if is_gate_fused(normalized.device, normalized.dtype, self.down.in_features):
             weights = self.pack(normalized.dtype) if weights is None else weights
@@ -48,7 +48,7 @@ class FeedForward(nn.Module):
         else:
             gate, down = self.up(normalized), self.down.weight
         output = gated_norm(gate, None, down, approximate="tanh", eps=self.eps)
-        if is_bare:
+        if product_only:
             return output
         return hidden_states + self.dropout(output, seed)
 
