@@ -9,13 +9,15 @@ before the checkpoint that it goes on from gets no folder, since its weights are
 
 import re
 from decimal import Decimal
+from typing import Any
+
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from gptbert.checkpoint import manifest
 from gptbert.checkpoint.folder import WORD_CHECKPOINTS, WORDS, list_word_checkpoints, saved_step, write_settings
 from gptbert.checkpoint.weights import write_weights
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.data.progress import Progress
-from gptbert.distributed.fsdp import full_weights
 from gptbert.distributed.world import World
 from gptbert.errors import InputError
 from gptbert.io.files import move_away
@@ -108,7 +110,9 @@ class WordCheckpoints:
         Raises:
             InputError: writing fails; existing folders are untouched.
         """
-        weights = {"model": full_weights(model, world), "ema": full_weights(ema, world)}
+        on_main = StateDictOptions(full_state_dict=True, cpu_offload=True)  # other ranks hold a tensor at a time
+        models = {"model": model, "ema": ema}
+        weights: Any = {name: get_model_state_dict(each, options=on_main) for name, each in models.items()}
         for words in self.due(step):
             final = self._config.run_dir / WORD_CHECKPOINTS / checkpoint_name(words)
             with world.errors_on_all_ranks():

@@ -90,20 +90,6 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def full_weights(model: GPTBert, world: World) -> dict[str, Tensor]:
-    """A model's weights on the main rank, by name, on the CPU if they were sharded; every rank must call it.
-
-    Returns:
-        Empty on the other ranks, which hold a full tensor only while it is gathered.
-    """
-    gathered = {}
-    for name, tensor in model.state_dict().items():
-        all_of_it = full_tensor(tensor)
-        if world.is_main:
-            gathered[name] = all_of_it.cpu() if isinstance(tensor, DTensor) else all_of_it
-    return gathered
-
-
 def load_weights(model: GPTBert, weights: dict[str, Tensor]) -> None:
     """Load weights that are full on every rank or sharded like the model's."""
     parts = model.state_dict()
