@@ -1,7 +1,7 @@
-"""The fused operations that this process wants.
+"""The fused operations that this process uses where they can run.
 
-None by default: each has code of its own for some sizes, which takes seconds to compile. So training wants them, unless
-a check finds one wrong, and scoring, with rows of any length, does not.
+None by default, since each is compiled anew for some sizes, which takes seconds. Training uses all of them, unless a
+check finds one wrong; scoring, with rows of any length, uses none.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -13,13 +13,13 @@ import torch
 
 from kernels.backend import choose_backend
 
-# Folders of kernels/. Those of a group are checked in one process, and are done without together: the second group has
-# no matrix products, and is compiled fast.
+# Folders of kernels/. Those of a group are checked in one process; if one is wrong, the run does without all of them.
+# The second group has no matrix products, and is compiled fast.
 GROUPS = (("attention_context",), ("gated_norm", "normalize", "dropout"), ("depth_mix",))
 FUSED = tuple(chain(*GROUPS))
 
-# Kernels of one operation, in the order of preference: the check before a run takes the first that is right, since a
-# fault of a compiler may cost speed, but not the run.
+# Kernels of one operation, in the order of preference: the check before a run takes the first that is right, so that a
+# compiler's fault costs speed and not the run.
 VARIANTS = {"attention_context": ("gather", "load")}
 
 _wanted: frozenset[str] = frozenset()

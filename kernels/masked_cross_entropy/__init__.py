@@ -34,12 +34,12 @@ def masked_cross_entropy(
 
     Args:
         hidden: [N, D] floating point, the head's last representation.
-        weight: [V, D], often tied to the embedding; its dtype may differ. Or one parameter with its copy in the
-            products' dtype; if that has memory for the gradient, the forward puts the gradient there. Then factors of
-            the loss belong in `scales`: a backward from anything else than `total` itself is an error.
+        weight: [V, D], often tied to the embedding; its dtype may differ. Or a `Packed` parameter; if it has memory for
+            the gradient, the forward writes the gradient there. A backward must then start from `total` itself, so
+            factors of the loss belong in `scales`.
         labels: [N] integers; rows with `ignore_index` do not count.
         bias: [V] or None.
-        segments: [N] integers in 0 … S − 1, of each row the segment that it is summed in; None: all rows together.
+        segments: [N] integers in 0 … S − 1, the segment that each row belongs to; None: one for all rows.
         scales: [S], factors of the segments in `total`, without a gradient; given with `segments` only. They are part
             of the gradients from the start, so they cost nothing, and stay on the device.
         ignore_index: label of ignored rows.
@@ -47,8 +47,7 @@ def masked_cross_entropy(
         backend: see `kernels.backend.choose_backend`.
 
     Returns:
-        Sums over the labeled rows, with segments [S] of each. Without labeled rows, zeros, with zero gradients of every
-        input.
+        Sums over the labeled rows; with segments [S] each. Without labeled rows zeros, as are all gradients.
 
     Raises:
         ValueError: shapes do not match.
