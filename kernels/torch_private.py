@@ -1,7 +1,8 @@
-"""Every private name of PyTorch that this project uses, each with a fallback.
+"""The private names of PyTorch that this project uses, each with a fallback.
 
 PyTorch may rename or remove private names in any release; the project supports releases from 2.11 on. Nothing else in
-`kernels` and `gptbert` uses them. All are looked up on first use, because importing the compiler takes seconds.
+`kernels` and `gptbert` uses them, except for `Tensor._version` in `gptbert/training/packed_weights.py`. All are looked
+up on first use, because importing the compiler takes seconds.
 """
 
 import ctypes
