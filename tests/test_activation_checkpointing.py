@@ -10,7 +10,6 @@ from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.data.inputs import Inputs
 from gptbert.distributed.world import World
 from gptbert.model import GPTBert
-from gptbert.model.batch import Batch
 from gptbert.model.compilation import compile_blocks
 from gptbert.trainer import Trainer
 from tests.conftest import TINY
@@ -43,7 +42,7 @@ def forward(model, rows=8, length=32, *, causal=False, dtype=torch.float32):
     ids = torch.randint(16, 64, (rows, length))
     documents = (torch.arange(length) >= length // 2).long().expand(rows, -1)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        return model(Batch(ids, documents, ids, num_masked=0 if causal else rows)).total
+        return model.sums(ids, documents, ids, causal).total
 
 
 def gradients(model, *args, **settings):

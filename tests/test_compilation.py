@@ -11,7 +11,6 @@ from gptbert.data.inputs import Inputs
 from gptbert.distributed.world import World
 from gptbert.errors import InputError
 from gptbert.model import GPTBert
-from gptbert.model.batch import Batch
 from gptbert.model.compilation import compile_blocks
 from gptbert.monitoring.samples import Samples
 from gptbert.schedules import batch_size, length_factor
@@ -53,7 +52,7 @@ def run(model, rows, *, causal, dtype=None, length=16):
     model.zero_grad()
     torch.manual_seed(9)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        result = model(Batch(*make_batch(rows, length), num_masked=0 if causal else rows))
+        result = model.sums(*make_batch(rows, length), causal)
     result.total.backward()
     return [result.loss.detach(), *(param.grad for param in model.parameters())]
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from gptbert.model import GPTBert
-from gptbert.model.batch import Batch
 from kernels import wanted
 from kernels.attention_context import check, fused, fused_attention, kernel
 from kernels.backend import set_default_backend
@@ -279,7 +278,7 @@ def test_a_model_is_the_same_fused_and_not(triton, monkeypatch):
             block.is_checkpointed = is_checkpointed
         model.zero_grad()
         torch.manual_seed(5)  # of dropout
-        result = model(Batch(ids, documents, ids, num_masked=0), z_loss_weight=1e-2)
+        result = model.sums(ids, documents, ids, True, 1e-2)
         result.total.backward()
         results.append([result.total.detach(), *(param.grad.clone() for param in model.parameters())])
     layers = len(model.blocks)

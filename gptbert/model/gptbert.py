@@ -260,6 +260,22 @@ class GPTBert(nn.Module):
             z_loss_weight=z_loss_weight,
         )
 
+    def sums(
+        self, input_ids: Tensor, document_ids: Tensor, labels: Tensor, causal: bool, z_loss_weight: float = 0.0
+    ) -> MaskedCrossEntropy:
+        """As `forward`, of rows of one objective: scalars.
+
+        Args:
+            input_ids: see `Batch`.
+            document_ids: see `Batch`.
+            labels: see `Batch`.
+            causal: whether the objective is causal.
+            z_loss_weight: weight of logsumexp² in `total`.
+        """
+        batch = Batch(input_ids, document_ids, labels, num_masked=0 if causal else len(labels))
+        total, *sums = self(batch, None, z_loss_weight)
+        return MaskedCrossEntropy(total, *(each[int(causal)] for each in sums))
+
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Scores [..., V] of the next token for representations [..., D] from `encode`."""
         return F.linear(self.head(hidden_states), self.embedding.word_embedding.weight, self.head.bias)
