@@ -263,7 +263,7 @@ class GPTBert(nn.Module):
     def sums(
         self, input_ids: Tensor, document_ids: Tensor, labels: Tensor, causal: bool, z_loss_weight: float = 0.0
     ) -> MaskedCrossEntropy:
-        """As `forward`, of rows of one objective: scalars.
+        """As `forward`, of rows of one objective: scalars. For other programs; training calls `forward`.
 
         Args:
             input_ids: see `Batch`.
