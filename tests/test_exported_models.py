@@ -118,6 +118,12 @@ def test_the_trainer_checkpoints(folder, tmp_path):
     assert len(calls) == 2 * 2
 
 
+def test_outputs_are_tuples_if_the_configuration_says_so(folder):
+    ids, loaded = some_ids(2, 9), load(AutoModelForMaskedLM, folder, return_dict=False)
+    (logits,) = loaded(ids)
+    torch.testing.assert_close(loaded(ids, return_dict=True).logits, logits)
+
+
 def test_answers_to_questions(folder, tmp_path):
     torch.manual_seed(0)
     loaded, ids, mask = load(AutoModelForQuestionAnswering, folder), some_ids(3, LENGTH), padded_mask()

@@ -57,7 +57,7 @@ class GPTBertModel(GPTBertPreTrainedModel):
         causal = self.config.is_decoder
         options = (output_hidden_states, output_attentions, inputs_embeds, token_type_ids)
         hidden_states, extras = self.encode(input_ids, attention_mask, causal, None, *options)
-        return _returned(BaseModelOutputWithPast(last_hidden_state=hidden_states, **extras), return_dict)
+        return self.returned(BaseModelOutputWithPast(last_hidden_state=hidden_states, **extras), return_dict)
 
 
 class _LanguageModel(GPTBertPreTrainedModel):
@@ -123,7 +123,7 @@ class GPTBertForMaskedLM(_LanguageModel):
             loss = mean_loss(logits, labels)
         elif labels is not None:  # a token's logits are at the position before it
             loss = mean_loss(logits[:, :-1], labels[:, 1:])
-        return _returned(MaskedLMOutput(loss=loss, logits=logits, **extras), return_dict)
+        return self.returned(MaskedLMOutput(loss=loss, logits=logits, **extras), return_dict)
 
 
 class GPTBertForCausalLM(_LanguageModel, GenerationMixin):
@@ -205,7 +205,7 @@ class GPTBertForCausalLM(_LanguageModel, GenerationMixin):
         logits = self.classifier(hidden_states[:, -logits_to_keep:])
         loss = None if labels is None else mean_loss(logits[:, :-1], labels[:, 1:])
         extras[_CACHE_FIELD] = cache if use_cache else None
-        return _returned(CausalLMOutputWithPast(loss=loss, logits=logits, **extras), return_dict)
+        return self.returned(CausalLMOutputWithPast(loss=loss, logits=logits, **extras), return_dict)
 
 
 class _Classifier(GPTBertPreTrainedModel):
@@ -254,7 +254,7 @@ class GPTBertForSequenceClassification(_Classifier):
         hidden_states, extras = self.encode(input_ids, attention_mask, causal, None, *options)
         logits = self.head(text_state(hidden_states, attention_mask, causal))
         loss = None if labels is None else text_loss(logits, labels, self.config)
-        return _returned(SequenceClassifierOutput(loss=loss, logits=logits, **extras), return_dict)
+        return self.returned(SequenceClassifierOutput(loss=loss, logits=logits, **extras), return_dict)
 
 
 class GPTBertForTokenClassification(_Classifier):
@@ -277,7 +277,7 @@ class GPTBertForTokenClassification(_Classifier):
         hidden_states, extras = self.encode(input_ids, attention_mask, causal, None, *options)
         logits = self.head(hidden_states)
         loss = None if labels is None else mean_loss(logits, labels)
-        return _returned(TokenClassifierOutput(loss=loss, logits=logits, **extras), return_dict)
+        return self.returned(TokenClassifierOutput(loss=loss, logits=logits, **extras), return_dict)
 
 
 class GPTBertForQuestionAnswering(_Classifier):
@@ -306,7 +306,7 @@ class GPTBertForQuestionAnswering(_Classifier):
         if start_positions is not None and end_positions is not None:
             loss = span_loss(start, end, start_positions, end_positions)
         output = QuestionAnsweringModelOutput(loss=loss, start_logits=start, end_logits=end, **extras)
-        return _returned(output, return_dict)
+        return self.returned(output, return_dict)
 
 
 class GPTBertForMultipleChoice(_Classifier):
@@ -348,11 +348,7 @@ class GPTBertForMultipleChoice(_Classifier):
         hidden_states, extras = self.encode(ids, mask, causal, None, *options)
         logits = self.head(text_state(hidden_states, mask, causal)).view(given.shape[:2])
         loss = None if labels is None else F.cross_entropy(logits.float(), labels)
-        return _returned(MultipleChoiceModelOutput(loss=loss, logits=logits, **extras), return_dict)
-
-
-def _returned(output: Any, return_dict: bool | None) -> Any:
-    return output.to_tuple() if return_dict is False else output
+        return self.returned(MultipleChoiceModelOutput(loss=loss, logits=logits, **extras), return_dict)
 
 
 # so that `save_pretrained` copies this code too

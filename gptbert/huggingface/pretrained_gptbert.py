@@ -74,6 +74,12 @@ class GPTBertPreTrainedModel(PreTrainedModel):
                     nn.init.zeros_(alpha)
                     nn.init.ones_(alpha[-1:])
 
+    def returned(self, output: Any, return_dict: bool | None) -> Any:
+        """The output, or a tuple of it if the caller or else the configuration says so."""
+        if return_dict is None:
+            return_dict = self.config.return_dict
+        return output if return_dict else output.to_tuple()
+
     def encode(
         self,
         input_ids: Tensor | None,
