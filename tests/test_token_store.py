@@ -98,6 +98,24 @@ def test_shards_do_not_depend_on_the_batches(tmp_path):
         assert one["document_offsets"].tolist() == other["document_offsets"].tolist()
 
 
+def test_a_kill_among_the_renames_leaves_no_mixture_of_two_corpora(tmp_path, monkeypatch):
+    path = tmp_path / "tokens.safetensors"
+    write(path, shard_tokens=3)
+    rename, renamed = Path.replace, []
+
+    def killed(file, name):
+        if len(renamed) == 2:
+            raise KeyboardInterrupt
+        renamed.append(name)
+        return rename(file, name)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write(path, [[1] * len(document) for document in DOCUMENTS], shard_tokens=3)
+    with pytest.raises(InputError, match=r"its shard tokens-00001-of-\d+\.safetensors is missing"):
+        TokenStore.open(path)
+
+
 def test_new_output_replaces_every_file_of_the_old_one(tmp_path):
     path = tmp_path / "t.safetensors"
     write(path, shard_tokens=3)

@@ -379,16 +379,23 @@ class TokenStoreWriter:
         self._written.append(file)
 
     def _publish(self) -> None:
-        """Replace the output of any earlier job of this name with the finished shards."""
+        """Replace the output of any earlier job of this name with the finished shards.
+
+        The first shard goes first and comes last: a set without it is none, so that a kill among the renames leaves no
+        mixture of two corpora.
+        """
         old = [file for file in [self.path, *numbered_shards(self.path)] if file.exists()]
         count = len(self._written)
         names = [self.path] if count == 1 else [shard_name(self.path, i + 1, count) for i in range(count)]
         with _write_errors(self.path):
-            for file, name in zip(self._written, names, strict=True):
+            if count > 1:
+                names[0].unlink(missing_ok=True)
+            for file, name in reversed(list(zip(self._written, names, strict=True))):
                 file.replace(name)
             for file in old:
                 if file not in names:
                     file.unlink()
+            fsync_file(self.path.parent)
         self.files = names
 
 
