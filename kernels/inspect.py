@@ -51,8 +51,10 @@ class Target(NamedTuple):
 
 TARGETS = {
     "sm_80": Target("cuda", 80, 32, 163 * 1024),
+    "sm_89": Target("cuda", 89, 32, 99 * 1024),  # RTX 40, L40S; RTX 30 and A10 have the same limits
     "sm_90": Target("cuda", 90, 32, 227 * 1024),
     "sm_100": Target("cuda", 100, 32, 227 * 1024),
+    "sm_120": Target("cuda", 120, 32, 99 * 1024),  # RTX 50
     "gfx942": Target("hip", "gfx942", 64, 64 * 1024),
 }
 

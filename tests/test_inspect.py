@@ -19,6 +19,7 @@ import kernels.inspect as kernels_inspect
 from kernels.configuration import TRITON_OPERATIONS, Configuration
 
 ROOT = Path(__file__).parents[1]
+NVIDIA = [target for target in kernels_inspect.TARGETS if target.startswith("sm_")]
 
 SLOWER = 1.03 if version("triton").startswith("3.6.") else 1.3  # how much of a bar others than Triton 3.7 may take
 COMMON = (
@@ -194,7 +195,7 @@ def test_narrow_streams_are_rejected(planted, target):
     assert planted["narrow store", target]["problems"] == ["the widest store has 32 bits, not 128"]
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("target", NVIDIA)
 def test_spills_are_rejected_on_nvidia(planted, target):
     spills = planted["spills", target]
     assert spills["spill_bytes"] > 0
@@ -204,7 +205,7 @@ def test_spills_are_rejected_on_nvidia(planted, target):
     assert planted["capped", target]["spill_bytes"] > 0
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("target", NVIDIA)
 def test_programs_that_do_not_fit_are_rejected(planted, target):
     crowded = planted["crowded", target]
     assert crowded["registers"] > 64
@@ -213,7 +214,15 @@ def test_programs_that_do_not_fit_are_rejected(planted, target):
 
 
 @pytest.mark.parametrize(
-    ("target", "most"), [("sm_80", 166912), ("sm_90", 232448), ("sm_100", 232448), ("gfx942", 65536)]
+    ("target", "most"),
+    [
+        ("sm_80", 166912),
+        ("sm_89", 101376),
+        ("sm_90", 232448),
+        ("sm_100", 232448),
+        ("sm_120", 101376),
+        ("gfx942", 65536),
+    ],
 )
 def test_shared_memory_that_no_program_can_have_is_rejected(target, most):
     configuration = Configuration("tile", None, {}, streams=False)

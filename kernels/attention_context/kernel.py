@@ -369,7 +369,7 @@ def _configuration(
         aligned=frozenset(name for name in types if name.endswith("_ptr")),
         streams=tile_size(length) == TILE,
         has_products=True,
-        targets=frozenset({"sm_80", "sm_90", "sm_100"}),  # see `is_fused`
+        targets=frozenset({"sm_80", "sm_89", "sm_90", "sm_100", "sm_120"}),  # see `is_fused`
         most_spilled={"any": math.inf} | (_MOST_SPILLED[kernel.__name__] if head_size <= 64 else {}),
         most_instructions=most_instructions,
         most_wavefronts=most_wavefronts,
