@@ -343,7 +343,7 @@ def print_table(builds: Sequence[Build]) -> None:
     """Print one line per build, with the configuration's name on its first line only."""
     width = max((len(built.configuration) for built in builds), default=0)
     columns = ["registers", "spilled B", "shared B", "load bits", "store bits", "tensor cores"]
-    columns += ["instructions a tile", "shared wavefronts a tile"]
+    columns += ["instructions a tile", "shared wavefronts a tile", "L1 lines a tile"]
     print(" ".join([f"{'configuration':{width}} {'target':7}", *columns]))
     previous = None
     for built in builds:
@@ -354,7 +354,7 @@ def print_table(builds: Sequence[Build]) -> None:
             max(built.loads, default=0),
             max(built.stores, default=0),
             "yes" if built.tensor_cores else "-",
-            *(f"{built.tile[name]:.0f}" if built.tile else "-" for name in ("instructions", "wavefronts")),
+            *(f"{built.tile[name]:.0f}" if built.tile else "-" for name in ("instructions", "wavefronts", "lines")),
         )
         name = built.configuration if built.configuration != previous else ""
         row = " ".join(f"{cell:>{len(column)}}" for cell, column in zip(cells, columns, strict=True))

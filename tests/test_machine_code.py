@@ -153,6 +153,7 @@ def test_costs_of_a_tile(compiled):
         assert counts.tiles == 2
         assert 1000 < counts.instructions_in_loop < counts.instructions < 3000
         assert 900 < counts.wavefronts_in_loop < counts.wavefronts < 2500
+        assert 400 < counts.lines < 1200
 
 
 @NEEDS_TRITON

@@ -12,6 +12,7 @@ from kernels.machine_code.listing import Listing
 from kernels.machine_code.machine import Machine
 from kernels.machine_code.running import RunningProducts
 from kernels.machine_code.tensors import GlobalMemory
+from kernels.machine_code.wavefronts import lines as cache_lines
 from kernels.machine_code.wavefronts import wavefronts
 from kernels.numerics import random_bf16
 
@@ -40,6 +41,24 @@ def test_wavefronts(addresses, size, active, expected):
     assert wavefronts(addresses, size, active) == expected
     twice = np.concatenate([addresses, addresses + 4096]), size, np.concatenate([active, active])
     assert wavefronts(*twice) == 2 * expected
+
+
+@pytest.mark.parametrize(
+    ("addresses", "size", "active", "expected"),
+    [
+        (4 * LANES, 4, LANES >= 0, 1),
+        (4 * LANES + 64, 4, LANES >= 0, 2),
+        (0 * LANES, 2, LANES >= 0, 1),
+        (128 * LANES, 2, LANES >= 0, 32),
+        (128 * LANES, 2, LANES < 5, 5),
+        (8 * LANES, 8, LANES >= 0, 2),
+        (16 * LANES, 16, LANES >= 0, 4),
+        (64 * LANES, 16, LANES >= 0, 16),
+        (4 * LANES, 4, LANES < 0, 0),
+    ],
+)
+def test_lines_of_the_cache(addresses, size, active, expected):
+    assert cache_lines(addresses, size, active) == expected
 
 
 def machine_of(*lines, tensors=None, num_threads=32, shared_bytes=4096, target="sm_90"):

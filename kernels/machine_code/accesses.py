@@ -5,7 +5,8 @@ import numpy as np
 from kernels.machine_code.findings import UnknownInstructionError
 from kernels.machine_code.listing import ZERO, Instruction, Operand
 from kernels.machine_code.machine import Machine, executes
-from kernels.machine_code.wavefronts import wavefronts
+from kernels.machine_code.registers import by_warp
+from kernels.machine_code.wavefronts import WORD, lines, wavefronts
 
 _SIZES = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 _STACK_POINTER = 1
@@ -17,6 +18,15 @@ def _size(instruction: Instruction) -> int:
 
 def _count_wavefronts(machine: Machine, addresses: np.ndarray, size: int, lanes: np.ndarray) -> None:
     machine.wavefronts[machine.position] += wavefronts(addresses, size, lanes)
+
+
+def _count_lines(machine: Machine, addresses: np.ndarray, size: int, lanes: np.ndarray) -> None:
+    machine.lines[machine.position] += lines(np.broadcast_to(addresses, lanes.shape), size, lanes)
+
+
+def _count_local(machine: Machine, size: int, lanes: np.ndarray) -> None:
+    """The same word of a warp's stacks is one line."""
+    machine.lines[machine.position] += by_warp(lanes).any(axis=1).sum() * max(size // WORD, 1)
 
 
 def _receive(
@@ -90,6 +100,7 @@ def load_local(machine: Machine, instruction: Instruction, lanes: np.ndarray) ->
     """From the thread's stack."""
     target, source = instruction.operands
     addresses, lowest = machine.place(source, lanes), int(machine.registers[_STACK_POINTER, 0])
+    _count_local(machine, _size(instruction), lanes)
     loaded = machine.local.load(instruction, addresses, _size(instruction), lanes, lowest)
     _receive(machine, instruction, target, loaded, lanes)
 
@@ -99,6 +110,7 @@ def store_local(machine: Machine, instruction: Instruction, lanes: np.ndarray) -
     """To the thread's stack."""
     target, source = instruction.operands
     addresses, lowest = machine.place(target, lanes), int(machine.registers[_STACK_POINTER, 0])
+    _count_local(machine, _size(instruction), lanes)
     machine.local.store(instruction, addresses, *_sent(machine, source, _size(instruction)), lanes, lowest)
 
 
@@ -106,7 +118,9 @@ def store_local(machine: Machine, instruction: Instruction, lanes: np.ndarray) -
 def load_global(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> None:
     """From a tensor."""
     target, source = instruction.operands
-    content = machine.memory.load(instruction, machine.place(source, lanes), _size(instruction), lanes)
+    addresses, size = machine.place(source, lanes), _size(instruction)
+    _count_lines(machine, addresses, size, lanes)
+    content = machine.memory.load(instruction, addresses, size, lanes)
     _receive(machine, instruction, target, (content, np.zeros_like(content)), lanes)
 
 
@@ -117,6 +131,7 @@ def store_global(machine: Machine, instruction: Instruction, lanes: np.ndarray) 
     addresses, (content, undefined) = machine.place(target, lanes), _sent(machine, source, _size(instruction))
     if undefined[lanes].any():
         machine.findings.add(instruction, "uninitialised register")
+    _count_lines(machine, addresses, content.shape[1], lanes)
     machine.memory.store(instruction, addresses, content, lanes)
 
 
@@ -129,7 +144,9 @@ def copy(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> None:
         reading = reading & machine.truth(condition)
     content = np.zeros((len(lanes), size), np.uint8)
     if reading.any():
-        content = machine.memory.load(instruction, machine.place(source, reading), size, reading)
+        addresses = machine.place(source, reading)
+        _count_lines(machine, addresses, size, reading)
+        content = machine.memory.load(instruction, addresses, size, reading)
     sent = content, np.zeros_like(content)
     places = _store_shared(machine, instruction, machine.place(target, lanes), sent, lanes)
     if places is not None:

@@ -35,6 +35,7 @@ class Counts:
         wavefronts: accesses of shared memory by all warps for each tile: by loads and stores, and by copies that arrive
             there, but not by the tensor cores' own reads.
         wavefronts_in_loop: those in the loops.
+        lines: accesses of the L1 cache by all warps for each tile, by loads and stores of tensors and of the stack.
     """
 
     tiles: int
@@ -42,6 +43,7 @@ class Counts:
     instructions_in_loop: float
     wavefronts: float
     wavefronts_in_loop: float
+    lines: float
 
 
 @dataclass(frozen=True)
@@ -96,5 +98,6 @@ def _counts(listing: Listing, machine: Machine, num_warps: int) -> Counts:
         inside[loop] = True
     tiles = int(sum(machine.issued[loop[0]] for loop in loops)) // num_warps
     issued = machine.issued / num_warps / max(tiles, 1)
-    wavefronts = machine.wavefronts / max(tiles, 1)
-    return Counts(tiles, *(float(counts.sum()) for counts in (issued, issued[inside], wavefronts, wavefronts[inside])))
+    wavefronts, lines = machine.wavefronts / max(tiles, 1), machine.lines / max(tiles, 1)
+    each = (issued, issued[inside], wavefronts, wavefronts[inside], lines)
+    return Counts(tiles, *(float(counts.sum()) for counts in each))

@@ -60,6 +60,7 @@ class Machine(Registers):
         memory: the launch's tensors.
         issued: [instructions] int64: how many warps executed each.
         wavefronts: [instructions] int64: accesses of shared memory by each.
+        lines: [instructions] int64: accesses of the L1 cache by each.
         position: of the instruction in execution.
         alive: [n] bool, threads that have not ended.
     """
@@ -83,6 +84,7 @@ class Machine(Registers):
         self.memory = memory
         self.issued = np.zeros(len(listing.instructions), np.int64)
         self.wavefronts = np.zeros(len(listing.instructions), np.int64)
+        self.lines = np.zeros(len(listing.instructions), np.int64)
         self.position = 0
         self.alive = self.everyone
         self._listing = listing
