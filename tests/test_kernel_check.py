@@ -13,7 +13,7 @@ from gptbert.command_line import parse, run_command
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.distributed.stop_signal import SIGNALS
-from gptbert.distributed.world import World
+from gptbert.distributed.world import World, connect
 from gptbert.errors import InputError
 from gptbert.monitoring import progress
 from gptbert.train import fit
@@ -22,7 +22,7 @@ from gptbert.training.kernel_check import kernel_check, kernel_settings
 from kernels import wanted
 from kernels.attention_context.fused import distance_tables
 from kernels.run import Run
-from tests.runs import MODEL, flags, write_inputs
+from tests.runs import MODEL, flags, on_ranks, write_inputs
 
 SMALL = Run("float32", 40, (9,), 9, mask_history=False, lamb=True, buckets=False)
 WITH_ATTENTION = dataclasses.replace(SMALL, row_lengths=(17,), validation_length=17, lamb=False, attention=(1, 32, 16))
@@ -105,6 +105,33 @@ def test_another_variant_takes_the_place_of_one_that_fails(plant, capfd, make_co
     assert tables.variant == "load", "the model asks for these tables"
     assert "attention_context (load), gated_norm" in progress._ways(make_config(), ALONE)
     assert capfd.readouterr().err.startswith("attention_context in its variant gather is not fused in this run: ")
+
+
+def _fused_where_ranks_want(rank, operations, arguments, results):
+    with connect(parse(TrainConfig, arguments)) as world:
+        wanted.use_fused(operations[rank])
+        module.use_right_assembler = lambda: "12.8"
+        said = []
+        module.log = said.append
+        module.agree_on_fused({}, world)
+        results.put((rank, ([op for op in wanted.FUSED if wanted.is_wanted(op)], said)))
+
+
+@pytest.mark.parametrize(
+    ("operations", "common", "line"),
+    [
+        ([wanted.FUSED, ()], [], "does without (its ptxas 12.8 is known to make wrong code of matrix products): "),
+        ([(), wanted.FUSED], [], None),  # rank 0 has said so itself
+        ([wanted.FUSED, ["dropout", "depth_mix"]], ["dropout", "depth_mix"], "does without: attention_context, gated"),
+    ],
+)
+def test_all_ranks_fuse_what_each_of_them_wants(inputs, operations, common, line):
+    """Else they sum gradients of different parameters."""
+    said = on_ranks(2, _fused_where_ranks_want, operations, flags(inputs))
+    assert said[0][0] == said[1][0] == common
+    assert len(said[0][1]) == bool(line)
+    assert not line or said[0][1][0].startswith(f"not fused in this run, as rank 1 {line}")
+    assert said[1][1] == []
 
 
 def test_a_variant_that_does_not_exist_is_refused():

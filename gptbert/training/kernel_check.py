@@ -26,6 +26,7 @@ from gptbert.errors import InputError
 from gptbert.io.screen import log
 from gptbert.model.gptbert import attention_shape
 from kernels import depth_mix, dropout, gated_norm, normalize
+from kernels.assembler import use_right_assembler
 from kernels.attention_context.fused import is_fused
 from kernels.check import WAY_ON
 from kernels.run import Run
@@ -172,17 +173,27 @@ def _finish(process: subprocess.Popen[bytes], errors: TextIO) -> None:
 def agree_on_fused(failures: Failures, world: World) -> None:
     """All ranks do without what failed its check on any of them, a variant of a fused operation or all of it.
 
-    Every rank must call it.
+    And without what any of them does not want, as where a host has another assembler: ranks that fuse different
+    operations have their gradients in different places of the buffer that is summed. Every rank must call it.
 
     Args:
         failures: what `kernel_check` found on this rank.
         world: the run's processes.
     """
-    failures = {key: reason for each in reversed(world.all_gather(failures)) for key, reason in each.items()}
-    right = {op: _right_variants(op, failures) for op in FUSED if is_wanted(op)}
+    own = [op for op in FUSED if is_wanted(op)]
+    everyone = world.all_gather((failures, own, None if own else use_right_assembler()))
+    failures = {key: reason for each, *_ in reversed(everyone) for key, reason in each.items()}
+    unwilling = [(rank, wanted, release) for rank, (_, wanted, release) in enumerate(everyone) if {*own} - {*wanted}]
+    common = [op for op in own if all(op in wanted for _, wanted, _ in unwilling)]
+    right = {op: _right_variants(op, failures) for op in common}
     chosen = {op: variants[0] for op, variants in right.items() if variants}
     use_fused(chosen, {op: variant for op, variant in chosen.items() if variant is not None})
     if world.is_main:
+        if unwilling:
+            rank, _, release = unwilling[0]
+            why = f" (its ptxas {release} is known to make wrong code of matrix products)" if release else ""
+            without = ", ".join(op for op in own if op not in common)
+            log(f"not fused in this run, as rank {rank} does without{why}: {without}")
         for (op, variant), reason in sorted(failures.items(), key=str):
             name = op if variant is None else f"{op} in its variant {variant}"
             log(f"{name} is not fused in this run: {reason}")
