@@ -23,6 +23,7 @@ from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.data.inputs import Inputs
 from gptbert.data.mask_history import check_counts
 from gptbert.data.progress import Progress
+from gptbert.distributed.agreement import check_same
 from gptbert.distributed.fsdp import shard_size
 from gptbert.distributed.world import World, connect
 from gptbert.errors import InputError
@@ -43,6 +44,13 @@ from gptbert.training.preparation import (
     prepare_kernels,
     prepare_run_dir,
     with_fast_precision,
+)
+
+# what is said where processes differ
+_OTHER_COMMAND = "the processes were given different flags or hooks; every host must start the same command"
+_OTHER_KERNELS = (
+    "the processes have chosen different kernels; name them with --kernels, or give every host the same packages and "
+    "the same KERNELS_BACKEND"
 )
 
 
@@ -124,11 +132,8 @@ def _fit(config: TrainConfig, world: World, ownership: ExitStack, hooks: Hooks) 
         with world.errors_on_all_ranks():
             inputs.check_ids(world.rank, world.world_size)
             shard_size(config, world)  # raises InputError if invalid
+        check_same({_OTHER_COMMAND: (config, hooks.names), _OTHER_KERNELS: backend}, world)
         with world.errors_on_all_ranks():
-            if len(set(world.all_gather((config, hooks.names)))) > 1:
-                raise InputError(
-                    "the processes were given different flags or hooks; every host must start the same command"
-                )
             if world.is_main:
                 ownership.enter_context(own_run_dir(config))
         path, resumed = find_for_all_ranks(config, inputs.model_config, world)

@@ -1,6 +1,7 @@
 """The processes of a run and the machines they run on.
 
 - `world`: torchrun's environment, the process group, reductions, errors raised on all ranks.
+- `agreement`: what must be the same on every rank.
 - `fsdp`: sharded weights, gradients, averages and moments (`--parallel fsdp`).
 - `flat_gradients`: gradients in one buffer, summed over ranks in large pieces (`--cuda_graph`).
 - `fresh_store`: a separate key-value store for each start under `torchrun --max_restarts`.
