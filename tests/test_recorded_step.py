@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -376,6 +377,24 @@ def sums_on_ranks(rank, dtype, results):
         flat_gradients._PIECE = 64  # several pieces, with parameters across their borders
         gradients.all_reduce()
         results.put((rank, [param.grad.tolist() for param in params]))
+
+
+def orders_on_ranks(rank, results):
+    with connect(parse(TrainConfig, ["--device=cpu", "--cpu_threads=1", *REQUIRED])) as world:
+        params = make_params([(10, 10), (10, 10)])
+        try:
+            FlatGradients(params, world, overwritten=params[:rank])
+        except InputError as error:
+            results.put((rank, str(error)))
+        else:
+            results.put((rank, ""))
+
+
+def test_ranks_with_other_orders_of_their_gradients_are_refused():
+    """Even where all sizes are the same: the sum would be of different parameters."""
+    said = on_ranks(2, orders_on_ranks)
+    assert said[0] == said[1]
+    assert re.match(r"the processes have their gradients in different orders.*\(unlike rank 0: rank 1\)$", said[0])
 
 
 REQUIRED = [f"--{name}=none" for name in ("train_path", "valid_path", "config_file", "tokenizer_path")]

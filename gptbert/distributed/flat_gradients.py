@@ -1,15 +1,22 @@
 """All gradients in one buffer, where they stay, summed over ranks in a few large pieces."""
 
+import hashlib
 from collections.abc import Collection, Iterable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from gptbert.distributed.agreement import check_same
 from gptbert.distributed.world import World
 
 _ALIGNMENT = 32  # elements, 128 bytes: a parameter's gradient begins at a cache line, as an allocation of its own would
 _PIECE = 2**24  # elements, 64 MB in fp32: enough to use a network's whole rate, and a few pieces to overlap copies with
+
+_OTHER_ORDER = (
+    "the processes have their gradients in different orders, as if they had different models or fused operations; "
+    "--cuda_graph off needs no common order"
+)
 
 
 class FlatGradients:
@@ -26,6 +33,9 @@ class FlatGradients:
         world: the ranks to sum over.
         dtype: fp32, or bf16 to send half the bytes; sums are rounded to it on the way.
         overwritten: parameters whose gradients every backward overwrites, so that nothing need clear them.
+
+    Raises:
+        SharedError: on every rank, where ranks place their gradients in different orders; every rank must make its own.
     """
 
     def __init__(
@@ -35,9 +45,13 @@ class FlatGradients:
         dtype: torch.dtype = torch.float32,
         overwritten: Collection[Tensor] = (),
     ) -> None:
-        unread = set(overwritten)
+        unread, given = set(overwritten), list(params)
         # by dimensions, so that weights packed together have neighbors' places
-        params = sorted(params, key=lambda param: (param in unread, param.ndim))
+        order = sorted(range(len(given)), key=lambda index: (given[index] in unread, given[index].ndim))
+        params = [given[index] for index in order]
+        # a sum of different parameters' gradients would raise no error
+        places = repr([(index, given[index].shape) for index in order])
+        check_same({_OTHER_ORDER: hashlib.sha256(places.encode()).hexdigest()}, world)
         spaces = [-(-param.numel() // _ALIGNMENT) * _ALIGNMENT for param in params]
         self.buffer = torch.zeros(sum(spaces), dtype=torch.float32, device=world.device)
         added = sum(space for param, space in zip(params, spaces, strict=True) if param not in unread)
