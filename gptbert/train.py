@@ -9,11 +9,14 @@ from contextlib import ExitStack, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from gptbert import schedules
+from gptbert.checkpoint import manifest
 from gptbert.checkpoint.branch import branched
 from gptbert.checkpoint.checkpoint import Checkpoint
 from gptbert.checkpoint.folder import list_checkpoints, read_settings
-from gptbert.checkpoint.initial_weights import read_initial_weights
+from gptbert.checkpoint.initial_weights import digest_of_weights, read_initial_weights
 from gptbert.checkpoint.kept import check_best
 from gptbert.checkpoint.resume import changed_schedules, changed_settings, find_for_all_ranks, progress_state
 from gptbert.checkpoint.word_checkpoints import WordCheckpoints
@@ -52,6 +55,7 @@ _OTHER_KERNELS = (
     "the processes have chosen different kernels; name them with --kernels, or give every host the same packages and "
     "the same KERNELS_BACKEND"
 )
+_OTHER_CONTENT = "its content differs between hosts; each needs the same file"
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,7 @@ def _fit(config: TrainConfig, world: World, ownership: ExitStack, hooks: Hooks) 
         with world.errors_on_all_ranks():
             inputs.check_ids(world.rank, world.world_size)
             shard_size(config, world)  # raises InputError if invalid
-        check_same({_OTHER_COMMAND: (config, hooks.names), _OTHER_KERNELS: backend}, world)
+        _check_same_start(config, hooks, backend, inputs, pairs, world)
         with world.errors_on_all_ranks():
             if world.is_main:
                 ownership.enter_context(own_run_dir(config))
@@ -148,6 +152,7 @@ def _fit(config: TrainConfig, world: World, ownership: ExitStack, hooks: Hooks) 
         with world.errors_on_all_ranks():
             progress, note = _progress(config, inputs, plan, path, resumed)
             words = WordCheckpoints(config, progress)
+        _check_same_contents(config, inputs, progress, path, initial_weights, world)
         with world.errors_on_all_ranks():
             reasons = finish_check()
         agree_on_fused(reasons, world)
@@ -200,6 +205,45 @@ def _pairs(config: TrainConfig, world: World) -> PairScores | None:
     """The run's minimal pairs, if it has any; raises InputError, also for a record of `--keep_best` that it lacks."""
     check_best(config)
     return PairScores(config, world) if config.pairs_path else None
+
+
+def _check_same_start(
+    config: TrainConfig, hooks: Hooks, backend: str, inputs: Inputs, pairs: PairScores | None, world: World
+) -> None:
+    """Refuse hosts with other commands, kernels, or small files; every rank must call it."""
+    values = {
+        _OTHER_COMMAND: (config, hooks.names),
+        _OTHER_KERNELS: backend,
+        f"--config_file {config.config_file}: {_OTHER_CONTENT}": inputs.model_config,
+        f"--tokenizer_path {config.tokenizer_path}: {_OTHER_CONTENT}": inputs.tokenizer_hash,
+        f"--pairs_path: {_OTHER_CONTENT}": pairs and pairs.digest,
+    }
+    check_same(values, world)
+
+
+def _check_same_contents(
+    config: TrainConfig,
+    inputs: Inputs,
+    progress: Progress,
+    path: Path | None,
+    weights: dict[str, Tensor] | None,
+    world: World,
+) -> None:
+    """Refuse hosts whose token files or first weights have other contents; every rank must call it.
+
+    Copies on each host's own disk may have other paths, behind links or in other working directories.
+    """
+    if world.world_size == 1:
+        return
+    corpora = zip(config.train_path, progress.digests, inputs.train_stores, strict=True)
+    with world.errors_on_all_ranks():
+        values = {
+            **{f"--train_path {file}: {_OTHER_CONTENT}": (digest, store.num_words) for file, digest, store in corpora},
+            f"--valid_path {config.valid_path}: {_OTHER_CONTENT}": progress.validated_on,
+            f"--resume {path}: {_OTHER_CONTENT}": path and manifest.digest(path),
+            f"--initial_weights {config.initial_weights}: {_OTHER_CONTENT}": weights and digest_of_weights(weights),
+        }
+    check_same(values, world)
 
 
 def _of_this_run(config: TrainConfig, path: Path | None, step: int, world: World) -> tuple[bool, list[str]]:

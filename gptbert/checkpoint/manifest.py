@@ -76,6 +76,11 @@ def read(folder: Path) -> dict[str, Entry]:
     return entries
 
 
+def digest(folder: Path) -> str:
+    """Recognizes the contents that a folder's manifest lists; raises InputError as `listed` does."""
+    return hashlib.sha256(repr(sorted(listed(folder).items())).encode()).hexdigest()
+
+
 def _check_file(folder: Path, name: str, expected: Entry) -> None:
     path, size = folder / name, expected.get("bytes")
     if Path(name).is_absolute() or ".." in Path(name).parts:

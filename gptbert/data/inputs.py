@@ -29,6 +29,7 @@ class Inputs:
         special_ids: the tokenizer's special tokens, ascending.
         unknown_id: of the token that it gives for unknown text, or None.
         remark: what to tell the user about the vocabulary and long rows; empty if there is nothing special about them.
+        tokenizer_hash: recognizes the tokenizer.
     """
 
     model_config: ModelConfig
@@ -38,6 +39,7 @@ class Inputs:
     special_ids: tuple[int, ...] = USUAL_SPECIAL_IDS
     unknown_id: int | None = UNK_ID
     remark: str = ""
+    tokenizer_hash: str = ""
 
     @property
     def num_train_tokens(self) -> int:
@@ -73,6 +75,7 @@ class Inputs:
             special,
             unknown_id(tokenizer),
             _remark(config, tokenizer, model_config),
+            digest,
         )
 
     def check_ids(self, rank: int, world_size: int) -> None:

@@ -79,6 +79,7 @@ class Progress:
         plan: `plan`, from the checkpoint's slots and tokens on.
         first_step: `step`.
         streams: each objective's training rows; a mixture if there are several corpora.
+        digests: recognize the contents of the training files.
         has_same_corpora: whether the checkpoint's run had the same corpora in the same order.
         changed_files: lines on files that the checkpoint's run did not have, by their content.
         validated_on: recognizes the content of the validation file.
@@ -104,13 +105,13 @@ class Progress:
         if not is_fresh and "validated_on" not in state:
             known = _with_present_digests(known, inputs.train_stores)
         self._corpora, self._left_out = _recognized(inputs.train_stores, known)
-        digests = [corpus.digest for corpus in self._corpora]
-        self.has_same_corpora = [corpus.digest for corpus in known[: len(digests)]] == digests
+        self.digests = [corpus.digest for corpus in self._corpora]
+        self.has_same_corpora = [corpus.digest for corpus in known[: len(self.digests)]] == self.digests
         self.validated_on = corpus_digest(inputs.valid_store)
         before = {corpus.digest for corpus in known}
         self.changed_files = [
             f"--train_path {path}: was not read before, or its content has changed; read from its beginning"
-            for path, digest in zip(config.train_path, digests, strict=True)
+            for path, digest in zip(config.train_path, self.digests, strict=True)
             if not is_fresh and digest not in before
         ]
         if state.get("validated_on", "") not in {"", self.validated_on}:
