@@ -76,6 +76,8 @@ class Trainer:
         is_sharded = config.parallel == "fsdp" and world.world_size > 1
         if not is_sharded:  # otherwise `shard` moves it block by block
             self.model.to(world.device)
+            # CPUs of different kinds draw numbers that differ in their last bits; before the average copies them
+            world.broadcast([*self.model.parameters(), *self.model.buffers()])
         for block in self.model.blocks:
             block.is_checkpointed = config.activation_checkpointing
         self.ema = WeightAverage(self.model, config.ema_decay)

@@ -4,7 +4,7 @@ import gc
 import inspect
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -55,6 +55,13 @@ class World:
         values = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
+
+    @torch.no_grad()
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Copy the main rank's values to all ranks, in place; every rank must call it."""
+        if self.world_size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
 
     def wrap(self, model: nn.Module, reduce_dtype: torch.dtype = torch.float32) -> nn.Module:
         """Wrap the model in DDP: gradients are averaged over ranks during the synchronized backward.
