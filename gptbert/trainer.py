@@ -92,7 +92,8 @@ class Trainer:
             shard([self.model, self.ema.model], config, world)
         is_recorded = config.is_recorded(world.device.type)
         self.optimizer = build_optimizer(config, self.model, is_recorded=is_recorded)
-        self.micro_batches = MicroBatches(config, plan, world)
+        threads = min(world.all_gather(torch.get_num_threads()))  # hosts may have other numbers of cores
+        self.micro_batches = MicroBatches(config, plan, world, threads)
         step = RecordedStep if is_recorded else EagerStep
         self.training_step = step(config, self.model, self.ema, self.optimizer, world, self.micro_batches)
         weights = [1.0 if config.token_weighted_loss else plan.weight(objective) for objective in Objective]

@@ -21,8 +21,8 @@ from gptbert.config import ModelConfig, TrainConfig
 from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.data.inputs import Inputs
 from gptbert.distributed.fsdp import new_moments, shard_size
-from gptbert.distributed.world import World
-from gptbert.errors import InputError
+from gptbert.distributed.world import World, connect
+from gptbert.errors import InputError, LostProcessError
 from gptbert.model import GPTBert
 from gptbert.monitoring.records import read_records
 from gptbert.optim import Lamb, parameter_groups
@@ -263,6 +263,29 @@ def test_two_sharded_ranks_do_what_the_check_says(inputs, one, check, settings):
     settings = UNEVEN | {"config_file": "no_dropout.json", "hybrid_mode": "batch"} | settings
     arguments = flags(inputs, **settings | {"config_file": inputs / settings["config_file"]})
     assert on_ranks(2, on_rank, check, arguments) == {0: "right", 1: "right"}
+
+
+def steps_on_many_cores(rank, inputs, settings, results):
+    """Number of micro-batches of a step, after another one; the second rank's host has 16 cores to a process."""
+    if rank == 1:
+        torch.get_num_threads = lambda: 16
+    config = parse(TrainConfig, flags(inputs, **settings, no_compile=True, timeout=20))
+    try:
+        with connect(config) as world:
+            trainer = Trainer(config, Inputs.open(config), HybridPlan(config, world.world_size), world)
+            trainer.train_step(trainer.loader.load(0))
+            batch = trainer.loader.batch(trainer.loader.load(1), 1)
+            results.put((rank, len(trainer.micro_batches.cut(batch, 1))))
+            del trainer  # before the process group is destroyed
+    except LostProcessError as error:
+        results.put((rank, str(error)))
+
+
+@pytest.mark.parametrize("parallel", ["fsdp", "ddp"])
+def test_hosts_may_have_different_numbers_of_cores(inputs, parallel):
+    """Of two micro-batches, the second would wait for a rank that has one."""
+    settings = {"hybrid_mode": "batch", "local_batch_size": 256, "global_batch_size": 256, "batch_reduction": 1}
+    assert on_ranks(2, steps_on_many_cores, inputs, settings | {"parallel": parallel}) == {0: 2, 1: 2}
 
 
 def test_most_micro_batches_is_a_bound_and_reached(make_config):

@@ -18,7 +18,7 @@ from kernels.span_mask import most_selected
 _TOKENS = 1024  # per CPU thread in a micro-batch, with at least two threads counted
 
 
-def micro_batch_rows(config: TrainConfig, length: int, device: torch.device) -> int:
+def micro_batch_rows(config: TrainConfig, length: int, device: torch.device, threads: int | None = None) -> int:
     """Maximum number of rows in a micro-batch; a rank accumulates gradients over its micro-batches of a step.
 
     On a GPU, `--local_batch_size`, scaled down for longer rows so that the number of tokens is constant. On a CPU, also
@@ -29,10 +29,11 @@ def micro_batch_rows(config: TrainConfig, length: int, device: torch.device) -> 
         config: the run's settings; `local_batch_size` applies to rows of `seq_length`.
         length: row length of this step.
         device: the device that trains.
+        threads: on a CPU; by default, of this process.
     """
     rows = config.local_batch_size * config.seq_length // length
     if device.type == "cpu":
-        rows = min(rows, max(2, torch.get_num_threads()) * _TOKENS // length)
+        rows = min(rows, max(2, threads or torch.get_num_threads()) * _TOKENS // length)
     return max(1, rows)
 
 
@@ -49,15 +50,17 @@ class MicroBatches:
         config: the run's settings.
         plan: the rows of each step.
         world: this rank and its device.
+        threads: on CPUs, of the process that has the fewest, so that all split alike; by default, of this one.
 
     Attributes:
         has_fixed_shapes: whether shapes are fixed; see above.
     """
 
-    def __init__(self, config: TrainConfig, plan: HybridPlan, world: World) -> None:
+    def __init__(self, config: TrainConfig, plan: HybridPlan, world: World, threads: int | None = None) -> None:
         self._config = config
         self._plan = plan
         self._device = world.device
+        self._threads = threads
         self._own = plan.objectives(world.rank)
         # every rank's objectives: MLM ranks come first, CLM ranks last, unless each rank trains both
         self._every = {plan.objectives(rank) for rank in (0, world.world_size - 1)}
@@ -75,7 +78,7 @@ class MicroBatches:
         """Whether every step of the run has one micro-batch."""
         return all(
             sum(self._plan.most_rows(objective, length // self._config.seq_length) for objective in objectives)
-            <= micro_batch_rows(self._config, length, self._device)
+            <= self._fitting(length)
             for objectives in self._every
             for length in self.lengths
         )
@@ -97,7 +100,7 @@ class MicroBatches:
             step: the step they belong to.
         """
         length = schedules.sequence_length(self._config, step)
-        most_rows = micro_batch_rows(self._config, length, self._device)
+        most_rows = self._fitting(length)
         is_fixed = bool(self._largest(self._own, step))
         count = self._count(step) if is_fixed else -(-len(batch) // most_rows)
         pieces = [batch[first::count] for first in range(count)]
@@ -106,6 +109,10 @@ class MicroBatches:
             missing = self._plan.most_micro_batches(step, most_rows) - count
             pieces += [Batch.padding(length, self._device) for _ in range(missing)]
         return [dataclasses.replace(piece, most_labels=self._most_labels(piece, step)) for piece in pieces]
+
+    def _fitting(self, length: int) -> int:
+        """Maximum number of rows of this length in a micro-batch."""
+        return micro_batch_rows(self._config, length, self._device, self._threads)
 
     def _most_labels(self, batch: Batch, step: int) -> int | None:
         """An upper bound on the number of labels, without a device sync; None on a CPU, where counting is free."""
@@ -132,7 +139,7 @@ class MicroBatches:
 
     def _compose(self, objectives: tuple[Objective, ...], factor: int) -> dict[Objective, int]:
         """The most rows a rank ever has at this row length, or the most that fit, in its ratio of the objectives."""
-        fitting = micro_batch_rows(self._config, factor * self._config.seq_length, self._device)
+        fitting = self._fitting(factor * self._config.seq_length)
         most = {objective: self._plan.most_rows(objective, factor) for objective in objectives}
         most = {objective: rows for objective, rows in most.items() if rows}
         total = sum(most.values())
