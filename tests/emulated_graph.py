@@ -27,8 +27,8 @@ class EmulatedRecorder(Recorder):
         replays: their number so far.
     """
 
-    def __init__(self, device: torch.device, *, is_main: bool = True) -> None:
-        super().__init__(device, is_main=is_main)
+    def __init__(self, device: torch.device, rank: int | None = None) -> None:
+        super().__init__(device, rank)
         self.is_on = True
         self.replays = 0
 

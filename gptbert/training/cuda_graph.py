@@ -26,13 +26,13 @@ class Recorder:
 
     Args:
         device: of the tensors; on a CPU, functions run as they are.
-        is_main: whether this process says why a recording failed.
+        rank: of this process, where there are several: each says why its own recording failed.
     """
 
-    def __init__(self, device: torch.device, *, is_main: bool = True) -> None:
+    def __init__(self, device: torch.device, rank: int | None = None) -> None:
         self.is_on = device.type == "cuda"
         self.recorded: list[str] = []
-        self._is_main = is_main
+        self._who = "" if rank is None else f"rank {rank}: "
         self._failed: torch.cuda.CUDAGraph | None = None
         if self.is_on:
             self._stream = torch.cuda.Stream(device)
@@ -63,9 +63,9 @@ class Recorder:
             replay = self._capture(function)
         except RuntimeError as error:
             self.is_on = False
-            if self._is_main:
-                reason = first_line(error.__context__ or error)  # the first error, not that of the recording's end
-                log(f"--cuda_graph: {name} cannot be recorded ({reason}); this run goes on without, in the same bits")
+            reason = first_line(error.__context__ or error)  # the first error, not that of the recording's end
+            what = f"--cuda_graph: {name} cannot be recorded ({reason})"
+            log(f"{self._who}{what}; this run goes on without, in the same bits")
             return None
         self.recorded.append(name)
         return replay

@@ -208,7 +208,7 @@ class RecordedStep(TrainingStep):
         super().__init__(config, *others)
         world = self._world
         self._gradients = self._flat_gradients(REDUCE_DTYPES[config.reduce_dtype])
-        self.recorder = Recorder(world.device, is_main=world.is_main)
+        self.recorder = Recorder(world.device, world.rank if world.world_size > 1 else None)
         self._passes: dict[tuple[Any, ...], tuple[Batch, Recorded]] = {}  # by a micro-batch's shape
         self._scales: Any = None  # a tensor, made by the first step, as are the seeds
         self._seeds: Tensor | None = None
