@@ -13,6 +13,7 @@ from gptbert.config import TrainConfig
 from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.data.inputs import Inputs
 from gptbert.distributed.agreement import check_same
+from gptbert.distributed.fsdp import local
 from gptbert.distributed.world import World, connect
 from gptbert.errors import InputError, SharedError
 from gptbert.model import GPTBert
@@ -136,27 +137,31 @@ def test_hosts_with_other_files_of_the_same_names_are_refused(host, tmp_path, ch
 
 
 def _first_weights(rank, arguments, results):
-    """Weights and their average before the first step, where this rank has drawn numbers of its own."""
+    """This rank's weights and their average before the first step, where it has drawn numbers of its own."""
     draw = GPTBert.__init__
 
     def drawn(model, config):
         draw(model, config)
-        for tensor in [*model.parameters(), *model.buffers()]:
-            tensor.data += rank
+        for param in model.parameters():
+            param.data += rank
 
     GPTBert.__init__ = drawn
     config = parse(TrainConfig, arguments)
     with connect(config) as world:
         trainer = Trainer(config, Inputs.open(config), HybridPlan(config, world.world_size), world)
         models = (trainer.model, trainer.ema.model)
-        results.put((rank, [tensor.tolist() for model in models for tensor in (*model.parameters(), *model.buffers())]))
+        results.put((rank, [local(param).tolist() for model in models for param in model.parameters()]))
         del trainer, models  # before the process group is destroyed
 
 
-@pytest.mark.parametrize("mode", ["on", "off"])
-def test_all_ranks_begin_with_the_main_ranks_weights(inputs, mode):
+@pytest.mark.parametrize(
+    "settings",
+    [{"cuda_graph": "on"}, {"cuda_graph": "off"}, {"parallel": "fsdp", "shard_size": 1}],
+    ids=["recorded", "ddp", "copies of shards"],
+)
+def test_all_ranks_begin_with_the_main_ranks_weights(inputs, settings):
     """CPUs of two kinds draw weights that differ by 2e-7, and nothing would ever bring them together."""
-    said = on_ranks(2, _first_weights, flags(inputs, **SHORT, cuda_graph=mode))
+    said = on_ranks(2, _first_weights, flags(inputs, **SHORT, **settings))
     assert len(said[0]) > 40
     assert said[0] == said[1]
     assert said[0][: len(said[0]) // 2] == said[0][len(said[0]) // 2 :], "the average is of the same"

@@ -46,6 +46,8 @@ def shard(models: list[GPTBert], config: TrainConfig, world: World) -> None:
     mesh = _mesh(shard_size(config, world), config, world)
     for model in models:
         _shard(model, mesh, REDUCE_DTYPES[config.reduce_dtype], mixed_precision=config.mixed_precision)
+        if mesh.ndim == 2:
+            _broadcast(model, mesh)
 
 
 def _mesh(size: int, config: TrainConfig, world: World) -> DeviceMesh:
@@ -78,6 +80,13 @@ def _shard(model: GPTBert, mesh: DeviceMesh, reduce_dtype: torch.dtype, *, mixed
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_force_sum_reduction_for_comms(True)  # gloo has no mean reduction
+
+
+@torch.no_grad()
+def _broadcast(model: GPTBert, mesh: DeviceMesh) -> None:
+    """Let all copies begin with the first one's weights: CPUs of different kinds draw other last bits."""
+    for param in model.parameters():
+        dist.broadcast(local(param), group=mesh.get_group("replicate"), group_src=0)
 
 
 def local(tensor: Tensor) -> Tensor:
