@@ -77,8 +77,8 @@ def read(folder: Path) -> dict[str, Entry]:
 
 
 def digest(folder: Path) -> str:
-    """Recognizes the contents that a folder's manifest lists; raises InputError as `listed` does."""
-    return hashlib.sha256(repr(sorted(listed(folder).items())).encode()).hexdigest()
+    """Recognizes the contents that a folder's manifest lists; raises InputError as `read` does."""
+    return hashlib.sha256(repr(sorted(read(folder).items())).encode()).hexdigest()
 
 
 def _check_file(folder: Path, name: str, expected: Entry) -> None:
