@@ -83,7 +83,7 @@ test-gpu: install
 
 # What docs/faults.md promises.
 FAULTS := faults hosts recipes resume fsdp skipping checkpoint manifest trackers records stop_signal skipped_steps fresh_store \
-	word_checkpoints token_ids malicious fuzz stopping progress agreement
+	one_rank word_checkpoints token_ids malicious fuzz stopping progress agreement
 
 test-faults: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(FAULTS:%=tests/test_%.py)

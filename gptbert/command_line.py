@@ -75,6 +75,9 @@ def run_command(
         _end(str(error) if _speaks() else "", STOPPED)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
+    except Exception as error:
+        _end_if_of_several(error)
+        raise
     if environment.text("RANK"):
         _end("", 0)
 
@@ -192,20 +195,33 @@ def _fail(message: str, status: int, by_all: bool = False) -> NoReturn:
     _end(f"error: {message}" if by_all or _speaks() else "", status)
 
 
+def _end_if_of_several(error: Exception) -> None:
+    """After an error that no one foresaw: end one of several processes as `_end` does, with the traceback."""
+    if environment.text("RANK"):
+        with contextlib.redirect_stderr(Lasting(sys.stderr)):
+            sys.excepthook(type(error), error, error.__traceback__)  # torch's, which names the rank
+        _exit(1)
+
+
 def _end(message: str, status: int) -> NoReturn:
     """End the process; one of several processes skips interpreter shutdown.
 
-    In shutdown, a gloo thread that frees the last collective's tensors would find no interpreter and abort the process.
+    In shutdown, a gloo thread that frees the last collective's tensors would find no interpreter and abort the process,
+    and an nccl group that was not destroyed may wait for other processes.
     """
     if message:
         print(message, file=Lasting(sys.stderr))
     if environment.text("RANK"):
         if status and not message:
             time.sleep(2)  # torchrun kills all once the first ends, including one yet to print the reason
-        for stream in (sys.stdout, sys.stderr):
-            Lasting(stream).flush()
-        os._exit(status)
+        _exit(status)
     sys.exit(status)
+
+
+def _exit(status: int) -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        Lasting(stream).flush()
+    os._exit(status)
 
 
 def _speaks() -> bool:

@@ -183,12 +183,15 @@ class Ranks:
         arguments: command line from `flags`.
         world_size: number of processes.
         log: file for what all of them print; replaced.
+        prepare: called in each process before the run, with its rank.
     """
 
-    def __init__(self, arguments: list[str], world_size: int, log: Path) -> None:
+    def __init__(
+        self, arguments: list[str], world_size: int, log: Path, prepare: Callable[[int], None] | None = None
+    ) -> None:
         log.unlink(missing_ok=True)
         self.log = log
-        self.processes = forked_ranks(world_size, _train, arguments, log)
+        self.processes = forked_ranks(world_size, _train, arguments, log, prepare)
 
     def poll(self) -> int | None:
         """The status of the first process that failed, or else 0 if all have ended and None if some have not."""
@@ -227,11 +230,13 @@ def train(inputs: Path, name: str, world_size: int = 1, **changes: object) -> li
     return read_records(inputs / "runs" / name / "metrics.jsonl")
 
 
-def _train(arguments: list[str], log: Path) -> None:
+def _train(arguments: list[str], log: Path, prepare: Callable[[int], None] | None) -> None:
     with log.open("a") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
     os.chdir(ROOT)
+    if prepare:
+        prepare(int(os.environ.get("RANK", "0")))
     sys.argv = ["train_distributed.py", *arguments]
     runpy.run_path("train_distributed.py", run_name="__main__")
 

@@ -21,7 +21,7 @@ from gptbert.config import TrainConfig
 from gptbert.distributed.fresh_store import fresh_store, shares_its_store
 from gptbert.distributed.hardware import usable_cores
 from gptbert.distributed.memory import keep_freed_memory
-from gptbert.errors import InputError, LostProcessError, SharedError, first_line
+from gptbert.errors import InputError, LostProcessError, SharedError, StoppedError, first_line
 from gptbert.io import environment
 
 _MOST_PROCESSES = 10**6
@@ -113,7 +113,9 @@ class World:
 
 @contextmanager
 def connect(config: TrainConfig) -> Iterator[World]:
-    """Join the process group of torchrun's processes (nccl on GPUs, gloo on CPUs), and destroy it at the end.
+    """Join the process group of torchrun's processes (nccl on GPUs, gloo on CPUs), and leave it at the end.
+
+    A process that raises an error of its own keeps an nccl group, and has to end soon (see `_leave`).
 
     Raises:
         InputError: `--device` names one that this process cannot have; see also `read_launch`.
@@ -136,12 +138,23 @@ def connect(config: TrainConfig) -> Iterator[World]:
     if world_size == 1:
         yield World(rank, world_size, device)
         return
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    with _group("nccl" if device.type == "cuda" else "gloo", config.timeout):
+        yield World(rank, world_size, device)
+
+
+@contextmanager
+def _group(backend: str, timeout: int) -> Iterator[None]:
+    """Be in the process group while the block runs; see `connect`."""
     if backend == "gloo":
         environment.check_interfaces("GLOO_SOCKET_IFNAME")
+    is_with_all = False
     try:
-        _join(backend, timedelta(seconds=config.timeout))
-        yield World(rank, world_size, device)
+        _join(backend, timedelta(seconds=timeout))
+        yield
+        is_with_all = True
+    except (SharedError, StoppedError):  # which all ranks raise at the same place
+        is_with_all = True
+        raise
     except ValueError as error:  # a variable of torchrun's environment is missing
         if dist.is_initialized():
             raise
@@ -150,20 +163,25 @@ def connect(config: TrainConfig) -> Iterator[World]:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         raise LostProcessError(
-            f"another process has ended, hangs, or cannot be reached (waited at most --timeout {config.timeout} s: "
+            f"another process has ended, hangs, or cannot be reached (waited at most --timeout {timeout} s: "
             f"{_reason(error)}); --resume auto goes on from the last checkpoint"
         ) from error
     finally:
         if dist.is_initialized():
-            _leave(backend)
+            _leave(backend, is_with_all=is_with_all)
 
 
-def _leave(backend: str) -> None:
-    """Destroy the process group.
+def _leave(backend: str, *, is_with_all: bool) -> None:
+    """Destroy the process group; an nccl one only if all ranks do.
+
+    Before nccl's is destroyed, its kernels must end, and one that waits for another rank may never do. A rank that
+    leaves alone would hang there, and its error would not be seen. Its process ends instead.
 
     The reducer of a DDP model that is freed now or later must not hold the last reference to the group: its destructor
     would wait for gloo's threads while holding the GIL, which they may need: a deadlock.
     """
+    if backend == "nccl" and not is_with_all:
+        return
     gc.collect()
     if backend == "gloo":
         _ended_groups.append(dist.group.WORLD)

@@ -1,0 +1,80 @@
+"""What one process of several meets alone must reach the others, and the screen, in real runs."""
+
+import threading
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from gptbert.distributed import world
+from gptbert.errors import InputError, LostProcessError, SharedError, StoppedError
+from gptbert.trainer import Trainer
+from tests.runs import Ranks, flags, write_inputs
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("one_rank"))
+
+
+def run(inputs, name, prepare, **changes):
+    """Output, and the exit status of each of two processes; of those that others' ends left waiting, -9."""
+    ranks = Ranks(flags(inputs, name=name, **changes), 2, inputs / f"{name}.log", prepare)
+    output, _ = ranks.communicate()
+    return output, [process.exitcode for process in ranks.processes]
+
+
+def leave_as_nccl(set_attribute):
+    """Leave the process group by the rules of nccl's; destroying it takes for ever, as its kernels may."""
+    own = world._leave
+    set_attribute(world, "_leave", lambda backend, **how: own("nccl", **how))
+    set_attribute(dist, "destroy_process_group", threading.Event().wait)
+
+
+def exhaust_one(rank):
+    """Memory of rank 1 is used up in its fifth step."""
+    leave_as_nccl(setattr)
+    own = Trainer.train_step
+
+    def train_step(trainer, rows):
+        if rank == 1 and trainer.step == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return own(trainer, rows)
+
+    Trainer.train_step = train_step
+
+
+def test_an_error_of_one_rank_is_told_before_anything_waits(inputs):
+    output, statuses = run(inputs, "exhausted", exhaust_one, timeout=20)
+    assert "[rank1]: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB\n" in output
+    assert statuses[1] == 1, "it ended by itself"
+
+
+@pytest.mark.parametrize(
+    ("error", "is_destroyed"),
+    [
+        (None, True),
+        (SharedError("the disk is full"), True),
+        (StoppedError("stopped by SIGTERM"), True),
+        (InputError("of this rank"), False),
+        (LostProcessError("another process has ended"), False),
+        (RuntimeError("CUDA error"), False),
+        (KeyboardInterrupt(), False),
+    ],
+    ids=repr,
+)
+def test_a_group_of_nccl_is_destroyed_only_by_all_ranks_together(monkeypatch, make_config, error, is_destroyed):
+    destroyed = []
+    monkeypatch.setattr(world, "read_launch", lambda: world.Launch(0, 2, 0, 2))
+    monkeypatch.setattr(world, "_join", lambda *_: None)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    leave_as_nccl(monkeypatch.setattr)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: destroyed.append(True))
+    with (
+        pytest.raises(type(error)) if error else nullcontext(),
+        world.connect(make_config(device="cpu", cpu_threads=1, huge_pages=False)),
+    ):
+        if error:
+            raise error
+    assert bool(destroyed) == is_destroyed
