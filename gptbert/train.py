@@ -112,7 +112,7 @@ def train(
     with redirect_stderr(Lasting(sys.stderr)), restored_settings(), connect(config) as world, ExitStack() as ownership:
         # frees every reference to the process group before connect() destroys it
         step = _fit(config, world, ownership, hooks)
-        return world.all_gather(TrainResult.of(config.run_dir, step) if world.is_main else None)[0]
+        return world.on_main(TrainResult.of, config.run_dir, step)
 
 
 def fit(config: TrainConfig) -> None:
@@ -145,9 +145,8 @@ def _fit(config: TrainConfig, world: World, ownership: ExitStack, hooks: Hooks) 
         with world.errors_on_all_ranks():
             check_counts(resumed.mask_counts if resumed and config.mask_history else None, inputs.num_train_tokens)
             initial_weights = None if resumed else read_initial_weights(config, inputs.model_config)
-            is_own, pending = _of_this_run(config, path, first_step, world)
-            is_over = not pending and _is_over(config, path, first_step, world)
-        if is_over:
+        is_own, pending = world.on_main(_of_this_run, config, path, first_step)
+        if not pending and world.on_main(_is_over, config, path, first_step):
             return first_step
         with world.errors_on_all_ranks():
             progress, note = _progress(config, inputs, plan, path, resumed)
@@ -158,8 +157,8 @@ def _fit(config: TrainConfig, world: World, ownership: ExitStack, hooks: Hooks) 
         agree_on_fused(reasons, world)
     was_asked = path is None or read_settings(path).get("compile") is not False
     choice = compile_choice.choose(config, inputs.model_config, plan, world, resumed, was_asked)
+    backend = prepare_cpp_kernels(config, world, is_compiled=choice.is_compiled)
     with world.errors_on_all_ranks():
-        backend = prepare_cpp_kernels(config, world, is_compiled=choice.is_compiled)
         if world.is_main:
             prepare_run_dir(config, inputs.model_config, world, backend)
             print_header(config, inputs, plan, world, backend, words)
@@ -246,27 +245,26 @@ def _check_same_contents(
     check_same(values, world)
 
 
-def _of_this_run(config: TrainConfig, path: Path | None, step: int, world: World) -> tuple[bool, list[str]]:
+def _of_this_run(config: TrainConfig, path: Path | None, step: int) -> tuple[bool, list[str]]:
     """Whether a checkpoint is in this run's folder, and then, the records that have still to be made; see `restore`.
 
-    A checkpoint is saved before the validation of its step, so a run may end between the two. Every rank must call it.
+    A checkpoint is saved before the validation of its step, so a run may end between the two.
     """
     is_own = path is not None and any(map(path.samefile, list_checkpoints(config.run_dir)))
     every = {"validation": config.validate_every} | ({"pairs": config.score_every} if config.pairs_path else {})
     due = [name for name in every if step <= config.max_steps and schedules.is_due(step, every[name], config.max_steps)]
     metrics = config.run_dir / "metrics.jsonl"
     pending = [name for name in due if is_own and not is_recorded(metrics, step, f"{name}/")]
-    return world.all_gather((is_own, pending))[0]
+    return is_own, pending
 
 
-def _is_over(config: TrainConfig, path: Path | None, step: int, world: World) -> bool:
+def _is_over(config: TrainConfig, path: Path | None, step: int) -> bool:
     """Whether a run has no steps left; says so, or raises InputError if the checkpoint was asked for by name."""
     if step < config.max_steps:
         return False
     if config.resume != "auto":
         raise InputError(f"--resume {path}: its step {step} is the end of --max_steps {config.max_steps}")
-    if world.is_main:
-        log(f"{config.name}: finished already, {path} is step {step} of {config.max_steps}")
+    log(f"{config.name}: finished already, {path} is step {step} of {config.max_steps}")
     return True
 
 

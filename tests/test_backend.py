@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
+import os
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from gptbert.command_line import parse
 from gptbert.config import TrainConfig
-from gptbert.distributed.world import World
+from gptbert.distributed.world import World, connect
 from gptbert.errors import InputError
 from gptbert.train import fit
 from gptbert.training import preparation
@@ -17,7 +19,7 @@ from kernels import cpp
 from kernels.backend import choose_backend, set_default_backend, uses_cpp
 from kernels.check import Row
 from kernels.lamb import cpp as cpp_lamb
-from tests.runs import flags, read_records, write_inputs
+from tests.runs import flags, on_ranks, read_records, write_inputs
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ALONE = World(0, 1, CPU)
@@ -106,7 +108,24 @@ def test_all_ranks_use_the_same(chosen, monkeypatch):
         def all_gather(self, value):
             return [value, "there is no g++"]
 
+        def errors_on_all_ranks(self):
+            return nullcontext()
+
     assert chosen(world=Two(0, 2, CPU)) == "torch"
+
+
+def _choose_on_a_rank(rank, config, results):
+    if rank == 1:
+        os.environ["KERNELS_BACKEND"] = "torch"
+    with connect(config) as world:
+        prepare_kernels(config, world)
+        backend = prepare_cpp_kernels(config, world, is_compiled=True)
+        results.put((rank, (backend, world.on_main(lambda: "both go on"))))
+
+
+def test_hosts_with_other_environments_do_not_wait_for_each_other(make_config):
+    config = make_config(device="cpu", cpu_threads=1, kernel_check="off", timeout=10)
+    assert on_ranks(2, _choose_on_a_rank, config) == {0: ("cpp", "both go on"), 1: ("torch", "both go on")}
 
 
 def test_a_kernel_that_differs_from_its_reference_stops_the_run(chosen, monkeypatch):

@@ -1,16 +1,22 @@
 """What one process of several meets alone must reach the others, and the screen, in real runs."""
 
+import errno
+import os
 import threading
 from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
+import gptbert.train
+from gptbert.checkpoint import shards
 from gptbert.distributed import world
 from gptbert.errors import InputError, LostProcessError, SharedError, StoppedError
 from gptbert.trainer import Trainer
-from tests.runs import Ranks, flags, write_inputs
+from tests.runs import Ranks, flags, train, write_inputs
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +84,45 @@ def test_a_group_of_nccl_is_destroyed_only_by_all_ranks_together(monkeypatch, ma
         if error:
             raise error
     assert bool(destroyed) == is_destroyed
+
+
+def stale(file):
+    """What a network file system may say on one host."""
+    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(file))
+
+
+def go_stale(bad, rank):
+    """The records cannot be read on rank `bad`."""
+    if rank == bad:
+        gptbert.train.is_recorded = lambda path, *_: stale(path)
+
+
+def test_records_that_one_rank_cannot_read_end_no_other_in_a_hang(inputs):
+    train(inputs, "stale", max_steps=2, save_every=2)
+    again = {"max_steps": 2, "resume": "auto", "timeout": 20}
+    output, statuses = run(inputs, "stale", partial(go_stale, 1), **again)
+    assert "stale: finished already" in output, "the main rank alone reads them"
+    assert statuses == [0, 0]
+    output, statuses = run(inputs, "stale", partial(go_stale, 0), **again)
+    assert output.splitlines() == [f"error: {inputs}/runs/stale/metrics.jsonl: Stale file handle"]
+
+
+def lose_shard(step, rank):
+    """Rank 1 cannot read the shard that it has written; or finds that one is no file."""
+    if rank == 1 and step == "save":
+        shards.entry = stale
+    elif rank == 1:
+        own = Path.is_file
+        Path.is_file = lambda path: not path.name.startswith("shard-") and own(path)
+
+
+def test_shards_that_one_rank_cannot_read_end_all_with_one_line(inputs):
+    settings = {"parallel": "fsdp", "max_steps": 2, "validate_every": 0, "save_every": 2, "timeout": 20}
+    output, _ = run(inputs, "sharded", partial(lose_shard, "save"), **settings)
+    assert "step_00000002: cannot be written (" in output
+    assert "Stale file handle" in output
+    assert output.count("error: ") == 1
+    output, _ = run(inputs, "sharded", None, **settings)
+    output, _ = run(inputs, "sharded", partial(lose_shard, "load"), **settings | {"max_steps": 4}, resume="auto")
+    assert "the checkpoint is damaged (shards: contains something that is not a file)" in output
+    assert output.count("error: ") == 1

@@ -38,7 +38,7 @@ from gptbert.checkpoint.folder import (
     write_settings,
 )
 from gptbert.checkpoint.kept import delete_leftovers, delete_old
-from gptbert.checkpoint.shards import load_shards, save_shards
+from gptbert.checkpoint.shards import check_shards, load_shards, save_shards
 from gptbert.checkpoint.training_state import STATE_KEYS, read_training_state
 from gptbert.checkpoint.weights import read_weights, write_weights
 from gptbert.config import ModelConfig, TrainConfig
@@ -146,6 +146,8 @@ def load(path: Path, model_config: ModelConfig) -> Checkpoint:
     try:
         if shards is None:
             weights = {name: read_weights(path / f"{name}.safetensors", saved_config) for name in weights}
+        else:
+            check_shards(shards)
         state = read_training_state(path / TRAINING_STATE, weights["model"], read_settings(path).get("optimizer", ""))
         if state.get("progress") is not None:
             check_progress(state["progress"])

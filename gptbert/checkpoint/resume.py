@@ -54,9 +54,7 @@ def find_for_all_ranks(
     Raises:
         InputError: on every rank; see `find`, `load` and `check_settings`.
     """
-    with world.errors_on_all_ranks():
-        path = find(config) if world.is_main else None
-    path = world.all_gather(path)[0]
+    path = world.on_main(find, config)
     with world.errors_on_all_ranks():
         if path and not path.is_dir():
             raise InputError(f"{path}: not to be seen on every host; --output_dir must be one folder for all of them")

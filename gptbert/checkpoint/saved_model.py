@@ -19,7 +19,7 @@ from gptbert.checkpoint.folder import (
     read_settings,
     saved_step,
 )
-from gptbert.checkpoint.shards import load_shards
+from gptbert.checkpoint.shards import check_shards, load_shards
 from gptbert.checkpoint.weights import read_weights, shapes
 from gptbert.config import ModelConfig
 from gptbert.errors import InputError
@@ -119,6 +119,7 @@ def read_full_weights(path: Path, weights: str, config: ModelConfig) -> dict[str
         return read_weights(path / f"{weights}.safetensors", config)
     entries = manifest.read(path)
     _check_listed(path, [name for name in entries if name == MODEL_CONFIG or name.startswith(f"{SHARDS}/")])
+    check_shards(path / SHARDS)
     state = {name: torch.empty(shape) for name, shape in shapes(config).items()}
     load_shards({f"{weights}.{name}": tensor for name, tensor in state.items()}, path / SHARDS)
     return state

@@ -33,10 +33,21 @@ def save_shards(tensors: dict[str, Tensor], folder: Path, world: World) -> dict[
     """
     try:
         dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
-    except CheckpointException as error:
+    except CheckpointException as error:  # all ranks raise it
         raise InputError(_reason(error)) from error
-    own = {path.name: entry(path) for path in folder.glob(f"shard-{world.rank + 1:05d}-*")}
+    with world.errors_on_all_ranks():
+        own = {path.name: entry(path) for path in folder.glob(f"shard-{world.rank + 1:05d}-*")}
     return {name: values for each in world.all_gather(own) for name, values in each.items()}
+
+
+def check_shards(folder: Path) -> None:
+    """Refuse a folder with a pipe or a device in it, whose reading may never end; before `load_shards`.
+
+    Raises:
+        InputError: there is one; on this rank.
+    """
+    if not all(path.is_file() for path in folder.iterdir()):
+        raise InputError(f"{folder.name}: contains something that is not a file")
 
 
 def load_shards(tensors: dict[str, Tensor], folder: Path) -> None:
@@ -45,8 +56,6 @@ def load_shards(tensors: dict[str, Tensor], folder: Path) -> None:
     Raises:
         InputError: a tensor is missing or has a different shape, or a file is damaged; on every rank.
     """
-    if not all(path.is_file() for path in folder.iterdir()):  # reading a pipe or device may never end
-        raise InputError(f"{folder.name}: contains something that is not a file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about running as a single process, as tools do

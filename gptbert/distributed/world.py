@@ -4,7 +4,7 @@ import gc
 import inspect
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -98,7 +98,10 @@ class World:
 
     @contextmanager
     def errors_on_all_ranks(self) -> Iterator[None]:
-        """Context manager: after an InputError or OSError on any rank, all ranks raise it as the same `SharedError`."""
+        """Context manager: after an InputError or OSError on any rank, all ranks raise it as the same `SharedError`.
+
+        A collective operation has no place in the block: a rank that raises an error before does not get to it.
+        """
         failure = None
         try:
             yield
@@ -109,6 +112,18 @@ class World:
         failed = [reported for reported in self.all_gather(failure) if reported]
         if failed:
             raise SharedError(*failed[0])
+
+    def on_main(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """The result, on every rank, of a function that the main rank alone calls; every rank must call this.
+
+        The function must not call a collective operation. Its result is picklable.
+
+        Raises:
+            InputError: it raised InputError or OSError; on every rank, with the same message.
+        """
+        with self.errors_on_all_ranks():
+            result = function(*arguments) if self.is_main else None
+        return self.all_gather(result)[0]
 
 
 @contextmanager

@@ -86,24 +86,26 @@ def prepare_cpp_kernels(config: TrainConfig, world: World, *, is_compiled: bool)
         The run's backend.
 
     Raises:
-        InputError: on this rank: C++ kernels were requested and cannot be built, or one differs from its reference.
+        InputError: C++ kernels were requested and cannot be built, or one differs from its reference; on every rank.
     """
     backend = choose_backend(None, world.device)
     is_asked = backend == "cpp"
-    if not is_asked and (world.device.type != "cpu" or not is_compiled or chosen_by_name()):
-        return backend
-    reasons = [reason for reason in world.all_gather(cpp.unavailable()) if reason]
-    if reasons and is_asked:
-        asked = "--kernels cpp" if config.kernels == "cpp" else "KERNELS_BACKEND=cpp"
-        raise InputError(f"{asked}: the kernels cannot be compiled here ({reasons[0]}); --kernels torch works")
-    if reasons:
-        if world.is_main:
-            log(f"kernels in C++ cannot be compiled here ({reasons[0]}); this run does without")
-        return backend
-    set_default_backend("cpp")
-    if config.kernel_check == "on" and (failure := first_failure(run_checks(world.device, "cpp"))):
-        raise InputError(failure)
-    return "cpp"
+    wants_cpp = is_asked or (world.device.type == "cpu" and is_compiled and not chosen_by_name())
+    with world.errors_on_all_ranks():
+        reason = cpp.unavailable() if wants_cpp else None
+    reasons = [reason for reason in world.all_gather(reason) if reason]
+    with world.errors_on_all_ranks():  # hosts may differ in KERNELS_BACKEND
+        if reasons and is_asked:
+            asked = "--kernels cpp" if config.kernels == "cpp" else "KERNELS_BACKEND=cpp"
+            raise InputError(f"{asked}: the kernels cannot be compiled here ({reasons[0]}); --kernels torch works")
+        if wants_cpp and not reasons:
+            backend = "cpp"
+            set_default_backend(backend)
+            if config.kernel_check == "on" and (failure := first_failure(run_checks(world.device, backend))):
+                raise InputError(failure)
+    if reasons and world.is_main:
+        log(f"kernels in C++ cannot be compiled here ({reasons[0]}); this run does without")
+    return backend
 
 
 def log_choices(config: TrainConfig, world: World, compiling: object) -> None:
