@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gptbert import schedules
 from gptbert.checkpoint import manifest
-from gptbert.checkpoint.branch import branched
+from gptbert.checkpoint.branch import settings_of_branch
 from gptbert.checkpoint.checkpoint import Checkpoint
 from gptbert.checkpoint.folder import list_checkpoints, read_settings
 from gptbert.checkpoint.initial_weights import digest_of_weights, read_initial_weights
@@ -123,8 +123,9 @@ def fit(config: TrainConfig) -> None:
 def _fit(config: TrainConfig, world: World, ownership: ExitStack, hooks: Hooks) -> int:
     """Returns the number of steps at the end."""
     config = with_fast_precision(config, world)
+    branch, branch_line = world.on_main(settings_of_branch, config)  # alone: a parent that goes on may save now
     with world.errors_on_all_ranks():
-        config, branch_line = branched(config)
+        config = dataclasses.replace(config, **branch)
         backend = prepare_kernels(config, world)
         inputs = Inputs.open(config)
         config = dataclasses.replace(config, n_special_tokens=len(inputs.special_ids))  # for the records

@@ -1,12 +1,13 @@
 """`--branch_from`: one stable run, several endings, whose learning rate falls from what it was to 0."""
 
+import dataclasses
 import json
 import re
 import shutil
 
 import pytest
 
-from gptbert.checkpoint.branch import branched
+from gptbert.checkpoint.branch import settings_of_branch
 from gptbert.checkpoint.folder import list_checkpoints
 from gptbert.checkpoint.resume import find
 from gptbert.command_line import parse
@@ -43,6 +44,12 @@ def at(run_dir, step):
 
 def config(inputs, name="branch", **changes):
     return parse(TrainConfig, flags(inputs, name=name, **{**STABLE, "max_steps": 9, **changes}))
+
+
+def branched(config):
+    """The branch's settings, and the line about it."""
+    settings, line = settings_of_branch(config)
+    return dataclasses.replace(config, **settings), line
 
 
 def rates(run_dir):

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 import gptbert.train
-from gptbert.checkpoint import shards
+from gptbert.checkpoint import branch, shards
 from gptbert.distributed import world
 from gptbert.errors import InputError, LostProcessError, SharedError, StoppedError
 from gptbert.trainer import Trainer
@@ -126,3 +126,20 @@ def test_shards_that_one_rank_cannot_read_end_all_with_one_line(inputs):
     output, _ = run(inputs, "sharded", partial(lose_shard, "load"), **settings | {"max_steps": 4}, resume="auto")
     assert "the checkpoint is damaged (shards: contains something that is not a file)" in output
     assert output.count("error: ") == 1
+
+
+def look_before_the_parent_saves(rank):
+    """Rank 1 finds an older checkpoint of the run to branch off from."""
+    if rank == 1:
+        branch.newest_in = lambda run_dir: Path(run_dir) / "checkpoints" / "step_00000002"
+
+
+def test_a_branch_of_a_run_that_goes_on_begins_where_the_main_rank_says(inputs):
+    settings = {"schedule": "constant", "validate_every": 0, "timeout": 20}
+    train(inputs, "parent", max_steps=4, save_every=2, **settings)
+    parent = inputs / "runs" / "parent"
+    output, statuses = run(
+        inputs, "branch", look_before_the_parent_saves, branch_from=parent, max_steps=6, warmup_proportion=0, **settings
+    )
+    assert statuses == [0, 0], output
+    assert "a branch from step 4: " in output

@@ -2,7 +2,7 @@
 
 import math
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,23 +21,24 @@ from gptbert.config import TrainConfig
 from gptbert.errors import InputError, prefix_errors
 
 
-def branched(config: TrainConfig) -> tuple[TrainConfig, str]:
-    """The settings of a branch: the learning rate falls linearly from that of the checkpoint to 0 at `max_steps`.
+def settings_of_branch(config: TrainConfig) -> tuple[dict[str, Any], str]:
+    """What a branch changes: the learning rate falls linearly from that of the checkpoint to 0 at `max_steps`.
 
     That is a trapezoid whose peak is the checkpoint's rate, and whose cooldown begins at its step. A branch that has
     checkpoints of its own keeps its rate and where it began.
 
     Args:
-        config: `--branch_from` names the checkpoint.
+        config: `--branch_from` names the checkpoint, or a run, whose newest one it is at that moment.
 
     Returns:
-        The settings, `resume` among them, and a line for the log; without `--branch_from`, `config` and "".
+        New settings by name, `resume` among them, and a line for the log; without `--branch_from`, none and "".
 
     Raises:
         InputError: it is not a checkpoint, or the run ends before it, or has checkpoints of something else.
     """
     if config.branch_from is None:
-        return config, ""
+        return {}, ""
+    settings: dict[str, Any] = {"schedule": "trapezoid", "warmup_proportion": 0.0}
     for name, value in (
         ("--resume PATH", config.resume not in {None, "auto"}),
         ("--initial_weights", config.initial_weights),
@@ -67,13 +68,12 @@ def branched(config: TrainConfig) -> tuple[TrainConfig, str]:
             peak = _Rate.of(path).at(first)
             if peak <= 0:
                 raise InputError(f"{path}: its learning rate has fallen to 0; branch off from an earlier checkpoint")
-        config = replace(config, resume=str(path))
+        settings["resume"] = str(path)
     if config.max_steps <= first:
         raise InputError(f"--max_steps {config.max_steps}: the branch begins at step {first} and must end after it")
-    settings: dict[str, Any] = {"schedule": "trapezoid", "learning_rate": peak, "warmup_proportion": 0.0}
-    proportion = (config.max_steps - first) / config.max_steps
+    settings |= {"learning_rate": peak, "cooldown_proportion": (config.max_steps - first) / config.max_steps}
     line = f"a branch from step {first}: the learning rate falls from {peak:.3g} there to 0 at step {config.max_steps}"
-    return replace(config, **settings, cooldown_proportion=proportion), line
+    return settings, line
 
 
 def _newest_of(config: TrainConfig) -> Path | None:
