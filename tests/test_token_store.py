@@ -1,6 +1,8 @@
 """The token store: a lossless round trip through any number of shards; unusable files are refused by name."""
 
+import os
 import re
+import shutil
 import tempfile
 from itertools import chain
 from pathlib import Path
@@ -276,6 +278,23 @@ def test_of_many_files_one_that_was_replaced_is_not_opened_again(tmp_path, monke
     assert store.gather(np.array([8]), np.array([2]))[0].tolist() == documents[4], "is mapped"
     with pytest.raises(InputError, match=r"t-00001-of-00005\.safetensors: is another file than the one that was"):
         store.gather(np.array([0]), np.array([2]))
+
+
+def test_a_file_that_is_copied_over_by_one_of_its_size_is_refused(tmp_path):
+    path, other = tmp_path / "t.safetensors", tmp_path / "other.safetensors"
+    write(path)
+    write(other, [[number - 1 for number in document] for document in DOCUMENTS])
+    assert path.stat().st_size == other.stat().st_size
+    os.utime(path, (1, 1))  # clocks of file systems tick coarsely
+    store = TokenStore.open(path)
+    path.chmod(0o600)
+    (tmp_path / "link.safetensors").hardlink_to(path)
+    assert read(store) == DOCUMENTS, "only its content counts"
+    shutil.copyfile(other, path)
+    with pytest.raises(
+        InputError, match=r"t.safetensors: has another time of change than when it was opened; something has written"
+    ):
+        read(store)
 
 
 def test_incomplete_and_mixed_shards_are_refused(tmp_path):

@@ -68,7 +68,8 @@ class TokenStore:
     files: Sequence[str] = ()
     num_words: int | None = None
     _chunk_sizes: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False)
-    _sizes: list[tuple[int, int]] = field(default_factory=list, init=False, repr=False)  # as files were: inode, bytes
+    # of each file when it was opened; see `_state_of`
+    _states: list[tuple[int, int, int]] = field(default_factory=list, init=False, repr=False)
 
     @cached_property
     def shard_starts(self) -> np.ndarray:
@@ -105,18 +106,18 @@ class TokenStore:
             tokens, offsets = read_token_file(files[0])
             store = cls([tokens], [offsets], int(tokens.max(initial=0)) + 1, None, files)
         else:
-            states: list[tuple[int, int, int]] = []
+            states = [_state_of(file) for file in files]  # before they are opened, so that no later change is missed
 
-            def open_once(index: int) -> Shard:
+            def open_unchanged(index: int) -> Shard:
                 shard = open_shard(Path(files[index]))
-                if len(states) == len(files) and _state_of(files[index]) != states[index]:
+                if _state_of(files[index]) != states[index]:
                     raise InputError(
                         f"token file {files[index]}: is another file than the one that was opened at the start, and of "
                         f"more than {MOST_MAPPED:,} files those read last alone stay open; put the files back"
                     )
                 return shard
 
-            opened = lru_cache(MOST_MAPPED)(open_once)
+            opened = lru_cache(MOST_MAPPED)(open_unchanged)
             sizes, writers = [], set()
             words: list[Any] = []
             for shard in map(opened, range(len(files))):
@@ -133,8 +134,7 @@ class TokenStore:
                 files,
                 num_words=None if None in words else sum(words),
             )
-            states.extend(map(_state_of, files))
-            store._sizes.extend(state[:2] for state in states)
+            store._states.extend(states)
         if store.num_tokens == 0:
             raise InputError(f"token file {path}: holds no tokens; tokenize a corpus that is not empty")
         return store
@@ -230,35 +230,39 @@ class TokenStore:
         """
         positions = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
         if len(self.shards) == 1:
-            self._check_size(0)
+            self._check_state(0)
             tokens = self.shards[0][positions]
         else:
             shard_of = np.minimum(np.searchsorted(self.shard_starts, starts, side="right"), len(self.shards)) - 1
             begins = starts - self.shard_starts[shard_of]
             arrays = {shard: self.shards[shard] for shard in np.unique(shard_of).tolist()}
             for shard in arrays:
-                self._check_size(shard)
+                self._check_state(shard)
             pieces = zip(shard_of.tolist(), begins.tolist(), (begins + lengths).tolist(), strict=True)
             parts = [arrays[shard][begin:end] for shard, begin, end in pieces]
             tokens = np.concatenate(parts or [self.shards[0][:0]])
         self._check(tokens, positions)
         return tokens, positions
 
-    def _check_size(self, shard: int) -> None:
+    def _check_state(self, shard: int) -> None:
         """Refuse a file that was written anew in its place, as cp does.
 
         Its mapping would give other text, or end the process without a word (SIGBUS) where the file is shorter now. A
         file that was deleted, or replaced by another one of its name, is still mapped as it was; of more than
         `MOST_MAPPED` files, one that must be opened again is refused by `open` then.
         """
-        if not self._sizes:
+        if not self._states:
             return
         with suppress(OSError):  # it was deleted, or its disk does not answer
-            inode, size = _size_of(self.files[shard])
-            if inode == self._sizes[shard][0] and size != self._sizes[shard][1]:
+            (inode, *now), (opened, *before) = _state_of(self.files[shard]), self._states[shard]
+            if inode == opened and now != before:
+                size, former = now[0], before[0]
+                change = "has another time of change than"
+                if size != former:
+                    change = f"has {size:,} bytes, and had {former:,}"
                 raise InputError(
-                    f"token file {self.files[shard]}: has {size:,} bytes, and had {self._sizes[shard][1]:,} when it "
-                    "was opened; something has written to it since (a new file belongs under another name)"
+                    f"token file {self.files[shard]}: {change} when it was opened; something has written to it since "
+                    "(a new file belongs under another name)"
                 )
 
     def _check(self, tokens: np.ndarray, positions: np.ndarray | range) -> None:
@@ -268,12 +272,8 @@ class TokenStore:
             raise InputError(f"{file}token id {largest} in a store of {self.vocab_size} ids; tokenize the corpus again")
 
 
-def _size_of(file: str) -> tuple[int, int]:
-    return _state_of(file)[:2]
-
-
 def _state_of(file: str) -> tuple[int, int, int]:
-    """Inode, bytes, and when it was changed: a file of another inode may get that of one that was deleted."""
+    """Inode, bytes, and the time of the last change to them: a new file may get the inode of one that was deleted."""
     now = Path(file).stat()
     return now.st_ino, now.st_size, now.st_mtime_ns
 
