@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -126,6 +127,27 @@ def test_a_slurm_job_near_its_limit_is_requeued_and_goes_on(commands):
     assert "going on from" in output
     assert (commands / "scontrol.log").read_text() == "requeue 7\n", "a run at its end is not requeued"
     assert_same_end(run, inputs / "runs" / "whole")
+
+
+def test_a_second_warning_does_not_requeue_a_job_that_is_saving(commands):
+    """The stand-in for srun saves until the test lets it end."""
+    save = "touch saving; while [[ ! -e saved ]]; do sleep 0.01; done; echo saved >> scontrol.log; exit 1"
+    add_command(commands, "srun", f"cd {commands}\ntrap '{save}' USR1\ntouch started\nwhile :; do sleep 0.01; done")
+
+    def wait_for(name):
+        while not (commands / name).exists():
+            assert job.poll() is None
+            time.sleep(0.01)
+
+    job = subprocess.Popen([FOLDER / "slurm.sh"], cwd=ROOT, env=environment(commands, ADDRESS="127.0.0.1"))
+    wait_for("started")
+    job.send_signal(signal.SIGUSR1)
+    wait_for("saving")
+    job.send_signal(signal.SIGUSR1)
+    time.sleep(1)  # in which it would requeue the job
+    (commands / "saved").touch()
+    assert job.wait(60) == 1
+    assert (commands / "scontrol.log").read_text() == "saved\nrequeue 7\n"
 
 
 @pytest.fixture(scope="module")
