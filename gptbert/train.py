@@ -133,7 +133,7 @@ def _fit(config: TrainConfig, world: World, ownership: ExitStack, hooks: Hooks) 
         pairs = _pairs(config, world)
     is_checked = backend == "triton" and config.kernel_check == "on"
     run = kernel_settings(config, inputs.model_config, plan, world) if is_checked else None
-    with kernel_check(run, world.device) as finish_check:
+    with kernel_check(run, world.device, config.timeout) as finish_check:
         with world.errors_on_all_ranks():
             inputs.check_ids(world.rank, world.world_size)
             shard_size(config, world)  # raises InputError if invalid

@@ -4,7 +4,9 @@ import dataclasses
 import os
 import re
 import signal
+import subprocess
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -61,9 +63,9 @@ def plant(monkeypatch, tmp_path):
     return plant
 
 
-def finish(run=SMALL):
+def finish(run=SMALL, timeout=600):
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    with kernel_check(run, device) as finish_check:
+    with kernel_check(run, device, timeout) as finish_check:
         return finish_check()
 
 
@@ -168,15 +170,41 @@ def test_a_check_that_hangs_ends_with_its_time(plant, monkeypatch):
     started = []
     own = module.subprocess.Popen
     monkeypatch.setattr(module.subprocess, "Popen", lambda *a, **k: started.append(own(*a, **k)) or started[-1])
-    with pytest.raises(InputError, match=r"^kernel check failed: it had no result after 0.2 seconds; --kernels torch"):
+    with pytest.raises(InputError, match=r"^kernel check failed: it had no result after 0.1 seconds; --kernels torch"):
         finish()
     assert started[0].returncode == -9, "nothing is left behind"
+
+
+@pytest.mark.parametrize(("timeout", "most"), [(600, 300), (200, 100), (5, 60)])
+def test_a_rank_whose_fused_kernels_hang_is_back_before_the_others_give_up(monkeypatch, timeout, most):
+    clock, start = [1000.0], 1000.0
+
+    class Process:
+        def __init__(self, command, **_):
+            self.hangs = not {"span_mask", "lamb"} & {*command}
+
+        def wait(self, seconds=None):
+            if not self.hangs or seconds is None:
+                return 0
+            clock[0] += seconds
+            raise subprocess.TimeoutExpired("check", seconds)
+
+        def kill(self):
+            pass
+
+    monkeypatch.setattr(module.subprocess, "Popen", Process)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    failures = finish(dataclasses.replace(WITH_ATTENTION, gates=(8, 8), mixes=(8, 2)), timeout)
+    attention = {("attention_context", "gather"), ("attention_context", "load")}
+    assert failures.keys() == attention | {("gated_norm", None), ("depth_mix", None)}
+    assert clock[0] - start == most
+    assert f"no result after {most // 2} seconds" in failures["attention_context", "load"], "it had its time too"
 
 
 def test_a_run_that_ends_before_takes_its_check_along(plant, monkeypatch):
     plant("hang")
     start = time.monotonic()
-    with pytest.raises(KeyError), kernel_check(SMALL, torch.device("cpu")):
+    with pytest.raises(KeyError), kernel_check(SMALL, torch.device("cpu"), 600):
         raise KeyError
     assert time.monotonic() - start < 300, "it did not wait for it"
 

@@ -77,7 +77,7 @@ def seconds_before_a_run() -> float:
         start = time.perf_counter()
         backend = prepare_kernels(config, world)
         run = kernel_settings(config, model_config, HybridPlan(config, world.world_size), world)
-        with kernel_check(run if backend == "triton" else None, world.device) as finish:
+        with kernel_check(run if backend == "triton" else None, world.device, config.timeout) as finish:
             finish()
         return time.perf_counter() - start
 

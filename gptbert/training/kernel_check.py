@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -33,7 +34,8 @@ from kernels.run import Run
 from kernels.wanted import FUSED, GROUPS, VARIANTS, is_wanted, use_fused
 
 Failures = dict[tuple[str, str | None], str]  # by operation, and variant if it has several: what was wrong
-SECONDS = 300  # timeout; it takes some five without a compile cache
+SECONDS = 300  # at most, for all checks of a process together; they take some five without a compile cache
+_LEAST = 60  # where --timeout is short
 
 
 def kernel_settings(config: TrainConfig, model_config: ModelConfig, plan: HybridPlan, world: World) -> Run:
@@ -80,15 +82,17 @@ def _fused_mixes(
 
 
 @contextmanager
-def kernel_check(run: Run | None, device: torch.device) -> Iterator[Callable[[], Failures]]:
+def kernel_check(run: Run | None, device: torch.device, timeout: int) -> Iterator[Callable[[], Failures]]:
     """Context manager: the check runs in parallel to the block; its processes are killed at the end.
 
     Every rank checks its own GPU: any of them may be faulty. Fused operations have processes of their own, since a run
-    can do without them.
+    can do without them. A rank waits no longer than half of `timeout` for all of them together, since the others wait
+    for it: the first checks, which run in parallel, have half of that, and other variants what is left.
 
     Args:
         run: the settings to check; None for a run without Triton kernels.
         device: this process's device.
+        timeout: `--timeout`.
 
     Yields:
         A function that waits for the result. It returns the fused operations, or variants of them, that this run must
@@ -97,17 +101,26 @@ def kernel_check(run: Run | None, device: torch.device) -> Iterator[Callable[[],
     if run is None:
         yield dict
         return
+    seconds = min(SECONDS, max(timeout / 2, _LEAST))
+    end = time.monotonic() + seconds
     with ExitStack() as stack:
         needed = [op for op in run.operations if op not in FUSED]
-        check = stack.enter_context(_process(run, device, needed))
+        check = stack.enter_context(_process(run, device, needed, seconds / 2))
         groups = [[op for op in group if op in run.operations] for group in GROUPS]
-        of_fused = [(group, stack.enter_context(_process(run, device, group))) for group in groups if group]
-        yield partial(_finish_all, run, device, check, of_fused)
+        of_fused = [
+            (group, stack.enter_context(_process(run, device, group, seconds / 2))) for group in groups if group
+        ]
+        yield partial(_finish_all, run, device, check, of_fused, end)
 
 
 @contextmanager
-def _process(run: Run, device: torch.device, ops: Sequence[str]) -> Iterator[Callable[[], None]]:
-    """Context manager: a check of these operations; yields a function that waits for it, and raises InputError."""
+def _process(run: Run, device: torch.device, ops: Sequence[str], seconds: float) -> Iterator[Callable[[], None]]:
+    """Context manager: a check of these operations, which has so many seconds from now on.
+
+    Yields:
+        A function that waits for it, and raises InputError.
+    """
+    end = time.monotonic() + seconds
     paths = [str(Path(kernels.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     command = [sys.executable, "-P", "-m", "kernels.check", "--device", str(device), "--run", run.to_json()]
     with tempfile.TemporaryFile("w+") as errors:  # not a pipe, which would have to be drained
@@ -119,31 +132,36 @@ def _process(run: Run, device: torch.device, ops: Sequence[str]) -> Iterator[Cal
             stderr=errors,
         )
         try:
-            yield partial(_finish, process, errors)
+            yield partial(_finish, process, errors, seconds, end)
         finally:
             process.kill()
             process.wait()
 
 
 def _finish_all(
-    run: Run, device: torch.device, check: Callable[[], None], of_fused: list[tuple[list[str], Callable[[], None]]]
+    run: Run,
+    device: torch.device,
+    check: Callable[[], None],
+    of_fused: list[tuple[list[str], Callable[[], None]]],
+    end: float,
 ) -> Failures:
     check()
     failures: Failures = {}
     for group, check_of_first in of_fused:
-        failures |= _failures_of_group(run, device, group, check_of_first)
+        failures |= _failures_of_group(run, device, group, check_of_first, end)
     return failures
 
 
 def _failures_of_group(
-    run: Run, device: torch.device, group: Sequence[str], check_of_first: Callable[[], None]
+    run: Run, device: torch.device, group: Sequence[str], check_of_first: Callable[[], None], end: float
 ) -> Failures:
     """Waits for a group's check; if it fails, checks one variant after another until one is right."""
     failures: Failures = {}
     for variant in VARIANTS.get(group[0], (None,)):
         try:
             if failures and variant is not None:
-                with _process(replace(run, attention_variant=variant), device, group) as check:
+                left = max(end - time.monotonic(), 0)
+                with _process(replace(run, attention_variant=variant), device, group, left) as check:
                     check()
             else:
                 check_of_first()
@@ -155,11 +173,12 @@ def _failures_of_group(
     return failures
 
 
-def _finish(process: subprocess.Popen[bytes], errors: TextIO) -> None:
+def _finish(process: subprocess.Popen[bytes], errors: TextIO, seconds: float, end: float) -> None:
     try:
-        status = process.wait(SECONDS)
+        status = process.wait(max(end - time.monotonic(), 0))
     except subprocess.TimeoutExpired:
-        raise InputError(f"kernel check failed: it had no result after {SECONDS} seconds; {WAY_ON}") from None
+        process.kill()  # the next one needs the device
+        raise InputError(f"kernel check failed: it had no result after {seconds:.3g} seconds; {WAY_ON}") from None
     if status < 0:
         name = signal.Signals(-status).name
         raise InputError(f"kernel check failed: a kernel ended the process of the check ({name}); {WAY_ON}")
