@@ -166,11 +166,11 @@ def test_what_goes_wrong_in_the_process_is_one_line(plant, name, message):
 
 def test_a_check_that_hangs_ends_with_its_time(plant, monkeypatch):
     plant("hang")
-    monkeypatch.setattr(module, "SECONDS", 0.2)
+    monkeypatch.setattr(module, "SECONDS", 0.3)
     started = []
     own = module.subprocess.Popen
     monkeypatch.setattr(module.subprocess, "Popen", lambda *a, **k: started.append(own(*a, **k)) or started[-1])
-    with pytest.raises(InputError, match=r"^kernel check failed: it had no result after 0.1 seconds; --kernels torch"):
+    with pytest.raises(InputError, match=r"^kernel check failed: it had no result after 0.2 seconds; --kernels torch"):
         finish()
     assert started[0].returncode == -9, "nothing is left behind"
 
@@ -198,7 +198,7 @@ def test_a_rank_whose_fused_kernels_hang_is_back_before_the_others_give_up(monke
     attention = {("attention_context", "gather"), ("attention_context", "load")}
     assert failures.keys() == attention | {("gated_norm", None), ("depth_mix", None)}
     assert clock[0] - start == most
-    assert f"no result after {most // 2} seconds" in failures["attention_context", "load"], "it had its time too"
+    assert f"no result after {most / 3:.3g} seconds" in failures["attention_context", "load"], "it had its time too"
 
 
 def test_a_run_that_ends_before_takes_its_check_along(plant, monkeypatch):

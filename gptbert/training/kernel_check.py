@@ -87,7 +87,7 @@ def kernel_check(run: Run | None, device: torch.device, timeout: int) -> Iterato
 
     Every rank checks its own GPU: any of them may be faulty. Fused operations have processes of their own, since a run
     can do without them. A rank waits no longer than half of `timeout` for all of them together, since the others wait
-    for it: the first checks, which run in parallel, have half of that, and other variants what is left.
+    for it: the first checks, which run in parallel, have two thirds of that, and other variants what is left.
 
     Args:
         run: the settings to check; None for a run without Triton kernels.
@@ -105,10 +105,10 @@ def kernel_check(run: Run | None, device: torch.device, timeout: int) -> Iterato
     end = time.monotonic() + seconds
     with ExitStack() as stack:
         needed = [op for op in run.operations if op not in FUSED]
-        check = stack.enter_context(_process(run, device, needed, seconds / 2))
+        check = stack.enter_context(_process(run, device, needed, seconds * 2 / 3))
         groups = [[op for op in group if op in run.operations] for group in GROUPS]
         of_fused = [
-            (group, stack.enter_context(_process(run, device, group, seconds / 2))) for group in groups if group
+            (group, stack.enter_context(_process(run, device, group, seconds * 2 / 3))) for group in groups if group
         ]
         yield partial(_finish_all, run, device, check, of_fused, end)
 
