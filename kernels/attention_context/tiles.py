@@ -49,7 +49,6 @@ def store_rows(pointer, first, stride: tl.constexpr, tile, T: tl.constexpr, EVEN
     """The inverse of `load_rows`, in the matrix's dtype."""
     N: tl.constexpr = tile.shape[0]
     pointers = _pointers(pointer + first * stride, stride, 0, N, tile.shape[1])
-    tile = tile.to(pointer.dtype.element_ty)
     if EVEN:
         tl.store(pointers, tile)
     else:

@@ -103,17 +103,17 @@ def forward_kernel(
         kept = are_kept(first_words(offsets, seed_ptr), seed_ptr, threshold)
         output = tl.where(kept, output * keep_scale, 0.0)
     newest = x + output
-    tl.store(values_ptr + depth * slot_stride + offsets, newest.to(values_ptr.dtype.element_ty), mask=is_inside)
+    tl.store(values_ptr + depth * slot_stride + offsets, newest, mask=is_inside)
     # 3. x_n: the older ones rounded, y_n in fp32.
     mixed += _weighted(older, alpha_ptr, depth, first, depth, False)
     mixed += tl.load(alpha_ptr + _row_of(depth) + depth, mask=is_mix, other=1.0) * newest
-    tl.store(mixed_ptr + offsets, mixed.to(mixed_ptr.dtype.element_ty), mask=is_inside & is_mix)
+    tl.store(mixed_ptr + offsets, mixed, mask=is_inside & is_mix)
     # 4. h_n = LayerNorm(x_n), and 1/σ for the backward.
     mean = tl.sum(mixed, axis=1) / size
     centered = tl.where(is_inside, mixed - mean[:, None], 0.0)
     inverse_std = tl.rsqrt(tl.sum(centered * centered, axis=1) / size + eps)
     normalized = centered * inverse_std[:, None]
-    tl.store(normalized_ptr + offsets, normalized.to(normalized_ptr.dtype.element_ty), mask=is_inside)
+    tl.store(normalized_ptr + offsets, normalized, mask=is_inside)
     tl.store(inverse_std_ptr + row, inverse_std, mask=row < rows)
 
 
@@ -154,12 +154,12 @@ def backward_kernel(
         tl.store(deeper_ptr + depth * slot_stride + offsets, rounded, mask=is_inside & is_mix)
         # 3. ∂y_n = Σ_{k≥n} α_{k,n}·∂x_k, which is also the gradient of x_{n−1}.
         newest += _weighted(deeper, alpha_ptr, depth, depth + 1, last + 1, True) + own_weight * grad
-        tl.store(grad_newest_ptr + offsets, newest.to(grad_newest_ptr.dtype.element_ty), mask=is_inside)
+        tl.store(grad_newest_ptr + offsets, newest, mask=is_inside)
         # 4. ∂out_n: through the same mask of dropout.
         if HAS_DROPOUT:
             kept = are_kept(first_words(offsets, seed_ptr), seed_ptr, threshold)
             newest = tl.where(kept, newest * keep_scale, 0.0)
-        tl.store(grad_out_ptr + offsets, newest.to(grad_out_ptr.dtype.element_ty), mask=is_inside & is_mix)
+        tl.store(grad_out_ptr + offsets, newest, mask=is_inside & is_mix)
         bias_sums += newest
     sums = tl.sum(bias_sums, axis=0)
     tl.store(bias_parts_ptr + tl.program_id(0) * size + columns, sums, mask=(columns < size) & (has_bias != 0))

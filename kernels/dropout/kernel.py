@@ -46,7 +46,7 @@ def backward_kernel(
         grad = tl.load(grad_ptr + offsets, mask=offsets < size, other=0.0).to(tl.float32)
         total += tl.where(kept, grad * keep_scale, 0.0)
         grad_ptr += size
-    tl.store(of_x_ptr + offsets, total.to(of_x_ptr.dtype.element_ty), mask=offsets < size)
+    tl.store(of_x_ptr + offsets, total, mask=offsets < size)
 
 
 def forward(x: Tensor, seeds: Tensor, dropout_prob: float, dtype: torch.dtype) -> Tensor:

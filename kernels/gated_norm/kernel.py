@@ -46,7 +46,7 @@ def _load(row_ptrs, columns, is_row, size, PIECES: tl.constexpr):
 @triton.jit
 def _store(row_ptrs, columns, is_row, size, values):
     """Store one piece of rows."""
-    tl.store(row_ptrs + columns, values.to(row_ptrs.dtype.element_ty), mask=is_row & (columns < size))
+    tl.store(row_ptrs + columns, values, mask=is_row & (columns < size))
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -182,11 +182,11 @@ def scale_kernel(
     pointers = gradient_ptr + row * gradient_stride + block * BLOCK + tl.arange(0, BLOCK)
     left = width - block * BLOCK
     if left >= BLOCK:  # no mask: a mask would make the words narrow
-        tl.store(pointers, (tl.load(pointers).to(tl.float32) * scale).to(gradient_ptr.dtype.element_ty))
+        tl.store(pointers, tl.load(pointers).to(tl.float32) * scale)
     else:
         inside = tl.arange(0, BLOCK) < left
         entries = tl.load(pointers, mask=inside).to(tl.float32) * scale
-        tl.store(pointers, entries.to(gradient_ptr.dtype.element_ty), mask=inside)
+        tl.store(pointers, entries, mask=inside)
 
 
 def supports(logits: Tensor) -> bool:

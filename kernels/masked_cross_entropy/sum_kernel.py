@@ -111,10 +111,10 @@ def _multiply_block(source_ptr, target_ptr, scale, block, size, BLOCK: tl.conste
     left = size - block * BLOCK
     if left >= BLOCK:  # no mask: a mask would make the words narrow
         entries = tl.load(source_ptr + lanes).to(tl.float32) * scale
-        tl.store(target_ptr + lanes, entries.to(target_ptr.dtype.element_ty))
+        tl.store(target_ptr + lanes, entries)
     else:
         entries = tl.load(source_ptr + lanes, mask=lanes < left).to(tl.float32) * scale
-        tl.store(target_ptr + lanes, entries.to(target_ptr.dtype.element_ty), mask=lanes < left)
+        tl.store(target_ptr + lanes, entries, mask=lanes < left)
 
 
 def sums(

@@ -66,7 +66,7 @@ def forward_kernel(
     if HAS_DROPOUT:
         result = _dropped(result, row, columns, size, seed_ptr, threshold, keep_scale)
     places = row[:, None] * size + columns[None, :]
-    tl.store(result_ptr + places, result.to(result_ptr.dtype.element_ty), mask=is_inside)
+    tl.store(result_ptr + places, result, mask=is_inside)
 
 
 @triton.jit(do_not_specialize=_FREE, do_not_specialize_on_alignment=["seed_ptr"])
@@ -95,7 +95,7 @@ def backward_kernel(
     of_x = inverse_std * (grad - mean - normalized * along)
     if not GATHERS:
         of_x = of_x * gelu_slope(x, share, False)
-    tl.store(of_x_ptr + places, of_x.to(of_x_ptr.dtype.element_ty), mask=is_inside)
+    tl.store(of_x_ptr + places, of_x, mask=is_inside)
 
 
 @triton.jit(do_not_specialize=["rows"])
