@@ -8,7 +8,7 @@ from kernels.dropout import keep_threshold
 
 
 def keep_arguments(seed: Tensor | None, dropout_prob: float) -> tuple[int, float]:
-    """A kernel's threshold, int32, and its factor of what is kept; without a seed nothing is dropped."""
+    """A kernel's `keep_threshold`, int32, and the factor of what is kept; without a seed nothing is dropped."""
     probability = 0.0 if seed is None else dropout_prob
     return min(keep_threshold(probability), 2**31 - 1), 1 / (1 - probability)
 
@@ -20,16 +20,16 @@ def first_words(index, seed_ptr):
 
 
 @triton.jit
-def are_kept(first_words, seed_ptr, keep_threshold):
-    """Mask of elements, in the shape of their `first_words`.
+def keep_mask(words, seed_ptr, keep_threshold):
+    """Which elements are kept, bool in the shape of their `first_words`.
 
     Args:
-        first_words: see above.
+        words: `first_words` of their indices.
         seed_ptr: [2] int32.
         keep_threshold: int32, see `kernels.dropout.keep_threshold`.
     """
     second_word = tl.load(seed_ptr + 1).to(tl.uint32, bitcast=True)
-    words = ((first_words ^ (first_words >> 15)) * 0x2C1B3C6D) ^ second_word
+    words = ((words ^ (words >> 15)) * 0x2C1B3C6D) ^ second_word
     words = (words ^ (words >> 16)) * 0x85EBCA6B
     words = (words ^ (words >> 13)) * 0xC2B2AE35
     words = words ^ (words >> 16)
@@ -37,14 +37,14 @@ def are_kept(first_words, seed_ptr, keep_threshold):
 
 
 @triton.jit
-def is_kept(first_words, second_index, seed_ptr, keep_threshold):
-    """Mask [M, N] of elements with index a_m + b_n.
+def outer_keep_mask(row_words, column_index, seed_ptr, keep_threshold):
+    """`keep_mask` [M, N] of elements whose index is a sum, row's plus column's.
 
     Args:
-        first_words: [M] `first_words` of a.
-        second_index: [N] integers b.
+        row_words: [M], `first_words` of the rows' summands.
+        column_index: [N] integers, the columns' summands.
         seed_ptr: [2] int32.
-        keep_threshold: see `are_kept`.
+        keep_threshold: see `keep_mask`.
     """
-    words = first_words[:, None] + (second_index.to(tl.uint32) * 0x9E3779B1)[None, :]
-    return are_kept(words, seed_ptr, keep_threshold)
+    words = row_words[:, None] + (column_index.to(tl.uint32) * 0x9E3779B1)[None, :]
+    return keep_mask(words, seed_ptr, keep_threshold)

@@ -243,7 +243,7 @@ def test_planted_bugs_in_adding_are_found(name, tmp_path):
         adds_right()
 
 
-KEPT = "kept = are_kept(first_words(offsets, seed_ptr), seed_ptr, threshold)"
+KEPT = "kept = keep_mask(first_words(offsets, seed_ptr), seed_ptr, threshold)"
 SEED_PTR = "seed_ptr = seeds_ptr + mask * seed_stride"
 DROPOUT_MUTANTS = {
     "one mask for all": (f"{SEED_PTR}\n{KEPT}\nresult", f"seed_ptr = seeds_ptr\n{KEPT}\nresult"),

@@ -22,7 +22,7 @@ from kernels.attention_context.tiles import (
     store_rows,
     visible,
 )
-from kernels.dropout_hash import first_words, is_kept
+from kernels.dropout_hash import first_words, outer_keep_mask
 
 
 @triton.jit(do_not_specialize=["threshold", "B"])
@@ -142,7 +142,7 @@ def _add_keys(
     of_weights = tl.dot(grad, tl.trans(value))
     if HAS_DROPOUT:
         words = first_words((row_of_lse + first + tl.arange(0, N)) * T, seed_ptr)
-        kept = is_kept(words, column + zero + tl.arange(0, N), seed_ptr, threshold)
+        kept = outer_keep_mask(words, column + zero + tl.arange(0, N), seed_ptr, threshold)
         of_weights = tl.where(kept, of_weights * keep_scale, 0.0)
     of_scores = (weights * (of_weights - delta[:, None])).to(query.dtype)
     # c. Their products with the keys, and their sums by bucket.
@@ -257,7 +257,7 @@ def _add_queries(
     if HAS_DROPOUT:
         # the element's index is (row_of_lse + query) · T + key: here keys vary along rows
         words = first_words((row_of_lse + column) * T + first + zero + tl.arange(0, N), seed_ptr)
-        kept = is_kept(words, tl.arange(0, N) * T, seed_ptr, threshold)
+        kept = outer_keep_mask(words, tl.arange(0, N) * T, seed_ptr, threshold)
         weights = tl.where(kept, weights, -weights)  # a dropped weight is a negative one: no registers for the mask
     # b. ∂value; gradients of weights and scores.
     grad = load_rows(grad_ptr, column, D, N, d, T, EVEN, zero)

@@ -25,7 +25,7 @@ from kernels.attention_context.tiles import (
     visible,
 )
 from kernels.configuration import Configuration, launch_warps
-from kernels.dropout_hash import first_words, is_kept, keep_arguments
+from kernels.dropout_hash import first_words, keep_arguments, outer_keep_mask
 from kernels.wanted import VARIANTS
 
 NUM_WARPS, NUM_STAGES = 4, 1
@@ -140,7 +140,7 @@ def forward_kernel(
         total = total * rescale + tl.sum(weights, 1)
         if HAS_DROPOUT:
             words = first_words((row_of_lse + positions) * T, seed_ptr)
-            kept = is_kept(words, column + zero + tl.arange(0, N), seed_ptr, threshold)
+            kept = outer_keep_mask(words, column + zero + tl.arange(0, N), seed_ptr, threshold)
             weights = tl.where(kept, weights, 0.0)
         value = load_rows(value_ptr, column, VALUE_STRIDE, N, d, T, EVEN)
         output = tl.dot(weights.to(value.dtype), value, output * rescale[:, None])

@@ -22,7 +22,7 @@ from torch import Tensor
 from kernels.assembler import use_right_assembler
 from kernels.configuration import Configuration, launch_warps
 from kernels.depth_mix.fused import GROUP
-from kernels.dropout_hash import are_kept, first_words, keep_arguments
+from kernels.dropout_hash import first_words, keep_arguments, keep_mask
 from kernels.whole_rows import ROWS, launch_rows
 
 _G = tl.constexpr(GROUP)
@@ -100,7 +100,7 @@ def forward_kernel(
     bias = tl.load(bias_ptr + columns, mask=(columns < size) & (has_bias != 0), other=0.0)
     output += bias.to(tl.float32)[None, :]
     if HAS_DROPOUT:
-        kept = are_kept(first_words(offsets, seed_ptr), seed_ptr, threshold)
+        kept = keep_mask(first_words(offsets, seed_ptr), seed_ptr, threshold)
         output = tl.where(kept, output * keep_scale, 0.0)
     newest = x + output
     tl.store(values_ptr + depth * slot_stride + offsets, newest, mask=is_inside)
@@ -157,7 +157,7 @@ def backward_kernel(
         tl.store(grad_newest_ptr + offsets, newest, mask=is_inside)
         # 4. ∂out_n: through the same mask of dropout.
         if HAS_DROPOUT:
-            kept = are_kept(first_words(offsets, seed_ptr), seed_ptr, threshold)
+            kept = keep_mask(first_words(offsets, seed_ptr), seed_ptr, threshold)
             newest = tl.where(kept, newest * keep_scale, 0.0)
         tl.store(grad_out_ptr + offsets, newest, mask=is_inside & is_mix)
         bias_sums += newest

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.configuration import Configuration, launch_warps
-from kernels.dropout_hash import are_kept, first_words, keep_arguments
+from kernels.dropout_hash import first_words, keep_arguments, keep_mask
 
 BLOCK = 1024  # elements of a program
 NUM_WARPS = 4
@@ -28,7 +28,7 @@ def forward_kernel(
     mask = tl.program_id(1)
     x = tl.load(x_ptr + offsets, mask=offsets < size, other=0.0).to(tl.float32)
     seed_ptr = seeds_ptr + mask * seed_stride
-    kept = are_kept(first_words(offsets, seed_ptr), seed_ptr, threshold)
+    kept = keep_mask(first_words(offsets, seed_ptr), seed_ptr, threshold)
     result = tl.where(kept, x * keep_scale, 0.0).to(result_ptr.dtype.element_ty)
     tl.store(result_ptr + mask.to(tl.int64) * size + offsets, result, mask=offsets < size)
 
@@ -42,7 +42,7 @@ def backward_kernel(
     total = tl.zeros([BLOCK], tl.float32)
     for mask in range(masks):
         seed_ptr = seeds_ptr + mask * seed_stride
-        kept = are_kept(first_words(offsets, seed_ptr), seed_ptr, threshold)
+        kept = keep_mask(first_words(offsets, seed_ptr), seed_ptr, threshold)
         grad = tl.load(grad_ptr + offsets, mask=offsets < size, other=0.0).to(tl.float32)
         total += tl.where(kept, grad * keep_scale, 0.0)
         grad_ptr += size

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.configuration import Configuration, launch_warps
-from kernels.dropout_hash import are_kept, first_words, keep_arguments
+from kernels.dropout_hash import first_words, keep_arguments, keep_mask
 from kernels.gelu import gelu_share, gelu_slope
 from kernels.whole_rows import ROWS, launch_rows
 
@@ -47,7 +47,7 @@ def _normalized(x, is_inside, size, eps):
 
 @triton.jit
 def _dropped(x, row, columns, size, seed_ptr, threshold, keep_scale):
-    kept = are_kept(first_words(row[:, None] * size + columns[None, :], seed_ptr), seed_ptr, threshold)
+    kept = keep_mask(first_words(row[:, None] * size + columns[None, :], seed_ptr), seed_ptr, threshold)
     return tl.where(kept, x * keep_scale, 0.0)
 
 
