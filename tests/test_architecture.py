@@ -144,7 +144,7 @@ NEEDED = {"__init__.py", "op.py", "reference.py", "check.py", "README.md"}
 BACKENDS = {"eager.py", "kernel.py", "cpp.py", "kernel.cpp"}
 FURTHER = {
     "attention_context": {"backward_kernel.py", "bucket_sums.py", "fused.py", "gated.py", "tiles.py"},
-    "depth_mix": {"fused.py"},
+    "depth_mix": {"fused.py", "gram_kernel.py"},
     "gated_norm": {"fused.py"},
     "dropout": {"fused.py"},
     "lamb": {"chunk_table.py", "rounding.py", "prepared.py", "shards.py"},

@@ -264,8 +264,8 @@ def planted(module, old, new, folder):
 
 # No bug writes out of bounds: that would crash the tests, not fail them.
 MUTANTS = {
-    "weights of another mix": ("kernel", "return (depth - 1) * (depth + 2) // 2", "return (depth - 1) * depth // 2"),
-    "weights not transposed": ("kernel", "_row_of(m) + depth if BACKWARD else", "_row_of(depth) + m if BACKWARD else"),
+    "weights of another mix": ("gram_kernel", "(depth - 1) * (depth + 2) // 2", "(depth - 1) * depth // 2"),
+    "weights not transposed": ("kernel", "row_of(m) + depth if BACKWARD else", "row_of(depth) + m if BACKWARD else"),
     "a representation too few": (
         "kernel", "for index in tl.static_range(1, _G)",
         "for index in tl.static_range(2, _G)",
@@ -314,8 +314,8 @@ MUTANTS = {
         "kernel", "depth + output, start, end, BACKWARD),)",
         "depth + output, start, end, False),)",
     ),
-    "the newest without its gradient": ("kernel", "mask=(old <= last)[:, None]", "mask=(old < last)[:, None]"),
-    "one program's part": ("kernel", "mask=part < num_parts", "mask=part < 1"),
+    "the newest without its gradient": ("gram_kernel", "mask=(old <= last)[:, None]", "mask=(old < last)[:, None]"),
+    "one program's part": ("gram_kernel", "mask=part < num_parts", "mask=part < 1"),
 }  # fmt: skip
 CASES = [(2, 12, 0.2), (7, 12, 0.2), (13, 12, 0.2)]  # the smallest first, which shows most of them
 
@@ -325,7 +325,7 @@ def planted_in_a_small_case(name, folder):
     """One of `MUTANTS`, where a small case has several parts, and a program several rows."""
     with planted(*MUTANTS[name], folder), pytest.MonkeyPatch.context() as patch:
         own = kernel.backward.__globals__  # the changed module's
-        patch.setitem(own, "GRAM_BLOCK", 32)
+        patch.setitem(kernel.weight_gradients.__globals__, "GRAM_BLOCK", 32)
         patch.setitem(own, "PROGRAMS", 2)
         patch.setattr(whole_rows, "ROWS_INTERPRETED", 1)
         yield

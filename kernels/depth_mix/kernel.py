@@ -19,9 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.assembler import use_right_assembler
 from kernels.configuration import Configuration, launch_warps
+from kernels.depth_mix import gram_kernel
 from kernels.depth_mix.fused import GROUP
+from kernels.depth_mix.gram_kernel import row_of, weight_gradients
 from kernels.dropout_hash import first_words, keep_arguments, keep_mask
 from kernels.whole_rows import ROWS, launch_rows
 
@@ -33,23 +34,13 @@ CHECKED = ((5, 16, 1, True), (8, 40, 6, True), (18, 40, 14, True), (4, 40, 7, Fa
 _MOST_SPILLED = {"forward_kernel": {}, "backward_kernel": {"sm_90": 8}}
 COMBINE_BLOCK = 512  # elements of a program
 COMBINE_WARPS = 2
-# of the backward, fixed, so that sums do not depend on the GPU
-PROGRAMS = 528
-GRAM_BLOCK = 128
-GRAM_STAGES = {torch.bfloat16: 4, torch.float32: 2}  # fp32's tiles are twice as large
-PARTS_BLOCK = 64
-
-
-@triton.jit
-def _row_of(depth):
-    """Where α_depth begins."""
-    return (depth - 1) * (depth + 2) // 2
+PROGRAMS = 528  # of the backward; fixed, so that sums do not depend on the GPU
 
 
 @triton.jit
 def _weight(alpha_ptr, depth, m, end, BACKWARD: tl.constexpr):
     """Weight of representation m in x_depth, or in the backward of ∂x_m in ∂y_depth; 0 from m = `end` on."""
-    place = _row_of(m) + depth if BACKWARD else _row_of(depth) + m
+    place = row_of(m) + depth if BACKWARD else row_of(depth) + m
     return tl.load(alpha_ptr + place, mask=m < end, other=0.0)
 
 
@@ -106,7 +97,7 @@ def forward_kernel(
     tl.store(values_ptr + depth * slot_stride + offsets, newest, mask=is_inside)
     # 3. x_n: the older ones rounded, y_n in fp32.
     mixed += _weighted(older, alpha_ptr, depth, first, depth, False)
-    mixed += tl.load(alpha_ptr + _row_of(depth) + depth, mask=is_mix, other=1.0) * newest
+    mixed += tl.load(alpha_ptr + row_of(depth) + depth, mask=is_mix, other=1.0) * newest
     tl.store(mixed_ptr + offsets, mixed, mask=is_inside & is_mix)
     # 4. h_n = LayerNorm(x_n), and 1/σ for the backward.
     mean = tl.sum(mixed, axis=1) / size
@@ -132,7 +123,7 @@ def backward_kernel(
     columns = tl.arange(0, BLOCK)
     is_mix = depth > 0
     deeper_ptr = values_ptr + _G * slot_stride  # ∂x_m, at the place of y_{m+G}
-    own_weight = tl.load(alpha_ptr + _row_of(depth) + depth, mask=is_mix, other=1.0)
+    own_weight = tl.load(alpha_ptr + row_of(depth) + depth, mask=is_mix, other=1.0)
     bias_sums = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
         # 1. Begin all loads.
@@ -188,45 +179,6 @@ def combine_kernel(
         sums = added
     for output in tl.static_range(OUTPUTS):
         tl.store(partials_ptr + output * slot_stride + offsets, sums[output], mask=is_inside)
-
-
-@triton.jit(do_not_specialize=["depth", "count", "last"])
-def gram_kernel(
-    values_ptr, parts_ptr, slot_stride: tl.int64, depth, count, last,
-    REPRESENTATIONS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """This program's part of y_m · ∂x_n for m ≤ last and n = depth … depth + count − 1, [16, REPRESENTATIONS] fp32."""
-    # 1. Pointers to the y_m and to the group's ∂x_n.
-    old = tl.arange(0, REPRESENTATIONS)
-    new = tl.arange(0, 16)
-    old_ptrs = values_ptr + old.to(tl.int64)[:, None] * slot_stride
-    new_ptrs = values_ptr + (new + depth + _G).to(tl.int64)[:, None] * slot_stride
-    # 2. Products of every num_programs-th block of elements. Of 16 rows they are no wgmma, for which Triton 3.6 leaves
-    #    out the fence behind copies to shared memory.
-    sums = tl.zeros([16, REPRESENTATIONS], tl.float32)
-    for block in range(tl.program_id(0), tl.cdiv(slot_stride, BLOCK), tl.num_programs(0)):
-        offsets = (block * BLOCK + tl.arange(0, BLOCK))[None, :]
-        y = tl.load(old_ptrs + offsets, mask=(old <= last)[:, None] & (offsets < slot_stride), other=0.0)
-        grad = tl.load(new_ptrs + offsets, mask=(new < count)[:, None] & (offsets < slot_stride), other=0.0)
-        sums = tl.dot(grad, tl.trans(y), sums, input_precision="ieee")
-    parts_ptr += tl.program_id(0) * 16 * REPRESENTATIONS
-    tl.store(parts_ptr + new[:, None] * REPRESENTATIONS + old[None, :], sums)
-
-
-@triton.jit(do_not_specialize=["num_parts", "depth"])
-def gram_sums_kernel(
-    parts_ptr, grad_alpha_ptr, num_parts, depth, REPRESENTATIONS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """∂α of depth + program: the parts of `gram_kernel`, added in their order."""
-    new = tl.program_id(0)
-    old = tl.arange(0, REPRESENTATIONS)
-    sums = tl.zeros([BLOCK, REPRESENTATIONS], tl.float32)
-    for start in range(0, num_parts, BLOCK):
-        part = (start + tl.arange(0, BLOCK))[:, None]
-        places = part * (16 * REPRESENTATIONS) + new * REPRESENTATIONS + old[None, :]
-        sums += tl.load(parts_ptr + places, mask=part < num_parts, other=0.0)
-    depth += new
-    tl.store(grad_alpha_ptr + _row_of(depth) + old, tl.sum(sums, axis=0), mask=old <= depth)
 
 
 def forward(
@@ -300,7 +252,7 @@ def backward(
         if grad_bias is not None:
             torch.sum(bias_parts, dim=0, out=grad_bias)
         if depth and depth == begin:
-            _weight_gradients(values, grad_alpha, begin, last)
+            weight_gradients(values, grad_alpha, begin, last, PROGRAMS)
 
 
 def _group(depth: int) -> int:
@@ -318,32 +270,8 @@ def _combine(
     )  # fmt: skip
 
 
-def _weight_gradients(values: Tensor, grad_alpha: Tensor, begin: int, last: int) -> None:
-    """∂α of the mixes begin … last."""
-    size, count = values.shape[1], last - begin + 1
-    programs, representations = min(triton.cdiv(size, GRAM_BLOCK), PROGRAMS), _padded(last + 1)
-    parts = torch.empty(programs, 16, representations, dtype=torch.float32, device=values.device)
-    use_right_assembler()
-    gram_kernel[(programs,)](
-        values, parts, size, begin, count, last, REPRESENTATIONS=representations, BLOCK=GRAM_BLOCK,
-        num_warps=launch_warps(NUM_WARPS), num_stages=GRAM_STAGES[values.dtype],
-    )  # fmt: skip
-    gram_sums_kernel[(count,)](
-        parts, grad_alpha, programs, begin, REPRESENTATIONS=representations, BLOCK=PARTS_BLOCK,
-        num_warps=launch_warps(NUM_WARPS),
-    )  # fmt: skip
-
-
-def _padded(count: int) -> int:
-    """Rows of a tile of this many representations."""
-    return max(16, triton.next_power_of_2(count))
-
-
 def _constants(size: int, rows: int, *, has_dropout: bool) -> dict[str, Any]:
     return {"HAS_DROPOUT": has_dropout, "ROWS": rows, "BLOCK": triton.next_power_of_2(size)}
-
-
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def configurations() -> list[Configuration]:
@@ -355,7 +283,7 @@ def configurations() -> list[Configuration]:
             (768, "bf16"),
             (384, "bf16"),
             (768, "fp32"),
-            *product(sorted({size for _, size, *_ in CHECKED}), _DTYPES),
+            *product(sorted({size for _, size, *_ in CHECKED}), ("bf16", "fp32")),
         )
         for has_dropout in (True, False)
     ]
@@ -371,35 +299,7 @@ def configurations() -> list[Configuration]:
         for dtype in ("bf16", "fp32")
         for outputs, is_backward in ((GROUP, False), (1, False), (2, False), (GROUP, True), (GROUP + 1, True))
     ]
-    grams = [
-        Configuration(
-            f"depth_mix/gram {representations} {dtype}",
-            gram_kernel,
-            _types(gram_kernel, dtype),
-            {"REPRESENTATIONS": representations, "BLOCK": GRAM_BLOCK},
-            num_warps=NUM_WARPS,
-            num_stages=GRAM_STAGES[_DTYPES[dtype]],
-            aligned=_aligned(gram_kernel),
-            has_products=dtype == "bf16",
-            streams=False,
-            most_spilled={"any": 8 if representations == 64 else 0},  # a word, with registers left; for 16 layers on
-        )
-        for dtype in ("bf16", "fp32")
-        for representations in (16, 32, 64)
-    ]
-    sums = [
-        Configuration(
-            f"depth_mix/gram sums {representations}",
-            gram_sums_kernel,
-            _types(gram_sums_kernel, "fp32"),
-            {"REPRESENTATIONS": representations, "BLOCK": PARTS_BLOCK},
-            num_warps=NUM_WARPS,
-            aligned=_aligned(gram_sums_kernel),
-            streams=False,
-        )
-        for representations in (16, 32, 64)
-    ]
-    return [*mixes, *combinations, *grams, *sums]
+    return [*mixes, *combinations, *gram_kernel.configurations()]
 
 
 def _mix_configuration(kernel: Any, size: int, dtype: str, *, has_dropout: bool) -> Configuration:
@@ -429,7 +329,7 @@ def _types(kernel: Any, dtype: str) -> dict[str, str]:
     narrow = ("out_ptr", "values_ptr", "normalized_ptr", "grad_h_ptr", "grad_out_ptr")
     kinds = {"seed_ptr": "*i32", "slot_stride": "i64", "keep_scale": "fp32", "eps": "fp32"}
     kinds |= dict.fromkeys(narrow, f"*{dtype}")
-    constants = {"HAS_DROPOUT", "ROWS", "BLOCK", "OUTPUTS", "BACKWARD", "REPRESENTATIONS"}
+    constants = {"HAS_DROPOUT", "ROWS", "BLOCK", "OUTPUTS", "BACKWARD"}
     return {
         name: kinds.get(name, "*fp32" if name.endswith("_ptr") else "i32")
         for name in kernel.arg_names

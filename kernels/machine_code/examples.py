@@ -156,7 +156,7 @@ def _attention_context(configuration: Configuration) -> Callable[[Block], list[B
 
 def _depth_mix(configuration: Configuration) -> Callable[[Block], list[Block]]:
     """The gradients of weights: a last block of elements that is not whole, in programs that have two blocks."""
-    from kernels.depth_mix import kernel  # noqa: PLC0415 - needs Triton
+    from kernels.depth_mix import gram_kernel, kernel  # noqa: PLC0415 - needs Triton
     from kernels.depth_mix.fused import GROUP  # noqa: PLC0415
 
     rows, size = 177, 400
@@ -169,7 +169,7 @@ def _depth_mix(configuration: Configuration) -> Callable[[Block], list[Block]]:
         x, normalized, normalized, torch.zeros(rows), alpha, None, values, torch.zeros(GROUP + 1, rows * size), x,
         normalized, None, torch.zeros_like(alpha), depth, num_mixes, 0.0,
     )  # fmt: skip
-    return lambda grid: [(0, 0, 0), (rows * size // kernel.GRAM_BLOCK % grid[0], 0, 0), (grid[0] - 1, 0, 0)]
+    return lambda grid: [(0, 0, 0), (rows * size // gram_kernel.GRAM_BLOCK % grid[0], 0, 0), (grid[0] - 1, 0, 0)]
 
 
 _OPERATIONS = {"kernels.attention_context": _attention_context, "kernels.depth_mix": _depth_mix}
