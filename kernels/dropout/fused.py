@@ -19,6 +19,7 @@ def is_fused(device: torch.device, backend: str | None = None) -> bool:
     return wanted.runs("dropout", device, backend)
 
 
+@torch.library.custom_op("kernels::dropouts", mutates_args=())
 def dropouts(x: Tensor, seeds: Tensor, dropout_prob: float, dtype: torch.dtype) -> Tensor:
     """Dropout of the same tensor by each of several masks; one launch forward, one backward.
 
@@ -31,16 +32,10 @@ def dropouts(x: Tensor, seeds: Tensor, dropout_prob: float, dtype: torch.dtype) 
     Returns:
         [L, *x.shape].
     """
-    return forward(x, seeds, dropout_prob, dtype)
-
-
-@torch.library.custom_op("kernels::dropouts", mutates_args=())
-def forward(x: Tensor, seeds: Tensor, dropout_prob: float, dtype: torch.dtype) -> Tensor:
-    """See `dropouts`."""
     return _kernel().forward(x.contiguous(), seeds, dropout_prob, dtype)
 
 
-@forward.register_fake
+@dropouts.register_fake
 def _(x, seeds, dropout_prob, dtype):
     return x.new_empty(len(seeds), *x.shape, dtype=dtype)
 
@@ -66,7 +61,7 @@ def _gradients(ctx, grad):
     return backward(grad, *ctx.saved_tensors, ctx.dropout_prob, ctx.dtype), None, None, None
 
 
-forward.register_autograd(_gradients, setup_context=_keep_inputs)
+dropouts.register_autograd(_gradients, setup_context=_keep_inputs)
 
 
 def _kernel() -> Any:
