@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import machine, peers
-from benchmarks.measurement import BASELINE, Measurement
+from benchmarks import machine
+from benchmarks.measurement import BASELINE, COMPILED, Measurement
 from kernels.add_bias import add_bias, reference
 from kernels.numerics import compare_function
 
@@ -31,7 +31,7 @@ SHAPES = [Shape(2048, 768), Shape(2048, 2560)]
 TINY = Shape(5, 24)
 IMPLEMENTATIONS = {
     BASELINE: reference.add_bias,
-    "reference_compiled": reference.add_bias,
+    COMPILED: reference.add_bias,
     "cpp": partial(add_bias, backend="cpp"),
 }
 
@@ -40,12 +40,10 @@ IMPLEMENTATIONS = {
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_add_bias(measurement: Measurement, impl: str, shape: Shape) -> None:
     """Both gradients too, in bf16, the bias in fp32."""
-    peers.skip_unless_possible(impl)
     product, bias, _ = inputs = make_inputs(shape if measurement.enabled else TINY)
-    function = measurement.compile(IMPLEMENTATIONS[impl]) if impl == "reference_compiled" else IMPLEMENTATIONS[impl]
+    function = measurement.compiled(IMPLEMENTATIONS[impl])
     measurement.prove(compare_function("bf16", function, reference.add_bias, {"product": product, "bias": bias}))
-    baseline = None if impl == BASELINE else lambda: gradients(reference.add_bias, *inputs)
-    measurement.time(lambda: gradients(function, *inputs), baseline)
+    measurement.time(lambda: gradients(function, *inputs), lambda: gradients(reference.add_bias, *inputs))
 
 
 def make_inputs(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:

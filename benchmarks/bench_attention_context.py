@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import machine, peers
-from benchmarks.measurement import BASELINE, Measurement
+from benchmarks import machine
+from benchmarks.measurement import BASELINE, COMPILED, Measurement
 from kernels.attention_context import attention_context, check, cpp, eager, fused_attention, reference
 from kernels.attention_context.fused import distance_tables
 from kernels.numerics import Comparison, compare
@@ -54,19 +54,18 @@ def _cpp(*inputs: Tensor) -> tuple[Tensor, ...]:
     return *weights, *cpp.attention_weights_backward(grad, weights[0], buckets, by_query.shape[-1], seed, DROPOUT)
 
 
-IMPLEMENTATIONS = {BASELINE: _reference, "reference_compiled": _reference, "cpp": _cpp}
+IMPLEMENTATIONS = {BASELINE: _reference, COMPILED: _reference, "cpp": _cpp}
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_attention_context(measurement: Measurement, impl: str, shape: Shape) -> None:
     """Scores to probabilities before and after dropout, forward and backward, in bf16."""
-    peers.skip_unless_possible(impl)
     shape = shape if measurement.enabled else TINY
-    function = measurement.compile(IMPLEMENTATIONS[impl]) if impl == "reference_compiled" else IMPLEMENTATIONS[impl]
+    function = measurement.compiled(IMPLEMENTATIONS[impl])
     inputs = make_inputs(shape)
     measurement.prove(proof(function(*inputs), inputs))
-    measurement.time(lambda: function(*inputs), None if impl == BASELINE else lambda: _reference(*inputs))
+    measurement.time(lambda: function(*inputs), lambda: _reference(*inputs))
 
 
 def make_inputs(shape: Shape) -> Inputs:
@@ -155,7 +154,7 @@ VARIANTS = {"triton": "gather", "triton_load": "load"}
 WHOLE_IMPLEMENTATIONS = {
     **{impl: functools.partial(_fused, variant=variant) for impl, variant in VARIANTS.items()},
     BASELINE: _unfused,
-    "reference_compiled": _unfused,
+    COMPILED: _unfused,
 }
 
 
@@ -163,14 +162,11 @@ WHOLE_IMPLEMENTATIONS = {
 @pytest.mark.parametrize("shape", WHOLE, ids=str)
 def test_whole_attention(measurement: Measurement, impl: str, shape: Whole) -> None:
     """From projections to the context, and back, in bf16."""
-    peers.skip_unless_possible(impl)
     shape = shape if measurement.enabled else TINY_WHOLE
-    function = WHOLE_IMPLEMENTATIONS[impl]
-    function = measurement.compile(function) if impl == "reference_compiled" else function
+    function = measurement.compiled(WHOLE_IMPLEMENTATIONS[impl])
     inputs = make_whole_inputs(shape)
     measurement.prove(whole_proof(impl, shape))
-    baseline = None if impl == BASELINE else functools.partial(whole_gradients, _unfused, inputs)
-    measurement.time(functools.partial(whole_gradients, function, inputs), baseline)
+    measurement.time(lambda: whole_gradients(function, inputs), lambda: whole_gradients(_unfused, inputs))
 
 
 def make_whole_inputs(shape: Whole) -> WholeInputs:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import machine, peers
+from benchmarks import machine
 from benchmarks.measurement import BASELINE, Measurement
 from gptbert.model.layer_weighting import LayerWeighting, Representations
 from kernels.add_bias import add_bias
@@ -54,25 +54,18 @@ def _ours(values: list[Tensor], alphas: Tensor, backend: str) -> list[Tensor]:
     return [part for n in reversed(range(count)) for part in depth_mix_backward(memory, grad, alphas, n, count)]
 
 
-IMPLEMENTATIONS = {BASELINE: None, "torch": "torch", "cpp": "cpp"}
+IMPLEMENTATIONS = (BASELINE, "torch", "cpp")
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_depth_mix(measurement: Measurement, impl: str, shape: Shape) -> None:
     """Representations in fp32; the buffer of C++ kernels holds the older ones in bf16."""
-    peers.skip_unless_possible(impl)
-    inputs, backend = make_inputs(shape if measurement.enabled else TINY), IMPLEMENTATIONS[impl]
-    measurement.prove(_proof(backend))
-    if backend is None:
-        measurement.time(lambda: _reference(*inputs), None)
-    else:
-        measurement.time(lambda: _ours(*inputs, backend), lambda: _reference(*inputs))
-
-
-def _proof(backend: str | None) -> Iterator[Comparison]:
-    """That of the check before a run; the reference is what it compares with."""
-    yield from check.comparisons(torch.device("cpu"), backend or "torch")
+    inputs = make_inputs(shape if measurement.enabled else TINY)
+    function = _reference if impl == BASELINE else functools.partial(_ours, backend=impl)
+    # by the check before a run, in which the reference is what others are compared with
+    measurement.prove(check.comparisons(torch.device("cpu"), "torch" if impl == BASELINE else impl))
+    measurement.time(lambda: function(*inputs), lambda: _reference(*inputs))
 
 
 def make_inputs(shape: Shape) -> Inputs:
@@ -137,12 +130,10 @@ WHOLE_IMPLEMENTATIONS = {"triton": _fused, BASELINE: _unfused}
 @pytest.mark.parametrize("shape", WHOLE, ids=str)
 def test_whole_mixes(measurement: Measurement, impl: str, shape: Whole) -> None:
     """Sub-layers that are the identity: bias, dropout, residual connection, mix and LayerNorm, and their backward."""
-    peers.skip_unless_possible(impl)
     shape = shape if measurement.enabled else TINY_WHOLE
-    inputs = make_whole_inputs(shape)
+    inputs, function = make_whole_inputs(shape), WHOLE_IMPLEMENTATIONS[impl]
     measurement.prove(whole_proof(impl, shape))
-    baseline = None if impl == BASELINE else functools.partial(whole_gradients, _unfused, inputs)
-    measurement.time(functools.partial(whole_gradients, WHOLE_IMPLEMENTATIONS[impl], inputs), baseline)
+    measurement.time(lambda: whole_gradients(function, inputs), lambda: whole_gradients(_unfused, inputs))
 
 
 def make_whole_inputs(shape: Whole) -> WholeInputs:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import machine, peers
+from benchmarks import machine
 from benchmarks.measurement import BASELINE, Measurement
 from kernels.dropout import dropout, reference
 from kernels.numerics import Comparison, compare_exactly
@@ -47,17 +47,14 @@ IMPLEMENTATIONS = {BASELINE: _pytorch, "torch": _ours, "torch_compiled": _ours}
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_dropout(measurement: Measurement, impl: str, shape: Shape) -> None:
     """In fp32. The baseline is exempt from the proof: its masks are of another generator."""
-    peers.skip_unless_possible(impl)
     shape = shape if measurement.enabled else TINY
     x, seed = torch.ones(shape.N, device=machine.device(), requires_grad=True), _seed()
-    function = IMPLEMENTATIONS[impl]
-    function = measurement.compile(function) if impl == "torch_compiled" else function
+    function = measurement.compiled(IMPLEMENTATIONS[impl])
     if impl == BASELINE:
         measurement.exempt()
     else:
         measurement.prove(_proof(function))
-    baseline = None if impl == BASELINE else lambda: gradient(_pytorch, x, seed)
-    measurement.time(lambda: gradient(function, x, seed), baseline)
+    measurement.time(lambda: gradient(function, x, seed), lambda: gradient(_pytorch, x, seed))
 
 
 def _seed() -> Tensor:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import machine, peers
-from benchmarks.measurement import BASELINE, Measurement
+from benchmarks import machine
+from benchmarks.measurement import BASELINE, COMPILED, Measurement
 from kernels.gated_norm import cpp, eager, fused
 from kernels.numerics import Comparison, compare
 
@@ -58,25 +58,24 @@ def _triton(gate: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     return normalized, of_gate
 
 
-IMPLEMENTATIONS = {BASELINE: _by_autograd, "reference_compiled": _by_autograd, "cpp": _cpp, "triton": _triton}
+IMPLEMENTATIONS = {BASELINE: _by_autograd, COMPILED: _by_autograd, "cpp": _cpp, "triton": _triton}
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_gated_norm(measurement: Measurement, impl: str, shape: Shape) -> None:
     """In bf16; the kernels' backward also recomputes the result, for the gradient of the following matrix."""
-    peers.skip_unless_possible(impl)
     shape = shape if measurement.enabled else TINY
     gate, grad = make_inputs(shape)
-    function = implementation(impl, measurement.compile)
+    function = implementation(impl, measurement.compiled)
     measurement.prove(proof(function(gate, grad), gate, grad))
-    measurement.time(lambda: function(gate, grad), None if impl == BASELINE else lambda: _by_autograd(gate, grad))
+    measurement.time(lambda: function(gate, grad), lambda: _by_autograd(gate, grad))
 
 
 def implementation(impl: str, compiled: Callable[[Forward], Forward]) -> Callable[[Tensor, Tensor], tuple]:
     """The function to time, with its forward compiled where the name says so."""
     function = IMPLEMENTATIONS[impl]
-    return partial(function, forward=compiled(_forward)) if impl == "reference_compiled" else function
+    return partial(function, forward=compiled(_forward)) if impl == COMPILED else function
 
 
 def make_inputs(shape: Shape) -> tuple[Tensor, Tensor]:

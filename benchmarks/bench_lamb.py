@@ -16,8 +16,8 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from benchmarks import machine, peers
-from benchmarks.measurement import BASELINE, Measurement
+from benchmarks import machine
+from benchmarks.measurement import BASELINE, COMPILED, Measurement
 from benchmarks.traffic import LAMB_BYTES
 from gptbert.config import ModelConfig
 from gptbert.model import GPTBert
@@ -98,7 +98,7 @@ def _pytorch_optimizer_lamb(*args: object, **settings: object) -> Optimizer:
 
 IMPLEMENTATIONS = {
     BASELINE: _reference,
-    "reference_compiled": _reference,
+    COMPILED: _reference,
     "torch": functools.partial(_ours, backend="torch"),
     "triton": functools.partial(_ours, backend="triton"),
     "cpp": functools.partial(_ours, backend="cpp"),
@@ -111,21 +111,19 @@ IMPLEMENTATIONS = {
 @pytest.mark.parametrize("shape", ["small", "base"])
 def test_lamb(measurement: Measurement, impl: str, shape: str) -> None:
     """One step of all parameters of configs/<shape>.json."""
-    peers.skip_unless_possible(impl)
-    if impl == "reference_compiled" and machine.device().type == "cpu" and measurement.enabled:
+    if impl == COMPILED and machine.device().type == "cpu" and measurement.enabled:
         pytest.skip("Inductor compiles the loop over 127 tensors for minutes on a CPU")
     sizes = model_sizes(shape) if measurement.enabled else model_sizes("tiny")[:PROOF_TENSORS]
     make_step = IMPLEMENTATIONS[impl]
-    if impl == "reference_compiled":
-        make_step = functools.partial(_reference, step=measurement.compile(reference.lamb_step))
+    if impl == COMPILED:
+        make_step = functools.partial(_reference, step=measurement.compiled(reference.lamb_step))
     if impl in {"pytorch_lamb", "fused_adamw"}:
         measurement.exempt()  # the first has no bias correction and clamps ‖p‖, the second is not LAMB
     else:
         thorough = impl in BACKENDS and measurement.enabled
         ours = check.comparisons(machine.device(), impl) if thorough else ()
         measurement.prove(chain(proof(make_step, sizes[:PROOF_TENSORS]), ours))
-    run = make_step(State(sizes))
-    baseline = None if impl == BASELINE else _reference(State(sizes))
+    run, baseline = make_step(State(sizes)), _reference(State(sizes))
     numel = sum(shape.numel() for shape, _ in sizes)
     measurement.time(run, baseline, None if impl == "fused_adamw" else LAMB_BYTES * numel)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import machine, peers
-from benchmarks.measurement import BASELINE, Measurement
+from benchmarks.measurement import BASELINE, COMPILED, Measurement
 from kernels import cross_entropy_from_logits, masked_cross_entropy
 from kernels.linear import Packed
 from kernels.masked_cross_entropy import reference
@@ -81,7 +81,7 @@ def _ours_from_logits(logits: Tensor, labels: Tensor, z_loss_weight: float, back
 
 IMPLEMENTATIONS = {
     BASELINE: Implementation(_reference),
-    "reference_compiled": Implementation(_reference),
+    COMPILED: Implementation(_reference),
     "torch": Implementation(functools.partial(_ours, backend="torch")),
     "triton": Implementation(functools.partial(_ours, backend="triton")),
     "triton_packed": Implementation(functools.partial(_ours, backend="triton"), is_packed=True),
@@ -95,7 +95,7 @@ IMPLEMENTATIONS = {
 }
 FROM_LOGITS = {
     BASELINE: _reference_from_logits,
-    "reference_compiled": _reference_from_logits,
+    COMPILED: _reference_from_logits,
     "torch": functools.partial(_ours_from_logits, backend="torch"),
     "triton": functools.partial(_ours_from_logits, backend="triton"),
     "cpp": functools.partial(_ours_from_logits, backend="cpp"),
@@ -107,32 +107,33 @@ FROM_LOGITS = {
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_masked_cross_entropy(measurement: Measurement, impl: str, shape: Shape) -> None:
     """From hidden states."""
-    peers.skip_unless_possible(impl)
     if measurement.enabled and machine.device().type == "cpu":
         _skip_what_takes_minutes(impl, shape)
     shape = shape if measurement.enabled else TINY
     implementation = IMPLEMENTATIONS[impl]
-    if impl == "reference_compiled":
-        implementation = replace(implementation, loss=measurement.compile(implementation.loss))
+    implementation = replace(implementation, loss=measurement.compiled(implementation.loss))
     measurement.prove(hidden_proof(implementation, shape))
     inputs = make_inputs(shape.N, shape.D, shape.V)
-    baseline = None if impl == BASELINE else lambda: gradients_of(IMPLEMENTATIONS[BASELINE], inputs)
-    measurement.time(lambda: gradients_of(implementation, inputs), baseline)
+    measurement.time(
+        lambda: gradients_of(implementation, inputs), lambda: gradients_of(IMPLEMENTATIONS[BASELINE], inputs)
+    )
 
 
 @pytest.mark.parametrize("impl", FROM_LOGITS)
 @pytest.mark.parametrize("shape", LOGITS_SHAPES, ids=str)
 def test_cross_entropy_from_logits(measurement: Measurement, impl: str, shape: Shape) -> None:
     """From logits in bf16; bytes by the formula of the operation's README."""
-    peers.skip_unless_possible(impl)
     shape = shape if measurement.enabled else TINY
-    loss = measurement.compile(FROM_LOGITS[impl]) if impl == "reference_compiled" else FROM_LOGITS[impl]
+    loss = measurement.compiled(FROM_LOGITS[impl])
     measurement.prove(logits_proof(loss, shape.V))
     logits, labels = make_logits(shape.N, shape.V)
-    baseline = None if impl == BASELINE else lambda: logits_gradient(_reference_from_logits, logits, labels)
     on_gpu = machine.device().type == "cuda"  # where memory is the limit
     fewest_bytes = shape.N * (2 * shape.V * logits.itemsize + 8 + 12) if on_gpu else None
-    measurement.time(lambda: logits_gradient(loss, logits, labels), baseline, fewest_bytes)
+    measurement.time(
+        lambda: logits_gradient(loss, logits, labels),
+        lambda: logits_gradient(_reference_from_logits, logits, labels),
+        fewest_bytes,
+    )
 
 
 def _skip_what_takes_minutes(impl: str, shape: Shape) -> None:

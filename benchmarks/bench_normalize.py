@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import machine, peers
-from benchmarks.measurement import BASELINE, Measurement
+from benchmarks import machine
+from benchmarks.measurement import BASELINE, COMPILED, Measurement
 from kernels.normalize import embed, normalize, reference
 from kernels.numerics import Comparison, compare_function
 
@@ -41,20 +41,17 @@ def _ours(x: Tensor) -> Tensor:
         return normalize(x, EPS)
 
 
-IMPLEMENTATIONS = {BASELINE: _reference, "reference_compiled": _reference, "torch": _ours, "torch_compiled": _ours}
+IMPLEMENTATIONS = {BASELINE: _reference, COMPILED: _reference, "torch": _ours, "torch_compiled": _ours}
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_normalize(measurement: Measurement, impl: str, shape: Shape) -> None:
     """[N, D] in fp32 to bf16, and the gradient; proven with bf16 input, since the backward reads the bf16 result."""
-    peers.skip_unless_possible(impl)
     x, grad = make_inputs(shape if measurement.enabled else TINY)
-    function = IMPLEMENTATIONS[impl]
-    function = measurement.compile(function) if impl.endswith("_compiled") else function
+    function = measurement.compiled(IMPLEMENTATIONS[impl])
     measurement.prove(compare_function("bf16", IMPLEMENTATIONS[impl], _exact, {"x": x.bfloat16()}))
-    baseline = None if impl == BASELINE else lambda: gradient(_reference, x, grad)
-    measurement.time(lambda: gradient(function, x, grad), baseline)
+    measurement.time(lambda: gradient(function, x, grad), lambda: gradient(_reference, x, grad))
 
 
 def _exact(x: Tensor) -> Tensor:
@@ -79,7 +76,7 @@ Embed = Callable[[Tensor, Tensor, Tensor, float, float], Tensor]
 WHOLE_IMPLEMENTATIONS: dict[str, Embed] = {
     "triton": embed,
     BASELINE: reference.embed,
-    "reference_compiled": reference.embed,
+    COMPILED: reference.embed,
 }
 
 
@@ -87,13 +84,10 @@ WHOLE_IMPLEMENTATIONS: dict[str, Embed] = {
 @pytest.mark.parametrize("shape", WHOLE, ids=str)
 def test_embedding(measurement: Measurement, impl: str, shape: Whole) -> None:
     """Rows of the table, LayerNorm and dropout in fp32, and the table's gradient."""
-    peers.skip_unless_possible(impl)
     inputs = make_whole_inputs(shape if measurement.enabled else TINY_WHOLE)
-    function = WHOLE_IMPLEMENTATIONS[impl]
-    function = measurement.compile(function) if impl.endswith("_compiled") else function
+    function = measurement.compiled(WHOLE_IMPLEMENTATIONS[impl])
     measurement.prove(whole_proof(WHOLE_IMPLEMENTATIONS[impl], TINY_WHOLE))
-    baseline = None if impl == BASELINE else lambda: whole_gradient(reference.embed, *inputs)
-    measurement.time(lambda: whole_gradient(function, *inputs), baseline)
+    measurement.time(lambda: whole_gradient(function, *inputs), lambda: whole_gradient(reference.embed, *inputs))
 
 
 def make_whole_inputs(shape: Whole) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import machine, peers
-from benchmarks.measurement import BASELINE, Measurement
+from benchmarks import machine
+from benchmarks.measurement import BASELINE, COMPILED, Measurement
 from kernels import span_mask
 from kernels.numerics import Comparison, compare_exactly
 from kernels.span_mask import reference
@@ -53,7 +53,7 @@ def _ours(tokens: Tensor, row_ids: Tensor, backend: str) -> tuple[Tensor, Tensor
 
 IMPLEMENTATIONS = {
     BASELINE: _reference,
-    "reference_compiled": _reference,
+    COMPILED: _reference,
     "torch": functools.partial(_ours, backend="torch"),
     "triton": functools.partial(_ours, backend="triton"),
 }
@@ -63,15 +63,13 @@ IMPLEMENTATIONS = {
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_span_mask(measurement: Measurement, impl: str, shape: Shape) -> None:
     """Tokens in int64 to inputs and labels; bytes by the formula of `benchmarks.traffic`, row ids included."""
-    peers.skip_unless_possible(impl)
     shape = shape if measurement.enabled else TINY
-    mask = measurement.compile(IMPLEMENTATIONS[impl]) if impl == "reference_compiled" else IMPLEMENTATIONS[impl]
+    mask = measurement.compiled(IMPLEMENTATIONS[impl])
     tokens, row_ids = make_rows(shape)
     measurement.prove(proof(mask, tokens, row_ids))
-    baseline = None if impl == BASELINE else lambda: _reference(tokens, row_ids)
     on_gpu = machine.device().type == "cuda"  # where memory is the limit
     fewest_bytes = 3 * tokens.nbytes + row_ids.nbytes if on_gpu else None
-    measurement.time(lambda: mask(tokens, row_ids), baseline, fewest_bytes)
+    measurement.time(lambda: mask(tokens, row_ids), lambda: _reference(tokens, row_ids), fewest_bytes)
 
 
 def make_rows(shape: Shape) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks import machine
+from benchmarks import machine, peers
 from benchmarks.measurement import Measurement, Results
 from gptbert.distributed.hardware import usable_cores
 
@@ -16,7 +16,8 @@ BUSY = 0.5  # processes per core
 
 @pytest.fixture
 def measurement(benchmark: BenchmarkFixture, request: pytest.FixtureRequest) -> Iterator[Measurement]:
-    """Proves, then times, one implementation of an operation on one shape."""
+    """Proves, then times, one implementation of an operation on one shape; skips one that cannot run here."""
+    peers.skip_unless_possible(request.node.callspec.params["impl"])
     if benchmark.disabled:
         torch.set_num_threads(1)  # faster for tiny work that runs once, possibly in parallel with other tests
     yield Measurement(benchmark, request, request.config.stash[RESULTS])

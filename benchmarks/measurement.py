@@ -21,7 +21,7 @@ from kernels.numerics import Comparison
 if TYPE_CHECKING:  # measuring does not need it
     from pytest_benchmark.fixture import BenchmarkFixture
 
-BASELINE = "reference_eager"
+BASELINE, COMPILED = "reference_eager", "reference_compiled"  # names of implementations
 SECONDS = 2.0  # approximate total of one benchmark's rounds
 MIN_ROUNDS, MAX_ROUNDS = 3, 50
 WARM_UPS = {"cpu": 1, "cuda": 2}  # the first may compile; on a CPU the proof compiles, and rounds are long
@@ -81,13 +81,15 @@ class Measurement:
         self.enabled = not benchmark.disabled
         self._benchmark, self._results = benchmark, results
         parameters = request.node.callspec.params
-        op, shape = request.node.originalname.removeprefix("test_"), str(parameters["shape"])
-        self._key = (op, shape, parameters["impl"])
+        op, self._impl = request.node.originalname.removeprefix("test_"), parameters["impl"]
+        self._key = (op, str(parameters["shape"]), self._impl)
         self._may_report = False
-        benchmark.group = f"{op} {shape}"
+        benchmark.group = f"{op} {parameters['shape']}"
 
-    def compile(self, function: Callable) -> Callable:
-        """`torch.compile`, without code generation if nothing is timed."""
+    def compiled(self, function: Callable) -> Callable:
+        """The function, by `torch.compile` if the implementation's name says so; no code is generated if not timed."""
+        if not self._impl.endswith("_compiled"):
+            return function
         return torch.compile(function, backend="inductor" if self.enabled else "eager", fullgraph=True)
 
     def prove(self, comparisons: Iterable[Comparison]) -> None:
@@ -109,21 +111,20 @@ class Measurement:
         self._try()
         self._may_report = True
 
-    def time(
-        self, run: Callable[[], object], reference: Callable[[], object] | None, fewest_bytes: int | None = None
-    ) -> None:
-        """Time `run`, alternating with `reference`.
+    def time(self, run: Callable[[], object], reference: Callable[[], object], fewest_bytes: int | None = None) -> None:
+        """Time `run`, alternating with `reference` if it is not the reference itself.
 
         Args:
             run: the implementation's work in one round.
-            reference: the same work by the eager reference; None if `run` is the reference.
+            reference: the same work by the eager reference.
             fewest_bytes: minimum that the operation must move, for the fraction of copy bandwidth; None omits it.
 
         Raises:
             AssertionError: neither `prove` nor `exempt` was called.
         """
         assert self._may_report, f"{' '.join(self._key)}: nothing was compared with the reference before"
-        turns = [run] if reference is None else [reference, run]
+        is_reference = self._impl == BASELINE
+        turns = [run] if is_reference else [reference, run]
         if not self.enabled:
             self._benchmark.pedantic(lambda: [action() for action in turns])
             return
@@ -132,7 +133,7 @@ class Measurement:
         reference_times = []
 
         def turn_of_reference() -> None:
-            if reference is not None:
+            if not is_reference:
                 reference_times.append(machine.seconds(reference))
 
         def synchronized() -> None:

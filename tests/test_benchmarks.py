@@ -94,6 +94,21 @@ def test_ratio_is_the_median_of_neighbors(measurement, results, monkeypatch):
     assert set(row) <= set(COLUMNS)
 
 
+def test_the_reference_is_not_timed_beside_itself(measurement, results):
+    turns = []
+    benchmark = measurement("reference_eager", times=[1.0] * 50)
+    benchmark.prove([RIGHT])
+    benchmark.time(lambda: turns.append("run"), lambda: turns.append("reference"))
+    assert set(turns) == {"run"}
+    assert results.rows[0]["speed_over_reference_eager"] == "1"
+
+
+@pytest.mark.parametrize(("impl", "is_compiled"), [("torch", False), ("reference_compiled", True)])
+def test_an_implementation_is_compiled_if_its_name_says_so(measurement, monkeypatch, impl, is_compiled):
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: len)
+    assert measurement(impl).compiled(abs) is (len if is_compiled else abs)
+
+
 def test_file_keeps_other_rows_and_drops_what_failed(results, tmp_path):
     def row(op, impl, milliseconds):
         return {"op": op, "shape": "N=1", "impl": impl, "p50_ms": milliseconds}

@@ -18,7 +18,7 @@ from benchmarks import bench_masked_cross_entropy as bench_cross_entropy
 from benchmarks.gpu.profile import profile
 from benchmarks.gpu.settings import Settings
 from benchmarks.gpu.steps import launch_seconds
-from benchmarks.measurement import BASELINE, peak_bytes
+from benchmarks.measurement import BASELINE, COMPILED, peak_bytes
 from gptbert.errors import first_line
 from gptbert.optim import Lamb
 from kernels.lamb import reference as lamb_reference
@@ -51,7 +51,6 @@ GATED_NORM = (  # B, T, I: feed-forwards of base and small
 EMBEDDING = (bench_normalize.Whole(32768, 768, 32768),)  # R, D, V
 SPAN_MASK = (bench_span_mask.Shape(32, 136), bench_span_mask.Shape(256, 520))
 LAMB = ("small", "base_32k")
-COMPILED = "reference_compiled"
 OPTIMIZER = "optimizer"  # gptbert.optim.Lamb, which calls the operation
 COMPILING = (COMPILED, OPTIMIZER, "triton", "triton_packed", "triton_load", "liger", "cut_cross_entropy")
 ROUNDS, CALLS = 10, 5  # calls of a round without a device sync between them
