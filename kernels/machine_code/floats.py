@@ -8,16 +8,9 @@ from kernels.machine_code.findings import UnknownInstructionError
 from kernels.machine_code.listing import Instruction
 from kernels.machine_code.machine import Machine, executes
 from kernels.machine_code.moves import chosen
+from kernels.machine_code.predicates import COMPARISONS, decide_both
 
-_COMPARISONS = {
-    "GT": np.greater,
-    "GE": np.greater_equal,
-    "LT": np.less,
-    "LE": np.less_equal,
-    "EQ": np.equal,
-    "NE": np.not_equal,
-}
-_UNORDERED = {f"{name}U" for name in _COMPARISONS}  # true also if one is no number
+_UNORDERED = {f"{name}U" for name in COMPARISONS}  # true also if one is no number
 _FUNCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "EX2": np.exp2,
     "LG2": np.log2,
@@ -74,19 +67,15 @@ def function(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> N
     _write(machine, instruction, _FUNCTIONS[instruction.modifiers[0]](value), lanes)
 
 
-@executes("FSETP", " ".join([*_COMPARISONS, *_UNORDERED, "AND", "OR", "FTZ"]))
+@executes("FSETP", " ".join([*COMPARISONS, *_UNORDERED, "AND", "OR", "FTZ"]))
 def compare(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> None:
     """A comparison and its opposite, each combined with a predicate."""
-    output, opposite, first, second, other = instruction.operands
     name = instruction.modifiers[0]
-    left, right = machine.fraction(first), machine.fraction(second)
+    left, right = (machine.fraction(operand) for operand in instruction.operands[2:4])
     is_none = np.isnan(left) | np.isnan(right)
-    holds = _COMPARISONS[name.removesuffix("U")](left, right)
+    holds = COMPARISONS[name.removesuffix("U")](left, right)
     holds = holds | is_none if name.endswith("U") else holds & ~is_none
-    combine = np.logical_or if "OR" in instruction.modifiers else np.logical_and
-    condition = machine.truth(other).copy()
-    machine.decide(output, combine(holds, condition), lanes)
-    machine.decide(opposite, combine(~holds, condition), lanes)
+    decide_both(machine, instruction, holds, lanes)
 
 
 @executes("F2FP", "BF16 F32 PACK_AB")

@@ -5,7 +5,7 @@ import numpy as np
 from kernels.machine_code.listing import Instruction
 from kernels.machine_code.machine import Machine, executes
 
-_COMPARISONS = {
+COMPARISONS = {
     "GE": np.greater_equal,
     "GT": np.greater,
     "LE": np.less_equal,
@@ -19,12 +19,18 @@ _COMBINATIONS = {"AND": np.logical_and, "OR": np.logical_or, "XOR": np.logical_x
 @executes("ISETP UISETP", "GE GT LE LT EQ NE AND OR XOR U32 EX")
 def compare(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> None:
     """A comparison and its opposite, each combined with a predicate; EX: of high words, where low ones decide ties."""
-    output, opposite, first, second, other, *low = instruction.operands
+    _, _, first, second, _, *low = instruction.operands
     read = machine.whole if "U32" in instruction.modifiers else machine.signed
     left, right = read(first), read(second)
-    holds = _COMPARISONS[instruction.modifiers[0]](left, right)
+    holds = COMPARISONS[instruction.modifiers[0]](left, right)
     if "EX" in instruction.modifiers:
         holds = np.where(left == right, machine.truth(low[0]), holds)
+    decide_both(machine, instruction, holds, lanes)
+
+
+def decide_both(machine: Machine, instruction: Instruction, holds: np.ndarray, lanes: np.ndarray) -> None:
+    """Store whether a comparison holds and whether not, in two predicates, each combined with a third."""
+    output, opposite, _, _, other, *_ = instruction.operands
     combine = _COMBINATIONS[next(name for name in instruction.modifiers if name in _COMBINATIONS)]
     condition = machine.truth(other).copy()  # it may be a destination too
     machine.decide(output, combine(holds, condition), lanes)
@@ -33,7 +39,7 @@ def compare(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> No
 
 @executes("PLOP3 UPLOP3", "LUT")
 def predicate_logic(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> None:
-    """The same for predicates, with one table for each of two destinations."""
+    """Any function of three predicates, given as a table of eight; one table for each of two destinations."""
     first, second, *rest = instruction.operands
     inputs, tables = [machine.truth(operand) for operand in rest[:3]], rest[3:]
     number = inputs[0] * 4 + inputs[1] * 2 + inputs[2]
