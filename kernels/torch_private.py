@@ -8,8 +8,8 @@ up on first use, because importing the compiler takes seconds.
 import ctypes
 import importlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -118,15 +118,11 @@ def compile_errors() -> tuple[type[Exception], ...]:
     return tuple(error for error in found if error is not None)
 
 
-@contextmanager
-def restored_autograd_compiler(*names: str) -> Iterator[None]:
-    """A block after which settings of `torch._functorch.config` have the values from before it."""
-    config = _module("torch._functorch.config")
-    before = {name: getattr(config, name) for name in names if hasattr(config, name)}
-    try:
-        yield
-    finally:
-        _configure("torch._functorch.config", before)
+def restored_autograd_compiler(*names: str) -> AbstractContextManager[None]:
+    """Context manager: on exit, settings of `torch._functorch.config` have the values from before it."""
+    config: Any = _module("torch._functorch.config")
+    present = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    return config.patch(present) if present else nullcontext()
 
 
 def configure_autograd_compiler(**settings: Any) -> None:
@@ -134,7 +130,10 @@ def configure_autograd_compiler(**settings: Any) -> None:
 
     Settings that this PyTorch lacks are omitted: the compiled step then takes more memory or time.
     """
-    _configure("torch._functorch.config", settings)
+    config = _module("torch._functorch.config")
+    for setting, value in settings.items():
+        if hasattr(config, setting):
+            setattr(config, setting, value)
 
 
 def inductor_options(settings: dict[str, Any]) -> dict[str, Any]:
@@ -163,13 +162,6 @@ def mark_any_size(tensor: Tensor, dim: int) -> None:
 @cache
 def _parameters(function: Callable[..., Any]) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)
-
-
-def _configure(name: str, settings: dict[str, Any]) -> None:
-    config = _module(name)
-    for setting, value in settings.items():
-        if hasattr(config, setting):
-            setattr(config, setting, value)
 
 
 def _module(name: str) -> ModuleType | None:
