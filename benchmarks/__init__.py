@@ -1,1 +1,1 @@
-"""Benchmarks: each module prints its results and the machine."""
+"""Benchmarks of operations (`pytest benchmarks`) and of whole steps, and the counts that need no GPU."""

@@ -1,4 +1,4 @@
-"""The assembler of Triton kernels with matrix products: not a release that is known to make wrong code of them."""
+"""The assembler (ptxas) of Triton kernels with matrix products: no release that is known to make wrong code of them."""
 
 import functools
 import importlib
@@ -12,10 +12,10 @@ _VARIABLE = "TRITON_PTXAS_PATH"
 
 @functools.cache
 def use_right_assembler() -> str | None:
-    """Have Triton's later assembler make this process's kernels if its first is wrong; before anything is compiled.
+    """Choose Triton's later assembler for this process if its first is known to be wrong; call before any compilation.
 
-    It stays so: threads compile side by side, and a kernel's key in Triton's cache names the release that the process
-    used first. An assembler named in the environment is left alone.
+    The choice is the whole process's: threads compile side by side, and a kernel's key in Triton's cache names the
+    release that the process used first. An assembler named in the environment is left alone.
 
     Returns:
         The release for GPUs up to Hopper, such as "12.9"; None without Triton or its NVIDIA backend.

@@ -1,4 +1,4 @@
-"""Triton's interpreter without work that has no effect, which is most of its time."""
+"""Triton's interpreter without the work that has no effect, which takes most of its time."""
 
 import dataclasses
 import functools

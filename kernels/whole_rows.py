@@ -13,6 +13,11 @@ def launch_rows() -> int:
     return ROWS_INTERPRETED if interpreted() else ROWS
 
 
-def take(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether they take rows of this dtype: fp32, and bf16 but in the interpreter, where its products are wrong."""
+def supports(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether these kernels support rows of a dtype: fp32, and on GPUs bf16, whose products the interpreter gets wrong.
+
+    Args:
+        dtype: of the rows.
+        device: theirs; on a CPU the kernels run in the interpreter.
+    """
     return dtype == torch.float32 or (dtype == torch.bfloat16 and device.type == "cuda")

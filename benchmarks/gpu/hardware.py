@@ -117,7 +117,7 @@ def smi() -> dict[str, str]:
 
 
 def launch_microseconds() -> float:
-    """Host seconds per small operation; median over batches of some hundreds."""
+    """Host microseconds per small operation; the median of five batches."""
     tensor = torch.zeros(16, device=machine.device())
     times = []
     for _ in range(5):

@@ -51,7 +51,7 @@ _MOST_COUNTED = {
         "keys_kernel": {128: (2_640, 1_840), 512: (2_390, 1_440)},
     },
 }
-# what `check.py` runs, in any case: heads, head size, length, position vectors, whether there is dropout
+# what the check launches if it is of no particular run: heads, head size, length, position vectors, dropout or not
 CHECKED = (
     (1, 32, 16, 32, False),
     (2, 64, 64, 64, True),

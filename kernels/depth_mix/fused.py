@@ -25,7 +25,7 @@ def is_fused(device: torch.device, dtype: torch.dtype, size: int, num_mixes: int
     """
     return (
         wanted.runs("depth_mix", device, backend)
-        and whole_rows.take(dtype, device)
+        and whole_rows.supports(dtype, device)
         and size <= whole_rows.WIDEST
         and num_mixes <= MOST_MIXES
     )

@@ -17,7 +17,9 @@ def is_fused(device: torch.device, dtype: torch.dtype, size: int, backend: str |
         size: D.
         backend: see `kernels.backend.choose_backend`.
     """
-    return wanted.runs("gated_norm", device, backend) and whole_rows.take(dtype, device) and size <= whole_rows.WIDEST
+    return (
+        wanted.runs("gated_norm", device, backend) and whole_rows.supports(dtype, device) and size <= whole_rows.WIDEST
+    )
 
 
 @torch.library.custom_op("kernels::fused_gated_norm", mutates_args=())
