@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -24,15 +24,23 @@ from gptbert.optim import Lamb
 from kernels.lamb import reference as lamb_reference
 from kernels.numerics import Comparison
 
+
+class Logits(NamedTuple):
+    """N rows of V logits."""
+
+    N: int
+    V: int
+
+    def __str__(self) -> str:
+        return f"N={self.N} V={self.V}"
+
+
 CROSS_ENTROPY = (  # N, D, V
     bench_cross_entropy.Shape(4096, 768, 32768),
     bench_cross_entropy.Shape(32768, 384, 8192),
 )
-FROM_LOGITS = (  # D is unused
-    bench_cross_entropy.Shape(4096, 384, 8192),
-    bench_cross_entropy.Shape(16384, 768, 16384),
-    bench_cross_entropy.Shape(8192, 768, 32768),
-)
+FROM_LOGITS = (Logits(4096, 8192), Logits(16384, 16384), Logits(8192, 32768))
+TINY_LOGITS = Logits(bench_cross_entropy.TINY.N, bench_cross_entropy.TINY.V)
 ATTENTION = (  # B, T, H: base and small
     bench_attention.Whole(256, 128, 12),
     bench_attention.Whole(64, 512, 12),
@@ -120,106 +128,74 @@ def compile_first(settings: Settings) -> Iterator[dict[str, Any]]:
 
 def jobs(settings: Settings) -> Iterator[Job]:
     """All jobs: those of bars first, those that take minutes to compile last."""
-    kinds = (_cross_entropy, _lamb, _attention, _mixes, _gated_norm, _embedding, _from_logits, _span_mask)
-    found = [job for kind in kinds for job in kind(settings)]
+    eager = bench_cross_entropy.Implementation(peers.eager_cross_entropy, has_z_loss=False)
+    first = {impl: bench_cross_entropy.IMPLEMENTATIONS[impl] for impl in ("triton_packed", "triton")}
+    cross_entropies = first | {"eager": eager} | bench_cross_entropy.IMPLEMENTATIONS
+    gated_norms = {impl: bench_gated_norm.IMPLEMENTATIONS[impl] for impl in ("triton", BASELINE, COMPILED)}
+    lambs = {OPTIMIZER: None} | bench_lamb.IMPLEMENTATIONS
+    # name, shapes, the one of a rehearsal, implementations, and what makes a job's function and proof of them
+    kinds = (
+        ("masked_cross_entropy", CROSS_ENTROPY, bench_cross_entropy.TINY, cross_entropies, _cross_entropy),
+        ("lamb", LAMB, "tiny", lambs, _lamb),
+        ("attention", ATTENTION, bench_attention.TINY_WHOLE, bench_attention.WHOLE_IMPLEMENTATIONS, _attention),
+        ("mixes", MIXES, bench_depth_mix.TINY_WHOLE, bench_depth_mix.WHOLE_IMPLEMENTATIONS, _mixes),
+        ("gated_norm", GATED_NORM, bench_gated_norm.TINY, gated_norms, _gated_norm),
+        ("embedding", EMBEDDING, bench_normalize.TINY_WHOLE, bench_normalize.WHOLE_IMPLEMENTATIONS, _embedding),
+        ("cross_entropy_from_logits", FROM_LOGITS, TINY_LOGITS, bench_cross_entropy.FROM_LOGITS, _from_logits),
+        ("span_mask", SPAN_MASK, bench_span_mask.TINY, bench_span_mask.IMPLEMENTATIONS, _span_mask),
+    )
+    found = [
+        Job(f"{operation} {shape}", impl, functools.partial(make, shape, impl, function, settings))
+        for operation, shapes, tiny, implementations, make in kinds
+        for shape in ((tiny,) if settings.rehearse else shapes)
+        for impl, function in implementations.items()
+    ]
     yield from sorted(found, key=lambda job: job.is_slow_to_compile)
 
 
-def _cross_entropy(settings: Settings) -> Iterator[Job]:
-    bench = bench_cross_entropy
-    eager = bench.Implementation(peers.eager_cross_entropy, has_z_loss=False)
-    first = ("triton_packed", "triton")
-    implementations = {impl: bench.IMPLEMENTATIONS[impl] for impl in first} | {"eager": eager} | bench.IMPLEMENTATIONS
-    for shape in (bench.TINY,) if settings.rehearse else CROSS_ENTROPY:
-        for impl, implementation in implementations.items():
-            make = functools.partial(_make_cross_entropy, shape, impl, implementation, settings)
-            yield Job(f"masked_cross_entropy {shape}", impl, make)
-
-
-def _make_cross_entropy(
+def _cross_entropy(
     shape: bench_cross_entropy.Shape, impl: str, implementation: bench_cross_entropy.Implementation, settings: Settings
 ) -> tuple[Run, Proof]:
     bench = bench_cross_entropy
-    if impl == COMPILED:
-        implementation = dataclasses.replace(implementation, loss=_compiled(implementation.loss, settings))
+    implementation = dataclasses.replace(implementation, loss=_compiled(impl, implementation.loss, settings))
     run = functools.partial(bench.gradients_of, implementation, bench.make_inputs(shape.N, shape.D, shape.V))
     return run, functools.partial(bench.hidden_proof, implementation, shape)
 
 
-def _attention(settings: Settings) -> Iterator[Job]:
+def _attention(shape: bench_attention.Whole, impl: str, function: Callable, settings: Settings) -> tuple[Run, Proof]:
     bench = bench_attention
-    for shape in (bench.TINY_WHOLE,) if settings.rehearse else ATTENTION:
-        for impl, function in bench.WHOLE_IMPLEMENTATIONS.items():
-            make = functools.partial(_make_attention, shape, impl, function, settings)
-            yield Job(f"attention {shape}", impl, make)
-
-
-def _make_attention(
-    shape: bench_attention.Whole, impl: str, function: Callable, settings: Settings
-) -> tuple[Run, Proof]:
-    bench = bench_attention
-    function = _compiled(function, settings) if impl == COMPILED else function
+    function = _compiled(impl, function, settings)
     run = functools.partial(bench.whole_gradients, function, bench.make_whole_inputs(shape))
     return run, functools.partial(bench.whole_proof, impl, shape)
 
 
-def _mixes(settings: Settings) -> Iterator[Job]:
-    for shape in (bench_depth_mix.TINY_WHOLE,) if settings.rehearse else MIXES:
-        for impl, function in bench_depth_mix.WHOLE_IMPLEMENTATIONS.items():
-            yield Job(f"mixes {shape}", impl, functools.partial(_make_mixes, shape, impl, function))
-
-
-def _make_mixes(shape: bench_depth_mix.Whole, impl: str, function: Callable) -> tuple[Run, Proof]:
+def _mixes(shape: bench_depth_mix.Whole, impl: str, function: Callable, settings: Settings) -> tuple[Run, Proof]:
+    del settings
     bench = bench_depth_mix
     run = functools.partial(bench.whole_gradients, function, bench.make_whole_inputs(shape))
     return run, functools.partial(bench.whole_proof, impl, shape)
 
 
-def _gated_norm(settings: Settings) -> Iterator[Job]:
-    for shape in (bench_gated_norm.TINY,) if settings.rehearse else GATED_NORM:
-        for impl in ("triton", BASELINE, COMPILED):
-            make = functools.partial(_make_gated_norm, shape, impl, settings)
-            yield Job(f"gated_norm {shape}", impl, make)
-
-
-def _make_gated_norm(shape: bench_gated_norm.Shape, impl: str, settings: Settings) -> tuple[Run, Proof]:
+def _gated_norm(shape: bench_gated_norm.Shape, impl: str, function: Callable, settings: Settings) -> tuple[Run, Proof]:
     bench = bench_gated_norm
-    function = bench.implementation(impl, functools.partial(_compiled, settings=settings))
+    timed = bench.implementation(impl, lambda forward: _compiled(impl, forward, settings))
     inputs = bench.make_inputs(shape)
     few = bench.make_inputs(dataclasses.replace(shape, B=1))
-    return functools.partial(function, *inputs), lambda: bench.proof(bench.IMPLEMENTATIONS[impl](*few), *few)
+    return functools.partial(timed, *inputs), lambda: bench.proof(function(*few), *few)
 
 
-def _embedding(settings: Settings) -> Iterator[Job]:
-    bench = bench_normalize
-    for shape in (bench.TINY_WHOLE,) if settings.rehearse else EMBEDDING:
-        for impl, function in bench.WHOLE_IMPLEMENTATIONS.items():
-            make = functools.partial(_make_embedding, shape, impl, function, settings)
-            yield Job(f"embedding {shape}", impl, make)
-
-
-def _make_embedding(
+def _embedding(
     shape: bench_normalize.Whole, impl: str, function: bench_normalize.Embed, settings: Settings
 ) -> tuple[Run, Proof]:
     bench = bench_normalize
-    timed = _compiled(function, settings) if impl == COMPILED else function
+    timed = _compiled(impl, function, settings)
     run = functools.partial(bench.whole_gradient, timed, *bench.make_whole_inputs(shape))
     return run, functools.partial(bench.whole_proof, function, bench.TINY_WHOLE)
 
 
-def _from_logits(settings: Settings) -> Iterator[Job]:
+def _from_logits(shape: Logits, impl: str, loss: bench_cross_entropy.Loss, settings: Settings) -> tuple[Run, Proof]:
     bench = bench_cross_entropy
-    for shape in (bench.TINY,) if settings.rehearse else FROM_LOGITS:
-        for impl, loss in bench.FROM_LOGITS.items():
-            make = functools.partial(_make_from_logits, shape, impl, loss, settings)
-            yield Job(f"cross_entropy_from_logits N={shape.N} V={shape.V}", impl, make)
-
-
-def _make_from_logits(
-    shape: bench_cross_entropy.Shape, impl: str, loss: bench_cross_entropy.Loss, settings: Settings
-) -> tuple[Run, Proof]:
-    bench = bench_cross_entropy
-    loss = _compiled(loss, settings) if impl == COMPILED else loss
+    loss = _compiled(impl, loss, settings)
     logits, labels = bench.make_logits(shape.N, shape.V)
     return (
         functools.partial(bench.logits_gradient, loss, logits, labels),
@@ -227,27 +203,20 @@ def _make_from_logits(
     )
 
 
-def _lamb(settings: Settings) -> Iterator[Job]:
-    for name in ("tiny",) if settings.rehearse else LAMB:
-        yield Job(f"lamb {name}", OPTIMIZER, functools.partial(_make_optimizer, name))
-        for impl in bench_lamb.IMPLEMENTATIONS:
-            yield Job(f"lamb {name}", impl, functools.partial(_make_lamb, name, impl, settings))
-
-
-def _make_lamb(name: str, impl: str, settings: Settings) -> tuple[Run, Proof | None]:
+def _lamb(name: str, impl: str, make_step: Callable | None, settings: Settings) -> tuple[Run, Proof | None]:
     sizes = bench_lamb.model_sizes(name)
-    make_step = bench_lamb.IMPLEMENTATIONS[impl]
+    if make_step is None:
+        return _optimizer(sizes), None
     if impl == COMPILED:
-        make_step = functools.partial(make_step, step=_compiled(lamb_reference.lamb_step, settings))
+        make_step = functools.partial(make_step, step=_compiled(impl, lamb_reference.lamb_step, settings))
     run = make_step(bench_lamb.State(sizes))
     if impl not in {"torch", "triton"}:  # peers compute something different, and the compiled one would compile again
         return run, None
     return run, functools.partial(bench_lamb.proof, make_step, sizes[: bench_lamb.PROOF_TENSORS])
 
 
-def _make_optimizer(name: str) -> tuple[Run, None]:
-    """The operation as the trainer calls it."""
-    sizes = bench_lamb.model_sizes(name)
+def _optimizer(sizes: bench_lamb.Sizes) -> Run:
+    """LAMB as the trainer calls it."""
     state = bench_lamb.State(sizes)
     groups: dict[float, list[torch.Tensor]] = {}
     for param, grad, decay in zip(state.params, state.grads, state.decays, strict=True):
@@ -256,26 +225,21 @@ def _make_optimizer(name: str) -> tuple[Run, None]:
     optimizer = Lamb([{"params": params, "weight_decay": decay} for decay, params in groups.items()])
     averages = dict(zip(state.params, state.averages, strict=True))
     bounds = bench_lamb.SETTINGS["max_grad_norm"], averages, bench_lamb.SETTINGS["average_decay"]
-    return functools.partial(optimizer.clip_step_average, *bounds), None
+    return functools.partial(optimizer.clip_step_average, *bounds)
 
 
-def _span_mask(settings: Settings) -> Iterator[Job]:
-    bench = bench_span_mask
-    for shape in (bench.TINY,) if settings.rehearse else SPAN_MASK:
-        for impl, mask in bench.IMPLEMENTATIONS.items():
-            yield Job(f"span_mask {shape}", impl, functools.partial(_make_span_mask, shape, impl, mask, settings))
-
-
-def _make_span_mask(
+def _span_mask(
     shape: bench_span_mask.Shape, impl: str, mask: bench_span_mask.Mask, settings: Settings
 ) -> tuple[Run, Proof]:
-    mask = _compiled(mask, settings) if impl == COMPILED else mask
+    mask = _compiled(impl, mask, settings)
     tokens, row_ids = bench_span_mask.make_rows(shape)
     return functools.partial(mask, tokens, row_ids), functools.partial(bench_span_mask.proof, mask, tokens, row_ids)
 
 
-def _compiled(function: Callable, settings: Settings) -> Callable:
-    """`torch.compile`, without code generation in a rehearsal."""
+def _compiled(impl: str, function: Callable, settings: Settings) -> Callable:
+    """The function, of `COMPILED` by `torch.compile`; without code generation in a rehearsal."""
+    if impl != COMPILED:
+        return function
     return torch.compile(function, backend="eager" if settings.rehearse else "inductor", fullgraph=True)
 
 
