@@ -18,12 +18,12 @@ from typing import Annotated, Any
 
 import tyro
 
+from benchmarks import ROOT
 from benchmarks.bench_train_step import Case
 from gptbert.command_line import run_command
 from gptbert.errors import InputError
 from gptbert.io.screen import table
 
-ROOT = Path(__file__).parents[1]
 BENCH = "benchmarks/bench_train_step.py"
 FIGURES = {"tokens/s": "tokens_per_second", "MFU": "mfu", "peak GB": "peak_gb"}
 

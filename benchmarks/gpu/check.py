@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine
+from benchmarks import ROOT, machine
 from benchmarks.bench_train_step import Case, training
 from benchmarks.gpu.cases import README_COMMAND
-from benchmarks.gpu.hardware import ROOT
 from benchmarks.gpu.settings import Settings
 from gptbert.config import ModelConfig
 from gptbert.data.hybrid_plan import HybridPlan

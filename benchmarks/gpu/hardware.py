@@ -8,17 +8,15 @@ import statistics
 import subprocess
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import machine
+from benchmarks import ROOT, machine
 from benchmarks.gpu.settings import Settings
 from gptbert.distributed.hardware import hardware_name, usable_cores
 from gptbert.monitoring.flops import measure_matmul_flops
 
-ROOT = Path(__file__).parents[2]
 # dense bf16 FLOPs per second by NVIDIA's data sheets; the first whose name is in the GPU's
 DATA_SHEET = {
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989.4e12, "H200": 989.4e12, "A100": 312e12, "B200": 2250e12,

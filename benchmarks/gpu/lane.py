@@ -9,7 +9,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.gpu.hardware import ROOT
+from benchmarks import ROOT
 from benchmarks.gpu.settings import Settings
 
 FOLDER = "tests/gpu"

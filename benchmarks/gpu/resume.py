@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from benchmarks import ROOT
 from benchmarks.bench_train_step import always_compiled
-from benchmarks.gpu.hardware import ROOT
 from benchmarks.gpu.settings import Settings
 from benchmarks.gpu.steps import without_code
 from gptbert.checkpoint.folder import list_checkpoints

@@ -9,13 +9,12 @@ import subprocess
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 
+from benchmarks import ROOT
 from benchmarks.gpu import child
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.settings import WHOLE_MINUTES, Part, Settings
 
-ROOT = Path(__file__).parents[2]
 POLL_SECONDS = 0.1
 LEAST_SECONDS = 5.0  # with less than this left, no part is started
 TAIL_LINES = 12  # of a failed part's output

@@ -12,10 +12,10 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks import machine
+from benchmarks import ROOT, machine
 from benchmarks.bench_train_step import Case, labeled_fraction, random_trainer, training
 from benchmarks.gpu.cases import CASES, README_COMMAND, WAYS, StepCase
-from benchmarks.gpu.hardware import ROOT, data_sheet_flops
+from benchmarks.gpu.hardware import data_sheet_flops
 from benchmarks.gpu.profile import profile
 from benchmarks.gpu.settings import Settings
 from gptbert.config import ModelConfig
