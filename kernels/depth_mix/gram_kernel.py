@@ -110,6 +110,8 @@ def configurations() -> list[Configuration]:
                     aligned=frozenset(pointers),
                     has_products=dtype == torch.bfloat16,
                     streams=False,
+                    # a word, with registers left; for models of 16 layers on
+                    most_spilled={"any": 8 if representations == 64 else 0},
                 )
             )
         pointers = dict.fromkeys(("parts_ptr", "grad_alpha_ptr"), "*fp32")
