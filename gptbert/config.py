@@ -264,7 +264,8 @@ class TrainConfig:
     """On a CPU: keep freed memory in the process and ask for huge pages, which takes up to a fifth more memory and
     saves some 5 % of a step. --no_huge_pages leaves the allocator as it is."""
     timeout: int = 600
-    """Seconds after which a hanging collective operation ends the run."""
+    """Seconds after which a hanging collective operation ends the run. Work of the main process alone, such as a save,
+    may take longer."""
     seed: int = 42
     """Seed of initialization, shuffling, masking and dropout."""
 

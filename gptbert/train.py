@@ -138,9 +138,7 @@ def _fit(config: TrainConfig, world: World, ownership: ExitStack, hooks: Hooks) 
             inputs.check_ids(world.rank, world.world_size)
             shard_size(config, world)  # raises InputError if invalid
         _check_same_start(config, hooks, backend, inputs, pairs, world)
-        with world.errors_on_all_ranks():
-            if world.is_main:
-                ownership.enter_context(own_run_dir(config))
+        world.on_main(ownership.enter_context, own_run_dir(config))
         path, resumed = find_for_all_ranks(config, inputs.model_config, world)
         first_step = resumed.step if resumed else 0
         with world.errors_on_all_ranks():

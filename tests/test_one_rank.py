@@ -2,7 +2,10 @@
 
 import errno
 import os
+import re
+import signal
 import threading
+import time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -12,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 import gptbert.train
-from gptbert.checkpoint import branch, shards
+from gptbert.checkpoint import branch, checkpoint, shards
 from gptbert.distributed import world
 from gptbert.errors import InputError, LostProcessError, SharedError, StoppedError
 from gptbert.trainer import Trainer
@@ -73,7 +76,7 @@ def test_an_error_of_one_rank_is_told_before_anything_waits(inputs):
 def test_a_group_of_nccl_is_destroyed_only_by_all_ranks_together(monkeypatch, make_config, error, is_destroyed):
     destroyed = []
     monkeypatch.setattr(world, "read_launch", lambda: world.Launch(0, 2, 0, 2))
-    monkeypatch.setattr(world, "_join", lambda *_: None)
+    monkeypatch.setattr(world, "_join", lambda *_: dist.HashStore())
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     leave_as_nccl(monkeypatch.setattr)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: destroyed.append(True))
@@ -132,6 +135,30 @@ def look_before_the_parent_saves(rank):
     """Rank 1 finds an older checkpoint of the run to branch off from."""
     if rank == 1:
         branch.newest_in = lambda run_dir: Path(run_dir) / "checkpoints" / "step_00000002"
+
+
+def write_slowly(rank):
+    """A save of the main rank takes longer than --timeout."""
+    own = checkpoint.write_settings
+    checkpoint.write_settings = lambda *settings: time.sleep(7) or own(*settings)
+
+
+def test_a_save_may_take_longer_than_the_timeout(inputs):
+    settings = {"max_steps": 2, "save_every": 2, "validate_every": 0, "timeout": 4}
+    output, statuses = run(inputs, "slow", write_slowly, **settings)
+    assert statuses == [0, 0], output
+
+
+def halt_in_save(rank):
+    """The main rank's process hangs in a save."""
+    checkpoint.write_settings = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def test_a_main_rank_that_hangs_in_a_save_ends_the_others(inputs):
+    settings = {"max_steps": 2, "save_every": 2, "validate_every": 0, "timeout": 4}
+    output, statuses = run(inputs, "halted", halt_in_save, **settings)
+    assert statuses == [-9, 1]
+    assert re.search(r"error: rank 1: another process .*--timeout 4 s: no sign of life from the main process\)", output)
 
 
 def test_a_branch_of_a_run_that_goes_on_begins_where_the_main_rank_says(inputs):

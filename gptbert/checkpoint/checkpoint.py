@@ -114,18 +114,12 @@ def save(checkpoint: Checkpoint, config: TrainConfig, model_config: ModelConfig,
     temporary, shards = final.with_name(f".{final.name}.incomplete"), {}
     moments, rest = _moments_apart(checkpoint.optimizer)  # empty if the moments are not sharded
     try:
-        with world.errors_on_all_ranks(), _refusals(final):
-            if world.is_main:
-                _write(replace(checkpoint, optimizer=rest), temporary, config, model_config)
+        world.on_main(_write, replace(checkpoint, optimizer=rest), final, temporary, config, model_config)
         if checkpoint.is_sharded:
             with world.errors_on_all_ranks(), _refusals(final):
                 tensors = _named(checkpoint.model, checkpoint.ema, moments)
                 shards = save_shards(tensors, temporary / SHARDS, world)
-        with world.errors_on_all_ranks(), _refusals(final):
-            if world.is_main:
-                manifest.write(temporary, {f"{SHARDS}/{name}": entry for name, entry in shards.items()})
-                publish(temporary, final)
-                delete_old(final, config)
+        world.on_main(_publish, shards, final, temporary, config)
     except InputError:
         if world.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -178,18 +172,29 @@ def _refusals(final: Path) -> Iterator[None]:
         raise InputError(f"checkpoint {final}: cannot be written ({reason}){free}") from error
 
 
-def _write(checkpoint: Checkpoint, temporary: Path, config: TrainConfig, model_config: ModelConfig) -> None:
+def _write(
+    checkpoint: Checkpoint, final: Path, temporary: Path, config: TrainConfig, model_config: ModelConfig
+) -> None:
     """Write all files except the shards and the manifest."""
-    delete_leftovers(temporary.parent)
-    temporary.mkdir(parents=True)
-    state = {key: getattr(checkpoint, key) for key in STATE_KEYS}
-    if checkpoint.is_sharded:
-        (temporary / SHARDS).mkdir()
-    else:
-        for name, weights in (("model", checkpoint.model), ("ema", checkpoint.ema)):
-            write_weights(temporary / f"{name}.safetensors", weights, model_config)
-    torch.save(state, temporary / TRAINING_STATE)
-    write_settings(temporary, config, model_config)
+    with _refusals(final):
+        delete_leftovers(temporary.parent)
+        temporary.mkdir(parents=True)
+        state = {key: getattr(checkpoint, key) for key in STATE_KEYS}
+        if checkpoint.is_sharded:
+            (temporary / SHARDS).mkdir()
+        else:
+            for name, weights in (("model", checkpoint.model), ("ema", checkpoint.ema)):
+                write_weights(temporary / f"{name}.safetensors", weights, model_config)
+        torch.save(state, temporary / TRAINING_STATE)
+        write_settings(temporary, config, model_config)
+
+
+def _publish(shards: dict[str, manifest.Entry], final: Path, temporary: Path, config: TrainConfig) -> None:
+    """Write the manifest, give the folder its name, and delete old ones."""
+    with _refusals(final):
+        manifest.write(temporary, {f"{SHARDS}/{name}": entry for name, entry in shards.items()})
+        publish(temporary, final)
+        delete_old(final, config)
 
 
 def _moments_apart(optimizer: dict[str, Any]) -> tuple[dict[int, dict[str, Tensor]], dict[str, Any]]:

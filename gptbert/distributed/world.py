@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gptbert.config import TrainConfig
 from gptbert.distributed.fresh_store import fresh_store, shares_its_store
 from gptbert.distributed.hardware import usable_cores
+from gptbert.distributed.lone_work import LoneWork
 from gptbert.distributed.memory import keep_freed_memory
 from gptbert.errors import InputError, LostProcessError, SharedError, StoppedError, first_line
 from gptbert.io import environment
@@ -36,6 +37,7 @@ class World:
     rank: int
     world_size: int
     device: torch.device
+    lone_work: Callable[[], AbstractContextManager[None]] = nullcontext  # `LoneWork`, of several processes
 
     @property
     def is_main(self) -> bool:
@@ -116,12 +118,14 @@ class World:
     def on_main(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """The result, on every rank, of a function that the main rank alone calls; every rank must call this.
 
+        The others wait while the main rank's process lives, longer than `--timeout` if need be.
+
         The function must not call a collective operation. Its result is picklable.
 
         Raises:
             InputError: it raised InputError or OSError; on every rank, with the same message.
         """
-        with self.errors_on_all_ranks():
+        with self.errors_on_all_ranks(), self.lone_work():
             result = function(*arguments) if self.is_main else None
         return self.all_gather(result)[0]
 
@@ -153,19 +157,19 @@ def connect(config: TrainConfig) -> Iterator[World]:
     if world_size == 1:
         yield World(rank, world_size, device)
         return
-    with _group("nccl" if device.type == "cuda" else "gloo", config.timeout):
-        yield World(rank, world_size, device)
+    with _group("nccl" if device.type == "cuda" else "gloo", config.timeout) as store:
+        lone_work = LoneWork(dist.PrefixStore("lone work", store), config.timeout, is_main=rank == 0)
+        yield World(rank, world_size, device, lone_work)
 
 
 @contextmanager
-def _group(backend: str, timeout: int) -> Iterator[None]:
-    """Be in the process group while the block runs; see `connect`."""
+def _group(backend: str, timeout: int) -> Iterator[dist.Store]:
+    """Be in the process group while the block runs, which gets its store; see `connect`."""
     if backend == "gloo":
         environment.check_interfaces("GLOO_SOCKET_IFNAME")
     is_with_all = False
     try:
-        _join(backend, timedelta(seconds=timeout))
-        yield
+        yield _join(backend, timedelta(seconds=timeout))
         is_with_all = True
     except (SharedError, StoppedError):  # which all ranks raise at the same place
         is_with_all = True
@@ -296,13 +300,12 @@ def _mps(world_size: int) -> torch.device:
     return torch.device("mps")
 
 
-def _join(backend: str, timeout: timedelta) -> None:
-    if not shares_its_store():
-        dist.init_process_group(backend, timeout=timeout)
-        return
+def _join(backend: str, timeout: timedelta) -> dist.Store:
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-    store = fresh_store(store, rank, world_size, timeout)
+    if shares_its_store():
+        store = fresh_store(store, rank, world_size, timeout)
     dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
+    return store
 
 
 def _in_bf16(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
