@@ -166,7 +166,7 @@ def test_the_check_before_a_run_is_that_of_a_run(monkeypatch):
     checked = []
     monkeypatch.setattr(check, "prepare_kernels", lambda *_: use_fused(FUSED) or "triton")
     monkeypatch.setattr(check, "connect", lambda _: nullcontext(World(0, 1, torch.device("cuda", 0))))
-    monkeypatch.setattr(check, "kernel_check", lambda run, _: checked.append(run) or nullcontext(lambda: None))
+    monkeypatch.setattr(check, "kernel_check", lambda run, *_: checked.append(run) or nullcontext(lambda: None))
     monkeypatch.setattr(machine, "synchronize", lambda: None)
     assert check.seconds_before_a_run() >= 0
     assert set(FUSED) <= set(checked[0].operations)
