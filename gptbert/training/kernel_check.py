@@ -29,6 +29,7 @@ from gptbert.model.gptbert import attention_shape
 from kernels import depth_mix, dropout, gated_norm, normalize
 from kernels.assembler import use_right_assembler
 from kernels.attention_context.fused import is_fused
+from kernels.backend import choose_backend
 from kernels.check import WAY_ON
 from kernels.run import Run
 from kernels.wanted import FUSED, GROUPS, VARIANTS, is_wanted, use_fused
@@ -200,7 +201,9 @@ def agree_on_fused(failures: Failures, world: World) -> None:
         world: the run's processes.
     """
     own = [op for op in FUSED if is_wanted(op)]
-    everyone = world.all_gather((failures, own, None if own else use_right_assembler()))
+    # of a rank with Triton's kernels that wants none: `prepare_kernels` has refused its assembler
+    release = use_right_assembler() if not own and choose_backend(None, world.device) == "triton" else None
+    everyone = world.all_gather((failures, own, release))
     failures = {key: reason for each, *_ in reversed(everyone) for key, reason in each.items()}
     unwilling = [(rank, wanted, release) for rank, (_, wanted, release) in enumerate(everyone) if {*own} - {*wanted}]
     common = [op for op in own if all(op in wanted for _, wanted, _ in unwilling)]
