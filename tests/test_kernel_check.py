@@ -23,6 +23,7 @@ from gptbert.training import kernel_check as module
 from gptbert.training.kernel_check import kernel_check, kernel_settings
 from kernels import wanted
 from kernels.attention_context.fused import distance_tables
+from kernels.backend import set_default_backend
 from kernels.run import Run
 from tests.runs import MODEL, flags, on_ranks, write_inputs
 
@@ -111,6 +112,7 @@ def test_another_variant_takes_the_place_of_one_that_fails(plant, capfd, make_co
 
 def _fused_where_ranks_want(rank, operations, arguments, results):
     with connect(parse(TrainConfig, arguments)) as world:
+        set_default_backend("triton")
         wanted.use_fused(operations[rank])
         module.use_right_assembler = lambda: "12.8"
         said = []
