@@ -204,11 +204,12 @@ class _Ownership:
         log(f"{self._what}: is locked by {before}; waiting at most {PATIENCE:.0f} s for a sign of life")
         with contextlib.suppress(FileNotFoundError):  # it has ended
             first, end = _time_of(self._path), time.monotonic() + PATIENCE
-            while _time_of(self._path) == first and Owner.read(self._path) == before and time.monotonic() < end:
+            while time.monotonic() < end:
                 time.sleep(RENEWAL / 10)
                 with contextlib.suppress(BlockingIOError):
                     fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     return
+                self._refuse_if_alive(first, before)
             raise self._refusal(Owner.read(self._path)) from None
 
     def _open(self) -> int:
@@ -240,8 +241,12 @@ class _Ownership:
             time.sleep(min(left, RENEWAL / 10))
             if not self._path.exists():
                 return
-            if _time_of(self._path) != first or Owner.read(self._path) != before:
-                raise self._refusal(Owner.read(self._path))
+            self._refuse_if_alive(first, before)
+
+    def _refuse_if_alive(self, first: float, before: Owner) -> None:
+        """OwnedError if the file's time is no longer `first`, or its owner another one than `before`."""
+        if _time_of(self._path) != first or Owner.read(self._path) != before:
+            raise self._refusal(Owner.read(self._path)) from None
 
     def _refusal(self, owner: Owner | None) -> OwnedError:
         return OwnedError(f"{self._what}: is in use by {owner or 'another process'}; {self._way_on}")
