@@ -103,14 +103,12 @@ def kernel_check(run: Run | None, device: torch.device, timeout: int) -> Iterato
         yield dict
         return
     seconds = min(SECONDS, max(timeout / 2, _LEAST))
-    end = time.monotonic() + seconds
+    end, of_first = time.monotonic() + seconds, seconds * 2 / 3
     with ExitStack() as stack:
         needed = [op for op in run.operations if op not in FUSED]
-        check = stack.enter_context(_process(run, device, needed, seconds * 2 / 3))
+        check = stack.enter_context(_process(run, device, needed, of_first))
         groups = [[op for op in group if op in run.operations] for group in GROUPS]
-        of_fused = [
-            (group, stack.enter_context(_process(run, device, group, seconds * 2 / 3))) for group in groups if group
-        ]
+        of_fused = [(group, stack.enter_context(_process(run, device, group, of_first))) for group in groups if group]
         yield partial(_finish_all, run, device, check, of_fused, end)
 
 
