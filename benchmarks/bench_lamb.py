@@ -25,10 +25,12 @@ from gptbert.optim import Lamb, WeightAverage, parameter_groups, update_weights
 from kernels import lamb_step
 from kernels.backend import BACKENDS
 from kernels.lamb import check, reference
+from kernels.lamb.arguments import Clipping, Settings, Tensors
 from kernels.numerics import Comparison, compare
 
 PROOF_TENSORS = 12  # the first of a model: embeddings and a layer's
-SETTINGS = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.98, "eps": 1e-8, "max_grad_norm": 2.0, "average_decay": 0.999}
+SETTINGS = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.98, "eps": 1e-8, "average_decay": 0.999}
+MAX_GRAD_NORM = 2.0
 WEIGHT_DECAY = 0.1
 
 Sizes = list[tuple[torch.Size, float]]  # shape and weight decay of each parameter
@@ -54,11 +56,9 @@ class State:
 def _reference(state: State, step: Callable[..., None] = reference.lamb_step) -> Step:
     return functools.partial(
         torch.no_grad()(step),
-        *(state.params, state.grads, state.exp_avgs, state.exp_avg_sqs, state.steps, state.averages),
-        state.gradient_norm,
-        weight_decays=state.decays,
-        seed=None,
-        **SETTINGS,
+        Tensors(state.params, state.grads, state.exp_avgs, state.exp_avg_sqs, state.steps, state.averages),
+        Clipping(MAX_GRAD_NORM, state.gradient_norm),
+        Settings(weight_decays=state.decays, **SETTINGS),
     )
 
 
@@ -68,6 +68,7 @@ def _ours(state: State, backend: str) -> Step:
         *(state.params, state.grads, state.exp_avgs, state.exp_avg_sqs, state.steps),
         weight_decay=state.decays,
         averages=state.averages,
+        max_grad_norm=MAX_GRAD_NORM,
         backend=backend,
         **SETTINGS,
     )
@@ -85,7 +86,7 @@ def _with_optimizer(state: State, make_optimizer: Callable[..., Optimizer]) -> S
     average = get_ema_multi_avg_fn(SETTINGS["average_decay"])
 
     def step() -> None:
-        clip_grad_norm_(state.params, SETTINGS["max_grad_norm"])
+        clip_grad_norm_(state.params, MAX_GRAD_NORM)
         optimizer.step()
         average(state.averages, state.params, None)
 
@@ -156,7 +157,7 @@ def test_lamb_host(benchmark: BenchmarkFixture, shape: str, monkeypatch: pytest.
 
     benchmark.group = f"lamb_host {shape}"
     benchmark.pedantic(
-        lambda: update_weights(optimizer, model, average, SETTINGS["max_grad_norm"]),
+        lambda: update_weights(optimizer, model, average, MAX_GRAD_NORM),
         setup=new_gradients,
         rounds=200 if benchmark.enabled else 1,
         warmup_rounds=2,

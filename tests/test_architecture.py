@@ -147,7 +147,7 @@ FURTHER = {
     "depth_mix": {"fused.py", "gram_kernel.py"},
     "gated_norm": {"fused.py"},
     "dropout": {"fused.py"},
-    "lamb": {"chunk_table.py", "rounding.py", "prepared.py", "shards.py"},
+    "lamb": {"arguments.py", "chunk.py", "chunk_table.py", "rounding.py", "prepared.py", "shards.py"},
     "masked_cross_entropy": {"inputs.py", "sum_kernel.py"},
     "normalize": {"fused.py"},
 }

@@ -10,6 +10,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from kernels import lamb_step
 from kernels.lamb import check, chunk_table, eager, kernel, op, reference
+from kernels.lamb.arguments import Clipping, Settings, Tensors
 from tests.numerics import close, same
 
 STEP = {"lr": 0.5, "beta1": 0.9, "beta2": 0.98, "eps": 1e-8}
@@ -167,10 +168,11 @@ def test_the_reference_waits_for_no_device():
     with FakeTensorMode():
         model = Model(torch.device("cpu"))
         state = (model.params, model.grads, model.exp_avgs, model.exp_avg_sqs, model.steps, model.averages)
-        settings = {**STEP, "weight_decays": [0.1] * 4, "max_grad_norm": 1.0, "average_decay": 0.9, "seed": None}
-        reference.lamb_step(*state, torch.empty(()), **settings)
+        settings = Settings(**STEP, weight_decays=[0.1] * 4, average_decay=0.9)
+        arguments = Tensors(*state), Clipping(1.0, torch.empty(())), settings
+        reference.lamb_step(*arguments)
         with pytest.raises(DataDependentOutputException):
-            eager.lamb_step(*state, torch.empty(()), **settings)
+            eager.lamb_step(*arguments)
 
 
 def test_stochastic_rounding_is_right_on_average(backend, device):

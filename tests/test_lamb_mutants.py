@@ -38,38 +38,40 @@ MUTANTS = {
     "ratio of a zero parameter": ("& (param_norm > 0) &", "&"),
     "ratio clamped": ("tl.load(lr_ptr) * ratio", "tl.load(lr_ptr) * tl.minimum(ratio, 1.0)"),
     "learning rate never read": ("lr_scale * tl.load(lr_ptr) * ratio", "lr_scale * ratio"),
-    "sums of the neighbor": ("_FIRST_CHUNK)\nown", "_FIRST_CHUNK) + 1\nown"),
+    "sums of the neighbor": ("FIRST_CHUNK)\nown", "FIRST_CHUNK) + 1\nown"),
     "sum of one chunk": ("is_own = own < ", "is_own = own < 0 * own + 1 + 0 * "),
     "a sum too many": ("is_own = own < ", "is_own = own <= "),
     "sums exchanged": ("tl.sum(param_sums)", "tl.sum(update_sums)"),
     "average of the old parameter": ("(param - average)", "(param + step_size * update - average)"),
     "average exchanged": ("average += one_minus_decay * (", "average = param - one_minus_decay * ("),
-    "average not kept": ("_store(averages, lanes, average, length, is_last)", "pass"),
+    "average not kept": ("chunk.store(averages, lanes, average, length, is_last)", "pass"),
     "copy of the old parameter": ("narrow(param, COPY", "narrow(param + step_size * update, COPY"),
     "copy without the trust ratio": (
         "narrow(param, COPY", "narrow(param + step_size * update - lr_scale * tl.load(lr_ptr) * update, COPY"
     ),
-    "copy of the average": ("narrow(param, COPY", "narrow(average if AVERAGE else param, COPY"),
+    "copy of the average": ("narrow(param, COPY", "narrow(average if HAS_AVERAGES else param, COPY"),
     "copy cut off": ("narrow(param, COPY_TYPE)", "param.to(COPY_TYPE)"),
     "copy rounded half up": (
         "narrow(param, COPY_TYPE)", "round_to(param, 0x8000, COPY_TYPE, COPY_TYPE.is_bf16())"
     ),
-    "copy not kept": ("_store(copies, lanes, narrow(param, COPY_TYPE), length, is_last)", "pass"),
+    "copy not kept": ("chunk.store(copies, lanes, narrow(param, COPY_TYPE), length, is_last)", "pass"),
     "copy past the end": ("COPY_TYPE), length, is_last", "COPY_TYPE), length + 1, is_last"),
     "copy without its last element": ("COPY_TYPE), length, is_last", "COPY_TYPE), length - 1, is_last"),
     "copy without its last block": ("is not None and has_copy", "is not None and has_copy and not is_last"),
-    "copy in the neighboring chunk's place": ("(row_ptr, _COPY, start,", "(row_ptr, _COPY, start // 2,"),
-    "stores past the end": ("values, mask=lanes < length", "values, mask=lanes <= length"),
-    "last element not stored": ("values, mask=lanes < length", "values, mask=lanes < length - 1"),
-    "last element not loaded": ("mask=lanes < length, other", "mask=lanes < length - 1, other"),
-    "no last block": (".to(tl.int32)\nreturn tensor", ".to(tl.int32) // 2048 * 2048\nreturn tensor"),
-    "every chunk is the first": ("start = (program - tl.load(row_ptr + _FIRST_CHUNK))", "start = (program - program)"),
-    "age not kept": ("tl.store(tl.load(row_ptr + _STEP).to(tl.pointer_type(tl.float32)), age)", "pass"),
+    "copy in the neighboring chunk's place": ("(row_ptr, chunk.COPY, start,", "(row_ptr, chunk.COPY, start // 2,"),
+    "age not kept": ("tl.store(tl.load(row_ptr + chunk.STEP).to(tl.pointer_type(tl.float32)), age)", "pass"),
     "scalars of the first tensor": ("tensor * _SCALARS + _DENOMINATOR_SCALE)\n", "_DENOMINATOR_SCALE)\n"),
     "decay of the first tensor": ("decays_ptr + tensor)\nexp", "decays_ptr)\nexp"),
     "one noise for both moments": ("noise >> 16, MOMENT_TYPE", "noise & 0xFFFF, MOMENT_TYPE"),
     "one noise for all chunks": ("tensor, start + first, BLOCK", "tensor, first, BLOCK"),
 }  # fmt: skip
+OF_CHUNK = {
+    "stores past the end": ("values, mask=lanes < length", "values, mask=lanes <= length"),
+    "last element not stored": ("values, mask=lanes < length", "values, mask=lanes < length - 1"),
+    "last element not loaded": ("mask=lanes < length, other", "mask=lanes < length - 1, other"),
+    "no last block": (".to(tl.int32)\nreturn tensor", ".to(tl.int32) // 2048 * 2048\nreturn tensor"),
+    "every chunk is the first": ("start = (program - tl.load(row_ptr + FIRST_CHUNK))", "start = (program - program)"),
+}
 OF_ROUNDING = {
     "moments cut off": ("noise = 0x7FFF + ((bits >> 16) & 1)", "noise = 0"),
     "one noise for all tensors": ("low * 0 + tensor.to(tl.uint32)", "low * 0"),
@@ -81,6 +83,13 @@ OF_ROUNDING = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_planted_bug_is_found(name, device, tmp_path):
     with mutated("kernels.lamb.kernel", *MUTANTS[name], tmp_path):
+        assert not all(result.passed for result in check.comparisons(device, "triton")), name
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+@pytest.mark.parametrize("name", OF_CHUNK)
+def test_a_planted_bug_of_a_chunk_is_found(name, device, tmp_path):
+    with mutated("kernels.lamb.chunk", *OF_CHUNK[name], tmp_path):
         assert not all(result.passed for result in check.comparisons(device, "triton")), name
 
 

@@ -224,7 +224,7 @@ def _optimizer(sizes: bench_lamb.Sizes) -> Run:
         groups.setdefault(decay, []).append(param)
     optimizer = Lamb([{"params": params, "weight_decay": decay} for decay, params in groups.items()])
     averages = dict(zip(state.params, state.averages, strict=True))
-    bounds = bench_lamb.SETTINGS["max_grad_norm"], averages, bench_lamb.SETTINGS["average_decay"]
+    bounds = bench_lamb.MAX_GRAD_NORM, averages, bench_lamb.SETTINGS["average_decay"]
     return functools.partial(optimizer.clip_step_average, *bounds)
 
 

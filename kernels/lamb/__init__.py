@@ -8,6 +8,7 @@ from torch.distributed import ProcessGroup
 
 from kernels.backend import choose_backend
 from kernels.lamb import op
+from kernels.lamb.arguments import Tensors
 from kernels.lamb.prepared import PreparedStep
 
 __all__ = ["PreparedStep", "lamb_step"]
@@ -73,25 +74,20 @@ def lamb_step(
         ValueError: lists, shapes, dtypes or devices do not match, a tensor is not contiguous, or a number is out of
             range.
     """
-    averages = averages or []
-    op.check_lengths(params, grads, exp_avgs, exp_avg_sqs, steps, averages)
+    tensors = Tensors(params, grads, exp_avgs, exp_avg_sqs, steps, averages or [])
+    op.check_lengths(tensors)
     decays = [float(weight_decay)] * len(params) if isinstance(weight_decay, int | float) else list(weight_decay)
     if len(decays) != len(params):
         raise ValueError(f"weight_decay: {len(decays)} numbers for {len(params)} parameters")
     op.check_numbers(beta1, beta2, max_grad_norm, gradient_norm)
     if not params:
         return gradient_norm if gradient_norm is not None or max_grad_norm is None else torch.zeros(())
-    gradient_norm, clip, max_grad_norm = op.clipping(gradient_norm, max_grad_norm, params[0])
+    max_norm, norm, clip = op.clipping(gradient_norm, max_grad_norm, params[0])
     is_tensor = isinstance(lr, Tensor)
     with torch.no_grad():
         op.lamb_step(
-            params,
-            grads,
-            exp_avgs,
-            exp_avg_sqs,
-            steps,
-            averages,
-            gradient_norm if clip is None else None,
+            *tensors,
+            norm if clip is None else None,
             clip,
             lr=1.0 if is_tensor else lr,
             lr_tensor=lr if is_tensor else None,
@@ -99,10 +95,10 @@ def lamb_step(
             beta2=beta2,
             eps=eps,
             weight_decays=decays,
-            max_grad_norm=max_grad_norm,
+            max_grad_norm=max_norm,
             average_decay=average_decay,
             seed=stochastic_rounding_seed,
             backend=choose_backend(backend, params[0].device),
             group_name=None if group is None else group.group_name,
         )
-    return gradient_norm
+    return norm

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.lamb import PreparedStep, lamb_step, reference
+from kernels.lamb.arguments import Clipping, Settings, Tensors
 from kernels.numerics import Comparison, compare, compare_exactly
 from kernels.run import Run
 
@@ -187,20 +188,11 @@ def _step(model: _Model, case: _Case, backend: str) -> Tensor | None:
 
 def _reference_step(model: _Model, case: _Case) -> Tensor | None:
     norm = None if case.max_grad_norm is None else torch.empty_like(model.params[0][0])
+    averages = model.averages if case.averages else []
     reference.lamb_step(
-        model.params,
-        model.grads,
-        model.exp_avgs,
-        model.exp_avg_sqs,
-        model.steps,
-        model.averages if case.averages else [],
-        norm,
-        lr=_LR,
-        weight_decays=list(_DECAYS),
-        max_grad_norm=case.max_grad_norm,
-        average_decay=_AVERAGE_DECAY,
-        seed=None,
-        **_SETTINGS,
+        Tensors(model.params, model.grads, model.exp_avgs, model.exp_avg_sqs, model.steps, averages),
+        Clipping(case.max_grad_norm, norm),
+        Settings(lr=_LR, weight_decays=list(_DECAYS), average_decay=_AVERAGE_DECAY, **_SETTINGS),
     )
     return norm
 

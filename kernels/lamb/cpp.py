@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from kernels import cpp
+from kernels.lamb.arguments import Clipping, Settings, Tensors
 from kernels.lamb.reference import clip_factor
 
 
@@ -17,42 +17,23 @@ def supports(params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor]) 
     return params[0].device.type == "cpu" and is_fp32
 
 
-def lamb_step(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    averages: list[Tensor],
-    gradient_norm: Tensor | None,
-    *,
-    lr: float | Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decays: list[float],
-    max_grad_norm: float | None,
-    average_decay: float,
-    seed: int | None,
-    clip: Tensor | None = None,
-    group: ProcessGroup | None = None,
-) -> None:
-    """See `kernels.lamb.op.lamb_step`; `seed` and `group` are unused: fp32 moments, unsharded tensors."""
-    del seed, group
-    sizes = torch.tensor([param.numel() for param in params])
-    if max_grad_norm is not None:
-        norm = torch.empty((), dtype=torch.float64)
-        cpp.call("lamb_gradient_norm", (_pointers(grads), sizes, norm, len(params)))
-        clip = clip_factor(gradient_norm.copy_(norm), max_grad_norm)
+def lamb_step(tensors: Tensors, clipping: Clipping, settings: Settings) -> None:
+    """See `kernels.lamb_step`; there is neither seed nor group: fp32 moments, unsharded tensors."""
+    count = len(tensors.params)
+    sizes = torch.tensor([param.numel() for param in tensors.params])
+    max_norm, norm, clip = clipping
+    if max_norm is not None:
+        exact_norm = torch.empty((), dtype=torch.float64)
+        cpp.call("lamb_gradient_norm", (_pointers(tensors.grads), sizes, exact_norm, count))
+        clip = clip_factor(norm.copy_(exact_norm), max_norm)
     factor = 1.0 if clip is None else float(clip)
     if factor < 0:
         return
-    lists = [
-        _pointers(tensors) if tensors else None for tensors in (params, grads, exp_avgs, exp_avg_sqs, steps, averages)
-    ]
+    lists = [_pointers(each) if each else None for each in tensors]
+    lr, beta1, beta2, eps, weight_decays, average_decay, *_ = settings
     decays = torch.tensor(weight_decays, dtype=torch.float64)
-    settings = torch.tensor([factor, float(lr), beta1, beta2, eps, average_decay], dtype=torch.float64)
-    cpp.call("lamb_whole", (*lists, sizes, decays, settings, len(params)))
+    numbers = torch.tensor([factor, float(lr), beta1, beta2, eps, average_decay], dtype=torch.float64)
+    cpp.call("lamb_whole", (*lists, sizes, decays, numbers, count))
 
 
 def _pointers(tensors: list[Tensor]) -> ctypes.Array[Any]:

@@ -2,9 +2,9 @@
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from kernels import torch_private
+from kernels.lamb.arguments import Clipping, Settings, Tensors
 from kernels.lamb.reference import clip_factor
 from kernels.lamb.shards import whole_norms
 
@@ -17,32 +17,15 @@ def supports(params: list[Tensor], exp_avgs: list[Tensor]) -> bool:
     return params[0].device.type == "cpu" and is_of_one_type and torch_private.fused_adamw() is not None
 
 
-def lamb_step(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    averages: list[Tensor],
-    gradient_norm: Tensor | None,
-    *,
-    lr: float | Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decays: list[float],
-    max_grad_norm: float | None,
-    average_decay: float,
-    seed: int | None,
-    clip: Tensor | None = None,
-    group: ProcessGroup | None = None,
-) -> None:
-    """See `kernels.lamb.op.lamb_step`; `seed` is unused, as moments have the parameters' dtype."""
-    del seed
-    if max_grad_norm is not None:
-        gradient_norm.fill_(_norm([block for grad in grads for block in _blocks(grad)], gradient_norm.dtype))
-        gradient_norm.copy_(whole_norms(gradient_norm, group))
-        clip = clip_factor(gradient_norm, max_grad_norm)
+def lamb_step(tensors: Tensors, clipping: Clipping, settings: Settings) -> None:
+    """See `kernels.lamb_step`; there is no seed, as moments have the parameters' dtype."""
+    params, grads, exp_avgs, exp_avg_sqs, steps, averages = tensors
+    lr, beta1, beta2, eps, weight_decays, average_decay, _, group = settings
+    max_norm, norm, clip = clipping
+    if max_norm is not None:
+        norm.fill_(_norm([block for grad in grads for block in _blocks(grad)], norm.dtype))
+        norm.copy_(whole_norms(norm, group))
+        clip = clip_factor(norm, max_norm)
     if clip is not None and clip < 0:
         return
     every = range(len(params))

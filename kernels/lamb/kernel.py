@@ -1,8 +1,7 @@
 """LAMB over all tensors of a model in at most four launches: norm, clip factor, moments, update.
 
-Each program of the norm, moments and update kernels handles one chunk of one tensor, which it finds in the tables of
-`chunk_table.py`. A chunk is processed in blocks of BLOCK elements: whole blocks first, without masks, so that loads and
-stores are 128 bits wide; then at most one masked block.
+Each program of the norm, moments and update kernels handles one chunk of one tensor (`chunk.py`), in blocks of BLOCK
+elements: whole blocks first, without masks, so that loads and stores are 128 bits wide; then at most one masked block.
 """
 
 import math
@@ -14,10 +13,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from kernels.configuration import Configuration, launch_warps
-from kernels.lamb import chunk_table
+from kernels.lamb import chunk, chunk_table
+from kernels.lamb.arguments import Clipping, Settings, Tensors
 from kernels.lamb.reference import clip_factor
 from kernels.lamb.rounding import narrow, random_bits, round_to
 from kernels.lamb.shards import add_up_chunks, whole_norms
@@ -29,60 +28,11 @@ SUMS_BLOCK = 1024
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
-_PARAM = tl.constexpr(chunk_table.PARAM)
-_GRAD = tl.constexpr(chunk_table.GRAD)
-_EXP_AVG = tl.constexpr(chunk_table.EXP_AVG)
-_EXP_AVG_SQ = tl.constexpr(chunk_table.EXP_AVG_SQ)
-_STEP = tl.constexpr(chunk_table.STEP)
-_AVERAGE = tl.constexpr(chunk_table.AVERAGE)
-_COPY = tl.constexpr(chunk_table.COPY)
-_SIZE = tl.constexpr(chunk_table.SIZE)
-_CHUNK_SIZE = tl.constexpr(chunk_table.CHUNK_SIZE)
-_FIRST_CHUNK = tl.constexpr(chunk_table.FIRST_CHUNK)
-_COLUMNS = tl.constexpr(chunk_table.COLUMNS)
 # Per tensor, written by the moments kernel and read by the update kernel.
 _AGE = tl.constexpr(0)
 _EXP_AVG_SCALE = tl.constexpr(1)
 _DENOMINATOR_SCALE = tl.constexpr(2)
 _SCALARS = tl.constexpr(3)
-
-
-@triton.jit
-def _chunk(table_ptr, owners_ptr):
-    """This program's tensor, its row in the table, and the chunk's first element (int64) and length (int32)."""
-    # 1. Tensor of this chunk, and its row of int64 columns.
-    program = tl.program_id(0)
-    tensor = tl.load(owners_ptr + program)
-    row_ptr = table_ptr + tensor * _COLUMNS
-    # 2. Offset of the chunk in the tensor; the last chunk may be shorter.
-    chunk_size = tl.load(row_ptr + _CHUNK_SIZE)
-    start = (program - tl.load(row_ptr + _FIRST_CHUNK)) * chunk_size  # int64
-    length = tl.minimum(tl.load(row_ptr + _SIZE) - start, chunk_size).to(tl.int32)
-    return tensor, row_ptr, start, length
-
-
-@triton.jit
-def _pointer(row_ptr, COLUMN: tl.constexpr, start, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Pointer to this program's chunk of a tensor whose address is in the table."""
-    pointer = tl.load(row_ptr + COLUMN).to(tl.pointer_type(TYPE)) + start
-    if ALIGNED:  # the compiler cannot infer it for an address loaded from memory
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
-
-
-@triton.jit
-def _load(pointer, lanes, length, MASKED: tl.constexpr):
-    """A block in fp32, zeros past the end. Whole blocks need no mask, so that loads can be wide."""
-    values = tl.load(pointer + lanes, mask=lanes < length, other=0.0) if MASKED else tl.load(pointer + lanes)
-    return values.to(tl.float32)
-
-
-@triton.jit
-def _store(pointer, lanes, values, length, MASKED: tl.constexpr):
-    if MASKED:
-        tl.store(pointer + lanes, values, mask=lanes < length)
-    else:
-        tl.store(pointer + lanes, values)
 
 
 @triton.jit
@@ -95,14 +45,14 @@ def _adam_update(exp_avg, exp_avg_sq, exp_avg_scale, denominator_scale, eps):
 def norm_kernel(table_ptr, owners_ptr, sums_ptr, GRAD_TYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
     """Sum of squared gradients of each chunk, to `sums_ptr` [chunks] fp32."""
     # 1. Find the chunk.
-    _, row_ptr, start, length = _chunk(table_ptr, owners_ptr)
-    grads = _pointer(row_ptr, _GRAD, start, GRAD_TYPE, ALIGNED)
+    _, row_ptr, start, length = chunk.find(table_ptr, owners_ptr)
+    grads = chunk.pointer(row_ptr, chunk.GRAD, start, GRAD_TYPE, ALIGNED)
     # 2. Each lane of [BLOCK] sums its squares in fp32: whole blocks, then the masked rest.
     whole = length // BLOCK * BLOCK
     sums = tl.zeros([BLOCK], tl.float32)
     for is_last in tl.static_range(2):
         for first in range(whole if is_last else 0, length if is_last else whole, BLOCK):
-            grad = _load(grads, first + tl.arange(0, BLOCK), length, is_last)
+            grad = chunk.load(grads, first + tl.arange(0, BLOCK), length, is_last)
             sums += grad * grad
     # 3. One partial sum per chunk: no atomics, a fixed order of additions.
     tl.store(sums_ptr + tl.program_id(0), tl.sum(sums))
@@ -152,16 +102,16 @@ def moments_kernel(
     Skipped step: length is set to 0, and a scale < 0 tells the update kernel.
     """
     # 1. Find the chunk; a skipped step has no elements.
-    tensor, row_ptr, start, length = _chunk(table_ptr, owners_ptr)
-    params = _pointer(row_ptr, _PARAM, start, tl.float32, ALIGNED)
-    grads = _pointer(row_ptr, _GRAD, start, GRAD_TYPE, GRAD_ALIGNED)
-    exp_avgs = _pointer(row_ptr, _EXP_AVG, start, MOMENT_TYPE, ALIGNED)
-    exp_avg_sqs = _pointer(row_ptr, _EXP_AVG_SQ, start, MOMENT_TYPE, ALIGNED)
+    tensor, row_ptr, start, length = chunk.find(table_ptr, owners_ptr)
+    params = chunk.pointer(row_ptr, chunk.PARAM, start, tl.float32, ALIGNED)
+    grads = chunk.pointer(row_ptr, chunk.GRAD, start, GRAD_TYPE, GRAD_ALIGNED)
+    exp_avgs = chunk.pointer(row_ptr, chunk.EXP_AVG, start, MOMENT_TYPE, ALIGNED)
+    exp_avg_sqs = chunk.pointer(row_ptr, chunk.EXP_AVG_SQ, start, MOMENT_TYPE, ALIGNED)
     weight_decay = tl.load(decays_ptr + tensor)
     clip = tl.load(clip_ptr)
     length = tl.where(clip < 0, 0, length)
     # 2. Bias corrections 1/(1 − β1ᵗ) and 1/√(1 − β2ᵗ); the tensor's first chunk stores them.
-    age = tl.load(tl.load(row_ptr + _STEP).to(tl.pointer_type(tl.float32))) + 1.0
+    age = tl.load(tl.load(row_ptr + chunk.STEP).to(tl.pointer_type(tl.float32))) + 1.0
     # fp64, because 1 − βᵗ cancels in fp32
     exp_avg_scale = (1.0 / (1.0 - tl.exp(age.to(tl.float64) * log_beta1))).to(tl.float32)
     denominator_scale = (1.0 / tl.sqrt(1.0 - tl.exp(age.to(tl.float64) * log_beta2))).to(tl.float32)
@@ -177,18 +127,18 @@ def moments_kernel(
     for is_last in tl.static_range(2):
         for first in range(whole if is_last else 0, length if is_last else whole, BLOCK):
             lanes = first + tl.arange(0, BLOCK)
-            param = _load(params, lanes, length, is_last)
-            grad = _load(grads, lanes, length, is_last) * clip
-            exp_avg = _load(exp_avgs, lanes, length, is_last)
-            exp_avg_sq = _load(exp_avg_sqs, lanes, length, is_last)
+            param = chunk.load(params, lanes, length, is_last)
+            grad = chunk.load(grads, lanes, length, is_last) * clip
+            exp_avg = chunk.load(exp_avgs, lanes, length, is_last)
+            exp_avg_sq = chunk.load(exp_avg_sqs, lanes, length, is_last)
             # 4. m and v in fp32, rounded to MOMENT_TYPE and stored.
             exp_avg += one_minus_beta1 * (grad - exp_avg)
             exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (grad * grad)
             noise = random_bits(seed, age, tensor, start + first, BLOCK) if STOCHASTIC else 0
             new_exp_avg = round_to(exp_avg, noise & 0xFFFF, MOMENT_TYPE, STOCHASTIC)
             new_exp_avg_sq = round_to(exp_avg_sq, noise >> 16, MOMENT_TYPE, STOCHASTIC)
-            _store(exp_avgs, lanes, new_exp_avg, length, is_last)
-            _store(exp_avg_sqs, lanes, new_exp_avg_sq, length, is_last)
+            chunk.store(exp_avgs, lanes, new_exp_avg, length, is_last)
+            chunk.store(exp_avg_sqs, lanes, new_exp_avg_sq, length, is_last)
             # 5. u = Adam's update + decay · p from the rounded moments, which are what the update kernel loads.
             update = _adam_update(
                 new_exp_avg.to(tl.float32), new_exp_avg_sq.to(tl.float32), exp_avg_scale, denominator_scale, eps
@@ -216,7 +166,7 @@ def update_kernel(
     eps: tl.float32,
     one_minus_decay: tl.float32,
     MOMENT_TYPE: tl.constexpr,
-    AVERAGE: tl.constexpr,
+    HAS_AVERAGES: tl.constexpr,
     COPY_TYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -227,15 +177,15 @@ def update_kernel(
     The learning rate is `lr_scale` · the scalar at `lr_ptr`. COPY_TYPE is None if no parameter has a copy.
     """
     # 1. Find the chunk; a skipped step has no elements, and its step count stays.
-    tensor, row_ptr, start, length = _chunk(table_ptr, owners_ptr)
-    params = _pointer(row_ptr, _PARAM, start, tl.float32, ALIGNED)
-    exp_avgs = _pointer(row_ptr, _EXP_AVG, start, MOMENT_TYPE, ALIGNED)
-    exp_avg_sqs = _pointer(row_ptr, _EXP_AVG_SQ, start, MOMENT_TYPE, ALIGNED)
-    if AVERAGE:
-        averages = _pointer(row_ptr, _AVERAGE, start, tl.float32, ALIGNED)
+    tensor, row_ptr, start, length = chunk.find(table_ptr, owners_ptr)
+    params = chunk.pointer(row_ptr, chunk.PARAM, start, tl.float32, ALIGNED)
+    exp_avgs = chunk.pointer(row_ptr, chunk.EXP_AVG, start, MOMENT_TYPE, ALIGNED)
+    exp_avg_sqs = chunk.pointer(row_ptr, chunk.EXP_AVG_SQ, start, MOMENT_TYPE, ALIGNED)
+    if HAS_AVERAGES:
+        averages = chunk.pointer(row_ptr, chunk.AVERAGE, start, tl.float32, ALIGNED)
     if COPY_TYPE is not None:
-        copies = _pointer(row_ptr, _COPY, start, COPY_TYPE, ALIGNED)
-        has_copy = tl.load(row_ptr + _COPY) != 0
+        copies = chunk.pointer(row_ptr, chunk.COPY, start, COPY_TYPE, ALIGNED)
+        has_copy = tl.load(row_ptr + chunk.COPY) != 0
     weight_decay = tl.load(decays_ptr + tensor)
     exp_avg_scale = tl.load(scalars_ptr + tensor * _SCALARS + _EXP_AVG_SCALE)
     denominator_scale = tl.load(scalars_ptr + tensor * _SCALARS + _DENOMINATOR_SCALE)
@@ -243,12 +193,12 @@ def update_kernel(
     length = tl.where(is_taken, length, 0)
     if (start == 0) & is_taken:  # only now: every program of the moments kernel reads the old count
         age = tl.load(scalars_ptr + tensor * _SCALARS + _AGE)
-        tl.store(tl.load(row_ptr + _STEP).to(tl.pointer_type(tl.float32)), age)
+        tl.store(tl.load(row_ptr + chunk.STEP).to(tl.pointer_type(tl.float32)), age)
 
     # 2. Add the tensor's partial sums, up to MAX_CHUNKS: every program of a tensor gets the same trust ratio.
-    sums_ptr += tl.load(row_ptr + _FIRST_CHUNK)
+    sums_ptr += tl.load(row_ptr + chunk.FIRST_CHUNK)
     own = tl.arange(0, MAX_CHUNKS)
-    is_own = own < tl.cdiv(tl.load(row_ptr + _SIZE), tl.load(row_ptr + _CHUNK_SIZE))
+    is_own = own < tl.cdiv(tl.load(row_ptr + chunk.SIZE), tl.load(row_ptr + chunk.CHUNK_SIZE))
     param_norm = tl.sqrt(tl.sum(tl.load(sums_ptr + own, mask=is_own, other=0.0)))
     update_norm = tl.sqrt(tl.sum(tl.load(sums_ptr + num_chunks + own, mask=is_own, other=0.0)))
     is_scaled = (weight_decay != 0) & (param_norm > 0) & (update_norm > 0)
@@ -260,50 +210,39 @@ def update_kernel(
     for is_last in tl.static_range(2):
         for first in range(whole if is_last else 0, length if is_last else whole, BLOCK):
             lanes = first + tl.arange(0, BLOCK)
-            param = _load(params, lanes, length, is_last)
-            exp_avg = _load(exp_avgs, lanes, length, is_last)
-            exp_avg_sq = _load(exp_avg_sqs, lanes, length, is_last)
+            param = chunk.load(params, lanes, length, is_last)
+            exp_avg = chunk.load(exp_avgs, lanes, length, is_last)
+            exp_avg_sq = chunk.load(exp_avg_sqs, lanes, length, is_last)
             update = _adam_update(exp_avg, exp_avg_sq, exp_avg_scale, denominator_scale, eps)
             update += weight_decay * param
             param -= step_size * update
-            _store(params, lanes, param, length, is_last)
-            if AVERAGE:
-                average = _load(averages, lanes, length, is_last)
+            chunk.store(params, lanes, param, length, is_last)
+            if HAS_AVERAGES:
+                average = chunk.load(averages, lanes, length, is_last)
                 average += one_minus_decay * (param - average)
-                _store(averages, lanes, average, length, is_last)
+                chunk.store(averages, lanes, average, length, is_last)
             if COPY_TYPE is not None and has_copy:
-                _store(copies, lanes, narrow(param, COPY_TYPE), length, is_last)
+                chunk.store(copies, lanes, narrow(param, COPY_TYPE), length, is_last)
 
 
 def launch(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    averages: list[Tensor],
-    gradient_norm: Tensor | None,
+    tensors: Tensors,
+    clipping: Clipping,
+    settings: Settings,
     *,
-    lr: float | Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decays: list[float],
-    max_grad_norm: float | None,
-    average_decay: float,
-    seed: int | None,
-    clip: Tensor | None = None,
-    group: ProcessGroup | None = None,
     copies: Sequence[Tensor | None] = (),
     addresses: chunk_table.Addresses | None = None,
 ) -> None:
-    """`kernels.lamb.op.lamb_step` for checked tensors: at least one fp32 parameter.
+    """`kernels.lamb_step` for checked tensors: at least one fp32 parameter.
 
     `copies` are as for `kernels.lamb.PreparedStep`. `addresses` saves computing them if the caller has them.
     """
+    params, grads, exp_avgs, *_, averages = tensors
+    max_norm, norm, clip = clipping
+    lr, beta1, beta2, eps, weight_decays, average_decay, seed, group = settings
     device = params[0].device
     if addresses is None:
-        addresses = chunk_table.addresses(params, grads, exp_avgs, exp_avg_sqs, steps, averages, copies)
+        addresses = chunk_table.addresses(*tensors, copies)
     tables = chunk_table.find_chunk_table(addresses, tuple(map(Tensor.numel, params)), tuple(weight_decays), device)
     num_chunks = len(tables.owners)
     chunks = (tables.table, tables.owners)
@@ -313,16 +252,16 @@ def launch(
     copy_type = next((copy.dtype for copy in copies if copy is not None), None)
     clip, num_warps = tables.one if clip is None else clip, launch_warps(NUM_WARPS)
     with torch.cuda.device_of(params[0]):
-        if max_grad_norm is not None:
+        if max_norm is not None:
             norm_kernel[(num_chunks,)](
                 *chunks, sums, **_norm_constants(grad_type, tables.grad_aligned), num_warps=num_warps
             )
             if group is None:
                 clip = torch.empty_like(tables.one)
-                clip_kernel[(1,)](sums, num_chunks, max_grad_norm, gradient_norm, clip, BLOCK=SUMS_BLOCK)
+                clip_kernel[(1,)](sums, num_chunks, max_norm, norm, clip, BLOCK=SUMS_BLOCK)
             else:
-                gradient_norm.copy_(whole_norms(sums[:num_chunks].sum().sqrt(), group))
-                clip = clip_factor(gradient_norm, max_grad_norm)
+                norm.copy_(whole_norms(sums[:num_chunks].sum().sqrt(), group))
+                clip = clip_factor(norm, max_norm)
         moments_kernel[(num_chunks,)](
             *chunks,
             tables.decays,
@@ -429,7 +368,7 @@ def _update_constants(
 ) -> dict[str, Any]:
     return {
         "MOMENT_TYPE": _TYPES[moment_type],
-        "AVERAGE": average,
+        "HAS_AVERAGES": average,
         "COPY_TYPE": None if copy_type is None else _TYPES[copy_type],
         "ALIGNED": aligned,
         "BLOCK": BLOCK,

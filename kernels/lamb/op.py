@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kernels import torch_private
 from kernels.lamb import cpp, eager, reference
+from kernels.lamb.arguments import Clipping, Settings, Tensors
 
 _STATE = {"params", "exp_avgs", "exp_avg_sqs", "steps", "averages", "gradient_norm"}
 
@@ -40,7 +41,8 @@ def lamb_step(
     a scalar in the parameters' dtype, or None; a negative factor skips the step. The process group is passed by name,
     as a schema cannot hold it.
     """
-    check_tensors(params, grads, exp_avgs, exp_avg_sqs, steps, averages)
+    tensors = Tensors(params, grads, exp_avgs, exp_avg_sqs, steps, averages)
+    check_tensors(tensors)
     check_lr(lr_tensor, params[0].device)
     if seed is not None and exp_avgs[0].dtype != torch.bfloat16:
         raise ValueError(f"stochastic_rounding_seed: moments are {exp_avgs[0].dtype}; only bf16 ones are rounded")
@@ -52,25 +54,11 @@ def lamb_step(
         implementation = eager.lamb_step
     else:
         implementation = reference.lamb_step
-    implementation(
-        params,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        steps,
-        averages,
-        gradient_norm,
-        lr=lr if lr_tensor is None else lr_tensor,
-        beta1=beta1,
-        beta2=beta2,
-        eps=eps,
-        weight_decays=weight_decays,
-        max_grad_norm=max_grad_norm,
-        average_decay=average_decay,
-        seed=seed,
-        clip=clip,
-        group=None if group_name is None else torch_private.process_group(group_name),
+    group = None if group_name is None else torch_private.process_group(group_name)
+    settings = Settings(
+        lr if lr_tensor is None else lr_tensor, beta1, beta2, eps, weight_decays, average_decay, seed, group
     )
+    implementation(tensors, Clipping(max_grad_norm, gradient_norm, clip), settings)
 
 
 @lamb_step.register_fake
@@ -99,51 +87,35 @@ def check_lr(lr: float | Tensor | None, device: torch.device) -> None:
         raise ValueError(f"lr: on {lr.device}, the parameters are on {device}")
 
 
-def clipping(
-    gradient_norm: Tensor | None, max_grad_norm: float | None, like: Tensor
-) -> tuple[Tensor | None, Tensor | None, float | None]:
-    """The norm to return; the clip factor if the norm was given; `max_grad_norm` if the norm is yet to be computed."""
+def clipping(gradient_norm: Tensor | None, max_grad_norm: float | None, like: Tensor) -> Clipping:
+    """How to clip: by the factor of a norm that is given, or by a norm that is yet to be computed."""
     if gradient_norm is not None:
         gradient_norm = gradient_norm.to(like)
-        return gradient_norm, reference.clip_factor(gradient_norm, max_grad_norm), None
+        return Clipping(None, gradient_norm, reference.clip_factor(gradient_norm, max_grad_norm))
     if max_grad_norm is not None:
         gradient_norm = torch.empty((), dtype=like.dtype, device=like.device)
-    return gradient_norm, None, max_grad_norm
+    return Clipping(max_grad_norm, gradient_norm)
 
 
-def check_lengths(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    averages: list[Tensor],
-) -> None:
+def check_lengths(tensors: Tensors) -> None:
     """Raise ValueError unless each list has one tensor per parameter; `averages` may be empty."""
-    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps}
-    lists |= {"averages": averages} if averages else {}
-    for name, tensors in lists.items():
-        if len(tensors) != len(params):
-            raise ValueError(f"{name}: {len(tensors)} tensors for {len(params)} parameters")
+    count = len(tensors.params)
+    for name, each in tensors._asdict().items():
+        if len(each) != count and (each or name != "averages"):
+            raise ValueError(f"{name}: {len(each)} tensors for {count} parameters")
 
 
-def check_tensors(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    averages: list[Tensor],
-) -> None:
+def check_tensors(tensors: Tensors) -> None:
     """Raise ValueError if shapes, devices, dtypes or layouts are not those that every implementation expects."""
+    lists = tensors._asdict()
+    params, steps = tensors.params, lists.pop("steps")
     dtype, device = params[0].dtype, params[0].device
     if dtype not in {torch.float32, torch.float64}:
         raise ValueError(f"params: {dtype}; small updates need fp32 (or fp64)")
-    lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "averages": averages}
-    for name, tensors in lists.items():
-        reduced = name in {"grads", "exp_avgs", "exp_avg_sqs"} and tensors[0].dtype == torch.bfloat16
+    for name, each in lists.items():
+        reduced = name in {"grads", "exp_avgs", "exp_avg_sqs"} and each[0].dtype == torch.bfloat16
         expected = torch.bfloat16 if reduced else dtype
-        for index, tensor in enumerate(tensors):
+        for index, tensor in enumerate(each):
             if tensor.shape != params[index].shape:
                 raise ValueError(f"{name}[{index}]: {tuple(tensor.shape)}, its parameter {tuple(params[index].shape)}")
             if tensor.device != device:
@@ -152,8 +124,9 @@ def check_tensors(
                 raise ValueError(f"{name}[{index}]: {tensor.dtype}, expected {expected}; lists hold one type each")
             if tensor.layout != torch.strided or not tensor.is_contiguous():
                 raise ValueError(f"{name}[{index}]: must be dense and contiguous")
-    if exp_avgs[0].dtype != exp_avg_sqs[0].dtype:
-        raise ValueError(f"exp_avgs are {exp_avgs[0].dtype}, exp_avg_sqs {exp_avg_sqs[0].dtype}; they must agree")
+    exp_avg, exp_avg_sq = tensors.exp_avgs[0], tensors.exp_avg_sqs[0]
+    if exp_avg.dtype != exp_avg_sq.dtype:
+        raise ValueError(f"exp_avgs are {exp_avg.dtype}, exp_avg_sqs {exp_avg_sq.dtype}; they must agree")
     for index, step in enumerate(steps):
         if (step.numel(), step.dtype, step.device) != (1, torch.float32, device):
             raise ValueError(f"steps[{index}]: must be an fp32 scalar on {device}")

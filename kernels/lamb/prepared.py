@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.lamb import chunk_table, op
+from kernels.lamb.arguments import Settings, Tensors
 
 
 class PreparedStep:
@@ -68,40 +69,24 @@ class PreparedStep:
 
         Gradients need not be contiguous.
         """
-        grads = list(map(Tensor.contiguous, grads))
+        tensors = Tensors(self._params, list(map(Tensor.contiguous, grads)), *self._state, self._averages)
         op.check_numbers(beta1, beta2, max_grad_norm, gradient_norm)
         op.check_lr(lr, self._params[0].device)
-        addresses = chunk_table.addresses(self._params, grads, *self._state, self._averages, self._copies)
-        self._check(grads, addresses)
-        norm, clip, max_grad_norm = op.clipping(gradient_norm, max_grad_norm, self._params[0])
+        addresses = chunk_table.addresses(*tensors, self._copies)
+        self._check(tensors, addresses)
+        clipping = op.clipping(gradient_norm, max_grad_norm, self._params[0])
+        settings = Settings(lr, beta1, beta2, eps, self._decays, average_decay)
         # so that a backward that saved the old values raises
         torch.autograd.graph.increment_version(self._used_elsewhere)
-        self._launch(
-            self._params,
-            grads,
-            *self._state,
-            self._averages,
-            norm,
-            lr=lr,
-            beta1=beta1,
-            beta2=beta2,
-            eps=eps,
-            weight_decays=self._decays,
-            max_grad_norm=max_grad_norm,
-            average_decay=average_decay,
-            seed=None,
-            clip=clip,
-            copies=self._copies,
-            addresses=addresses,
-        )
-        return norm
+        self._launch(tensors, clipping, settings, copies=self._copies, addresses=addresses)
+        return clipping.norm
 
-    def _check(self, grads: list[Tensor], addresses: chunk_table.Addresses) -> None:
+    def _check(self, tensors: Tensors, addresses: chunk_table.Addresses) -> None:
         """Check all tensors if an address of the state changed, or a size, dtype or device of the gradients."""
         state = [column for index, column in enumerate(addresses) if index != chunk_table.GRAD]
-        kinds = {grad.dtype for grad in grads}, set(map(Tensor.get_device, grads))
-        if list(map(Tensor.numel, grads)) != self._sizes or self._checked != (state, kinds):
-            op.check_lengths(self._params, grads, *self._state, self._averages)
-            op.check_tensors(self._params, grads, *self._state, self._averages)
+        kinds = {grad.dtype for grad in tensors.grads}, set(map(Tensor.get_device, tensors.grads))
+        if list(map(Tensor.numel, tensors.grads)) != self._sizes or self._checked != (state, kinds):
+            op.check_lengths(tensors)
+            op.check_tensors(tensors)
             op.check_copies(self._params, self._copies)
             self._checked = state, kinds

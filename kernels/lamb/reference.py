@@ -2,39 +2,23 @@
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from kernels.backend import widest_float
+from kernels.lamb.arguments import Clipping, Settings, Tensors
 from kernels.lamb.shards import whole_norms
 from kernels.philox import WORD, philox
 
 
-def lamb_step(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    averages: list[Tensor],
-    gradient_norm: Tensor | None,
-    *,
-    lr: float | Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decays: list[float],
-    max_grad_norm: float | None,
-    average_decay: float,
-    seed: int | None,
-    clip: Tensor | None = None,
-    group: ProcessGroup | None = None,
-) -> None:
-    """See `kernels.lamb.op.lamb_step`."""
+def lamb_step(tensors: Tensors, clipping: Clipping, settings: Settings) -> None:
+    """See `kernels.lamb_step`."""
+    params, grads, exp_avgs, exp_avg_sqs, steps, averages = tensors
+    lr, beta1, beta2, eps, weight_decays, average_decay, seed, group = settings
     # 1. Global gradient norm and clip factor; −1 skips the step.
-    if max_grad_norm is not None:
-        norms = [torch.linalg.vector_norm(grad, dtype=gradient_norm.dtype) for grad in grads]
-        gradient_norm.copy_(whole_norms(torch.linalg.vector_norm(torch.stack(norms)), group))
-        clip = clip_factor(gradient_norm, max_grad_norm)
+    max_norm, norm, clip = clipping
+    if max_norm is not None:
+        norms = [torch.linalg.vector_norm(grad, dtype=norm.dtype) for grad in grads]
+        norm.copy_(whole_norms(torch.linalg.vector_norm(torch.stack(norms)), group))
+        clip = clip_factor(norm, max_norm)
     elif clip is None:
         clip = torch.ones((), dtype=params[0].dtype, device=params[0].device)
     is_taken = clip >= 0  # if not, compute anyway and mask the result: no device sync
