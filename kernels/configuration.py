@@ -48,6 +48,7 @@ class Configuration:
         max_registers: limit per thread on NVIDIA GPUs (Triton's `maxnreg`), or None.
         aligned: run-time arguments divisible by 16 (pointers: bytes), as the JIT detects at launch.
         streams: whether it is bound by memory traffic, so that 128-bit loads and stores are required.
+        words: of 128 bits in the block that a program loads or stores; if it has more threads, theirs are narrower.
         has_products: whether it has matrix products; see `kernels.assembler`.
         targets: the keys of `kernels.inspect.TARGETS` that it can start on; None: all.
         most_spilled: bytes of spill stores and loads allowed per thread, by target; "any" is for all others. A number
@@ -65,6 +66,7 @@ class Configuration:
     max_registers: int | None = None
     aligned: frozenset[str] = frozenset()
     streams: bool = True
+    words: float = math.inf
     has_products: bool = False
     targets: frozenset[str] | None = None
     most_spilled: Mapping[str, float] = field(default_factory=dict)

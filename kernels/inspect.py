@@ -248,7 +248,7 @@ def _broken_bars(configuration: Configuration, target: Target, result: Build, tt
     ):
         if result.target == "sm_90" and result.tile.get(name, 0) > most:
             problems.append(f"takes {result.tile[name]:.0f} {name} a tile, of {most:.0f} allowed")
-    if configuration.streams:
+    if configuration.streams and configuration.words >= num_threads:
         for kind, widths in (("load", result.loads), ("store", result.stores)):
             # scalars, such as a row's loss, do not count: only loads and stores of blocks must be wide
             has_blocks = re.search(rf"\btt\.(?:\w+_)?{kind}\b.*tensor<", ttir)

@@ -219,17 +219,17 @@ def _configuration(kernel: Any, warps: dict[int, int], size: int, dtype: str, *,
         if name not in constants
     }
     is_whole = size % 16 == 0
-    num_warps = _num_warps(warps, size)
     return Configuration(
         f"gated_norm/{kernel.__name__.removesuffix('_kernel')} {'tanh' if is_tanh else 'erf'} {dtype} D={size}",
         kernel,
         types,
         constants,
-        num_warps=num_warps,
+        num_warps=_num_warps(warps, size),
         aligned=frozenset(
             name
             for name in types
             if name.endswith("_ptr") or (is_whole and (name.endswith("stride") or name == "size"))
         ),
-        streams=constants["BLOCK"] >= 8 * 32 * num_warps and is_whole,
+        streams=is_whole,
+        words=constants["BLOCK"] * (2 if dtype == "bf16" else 4) // 16,
     )
