@@ -30,7 +30,7 @@ from gptbert.command_line import run_command
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.data.inputs import Inputs
-from gptbert.data.packing import Prefetcher
+from gptbert.data.prefetcher import Prefetcher
 from gptbert.data.token_store import TokenStore
 from gptbert.distributed.hardware import usable_cores
 from gptbert.distributed.memory import peak_memory

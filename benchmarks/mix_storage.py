@@ -149,7 +149,7 @@ def losses(config: StorageConfig, storage: str, seed: int) -> dict[str, float]:
     with (
         tempfile.TemporaryDirectory() as folder,
         patch.object(fused, "_kernel", lambda: _Kernels),
-        patch.object(model_module, "is_fused", lambda *_: True),
+        patch.object(model_module, "are_mixes_fused", lambda *_: True),
         patch.object(model_module, "FusedMixes", mixes),
     ):
         run = TrainConfig(

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import machine
 from gptbert.data.loader import BatchLoader
-from gptbert.data.packing import Prefetcher
+from gptbert.data.prefetcher import Prefetcher
 from gptbert.distributed.world import World
 from gptbert.model import gptbert as model_module
 from gptbert.training import step as step_module

@@ -377,6 +377,10 @@ class TrainConfig:
             raise InputError("--max_gradient is 0, which would clip every gradient away; expected a positive number")
         check_folder_name("--name", self.name, "--output_dir")
 
+    def is_sharded(self, world_size: int) -> bool:
+        """Whether the weights are sharded over this many ranks; see `parallel`."""
+        return self.parallel == "fsdp" and world_size > 1
+
     def is_recorded(self, device_type: str) -> bool:
         """Whether steps on a device of this type, "cuda" or "cpu", are recorded in CUDA graphs; see `cuda_graph`."""
         if self.cuda_graph == "auto":

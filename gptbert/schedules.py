@@ -90,12 +90,12 @@ def values(config: TrainConfig, step: int) -> dict[str, float]:
 
 
 def steps_since_due(step: int, every: int) -> int:
-    """Steps since something happened that happens every so many, before `step`."""
+    """Steps from the last multiple of `every` before `step` to `step`: 1 to `every`."""
     return step - (step - 1) // every * every
 
 
 def is_due(step: int, every: int, max_steps: int, also: Sequence[int] = ()) -> bool:
-    """Whether something that happens every so many steps, and at the run's end, does after `step` steps.
+    """Whether an event with this period is due after `step` steps; after the run's last one it always is.
 
     Args:
         step: steps completed.

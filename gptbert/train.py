@@ -271,14 +271,14 @@ def _log_data(config: TrainConfig, inputs: Inputs, trainer: Trainer) -> None:
     log(trainer.progress.describe_corpora(inputs, config.max_steps))
     for line in [*figures.of_rows(config, inputs, trainer.progress), *figures.of_validation(inputs)]:
         log(line)
-    if trainer.validation.share:
-        log(f"validating on {trainer.validation.share} (--validation_steps)")
+    if trainer.validation.coverage:
+        log(f"validating on {trainer.validation.coverage} (--validation_steps)")
     if trainer.pairs:
         log(str(trainer.pairs))
 
 
 def _log_start(config: TrainConfig, path: Path | None, step: int, note: str) -> None:
-    """Say what the run starts from: a checkpoint, other weights, or nothing, of which there is nothing to say."""
+    """Say what the run starts from: a checkpoint or other weights; nothing if it starts from random ones."""
     if path:
         changes = changed_settings(path, config)
         log(f"going on from {path}" + (f"; changed since: {', '.join(changes)}" if changes else ""))

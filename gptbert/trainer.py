@@ -19,7 +19,7 @@ from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.data.inputs import Inputs
 from gptbert.data.loader import BatchLoader, LoadedShare
 from gptbert.data.micro_batch import MicroBatches
-from gptbert.data.packing import Prefetcher
+from gptbert.data.prefetcher import Prefetcher
 from gptbert.data.progress import Progress
 from gptbert.distributed.fsdp import full_tensor, load_moments, load_weights, new_moments, shard
 from gptbert.distributed.random_state import RandomState
@@ -73,7 +73,7 @@ class Trainer:
         self.model = GPTBert(inputs.model_config)
         if initial_weights:
             self.model.load_state_dict(initial_weights)
-        is_sharded = config.parallel == "fsdp" and world.world_size > 1
+        is_sharded = config.is_sharded(world.world_size)
         if not is_sharded:  # otherwise `shard` moves it block by block
             self.model.to(world.device)
             # CPUs of different kinds draw numbers that differ in their last bits; before the average copies them

@@ -23,7 +23,7 @@ class Run:
         buckets: whether gradients may be unaligned, as views of DDP's buckets are.
         attention: heads, head size and number of position vectors of fused attention, or None without.
         attention_variant: of its kernels, see `kernels.wanted.VARIANTS`.
-        gates: widths of fused gated norms, of attention and of the feed-forward, or None without.
+        gates: widths of the gated norms of attention and of the feed-forward, None for one that is not fused; or None.
         dropouts: whether the position vectors' masks of all layers are drawn at once.
         norms: D of fused embedding and head, or None without.
         mixes: D and the number of fused mixes, or None without.
@@ -38,7 +38,7 @@ class Run:
     buckets: bool
     attention: tuple[int, int, int] | None = None
     attention_variant: str = VARIANTS["attention_context"][0]
-    gates: tuple[int, int] | None = None
+    gates: tuple[int | None, int | None] | None = None
     dropouts: bool = False
     norms: int | None = None
     mixes: tuple[int, int] | None = None

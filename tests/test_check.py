@@ -114,7 +114,7 @@ def test_each_setting_of_a_run_reaches_its_check(device, change, op, shows):
     assert shows in checked(device, **change)[op]
 
 
-@pytest.mark.parametrize(("gates", "has_copies"), [((32, 48), True), (None, False)])
+@pytest.mark.parametrize(("gates", "has_copies"), [((32, 48), True), ((32, None), False), (None, False)])
 def test_copies_are_checked_where_a_run_has_packed_weights(device, gates, has_copies):
     for run in (dataclasses.replace(RUN, gates=gates, buckets=True, dtype=dtype) for dtype in ("bfloat16", "float32")):
         results = list(lamb_check.comparisons(device, "triton", run))

@@ -247,7 +247,7 @@ def triton():
 
 
 def test_a_process_can_do_without(triton):
-    sizes = (torch.float32, CPU, 16, 64, 64)
+    sizes = (CPU, torch.float32, 16, 64, 64)
     assert fused.is_fused(*sizes)
     wanted.use_fused([])
     assert not fused.is_fused(*sizes)
@@ -291,7 +291,7 @@ def test_a_model_is_the_same_fused_and_not(triton, monkeypatch):
 
 def test_scoring_does_not_take_them():
     set_default_backend("triton")
-    assert not fused.is_fused(torch.float32, CPU, 16, 64, 64)
+    assert not fused.is_fused(CPU, torch.float32, 16, 64, 64)
 
 
 def planted(module, old, new, folder):

@@ -260,3 +260,18 @@ def test_what_is_checked_is_what_the_run_does(make_config):
     config = make_config(mixed_precision=False, seq_length=64, optimizer="adamw", max_steps=100)
     run = kernel_settings(config, model, HybridPlan(config, 2), World(1, 2, device))
     assert run == Run("float32", 320, (65,), 65, mask_history=False, lamb=False, buckets=True)
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "intermediate_size", "gates"),
+    [(4096, 8192, (4096, 8192)), (4096, 10922, (4096, None)), (8200, 8192, (None, 8192)), (8200, 10922, None)],
+)
+def test_of_two_gated_norms_the_one_that_is_fused_is_checked(make_config, hidden_size, intermediate_size, gates):
+    """The kernels have whole rows of at most 8,192 elements."""
+    set_default_backend("triton")
+    wanted.use_fused(["gated_norm"])
+    model = ModelConfig(**MODEL | {"hidden_size": hidden_size, "intermediate_size": intermediate_size})
+    config = make_config(mixed_precision=False, max_steps=100)
+    run = kernel_settings(config, model, HybridPlan(config, 1), ALONE)
+    assert run.gates == gates
+    assert ("gated_norm" in run.operations) == (gates is not None)

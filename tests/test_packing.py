@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptbert.data.packing import Prefetcher, RowStream
+from gptbert.data.packing import RowStream
+from gptbert.data.prefetcher import Prefetcher
 from gptbert.text.special_tokens import BOS_ID, PAD_ID
 
 lengths = st.lists(st.integers(0, 30), min_size=1, max_size=12).filter(any)

@@ -22,7 +22,7 @@ def test_counts_are_those_of_the_list(steps):
         streak = 0 if is_taken else streak + 1
         longest, total = max(longest, streak), total + (not is_taken)
         if is_recorded:
-            assert skipped.longest_streak() == longest
+            assert skipped.take_longest_streak() == longest
             longest = streak
     assert skipped.counts.tolist() == [total, streak, longest]
     assert skipped.total() == total
@@ -34,4 +34,4 @@ def test_counts_go_on_from_saved_ones():
         one.add(torch.tensor(norm))
     other.counts.copy_(one.counts)
     other.add(torch.tensor(math.inf))
-    assert other.longest_streak() == 3
+    assert other.take_longest_streak() == 3

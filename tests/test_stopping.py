@@ -19,7 +19,7 @@ from gptbert.command_line import parse, run_command
 from gptbert.config import TrainConfig
 from gptbert.data.inputs import Inputs
 from gptbert.data.loader import BatchLoader
-from gptbert.data.packing import Prefetcher
+from gptbert.data.prefetcher import Prefetcher
 from gptbert.data.token_store import TokenStore
 from gptbert.distributed.stop_signal import SIGNALS, StopSignal
 from gptbert.errors import StoppedError

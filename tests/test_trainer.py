@@ -262,13 +262,13 @@ def test_validation_is_the_same_every_time_and_leaves_training_alone(inputs):
 def test_a_bounded_validation_is_spread_over_the_file(inputs, monkeypatch):
     trainer = make_trainer(inputs, validation_steps=0)
     slots = trainer.validation.num_rows
-    assert not trainer.validation.share
+    assert not trainer.validation.coverage
     usual = make_trainer(inputs, validation_steps=None)
     assert usual.validation.num_rows == slots, "all of a small file"
     monkeypatch.setattr("gptbert.monitoring.validation.DEFAULT_TOKENS", 20 * 32)
     bounded = make_trainer(inputs, validation_steps=None)
     assert bounded.validation.num_rows == 20 < slots
-    assert bounded.validation.share == f"20 of {slots} rows, spread evenly over the file"
+    assert bounded.validation.coverage == f"20 of {slots} rows, spread evenly over the file"
     rows = bounded.validation._rows(0, 20)
     assert rows.row_ids.tolist() == [row * slots // 20 for row in range(20)]
     assert set(np.diff(rows.row_ids)) <= {slots // 20, slots // 20 + 1}

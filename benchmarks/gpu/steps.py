@@ -19,7 +19,7 @@ from benchmarks.gpu.hardware import data_sheet_flops
 from benchmarks.gpu.profile import profile
 from benchmarks.gpu.settings import Settings
 from gptbert.config import ModelConfig
-from gptbert.data.packing import Prefetcher
+from gptbert.data.prefetcher import Prefetcher
 from gptbert.distributed.memory import peak_memory
 from gptbert.distributed.world import connect
 from gptbert.monitoring.flops import measure_matmul_flops, training_flops

@@ -27,10 +27,10 @@ from torch.distributed.tensor import DTensor
 
 from gptbert.checkpoint import manifest
 from gptbert.checkpoint.folder import (
-    CHECKPOINTS,
     MODEL_CONFIG,
     SHARDS,
     TRAINING_STATE,
+    checkpoint_dir,
     differences,
     is_sharded,
     read_settings,
@@ -110,7 +110,7 @@ def save(checkpoint: Checkpoint, config: TrainConfig, model_config: ModelConfig,
     Raises:
         InputError: writing fails; earlier checkpoints are untouched.
     """
-    final = config.run_dir / CHECKPOINTS / f"step_{checkpoint.step:08d}"
+    final = checkpoint_dir(config.run_dir, checkpoint.step)
     temporary, shards = final.with_name(f".{final.name}.incomplete"), {}
     moments, rest = _moments_apart(checkpoint.optimizer)  # empty if the moments are not sharded
     try:

@@ -64,6 +64,11 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     return sorted(complete, key=lambda path: step_of_name(path) or 0)
 
 
+def checkpoint_dir(run_dir: Path, step: int) -> Path:
+    """The folder of a run's checkpoint; `step_of_name` is the inverse."""
+    return run_dir / CHECKPOINTS / f"step_{step:08d}"
+
+
 def step_of_name(path: Path) -> int | None:
     """The step that a checkpoint's folder is named after; None if its name is another one."""
     match = re.fullmatch(r"step_(\d{8,})", path.name, flags=re.ASCII)
@@ -132,13 +137,23 @@ def saved_step(path: Path) -> int | None:
         for name in (WORDS, STEP):
             if (path / name).is_file():
                 return _as_step(read_object(path / name).get("step"))
-        if (path / TRAINING_STATE).is_file():
-            with TorchFile(path / TRAINING_STATE) as file:
-                state = file.value(build=lambda _: None)  # reads no tensor
-            return _as_step(state.get("step") if isinstance(state, dict) else None)
+        return _as_step(training_state_values(path).get("step"))
     except InputError as error:
         log(f"{path}: its step is unknown ({error})")
     return None
+
+
+def training_state_values(path: Path) -> dict[str, Any]:
+    """A checkpoint's training state with None for each tensor; empty if it has none.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    if not (path / TRAINING_STATE).is_file():
+        return {}
+    with TorchFile(path / TRAINING_STATE) as file:
+        state = file.value(build=lambda _: None)
+    return state if isinstance(state, dict) else {}
 
 
 def _as_step(value: Any) -> int | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gptbert import schedules
-from gptbert.checkpoint.folder import CHECKPOINTS, list_checkpoints, step_of_name
+from gptbert.checkpoint.folder import CHECKPOINTS, checkpoint_dir, list_checkpoints, step_of_name
 from gptbert.config import TrainConfig
 from gptbert.data.hybrid_plan import trained_objectives
 from gptbert.distributed.world import World
@@ -27,9 +27,10 @@ BEST = "best.json"
 
 @dataclass(frozen=True)
 class Best:
-    """The best value so far of a record, its step, and what it was measured on (empty if an earlier version wrote it).
+    """The best value of a record so far, and its step.
 
-    Values that were measured on something else, such as another validation file, say nothing about each other.
+    `measured_on` describes the data (empty if an earlier version wrote it): values on different data, such as another
+    validation file, cannot be compared.
     """
 
     record: str
@@ -58,7 +59,7 @@ class Best:
 
     def checkpoint(self, run_dir: Path) -> Path:
         """The checkpoint's folder."""
-        return run_dir / CHECKPOINTS / f"step_{self.step:08d}"
+        return checkpoint_dir(run_dir, self.step)
 
     def write(self, run_dir: Path) -> None:
         """Replace the file, atomically."""

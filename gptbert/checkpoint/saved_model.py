@@ -12,12 +12,12 @@ from gptbert.checkpoint.folder import (
     MODEL_CONFIG,
     SHARDS,
     TOKENIZER,
-    TRAINING_STATE,
     WORDS,
     is_sharded,
     newest_in,
     read_settings,
     saved_step,
+    training_state_values,
 )
 from gptbert.checkpoint.shards import check_shards, load_shards
 from gptbert.checkpoint.weights import read_weights, shapes
@@ -25,7 +25,6 @@ from gptbert.config import ModelConfig
 from gptbert.errors import InputError
 from gptbert.io.json_file import read_object
 from gptbert.io.screen import log
-from gptbert.io.torch_file import TorchFile
 from gptbert.model import GPTBert
 from gptbert.schedules import MOST_INITIAL, initial_share
 
@@ -95,10 +94,7 @@ def _progress(path: Path) -> dict[str, Any]:
     """What a checkpoint's training state says of its run's progress; empty if it has none."""
     progress = None
     with suppress(InputError):
-        if (path / TRAINING_STATE).is_file():
-            with TorchFile(path / TRAINING_STATE) as file:
-                state = file.value(build=lambda _: None)  # reads no tensor
-            progress = state.get("progress") if isinstance(state, dict) else None
+        progress = training_state_values(path).get("progress")
     return progress if isinstance(progress, dict) else {}
 
 

@@ -21,5 +21,6 @@ Batches:
 - `hybrid_plan`: which rank trains which rows of which objective at each step.
 - `mask_history`: how often each token was masked.
 - `micro_batch`: splits a rank's rows into micro-batches.
-- `loader`: a step's rows, prefetched, moved to the device and masked.
+- `loader`: a step's rows, moved to the device and masked.
+- `prefetcher`: a few steps' rows, ahead on a thread.
 """

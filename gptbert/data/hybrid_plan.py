@@ -83,7 +83,7 @@ class HybridPlan:
         return [factor * self.config.seq_length for factor in self.length_factors]
 
     def continued(self, step: int, slots: dict[Objective, int], tokens: int) -> "HybridPlan":
-        """The plan of a run that goes on after `step` steps of other settings, with these slots and tokens behind it.
+        """The plan of a run resumed at `step` from one with other settings, which trained these slots and tokens.
 
         Counts before `step` are meaningless then.
         """

@@ -10,6 +10,7 @@ from gptbert.config import ModelConfig, TrainConfig, shape_file
 from gptbert.data.token_store import TokenStore
 from gptbert.errors import InputError, prefix_errors
 from gptbert.io.json_file import read_object
+from gptbert.schedules import sequence_length
 from gptbert.text.special_tokens import SPECIAL_TOKENS, UNK_ID
 from gptbert.text.tokenizer import load_tokenizer, special_ids, tokenizer_hash, unknown_id
 
@@ -95,8 +96,8 @@ class Inputs:
 
 
 def longest_row(config: TrainConfig) -> int:
-    """Tokens of the longest rows of a run."""
-    return config.seq_length * (4 if config.seq_length_growth else 1)
+    """Tokens of the longest rows of a run, which are the last ones."""
+    return sequence_length(config, config.max_steps)
 
 
 def corpus_names(paths: Sequence[Path]) -> list[str]:

@@ -288,7 +288,10 @@ def _digest_of_ends(store: TokenStore) -> str:
 
 
 def corpus_digest(store: TokenStore) -> str:
-    """Recognizes a corpus, however it is cut into files, by its sizes and its tokens: many, if they are too many."""
+    """A digest of a corpus, however it is cut into files: of its sizes and its tokens, of many tokens a sample.
+
+    The sample is `_DIGESTED` tokens in `_PIECES` pieces from all over the corpus.
+    """
     digest = hashlib.sha256(f"{store.num_tokens} {store.num_documents}".encode())
     rest = max(0, store.num_tokens - _DIGESTED)
     for piece in range(_PIECES):

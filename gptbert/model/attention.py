@@ -94,7 +94,7 @@ class Attention(nn.Module):
         *,
         product_only: bool = False,
     ) -> Tensor:
-        """X [B, T, D] to x + attention(x).
+        """Attention with its residual connection, [B, T, D] to [B, T, D].
 
         Args:
             hidden_states: [B, T, D].

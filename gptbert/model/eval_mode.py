@@ -9,7 +9,7 @@ from torch.distributed.fsdp import FSDPModule
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Context manager: the model is in eval mode, and after that, whatever happens, in the mode that it was in.
+    """Context manager: eval mode, and after the block, also after an exception, the mode from before.
 
     A sharded model then frees the weights of its root, which stay gathered after a forward without a backward.
     """

@@ -39,7 +39,7 @@ class FeedForward(nn.Module):
         *,
         product_only: bool = False,
     ) -> Tensor:
-        """X [B, T, D] to x + feed_forward(x); `weights` and `product_only` as in `Attention`."""
+        """Both layers with the residual connection, [B, T, D]; `weights` and `product_only` as in `Attention`."""
         normalized = hidden_states if product_only else self.input_norm(hidden_states)
         down: Packed | Tensor
         if is_gate_fused(normalized.device, normalized.dtype, self.down.in_features):

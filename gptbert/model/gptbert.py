@@ -26,7 +26,8 @@ from kernels import IGNORE_INDEX, MaskedCrossEntropy, masked_cross_entropy
 from kernels.attention_context.fused import distance_tables
 from kernels.attention_context.fused import is_fused as is_attention_fused
 from kernels.backend import choose_backend
-from kernels.depth_mix import FusedMixes, is_fused
+from kernels.depth_mix import FusedMixes
+from kernels.depth_mix import is_fused as are_mixes_fused
 from kernels.dropout import dropouts
 from kernels.dropout import is_fused as are_dropouts_fused
 from kernels.linear import Packed
@@ -113,8 +114,7 @@ class GPTBert(nn.Module):
         """Representations of a text's next positions, as `encode` gives them for the whole text: causal, one document.
 
         Args:
-            input_ids: [B, T], behind those of which the cache has keys and values: any number of them at first, then
-                one at a time.
+            input_ids: [B, T], the tokens after those in the cache: any T in the first call, 1 in later ones.
             cache: empty, or from the previous call; takes the new positions.
 
         Returns:
@@ -154,8 +154,8 @@ class GPTBert(nn.Module):
         visibility = self._visibility(document_ids, causal, len(relative), dtype)
         packed: Sequence[BlockWeights | None] = [None] * len(self.blocks) if weights is None else weights.blocks
         alphas = [mix.alpha for block in self.blocks for mix in (block.attention_mix, block.feed_forward_mix)]
-        # not if they are sharded: a group of mixes needs all of its weights at once
-        if is_fused(device, dtype, self.config.hidden_size, len(alphas)) and not isinstance(alphas[0], DTensor):
+        is_sharded = isinstance(alphas[0], DTensor)  # a group of mixes needs all of its weights at once
+        if are_mixes_fused(device, dtype, self.config.hidden_size, num_mixes(self.config)) and not is_sharded:
             dropout_prob = self.config.hidden_dropout_prob if self.training else 0.0
             mixes = FusedMixes(alphas, dtype, dropout_prob, self.config.layer_norm_eps)
             hidden_states, normalized = mixes.start(hidden_states)
@@ -175,7 +175,7 @@ class GPTBert(nn.Module):
         weights: Sequence[BlockWeights | None],
     ) -> Tensor:
         """x_0 [B, T, D] to x_2L, operation by operation."""
-        representations = Representations(2 * len(self.blocks) + 1)
+        representations = Representations(num_mixes(self.config) + 1)
         hidden_states = representations.start(hidden_states)
         for block, *own in zip(self.blocks, seeds, weights, strict=True):
             hidden_states = block(hidden_states, representations, relative, visibility, *own)
@@ -195,7 +195,7 @@ class GPTBert(nn.Module):
     ) -> Visibility:
         """What attention needs: mask and buckets of all pairs, or for the fused kernels ids and tables by distance."""
         length, device = document_ids.shape[1], document_ids.device
-        if not self.has_fused_attention(length, dtype, device):
+        if not self.has_fused_attention(device, dtype, length):
             return Visibility(attention_mask(document_ids, causal), self.position_buckets(length))
         if not isinstance(causal, Tensor):
             causal = document_ids.new_full((len(document_ids),), causal, dtype=torch.bool)  # [B]
@@ -205,10 +205,10 @@ class GPTBert(nn.Module):
         ids = document_ids.to(torch.int32, copy=True, memory_format=torch.contiguous_format)
         return Visibility(document_ids=ids, is_causal=causal, tables=tables)
 
-    def has_fused_attention(self, length: int, dtype: torch.dtype, device: torch.device) -> bool:
+    def has_fused_attention(self, device: torch.device, dtype: torch.dtype, length: int) -> bool:
         """Whether attention over rows of this length runs in the fused kernels, with packed weights."""
         _, head_size, num_position_vectors = attention_shape(self.config, device)
-        return is_attention_fused(dtype, device, length, head_size, num_position_vectors)
+        return is_attention_fused(device, dtype, length, head_size, num_position_vectors)
 
     def pack(self, dtype: torch.dtype) -> ModelWeights:
         """The parameters of the large products, with new copies in the products' dtype."""
@@ -344,6 +344,11 @@ def attention_shape(config: ModelConfig, device: torch.device) -> tuple[int, int
     """The number of heads, the size of each, and the number of position vectors with their padding."""
     head_size = config.hidden_size // config.num_attention_heads
     return config.num_attention_heads, head_size, position_rows(2 * config.position_bucket_size - 1, device)
+
+
+def num_mixes(config: ModelConfig) -> int:
+    """The number of weighted sums of earlier representations: one after each sub-layer."""
+    return 2 * config.num_hidden_layers
 
 
 def position_rows(count: int, device: torch.device) -> int:

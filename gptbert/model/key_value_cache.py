@@ -1,4 +1,4 @@
-"""What each attention keeps of a text's earlier positions, so that a further token is one position's work.
+"""A cache of keys and values of earlier positions, so that a further token costs the work of one position.
 
 Letters of shapes: B rows, T new positions, K keys (earlier positions and new ones), H heads, d head size, P position
 vectors.

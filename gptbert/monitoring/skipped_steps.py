@@ -11,7 +11,7 @@ class SkippedSteps:
 
     Attributes:
         counts: [3] int64, always the same tensor: skipped steps of the whole run, of the streak that ends with the
-            newest step, and of the longest streak since `longest_streak` was last called.
+            newest step, and of the longest streak since `take_longest_streak` was last called.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -33,8 +33,8 @@ class SkippedSteps:
         """Skipped steps of the whole run."""
         return int(self.counts[0])
 
-    def longest_streak(self) -> int:
-        """The longest streak of skipped steps since the last call."""
+    def take_longest_streak(self) -> int:
+        """The longest streak of skipped steps since the last call, which begins the next one."""
         _, streak, longest = self.counts.tolist()
         self.counts[2] = streak
         return longest
@@ -43,13 +43,13 @@ class SkippedSteps:
         """End the run if it skips too many steps in a row.
 
         Args:
-            most: the streak of skipped steps, since `longest_streak` was last called, that ends the run.
+            most: the streak of skipped steps, since `take_longest_streak` was last called, that ends the run.
             step: steps completed.
 
         Raises:
             SharedError: on every rank.
         """
-        longest = self.longest_streak()
+        longest = self.take_longest_streak()
         if longest >= most:
             raise SharedError(
                 f"training diverged: by step {step}, the gradients of {longest} steps one after another were not "

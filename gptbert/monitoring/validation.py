@@ -114,14 +114,14 @@ class Validation:
             self.num_rows = min(self.num_rows, settings.validation_steps * settings.global_batch_size)
 
     @property
-    def share(self) -> str:
+    def coverage(self) -> str:
         """Which rows are evaluated, for the log; empty for all."""
         if self.num_rows == self._stream.slots_per_epoch:
             return ""
         return f"{self.num_rows:,} of {self._stream.slots_per_epoch:,} rows, spread evenly over the file"
 
     def __str__(self) -> str:
-        """The rows and masks, without the file: validations of which this is equal can be compared."""
+        """The rows and masks, without the file; validations with equal strings can be compared."""
         settings = self._settings
         masks = f"{settings.validation_mask_p:g}, {settings.mask_random_p:g}, {settings.mask_keep_p:g}"
         return f"{self.num_rows} rows of {settings.seq_length} tokens, masks {masks}"

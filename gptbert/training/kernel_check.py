@@ -25,7 +25,7 @@ from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.distributed.world import World
 from gptbert.errors import InputError
 from gptbert.io.screen import log
-from gptbert.model.gptbert import attention_shape
+from gptbert.model.gptbert import attention_shape, num_mixes
 from kernels import depth_mix, dropout, gated_norm, normalize
 from kernels.assembler import use_right_assembler
 from kernels.attention_context.fused import is_fused
@@ -63,23 +63,23 @@ def _fused_attention(
 ) -> tuple[int, int, int] | None:
     """`Run.attention`: None if no row length has fused attention."""
     shape = attention_shape(model_config, world.device)
-    return shape if any(is_fused(dtype, world.device, length, *shape[1:]) for length in plan.row_lengths) else None
+    return shape if any(is_fused(world.device, dtype, length, *shape[1:]) for length in plan.row_lengths) else None
 
 
-def _fused_gates(model_config: ModelConfig, world: World, dtype: torch.dtype) -> tuple[int, int] | None:
-    """`Run.gates`."""
-    sizes = model_config.hidden_size, model_config.intermediate_size
-    return sizes if all(gated_norm.is_fused(world.device, dtype, size) for size in sizes) else None
+def _fused_gates(model_config: ModelConfig, world: World, dtype: torch.dtype) -> tuple[int | None, int | None] | None:
+    """`Run.gates`: each is fused or not by its own width."""
+    widths = model_config.hidden_size, model_config.intermediate_size
+    attention, feed_forward = (width if gated_norm.is_fused(world.device, dtype, width) else None for width in widths)
+    return (attention, feed_forward) if attention or feed_forward else None
 
 
 def _fused_mixes(
     config: TrainConfig, model_config: ModelConfig, world: World, dtype: torch.dtype
 ) -> tuple[int, int] | None:
     """`Run.mixes`."""
-    is_sharded = config.parallel == "fsdp" and world.world_size > 1
-    size, num_mixes = model_config.hidden_size, 2 * model_config.num_hidden_layers
-    is_used = not is_sharded and depth_mix.is_fused(world.device, dtype, size, num_mixes)
-    return (size, num_mixes) if is_used else None
+    size, count = model_config.hidden_size, num_mixes(model_config)
+    is_used = not config.is_sharded(world.world_size) and depth_mix.is_fused(world.device, dtype, size, count)
+    return (size, count) if is_used else None
 
 
 @contextmanager
@@ -191,8 +191,9 @@ def _finish(process: subprocess.Popen[bytes], errors: TextIO, seconds: float, en
 def agree_on_fused(failures: Failures, world: World) -> None:
     """All ranks do without what failed its check on any of them, a variant of a fused operation or all of it.
 
-    And without what any of them does not want, as where a host has another assembler: ranks that fuse different
-    operations have their gradients in different places of the buffer that is summed. Every rank must call it.
+    They also do without what any of them does not want, for instance because its host has another assembler: ranks
+    that fuse different operations have their gradients in different places of the buffer that is summed. Every rank
+    must call it.
 
     Args:
         failures: what `kernel_check` found on this rank.

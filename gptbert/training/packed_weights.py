@@ -38,14 +38,14 @@ class PackedWeights:
         self.note_update()
 
     def made_by_products(self, lengths: Iterable[int], device: torch.device) -> set[Tensor]:
-        """The parameters whose gradients are products to the last entry in each backward, whatever the rows.
+        """The parameters whose whole gradient is written by a matrix product in each backward, and may be overwritten.
 
         Args:
             lengths: of all rows.
             device: where the model runs.
         """
         found = [self.weights.words]  # a product of the loss, to which the embedding's rows are added later
-        is_fused = all(self._model.has_fused_attention(length, self._dtype, device) for length in lengths)
+        is_fused = all(self._model.has_fused_attention(device, self._dtype, length) for length in lengths)
         for attention, feed_forward in self.weights.blocks:  # operation by operation, attention uses others' weights
             found += [*feed_forward, *([attention.projection, attention.output] if is_fused else [])]
         return {part for packed in found for part in packed.parts}

@@ -30,7 +30,7 @@ class TrainingStep(ABC):
     """Forward and backward of micro-batches, then clipping, optimizer and average of the weights.
 
     Attributes:
-        parallel_model: the model, wrapped for data parallelism where that takes a wrapper.
+        parallel_model: the model, in its DDP wrapper if it has one.
         sums: losses of the steps taken since they were last reset.
         skipped_steps: counts the others.
         averaged_ranks: number of ranks whose gradients are averaged, not summed.
@@ -66,6 +66,11 @@ class TrainingStep(ABC):
         dtype = torch.bfloat16 if config.mixed_precision else torch.float32
         self._weights = packed_weights(model, world.device, dtype)
         self._lengths, self._takes_one = micro_batches.lengths, micro_batches.are_single
+        self._prepare()
+
+    @abstractmethod
+    def _prepare(self) -> None:
+        """Give the gradients their places; what else a kind of step needs."""
 
     @abstractmethod
     def accumulate(self, micro_batches: list[Batch], scales: Tensor) -> None:
@@ -160,10 +165,9 @@ class EagerStep(TrainingStep):
     Gradients are reduced over ranks by DDP or FSDP, during the backward of the last micro-batch.
     """
 
-    def __init__(self, config: TrainConfig, model: GPTBert, *others: Any) -> None:
-        super().__init__(config, model, *others)
+    def _prepare(self) -> None:
         world = self._world
-        self.parallel_model = world.wrap(model, REDUCE_DTYPES[config.reduce_dtype])
+        self.parallel_model = world.wrap(self._model, REDUCE_DTYPES[self._config.reduce_dtype])
         self.averaged_ranks = world.world_size
         has_memory = world.world_size == 1 and self._weights is not None  # DDP has its own
         self._gradients = self._flat_gradients() if has_memory else None
@@ -204,10 +208,9 @@ class RecordedStep(TrainingStep):
         recorder: of both graphs.
     """
 
-    def __init__(self, config: TrainConfig, *others: Any) -> None:
-        super().__init__(config, *others)
+    def _prepare(self) -> None:
         world = self._world
-        self._gradients = self._flat_gradients(REDUCE_DTYPES[config.reduce_dtype])
+        self._gradients = self._flat_gradients(REDUCE_DTYPES[self._config.reduce_dtype])
         self.recorder = Recorder(world.device, world.rank if world.world_size > 1 else None)
         self._passes: dict[tuple[Any, ...], tuple[Batch, Recorded]] = {}  # by a micro-batch's shape
         self._scales: Any = None  # a tensor, made by the first step, as are the seeds

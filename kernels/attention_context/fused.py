@@ -31,8 +31,8 @@ class DistanceTables(NamedTuple):
 
 
 def is_fused(
-    dtype: torch.dtype,
     device: torch.device,
+    dtype: torch.dtype,
     length: int,
     head_size: int,
     num_position_vectors: int,
@@ -41,8 +41,8 @@ def is_fused(
     """Whether attention of these sizes runs in the fused kernels: wanted, backend "triton", bf16 (interpreted: fp32).
 
     Args:
-        dtype: of queries, keys and values.
-        device: theirs.
+        device: of queries, keys and values.
+        dtype: theirs.
         length: T.
         head_size: d.
         num_position_vectors: P.
@@ -281,7 +281,7 @@ def _readable(x: Tensor) -> Tensor:
 
 
 def contiguous(x: Tensor) -> Tensor:
-    """X, or a copy if it is not contiguous from an address of 16 bytes on: the kernels' words have 16 bytes."""
+    """The tensor, or a copy unless it is contiguous and its address a multiple of 16 bytes, as wide loads require."""
     x = x.contiguous()
     return x if _is_aligned(x) else x.clone()
 

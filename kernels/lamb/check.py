@@ -59,7 +59,7 @@ _SKIPPED = (
 def comparisons(device: torch.device, backend: str, run: Run | None = None) -> Iterator[Comparison]:
     """Skipped steps, rounded moments to the bit, and a step of each case; for a run, only what it launches."""
     if run is not None:
-        copy_type = run.logits_type if run.gates else None  # then the blocks' weights are packed
+        copy_type = run.logits_type if run.gates and run.gates[1] else None  # then the blocks' weights are packed
         grad_offsets = {"fp32": 0} | ({"unaligned gradients": 1} if run.buckets else {})
         for name, grad_offset in grad_offsets.items():
             yield from _compare_step(_Case(name, grad_offset=grad_offset, copy_type=copy_type), device, backend)
