@@ -381,7 +381,7 @@ class TrainConfig:
         """Whether the weights are sharded over this many ranks; see `parallel`."""
         return self.parallel == "fsdp" and world_size > 1
 
-    def is_recorded(self, device_type: str) -> bool:
+    def records_steps(self, device_type: str) -> bool:
         """Whether steps on a device of this type, "cuda" or "cpu", are recorded in CUDA graphs; see `cuda_graph`."""
         if self.cuda_graph == "auto":
             return device_type == "cuda" and self.parallel != "fsdp"

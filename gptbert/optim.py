@@ -364,13 +364,13 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
-def build_optimizer(config: TrainConfig, model: nn.Module, *, is_recorded: bool = False) -> Optimizer:
+def build_optimizer(config: TrainConfig, model: nn.Module, *, capturable: bool = False) -> Optimizer:
     """The optimizer that `--optimizer` names.
 
     Args:
         config: the run's settings.
         model: its parameters are updated.
-        is_recorded: whether a CUDA graph records the steps.
+        capturable: whether a CUDA graph records the steps.
     """
     settings: dict[str, Any] = {
         "lr": config.learning_rate,
@@ -386,4 +386,4 @@ def build_optimizer(config: TrainConfig, model: nn.Module, *, is_recorded: bool 
     if config.optimizer == "lamb":
         return Lamb(groups, **settings)
     is_fused = next(model.parameters()).device.type != "mps"  # where fused ones may ignore `found_inf`
-    return AdamW(groups, fused=is_fused, capturable=is_recorded and is_fused, **settings)
+    return AdamW(groups, fused=is_fused, capturable=capturable and is_fused, **settings)

@@ -35,7 +35,7 @@ from gptbert.model.compilation import restored_settings
 from gptbert.monitoring import figures
 from gptbert.monitoring.hooks import CheckpointHook, Hooks, RecordHook
 from gptbert.monitoring.progress import print_header
-from gptbert.monitoring.records import is_recorded, records_of
+from gptbert.monitoring.records import has_record, records_of
 from gptbert.scoring.pair_scores import PairScores
 from gptbert.trainer import Trainer
 from gptbert.training import compile_choice
@@ -144,7 +144,8 @@ def _fit(config: TrainConfig, world: World, ownership: ExitStack, hooks: Hooks) 
         with world.errors_on_all_ranks():
             check_counts(resumed.mask_counts if resumed and config.mask_history else None, inputs.num_train_tokens)
             initial_weights = None if resumed else read_initial_weights(config, inputs.model_config)
-        is_own, pending = world.on_main(_of_this_run, config, path, first_step)
+        is_own = world.on_main(_is_own, config, path)
+        pending = world.on_main(_missing_records, config, first_step) if is_own else []
         if not pending and world.on_main(_is_over, config, path, first_step):
             return first_step
         with world.errors_on_all_ranks():
@@ -244,17 +245,22 @@ def _check_same_contents(
     check_same(values, world)
 
 
-def _of_this_run(config: TrainConfig, path: Path | None, step: int) -> tuple[bool, list[str]]:
-    """Whether a checkpoint is in this run's folder, and then, the records that have still to be made; see `restore`.
+def _is_own(config: TrainConfig, path: Path | None) -> bool:
+    """Whether a checkpoint is in this run's folder."""
+    return path is not None and any(map(path.samefile, list_checkpoints(config.run_dir)))
+
+
+def _missing_records(config: TrainConfig, step: int) -> list[str]:
+    """The records, "validation" and "pairs", that are due after `step` and missing; see `Trainer.restore`.
 
     A checkpoint is saved before the validation of its step, so a run may end between the two.
     """
-    is_own = path is not None and any(map(path.samefile, list_checkpoints(config.run_dir)))
+    if step > config.max_steps:
+        return []
     every = {"validation": config.validate_every} | ({"pairs": config.score_every} if config.pairs_path else {})
-    due = [name for name in every if step <= config.max_steps and schedules.is_due(step, every[name], config.max_steps)]
+    due = [name for name in every if schedules.is_due(step, every[name], config.max_steps)]
     metrics = config.run_dir / "metrics.jsonl"
-    pending = [name for name in due if is_own and not is_recorded(metrics, step, f"{name}/")]
-    return is_own, pending
+    return [name for name in due if not has_record(metrics, step, f"{name}/")]
 
 
 def _is_over(config: TrainConfig, path: Path | None, step: int) -> bool:

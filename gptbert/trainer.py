@@ -90,8 +90,8 @@ class Trainer:
                     compile_blocks(model.blocks, mixed_precision=config.mixed_precision)
         if is_sharded:
             shard([self.model, self.ema.model], config, world)
-        is_recorded = config.is_recorded(world.device.type)
-        self.optimizer = build_optimizer(config, self.model, is_recorded=is_recorded)
+        is_recorded = config.records_steps(world.device.type)
+        self.optimizer = build_optimizer(config, self.model, capturable=is_recorded)
         threads = min(world.all_gather(torch.get_num_threads()))  # hosts may have other numbers of cores
         self.micro_batches = MicroBatches(config, plan, world, threads)
         step = RecordedStep if is_recorded else EagerStep

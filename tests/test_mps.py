@@ -113,7 +113,7 @@ def test_what_is_chosen_for_it(make_config, monkeypatch, capfd):
     drawn = torch.rand(3)
     state.load_rank_states(states, 4)
     assert torch.equal(torch.rand(3), drawn)
-    assert not make_config().is_recorded("mps")
+    assert not make_config().records_steps("mps")
 
 
 def as_on_mps(monkeypatch):

@@ -99,7 +99,7 @@ def stale(file):
 def go_stale(bad, rank):
     """The records cannot be read on rank `bad`."""
     if rank == bad:
-        gptbert.train.is_recorded = lambda path, *_: stale(path)
+        gptbert.train.has_record = lambda path, *_: stale(path)
 
 
 def test_records_that_one_rank_cannot_read_end_no_other_in_a_hang(inputs):

@@ -361,7 +361,7 @@ def test_a_recorded_run_is_resumed_to_the_bit(inputs, monkeypatch):
      ({"cuda_graph": "off"}, "cuda", False)],
 )  # fmt: skip
 def test_steps_are_recorded_on_gpus(make_config, changes, device, is_recorded):
-    assert make_config(**changes).is_recorded(device) is is_recorded
+    assert make_config(**changes).records_steps(device) is is_recorded
 
 
 def test_sharded_steps_cannot_be_recorded(make_config):

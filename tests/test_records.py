@@ -6,7 +6,7 @@ import tracemalloc
 
 import pytest
 
-from gptbert.monitoring.records import JsonLines, is_recorded, read_records
+from gptbert.monitoring.records import JsonLines, has_record, read_records
 from gptbert.train import TrainResult
 
 
@@ -86,7 +86,7 @@ def test_memory_of_a_start_and_of_an_end_does_not_grow_with_the_records(tmp_path
         "".join(f'{{"step": {step}, "train/loss": 0.5}}\n' for step in range(20_000))
     )
     tracemalloc.start()
-    assert is_recorded(tmp_path / "metrics.jsonl", 19_999, "train/")
+    assert has_record(tmp_path / "metrics.jsonl", 19_999, "train/")
     assert TrainResult.of(tmp_path, 9).training == {"step": 19_999, "train/loss": 0.5}
     log(tmp_path / "metrics.jsonl", 19_999, [])
     _, peak = tracemalloc.get_traced_memory()

@@ -65,7 +65,7 @@ class MicroBatches:
         # every rank's objectives: MLM ranks come first, CLM ranks last, unless each rank trains both
         self._every = {plan.objectives(rank) for rank in (0, world.world_size - 1)}
         self._is_sharded = config.is_sharded(world.world_size)
-        self.has_fixed_shapes = world.device.type != "cpu" or config.is_recorded(world.device.type)
+        self.has_fixed_shapes = world.device.type != "cpu" or config.records_steps(world.device.type)
         self._composition = cache(self._compose)
 
     @property

@@ -55,7 +55,7 @@ def _ways(config: TrainConfig, world: World) -> str:
     if world.device.type == "cuda":
         release = use_right_assembler()
         ways += [f"assembled by ptxas {release}"] if release else []
-    ways.append("steps " + ("recorded in CUDA graphs" if config.is_recorded(world.device.type) else "not recorded"))
+    ways.append("steps " + ("recorded in CUDA graphs" if config.records_steps(world.device.type) else "not recorded"))
     return "; ".join(ways)
 
 

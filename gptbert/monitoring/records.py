@@ -63,7 +63,7 @@ def forget_from(path: Path, step: int) -> None:
         JsonLines(path, step - 1).close()
 
 
-def is_recorded(path: Path, step: int, prefix: str) -> bool:
+def has_record(path: Path, step: int, prefix: str) -> bool:
     """Whether a file has a record of this step whose names begin with `prefix`."""
     return any(
         record["step"] == step and any(name.startswith(prefix) for name in record) for record in records_of(path)

@@ -94,7 +94,7 @@ def seconds_saved(config: TrainConfig, model_config: ModelConfig, plan: HybridPl
     rows = plan.tokens_before(config.max_steps) / config.seq_length / world.world_size
     most_rows = micro_batch_rows(config, config.seq_length, world.device)
     micro_batches = max(config.max_steps, rows / most_rows)
-    per_launch = _SECONDS_PER_RECORDED_LAUNCH if config.is_recorded("cuda") else _SECONDS_PER_LAUNCH
+    per_launch = _SECONDS_PER_RECORDED_LAUNCH if config.records_steps("cuda") else _SECONDS_PER_LAUNCH
     launches = micro_batches * model_config.num_hidden_layers * _LAUNCHES_SAVED_PER_LAYER
     return max(launches * per_launch, _GPU_SHARE_SAVED * flops / _GPU_FLOPS_PER_SECOND)
 
