@@ -1,7 +1,9 @@
 """The choice of an operation's implementation: PyTorch, Triton on GPUs, or C++ on CPUs."""
 
+import importlib
 import importlib.util
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +48,11 @@ def choose_backend(backend: str | None, device: torch.device) -> str:
     if chosen == "cpp" and device.type not in {"cpu", "meta"}:
         raise ValueError(f"{source}='cpp': C++ kernels are for CPUs, and these tensors are on {device}; 'torch' works")
     return chosen
+
+
+def triton_kernel(operation: str) -> Any:
+    """The module `kernels.<operation>.kernel`, imported at the first use, since Triton may be missing."""
+    return importlib.import_module(f"kernels.{operation}.kernel")
 
 
 def uses_cpp(tensor: Tensor, backend: str | None = None) -> bool:

@@ -29,14 +29,16 @@ SEEDS = 3  # of dropout, per attention
 class Visibility(NamedTuple):
     """Which positions attend to which, and in which bucket of distances; the same for all layers.
 
+    In one of three forms: for all pairs, `mask` and `buckets`, with or without an empty `cache`; for fused attention,
+    `document_ids`, `is_causal` and `tables`; for one further position, which sees all, `cache` and `buckets` [K].
+
     Attributes:
-        mask: [B, T, T] bool, True where query i may see key j; None for fused attention.
-        buckets: [T, T], β(i, j); None for fused attention.
-        document_ids: [B, T] int32, for fused attention.
-        is_causal: [B] bool, for fused attention.
-        tables: β by distance, for fused attention; None otherwise.
-        cache: takes these positions, and has the earlier ones; None: there are none. If these are one position, it sees
-            all of them: `mask` is None, and `buckets` are [K].
+        mask: [B, T, T] bool, True where query i may see key j.
+        buckets: [T, T], β(i, j), or [K].
+        document_ids: [B, T] int32.
+        is_causal: [B] bool.
+        tables: β by distance.
+        cache: has the earlier positions, and takes these.
     """
 
     mask: Tensor | None = None
@@ -129,21 +131,22 @@ class Attention(nn.Module):
         value_gate = F.linear(normalized, self.value_gate.weight)
         value, gate = add_bias(value_gate, self.value_gate.bias).chunk(2, dim=-1)
         query, key, value = self.heads(query * self.scale), self.heads(key), self.heads(value)  # [H, B, T, d]
-        past = None if visibility.cache is None else visibility.cache.of(self)
-        if past is None or past.positions is None:
+        cache = None if visibility.cache is None else visibility.cache.of(self)
+        if cache is None or cache.positions is None:
             position_query, position_key = add_bias(F.linear(relative, weight), bias).chunk(2, dim=-1)
             positions = self.heads(position_query * self.scale), self.heads(position_key)  # [H, P, d]
         else:
-            positions = past.positions
-        if past is not None:
-            past.positions = positions
-            key, value, by_key = past.append(key, value)  # of all positions
+            positions = cache.positions
+        by_key = None
+        if cache is not None:
+            key, value, by_key = cache.append(key, value, positions)  # of all K positions
+        mask: Any = visibility.mask
         buckets: Any = visibility.buckets
-        if visibility.mask is None:
+        if mask is None and by_key is not None:  # a further position, which sees all
             context = next_context(query, key, by_key, positions[1], value, buckets)
         else:
             context = attention_context(
-                query, key, *positions, value, buckets, visibility.mask, seed, dropout_prob
+                query, key, *positions, value, buckets, mask, seed, dropout_prob
             )  # [H, B, T, d]
         return gated_norm(gate, context, self.output.weight, approximate="none", eps=self.eps)
 

@@ -4,8 +4,6 @@ Letters of shapes: B rows, T new positions, K keys (earlier positions and new on
 vectors.
 """
 
-from typing import Any
-
 from torch import Tensor, nn
 
 
@@ -27,20 +25,25 @@ class KeyValueCache:
 
 
 class LayerCache:
-    """One attention's keys and values, and their products with its position vectors, which do not change."""
+    """One attention's keys and values, and their products with its position vectors, which do not change.
+
+    Attributes:
+        positions: the position vectors as queries and as keys, [H, P, d] each; None at first.
+    """
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._length = 0
         self._memory: tuple[Tensor, ...] = ()  # of what `append` returns, [H, B, capacity, …] each
-        self.positions: Any = None  # as queries and as keys, [H, P, d] each; None at first
+        self.positions: tuple[Tensor, Tensor] | None = None
 
-    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def append(self, key: Tensor, value: Tensor, positions: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Keys [H, B, K, d], values [H, B, K, d] and position scores of keys [H, B, K, P] of all positions.
 
         Args:
             key: [H, B, T, d], of new positions.
             value: likewise.
+            positions: see above; kept.
 
         Raises:
             ValueError: the cache is full.
@@ -48,8 +51,8 @@ class LayerCache:
         first, self._length = self._length, self._length + key.shape[2]
         if self._length > self._capacity:
             raise ValueError(f"the cache has room for {self._capacity} positions, not for {self._length}")
-        position_query, _ = self.positions
-        new = (key, value, key @ position_query[:, None].mT)
+        self.positions = positions
+        new = (key, value, key @ positions[0][:, None].mT)
         if first == 0:
             self._memory = tuple(each.new_empty(*each.shape[:2], self._capacity, each.shape[3]) for each in new)
         for memory, each in zip(self._memory, new, strict=True):

@@ -1,7 +1,6 @@
 """Attention against its reference: the operation with its gradients, and the softmax kernels alone."""
 
 import functools
-import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from kernels.attention_context import attention_context, cpp, eager, fused_attention, gated_attention, reference
 from kernels.attention_context.fused import DTYPES, LENGTHS, distance_tables, tile_size
+from kernels.backend import triton_kernel
 from kernels.dropout import dropout
 from kernels.gated_norm import reference as gated_reference
 from kernels.linear import Packed
@@ -51,7 +51,7 @@ def _fused_kernels(device: torch.device, run: Run | None) -> Iterator[Comparison
             yield from compare_fused(device, *sizes, None, variant=run.attention_variant)
             yield from compare_fused(device, *sizes, _SEED, repeats, run.attention_variant)
         return
-    cases = importlib.import_module("kernels.attention_context.kernel").CHECKED
+    cases = triton_kernel("attention_context").CHECKED
     is_gpu = device.type == "cuda"  # the interpreter is slow
     for variant in VARIANTS:
         for heads, size, length, vectors, has_dropout in cases if is_gpu or variant == VARIANTS[0] else cases[2::3]:

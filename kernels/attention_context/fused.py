@@ -1,6 +1,5 @@
 """Attention in one Triton kernel forward and two backward, as registered operations; no [H, B, T, T] is stored."""
 
-import importlib
 from typing import NamedTuple
 
 import torch
@@ -8,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import wanted
+from kernels.backend import triton_kernel
 
 TILE = 64  # queries and keys at a time; shorter rows have smaller tiles
 HEAD_SIZES = (32, 64, 128)
@@ -148,7 +148,9 @@ def forward(
     del bucket_rows
     position = torch.cat([position_query, position_key], dim=-1)
     inputs = (*map(_readable, (query, key, value)), position, buckets, variant)
-    return _kernel().forward(*inputs, document_ids, is_causal, seed, dropout_prob, scale, num_heads)
+    return triton_kernel("attention_context").forward(
+        *inputs, document_ids, is_causal, seed, dropout_prob, scale, num_heads
+    )
 
 
 def empty_table(query: Tensor, position: Tensor, buckets: Tensor, variant: str, num_heads: int) -> Tensor:
@@ -205,7 +207,7 @@ def backward(
     """Gradients of query, key [B, T, D], position_query, position_key [P, D] and value [B, T, D], in their dtypes."""
     tensors = tuple(map(_readable, (query, key, value)))
     gradients = tuple(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in tensors)
-    of_positions = _kernel().backward(
+    of_positions = triton_kernel("attention_context").backward(
         contiguous(grad),
         *tensors,
         torch.cat([position_query, position_key], dim=-1),
@@ -288,8 +290,3 @@ def contiguous(x: Tensor) -> Tensor:
 
 def _is_aligned(x: Tensor) -> bool:
     return x.data_ptr() % 16 == 0
-
-
-def _kernel():
-    """Imported at the first use, since Triton may be missing."""
-    return importlib.import_module("kernels.attention_context.kernel")

@@ -4,7 +4,6 @@ The gradient of the projection is one matrix as well, whose quarters the kernels
 weight and one for its input, and nothing is copied together.
 """
 
-import importlib
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.attention_context.fused import DistanceTables, contiguous, empty_table
+from kernels.backend import triton_kernel
 from kernels.linear import Packed, PackedGradient
 
 
@@ -112,8 +112,10 @@ def forward(
     """
     query, key, value, gate = _quarters(projection)
     rows = (document_ids, is_causal, seed, dropout_prob, scale, num_heads)
-    context, lse, table = _attention().forward(query, key, value, position, buckets, variant, *rows)
-    normalized, mean, inverse_std = _gated_norm().forward(
+    context, lse, table = triton_kernel("attention_context").forward(
+        query, key, value, position, buckets, variant, *rows
+    )
+    normalized, mean, inverse_std = triton_kernel("gated_norm").forward(
         context.flatten(0, 1), gate.flatten(0, 1), is_tanh=False, eps=eps
     )
     return normalized.view(context.shape), context, lse, table, mean, inverse_std
@@ -155,11 +157,11 @@ def backward(
     *of_tensors, of_gate = of_projection.chunk(4, dim=-1)
     *tensors, gate = _quarters(projection)
     of_context, normalized = torch.empty_like(context), torch.empty_like(context)
-    _gated_norm().backward(
+    triton_kernel("gated_norm").backward(
         grad.flatten(0, 1).contiguous(), context.flatten(0, 1), gate.flatten(0, 1), mean, inverse_std,
         of_context.flatten(0, 1), of_gate.flatten(0, 1), normalized.flatten(0, 1), is_tanh=False,
     )  # fmt: skip
-    of_position = _attention().backward(
+    of_position = triton_kernel("attention_context").backward(
         of_context, *tensors, contiguous(position), buckets, bucket_rows, variant, document_ids, is_causal, seed,
         context, lse, table, dropout_prob, scale, num_heads, tuple(of_tensors),
     )  # fmt: skip
@@ -174,12 +176,3 @@ def _(grad, projection, position, *rest):  # noqa: ANN002
 
 def _quarters(projection: Tensor) -> tuple[Tensor, ...]:
     return contiguous(projection).chunk(4, dim=-1)
-
-
-def _attention() -> Any:
-    """Imported at the first use, since Triton may be missing."""
-    return importlib.import_module("kernels.attention_context.kernel")
-
-
-def _gated_norm() -> Any:
-    return importlib.import_module("kernels.gated_norm.kernel")

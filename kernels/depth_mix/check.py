@@ -1,11 +1,11 @@
 """Mixes against fp64 sums, forward and backward, at every depth."""
 
-import importlib
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from kernels.backend import triton_kernel
 from kernels.depth_mix import FusedMixes, buffer, depth_mix, depth_mix_backward, reference
 from kernels.depth_mix.cpp import PIECE
 from kernels.numerics import Comparison, compare, compare_function, random_bf16, sum_rounding
@@ -38,7 +38,7 @@ def _fused_kernels(device: torch.device, run: Run | None) -> Iterator[Comparison
         yield from compare_fused(device, 300 if is_gpu else 3, size, num_mixes, dtype)
         return
     for dtype in (torch.bfloat16, torch.float32) if is_gpu else (torch.float32,):
-        for rows, size, num_mixes, has_dropout in importlib.import_module("kernels.depth_mix.kernel").CHECKED:
+        for rows, size, num_mixes, has_dropout in triton_kernel("depth_mix").CHECKED:
             yield from compare_fused(device, rows, size, num_mixes, dtype, has_dropout=has_dropout)
         if is_gpu:
             yield from compare_fused(device, 3000, 768, 24, dtype)

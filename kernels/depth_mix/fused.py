@@ -1,6 +1,5 @@
 """Bias, dropout, residual connection, mix and LayerNorm in one pass, in Triton: registered operations."""
 
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels import wanted, whole_rows
+from kernels.backend import triton_kernel
 
 GROUP = 6  # mixes
 MOST_MIXES = 127  # the weights' gradients are tiles of all representations
@@ -225,7 +225,7 @@ def forward(
         dropout_prob: probability of a zero.
         eps: LayerNorm's.
     """
-    _kernel().forward(
+    triton_kernel("depth_mix").forward(
         out, bias, x, alpha, seed, values, partials, mixed, normalized, inverse_std, depth, num_mixes, dropout_prob, eps
     )
 
@@ -270,7 +270,7 @@ def backward(
         num_mixes: M.
         dropout_prob: see `forward`.
     """
-    _kernel().backward(
+    triton_kernel("depth_mix").backward(
         grad_x, grad_h, normalized, inverse_std, alpha, seed, values, partials, grad_newest, grad_out, grad_bias,
         grad_alpha, depth, num_mixes, dropout_prob,
     )  # fmt: skip
@@ -280,8 +280,3 @@ def backward(
 @backward.register_fake
 def _(*args) -> None:  # noqa: ANN002
     del args  # all outputs are written in place
-
-
-def _kernel() -> Any:
-    """Imported at the first use, since Triton may be missing."""
-    return importlib.import_module("kernels.depth_mix.kernel")

@@ -1,12 +1,10 @@
 """Dropout of one tensor by several masks in Triton: registered operations."""
 
-import importlib
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from kernels import wanted
+from kernels.backend import triton_kernel
 
 
 def is_fused(device: torch.device, backend: str | None = None) -> bool:
@@ -32,7 +30,7 @@ def dropouts(x: Tensor, seeds: Tensor, dropout_prob: float, dtype: torch.dtype) 
     Returns:
         [L, *x.shape].
     """
-    return _kernel().forward(x.contiguous(), seeds, dropout_prob, dtype)
+    return triton_kernel("dropout").forward(x.contiguous(), seeds, dropout_prob, dtype)
 
 
 @dropouts.register_fake
@@ -43,7 +41,7 @@ def _(x, seeds, dropout_prob, dtype):
 @torch.library.custom_op("kernels::dropouts_backward", mutates_args=())
 def backward(grad: Tensor, seeds: Tensor, dropout_prob: float, dtype: torch.dtype) -> Tensor:
     """The gradient of x, in its dtype: summed over the masks in fp32, in their order."""
-    return _kernel().backward(grad.contiguous(), seeds, dropout_prob, dtype)
+    return triton_kernel("dropout").backward(grad.contiguous(), seeds, dropout_prob, dtype)
 
 
 @backward.register_fake
@@ -62,8 +60,3 @@ def _gradients(ctx, grad):
 
 
 dropouts.register_autograd(_gradients, setup_context=_keep_inputs)
-
-
-def _kernel() -> Any:
-    """Imported at the first use, since Triton may be missing."""
-    return importlib.import_module("kernels.dropout.kernel")

@@ -1,12 +1,12 @@
 """gated_norm against its reference: the operation with its gradients, and the kernels alone."""
 
-import importlib
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kernels.backend import triton_kernel
 from kernels.gated_norm import cpp, gated_norm, op, reference
 from kernels.linear import Packed
 from kernels.numerics import Comparison, compare, compare_all, compare_function, random_bf16
@@ -45,7 +45,7 @@ def _fused_kernels(device: torch.device, run: Run | None) -> Iterator[Comparison
                 yield from compare_fused(device, 300 if is_gpu else 3, size, dtype, is_tanh=is_tanh)
         return
     for dtype in (torch.bfloat16, torch.float32) if is_gpu else (torch.float32,):
-        for rows, size, is_tanh in importlib.import_module("kernels.gated_norm.kernel").CHECKED:
+        for rows, size, is_tanh in triton_kernel("gated_norm").CHECKED:
             yield from compare_fused(device, rows, size, dtype, is_tanh=is_tanh)
         if is_gpu:
             yield from compare_fused(device, 3000, 2560, dtype, is_tanh=True)

@@ -1,11 +1,10 @@
 """LayerNorm(linear · GELU(gate)) and its backward in Triton: registered operations, with the signatures of `cpp.py`."""
 
-import importlib
-
 import torch
 from torch import Tensor
 
 from kernels import wanted, whole_rows
+from kernels.backend import triton_kernel
 
 
 def is_fused(device: torch.device, dtype: torch.dtype, size: int, backend: str | None = None) -> bool:
@@ -36,7 +35,7 @@ def gated_norm(gate: Tensor, linear: Tensor | None, is_tanh: bool, eps: float) -
         The normalized product [B, T, D]; mean and inverse standard deviation [B, T] in fp32.
     """
     shape = gate.shape[:-1]
-    normalized, mean, inverse_std = _kernel().forward(*_rows(gate, linear), is_tanh=is_tanh, eps=eps)
+    normalized, mean, inverse_std = triton_kernel("gated_norm").forward(*_rows(gate, linear), is_tanh=is_tanh, eps=eps)
     return normalized.view(*shape, normalized.shape[1]), mean.view(shape), inverse_std.view(shape)
 
 
@@ -57,7 +56,9 @@ def gated_norm_backward(
     written = _rows(grad_gate, None if linear is None else grad_linear)
     statistics = (mean.view(-1), inverse_std.view(-1))
     rows = grad.reshape(-1, grad.shape[-1]).contiguous()
-    _kernel().backward(rows, *_rows(gate, linear), *statistics, *written, normalized.view(rows.shape), is_tanh=is_tanh)
+    triton_kernel("gated_norm").backward(
+        rows, *_rows(gate, linear), *statistics, *written, normalized.view(rows.shape), is_tanh=is_tanh
+    )
     return grad_gate, grad_linear, normalized
 
 
@@ -88,8 +89,3 @@ def _rows(gate: Tensor, linear: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def _dense_columns(rows: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
-
-
-def _kernel():
-    """Imported at the first use, since Triton may be missing."""
-    return importlib.import_module("kernels.gated_norm.kernel")

@@ -1,12 +1,12 @@
 """The registered operation: checks of its arguments, and dispatch to an implementation."""
 
-import importlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from kernels import torch_private
+from kernels.backend import triton_kernel
 from kernels.lamb import cpp, eager, reference
 from kernels.lamb.arguments import Clipping, Settings, Tensors
 
@@ -47,7 +47,7 @@ def lamb_step(
     if seed is not None and exp_avgs[0].dtype != torch.bfloat16:
         raise ValueError(f"stochastic_rounding_seed: moments are {exp_avgs[0].dtype}; only bf16 ones are rounded")
     if backend == "triton" and params[0].dtype == torch.float32:
-        implementation = importlib.import_module("kernels.lamb.kernel").launch  # not above: Triton may be missing
+        implementation = triton_kernel("lamb").launch
     elif backend == "cpp" and group_name is None and cpp.supports(params, grads, exp_avgs):
         implementation = cpp.lamb_step
     elif eager.supports(params, exp_avgs):

@@ -1,12 +1,12 @@
 """LAMB's Triton kernels for the same tensors at every step: what stays the same is checked once."""
 
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kernels.backend import triton_kernel
 from kernels.lamb import chunk_table, op
 from kernels.lamb.arguments import Settings, Tensors
 
@@ -50,7 +50,7 @@ class PreparedStep:
         self._decays = list(weight_decays)
         self._sizes = [param.numel() for param in params]
         self._checked: tuple[Any, ...] | None = None  # addresses of the state, and the gradients' dtypes and devices
-        self._launch = importlib.import_module("kernels.lamb.kernel").launch  # not above: Triton may be missing
+        self._launch = triton_kernel("lamb").launch
 
     @torch.no_grad()
     def __call__(

@@ -1,7 +1,6 @@
 """The registered operations: rows of logits, and, in chunks, hidden states times the output matrix."""
 
 import functools
-import importlib
 from types import ModuleType
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.add_bias.cpp import column_sums
+from kernels.backend import triton_kernel
 from kernels.linear import add_product
 from kernels.masked_cross_entropy import cpp, eager
 from kernels.masked_cross_entropy.inputs import checked, labeled_rows, segments_and_scales
@@ -337,12 +337,9 @@ def _cross_entropy(
 
 
 def _implementation(tensor: Tensor, backend: str, *, takes_rows: bool = True) -> ModuleType:
-    """The module with `rows` for these logits, or with `sums` and `multiplied` for this dtype.
-
-    kernel.py is imported here, since Triton may be missing.
-    """
+    """The module with `rows` for these logits, or with `sums` and `multiplied` for this dtype."""
     if backend == "triton":
-        kernel = importlib.import_module("kernels.masked_cross_entropy.kernel")
+        kernel = triton_kernel("masked_cross_entropy")
         if kernel.supports(tensor) if takes_rows else tensor.dtype != torch.float64:
             return kernel
     return cpp if backend == "cpp" and cpp.supports(tensor) else eager

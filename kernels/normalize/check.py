@@ -1,11 +1,11 @@
 """LayerNorm before a product against PyTorch's LayerNorm."""
 
-import importlib
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from kernels.backend import triton_kernel
 from kernels.normalize import activate, embed, fused, normalize, reference
 from kernels.numerics import Comparison, compare, compare_function, random_bf16
 from kernels.run import Run
@@ -47,7 +47,7 @@ def _fused_kernels(device: torch.device, run: Run | None) -> Iterator[Comparison
         yield from compare_table(device, 3000 if is_gpu else rows, run.norms)
         yield from compare_activation(device, rows, run.norms, run.logits_type if is_gpu else torch.float32)
         return
-    for rows, size, gathers, has_dropout in importlib.import_module("kernels.normalize.kernel").CHECKED:
+    for rows, size, gathers, has_dropout in triton_kernel("normalize").CHECKED:
         if gathers:
             yield from compare_embedding(device, rows, size, has_dropout=has_dropout)
             yield from compare_table(device, 3000 if is_gpu else 150, size)

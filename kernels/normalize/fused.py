@@ -1,12 +1,12 @@
 """The embedding and the head's GELU, each with LayerNorm and dropout, in one Triton pass: registered operations."""
 
-import importlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels import wanted, whole_rows
+from kernels.backend import triton_kernel
 
 
 def is_fused(device: torch.device, size: int, backend: str | None = None) -> bool:
@@ -51,7 +51,7 @@ def activate(x: Tensor, seed: Tensor | None, dropout_prob: float, eps: float) ->
 def forward(x: Tensor, ids: Tensor | None, seed: Tensor | None, dropout_prob: float, eps: float) -> Tensor:
     """`embed` with ids, `activate` without."""
     rows = None if ids is None else ids.reshape(-1).contiguous()
-    result = _kernel().forward(x.reshape(-1, x.shape[-1]).contiguous(), rows, seed, dropout_prob, eps)
+    result = triton_kernel("normalize").forward(x.reshape(-1, x.shape[-1]).contiguous(), rows, seed, dropout_prob, eps)
     return result.view(_shape(x, ids))
 
 
@@ -67,7 +67,7 @@ def backward(
     """The gradient of x, or of its rows with these ids, in the shape of the result."""
     rows = None if ids is None else ids.reshape(-1).contiguous()
     grad_rows, x_rows = (each.reshape(-1, each.shape[-1]).contiguous() for each in (grad, x))
-    return _kernel().backward(grad_rows, x_rows, rows, seed, dropout_prob, eps).view(grad.shape)
+    return triton_kernel("normalize").backward(grad_rows, x_rows, rows, seed, dropout_prob, eps).view(grad.shape)
 
 
 @backward.register_fake
@@ -113,7 +113,7 @@ class _Embed(torch.autograd.Function):
 @torch.library.custom_op("kernels::add_rows", mutates_args={"table"})
 def add_rows(table: Tensor, ids: Tensor, grad: Tensor) -> None:
     """Add gradients [R, D] of rows with ids [R] to a table [V, D]; both fp32. The same input gives the same bits."""
-    _kernel().add_rows(table, ids, grad.contiguous())
+    triton_kernel("normalize").add_rows(table, ids, grad.contiguous())
 
 
 @add_rows.register_fake
@@ -123,8 +123,3 @@ def _(table, ids, grad):
 
 def _shape(x: Tensor, ids: Tensor | None) -> list[int]:
     return [*(x.shape[:-1] if ids is None else ids.shape), x.shape[-1]]
-
-
-def _kernel() -> Any:
-    """Imported at the first use, since Triton may be missing."""
-    return importlib.import_module("kernels.normalize.kernel")

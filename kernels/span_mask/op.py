@@ -1,10 +1,9 @@
 """The registered operation: dispatch to an implementation."""
 
-import importlib
-
 import torch
 from torch import Tensor
 
+from kernels.backend import triton_kernel
 from kernels.padding import padded_rows
 from kernels.span_mask import reference
 
@@ -31,7 +30,7 @@ def span_mask(
         return _empty_output(tokens, backend), _empty_output(tokens, backend)
     implementation = reference.span_mask
     if backend == "triton":
-        kernel = importlib.import_module("kernels.span_mask.kernel")  # imported here, since Triton may be missing
+        kernel = triton_kernel("span_mask")
         if kernel.supports(tokens.shape[1], max_span_length):
             implementation = kernel.launch
     results = implementation(
