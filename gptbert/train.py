@@ -33,8 +33,8 @@ from gptbert.errors import InputError
 from gptbert.io.screen import Lasting, log
 from gptbert.model.compilation import restored_settings
 from gptbert.monitoring import figures
+from gptbert.monitoring.display import print_header
 from gptbert.monitoring.hooks import CheckpointHook, Hooks, RecordHook
-from gptbert.monitoring.progress import print_header
 from gptbert.monitoring.records import has_record, records_of
 from gptbert.scoring.pair_scores import PairScores
 from gptbert.trainer import Trainer

@@ -32,9 +32,9 @@ from gptbert.model.batch import Batch
 from gptbert.model.compilation import compile_blocks, compiling
 from gptbert.model.objective import Objective
 from gptbert.monitoring import figures
+from gptbert.monitoring.display import progress_bar, summary, validation_progress
 from gptbert.monitoring.hooks import Hooks
 from gptbert.monitoring.metrics import Throughput
-from gptbert.monitoring.progress import progress_bar, summary, validation_progress
 from gptbert.monitoring.records import forget_from
 from gptbert.monitoring.samples import Samples
 from gptbert.monitoring.trackers import Trackers

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gptbert.distributed.world import World
-from gptbert.monitoring import progress
+from gptbert.monitoring import display
 from gptbert.training import preparation
 from kernels import assembler, wanted
 from kernels.assembler import is_right, use_right_assembler
@@ -57,9 +57,9 @@ def test_without_a_right_one_a_run_does_without_fused_operations(make_config, mo
     assert all(map(wanted.is_wanted, wanted.FUSED)) is is_fused
     said = capfd.readouterr().err
     assert said.startswith("ptxas 12.8 is known to make wrong code") is not is_fused
-    monkeypatch.setattr(progress, "use_right_assembler", lambda: release)
-    line = progress._ways(make_config(cuda_graph="off"), GPU)
+    monkeypatch.setattr(display, "use_right_assembler", lambda: release)
+    line = display._ways(make_config(cuda_graph="off"), GPU)
     fused = "attention_context (gather), gated_norm, normalize, dropout, depth_mix" if is_fused else "nothing"
     assert line == f"fused: {fused}; assembled by ptxas {release}; steps not recorded"
-    on_cpu = progress._ways(make_config(cuda_graph="on"), World(0, 1, torch.device("cpu")))
+    on_cpu = display._ways(make_config(cuda_graph="on"), World(0, 1, torch.device("cpu")))
     assert on_cpu == f"fused: {fused}; steps recorded in CUDA graphs"

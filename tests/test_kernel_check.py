@@ -17,7 +17,7 @@ from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.distributed.stop_signal import SIGNALS
 from gptbert.distributed.world import World, connect
 from gptbert.errors import InputError
-from gptbert.monitoring import progress
+from gptbert.monitoring import display
 from gptbert.train import fit
 from gptbert.training import kernel_check as module
 from gptbert.training.kernel_check import kernel_check, kernel_settings
@@ -106,7 +106,7 @@ def test_another_variant_takes_the_place_of_one_that_fails(plant, capfd, make_co
     assert wanted.variant("attention_context") == "load"
     tables = distance_tables(torch.zeros(31, dtype=torch.int64), 16, torch.float32)
     assert tables.variant == "load", "the model asks for these tables"
-    assert "attention_context (load), gated_norm" in progress._ways(make_config(), ALONE)
+    assert "attention_context (load), gated_norm" in display._ways(make_config(), ALONE)
     assert capfd.readouterr().err.startswith("attention_context in its variant gather is not fused in this run: ")
 
 

@@ -22,7 +22,7 @@ from gptbert.data.token_store import TokenStore
 from gptbert.distributed.world import World
 from gptbert.errors import InputError
 from gptbert.model.objective import Objective
-from gptbert.monitoring.progress import validation_progress
+from gptbert.monitoring.display import validation_progress
 from gptbert.monitoring.records import read_records
 from gptbert.report import ReportConfig, report
 from gptbert.schedules import learning_rate

@@ -52,12 +52,12 @@ class Block(nn.Module):
         attention_seeds, feed_forward_seed = (None, None) if seeds is None else (seeds[:-1], seeds[-1])
         if self.is_compiled:
             hidden_states, visibility = any_number_of_rows(hidden_states), visibility.of_any_number_of_rows()
-        own = (None, None) if weights is None else weights
-        newest = self._run(self.attention, hidden_states, relative, visibility, attention_seeds, own[0])
+        attention_weights, feed_forward_weights = (None, None) if weights is None else weights
+        newest = self._run(self.attention, hidden_states, relative, visibility, attention_seeds, attention_weights)
         hidden_states = self.attention_mix(newest, representations)
         if self.is_compiled:
             hidden_states = any_number_of_rows(hidden_states)
-        newest = self._run(self.feed_forward, hidden_states, feed_forward_seed, own[1])
+        newest = self._run(self.feed_forward, hidden_states, feed_forward_seed, feed_forward_weights)
         return self.feed_forward_mix(newest, representations)
 
     def forward_fused(
@@ -82,12 +82,13 @@ class Block(nn.Module):
         attention_seeds = (None if is_dropped else relative_seed, probability_seed, None)
         if self.is_compiled:
             normalized, visibility = any_number_of_rows(normalized), visibility.of_any_number_of_rows()
-        own = (None, None) if weights is None else weights
-        output = self._run(self.attention, normalized, relative, visibility, attention_seeds, own[0], product_only=True)
+        attention_weights, feed_forward_weights = (None, None) if weights is None else weights
+        inputs = (normalized, relative, visibility, attention_seeds, attention_weights)
+        output = self._run(self.attention, *inputs, product_only=True)  # the mix adds bias, dropout and residual
         hidden_states, normalized = mixes.mix(output, self.attention.output.bias, hidden_states, output_seed)
         if self.is_compiled:
             normalized = any_number_of_rows(normalized)
-        output = self._run(self.feed_forward, normalized, None, own[1], product_only=True)
+        output = self._run(self.feed_forward, normalized, None, feed_forward_weights, product_only=True)
         return mixes.mix(output, None, hidden_states, feed_forward_seed)
 
     def pack(self, dtype: torch.dtype) -> BlockWeights:

@@ -159,10 +159,13 @@ class GPTBert(nn.Module):
             dropout_prob = self.config.hidden_dropout_prob if self.training else 0.0
             mixes = FusedMixes(alphas, dtype, dropout_prob, self.config.layer_norm_eps)
             hidden_states, normalized = mixes.start(hidden_states)
-            each_relative, is_dropped = self._relative_of_layers(relative, seeds, dtype)
-            for block, own_relative, *own in zip(self.blocks, each_relative, seeds.blocks, packed, strict=True):
-                states = (hidden_states, normalized, mixes, own_relative, visibility)
-                hidden_states, normalized = block.forward_fused(*states, *own, is_dropped=is_dropped)
+            relative_of_layers, is_dropped = self._relative_of_layers(relative, seeds, dtype)
+            layers = zip(self.blocks, relative_of_layers, seeds.blocks, packed, strict=True)
+            for block, layer_relative, block_seeds, block_weights in layers:
+                inputs = (layer_relative, visibility, block_seeds, block_weights)
+                hidden_states, normalized = block.forward_fused(
+                    hidden_states, normalized, mixes, *inputs, is_dropped=is_dropped
+                )
             return hidden_states, normalized
         return self._through_blocks(hidden_states, relative, visibility, seeds.blocks, packed), None
 
@@ -177,8 +180,8 @@ class GPTBert(nn.Module):
         """x_0 [B, T, D] to x_2L, operation by operation."""
         representations = Representations(num_mixes(self.config) + 1)
         hidden_states = representations.start(hidden_states)
-        for block, *own in zip(self.blocks, seeds, weights, strict=True):
-            hidden_states = block(hidden_states, representations, relative, visibility, *own)
+        for block, block_seeds, block_weights in zip(self.blocks, seeds, weights, strict=True):
+            hidden_states = block(hidden_states, representations, relative, visibility, block_seeds, block_weights)
         return hidden_states
 
     def _relative_of_layers(

@@ -6,7 +6,7 @@
 - `trackers`: where records go: files, Weights & Biases, TensorBoard.
 - `hooks`: functions of the caller's that a run calls.
 - `figures`: of a run's data, on the first screen and at the end.
-- `progress`: a run's screen output.
+- `display`: a run's screen output.
 - `validation`: loss, perplexity and accuracy of both objectives.
 - `samples`: masks in fixed texts, filled in at each validation.
 - `skipped_steps`: steps whose gradients were not finite.
