@@ -110,6 +110,12 @@ def test_a_run_knows_whether_each_step_is_one_micro_batch(make_config, are_singl
     assert set(micro_batches.lengths) == lengths
 
 
+def test_a_step_takes_eighths_of_the_largest_micro_batch(make_config):
+    micro_batches, plan = fixed(make_config, global_batch_size=32, local_batch_size=32, batch_reduction=4)
+    rows = [{objective: plan.rows_of_a_rank(objective, step) for objective in Objective} for step in range(100)]
+    assert micro_batches.padded_rows(rows.index({MLM: 5, CLM: 14})) == {MLM: 5, CLM: 15}
+
+
 @pytest.mark.parametrize("step", [0, 60, 99])
 def test_all_pieces_have_one_shape_and_every_row_is_in_one(make_config, step):
     micro_batches, _ = fixed(make_config, global_batch_size=32, local_batch_size=8)

@@ -44,7 +44,8 @@ class MicroBatches:
     (`--cuda_graph`), a run has few shapes: the micro-batches of a step have equal numbers of rows of each objective,
     and room for labels, each of which is a multiple of an eighth of the largest at this row length, filled up with
     padding. So a growing batch and a changing mask fraction are recorded anew at most some twelve times in a run, and
-    counting labels needs no device sync.
+    counting labels needs no device sync. For instance, where the largest micro-batch has 8 masked and 24 causal rows,
+    a step of 5 and 14 rows takes five eighths of that: 5 and 15.
 
     Args:
         config: the run's settings.
@@ -61,12 +62,12 @@ class MicroBatches:
         self._plan = plan
         self._device = world.device
         self._threads = threads
-        self._own = plan.objectives(world.rank)
+        self._objectives = plan.objectives(world.rank)
         # every rank's objectives: MLM ranks come first, CLM ranks last, unless each rank trains both
-        self._every = {plan.objectives(rank) for rank in (0, world.world_size - 1)}
+        self._objectives_of_ranks = {plan.objectives(rank) for rank in (0, world.world_size - 1)}
         self._is_sharded = config.is_sharded(world.world_size)
         self.has_fixed_shapes = world.device.type != "cpu" or config.records_steps(world.device.type)
-        self._composition = cache(self._compose)
+        self._composed = cache(self._compose)
 
     @property
     def lengths(self) -> list[int]:
@@ -79,17 +80,23 @@ class MicroBatches:
         return all(
             sum(self._plan.most_rows(objective, length // self._config.seq_length) for objective in objectives)
             <= self._fitting(length)
-            for objectives in self._every
+            for objectives in self._objectives_of_ranks
             for length in self.lengths
         )
 
     def padded_rows(self, step: int) -> dict[Objective, int]:
         """Rows of each objective of this rank at `step`, including padding; empty if shapes are not fixed."""
-        return {objective: rows * self._count(step) for objective, rows in self._fixed(self._own, step).items()}
+        return {
+            objective: rows * self._count(step) for objective, rows in self._micro_batch(self._objectives, step).items()
+        }
 
     def most_rows(self, objective: Objective, step: int) -> int:
         """Largest number of rows of the objective on any rank at `step`, including padding."""
-        fixed = [rows[objective] for own in self._every if objective in (rows := self._fixed(own, step))]
+        fixed = [
+            rows[objective]
+            for objectives in self._objectives_of_ranks
+            if objective in (rows := self._micro_batch(objectives, step))
+        ]
         return fixed[0] * self._count(step) if fixed else self._plan.rows_of_a_rank(objective, step)
 
     def cut(self, batch: Batch, step: int) -> list[Batch]:
@@ -101,7 +108,7 @@ class MicroBatches:
         """
         length = schedules.sequence_length(self._config, step)
         most_rows = self._fitting(length)
-        is_fixed = bool(self._largest(self._own, step))
+        is_fixed = bool(self._full_micro_batch(self._objectives, step))
         count = self._count(step) if is_fixed else -(-len(batch) // most_rows)
         pieces = [batch[first::count] for first in range(count)]
         if self._is_sharded and not is_fixed:
@@ -124,18 +131,18 @@ class MicroBatches:
         masked = rounded_rows(batch.num_masked * most_selected(length + 1, mask_p))
         return min(masked, batch.num_masked * length) + (num_rows - batch.num_masked) * length
 
-    def _fixed(self, objectives: tuple[Objective, ...], step: int) -> dict[Objective, int]:
-        """Rows of each objective per micro-batch of `step`; empty if shapes are not fixed."""
-        largest = self._largest(objectives, step)
+    def _micro_batch(self, objectives: tuple[Objective, ...], step: int) -> dict[Objective, int]:
+        """Rows of each objective in every micro-batch of `step`; empty if shapes are not fixed."""
+        largest = self._full_micro_batch(objectives, step)
         needed = {key: -(-self._plan.rows_of_a_rank(key, step) // self._count(step)) for key in largest}
         eighths = max((_eighths(needed[key] / rows) for key, rows in largest.items()), default=8)
         return {key: -(-rows * eighths // 8) for key, rows in largest.items()}
 
-    def _largest(self, objectives: tuple[Objective, ...], step: int) -> dict[Objective, int]:
+    def _full_micro_batch(self, objectives: tuple[Objective, ...], step: int) -> dict[Objective, int]:
         """Rows of each objective in the largest micro-batch at this row length; empty if shapes are not fixed."""
         if not self.has_fixed_shapes:
             return {}
-        return self._composition(objectives, schedules.length_factor(self._config, step))
+        return self._composed(objectives, schedules.length_factor(self._config, step))
 
     def _compose(self, objectives: tuple[Objective, ...], factor: int) -> dict[Objective, int]:
         """The most rows a rank ever has at this row length, or the most that fit, in its ratio of the objectives."""
@@ -157,8 +164,8 @@ class MicroBatches:
         """Number of micro-batches of `step` with fixed shapes: enough for the rank with the most rows."""
         needed = [
             -(-self._plan.rows_of_a_rank(objective, step) // rows)
-            for objectives in self._every
-            for objective, rows in self._largest(objectives, step).items()
+            for objectives in self._objectives_of_ranks
+            for objective, rows in self._full_micro_batch(objectives, step).items()
         ]
         return max([1, *needed])
 
