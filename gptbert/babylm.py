@@ -19,7 +19,6 @@ import tyro
 from tqdm import tqdm
 
 from gptbert.checkpoint.folder import (
-    MODEL_CONFIG,
     is_for_transformers,
     list_checkpoints,
     list_word_checkpoints,
@@ -29,6 +28,7 @@ from gptbert.checkpoint.folder import (
 from gptbert.command_line import run_command
 from gptbert.errors import InputError, prefix_errors
 from gptbert.import_hf import load_converted
+from gptbert.io.names import MODEL_CONFIG
 from gptbert.io.outputs import check_outputs, staged_outputs
 from gptbert.io.screen import log, table
 from gptbert.scoring.acquisition import Acquisition, words_in_name

@@ -16,6 +16,7 @@ from gptbert.data.token_store import TokenStore
 from gptbert.errors import InputError
 from gptbert.fill_mask import fill_masks
 from gptbert.generate import continue_text
+from gptbert.io.names import MEASURES, METRICS
 from gptbert.io.screen import table
 from gptbert.model.objective import Objective
 from gptbert.monitoring.records import read_records
@@ -50,7 +51,7 @@ def show(settings: DemoSettings) -> None:
     Raises:
         InputError: there is no finished run, or it learned less than the margin requires.
     """
-    records = read_records(settings.run_dir / "metrics.jsonl")
+    records = read_records(settings.run_dir / METRICS)
     validations = [record for record in records if "validation/mlm/loss" in record]
     if not validations:
         raise InputError(f"{settings.run_dir}: no finished run (its metrics.jsonl holds no validation)")
@@ -59,9 +60,7 @@ def show(settings: DemoSettings) -> None:
     print(f"\nValidation after {validations[-1]['step']} steps, {store.num_tokens:,} tokens")
     rows = [["", "loss (nats)", "perplexity", "accuracy", "below unigram"]]
     for objective, name in NAMES.items():
-        loss, ppl, accuracy = (
-            validations[-1][f"validation/{objective.value}/{metric}"] for metric in ("loss", "perplexity", "accuracy")
-        )
+        loss, ppl, accuracy = (validations[-1][f"validation/{objective.value}/{metric}"] for metric in MEASURES)
         rows.append([name, f"{loss:.3f}", f"{ppl:.1f}", f"{accuracy:.1%}", f"{entropy - loss:.3f}"])
     rows.append(["unigram", f"{entropy:.3f}", f"{np.exp(entropy):.1f}", "", ""])
     print(textwrap.indent(table(rows), "  "))

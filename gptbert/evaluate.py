@@ -19,7 +19,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from gptbert.checkpoint.folder import TOKENIZER, settings_if_any
+from gptbert.checkpoint.folder import settings_if_any
 from gptbert.checkpoint.saved_model import corpora_seen
 from gptbert.command_line import run_command
 from gptbert.data.progress import corpus_digest
@@ -27,6 +27,7 @@ from gptbert.data.token_store import TokenStore, token_dtype
 from gptbert.distributed.hardware import has_bf16
 from gptbert.distributed.world import World
 from gptbert.errors import InputError
+from gptbert.io.names import MEASURES, TOKENIZER
 from gptbert.io.outputs import check_outputs, staged_outputs
 from gptbert.io.screen import table
 from gptbert.model.objective import Objective
@@ -279,7 +280,7 @@ def _as_json(result: Evaluation) -> dict[str, Any]:
 
 
 def _table(results: list[tuple[str, Evaluation]], domain_field: str | None) -> str:
-    columns = [f"{objective.value} {name}" for objective in Objective for name in ("loss", "perplexity", "accuracy")]
+    columns = [f"{objective.value} {name}" for objective in Objective for name in MEASURES]
     rows = [[domain_field or "", "documents", "tokens", *columns]]
     for name, result in results:
         row = [name, f"{result.num_documents:,}", f"{result.num_tokens:,}"]

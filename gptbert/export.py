@@ -17,9 +17,6 @@ from torch import Tensor
 from gptbert import huggingface
 from gptbert.checkpoint import manifest
 from gptbert.checkpoint.folder import (
-    MODEL_CONFIG,
-    RUN_CONFIG,
-    WORDS,
     list_word_checkpoints,
     newest_in,
     run_dir_of,
@@ -33,6 +30,7 @@ from gptbert.config import ModelConfig
 from gptbert.errors import InputError, prefix_errors
 from gptbert.huggingface.tokenizer_files import write_tokenizer_files
 from gptbert.io.json_file import read_object, write_json
+from gptbert.io.names import MANIFEST, MEASURES, METRICS, MODEL_CONFIG, RUN_CONFIG, WORDS
 from gptbert.io.outputs import new_folder
 from gptbert.io.screen import log
 from gptbert.monitoring.records import read_records
@@ -130,7 +128,7 @@ class Origin:
     def of(cls, checkpoint: Path) -> "Origin":
         """Collect it from a checkpoint's folder, in its run's folder or anywhere else; by content, not by names."""
         run_dir, step = run_dir_of(checkpoint), saved_step(checkpoint)
-        records = read_records(run_dir / "metrics.jsonl") if run_dir and step is not None else []
+        records = read_records(run_dir / METRICS) if run_dir and step is not None else []
         return cls(
             checkpoint,
             settings_if_any(checkpoint),
@@ -257,7 +255,7 @@ def model_card(
     losses, losses_origin = [], ""
     if validated:
         for key, objective in (("mlm", "masked"), ("clm", "causal")):
-            values = [validated[-1].get(f"{prefix}/{key}/{metric}") for metric in ("loss", "perplexity", "accuracy")]
+            values = [validated[-1].get(f"{prefix}/{key}/{metric}") for metric in MEASURES]
             if all(map(_is_number, values)):
                 losses.append((objective, *values))
         losses_origin = f"On {_name_of(origin.train.get('valid_path'))}, after step {validated[-1]['step']:,}."
@@ -281,7 +279,7 @@ def model_card(
 
 def _are_one(checkpoint: Path) -> bool:
     """Whether the weights and their average are the same, by the manifest: imported weights have no average."""
-    entries = manifest.read(checkpoint) if (checkpoint / manifest.NAME).is_file() else {}
+    entries = manifest.read(checkpoint) if (checkpoint / MANIFEST).is_file() else {}
     return "ema.safetensors" in entries and entries["ema.safetensors"] == entries.get("model.safetensors")
 
 

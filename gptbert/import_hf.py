@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from gptbert.checkpoint import manifest
-from gptbert.checkpoint.folder import CHECKPOINTS, MODEL_CONFIG, TOKENIZER, TRAIN_CONFIG, differences
+from gptbert.checkpoint.folder import differences
 from gptbert.checkpoint.foreign import find_weights, index_of, read_foreign
 from gptbert.checkpoint.weights import fitting, write_weights
 from gptbert.command_line import run_command
@@ -25,6 +25,7 @@ from gptbert.config import ModelConfig
 from gptbert.errors import InputError, listed
 from gptbert.huggingface.tokenizer_files import check_tokenizer_files
 from gptbert.io.json_file import read_object, write_json
+from gptbert.io.names import CHECKPOINTS, MODEL_CONFIG, TOKENIZER, TRAIN_CONFIG
 from gptbert.io.outputs import new_folder
 from gptbert.io.screen import log
 from gptbert.scoring.trained_model import ModelChoice, TrainedModel

@@ -17,6 +17,7 @@ from gptbert.command_line import run_command
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.errors import InputError, first_line
 from gptbert.io.json_file import read_json
+from gptbert.io.names import CHECKPOINTS, MEASURES, METRICS, MODEL_CONFIG, RUN_CONFIG, SAMPLES
 from gptbert.io.outputs import check_outputs, staged_outputs
 from gptbert.monitoring import chart
 from gptbert.monitoring.chart import Chart, Line, draw
@@ -25,7 +26,6 @@ from gptbert.schedules import MOST_INITIAL, initial_share
 
 OBJECTIVES = {"mlm": "masked", "clm": "causal"}
 WEIGHTS = {"train": "training", "validation": "validation", "validation_ema": "averaged weights"}
-METRICS = ("loss", "perplexity", "accuracy")
 MOST_SAMPLES = 12  # steps shown per text
 _CONFIG_BYTES = 1 << 20
 _LATEST = 2**53  # larger steps are damaged data
@@ -71,9 +71,9 @@ def write_report(run_dir: Path, output: Path | None = None) -> Path:
 def _run_dir(path: Path) -> Path:
     """The run's folder; for a checkpoint's, or that of all checkpoints, that of its run."""
     above = path.resolve().parent
-    if path.resolve().name == "checkpoints" and (above / "config.json").exists():
+    if path.resolve().name == CHECKPOINTS and (above / RUN_CONFIG).exists():
         return above
-    if (path / "config.json").exists() or not (path / "model_config.json").exists():
+    if (path / RUN_CONFIG).exists() or not (path / MODEL_CONFIG).exists():
         return path
     from gptbert.checkpoint.folder import run_dir_of  # noqa: PLC0415  loads PyTorch
 
@@ -89,7 +89,7 @@ def render(run_dir: Path) -> str:
         InputError: there is no run, or its config.json is damaged.
     """
     settings = _settings(run_dir)
-    records = _of_steps(read_records(run_dir / "metrics.jsonl"))
+    records = _of_steps(read_records(run_dir / METRICS))
     train = settings["train"]
     last_step = records[-1]["step"] if records else 0
     environment = Environment(
@@ -105,7 +105,7 @@ def render(run_dir: Path) -> str:
         status=_status(run_dir, last_step, train.get("max_steps"), bool(records)),
         facts=_facts(run_dir, settings, records),
         objectives=OBJECTIVES,
-        metrics=METRICS,
+        metrics=MEASURES,
         results=list(_results(records)),
         chart=chart,
         progress=[drawn for drawn in _progress(records) if drawn],
@@ -140,7 +140,7 @@ def as_text(value: object) -> str:
 
 
 def _settings(run_dir: Path) -> dict[str, Any]:
-    path = run_dir / "config.json"
+    path = run_dir / RUN_CONFIG
     try:
         settings = read_json(path, _CONFIG_BYTES)
     except FileNotFoundError as error:
@@ -181,7 +181,7 @@ def _status(run_dir: Path, step: int, max_steps: object, has_records: bool) -> s
         return f"at step {step:,}"
     if step >= max_steps:
         return f"finished after {step:,} steps"
-    time = datetime.fromtimestamp((run_dir / "metrics.jsonl").stat().st_mtime).astimezone()
+    time = datetime.fromtimestamp((run_dir / METRICS).stat().st_mtime).astimezone()
     return f"at step {step:,} of {max_steps:,} ({step / max_steps:.0%}), last record of {time:%Y-%m-%d %H:%M}"
 
 
@@ -209,7 +209,7 @@ def _results(records: list[dict[str, Any]]) -> Iterator[tuple[str, int, dict[str
         found: dict[str, dict[str, float]] = {}
         last = 0
         for objective in OBJECTIVES:
-            series = {metric: _points(records, f"{prefix}/{objective}/{metric}") for metric in METRICS}
+            series = {metric: _points(records, f"{prefix}/{objective}/{metric}") for metric in MEASURES}
             if all(series.values()):
                 found[objective] = {metric: points[-1][1] for metric, points in series.items()}
                 last = max(last, *(int(points[-1][0]) for points in series.values()))
@@ -264,7 +264,7 @@ def _charts(records: list[dict[str, Any]], train: dict[str, Any]) -> Iterator[Ch
 def _texts(run_dir: Path) -> list[dict[str, Any]]:
     """The texts of samples.jsonl: parts between masks, the masked tokens, and guesses at some of the steps."""
     texts: dict[str, dict[str, Any]] = {}
-    for record in _of_steps(read_records(run_dir / "samples.jsonl")):
+    for record in _of_steps(read_records(run_dir / SAMPLES)):
         if not _is_sample(record):
             continue
         parts = record["text"].split("<mask>")

@@ -30,6 +30,7 @@ from gptbert.distributed.agreement import check_same
 from gptbert.distributed.fsdp import shard_size
 from gptbert.distributed.world import World, connect
 from gptbert.errors import InputError
+from gptbert.io.names import METRICS
 from gptbert.io.screen import Lasting, log
 from gptbert.model.compilation import restored_settings
 from gptbert.monitoring import figures
@@ -80,7 +81,7 @@ class TrainResult:
     def of(cls, run_dir: Path, step: int) -> "TrainResult":
         """From the run's files."""
         last: dict[str, dict[str, float]] = {}
-        for record in records_of(run_dir / "metrics.jsonl"):
+        for record in records_of(run_dir / METRICS):
             last |= dict.fromkeys((name.partition("/")[0] for name in record), record)
         newest = list_checkpoints(run_dir)[-1:]
         return cls(run_dir, step, newest[0] if newest else None, last.get("train"), last.get("validation"))
@@ -259,7 +260,7 @@ def _missing_records(config: TrainConfig, step: int) -> list[str]:
         return []
     every = {"validation": config.validate_every} | ({"pairs": config.score_every} if config.pairs_path else {})
     due = [name for name in every if schedules.is_due(step, every[name], config.max_steps)]
-    metrics = config.run_dir / "metrics.jsonl"
+    metrics = config.run_dir / METRICS
     return [name for name in due if not has_record(metrics, step, f"{name}/")]
 
 

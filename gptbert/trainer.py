@@ -26,6 +26,7 @@ from gptbert.distributed.random_state import RandomState
 from gptbert.distributed.stop_signal import StopRequested, StopSignal
 from gptbert.distributed.world import World
 from gptbert.errors import InputError, StoppedError
+from gptbert.io.names import SAMPLES
 from gptbert.io.screen import log
 from gptbert.model import GPTBert
 from gptbert.model.batch import Batch
@@ -133,7 +134,7 @@ class Trainer:
             settings = {**config.to_dict(), **dataclasses.asdict(self.inputs.model_config)}
             with self.world.errors_on_all_ranks():
                 if "validation" in self.pending and self.world.is_main:
-                    forget_from(config.run_dir / "samples.jsonl", self.step)
+                    forget_from(config.run_dir / SAMPLES, self.step)
                 if self.world.is_main:
                     self.best.start(self.step)
                 samples = Samples(config, self.inputs.valid_store, self.world)

@@ -8,22 +8,14 @@ from typing import Annotated
 import tyro
 
 from gptbert.checkpoint import manifest
-from gptbert.checkpoint.folder import (
-    MODEL_CONFIG,
-    STEP,
-    TOKENIZER,
-    TRAIN_CONFIG,
-    WORDS,
-    is_sharded,
-    newest_in,
-    saved_step,
-)
+from gptbert.checkpoint.folder import is_sharded, newest_in, saved_step
 from gptbert.checkpoint.saved_model import read_full_weights
 from gptbert.checkpoint.weights import write_weights
 from gptbert.command_line import run_command
 from gptbert.config import ModelConfig
 from gptbert.errors import InputError
 from gptbert.io.json_file import write_json
+from gptbert.io.names import MODEL_CONFIG, STEP, TOKENIZER, TRAIN_CONFIG, WORDS
 from gptbert.io.outputs import new_folder
 
 

@@ -25,6 +25,7 @@ from gptbert.checkpoint.weights import fitting
 from gptbert.data.token_store import TokenStoreWriter
 from gptbert.distributed.world import World
 from gptbert.errors import InputError
+from gptbert.io.names import MANIFEST
 from gptbert.model import GPTBert
 from gptbert.optim import Lamb
 from tests import damage
@@ -121,10 +122,10 @@ def damaged_checkpoint(valid, place, name, content):
     if not folder.exists():
         shutil.copytree(valid / "checkpoint", folder)
     for file in (valid / "checkpoint").iterdir():
-        if file.name == manifest.NAME or (folder / file.name).read_bytes() != file.read_bytes():
+        if file.name == MANIFEST or (folder / file.name).read_bytes() != file.read_bytes():
             shutil.copy(file, folder)
     put(folder, name, content)
-    if name != manifest.NAME:
+    if name != MANIFEST:
         manifest.write(folder)
     return folder
 

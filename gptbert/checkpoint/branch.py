@@ -8,17 +8,10 @@ from typing import Any, Self
 
 from gptbert import schedules
 from gptbert.checkpoint import manifest
-from gptbert.checkpoint.folder import (
-    TRAIN_CONFIG,
-    TRAINING_STATE,
-    list_checkpoints,
-    newest_in,
-    read_settings,
-    saved_step,
-    step_of_name,
-)
+from gptbert.checkpoint.folder import list_checkpoints, newest_in, read_settings, saved_step, step_of_name
 from gptbert.config import TrainConfig
 from gptbert.errors import InputError, prefix_errors
+from gptbert.io.names import TRAIN_CONFIG, TRAINING_STATE
 
 
 def settings_of_branch(config: TrainConfig) -> tuple[dict[str, Any], str]:

@@ -27,9 +27,6 @@ from torch.distributed.tensor import DTensor
 
 from gptbert.checkpoint import manifest
 from gptbert.checkpoint.folder import (
-    MODEL_CONFIG,
-    SHARDS,
-    TRAINING_STATE,
     checkpoint_dir,
     differences,
     is_sharded,
@@ -46,6 +43,7 @@ from gptbert.data.progress import check_state as check_progress
 from gptbert.distributed.world import World
 from gptbert.errors import InputError, first_line
 from gptbert.io.files import publish
+from gptbert.io.names import MODEL_CONFIG, SHARDS, TRAINING_STATE
 
 WAY_OUT = "delete its folder, and --resume auto takes the one before"
 

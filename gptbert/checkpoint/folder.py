@@ -9,20 +9,20 @@ from typing import Any
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.errors import InputError, listed
 from gptbert.io.json_file import read_json, read_object, write_json
+from gptbert.io.names import (
+    CHECKPOINTS,
+    MODEL_CONFIG,
+    RUN_CONFIG,
+    SHARDS,
+    STEP,
+    TOKENIZER,
+    TRAIN_CONFIG,
+    TRAINING_STATE,
+    WORD_CHECKPOINTS,
+    WORDS,
+)
 from gptbert.io.screen import log
 from gptbert.io.torch_file import TorchFile
-
-MODEL_CONFIG = "model_config.json"
-TRAIN_CONFIG = "train_config.json"
-TOKENIZER = "tokenizer.json"  # also in a run's folder
-OWNER = "owner.json"  # in a run's folder while a process trains in it
-RUN_CONFIG = "config.json"  # in a run's folder: settings and machine
-WORDS = "words.json"  # of a checkpoint by words: its step, and the words seen
-STEP = "step.json"  # of weights without training state: the step that they are of
-TRAINING_STATE = "training_state.pt"
-SHARDS = "shards"  # a sharded checkpoint's tensors
-CHECKPOINTS = "checkpoints"  # a run's checkpoints
-WORD_CHECKPOINTS = "words"  # those saved by words seen
 
 SETTINGS_BYTES = 1 << 20  # the largest TRAIN_CONFIG that is read
 

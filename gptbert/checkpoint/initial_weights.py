@@ -5,10 +5,11 @@ import hashlib
 import torch
 from torch import Tensor
 
-from gptbert.checkpoint.folder import MODEL_CONFIG, TOKENIZER, differences, newest_in
+from gptbert.checkpoint.folder import differences, newest_in
 from gptbert.checkpoint.saved_model import read_full_weights
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.errors import InputError, prefix_errors
+from gptbert.io.names import MODEL_CONFIG, TOKENIZER
 from gptbert.text.tokenizer import are_same
 
 

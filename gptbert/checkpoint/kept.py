@@ -12,17 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from gptbert import schedules
-from gptbert.checkpoint.folder import CHECKPOINTS, checkpoint_dir, list_checkpoints, step_of_name
+from gptbert.checkpoint.folder import checkpoint_dir, list_checkpoints, step_of_name
 from gptbert.config import TrainConfig
 from gptbert.data.hybrid_plan import trained_objectives
 from gptbert.distributed.world import World
 from gptbert.errors import InputError, first_line
 from gptbert.io.files import delete, remove, replacing
 from gptbert.io.json_file import read_object, write_json
+from gptbert.io.names import BEST, CHECKPOINTS, MEASURES, VALIDATED
 from gptbert.io.screen import log
 from gptbert.model.objective import Objective
-
-BEST = "best.json"
 
 
 @dataclass(frozen=True)
@@ -143,10 +142,7 @@ def check_best(config: TrainConfig) -> None:
     """
     Best.of(config.run_dir)
     names = [
-        f"{weights}/{objective.value}/{value}"
-        for weights in ("validation", "validation_ema")
-        for objective in Objective
-        for value in ("loss", "perplexity", "accuracy")
+        f"{weights}/{objective.value}/{value}" for weights in VALIDATED for objective in Objective for value in MEASURES
     ]
     pairs = [f"pairs/{objective.value}/accuracy" for objective in trained_objectives(config)]
     if config.keep_best in pairs and not config.pairs_path:

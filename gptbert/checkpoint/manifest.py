@@ -7,10 +7,10 @@ from pathlib import Path
 
 from gptbert.errors import InputError, first_line
 from gptbert.io.json_file import read_json, write_json
+from gptbert.io.names import MANIFEST
 
 Entry = dict[str, int | str]
 
-NAME = "manifest.json"
 _MOST_BYTES = 1 << 22  # some ten thousand entries
 
 
@@ -33,10 +33,10 @@ def write(folder: Path, known: dict[str, Entry] | None = None) -> None:
     if hidden := [name for name in entries if not (folder / name).is_file()]:
         reason = f"{hidden[0]} of another host is not to be seen here; --output_dir must be one folder for all hosts"
         raise FileNotFoundError(errno.ENOENT, reason)
-    files = (path for path in folder.rglob("*") if path.is_file() and path != folder / NAME)
+    files = (path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
     names = sorted(path.relative_to(folder).as_posix() for path in files)
     entries |= {name: entry(folder / name) for name in names if name not in entries}
-    write_json(folder / NAME, entries)
+    write_json(folder / MANIFEST, entries)
 
 
 def check(folder: Path, names: Iterable[str] | None = None) -> None:
@@ -52,7 +52,7 @@ def check(folder: Path, names: Iterable[str] | None = None) -> None:
     entries = read(folder)
     for name in entries if names is None else names:
         if name not in entries:
-            raise InputError(f"{name}: not in {NAME}")
+            raise InputError(f"{name}: not in {MANIFEST}")
         try:
             _check_file(folder, name, entries[name])
         except (OSError, ValueError) as error:  # for example, a name that is too long or contains a NUL
@@ -66,13 +66,13 @@ def read(folder: Path) -> dict[str, Entry]:
         InputError: it is missing or damaged.
     """
     try:
-        entries = read_json(folder / NAME, _MOST_BYTES)
+        entries = read_json(folder / MANIFEST, _MOST_BYTES)
     except FileNotFoundError:
-        raise InputError(f"{NAME}: no such file") from None
+        raise InputError(f"{MANIFEST}: no such file") from None
     except (OSError, ValueError) as error:
-        raise InputError(f"{NAME}: cannot be read ({error})") from error
+        raise InputError(f"{MANIFEST}: cannot be read ({error})") from error
     if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
-        raise InputError(f"{NAME}: expected an object of objects")
+        raise InputError(f"{MANIFEST}: expected an object of objects")
     return entries
 
 

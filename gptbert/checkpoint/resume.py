@@ -8,7 +8,7 @@ from typing import Any
 from gptbert import schedules
 from gptbert.checkpoint import manifest
 from gptbert.checkpoint.checkpoint import WAY_OUT, Checkpoint, load
-from gptbert.checkpoint.folder import TOKENIZER, TRAINING_STATE, list_checkpoints, list_word_checkpoints, read_settings
+from gptbert.checkpoint.folder import list_checkpoints, list_word_checkpoints, read_settings
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.data.inputs import Inputs
@@ -18,6 +18,7 @@ from gptbert.data.token_store import TokenStore
 from gptbert.distributed.world import World
 from gptbert.errors import InputError
 from gptbert.io.files import move_away
+from gptbert.io.names import MANIFEST, TOKENIZER, TRAINING_STATE
 from gptbert.io.screen import log
 from gptbert.model.objective import Objective
 from gptbert.text.tokenizer import tokenizer_hash
@@ -88,7 +89,7 @@ def find(config: TrainConfig) -> Path | None:
         return _newest_undamaged(existing)
     path = Path(config.resume)
     asked = f"--resume {path}" if config.branch_from is None else f"--branch_from {config.branch_from}"
-    if not any((path / name).is_file() for name in (TRAINING_STATE, manifest.NAME)):
+    if not any((path / name).is_file() for name in (TRAINING_STATE, MANIFEST)):
         inside = list_checkpoints(path)
         if not inside:
             raise InputError(f"{asked}: not a checkpoint (a folder that holds {TRAINING_STATE})")

@@ -8,22 +8,13 @@ import torch
 from torch import Tensor
 
 from gptbert.checkpoint import manifest
-from gptbert.checkpoint.folder import (
-    MODEL_CONFIG,
-    SHARDS,
-    TOKENIZER,
-    WORDS,
-    is_sharded,
-    newest_in,
-    read_settings,
-    saved_step,
-    training_state_values,
-)
+from gptbert.checkpoint.folder import is_sharded, newest_in, read_settings, saved_step, training_state_values
 from gptbert.checkpoint.shards import check_shards, load_shards
 from gptbert.checkpoint.weights import read_weights, shapes
 from gptbert.config import ModelConfig
 from gptbert.errors import InputError
 from gptbert.io.json_file import read_object
+from gptbert.io.names import MANIFEST, MODEL_CONFIG, SHARDS, TOKENIZER, WORDS
 from gptbert.io.screen import log
 from gptbert.model import GPTBert
 from gptbert.schedules import MOST_INITIAL, initial_share
@@ -141,10 +132,10 @@ def require_weights(path: Path, weights: str, hint: str = "") -> None:
 
 def _check(path: Path, names: list[str]) -> None:
     """Check files against the folder's manifest; a complete folder that someone else wrote may have none."""
-    if (path / manifest.NAME).exists() or path.name.endswith((".incomplete", ".deleted")):
+    if (path / MANIFEST).exists() or path.name.endswith((".incomplete", ".deleted")):
         _check_listed(path, names)
     else:
-        log(f"{path}: has no {manifest.NAME}, so its files are taken as they are")
+        log(f"{path}: has no {MANIFEST}, so its files are taken as they are")
 
 
 def _check_listed(path: Path, names: list[str]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from gptbert.checkpoint import manifest
-from gptbert.checkpoint.folder import WORD_CHECKPOINTS, WORDS, list_word_checkpoints, saved_step, write_settings
+from gptbert.checkpoint.folder import list_word_checkpoints, saved_step, write_settings
 from gptbert.checkpoint.weights import write_weights
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.data.progress import Progress
@@ -22,6 +22,7 @@ from gptbert.distributed.world import World
 from gptbert.errors import InputError
 from gptbert.io.files import move_away
 from gptbert.io.json_file import write_json
+from gptbert.io.names import WORD_CHECKPOINTS, WORDS
 from gptbert.io.outputs import new_folder
 from gptbert.model import GPTBert
 

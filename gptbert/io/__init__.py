@@ -3,6 +3,7 @@
 - `files`: atomic writes of files and folders.
 - `owner`: one writer for a folder or file: locks and leases.
 - `environment`: environment variables, checked.
+- `names`: of the files of runs and saved models.
 - `outputs`: a command's outputs, checked before its work and published after it.
 - `formats`: what a file is that lies where another one is expected.
 - `json_file`: reading untrusted JSON, writing our own.

@@ -10,14 +10,15 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from gptbert.errors import InputError, first_line
+from gptbert.io import names
 from gptbert.io.files import fsync_file, publish
 from gptbert.io.owner import owned
 
 # What runs, saved models and exported ones consist of, besides weights.
 _OF_A_MODEL = {
-    *("config.json", "run.yaml", "owner.json", "metrics.jsonl", "samples.jsonl"),
-    *("model_config.json", "train_config.json", "tokenizer.json", "manifest.json", "step.json", "words.json"),
-    *("training_state.pt", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"),
+    *(names.RUN_CONFIG, names.RUN_FILE, names.OWNER, names.METRICS, names.SAMPLES, names.BEST),
+    *(names.MODEL_CONFIG, names.TRAIN_CONFIG, names.TOKENIZER, names.MANIFEST, names.STEP, names.WORDS),
+    *(names.TRAINING_STATE, "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"),
 }
 
 
@@ -41,8 +42,8 @@ def check_outputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
 
 def _is_of_a_model(file: Path) -> bool:
     """Whether a file is part of a run, a saved model or an exported one, by its name and those beside it."""
-    beside = [{"model_config.json"}, {"config.json", "tokenizer.json"}]
-    is_in_one = any(all((file.parent / name).exists() for name in names) for names in beside)
+    beside = [{names.MODEL_CONFIG}, {names.RUN_CONFIG, names.TOKENIZER}]
+    is_in_one = any(all((file.parent / name).exists() for name in each) for each in beside)
     return is_in_one and (file.name in _OF_A_MODEL or file.suffix in {".safetensors", ".py"})
 
 

@@ -10,6 +10,7 @@ from gptbert.config import TrainConfig
 from gptbert.distributed.world import World
 from gptbert.errors import InputError, first_line
 from gptbert.io import environment
+from gptbert.io.names import METRICS, SAMPLES
 from gptbert.io.screen import log
 from gptbert.monitoring.records import JsonLines
 
@@ -186,8 +187,8 @@ class Trackers:
         self._failed: set[str] = set()
         if not world.is_main:
             return
-        self._trackers["metrics.jsonl"] = JsonLines(config.run_dir / "metrics.jsonl", first_step)
-        self._samples = JsonLines(config.run_dir / "samples.jsonl", first_step)
+        self._trackers[METRICS] = JsonLines(config.run_dir / METRICS, first_step)
+        self._samples = JsonLines(config.run_dir / SAMPLES, first_step)
         if "wandb" in config.trackers and config.wandb_mode != "disabled":
             with self._surviving("wandb"):
                 self._trackers["wandb"] = Wandb(config, settings)
@@ -204,7 +205,7 @@ class Trackers:
     def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         """Write the model's guesses for fixed texts, one line each; see `gptbert.monitoring.samples`."""
         if self._samples:
-            with self._surviving("samples.jsonl"):
+            with self._surviving(SAMPLES):
                 for sample in samples:
                     self._samples.log(step, sample)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gptbert.checkpoint import manifest
-from gptbert.checkpoint.folder import SETTINGS_BYTES, TRAIN_CONFIG
+from gptbert.checkpoint.folder import SETTINGS_BYTES
 from gptbert.config import TrainConfig
 from gptbert.data.objectives import Masking, causal_batch, masked_batch
 from gptbert.data.packing import Rows, RowStream
@@ -20,6 +20,7 @@ from gptbert.data.token_store import TokenStore
 from gptbert.distributed.world import World
 from gptbert.errors import InputError, first_line
 from gptbert.io.json_file import read_json
+from gptbert.io.names import MANIFEST, MEASURES, TRAIN_CONFIG
 from gptbert.model import GPTBert
 from gptbert.model.batch import Batch
 from gptbert.model.eval_mode import eval_mode
@@ -60,7 +61,7 @@ class ValidationSettings:
         """
         file = path / TRAIN_CONFIG
         try:
-            if (path / manifest.NAME).exists():
+            if (path / MANIFEST).exists():
                 manifest.check(path, [file.name])
             content = read_json(file, SETTINGS_BYTES) if file.exists() else {}
             settings = cls(**{name: content.get(name, getattr(TrainConfig, name)) for name in cls.__annotations__})
@@ -152,7 +153,7 @@ class Validation:
             f"{prefix}/{objective.value}/{name}": values[name]
             for prefix, model in models.items()
             for objective, values in self(model, precision, advance).items()
-            for name in ("loss", "perplexity", "accuracy")
+            for name in MEASURES
         }
 
     @torch.no_grad()

@@ -7,7 +7,6 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from gptbert.checkpoint.folder import OWNER, RUN_CONFIG, TOKENIZER
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.distributed.hardware import hardware_name, has_bf16
 from gptbert.distributed.world import World, why_no_gpu
@@ -15,6 +14,7 @@ from gptbert.errors import InputError
 from gptbert.io import environment
 from gptbert.io.files import replacing
 from gptbert.io.json_file import write_json
+from gptbert.io.names import OWNER, RUN_CONFIG, RUN_FILE, TOKENIZER
 from gptbert.io.owner import owned, whereabouts
 from gptbert.io.run_file import write_run_file
 from gptbert.io.screen import log
@@ -192,6 +192,6 @@ def prepare_run_dir(config: TrainConfig, model_config: ModelConfig, world: World
         with replacing(config.run_dir / RUN_CONFIG) as file:
             write_json(file, settings)
         again = config if config.branch_from is None else dataclasses.replace(config, resume=None)
-        write_run_file(config.run_dir / "run.yaml", again)
+        write_run_file(config.run_dir / RUN_FILE, again)
         with replacing(config.run_dir / TOKENIZER) as file:
             shutil.copyfile(config.tokenizer_path, file)
