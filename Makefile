@@ -60,10 +60,11 @@ $(OLDER:%=.venv/transformers-%): .venv/.installed Makefile
 
 # What another PyTorch, or the Triton that it brings, may do otherwise.
 TORCH_TESTS := torch_private compilation activation_checkpointing model trainer resume checkpoint export import_hf \
-	generate evaluate fsdp lamb lamb_cpp lamb_optimizer lamb_shards cpp_mutants check span_mask masked_cross_entropy \
-	cross_entropy_rows attention attention_context bucket_sums add_bias depth_mix gated_norm dropout normalize muon optim \
-	layer_weighting samples likelihood inspect world fresh_store upstream upstream_tokens linear recorded_step flat_gradients \
-	fused_attention fused_gated_norm fused_mixes fused_normalize bf16_kernels cross_entropy_launches mps recipes
+	generate evaluate fsdp lamb lamb_cpp lamb_optimizer lamb_shards lamb_launches cpp_mutants check span_mask \
+	span_mask_operation masked_cross_entropy cross_entropy_rows cross_entropy_tolerance attention attention_context \
+	bucket_sums add_bias depth_mix gated_norm dropout normalize muon optim layer_weighting samples likelihood inspect \
+	world fresh_store upstream upstream_tokens linear recorded_step recorded_ranks flat_gradients fused_attention \
+	fused_gated_norm fused_mixes fused_normalize bf16_kernels cross_entropy_launches mps recipes
 
 # Beside the PyTorch of constraints.txt: any other, which brings its own Triton (a build for CUDA, some GB, on CPUs too).
 # TORCH=2.11.0 is the oldest; TORCH=newest takes what pip finds.
