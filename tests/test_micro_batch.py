@@ -55,6 +55,7 @@ def fixed(make_config, rank=0, world_size=1, **changes):
         (1, {"global_batch_size": 32, "local_batch_size": 8}, 0, {MLM: 2, CLM: 6}),
         (1, {"global_batch_size": 32, "local_batch_size": 2}, 0, {MLM: 1, CLM: 1}),
         (1, {"global_batch_size": 32, "local_batch_size": 8, "hybrid_numerator": 0}, 0, {CLM: 8}),
+        (1, {"local_batch_size": 8, "hybrid_numerator": 0, "hybrid_mode": "batch"}, 0, {CLM: 8}),
         (4, {"global_batch_size": 128, "local_batch_size": 32}, 0, {MLM: 32}),
         (4, {"global_batch_size": 128, "local_batch_size": 32}, 3, {CLM: 32}),
         (4, {"global_batch_size": 128, "local_batch_size": 64, "hybrid_mode": "batch"}, 2, {MLM: 8, CLM: 24}),
