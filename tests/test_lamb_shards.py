@@ -14,7 +14,7 @@ from torch.distributed.checkpoint import load, save
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from gptbert.distributed.fsdp import full_tensor
 from gptbert.optim import Lamb, WeightAverage, parameter_groups, update_weights
@@ -206,6 +206,9 @@ def everything(rank, world_size, folder, results):
         mesh = init_device_mesh("cpu", (world_size,))
         params = [nn.Parameter(distribute_tensor(torch.ones(4), mesh, [kind])) for kind in (Shard(0), Replicate())]
         said["refused"] = refusal(params)
+        said["partial"] = refusal([nn.Parameter(DTensor.from_local(torch.ones(4), mesh, [Partial()]))])
+        twice = init_device_mesh("cpu", (2, world_size // 2))
+        said["twice"] = refusal([nn.Parameter(distribute_tensor(torch.ones(4), twice, [Shard(0), Shard(0)]))])
         dist.barrier()  # no rank exits while others still communicate
     except Exception:  # noqa: BLE001 - the test reports this rank's error
         said["raised"] = traceback.format_exc()
@@ -257,3 +260,9 @@ def test_parameters_spread_over_different_processes_are_refused(said):
     assert {found["refused"] for found in said.values()} == {
         "Lamb: parameters are spread over different processes; give each kind its own optimizer"
     }
+
+
+@pytest.mark.parametrize("name", ["partial", "twice"])
+def test_a_parameter_placed_in_a_way_without_norms_is_refused(said, name):
+    for found in said.values():
+        assert "at most one dimension of a mesh may shard it" in found[name]
