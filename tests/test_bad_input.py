@@ -228,12 +228,14 @@ def test_masks_counted_in_other_files_are_refused(pristine, capfd):
     assert re.search(r"training on [67]\d(\.\d)? % train \(\d,\d{3} tokens, ", said)
 
 
-def test_a_run_that_diverges_says_so_and_saves_nothing(finished, capfd):
+@pytest.mark.parametrize("words", [[], ["100"]])
+def test_a_run_that_diverges_says_so_and_saves_nothing(finished, capfd, words):
+    settings = {"learning_rate": 1e30, "max_steps": 8, "warmup_proportion": 0, "checkpoint_words": words}
     with pytest.raises(SystemExit) as end:
-        run(flags(finished, name="diverged", learning_rate=1e30, max_steps=8, warmup_proportion=0))
+        run(flags(finished, name="diverged", **settings))
     assert end.value.code == 1
     assert "diverged" in capfd.readouterr().err.splitlines()[-1]
-    assert not (finished / "runs/diverged/checkpoints").exists()
+    assert not list((finished / "runs/diverged").rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "training_state.pt", "model_config.json"])
