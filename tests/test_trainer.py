@@ -275,6 +275,7 @@ def test_a_bounded_validation_is_spread_over_the_file(inputs, monkeypatch):
     every = trainer.validation._rows(0, slots)
     np.testing.assert_array_equal(rows.tokens, every.tokens[rows.row_ids])
     np.testing.assert_array_equal(bounded.validation._rows(3, 2).tokens, rows.tokens[3:5])
+    assert (np.diff(every.positions[every.positions >= 0]) == 1).all(), "in the file's order, for any run"
 
 
 def test_a_validation_shows_how_far_it_is(inputs, monkeypatch):
