@@ -164,6 +164,15 @@ def test_all_ranks_have_as_many_pieces(make_config):
             assert len(counts) == 1
 
 
+@pytest.mark.parametrize(
+    ("device", "cuda_graph", "is_fixed"),
+    [(GPU, "off", True), (GPU, "auto", True), (CPU, "on", True), (CPU, "auto", False), (CPU, "off", False)],
+)
+def test_shapes_are_fixed_on_gpus_and_where_steps_are_recorded(make_config, device, cuda_graph, is_fixed):
+    config = make_config(cuda_graph=cuda_graph)
+    assert MicroBatches(config, HybridPlan(config, 1), World(0, 1, device)).has_fixed_shapes is is_fixed
+
+
 def test_where_one_row_fits_it_is_of_one_objective_or_the_other(make_config):
     micro_batches, _ = fixed(make_config, global_batch_size=6, local_batch_size=1)
     assert micro_batches.padded_rows(99) == {}
