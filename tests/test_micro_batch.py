@@ -173,6 +173,15 @@ def test_shapes_are_fixed_on_gpus_and_where_steps_are_recorded(make_config, devi
     assert MicroBatches(config, HybridPlan(config, 1), World(0, 1, device)).has_fixed_shapes is is_fixed
 
 
+@pytest.mark.parametrize(("parallel", "pieces"), [("fsdp", 2), ("ddp", 1)])
+def test_padding_evens_out_ranks_only_where_forwards_are_collectives(make_config, parallel, pieces):
+    """Of three rows, the first of two ranks has one."""
+    settings = {"global_batch_size": 3, "local_batch_size": 1, "batch_reduction": 1, "hybrid_numerator": 0}
+    config = make_config(parallel=parallel, hybrid_mode="batch", **settings)
+    micro_batches = MicroBatches(config, HybridPlan(config, 2), World(0, 2, CPU))
+    assert len(micro_batches.cut(batch(0, 1, config.seq_length), 0)) == pieces
+
+
 def test_where_one_row_fits_it_is_of_one_objective_or_the_other(make_config):
     micro_batches, _ = fixed(make_config, global_batch_size=6, local_batch_size=1)
     assert micro_batches.padded_rows(99) == {}
