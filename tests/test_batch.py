@@ -55,6 +55,7 @@ def test_masked_rows_come_first_in_a_joined_batch():
     joined = Batch.cat([masked, causal])
     assert (len(joined), joined.num_masked) == (5, 2)
     assert joined.labels[:, 0].tolist() == [2000, 2001, 2000, 2001, 2002]
+    assert Batch.cat([masked, masked, causal, causal]).num_masked == 4
     assert Batch.cat([causal]) is causal
     with pytest.raises(ValueError, match="come first"):
         Batch.cat([causal, masked])
