@@ -214,6 +214,24 @@ def test_foreign_and_inconsistent_safetensors_are_refused(tmp_path):
         TokenStore.open(path)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "offsets"),
+    [
+        (np.zeros((3, 1), np.uint8), [0, 3]),
+        (np.zeros(3, np.int64), [0, 3]),
+        (np.zeros(3, np.float32), [0, 3]),
+        (np.zeros(3, np.uint8), [[0, 3]]),
+        (np.zeros(3, np.uint8), np.array([0, 3], np.int32)),
+    ],
+)
+def test_each_array_has_its_type_and_one_dimension(tmp_path, tokens, offsets):
+    metadata = {"format": FORMAT, "vocab_size": "16", "tokenizer_hash": "abc"}
+    arrays = {"tokens": tokens, "document_offsets": np.asarray(offsets)}
+    save_file(arrays, tmp_path / "t.safetensors", metadata=metadata)
+    with pytest.raises(InputError, match="its arrays have unexpected types"):
+        TokenStore.open(tmp_path / "t.safetensors")
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(0, 20), max_size=12), st.integers(1, 5))
 def test_offsets_fit_as_a_whole_whatever_the_slices(inner, size):
