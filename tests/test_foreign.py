@@ -215,6 +215,7 @@ def test_weights_in_parts(source, models, kind):
         (weight_map | {"more": f"../part-0.{kind}"}, "which is not a file beside it"),
         (weight_map | {"more": f"part-2.{kind}"}, f"its file part-2.{kind}: no such file"),
         (7, "has no weight_map"),
+        (weight_map | {"more": 7}, "has no weight_map of names and files"),
     ):
         index.write_text(json.dumps({"weight_map": wrong}))
         with pytest.raises(InputError, match=re.escape(message)):
