@@ -244,12 +244,14 @@ def batch_sizes(steps):
 
 
 def test_validation_is_the_same_every_time_and_leaves_training_alone(inputs):
-    trainer = make_trainer(inputs, validation_steps=0)
+    trainer, keeps_graph = make_trainer(inputs, validation_steps=0), set()
+    trainer.model.register_forward_pre_hook(lambda *_: keeps_graph.add(torch.is_grad_enabled()))
     state = torch.get_rng_state()
     first, second = trainer.validation_record(), trainer.validation_record()
     assert first == second
     assert torch.equal(state, torch.get_rng_state())
     assert trainer.model.training
+    assert keeps_graph == {False}
     few = make_trainer(inputs, validation_steps=1, seed=7)
     few.model.load_state_dict(trainer.model.state_dict())
     assert few.validation.num_rows == 16 < trainer.validation.num_rows
