@@ -14,6 +14,7 @@ from gptbert.checkpoint import checkpoint, manifest
 from gptbert.checkpoint.folder import list_checkpoints, newest_in, run_dir_of, saved_step
 from gptbert.checkpoint.initial_weights import read_initial_weights
 from gptbert.checkpoint.resume import find
+from gptbert.checkpoint.saved_model import corpora_seen
 from gptbert.config import ModelConfig
 from gptbert.errors import InputError
 from gptbert.evaluate import EvaluateSettings, evaluate
@@ -166,6 +167,8 @@ def test_messages_say_what_a_folder_is_and_the_way_on(run_dir, tmp_path):
     shutil.copytree(newest(run_dir), tmp_path / "several" / "a")
     shutil.copytree(newest(run_dir), tmp_path / "several" / "b")
     (tmp_path / "begun").mkdir()
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights/model.safetensors").touch()
     for name in ("config.json", "tokenizer.json"):
         shutil.copyfile(run_dir / name, tmp_path / "begun" / name)
     shutil.copytree(run_dir, tmp_path / "copies/strange")
@@ -180,6 +183,7 @@ def test_messages_say_what_a_folder_is_and_the_way_on(run_dir, tmp_path):
         (tmp_path / "words", "one with checkpoints by words; name one of .*words/words"),
         (tmp_path / "several", r"holds several models \(a, b\); name one"),
         (tmp_path / "begun", "has not saved one yet"),
+        (tmp_path / "weights", "neither a checkpoint nor a run with checkpoints$"),
         (tmp_path / "gone", "there is no such folder"),
         (run_dir.parent, r", but a folder of runs \(elsewhere\); name one"),
     ):
@@ -220,6 +224,21 @@ def test_a_tokenizer_that_is_not_the_models_is_refused(run_dir, make_config, inp
     ):
         with pytest.raises(InputError, match=r"tokenizer\.json: \d+ bytes instead of \d+"):
             work()
+
+
+@pytest.mark.parametrize(
+    ("progress", "digests"),
+    [
+        ({"corpora": [{"digest": "one"}, {"digest": "other"}]}, {"one", "other"}),
+        ({"corpora": ["odd", {"digest": "one"}]}, {"one"}),
+        ({"corpora": 3}, set()),
+        ({}, set()),
+        ("odd", set()),
+    ],
+)
+def test_what_an_odd_state_says_of_its_corpora_is_taken_as_far_as_it_goes(tmp_path, progress, digests):
+    torch.save({"progress": progress}, tmp_path / "training_state.pt")
+    assert corpora_seen(tmp_path) == digests
 
 
 def test_half_a_save_is_no_model(run_dir):
