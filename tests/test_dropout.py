@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch._inductor.utils import run_and_get_code
 
+from gptbert.model.block import BLOCK_SEEDS
 from gptbert.model.dropout import Dropout, random_seeds
+from gptbert.model.gptbert import DropoutSeeds
 from kernels.dropout import dropout, random_words
 
 
@@ -15,6 +17,13 @@ from kernels.dropout import dropout, random_words
 def seeds():
     torch.manual_seed(3)
     return random_seeds(6, torch.device("cpu"))
+
+
+def test_each_mask_of_a_forward_has_seeds_of_its_own():
+    seeds = torch.arange(2 * (2 + 3 * BLOCK_SEEDS)).view(-1, 2)
+    parts = DropoutSeeds.split(seeds, 3)
+    assert torch.equal(torch.stack([parts.embedding, *torch.cat(parts.blocks), parts.head]), seeds)
+    assert torch.equal(parts.relative, torch.stack([block[0] for block in parts.blocks]))
 
 
 @pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
