@@ -9,6 +9,7 @@ import pytest
 from gptbert.errors import InputError
 from gptbert.scoring.acquisition import Acquisition, child_age, model_age, words_in_name
 from gptbert.scoring.choices import Choice, Choices
+from gptbert.scoring.correlation import pearson, spearman
 from gptbert.scoring.csv_table import CsvTable
 from gptbert.scoring.evaluation_folder import FOLDERS, read_tasks
 from tests.babylm_data import write_folder, write_lines
@@ -165,7 +166,16 @@ def test_an_age_outside_of_what_was_seen_is_none():
     )
     seen = np.array([1e6, 1e7, 1e8, 1e9])
     assert model_age(seen, np.array([20.0, 19.9, 19.8, 19.9])) is None
+    assert model_age(seen, np.array([5.0, 3.0, 2.5, 2.4])) is None, "the curve crosses before the first checkpoint"
     assert model_age(seen[:3], np.array([15.0, 9.0, 3.0])) is None, "three points determine no curve of four parameters"
+
+
+def test_correlations_by_hand():
+    assert pearson([0, 2, 1], [0, 1, 0.5]) == pytest.approx(1)
+    assert pearson([0, 1, 0.5], [2, 0, 1]) == pytest.approx(-1)
+    assert spearman([1, 1, 7], [3, 4, 5]) == pytest.approx(0.75**0.5)
+    for one, other in (([1, 1], [1, 2]), ([1, 2], [1, 1]), ([1], [2]), ([], [])):
+        assert np.isnan(pearson(one, other))
 
 
 def test_few_words_have_no_correlation(data):
