@@ -12,6 +12,7 @@ from gptbert.scoring.choices import Choice, Choices
 from gptbert.scoring.correlation import pearson, spearman
 from gptbert.scoring.csv_table import CsvTable
 from gptbert.scoring.evaluation_folder import FOLDERS, read_tasks
+from gptbert.scoring.reading_times import Regression
 from tests.babylm_data import write_folder, write_lines
 
 PAIR = {"sentence_good": "A.", "sentence_bad": "B."}
@@ -176,6 +177,14 @@ def test_correlations_by_hand():
     assert spearman([1, 1, 7], [3, 4, 5]) == pytest.approx(0.75**0.5)
     for one, other in (([1, 1], [1, 2]), ([1, 2], [1, 1]), ([1], [2]), ([], [])):
         assert np.isnan(pearson(one, other))
+
+
+def test_a_regression_of_no_more_rows_than_terms_has_no_values():
+    x = np.array([[1.0], [2.0], [4.0]])
+    y = np.array([1.0, 3.0, 4.0])
+    assert Regression.of(x, y).coefficient == pytest.approx(13 / 14)
+    for few in (Regression.of(x[:2], y[:2]), Regression.of(x, np.ones(3))):
+        assert np.isnan([few.r_squared, few.aic, few.coefficient, few.t_value]).all()
 
 
 def test_few_words_have_no_correlation(data):
