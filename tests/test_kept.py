@@ -214,6 +214,11 @@ def test_a_record_that_is_none_is_refused(make_config, settings, message):
         check_best(make_config(**settings))
 
 
+def test_a_record_of_the_run_is_taken(make_config):
+    for name in (None, "validation/mlm/loss", "validation_ema/clm/accuracy", "pairs/clm/accuracy"):
+        check_best(make_config(keep_best=name, pairs_path=("a",)))
+
+
 @pytest.mark.parametrize("content", ["", "[1]", '{"record": "x", "value": "1", "step": 3}', '{"record": "x"}'])
 def test_a_damaged_file_is_named(tmp_path, make_config, content):
     (tmp_path / "run").mkdir()
