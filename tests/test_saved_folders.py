@@ -146,6 +146,13 @@ def test_every_command_takes_every_folder_that_holds_a_model(inputs, run_dir, ma
         assert write_report(path).resolve() == (run_dir_of(newest_in(path)) / "report.html").resolve()
 
 
+def test_a_link_to_the_checkpoints_of_another_run_is_theirs(inputs, run_dir, tmp_path):
+    shutil.copytree(inputs / "runs" / "second", tmp_path / "second")
+    link = tmp_path / "second" / "theirs"
+    link.symlink_to(run_dir / "checkpoints")
+    assert newest_in(link).resolve() == newest(run_dir).resolve()
+
+
 @pytest.mark.parametrize("kind", [kind for kind, (_, step, _) in FOLDERS.items() if step == STEPS])
 @pytest.mark.usefixtures("quiet_directory")
 def test_a_run_goes_on_from_a_checkpoint_of_any_name(inputs, run_dir, make_config, kind):
