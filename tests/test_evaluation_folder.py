@@ -97,6 +97,7 @@ def test_a_bad_line_is_named(tmp_path, folder, line, message):
         ("aoa/cdi_childes.json", "{", ": cannot be read as JSON"),
         ("aoa/cdi_childes.json", '["a"]', ": expected a JSON object"),
         ("aoa/cdi_childes.json", '{"the": ["a"]}', ": 'the': expected an array of objects"),
+        ("aoa/cdi_childes.json", '{"the": 7}', ": 'the': expected an array of objects"),
         ("aoa/cdi_childes.json", '{"the": [{}]}', ": 'the': `context` is null"),
         (
             "entity_tracking/other.jsonl",
