@@ -1,5 +1,6 @@
 """Dropout statistics: rates, independent positions and seeds; the same mask forward, backward and compiled."""
 
+import dataclasses
 import re
 
 import pytest
@@ -9,7 +10,7 @@ from torch._inductor.utils import run_and_get_code
 
 from gptbert.model.block import BLOCK_SEEDS
 from gptbert.model.dropout import Dropout, random_seeds
-from gptbert.model.gptbert import DropoutSeeds
+from gptbert.model.gptbert import DropoutSeeds, GPTBert
 from kernels.dropout import dropout, random_words
 
 
@@ -24,6 +25,16 @@ def test_each_mask_of_a_forward_has_seeds_of_its_own():
     parts = DropoutSeeds.split(seeds, 3)
     assert torch.equal(torch.stack([parts.embedding, *torch.cat(parts.blocks), parts.head]), seeds)
     assert torch.equal(parts.relative, torch.stack([block[0] for block in parts.blocks]))
+
+
+@pytest.mark.parametrize("name", ["attention_probs_dropout_prob", "hidden_dropout_prob"])
+def test_each_probability_drops_in_training_alone(tiny, name):
+    model = GPTBert(dataclasses.replace(tiny, **{name: 0.5}))
+    rows = torch.arange(10).view(1, 10), torch.zeros(1, 10, dtype=torch.long)
+    one, other, whole, again = (model.train(mode).encode(*rows, True) for mode in (True, True, False, False))
+    assert torch.equal(whole, again)
+    assert not torch.equal(one, whole)
+    assert not torch.equal(one, other)
 
 
 @pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
