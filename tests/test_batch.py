@@ -66,3 +66,13 @@ def test_padding_has_no_label():
     assert batch.input_ids.shape == batch.document_ids.shape == (1, 7)
     assert batch.label_counts.tolist() == [0, 0]
     assert (batch.document_ids == -1).all()
+
+
+def test_a_clone_shares_no_memory():
+    batch = numbered(1, 1)
+    clone = batch.clone()
+    clone.copy_(Batch.cat([numbered(1, 0), numbered(0, 1)]))
+    assert (clone.num_masked, clone.labels[:, 0].tolist()) == (1, [2000, 2000])
+    for one, other in ((batch, numbered(1, 1)), (clone, Batch.cat([numbered(1, 0), numbered(0, 1)]))):
+        for name in ("input_ids", "document_ids", "labels"):
+            assert torch.equal(getattr(one, name), getattr(other, name))
