@@ -164,6 +164,11 @@ def test_a_new_model_is_initialized(folder):
     model = AutoModel.from_config(config, trust_remote_code=True)
     for alpha in model.transformer.dwa_modules.alphas:
         assert alpha.tolist() == [0.0] * (len(alpha) - 1) + [1.0]
+    std = (2 / (5 * config.hidden_size)) ** 0.5
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            assert parameter.abs().max() <= 2 * std + 1e-6, name
+            assert parameter.std().item() == pytest.approx(0.88 * std, rel=0.2), name
 
 
 def test_loaded_weights_are_not_initialized_again(folder):
