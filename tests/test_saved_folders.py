@@ -168,6 +168,13 @@ def test_a_run_goes_on_from_a_checkpoint_of_any_name(inputs, run_dir, make_confi
         assert checkpoint.load(path, shape).step == STEPS
 
 
+def test_the_newest_checkpoint_is_the_same_by_any_path(run_dir, make_config, monkeypatch):
+    monkeypatch.chdir(run_dir.parent)
+    path = newest(run_dir)
+    for resume, output_dir in ((path, Path()), (path.relative_to(run_dir.parent), run_dir.parent)):
+        assert find(make_config(resume=str(resume), output_dir=output_dir, name=run_dir.name)).resolve() == path
+
+
 def test_messages_say_what_a_folder_is_and_the_way_on(run_dir, tmp_path):
     export(ExportConfig(run_dir, tmp_path / "exported"))
     shutil.copytree(run_dir, tmp_path / "words", ignore=shutil.ignore_patterns("checkpoints"))
