@@ -51,6 +51,15 @@ def test_notes_beside_the_data_are_left_out_and_named(tmp_path, capsys):
         assert read(tmp_path / name, format="text") == ["A note, and no training text."], "named, it is read"
 
 
+def test_small_files_of_json_are_documents_unless_one_object_without_text(tmp_path, capsys):
+    put(tmp_path, "array.json", b'["one", "two"]')
+    put(tmp_path, "object.json", b'{"text": "three"}')
+    put(tmp_path, "settings.json", b'{"seed": 4}')
+    texts, lines = listing(capsys, tmp_path)
+    assert sorted(texts) == ["one", "three", "two"]
+    assert "settings.json (a JSON object without `text`, see --text_field)" in lines[1]
+
+
 def test_every_left_out_file_says_why(tmp_path, capsys):
     reasons = {
         "LICENSE": (b"x", "about the data"),

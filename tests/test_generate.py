@@ -1,5 +1,7 @@
 """Continuing texts and filling masks: the model's inputs, the tokens that may be chosen, and the commands."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -154,6 +156,11 @@ def test_top_k_top_p_and_temperature_by_hand(settings, expected):
     logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log() + 5
     found = distribution(logits, **{"temperature": 1.0, "top_k": 0, "top_p": 1.0, **settings})
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-7)
+
+
+def test_the_ends_of_what_settings_may_be_are_taken():
+    for settings in ({"top_k": 0}, {"temperature": 0}, {"top_p": 1}, {"seed": 2**32 - 1}, {"num_tokens": 1}):
+        GenerateSettings(run=Path("run"), prompt="", **settings)
 
 
 def test_generate_and_fill_mask_print_what_their_functions_return(inputs, tokenizer, capsys):
