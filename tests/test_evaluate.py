@@ -1,5 +1,6 @@
 """Evaluation after a run: the run's own logged values, text and token files, and domains."""
 
+import dataclasses
 import json
 import math
 import os
@@ -15,14 +16,15 @@ from gptbert.checkpoint import manifest
 from gptbert.checkpoint.folder import list_checkpoints
 from gptbert.command_line import parse, run_command
 from gptbert.config import TrainConfig
-from gptbert.data.token_store import TokenStoreWriter
+from gptbert.data.token_store import TokenStore, TokenStoreWriter
 from gptbert.distributed.hardware import has_bf16
 from gptbert.errors import InputError
-from gptbert.evaluate import EvaluateSettings, encode_domains, evaluate, is_token_file
+from gptbert.evaluate import EvaluateSettings, encode_domains, evaluate, evaluate_store, is_token_file
 from gptbert.export import ExportConfig, export
 from gptbert.io.outputs import check_outputs
 from gptbert.model.objective import Objective
 from gptbert.monitoring.records import read_records
+from gptbert.monitoring.validation import ValidationSettings
 from gptbert.scoring.trained_model import ModelChoice, TrainedModel
 from gptbert.text.corpus import CorpusConfig
 from gptbert.text.special_tokens import BOS_ID
@@ -74,6 +76,17 @@ def test_all_rows_are_evaluated_unless_asked_otherwise(inputs, run_dir, tmp_path
     some = results(run_dir, tmp_path, inputs / "valid.safetensors", validation_steps=2)["all"]
     assert some["clm"]["count"] < every["clm"]["count"]
     assert "--validation_steps" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("is_mixed", "is_fast"), [(True, True), (True, False), (False, True), (False, False)])
+def test_precision_is_the_runs_where_bf16_is_fast(inputs, trained, monkeypatch, is_mixed, is_fast):
+    monkeypatch.setattr("gptbert.evaluate.has_bf16", lambda _: is_fast)
+    settings = dataclasses.replace(ValidationSettings.from_json(trained.path), mixed_precision=is_mixed)
+    seen = set()
+    hook = trained.model.register_forward_pre_hook(lambda *_: seen.add(torch.is_autocast_enabled("cpu")))
+    evaluate_store(trained, TokenStore.open(inputs / "valid.safetensors"), settings)
+    hook.remove()
+    assert seen == {is_mixed and is_fast}
 
 
 def test_data_that_the_run_was_trained_on_are_told(inputs, run_dir, tmp_path, capsys):
