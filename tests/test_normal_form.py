@@ -6,11 +6,11 @@ from functools import cache
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, normalizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
 from gptbert.text import encoding
 from gptbert.text.encoding import encode_documents
-from gptbert.text.tokenizer_parts import is_in_form, without_normal_form
+from gptbert.text.tokenizer_parts import is_in_form, without_normal_form, without_prefix
 from tests.texts import ARABIC, ENGLISH, GREEK, HINDI
 from tokenize_scripts.train_tokenizer import learn
 
@@ -94,3 +94,21 @@ def test_a_token_whose_name_is_in_the_form_is_found_as_before():
     texts = [COMPOSED, DECOMPOSED, "naïve", "nai\N{COMBINING DIAERESIS}ve", "a café, naïve"]
     expected = [encoded.ids for encoded in tokenizer.encode_batch(texts, add_special_tokens=False)]
     assert ids_of(tokenizer, texts) == expected
+
+
+@pytest.mark.parametrize(
+    "splitter",
+    [
+        pre_tokenizers.ByteLevel(add_prefix_space=True),
+        pre_tokenizers.Metaspace(prepend_scheme="always"),
+        pre_tokenizers.Sequence([pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(add_prefix_space=True)]),
+    ],
+)
+def test_without_a_prefix_no_splitter_puts_one_in_front(splitter):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Prepend(" "), splitter
+    assert [piece for piece, _ in splitter.pre_tokenize_str("a")] != ["a"]
+    without = without_prefix(tokenizer)
+    assert without.normalizer is None
+    assert [piece for piece, _ in without.pre_tokenizer.pre_tokenize_str("a")] == ["a"]
+    assert without_prefix(without) is without
