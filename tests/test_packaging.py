@@ -1,6 +1,7 @@
 """What several files say about the package is the same: versions, of Python and PyTorch too, and what it is made of."""
 
 import re
+import sys
 import tomllib
 
 import pytest
@@ -9,6 +10,7 @@ import yaml
 import gptbert
 from gptbert.__main__ import main
 from tests.runs import ROOT
+from tests.test_architecture import imports
 from tests.test_wheel import SOURCES
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -56,3 +58,15 @@ def test_the_workflow_calls_targets_that_exist(job):
 def test_an_image_is_made_of_what_a_wheel_is_made_of():
     allowed = set(re.findall(r"^!/(\S+)$", read(".dockerignore"), re.MULTILINE))
     assert allowed == {*SOURCES, "constraints.txt"}
+
+
+def test_what_the_package_imports_is_declared():
+    """On demand only: Triton, which PyTorch brings; matplotlib, without which a chart is left out; and transformers,
+    which imports the exported files."""
+    extras = PROJECT["optional-dependencies"]
+    declared = {re.match(r"\w+", name)[0] for name in [*PROJECT["dependencies"], *extras["datasets"]]}
+    known = declared - {"pyyaml"} | {"yaml", "triton", "matplotlib", "transformers", "gptbert", "kernels"}
+    files = [file for part in ("gptbert", "kernels", "tokenize_scripts") for file in (ROOT / part).rglob("*.py")]
+    tops = {name.partition(".")[0] for file in files for name in imports(file)} - sys.stdlib_module_names
+    assert {"torch", "scipy", "pyarrow"} <= tops
+    assert not tops - known - {"tokenize_scripts"}
