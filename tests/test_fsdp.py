@@ -164,6 +164,9 @@ def test_damaged_shards_are_named(inputs, one):
     manifest.write(path)
     with pytest.raises(InputError, match=r"damaged .*shards: "):
         load_model(path)
+    file.mkdir()  # as is a pipe, whose reading would never end
+    with pytest.raises(InputError, match="shards: contains something that is not a file"):
+        whole(path, config)
 
 
 def on_rank(rank, check, arguments, results):

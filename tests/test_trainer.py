@@ -347,6 +347,6 @@ def test_both_backends_train_the_same(inputs):
 
 def test_triton_without_a_gpu_is_one_line(inputs, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(InputError, match=r"--kernels triton: .*need a GPU.*'torch' works"):
+    with pytest.raises(InputError, match=r"--kernels triton: Triton kernels need a GPU.*'torch' works"):
         fit(parse(TrainConfig, flags(inputs, name="no_gpu", kernels="triton")))
     assert not (inputs / "runs" / "no_gpu").exists()

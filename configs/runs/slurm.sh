@@ -23,11 +23,11 @@ set -euo pipefail
 address=${ADDRESS:-$(hostname -I | cut -d ' ' -f 1)}
 export NNODES=$SLURM_JOB_NUM_NODES RUN_ID=$SLURM_JOB_ID PORT=$((20000 + SLURM_JOB_ID % 10000))
 
-srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 configs/runs/hosts.sh "$address" "$@" &
-step=$!
 stopped=
 # once: a second USR1 would interrupt the second `wait` too, and the requeue would kill a step that is saving
-trap 'stopped=yes; trap "" USR1; kill -USR1 "$step"' USR1
+trap 'stopped=yes; trap "" USR1; kill -USR1 $(jobs -p)' USR1
+srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 configs/runs/hosts.sh "$address" "$@" &
+step=$!
 status=0
 wait "$step" || status=$?
 if [[ $stopped ]]; then # the signal only interrupted `wait`

@@ -56,7 +56,8 @@ def prepare_kernels(config: TrainConfig, world: World) -> str:
         set_default_backend(None if config.kernels == "auto" else config.kernels)
         backend = choose_backend(None, world.device)
     except ValueError as error:
-        raise InputError(f"--kernels {config.kernels}: {error}") from None
+        reason = str(error).removeprefix(f"set_default_backend={config.kernels!r}: ")
+        raise InputError(f"--kernels {config.kernels}: {reason}") from None
     use_fused(FUSED)  # unless `gptbert.training.kernel_check` finds one wrong
     if backend == "triton" and world.device.type == "cuda":
         environment.check_program("TRITON_PTXAS_PATH")
