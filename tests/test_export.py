@@ -114,6 +114,8 @@ def test_a_cache_changes_nothing(folder):
         parts.append(output.logits)
     torch.testing.assert_close(torch.cat(parts, dim=1)[mask.bool()], whole.logits[mask.bool()], **CLOSE)
     torch.testing.assert_close(loaded(ids, mask, logits_to_keep=1).logits, whole.logits[:, -1:], **CLOSE)
+    some = torch.tensor([3, 1])
+    torch.testing.assert_close(loaded(ids, mask, logits_to_keep=some).logits, whole.logits[:, some], **CLOSE)
 
 
 def test_generate_with_and_without_cache(folder):

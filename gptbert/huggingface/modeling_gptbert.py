@@ -176,7 +176,7 @@ class GPTBertForCausalLM(_LanguageModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         inputs_embeds: Tensor | None = None,
         token_type_ids: Tensor | None = None,
     ) -> CausalLMOutputWithPast | tuple[Tensor, ...]:
@@ -192,7 +192,7 @@ class GPTBertForCausalLM(_LanguageModel, GenerationMixin):
             output_hidden_states: None uses the configuration's.
             output_attentions: None uses the configuration's.
             return_dict: False returns a tuple.
-            logits_to_keep: compute logits only for this many last positions; 0: for all.
+            logits_to_keep: compute logits only for this many last positions; 0: for all; a tensor: for these positions.
             inputs_embeds: see `GPTBertPreTrainedModel.encode`.
             token_type_ids: see there.
         """
@@ -202,7 +202,8 @@ class GPTBertForCausalLM(_LanguageModel, GenerationMixin):
             cache = DynamicCache()
         options = (output_hidden_states, output_attentions, inputs_embeds, token_type_ids)
         hidden_states, extras = self.encode(input_ids, attention_mask, True, cache, *options)
-        logits = self.classifier(hidden_states[:, -logits_to_keep:])
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.classifier(hidden_states[:, kept])
         loss = None if labels is None else mean_loss(logits[:, :-1], labels[:, 1:])
         extras[_CACHE_FIELD] = cache if use_cache else None
         return self.returned(CausalLMOutputWithPast(loss=loss, logits=logits, **extras), return_dict)
