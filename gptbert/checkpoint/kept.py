@@ -110,10 +110,8 @@ class BestCheckpoint:
             InputError: the file cannot be written.
         """
         if self._config.keep_best in record:
-            with self._world.errors_on_all_ranks():
-                if self._world.is_main:
-                    value = record[self._config.keep_best]
-                    self._compare(Best(self._config.keep_best, value, step, self._measured_on))
+            new = Best(self._config.keep_best, record[self._config.keep_best], step, self._measured_on)
+            self._world.on_main(self._compare, new)
 
     def __str__(self) -> str:
         """A line for the end of the run; empty if there is nothing to say."""

@@ -9,8 +9,10 @@ before the checkpoint that it goes on from gets no folder, since its weights are
 
 import re
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from gptbert.checkpoint import manifest
@@ -116,18 +118,16 @@ class WordCheckpoints:
         weights: Any = {name: get_model_state_dict(each, options=on_main) for name, each in models.items()}
         for words in self.due(step):
             final = self._config.run_dir / WORD_CHECKPOINTS / checkpoint_name(words)
-            with world.errors_on_all_ranks():
-                if world.is_main:
-                    with new_folder(final, "checkpoint", replace=True) as folder:
-                        for name, tensors in weights.items():
-                            write_weights(folder / f"{name}.safetensors", tensors, model_config)
-                        write_settings(folder, self._config, model_config)
-                        counts = {
-                            "words": self._progress.words_before(step),
-                            "tokens": self._progress.plan.tokens_before(step),
-                        }
-                        write_json(folder / WORDS, {"step": step, **counts})
-                        manifest.write(folder)
+            world.on_main(self._write, final, step, weights, model_config)
+
+    def _write(self, final: Path, step: int, weights: dict[str, dict[str, Tensor]], model_config: ModelConfig) -> None:
+        with new_folder(final, "checkpoint", replace=True) as folder:
+            for name, tensors in weights.items():
+                write_weights(folder / f"{name}.safetensors", tensors, model_config)
+            write_settings(folder, self._config, model_config)
+            seen = {"words": self._progress.words_before(step), "tokens": self._progress.plan.tokens_before(step)}
+            write_json(folder / WORDS, {"step": step, **seen})
+            manifest.write(folder)
 
 
 def checkpoint_name(words: int) -> str:
