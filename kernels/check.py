@@ -158,6 +158,7 @@ def main() -> None:
     print(_heading(device, config.backend))
     print_table(rows)
     if failure := first_failure(rows):
+        # the last line of standard error is the result, which `gptbert.training.kernel_check` reads
         print(f"kernels.check: {failure}", file=sys.stderr)
         sys.exit(1)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-# the folders of kernels/
+# the folders of kernels/ that have an operation
 OPERATIONS = (
     "masked_cross_entropy",
     "span_mask",

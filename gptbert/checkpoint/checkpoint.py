@@ -114,7 +114,7 @@ def save(checkpoint: Checkpoint, config: TrainConfig, model_config: ModelConfig,
     try:
         world.on_main(_write, replace(checkpoint, optimizer=rest), final, temporary, config, model_config)
         if checkpoint.is_sharded:
-            with world.errors_on_all_ranks(), _refusals(final):
+            with world.errors_on_all_ranks(), _write_errors(final):
                 tensors = _named(checkpoint.model, checkpoint.ema, moments)
                 shards = save_shards(tensors, temporary / SHARDS, world)
         world.on_main(_publish, shards, final, temporary, config)
@@ -157,7 +157,7 @@ def load(path: Path, model_config: ModelConfig) -> Checkpoint:
 
 
 @contextmanager
-def _refusals(final: Path) -> Iterator[None]:
+def _write_errors(final: Path) -> Iterator[None]:
     """Turn write errors of the OS and of libraries into one that names the checkpoint."""
     try:
         yield
@@ -174,7 +174,7 @@ def _write(
     checkpoint: Checkpoint, final: Path, temporary: Path, config: TrainConfig, model_config: ModelConfig
 ) -> None:
     """Write all files except the shards and the manifest."""
-    with _refusals(final):
+    with _write_errors(final):
         delete_leftovers(temporary.parent)
         temporary.mkdir(parents=True)
         state = {key: getattr(checkpoint, key) for key in STATE_KEYS}
@@ -189,7 +189,7 @@ def _write(
 
 def _publish(shards: dict[str, manifest.Entry], final: Path, temporary: Path, config: TrainConfig) -> None:
     """Write the manifest, give the folder its name, and delete old ones."""
-    with _refusals(final):
+    with _write_errors(final):
         manifest.write(temporary, {f"{SHARDS}/{name}": entry for name, entry in shards.items()})
         publish(temporary, final)
         delete_old(final, config)
