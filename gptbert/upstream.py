@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gptbert.config import ModelConfig
 from gptbert.errors import InputError, listed
-from gptbert.model.gptbert import position_bucket
+from gptbert.model.embedding import position_bucket
 
 # our name → published name; {} is the layer
 _TO_PUBLISHED = {

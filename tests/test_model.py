@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gptbert.config import ModelConfig
 from gptbert.model import GPTBert
 from gptbert.model.batch import Batch
-from gptbert.model.gptbert import position_bucket, select_labeled
+from gptbert.model.embedding import position_bucket
+from gptbert.model.gptbert import select_labeled
 from gptbert.upstream import from_upstream, to_upstream
 from kernels import IGNORE_INDEX
 from tests.conftest import TINY

@@ -12,7 +12,7 @@ from gptbert.config import TrainConfig
 from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.data.inputs import Inputs
 from gptbert.distributed.world import World
-from gptbert.model import gptbert as model
+from gptbert.model import embedding
 from gptbert.trainer import Trainer
 from kernels import cross_entropy_from_logits
 from kernels.padding import rows_apart
@@ -70,8 +70,8 @@ def test_on_a_gpu_all_sizes_are_multiples_of_a_word(inputs, monkeypatch):
             seen.update(matrices[0].shape[-1:])
             odd.extend((name, tuple(matrix.shape), matrix.stride()) for matrix in matrices if odd_places(matrix))
 
-    own = model.position_rows
-    monkeypatch.setattr(model, "position_rows", lambda count, device: own(count, torch.device("cuda")))
+    own = embedding.position_rows
+    monkeypatch.setattr(embedding, "position_rows", lambda count, device: own(count, torch.device("cuda")))
     train(inputs, look, has_fixed_shapes=True)
     assert seen.total() >= 30 * MODEL["num_hidden_layers"], "or some are not seen"
     assert not odd

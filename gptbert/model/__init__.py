@@ -1,6 +1,7 @@
 """The transformer (Charpentier & Samuel 2024, arXiv 2410.24159).
 
-- `gptbert`: `GPTBert`: its embedding, blocks and head.
+- `gptbert`: `GPTBert`: the whole model, and its head.
+- `embedding`: token embeddings and position vectors.
 - `batch`, `objective`: the rows that it takes, and the objective of each.
 - `block`, `attention`, `feed_forward`: a block and its two sub-layers.
 - `key_value_cache`: keys and values of earlier positions, for a text continued token by token.
