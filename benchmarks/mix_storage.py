@@ -148,7 +148,7 @@ def losses(config: StorageConfig, storage: str, seed: int) -> dict[str, float]:
     torch.set_num_threads(1)
     with (
         tempfile.TemporaryDirectory() as folder,
-        patch.object(fused, "_kernel", lambda: _Kernels),
+        patch.object(fused, "triton_kernel", lambda _: _Kernels),
         patch.object(model_module, "are_mixes_fused", lambda *_: True),
         patch.object(model_module, "FusedMixes", mixes),
     ):

@@ -10,7 +10,7 @@ from kernels.depth_mix import check, fused
 
 @pytest.mark.parametrize(("num_mixes", "has_dropout"), [(1, False), (5, True), (14, True)])
 def test_they_pass_the_kernels_check(monkeypatch, num_mixes, has_dropout):
-    monkeypatch.setattr(fused, "_kernel", lambda: mix_storage._Kernels)
+    monkeypatch.setattr(fused, "triton_kernel", lambda _: mix_storage._Kernels)
     results = list(check.compare_fused(torch.device("cpu"), 7, 24, num_mixes, torch.float32, has_dropout=has_dropout))
     assert [str(result) for result in results if not result.passed] == []
 
