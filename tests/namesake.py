@@ -14,10 +14,10 @@ FILES = {
         def __getattr__(name):  # whatever else a release of transformers imports
             if name.startswith("_") or name == "absent":
                 raise AttributeError(name)
-            return type(name, (), {})
+            return type(name, (), {"__init__": lambda self, *args, **settings: None})
     """,
     "kernels/layer/__init__.py": "from .mode import Mode\n",
-    "kernels/layer/mode.py": "class Mode: pass\n",
+    "kernels/layer/mode.py": "class Mode: INFERENCE, TRAINING, TORCH_COMPILE = 1, 2, 4\n",
     "kernels/late.py": "def imported():\n    from kernels import get_kernel\n    return get_kernel\n",
     "kernels/utils.py": "def get_kernel(): return 'a kernel of theirs'\n",
 }

@@ -60,7 +60,7 @@ def test_ours_is_imported_first_in_the_checkout(theirs):
 def test_ours_is_imported_first_elsewhere_and_transformers_has_theirs(theirs):
     code = (
         "from transformers.integrations import hub_kernels\n"
-        "assert hub_kernels.is_kernels_available() and hub_kernels.get_kernel_hub is get_kernel\n"
+        "assert any(value is get_kernel for value in vars(hub_kernels).values())\n"
     )
     python(f"import gptbert\nORDER = 'ours first'\n{OURS}{THEIRS}{code}", theirs, ROOT)
 
