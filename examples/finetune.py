@@ -38,8 +38,8 @@ try:
         TrainingArguments,
         set_seed,
     )
-except ModuleNotFoundError:
-    sys.exit("error: transformers is not installed: pip install transformers accelerate")
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error.name} is not installed: pip install transformers accelerate")
 
 IGNORE_INDEX = -100
 METRICS = {  # of each task, the default one first

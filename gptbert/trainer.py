@@ -26,7 +26,7 @@ from gptbert.distributed.random_state import RandomState
 from gptbert.distributed.stop_signal import StopRequested, StopSignal
 from gptbert.distributed.world import World
 from gptbert.errors import InputError, StoppedError
-from gptbert.io.names import SAMPLES
+from gptbert.io.names import SAMPLES, VALIDATED
 from gptbert.io.screen import log
 from gptbert.model import GPTBert
 from gptbert.model.batch import Batch
@@ -308,7 +308,7 @@ class Trainer:
         Args:
             advance: see `Validation.sums`.
         """
-        models = {"validation": self.model, "validation_ema": self.ema.model}
+        models = dict(zip(VALIDATED, (self.model, self.ema.model), strict=True))
         return self.validation.record(models, autocast(self.config, self.world.device), advance)
 
     def save(self) -> None:

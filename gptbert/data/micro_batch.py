@@ -86,9 +86,8 @@ class MicroBatches:
 
     def padded_rows(self, step: int) -> dict[Objective, int]:
         """Rows of each objective of this rank at `step`, including padding; empty if shapes are not fixed."""
-        return {
-            objective: rows * self._count(step) for objective, rows in self._micro_batch(self._objectives, step).items()
-        }
+        micro_batch = self._micro_batch(self._objectives, step)
+        return {objective: rows * self._count(step) for objective, rows in micro_batch.items()}
 
     def most_rows(self, objective: Objective, step: int) -> int:
         """Largest number of rows of the objective on any rank at `step`, including padding."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gptbert.distributed.world import World
+from gptbert.io.names import MEASURES
 from gptbert.model.objective import Objective
 from kernels import MaskedCrossEntropy
 from kernels.backend import widest_float
@@ -98,7 +99,7 @@ def training_losses(means: dict[Objective, dict[str, float]], weights: dict[Obje
             record[f"train/{name}"] = sum(weights[key] * values[name] for key, values in means.items()) / total
         record["train/perplexity"] = perplexity(record["train/loss"])
     for objective, values in means.items():
-        for name in ("loss", "perplexity", "accuracy", "z_loss"):
+        for name in (*MEASURES, "z_loss"):
             record[f"train/{objective.value}/{name}"] = values[name]
     return record
 
