@@ -14,6 +14,9 @@ _TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None  # PyTorch
 
 _default: str | None = None
 
+# Whether launches on CPU tensors do what a GPU would: `kernels.machine_code.execution`, and tests.
+stands_in_for_gpu = False
+
 
 def choose_backend(backend: str | None, device: torch.device) -> str:
     """Resolve an operation's `backend` argument.
@@ -38,7 +41,7 @@ def choose_backend(backend: str | None, device: torch.device) -> str:
         raise ValueError(f"{source}={chosen!r}: this version has {', '.join(BACKENDS)}")
     if chosen == "triton" and not _TRITON_IS_INSTALLED:
         raise ValueError(f"{source}='triton': Triton is not installed (pip install triton, Linux only); 'torch' works")
-    if chosen == "triton" and device.type == "cpu" and not interpreted():
+    if chosen == "triton" and device.type == "cpu" and not (interpreted() or stands_in_for_gpu):
         raise ValueError(
             f"{source}='triton': Triton kernels need a GPU, and these tensors are on the CPU; 'torch' works here, and "
             "TRITON_INTERPRET=1 in the environment runs the kernels in Triton's slow interpreter"
@@ -91,6 +94,11 @@ def set_default_backend(backend: str | None) -> None:
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"set_default_backend={backend!r}: this version has {', '.join(BACKENDS)}")
     _default = backend
+
+
+def computes_as_gpu(device: torch.device) -> bool:
+    """Whether Triton kernels compute here what they do on a GPU; the interpreter gets products of 16 bits wrong."""
+    return device.type == "cuda" or stands_in_for_gpu
 
 
 def interpreted() -> bool:

@@ -16,8 +16,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.backend import computes_as_gpu
+from kernels.run import Run
+
 FACTOR = 3.0
 FLOOR = 4.0
+
+
+def checked_dtypes(device: torch.device, run: Run | None = None) -> tuple[torch.dtype, ...]:
+    """In which Triton kernels are compared: bf16 and fp32, or the run's; interpreted, fp32 alone."""
+    if not computes_as_gpu(device):
+        return (torch.float32,)
+    return (torch.bfloat16, torch.float32) if run is None else (run.logits_type,)
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 import kernels.backend
-from kernels import whole_rows
-from kernels.attention_context import fused
 from kernels.configuration import TRITON_OPERATIONS
 
 launches = {}
@@ -82,10 +80,8 @@ def main() -> None:
     """Run the operations' checks, whose results are meaningless here, and print the recorded launches."""
     triton.runtime.driver.set_active(stand_in)
     triton.knobs.runtime.add_stages_inspection_hook = without_machine_code
-    kernels.backend.interpreted = lambda: True  # treat CPU tensors like a GPU's
+    kernels.backend.stands_in_for_gpu = True
     torch._assert_async = lambda *_: None  # kernels have not written the values that it asserts on
-    fused.DTYPES["cpu"] = torch.bfloat16
-    whole_rows.ROWS_INTERPRETED = whole_rows.ROWS
     with tempfile.TemporaryDirectory() as triton.knobs.cache.dir:  # of kernels that are empty
         for op in sys.argv[1:] or TRITON_OPERATIONS:
             current["check"] = op

@@ -17,7 +17,7 @@ import torch
 
 from kernels import inspect as kernels_inspect
 from kernels.attention_context import kernel as attention
-from kernels.machine_code import measurement
+from kernels.machine_code import cubin, measurement
 from kernels.machine_code.examples import AttentionInputs
 from kernels.machine_code.launch import recorded
 
@@ -38,7 +38,7 @@ def compile_attention(match, target):
     for configuration, launch in zip(configurations, launches, strict=True):
         assert not launch.differences(configuration)
         built, _ = kernels_inspect._compile(configuration, kernels_inspect.TARGETS[target])
-        listing = measurement.disassemble(built.asm["cubin"])
+        listing = cubin.disassemble(built.asm["cubin"])
         compiled[launch.kernel] = SimpleNamespace(
             listing=listing, launch=launch, types=dict(configuration.types), shared_bytes=built.metadata.shared
         )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention_context import attention_context, cpp, eager, fused_attention, gated_attention, reference
-from kernels.attention_context.fused import DTYPES, LENGTHS, distance_tables, tile_size
+from kernels.attention_context.fused import LENGTHS, distance_tables, dtype_on, tile_size
 from kernels.backend import triton_kernel
 from kernels.dropout import dropout
 from kernels.gated_norm import reference as gated_reference
@@ -76,7 +76,7 @@ def compare_fused(
 
     Three rows, two of them causal: of many short documents, of two, and of one with padding; or `repeats` of them.
     """
-    dtype = DTYPES[device.type]
+    dtype = dtype_on(device)
     width, positions = num_heads * head_size, torch.arange(length)
     documents = torch.stack([positions // 7, positions // (length - 5), torch.where(positions < length - 3, 2, -1)])
     documents, is_causal = documents.repeat(repeats, 1), torch.tensor([False, True, True]).repeat(repeats)

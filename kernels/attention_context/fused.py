@@ -7,13 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import wanted
-from kernels.backend import triton_kernel
+from kernels.backend import computes_as_gpu, triton_kernel
 
 TILE = 64  # queries and keys at a time; shorter rows have smaller tiles
 HEAD_SIZES = (32, 64, 128)
 LENGTHS = range(16, 2049)
 POSITION_VECTORS = (16, 32, 64, 128)
-DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}  # products in bf16 are wrong in Triton's interpreter
 
 
 class DistanceTables(NamedTuple):
@@ -28,6 +27,11 @@ class DistanceTables(NamedTuple):
     buckets: Tensor
     bucket_rows: Tensor
     variant: str
+
+
+def dtype_on(device: torch.device) -> torch.dtype:
+    """The kernels' dtype: bf16, interpreted fp32."""
+    return torch.bfloat16 if device.type != "cpu" or computes_as_gpu(device) else torch.float32
 
 
 def is_fused(
@@ -51,7 +55,7 @@ def is_fused(
     return (
         wanted.runs("attention_context", device, backend)
         and not torch.version.hip  # the kernels have a line of PTX
-        and dtype == DTYPES.get(device.type, torch.bfloat16)
+        and dtype == dtype_on(device)
         and length in LENGTHS
         and head_size in HEAD_SIZES
         and num_position_vectors in POSITION_VECTORS

@@ -8,7 +8,7 @@ from torch import Tensor
 from kernels.backend import triton_kernel
 from kernels.depth_mix import FusedMixes, buffer, depth_mix, depth_mix_backward, reference
 from kernels.depth_mix.cpp import PIECE
-from kernels.numerics import Comparison, compare, compare_function, random_bf16, sum_rounding
+from kernels.numerics import Comparison, checked_dtypes, compare, compare_function, random_bf16, sum_rounding
 from kernels.run import Run
 
 _DROPOUT = 0.3
@@ -34,10 +34,10 @@ def _fused_kernels(device: torch.device, run: Run | None) -> Iterator[Comparison
     is_gpu = device.type == "cuda"  # the interpreter is slow
     if run is not None:
         size, num_mixes = run.mixes
-        dtype = run.logits_type if is_gpu else torch.float32  # products in bf16 are wrong in the interpreter
+        (dtype,) = checked_dtypes(device, run)
         yield from compare_fused(device, 300 if is_gpu else 3, size, num_mixes, dtype)
         return
-    for dtype in (torch.bfloat16, torch.float32) if is_gpu else (torch.float32,):
+    for dtype in checked_dtypes(device):
         for rows, size, num_mixes, has_dropout in triton_kernel("depth_mix").CHECKED:
             yield from compare_fused(device, rows, size, num_mixes, dtype, has_dropout=has_dropout)
         if is_gpu:

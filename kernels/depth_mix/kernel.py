@@ -11,6 +11,7 @@ partial sum. In the backward likewise, from the last group to the first. Every m
 representations: for 24 mixes 2.5 times the bytes.
 """
 
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -275,17 +276,22 @@ def _constants(size: int, rows: int, *, has_dropout: bool) -> dict[str, Any]:
 
 
 def configurations() -> list[Configuration]:
-    """Variants of published shapes, of fp32, and of the check; each D has code of its own, and y_0 no dropout."""
+    """Variants of published shapes, of fp32, and of the check; each D has code of its own, and y_0 no dropout.
+
+    y_0, which comes from the embedding, is fp32 also where all else is bf16.
+    """
+    sizes = sorted({size for _, size, *_ in CHECKED})
     mixes = [
         _mix_configuration(kernel, size, dtype, has_dropout=has_dropout)
         for kernel in (forward_kernel, backward_kernel)
-        for size, dtype in (
-            (768, "bf16"),
-            (384, "bf16"),
-            (768, "fp32"),
-            *product(sorted({size for _, size, *_ in CHECKED}), ("bf16", "fp32")),
-        )
+        for size, dtype in ((768, "bf16"), (384, "bf16"), (768, "fp32"), *product(sizes, ("bf16", "fp32")))
         for has_dropout in (True, False)
+    ]
+    mixes += [
+        replace(start, name=f"{start.name} of y_0", types={**start.types, "out_ptr": "*fp32"})
+        for start in (
+            _mix_configuration(forward_kernel, size, "bf16", has_dropout=False) for size in (768, 384, *sizes)
+        )
     ]
     combinations = [
         Configuration(

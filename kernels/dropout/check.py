@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from kernels.dropout import dropout, dropouts, random_words, reference
-from kernels.numerics import Comparison, compare_exactly
+from kernels.numerics import Comparison, checked_dtypes, compare_exactly
 from kernels.run import Run
 
 _SEEDS = ((0, 0), (77, -5), (-(2**31), 2**31 - 1))
@@ -20,8 +20,7 @@ def comparisons(device: torch.device, backend: str, run: Run | None = None) -> I
         run: check the Triton kernels only in this run's dtype; None checks all.
     """
     if backend == "triton":
-        dtypes = (torch.float32, torch.bfloat16) if run is None else (run.logits_type,)
-        for dtype in dtypes if device.type == "cuda" else (torch.float32,):  # the interpreter rounds differently
+        for dtype in checked_dtypes(device, run):
             for probability in (0.1, 0.3, 0.5):
                 yield from compare_dropouts(device, dtype, probability)
         return

@@ -9,7 +9,7 @@ from torch import Tensor
 from kernels.backend import triton_kernel
 from kernels.gated_norm import cpp, gated_norm, op, reference
 from kernels.linear import Packed
-from kernels.numerics import Comparison, compare, compare_all, compare_function, random_bf16
+from kernels.numerics import Comparison, checked_dtypes, compare, compare_all, compare_function, random_bf16
 from kernels.run import Run
 
 _EPS = 1e-5
@@ -37,14 +37,14 @@ def comparisons(device: torch.device, backend: str, run: Run | None = None) -> I
 
 def _fused_kernels(device: torch.device, run: Run | None) -> Iterator[Comparison]:
     """The kernels' own list, or a run's sizes."""
-    is_gpu = device.type == "cuda"  # products in bf16 are wrong in the interpreter, which is slow
+    is_gpu = device.type == "cuda"  # the interpreter is slow
     if run is not None:
-        dtype = run.logits_type if is_gpu else torch.float32
+        (dtype,) = checked_dtypes(device, run)
         for size, is_tanh in zip(run.gates, (False, True), strict=True):
             if size is not None:
                 yield from compare_fused(device, 300 if is_gpu else 3, size, dtype, is_tanh=is_tanh)
         return
-    for dtype in (torch.bfloat16, torch.float32) if is_gpu else (torch.float32,):
+    for dtype in checked_dtypes(device):
         for rows, size, is_tanh in triton_kernel("gated_norm").CHECKED:
             yield from compare_fused(device, rows, size, dtype, is_tanh=is_tanh)
         if is_gpu:

@@ -1,9 +1,10 @@
-"""Machine code of the kernels with matrix products, for sm_80 to sm_90, executed on a CPU: a developer's tool.
+"""Machine code of Triton's kernels, for sm_80 to sm_90, executed on a CPU: a developer's tool.
 
-ptxas 12.8 made wrong code of such a kernel, which no test of ours could see without a GPU. Here the instructions
-themselves run, as the disassembler prints them, for whole thread blocks and with all numbers: the launch is one that
-the project's launcher makes, recorded, and its tensors get results that can be compared with the reference. On the way
-the machine finds
+ptxas 12.8 made wrong code of one kernel, which no test of ours could see without a GPU. Here the instructions
+themselves run, as the disassembler prints them, for whole thread blocks and with all numbers. `python -m
+kernels.machine_code` does so for every launch of the comparisons in `kernels.check`, through Triton's own launch path:
+what a GPU would store is compared with the reference. `kernels.inspect` does so for some blocks of kernels with matrix
+products. On the way the machine finds
 
 - addresses outside of the launch's tensors, of shared memory or of the stack, and misaligned ones;
 - accesses of two warps to the same bytes with no barrier between, also by tensor cores or asynchronous copies;
@@ -16,10 +17,12 @@ kernels.inspect` prints and has bars for. It does not find what depends on how f
 caches and conflicts between blocks are not looked at. An instruction that is not known is an error that says so.
 
 - `listing`: instructions and operands, from text.
+- `__main__`, `execution`: the command, and a stand-in for Triton's driver, which executes what it should launch.
 - `launch`, `examples`: a recorded launch, and inputs for each operation.
 - `emulation`, `measurement`: some blocks of a launch; the same for a configuration that `kernels.inspect` has compiled.
+- `cubin`: a compiled kernel's file.
 - `machine`, `registers`: a thread block, and what instructions read and write.
-- `integers`, `floats`, `predicates`, `moves`, `accesses`, `products`: what each instruction does.
+- `integers`, `floats`, `doubles`, `predicates`, `moves`, `accesses`, `products`: what each instruction does.
 - `memory`, `tensors`, `hazards`, `running`: memories, races, and matrix products under way.
 - `findings`, `wavefronts`: faults, and the accesses that one instruction takes.
 

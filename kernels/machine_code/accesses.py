@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from kernels.machine_code.findings import UnknownInstructionError
 from kernels.machine_code.listing import ZERO, Instruction, Operand
 from kernels.machine_code.machine import Machine, executes
 from kernels.machine_code.registers import by_warp
@@ -206,16 +205,6 @@ def access_matrices(machine: Machine, instruction: Instruction, lanes: np.ndarra
     _store_shared(machine, instruction, addresses, (stored, doubts), giving)
 
 
-@executes("BAR", "SYNC DEFER_BLOCKING")
-def barrier(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> None:
-    """All threads of the block meet."""
-    if len(instruction.operands) != 1:
-        raise UnknownInstructionError(f"unknown instruction {instruction}")
-    if (lanes != machine.alive).any():
-        machine.findings.add(instruction, "a barrier that not all threads reach")
-    machine.barrier()
-
-
 @executes("FENCE", "VIEW ASYNC S")
 def fence(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> None:
     """What was written to shared memory is visible to loads of tensor cores."""
@@ -223,7 +212,7 @@ def fence(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> None
     machine.shared.is_unfenced[:] = False
 
 
-@executes("MEMBAR NOP ERRBAR CCTL WARPSYNC BSSY BSYNC", "ALL CTA GPU SC IVALL RECONVERGENT")
+@executes("MEMBAR NOP ERRBAR CCTL WARPSYNC", "ALL CTA GPU SC IVALL")
 def nothing(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> None:
-    """Order of accesses that is kept here in any case, and places where lanes that went two ways meet again."""
+    """Order of accesses that is kept here in any case."""
     del machine, instruction, lanes

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kernels.machine_code import accesses, floats, integers, moves, predicates, products
+from kernels.machine_code import accesses, doubles, floats, integers, moves, predicates, products
 from kernels.machine_code.findings import Findings
 from kernels.machine_code.launch import Launch
 from kernels.machine_code.listing import Listing
@@ -15,6 +15,7 @@ from kernels.machine_code.tensors import GlobalMemory
 
 INSTRUCTION_SETS = (
     accesses,
+    doubles,
     floats,
     integers,
     moves,
@@ -65,6 +66,8 @@ def emulate(
     types: Mapping[str, str],
     shared_bytes: int,
     blocks: Iterable[tuple[int, int, int]],
+    *,
+    has_padding: bool = False,
 ) -> Emulation:
     """Execute thread blocks, one after the other; the launch's tensors get their results.
 
@@ -74,6 +77,7 @@ def emulate(
         types: Triton type of each argument that is no constant.
         shared_bytes: of a block.
         blocks: coordinates in the grid.
+        has_padding: whether it may access all of a storage, not only what tensors show of it.
 
     Raises:
         UnknownInstructionError: the code has an instruction that is not known.
@@ -81,7 +85,7 @@ def emulate(
     findings, counts = Findings(), []
     num_threads = launch.num_warps * WARP
     tensors = {name: tensor for name, tensor in launch.tensors.items() if name in types}
-    memory = GlobalMemory(tensors, num_threads, findings)
+    memory = GlobalMemory(tensors, num_threads, findings, has_padding=has_padding)
     parameters = launch.parameters(types, memory.pointers)
     for block in blocks:
         machine = Machine(listing, num_threads, shared_bytes, parameters, launch.grid, block, memory, findings)

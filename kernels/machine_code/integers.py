@@ -17,7 +17,7 @@ _NOTHING = np.zeros(1, np.uint64)
 
 @executes("IMAD UIMAD", "MOV U32 SHL IADD X WIDE HI")
 def multiply_add(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> None:
-    """Of a · b + c the low 32 bits, all 64 (WIDE), or the high ones (HI)."""
+    """Of a · b + c the low 32 bits, all 64 (WIDE), or the high ones (HI); for the last two, c has 64 bits."""
     target, first, second, third, *carries = instruction.operands
     modifiers = instruction.modifiers
     if "WIDE" not in modifiers and "HI" not in modifiers:
@@ -32,16 +32,18 @@ def multiply_add(machine: Machine, instruction: Instruction, lanes: np.ndarray) 
         product = machine.whole(first).astype(np.uint64) * machine.whole(second)
     else:
         product = machine.signed(first).astype(np.int64) * machine.signed(second)
-    product = product.view(np.uint64)
+    total = product.view(np.uint64) + machine.pair(third)
     if "WIDE" in modifiers:
-        machine.write_pair(target, product + machine.pair(third), lanes)
+        machine.write_pair(target, total, lanes)
     else:
-        machine.write(target, (product >> _WORD).astype(np.uint32) + machine.whole(third), lanes)
+        machine.write(target, (total >> _WORD).astype(np.uint32), lanes)
 
 
 def _undefined_product(machine: Machine, instruction: Instruction) -> np.ndarray | None:
-    """Undefined bits of a register, shifted to the left by a multiplication: those it had and all above them."""
+    """Undefined bits of a register that is moved; or shifted to the left by a multiplication: those and all above."""
     _, first, second, third, *_ = instruction.operands
+    if first.kind == second.kind == third.kind == "register" and first.row == second.row == ZERO:
+        return machine.undefined[third.row]
     if (
         first.kind != "register"
         or second.kind != "number"
@@ -115,9 +117,17 @@ def scaled_add(machine: Machine, instruction: Instruction, lanes: np.ndarray) ->
 def shift(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> None:
     """The low or (HI) high word of a pair that is shifted; right shifts of 32 bits shift the high word alone."""
     target, low, count, high = instruction.operands
-    modifiers = instruction.modifiers
     by = machine.whole(count).astype(np.uint64)
-    value = joined(machine.whole(low), machine.whole(high))
+    machine.settle(lanes)
+    value, undefined = _shifted(instruction, machine.whole(low), machine.whole(high), by), np.zeros(1, np.uint32)
+    if machine.doubt().any():  # bits that are shifted away do not matter
+        unknown = [machine.undefined[each.row] if each.kind == "register" else undefined for each in (low, high)]
+        undefined = _shifted(instruction, unknown[0], unknown[1], by)
+    machine.write(target, value, lanes, undefined=undefined)
+
+
+def _shifted(instruction: Instruction, low: np.ndarray, high: np.ndarray, by: np.ndarray) -> np.ndarray:
+    modifiers, value = instruction.modifiers, joined(low, high)
     if "L" in modifiers:
         value = np.where(by < 64, value << (by & np.uint64(63)), np.uint64(0))
     elif "S64" in modifiers:
@@ -127,11 +137,11 @@ def shift(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> None
     elif "HI" not in modifiers:
         raise UnknownInstructionError(f"unknown instruction {instruction}")
     elif "S32" in modifiers:
-        value = machine.signed(high).astype(np.int64) >> np.minimum(by, 31).astype(np.int64)
+        value = high.view(np.int32).astype(np.int64) >> np.minimum(by, 31).astype(np.int64)
         value = value.view(np.uint64) << _WORD
     else:
-        value = np.where(by < 32, machine.whole(high) >> (by & np.uint64(31)), np.uint64(0)) << _WORD
-    machine.write(target, (value >> _WORD if "HI" in modifiers else value).astype(np.uint32), lanes)
+        value = np.where(by < 32, high >> (by & np.uint64(31)), np.uint64(0)) << _WORD
+    return (value >> _WORD if "HI" in modifiers else value).astype(np.uint32)
 
 
 @executes("LOP3 ULOP3", "LUT")
@@ -187,6 +197,13 @@ def _permuted(value: np.ndarray, chosen: np.ndarray) -> np.ndarray:
         byte = np.where(place & np.uint32(8), np.where(byte & np.uint64(128), np.uint64(255), np.uint64(0)), byte)
         total = total | byte << np.uint64(8 * index)
     return total.astype(np.uint32)
+
+
+@executes("POPC UPOPC")
+def count_ones(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> None:
+    """How many bits are set."""
+    target, source = instruction.operands
+    machine.write(target, np.bitwise_count(machine.whole(source)).astype(np.uint32), lanes)
 
 
 @executes("SGXT USGXT", "U32")

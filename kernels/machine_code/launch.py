@@ -21,7 +21,7 @@ _TYPES = {
     torch.int64: "*i64",
     torch.bool: "*u1",
 }
-_FORMATS = {"i1": "b", "i32": "i", "i64": "q", "fp32": "f", "fp64": "d"}
+_FORMATS = {"i1": "b", "u1": "b", "i32": "i", "u32": "I", "i64": "q", "u64": "Q", "fp32": "f", "fp64": "d"}
 
 
 @dataclass(frozen=True)

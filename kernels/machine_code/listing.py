@@ -39,12 +39,14 @@ class Operand:
         kind: what it is; "address" is in square brackets, "descriptor" names registers with a matrix's place.
         text: as in the listing.
         row: of a register or predicate in the machine's files; of a constant: its byte; of a number: its 64 bits.
+        bank: of a constant: 0 has the launch's sizes and arguments, 2 numbers of the code.
         is_negative: −x of a number, or of a register as a number.
         is_inverted: ~x, or ! of a predicate.
         is_absolute: |x|.
         part: of a register, such as "H0_H0" or "B1"; "64" is a pair of registers; of a descriptor: what is transposed.
         terms: registers of an address, whose sum with `offset` it is.
         offset: bytes.
+        fraction: of a number that is no integer, its value; `row` has its bits in fp32.
     """
 
     kind: Kind
@@ -56,6 +58,8 @@ class Operand:
     part: str = ""
     terms: tuple["Operand", ...] = ()
     offset: int = 0
+    fraction: float | None = None
+    bank: int = 0
 
     @cached_property
     def words(self) -> tuple[np.ndarray, np.ndarray]:
@@ -96,20 +100,22 @@ class Listing:
         instructions: all of them.
         position: of an address among them.
         architecture: for which it was compiled.
+        constants: bank 2 of the constant memory.
     """
 
     instructions: tuple[Instruction, ...]
     position: dict[int, int] = field(default_factory=dict)
     architecture: Architecture = HOPPER
+    constants: bytes = b""
 
     @classmethod
-    def parse(cls, text: str) -> "Listing":
+    def parse(cls, text: str, constants: bytes = b"") -> "Listing":
         """The listing that `cuobjdump -sass` prints of a file with one kernel; for sm_90, if it does not say."""
         target = re.search(r"^\s*code for (sm_\d+)", text, re.MULTILINE)
         architecture = HOPPER if target is None else ARCHITECTURES[target[1]]
         instructions = tuple(found for line in text.splitlines() if (found := _instruction(line)) is not None)
         positions = {instruction.address: index for index, instruction in enumerate(instructions)}
-        return cls(instructions, positions, architecture)
+        return cls(instructions, positions, architecture, constants)
 
     def loops(self) -> list[range]:
         """Positions of the instructions of each innermost loop: from a branch's target up to a branch backwards."""
@@ -166,8 +172,8 @@ def _predicate(text: str, found: re.Match[str]) -> Operand:
 
 
 def _constant(text: str, found: re.Match[str]) -> Operand:
-    sign, offset = found.groups()
-    return Operand("constant", text, int(offset, 0), is_negative=sign == "-", is_inverted=sign == "~")
+    sign, bank, offset = found.groups()
+    return Operand("constant", text, int(offset, 0), is_negative=sign == "-", is_inverted=sign == "~", bank=int(bank))
 
 
 def _whole(text: str, found: re.Match[str]) -> Operand:
@@ -177,7 +183,8 @@ def _whole(text: str, found: re.Match[str]) -> Operand:
 def _fraction(text: str, found: re.Match[str]) -> Operand:
     """Numbers that are not hexadecimal are of floating-point operations."""
     value = float(found[0].replace("QNAN", "nan"))
-    return Operand("number", text, int(np.float32(value).view(np.uint32)))
+    with np.errstate(over="ignore"):  # of a double
+        return Operand("number", text, int(np.float32(value).view(np.uint32)), fraction=value)
 
 
 def _address(text: str, found: re.Match[str]) -> Operand:
@@ -197,7 +204,7 @@ def _descriptor(text: str, found: re.Match[str]) -> Operand:
 _KINDS = (
     (r"([-~]?)(\|?)(U?)R(\d+|Z)\|?(?:\.(\w+))?", _register),
     (r"(!?)(U?)P(\d|T)", _predicate),
-    (r"([-~]?)c\[0x0\]\[(0x[0-9a-f]+)\]", _constant),
+    (r"([-~]?)c\[0x([02])\]\[(0x[0-9a-f]+)\]", _constant),
     (r"-?0x[0-9a-f]+", _whole),
     (r"[+-]?(?:\d+\.?\d*(?:e[+-]?\d+)?|INF|QNAN)", _fraction),
     (r"gdesc\[UR(\d+)\]((?:\.\w+)*)", _descriptor),

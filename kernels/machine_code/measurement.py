@@ -1,12 +1,10 @@
 """What the machine code of one inspected configuration says: costs of a tile, and faults."""
 
-import importlib
 import subprocess
-import tempfile
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from kernels.configuration import Configuration
+from kernels.machine_code.cubin import constants, disassemble
 from kernels.machine_code.emulation import Counts, emulate
 from kernels.machine_code.examples import example
 from kernels.machine_code.findings import UnknownInstructionError
@@ -43,25 +41,8 @@ def measure(configuration: Configuration, cubin: bytes, shared_bytes: int) -> Me
     if launched is None:
         return None
     try:
-        listing = Listing.parse(disassemble(cubin))
+        listing = Listing.parse(disassemble(cubin), constants(cubin))
         result = emulate(listing, launched.launch, configuration.types, shared_bytes, launched.blocks)
     except (UnknownInstructionError, OSError, subprocess.CalledProcessError) as error:
         return Measurement(note=f"no counts from machine code: {error}")
     return Measurement(result.counts[0], result.findings)
-
-
-def disassemble(cubin: bytes) -> str:
-    """The listing of a compiled kernel, by the disassembler of Triton's wheel.
-
-    Raises:
-        OSError: there is none.
-        subprocess.CalledProcessError: it cannot read the file.
-    """
-    try:
-        path = importlib.import_module("triton.knobs").nvidia.cuobjdump.path
-    except RuntimeError as error:
-        raise OSError(str(error)) from error
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.cubin"
-        file.write_bytes(cubin)
-        return subprocess.run([path, "-sass", file], capture_output=True, text=True, check=True).stdout

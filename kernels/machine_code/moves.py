@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 
 from kernels.machine_code.findings import UnknownInstructionError
-from kernels.machine_code.listing import Instruction, Operand
+from kernels.machine_code.listing import ZERO, Instruction, Operand
 from kernels.machine_code.machine import Machine, executes
-from kernels.machine_code.registers import by_warp
+from kernels.machine_code.registers import WARP, by_warp
 
 _ALL = np.uint32(0xFFFFFFFF)
 
@@ -38,7 +38,10 @@ def move(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> None:
     """A register, number or constant, or two of them."""
     target, source = instruction.operands
     for word in range(2 if "64" in instruction.modifiers else 1):
-        machine.write(target, machine.bits(source, word), lanes, word)
+        value = machine.bits(source, word)
+        doubt = machine.doubt()
+        undefined = machine.undefined[source.row + word] if doubt.any() else np.zeros(1, np.uint32)
+        machine.write(target, value, lanes, word, undefined)
 
 
 @executes("CS2R", "32")
@@ -70,40 +73,61 @@ def to_uniform(machine: Machine, instruction: Instruction, lanes: np.ndarray) ->
     first = np.take_along_axis(values, active.argmax(axis=1)[:, None], axis=1)
     if ((values != first) & active).any():
         machine.findings.add(instruction, "lanes of a warp disagree")
-    machine.write(target, np.repeat(first, 32), lanes, undefined=_of_any(machine, lanes))
+    machine.write(target, np.repeat(first, WARP), lanes, undefined=_of_any(machine, lanes))
 
 
-@executes("SHFL", "BFLY IDX")
+@executes("SHFL", "BFLY IDX UP DOWN")
 def exchange(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> None:
-    """Another lane's register."""
-    _, target, source, place, clamp = instruction.operands
-    if clamp.row != 0x1F:
+    """Another lane's register, and whether there is such a lane; else the own one."""
+    is_there, target, source, place, clamp = instruction.operands
+    if clamp.row != (ZERO if "UP" in instruction.modifiers else WARP - 1):
         raise UnknownInstructionError(f"unknown instruction {instruction}")
-    where = np.broadcast_to(machine.whole(place), machine.threads.shape) & np.uint32(31)
+    lane = (machine.threads % np.uint32(WARP)).astype(np.int64)
+    given = np.broadcast_to(machine.whole(place), machine.threads.shape).astype(np.int64) % WARP
     machine.settle(lanes)
-    if "BFLY" in instruction.modifiers:
-        where = where ^ machine.threads & np.uint32(31)
+    ways = {"BFLY": lane ^ given, "IDX": given, "UP": lane - given, "DOWN": lane + given}
+    where = ways[instruction.modifiers[0]]
+    is_inside = (where >= 0) & (where < WARP)
+    where = np.where(is_inside, where, lane)
+    others = np.take_along_axis(by_warp(lanes), by_warp(where), 1).reshape(-1)
+    if (lanes & ~others).any():
+        machine.findings.add(instruction, "a lane that takes no part")
     value, undefined = (
-        np.take_along_axis(by_warp(bits), by_warp(where).astype(np.int64), 1).reshape(-1)
-        for bits in (machine.bits(source), machine.undefined[source.row])
+        np.take_along_axis(by_warp(bits), by_warp(where), 1).reshape(-1)
+        for bits in (np.broadcast_to(machine.bits(source), lanes.shape), machine.undefined[source.row])
     )
+    machine.doubt()
     machine.write(target, value, lanes, undefined=undefined)
+    machine.decide(is_there, is_inside, lanes)
 
 
-@executes("REDUX", "MIN MAX S32")
+@executes("REDUX", "MIN MAX SUM S32")
 def reduce(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> None:
-    """The least or greatest of a warp's lanes."""
+    """The least or greatest of a warp's lanes, or their sum."""
     if "S32" not in instruction.modifiers:
         raise UnknownInstructionError(f"unknown instruction {instruction}")
     target, source = instruction.operands
-    is_least = "MIN" in instruction.modifiers
     limits = np.iinfo(np.int32)
-    values = np.where(lanes, machine.signed(source), np.int32(limits.max if is_least else limits.min))
-    value = by_warp(values).min(1) if is_least else by_warp(values).max(1)
-    machine.write(target, np.repeat(value.view(np.uint32), 32), lanes, undefined=_of_any(machine, lanes))
+    reduction, neutral = {
+        "MIN": (np.minimum, limits.max),
+        "MAX": (np.maximum, limits.min),
+        "SUM": (np.add, 0),
+    }[instruction.modifiers[0]]
+    values = np.where(lanes, machine.signed(source), np.int32(neutral))
+    value = reduction.reduce(by_warp(values), axis=1, dtype=np.int32)
+    machine.write(target, np.repeat(value.view(np.uint32), WARP), lanes, undefined=_of_any(machine, lanes))
+
+
+@executes("VOTEU", "ANY")
+def vote(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> None:
+    """Whether a predicate is true for any lane of the warp."""
+    target, condition = instruction.operands
+    holds = by_warp(machine.truth(condition) & lanes).any(axis=1)
+    is_undecided = by_warp(machine.doubt() & lanes).any(axis=1)
+    machine.decide(target, np.repeat(holds, WARP), lanes, np.repeat(is_undecided, WARP))
 
 
 def _of_any(machine: Machine, lanes: np.ndarray) -> np.ndarray:
     """Undefined bits of a value that a warp has in common."""
     is_undefined = by_warp(machine.doubt() & lanes).any(axis=1)
-    return np.repeat(np.where(is_undefined, _ALL, np.uint32(0)), 32)
+    return np.repeat(np.where(is_undefined, _ALL, np.uint32(0)), WARP)

@@ -1,9 +1,11 @@
 """The registers of a thread block: operands and results of instructions, and which of their bits have a value."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from kernels.machine_code.findings import Findings, UnknownInstructionError
-from kernels.machine_code.listing import TRUE, UNIFORM, ZERO, Instruction, Operand
+from kernels.machine_code.listing import TRUE, UNIFORM, UNIFORM_PREDICATE, ZERO, Instruction, Operand
 from kernels.machine_code.running import RunningProducts
 
 WARP = 32
@@ -27,7 +29,7 @@ class Registers:
         findings: what was wrong.
     """
 
-    def __init__(self, num_threads: int, constants: bytes, findings: Findings) -> None:
+    def __init__(self, num_threads: int, constants: Mapping[int, bytes], findings: Findings) -> None:
         self.everyone = np.ones(num_threads, bool)
         self.threads = np.arange(num_threads, dtype=np.uint32)
         self.registers = np.zeros((ZERO + 1, num_threads), np.uint32)
@@ -41,7 +43,7 @@ class Registers:
         self.findings = findings
         self._doubtful = set(range(ZERO))  # rows of registers with undefined bits
         self._doubt = _NONE  # lanes for which the instruction has read undefined bits
-        self._constants = np.frombuffer(constants, np.uint32)
+        self._constants = {bank: np.frombuffer(content, np.uint32) for bank, content in constants.items()}
 
     def start(self, instruction: Instruction, lanes: np.ndarray) -> np.ndarray:
         """The next instruction for lanes [n] bool; returns those that execute it."""
@@ -62,10 +64,10 @@ class Registers:
                 self.findings.add(self.instruction, "reads a result of a running product", f"R{row}")
             return self.registers[row]
         if operand.kind == "constant":
-            place = operand.row // 4 + word
-            if place >= len(self._constants):
+            constants, place = self._constants[operand.bank], operand.row // 4 + word
+            if place >= len(constants):
                 raise UnknownInstructionError(f"no such constant: {self.instruction}")
-            return self._constants[place : place + 1]
+            return constants[place : place + 1]
         if operand.kind == "number":
             return operand.words[word]
         raise UnknownInstructionError(f"unknown operand {operand.text} of {self.instruction}")
@@ -97,6 +99,16 @@ class Registers:
         if operand.part:
             raise UnknownInstructionError(f"unknown operand {operand.text} of {self.instruction}")
         value = self.bits(operand).view(np.float32)
+        if operand.is_absolute:
+            value = np.abs(value)
+        return -value if operand.is_negative else value
+
+    def double(self, operand: Operand) -> np.ndarray:
+        """float64 of two registers, with its sign."""
+        if operand.fraction is not None:
+            value = np.full(1, operand.fraction)
+        else:
+            value = joined(self.bits(operand), self.bits(operand, 1)).view(np.float64)
         if operand.is_absolute:
             value = np.abs(value)
         return -value if operand.is_negative else value
@@ -161,8 +173,8 @@ class Registers:
                 self.findings.add(self.instruction, "writes a result of a running product", f"R{row}")
             if row in self.products.operands:
                 self.findings.add(self.instruction, "writes an operand of a running product", f"R{row}")
-        if row >= UNIFORM and lanes is not self.everyone and not _is_uniform(lanes):
-            self.findings.add(self.instruction, "lanes of a warp disagree")
+        if row >= UNIFORM and lanes is not self.everyone:
+            lanes = of_warps(lanes)
         np.copyto(self.registers[row], value, where=lanes)
         if undefined is None:
             undefined = np.zeros((), np.uint32) if self._doubt is _NONE else np.where(self._doubt, _ALL, np.uint32(0))
@@ -180,6 +192,8 @@ class Registers:
     ) -> None:
         """Store bool in a predicate; `undefined`, if it is not known, as in `write`."""
         if operand.row not in {7, TRUE}:
+            if operand.row >= UNIFORM_PREDICATE and lanes is not self.everyone:
+                lanes = of_warps(lanes)
             np.copyto(self.predicates[operand.row], value, where=lanes)
             np.copyto(self.is_undecided[operand.row], self._doubt if undefined is None else undefined, where=lanes)
 
@@ -194,6 +208,6 @@ def by_warp(values: np.ndarray) -> np.ndarray:
     return values.reshape(-1, WARP)
 
 
-def _is_uniform(lanes: np.ndarray) -> bool:
-    warps = by_warp(lanes)
-    return bool((warps == warps[:, :1]).all())
+def of_warps(lanes: np.ndarray) -> np.ndarray:
+    """[n] bool: all lanes of the warps of which any is in `lanes`. A warp has one of each uniform register."""
+    return np.repeat(by_warp(lanes).any(axis=1), WARP)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernels.backend import triton_kernel
 from kernels.normalize import activate, embed, fused, normalize, reference
-from kernels.numerics import Comparison, compare, compare_function, random_bf16
+from kernels.numerics import Comparison, checked_dtypes, compare, compare_function, random_bf16
 from kernels.run import Run
 
 _EPS = 1e-5
@@ -45,14 +45,14 @@ def _fused_kernels(device: torch.device, run: Run | None) -> Iterator[Comparison
         rows = 300 if is_gpu else 3
         yield from compare_embedding(device, rows, run.norms)
         yield from compare_table(device, 3000 if is_gpu else rows, run.norms)
-        yield from compare_activation(device, rows, run.norms, run.logits_type if is_gpu else torch.float32)
+        yield from compare_activation(device, rows, run.norms, *checked_dtypes(device, run))
         return
     for rows, size, gathers, has_dropout in triton_kernel("normalize").CHECKED:
         if gathers:
             yield from compare_embedding(device, rows, size, has_dropout=has_dropout)
             yield from compare_table(device, 3000 if is_gpu else 150, size)
             continue
-        for dtype in (torch.bfloat16, torch.float32) if is_gpu else (torch.float32,):
+        for dtype in checked_dtypes(device):
             yield from compare_activation(device, rows, size, dtype, has_dropout=has_dropout)
 
 
