@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.first_order import first_order
+
 _BLOCK_ROWS = 256  # of a matrix, per in-place addition
 
 
@@ -164,6 +166,7 @@ class _Linear(torch.autograd.Function):
         return F.linear(x, weight, bias), of_first
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: Tensor, first_grad: Tensor | None) -> tuple[Tensor | None, ...]:
         x, first_x, weight = ctx.saved_tensors
         first_grad = None if first_x is None else first_grad

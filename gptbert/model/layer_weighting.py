@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.depth_mix import buffer, depth_mix, depth_mix_backward
+from kernels.first_order import first_order
 
 
 class LayerWeighting(nn.Module):
@@ -76,5 +77,6 @@ class _Mix(torch.autograd.Function):
         return representations.append(newest, alpha)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         return *ctx.representations.collect(ctx.depth, grad), None

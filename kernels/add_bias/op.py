@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.add_bias.cpp import column_sums
+from kernels.first_order import first_order
 
 
 def add_bias(product: Tensor, bias: Tensor) -> Tensor:
@@ -20,6 +21,7 @@ class _AddBias(torch.autograd.Function):
         return product + bias.to(product.dtype)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         # rounded to the output's dtype like PyTorch's gradient, so that training with FSDP's bf16 weights is the same
-        return grad, column_sums(grad.flatten(0, -2)).to(grad.dtype).to(ctx.dtype)
+        return grad, column_sums(grad.reshape(-1, grad.shape[-1])).to(grad.dtype).to(ctx.dtype)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels.attention_context.fused import DistanceTables, contiguous, empty_table
 from kernels.backend import triton_kernel
+from kernels.first_order import first_order
 from kernels.linear import Packed, PackedGradient
 
 
@@ -83,6 +84,7 @@ class _GatedAttention(torch.autograd.Function):
         return F.linear(normalized, narrow)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         narrow, *tensors = ctx.saved_tensors
         inputs = (grad @ narrow, *tensors[:4], ctx.variant, *tensors[4:])

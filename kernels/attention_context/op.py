@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kernels.attention_context import cpp, eager
 from kernels.backend import uses_cpp
+from kernels.first_order import first_order
 
 
 def attention_context(*arguments: Any) -> Tensor:
@@ -42,6 +43,7 @@ class _AttentionContext(torch.autograd.Function):
         return (probabilities if seed is None else dropped) @ value
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, position_query, position_key, value, probabilities, buckets, seed = ctx.saved_tensors
         implementation = cpp if uses_cpp(grad, ctx.backend) else eager

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kernels import wanted, whole_rows
 from kernels.backend import triton_kernel
+from kernels.first_order import first_order
 
 GROUP = 6  # mixes
 MOST_MIXES = 127  # the weights' gradients are tiles of all representations
@@ -161,6 +162,7 @@ class _Start(torch.autograd.Function):
         return x.view_as(x), normalized.view(first.shape)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad_x: Tensor | None, grad_h: Tensor | None) -> tuple[Tensor, Tensor, None]:
         grad, _, _ = ctx.mixes.run_backward(0, grad_x, grad_h, *ctx.saved_tensors, None, has_bias=False)
         given: Any = grad_x if grad_h is None else grad_h
@@ -181,6 +183,7 @@ class _Mix(torch.autograd.Function):
         return mixed.view(x.shape), normalized.view(x.shape)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad_x: Tensor | None, grad_h: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_newest, grad_out, grad_bias = ctx.mixes.run_backward(
             ctx.depth, grad_x, grad_h, *ctx.saved_tensors, ctx.seed, has_bias=ctx.has_bias

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.first_order import first_order
 from kernels.gated_norm import cpp, fused
 from kernels.linear import Packed, PackedGradient
 
@@ -46,6 +47,7 @@ class _GatedNorm(torch.autograd.Function):
         return F.linear(normalized, narrow)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, linear, weight, mean, inverse_std = ctx.saved_tensors
         of_gate, of_linear, normalized = (fused if ctx.is_fused else cpp).gated_norm_backward(

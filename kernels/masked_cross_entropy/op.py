@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kernels.add_bias.cpp import column_sums
 from kernels.backend import triton_kernel
+from kernels.first_order import first_order
 from kernels.linear import add_product
 from kernels.masked_cross_entropy import cpp, eager
 from kernels.masked_cross_entropy.inputs import checked, labeled_rows, segments_and_scales
@@ -59,7 +60,7 @@ def cross_entropy_(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `cross_entropy`; the gradient overwrites the logits."""
-    if logits.stride(-1) != 1:
+    if logits.stride(-1) != 1 or logits.stride(0) < logits.shape[1]:  # rows that overlap, which `copy_` refuses
         gradient = logits.contiguous()
         results = _cross_entropy(gradient, labels, segments, scales, gradient, ignore_index, z_loss_weight, backend)
         logits.copy_(gradient)
@@ -297,6 +298,7 @@ def _keep_gradients(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # no zero tensors for the sums, which have no gradient
 
 
+@first_order
 def _scaled_gradients(ctx, grad_total, grad_sums, grad_counts):
     del grad_sums, grad_counts
     gradients = ctx.saved_tensors

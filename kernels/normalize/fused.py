@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kernels import wanted, whole_rows
 from kernels.backend import triton_kernel
+from kernels.first_order import first_order
 
 
 def is_fused(device: torch.device, size: int, backend: str | None = None) -> bool:
@@ -103,6 +104,7 @@ class _Embed(torch.autograd.Function):
         return forward(weight.detach(), ids, seed, dropout_prob, eps)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
         weight, ids, seed = ctx.saved_tensors
         of_rows = backward(grad, weight.detach(), ids, seed, *ctx.settings)

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.first_order import first_order
+
 
 def normalize(x: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """See `kernels.normalize`; the result has `dtype`."""
@@ -23,6 +25,7 @@ class _Normalize(torch.autograd.Function):
         return normalized
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         normalized, inverse_std = ctx.saved_tensors
         grad, normalized = grad.to(inverse_std.dtype), normalized.to(inverse_std.dtype)
