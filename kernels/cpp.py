@@ -54,11 +54,20 @@ def call(name: str, arguments: Sequence[Tensor | ctypes.Array[Any] | int | float
     """Run a kernel. Tensors become pointers to their first element, None a null pointer, numbers int64_t or float.
 
     ctypes arrays are passed unchanged.
+
+    Raises:
+        ValueError: a tensor is not on the CPU, where its address leads elsewhere.
     """
     function = getattr(library(), name)
     if function.argtypes is None:
         function.argtypes, function.restype = [_type(argument) for argument in arguments], None
-    function(*(argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments))
+    function(*(_address(argument) if isinstance(argument, Tensor) else argument for argument in arguments))
+
+
+def _address(tensor: Tensor) -> int:
+    if tensor.device.type != "cpu":
+        raise ValueError(f"C++ kernels take tensors on the CPU; one of {list(tensor.shape)} is on {tensor.device}")
+    return tensor.data_ptr()
 
 
 def _type(argument: Tensor | ctypes.Array[Any] | float | None) -> type:

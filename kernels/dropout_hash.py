@@ -8,9 +8,9 @@ from kernels.dropout import keep_threshold
 
 
 def keep_arguments(seed: Tensor | None, dropout_prob: float) -> tuple[int, float]:
-    """A kernel's `keep_threshold`, int32, and the factor of what is kept; without a seed nothing is dropped."""
+    """A kernel's `keep_threshold` and the factor of what is kept; without a seed nothing is dropped."""
     probability = 0.0 if seed is None else dropout_prob
-    return min(keep_threshold(probability), 2**31 - 1), 1 / (1 - probability)
+    return keep_threshold(probability), 1 / (1 - probability)
 
 
 @triton.jit

@@ -1,5 +1,6 @@
 """Attention with content and position scores, up to the weighted values: the public operation."""
 
+import torch
 from torch import Tensor
 
 from kernels.attention_context import op
@@ -42,8 +43,18 @@ def attention_context(
         backend: see `kernels.backend.choose_backend`; "cpp" has kernels for bf16.
 
     Returns:
-        [H, B, T, d].
+        [H, B, T, d]; under autocast in its dtype.
+
+    Raises:
+        ValueError: the mask, the buckets, the seed or the probability are of another kind.
     """
+    if mask.dtype != torch.bool or buckets.dtype != torch.int64:
+        raise ValueError(f"mask, buckets: {mask.dtype}, {buckets.dtype}; expected torch.bool, torch.int64")
+    if torch.is_autocast_enabled(query.device.type):  # here, as a backward runs without it
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, position_query, position_key, value = (
+            tensor.to(dtype) for tensor in (query, key, position_query, position_key, value)
+        )
     seed = seed if dropout_prob else None
     tensors = (query, key, position_query, position_key, value, buckets, mask, seed)
     return op.attention_context(*tensors, dropout_prob, backend)

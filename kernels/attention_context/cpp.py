@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from kernels import cpp
-from kernels.dropout import keep_threshold
+from kernels.dropout import check_seed, keep_threshold
 
 
 def _fake_attention_weights(scores, by_query, by_key, buckets, mask, seed, dropout_prob):
@@ -22,6 +22,8 @@ def attention_weights(
 ) -> tuple[Tensor, Tensor]:
     """See `eager.attention_weights`; without a seed the second result is empty."""
     heads, batch, length, _ = scores.shape
+    _check_buckets(buckets, length, by_query.shape[-1])
+    mask = mask.expand(batch, length, length)
     probabilities, dropped = _weights(scores, seed)
     inputs = [tensor.contiguous() for tensor in (scores, by_query, by_key, buckets, mask)]
     outputs = (probabilities, dropped)
@@ -63,5 +65,16 @@ def _gradients(grad: Tensor, num_buckets: int, seed: Tensor | None) -> tuple[Ten
     return grad.new_empty(grad.shape), by_query, by_key, grad.new_empty(0 if seed is None else grad.shape)
 
 
+def _check_buckets(buckets: Tensor, length: int, num_buckets: int) -> None:
+    """Raise ValueError if the kernel, which reads the first row and column, would read past the position scores."""
+    if buckets.shape != (length, length):
+        raise ValueError(f"buckets: {list(buckets.shape)}; expected {[length, length]}")
+    for numbers in (buckets[:1], buckets[:, :1]):
+        if numbers.numel() and not 0 <= int(numbers.min()) <= int(numbers.max()) < num_buckets:
+            raise ValueError(f"buckets: one is not in 0 … {num_buckets - 1}")
+
+
 def _dropout(seed: Tensor | None, dropout_prob: float) -> tuple[Tensor | None, int, float]:
+    if seed is not None:
+        check_seed(seed)
     return seed, keep_threshold(dropout_prob), 1 / (1 - dropout_prob)

@@ -18,15 +18,31 @@ def dropout(x: Tensor, seed: Tensor | None, probability: float) -> Tensor:
         x: any shape, fewer than 2³¹ elements.
         seed: [2] int32; None disables dropout.
         probability: of a zero, in [0, 1).
+
+    Raises:
+        ValueError: the seed or the probability is another one.
     """
     if seed is None or probability == 0:
         return x
+    check_seed(seed)
     return torch.where(random_words(x.shape, seed) >= keep_threshold(probability), x * (1 / (1 - probability)), 0.0)
 
 
 def keep_threshold(probability: float) -> int:
-    """Threshold: an element is kept if its int32 random word is ≥ this."""
-    return round(probability * 2**32) - 2**31
+    """Threshold: an element is kept if its int32 random word is ≥ this.
+
+    Raises:
+        ValueError: the probability is not in [0, 1).
+    """
+    if not 0 <= probability < 1:
+        raise ValueError(f"probability of dropout: {probability} is not in [0, 1)")
+    return min(round(probability * 2**32) - 2**31, 2**31 - 1)
+
+
+def check_seed(seed: Tensor) -> None:
+    """Raise ValueError if a kernel would read something else than two numbers of 32 bits."""
+    if seed.dtype != torch.int32 or seed.shape != (2,):
+        raise ValueError(f"seed: {seed.dtype} {list(seed.shape)}; expected int32 [2]")
 
 
 def random_words(shape: torch.Size, seed: Tensor) -> Tensor:

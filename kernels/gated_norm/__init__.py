@@ -41,7 +41,7 @@ def gated_norm(
         if is_fused(gate.device, gate.dtype, size, backend):
             return op.fused_gated_norm(gate, linear, weight, approximate, eps)
     elif uses_cpp(gate, backend):
-        return op.gated_norm(gate, linear, weight, approximate, eps)
+        return op.gated_norm(gate, None if linear is None else linear.to(gate.dtype), weight, approximate, eps)
     if linear is None:
         linear, gate = gate.chunk(2, dim=-1)
     else:

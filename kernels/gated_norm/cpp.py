@@ -66,6 +66,8 @@ def _memory(gate: Tensor, linear: Tensor | None) -> tuple[tuple[Tensor, ...], tu
     if linear is None:
         linear, gate = gate.chunk(2, dim=-1)
         return (linear, gate), (batch * length, 1, size // 2), (gate.stride(0), 0, gate.stride(0))
-    heads, _, _, width = linear.shape
+    heads, *rows, width = linear.shape
+    if rows != [batch, length] or heads * width != size:
+        raise ValueError(f"linear: {list(linear.shape)} beside a gate {[batch, length, size]}; expected [H, B, T, D/H]")
     linear = linear.contiguous()
     return (linear, gate), (batch * length, heads, width), (width, batch * length * width, gate.stride(0))

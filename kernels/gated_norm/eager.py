@@ -11,7 +11,8 @@ from kernels.normalize import normalize
 
 def gated_norm(linear: Tensor, gate: Tensor, approximate: str, eps: float) -> Tensor:
     """See `kernels.gated_norm`; linear and gate [..., D] to [..., D]."""
-    return normalize(linear * (gelu_tanh(gate) if approximate == "tanh" else F.gelu(gate)), eps)
+    normalized = normalize(linear * (gelu_tanh(gate) if approximate == "tanh" else F.gelu(gate)), eps)
+    return normalized if torch.is_autocast_enabled(gate.device.type) else normalized.to(gate.dtype)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

@@ -98,11 +98,14 @@ def clipping(gradient_norm: Tensor | None, max_grad_norm: float | None, like: Te
 
 
 def check_lengths(tensors: Tensors) -> None:
-    """Raise ValueError unless each list has one tensor per parameter; `averages` may be empty."""
+    """Raise ValueError unless each list has one tensor per parameter, each its own; `averages` may be empty."""
     count = len(tensors.params)
     for name, each in tensors._asdict().items():
         if len(each) != count and (each or name != "averages"):
             raise ValueError(f"{name}: {len(each)} tensors for {count} parameters")
+    for name in ("params", "steps"):  # of which every kernel writes each once, in no fixed order
+        if len(set(map(id, getattr(tensors, name)))) < count:
+            raise ValueError(f"{name}: one tensor is there twice")
 
 
 def check_tensors(tensors: Tensors) -> None:

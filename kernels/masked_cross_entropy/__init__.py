@@ -28,9 +28,9 @@ def masked_cross_entropy(
 
     Rows are processed in chunks: a matrix product, then loss and gradient of the chunk in one pass. All gradients are
     computed in the forward, those of weight and bias accumulated in fp32; a backward only multiplies them by
-    `grad_output`. No second derivative. On the CPU ignored rows are excluded from the matrix products; on a GPU their
-    number would need a device sync, so callers gather the labeled rows (see `gptbert.model.gptbert.select_labeled`).
-    Under autocast, products are in its dtype, regardless of the inputs'.
+    `grad_output`. No second derivative, and none in forward mode. On the CPU ignored rows are excluded from the matrix
+    products; on a GPU their number would need a device sync, so callers gather the labeled rows (see
+    `gptbert.model.gptbert.select_labeled`). Under autocast, products are in its dtype, regardless of the inputs'.
 
     Args:
         hidden: [N, D] floating point, the head's last representation.
@@ -50,13 +50,15 @@ def masked_cross_entropy(
         Sums over the labeled rows; with segments [S] each. Without labeled rows zeros, as are all gradients.
 
     Raises:
-        ValueError: shapes do not match.
+        ValueError: shapes, dtypes or devices do not match.
         RuntimeError: a label is neither `ignore_index` nor in 0 … V − 1, or a segment not in 0 … S − 1, or the
             gradient of weight is in memory and `grad_output` is not 1 (on a GPU: a device assert).
     """
     packed = weight if isinstance(weight, Packed) else Packed((weight,), weight)
     (weight,), matrix, memory, overwrites = packed
     _check_shapes(hidden, weight, labels, bias)
+    _check_devices(hidden.device, weight=weight, labels=labels, bias=bias, segments=segments, scales=scales)
+    labels = _integers("labels", labels)
     segments, scales = _checked_segments(segments, scales, labels)
     backend = choose_backend(backend, hidden.device)
     with_gradient = torch.is_grad_enabled()
@@ -112,14 +114,16 @@ def cross_entropy_from_logits(
         backend: see `kernels.backend.choose_backend`.
 
     Raises:
-        ValueError: shapes do not match, or both `scale` and `scales` are given.
+        ValueError: shapes, dtypes or devices do not match, or both `scale` and `scales` are given.
         RuntimeError: a label is neither `ignore_index` nor in 0 … V − 1, or a segment not in 0 … S − 1 (on a GPU: a
             device assert), or a second backward.
     """
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)}: expected [N, V] and [N]")
+    _check_devices(logits.device, labels=labels, segments=segments, scales=scales)
     backend = choose_backend(backend, logits.device)
     with_gradient = torch.is_grad_enabled() and logits.requires_grad
+    labels = _integers("labels", labels)
     segments, scales = _checked_segments(segments, scales, labels)
     if segments is None:
         scales = _as_scales(scale, logits.device)
@@ -154,6 +158,8 @@ def _as_scales(scale: float | Tensor, device: torch.device) -> Tensor:
     """[1] fp32 on the device, without a copy of a number from the host."""
     if not isinstance(scale, Tensor):
         return torch.full((1,), scale, dtype=torch.float32, device=device)
+    if scale.numel() != 1:
+        raise ValueError(f"scale: {tuple(scale.shape)}; expected a number or a scalar")
     return scale.detach().to(device=device, dtype=torch.float32).reshape(1)
 
 
@@ -166,7 +172,20 @@ def _checked_segments(
     if segments is None or scales is None or segments.shape != labels.shape or scales.ndim != 1 or not len(scales):
         shapes = ", ".join("None" if tensor is None else str(tuple(tensor.shape)) for tensor in (segments, scales))
         raise ValueError(f"segments and scales are {shapes}: expected {tuple(labels.shape)} and [S], or neither")
-    return segments.long().contiguous(), scales.detach().float().contiguous()
+    return _integers("segments", segments).contiguous(), scales.detach().float().contiguous()
+
+
+def _integers(name: str, tensor: Tensor) -> Tensor:
+    """The tensor in int64: in a narrower dtype, comparisons with a larger number wrap around."""
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise ValueError(f"{name}: {tensor.dtype}; expected integers")
+    return tensor.long()
+
+
+def _check_devices(device: torch.device, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name}: on {tensor.device}; expected {device}")
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:

@@ -56,16 +56,19 @@ def span_mask(
         backend: see `kernels.backend.choose_backend`.
 
     Returns:
-        `inputs` and `labels`, both [B, T] in the dtype of `tokens`, unshifted; labels are −100 where not selected.
+        `inputs` and `labels`, both [B, T] in the dtype of `tokens`, unshifted; labels are −100 where not selected. On
+        Triton there may be padding between their rows: `reshape` works, `view` may not.
 
     Raises:
-        ValueError: a probability is outside [0, 1], there are no tokens to draw from, ids do not fit the dtype of
-            `tokens`, or shapes, dtypes or devices do not match.
+        ValueError: a probability is outside [0, 1], the seed has more than 64 bits, there are no tokens to draw from,
+            ids do not fit the dtype of `tokens`, or shapes, dtypes or devices do not match.
     """
     if not (0 <= mask_p <= 1 and random_p >= 0 and keep_p >= 0 and random_p + keep_p <= 1):
         raise ValueError(f"mask_p {mask_p}, random_p {random_p}, keep_p {keep_p}: shares lie in [0, 1]")
     if vocab_size <= num_special_tokens:
         raise ValueError(f"vocab_size {vocab_size} leaves no token beside {num_special_tokens} special ones")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed {seed}: expected 64 bits, 0 … 2⁶⁴ − 1")
     if max_span_length < 1:
         raise ValueError(f"max_span_length {max_span_length}: a span has at least one token")
     _check_tensors(tokens, row_ids, mask_counts)
