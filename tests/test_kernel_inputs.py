@@ -11,6 +11,7 @@ from kernels.depth_mix import buffer, depth_mix, depth_mix_backward
 from kernels.dropout import dropout
 from kernels.gated_norm import gated_norm
 from kernels.gated_norm import reference as gated_norm_reference
+from kernels.lamb import PreparedStep, chunk_table
 from kernels.masked_cross_entropy import reference as cross_entropy_reference
 from tests.numerics import assert_accurate
 
@@ -249,6 +250,34 @@ def test_a_tensor_is_not_stepped_twice(backend, name):
     tensors[name][1] = tensors[name][0]
     with pytest.raises(ValueError, match=f"{name}: one tensor is there twice"):
         lamb_step(**tensors, lr=0.1, beta1=0.9, beta2=0.99, eps=1e-6, weight_decay=0.1, backend=backend)
+
+
+@pytest.fixture
+def pytorch_defaults():
+    chunk_table.make_chunk_table.cache_clear()
+    yield
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_default_of_pytorch_changes_no_step_of_lamb(pytorch_defaults, dtype):
+    """The factor of clipped gradients was rounded to the default dtype, and tables were made on the default device."""
+    settings = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-6, "max_grad_norm": 1.0}
+
+    def step():
+        lists = [[random(40, seed=seed)] for seed in range(2)] + [[torch.zeros(40)], [torch.zeros(40)]]
+        params, grads, *moments, steps = *lists, [torch.zeros(())]
+        prepared = PreparedStep(params, *moments, steps, [], [0.1])
+        chunk_table.make_chunk_table.cache_clear()
+        return params[0], lambda: prepared(grads, **settings)
+
+    (expected, run), (actual, run_with_defaults) = step(), step()
+    run()
+    torch.set_default_dtype(dtype)
+    torch.set_default_device(ELSEWHERE)
+    run_with_defaults()
+    assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64])

@@ -84,15 +84,17 @@ def make_chunk_table(
             "lamb_step: a CUDA graph cannot record how it learns where new tensors lie; call it once with the same "
             "tensors (gradients too: zero_grad(set_to_none=False) keeps them) before the capture"
         )
-    size = torch.tensor(sizes, dtype=torch.int64)
-    chunk_size = torch.tensor([_chunk_size(number) for number in sizes], dtype=torch.int64)
-    num_chunks = ((size + chunk_size - 1) // chunk_size).clamp(min=1)  # empty ones too, to advance their step
-    table = torch.zeros(len(sizes), COLUMNS, dtype=torch.int64)
-    table[:, : len(addresses)] = torch.tensor(addresses, dtype=torch.int64).T
-    table[:, SIZE], table[:, CHUNK_SIZE] = size, chunk_size
-    table[:, FIRST_CHUNK] = num_chunks.cumsum(0) - num_chunks
-    owners = torch.arange(len(sizes), dtype=torch.int32).repeat_interleave(num_chunks)
-    on_host = [table, owners, torch.tensor(decays, dtype=torch.float32), torch.ones(())]
+    with torch.device("cpu"):  # whatever torch.set_default_device says
+        size = torch.tensor(sizes, dtype=torch.int64)
+        chunk_size = torch.tensor([_chunk_size(number) for number in sizes], dtype=torch.int64)
+        num_chunks = ((size + chunk_size - 1) // chunk_size).clamp(min=1)  # empty ones too, to advance their step
+        table = torch.zeros(len(sizes), COLUMNS, dtype=torch.int64)
+        table[:, : len(addresses)] = torch.tensor(addresses, dtype=torch.int64).T
+        table[:, SIZE], table[:, CHUNK_SIZE] = size, chunk_size
+        table[:, FIRST_CHUNK] = num_chunks.cumsum(0) - num_chunks
+        owners = torch.arange(len(sizes), dtype=torch.int32).repeat_interleave(num_chunks)
+        numbers = (torch.tensor(each, dtype=torch.float32) for each in (decays, 1))
+        on_host = [table, owners, *numbers]
     if device.type == "cuda":  # pinned, or the copy would block
         on_host = [tensor.pin_memory() for tensor in on_host]
     state = [column for index, column in enumerate(addresses) if index not in {GRAD, STEP}]

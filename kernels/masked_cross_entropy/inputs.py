@@ -46,7 +46,7 @@ def labeled_rows(labels: Tensor, ignore_index: int, backend: str) -> Tensor | No
 @functools.cache
 def _one(device: torch.device) -> Tensor:
     """The scale 1, [1], cached: creating it would be one of a dozen launches."""
-    return torch.ones(1, device=device)
+    return torch.ones(1, dtype=torch.float32, device=device)
 
 
 @functools.cache
