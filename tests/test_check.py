@@ -87,6 +87,10 @@ def checked(device, **changes):
     return {op: "\n".join(row.name for row in rows if row.op == op) for op in TRITON_OPERATIONS}
 
 
+def test_a_run_with_all_that_there_is_has_every_operation_checked():
+    assert set(RUN.operations) == set(TRITON_OPERATIONS), "an operation that Run.operations lacks runs unchecked"
+
+
 def test_a_run_has_checked_what_it_launches_and_nothing_else(device):
     names = checked(device)
     assert {line.split()[1] for line in names["masked_cross_entropy"].splitlines()} == {"bfloat16"}
