@@ -75,7 +75,10 @@ def from_upstream(
         if re.fullmatch(_BUFFER_PATTERN, name):
             if config and buckets is None and tensor.shape == (config.max_position_embeddings,) * 2:
                 buckets = position_buckets(config)
-            if config and (buckets is None or not same(tensor, buckets)):
+            # upstream's own rounding puts the farthest pair out of range in some shapes (`position_bucket`)
+            if config and (
+                buckets is None or not same(tensor.long().clamp(0, 2 * config.position_bucket_size - 2), buckets)
+            ):
                 raise InputError(
                     f"{keys[name]} differs from what position_bucket_size and max_position_embeddings make of it"
                 )

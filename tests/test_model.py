@@ -69,6 +69,16 @@ def test_position_buckets_are_upstreams():
         assert position_bucket(distances, config).tolist() == expected
 
 
+# in shapes such as (8, 384), upstream's fp32 puts the last distance one bucket further, past the position vectors
+@pytest.mark.parametrize("longest", [*range(17, 40), 60, 128, 300, 384, 512, 600, 768, 1024])
+def test_the_farthest_distances_have_the_last_buckets(longest):
+    for bucket in range(4, 17, 2):
+        config = dataclasses.replace(TINY, position_bucket_size=bucket, max_position_embeddings=longest)
+        buckets = position_bucket(torch.arange(-longest + 1, longest), config)
+        assert (buckets[0], buckets[-1]) == (1 - bucket, bucket - 1)
+        assert torch.equal(buckets, buckets.sort().values)
+
+
 def test_position_bucket_table_is_query_minus_key(golden):
     config, tensors, _ = golden
     table = GPTBert(config).position_buckets(config.max_position_embeddings)

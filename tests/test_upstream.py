@@ -56,6 +56,17 @@ def test_published_weights_go_in_and_come_out_again(name):
     assert list(from_upstream(back)) == list(model.state_dict())
 
 
+def test_a_buffer_whose_farthest_pair_upstream_rounded_out_of_range_is_taken(tiny):
+    config = dataclasses.replace(tiny, position_bucket_size=8, max_position_embeddings=384)
+    state = to_upstream(GPTBert(config).state_dict(), config)
+    buffer = state["transformer.attention_layers.0.position_indices"]
+    buffer[0, -1], buffer[-1, 0] = -1, 15  # as upstream's code makes them, of 15 vectors
+    assert from_upstream(state, config)
+    buffer[0, 0] += 1
+    with pytest.raises(InputError, match="position_indices differs"):
+        from_upstream(state, config)
+
+
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
 def test_prefixes_of_wrappers_are_dropped(tiny, prefix):
     state = GPTBert(tiny).state_dict()

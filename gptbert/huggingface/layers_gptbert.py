@@ -313,7 +313,7 @@ def bucket_table(config: GPTBertConfig) -> list[int]:
     middle, farthest = config.position_bucket_size // 2, config.max_position_embeddings - 1
     distance = torch.arange(-farthest, farthest + 1, device="cpu")
     far = torch.log(distance.abs().clamp(middle) / middle) / math.log(farthest / middle) * (middle - 1)
-    far = distance.sign() * (middle + far.ceil().long())
+    far = distance.sign() * (middle + far.ceil().clamp(max=middle - 1).long())  # which may be rounded up to middle
     return (config.position_bucket_size - 1 + torch.where(distance.abs() <= middle, distance, far)).tolist()
 
 

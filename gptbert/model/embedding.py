@@ -68,5 +68,7 @@ def position_bucket(distance: Tensor, config: ModelConfig) -> Tensor:
     middle, farthest = config.position_bucket_size // 2, config.max_position_embeddings - 1
     magnitude = torch.where(distance.abs() < middle, middle - 1, distance.abs().clamp(max=farthest))
     logarithmic = torch.log(magnitude / middle) / math.log(farthest / middle) * (middle - 1)
-    far = distance.sign() * (middle + logarithmic.ceil().long())
+    # the farthest one's is exactly middle − 1, which fp32 rounds up in some shapes: to a bucket that has no vector
+    logarithmic = logarithmic.ceil().clamp(max=middle - 1).long()
+    far = distance.sign() * (middle + logarithmic)
     return torch.where(magnitude <= middle, distance, far)
