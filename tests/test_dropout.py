@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch._inductor.utils import run_and_get_code
 
+from gptbert.model.batch import Batch
 from gptbert.model.block import BLOCK_SEEDS
 from gptbert.model.dropout import Dropout, random_seeds
 from gptbert.model.gptbert import DropoutSeeds, GPTBert
@@ -25,6 +26,25 @@ def test_each_mask_of_a_forward_has_seeds_of_its_own():
     parts = DropoutSeeds.split(seeds, 3)
     assert torch.equal(torch.stack([parts.embedding, *torch.cat(parts.blocks), parts.head]), seeds)
     assert torch.equal(parts.relative, torch.stack([block[0] for block in parts.blocks]))
+
+
+def test_dropout_is_in_the_places_of_the_definition(tiny, monkeypatch):
+    """In the order of docs/model.md, but for that of the probabilities, which is in `attention_context`."""
+    seen = []
+
+    def noted(x, seed, probability):
+        seen.append((tuple(x.shape), seed.tolist(), probability))
+        return x
+
+    monkeypatch.setattr("gptbert.model.dropout.dropout", noted)
+    model = GPTBert(dataclasses.replace(tiny, hidden_dropout_prob=0.25)).train()
+    rows = torch.arange(10).view(2, 5)
+    seeds = model.dropout_seeds(rows.device)
+    model(Batch(rows, torch.zeros_like(rows), rows, num_masked=1), dropout_seeds=seeds)
+    states, relative = (2, 5, tiny.hidden_size), (2 * tiny.position_bucket_size - 1, tiny.hidden_size)
+    layer = [relative, None, states, states]
+    shapes = [states, *layer * tiny.num_hidden_layers, (10, tiny.hidden_size)]
+    assert seen == [(shape, seed, 0.25) for shape, seed in zip(shapes, seeds.tolist(), strict=True) if shape]
 
 
 @pytest.mark.parametrize("name", ["attention_probs_dropout_prob", "hidden_dropout_prob"])

@@ -27,9 +27,10 @@ from gptbert.monitoring.records import read_records
 from gptbert.report import ReportConfig, report
 from gptbert.schedules import learning_rate
 from gptbert.scoring.trained_model import ModelChoice, TrainedModel
-from gptbert.text.special_tokens import BOS_ID
+from gptbert.text.special_tokens import BOS_ID, MASK_ID, SPECIAL_TOKENS
 from gptbert.train import fit
 from gptbert.trainer import Trainer
+from kernels import IGNORE_INDEX
 from tests.runs import flags, losses, write_inputs
 
 CPU = torch.device("cpu")
@@ -71,6 +72,24 @@ def test_the_step_is_the_formula(inputs):
     torch.testing.assert_close(trainer.train_step(rows), norm)
     for gradient, (name, _) in zip(expected, trainer.model.named_parameters(), strict=True):
         torch.testing.assert_close(seen[name], gradient * 0.5 / norm, rtol=1e-4, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize(("random_p", "keep_p"), [(0.0, 0.0), (0.0, 1.0), (1.0, 0.0)])
+def test_masks_follow_the_flags_and_the_step(inputs, random_p, keep_p):
+    masks = {"mask_p_start": 0.9, "mask_p_end": 0.1, "mask_random_p": random_p, "mask_keep_p": keep_p}
+    trainer = make_trainer(inputs, max_steps=10, hybrid_numerator=4, **masks)
+    for step in (0, 4, 9):
+        ((_, rows),) = loaded = trainer.loader.load(step)
+        batch = trainer.loader.batch(loaded, step)
+        is_label = batch.labels != IGNORE_INDEX
+        expected = (0.9 - 0.08 * step) * (rows["tokens"] >= len(SPECIAL_TOKENS)).sum(dim=1)
+        more = is_label.sum(dim=1) - expected  # from the rounding of k, and from ties with the last span
+        assert (more > -1.01).all()
+        assert (more < 3.01).all()
+        is_label = is_label[:, :-1]  # whose token is among the inputs
+        read, labels = batch.input_ids[:, 1:][is_label], batch.labels[:, :-1][is_label]
+        assert torch.equal(read == MASK_ID, torch.full_like(read, random_p + keep_p == 0, dtype=torch.bool))
+        assert (read == labels).float().mean() == pytest.approx(keep_p, abs=0.05)  # a random token may be the same
 
 
 def test_averages_and_learning_rate_follow_every_step(inputs):
