@@ -197,7 +197,7 @@ class TrainConfig:
     optimizer_eps: float = 1e-8
     """Added to the square root of the second moment."""
     max_gradient: float = 2.0
-    """Gradients are clipped to this global norm."""
+    """Gradients are clipped to this global norm; 1e9 clips none."""
     max_skipped_steps: int = 10
     """End the run after this many consecutive steps skipped for non-finite gradients; checked at each log record."""
     ema_decay: float = 0.999
@@ -374,7 +374,7 @@ class TrainConfig:
         if self.optimizer == "muon" and self.parallel == "fsdp":
             raise InputError("--optimizer muon needs whole matrices, which no rank has with --parallel fsdp; use ddp")
         if self.max_gradient == 0:
-            raise InputError("--max_gradient is 0, which would clip every gradient away; expected a positive number")
+            raise InputError("--max_gradient is 0, which would clip every gradient away; 1e9 clips none")
         check_folder_name("--name", self.name, "--output_dir")
 
     def is_sharded(self, world_size: int) -> bool:

@@ -275,6 +275,12 @@ def test_values_out_of_range_name_the_flag(make_config, name, value):
     assert "\n" not in str(error.value)
 
 
+def test_clipping_is_turned_off_by_a_large_norm(make_config):
+    with pytest.raises(InputError, match="1e9 clips none"):
+        make_config(max_gradient=0)
+    assert make_config(max_gradient=1e9).max_gradient == 1e9
+
+
 @pytest.mark.parametrize(
     ("paths", "weights", "message"),
     [
