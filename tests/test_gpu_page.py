@@ -84,6 +84,15 @@ def test_bars_are_held_missed_or_not_measured(report):
     assert f"| {CE}: launches | – | 12 | at most 12 | held | – |" in text
 
 
+@pytest.mark.parametrize("missing", ["triton_packed", "eager"])
+def test_what_is_not_measured_is_compared_with_nothing(report, missing):
+    report["parts"]["operations"]["result"]["rows"][CE][missing] = {"failed": "RuntimeError: no"}
+    found = {bar["name"]: bar["held"] for bar in verdicts(report["parts"])}
+    assert found[f"{CE}: time over eager PyTorch's"] is None
+    assert found[f"{CE}: memory over eager PyTorch's"] is None
+    assert found[f"{CE}: launches"] is (True if missing == "eager" else None)
+
+
 def test_every_case_has_its_bar():
     names = {bar.name for bar in BARS}
     assert {f"{name}, tokens/s" for name in CASES} <= names

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -22,10 +23,12 @@ from benchmarks.gpu.profile import SLOWEST, profile
 from benchmarks.gpu.profile import figures as profile_figures
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.settings import Settings
+from gptbert.checkpoint.folder import checkpoint_dir
 from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.data.micro_batch import MicroBatches
 from gptbert.distributed.world import World
 from gptbert.model.objective import Objective
+from kernels.backend import chosen_by_name, set_default_backend
 from kernels.numerics import Comparison
 from kernels.wanted import FUSED, use_fused
 
@@ -329,6 +332,27 @@ def test_checkpoints_are_compared_to_the_bit(tmp_path, change, differing):
     assert resume.compare(tmp_path / "one", tmp_path / "other")[1] == differing
 
 
+@pytest.mark.parametrize(("reached", "ends"), [(resume.STEPS // 2, True), (resume.STEPS, False)])
+def test_a_run_that_ended_before_it_was_killed_proves_nothing(tmp_path, reached, ends):
+    checkpoint_dir(tmp_path, reached).mkdir(parents=True)
+    sleeping = subprocess.Popen(["sleep", "20"])
+    if ends:
+        assert resume._kill_after(sleeping, tmp_path, reached) == reached
+    else:
+        with pytest.raises(RuntimeError, match="has ended"):
+            resume._kill_after(sleeping, tmp_path, reached)
+    assert sleeping.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_each_way_has_its_kernels(settings, way):
+    try:
+        steps.TrainingSteps(README_COMMAND, settings, way, 1)
+        assert chosen_by_name() == ("torch" if way == "plain" else None)
+    finally:
+        set_default_backend(None)
+
+
 @pytest.mark.parametrize("rehearse", [True, False], ids=["one process", "several"])
 def test_tests_are_counted_as_they_end(tmp_path, monkeypatch, rehearse):
     folder = tmp_path / lane.FOLDER
@@ -349,5 +373,10 @@ def test_tests_are_counted_as_they_end(tmp_path, monkeypatch, rehearse):
     assert found[-1]["failures"] == ["tests/gpu/test_some.py::test_wrong[2]"]
     assert any("assert 2 == 1" in line for line in found[-1]["output"])
     assert all("failed" not in each for each in found[:-1]), "a lane that is killed has not said how many failed"
+    (folder / "test_some.py").write_text("def test_right(): pass\n")
+    assert list(lane.measure(Settings(8.0, rehearse=rehearse, work=tmp_path)))[-1]["failed"] == 0
+    (folder / "test_some.py").write_text("import pytest\ndef test_skipped(): pytest.skip('no')\n")
+    *_, found = lane.measure(Settings(8.0, rehearse=rehearse, work=tmp_path))
+    assert "failed" not in found, "where all are skipped, none has passed"
     (folder / "test_some.py").unlink()
     assert "no tests" in next(lane.measure(Settings(8.0, rehearse=True, work=tmp_path)))["summary"]
