@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import check
+from kernels import check, cpp
 from kernels.configuration import TRITON_OPERATIONS, operations
 from kernels.lamb import check as lamb_check
 from kernels.numerics import Comparison
@@ -36,7 +37,30 @@ def failed(rows):
     return [row for row in rows if not row.passed]
 
 
-def test_every_operation_passes(device, backend):
+@pytest.fixture
+def launched(monkeypatch):
+    """Names of kernels that have run, those of Triton with their modules."""
+    executor, found = importlib.import_module("triton.runtime.interpreter").GridExecutor, set()
+    run, call = executor.__call__, cpp.call
+
+    def noted(self, *args, **options):
+        found.add((self.fn.__module__, self.fn.__name__))
+        run(self, *args, **options)
+
+    monkeypatch.setattr(executor, "__call__", noted)
+    monkeypatch.setattr(cpp, "call", lambda name, arguments: (found.add(name), call(name, arguments)))
+    return found
+
+
+def kernels_of(op, backend):
+    """What `launched` has if all kernels of an operation have run."""
+    if backend == "triton":
+        listed = importlib.import_module(f"kernels.{op}.kernel").configurations()
+        return {(each.kernel.fn.__module__, each.kernel.fn.__name__) for each in listed}
+    return set(re.findall(r'^extern "C" void (\w+)', cpp.source(op), re.MULTILINE)) if backend == "cpp" else set()
+
+
+def test_every_operation_passes(device, backend, launched):
     rows = check.run_checks(device, backend)
     assert [str(row) for row in failed(rows)] == []
     assert check.first_failure(rows) is None
@@ -45,6 +69,8 @@ def test_every_operation_passes(device, backend):
     number = Counter(row.op for row in rows)
     assert number["masked_cross_entropy"] > (40 if backend == "cpp" else 100)
     assert backend == "cpp" or number["span_mask"] >= 14
+    for op in operations(backend):
+        assert kernels_of(op, backend) <= launched, "a kernel that its check leaves out may be wrong"
 
 
 def test_each_backend_has_the_operations_that_bring_its_kernels():
