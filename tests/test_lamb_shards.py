@@ -35,8 +35,8 @@ OPTIMIZERS = {
 
 
 def operations(world_size):
-    """Backends and moment dtypes; the interpreter is slow, so it runs on two ranks only."""
-    backends = ["torch", "triton"] if world_size == 2 else ["torch"]
+    """Backends and moment dtypes; the interpreter is slow, so it runs on two ranks only. C++ has no kernel for them."""
+    backends = ["torch", "triton", "cpp"] if world_size == 2 else ["torch"]
     return [(backend, moment_type) for backend in backends for moment_type in (torch.float32, torch.bfloat16)]
 
 
