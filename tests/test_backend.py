@@ -15,7 +15,7 @@ from gptbert.errors import InputError
 from gptbert.train import fit
 from gptbert.training import preparation
 from gptbert.training.preparation import prepare_cpp_kernels, prepare_kernels
-from kernels import cpp
+from kernels import backend, cpp
 from kernels.backend import choose_backend, set_default_backend, uses_cpp
 from kernels.check import Row
 from kernels.lamb import cpp as cpp_lamb
@@ -40,6 +40,14 @@ def test_cpp_is_for_cpus(monkeypatch):
     monkeypatch.setenv("KERNELS_BACKEND", "cpp")
     with pytest.raises(ValueError, match="KERNELS_BACKEND='cpp': "):
         choose_backend(None, CUDA)
+
+
+def test_without_triton_there_is_pytorch(monkeypatch):
+    monkeypatch.setattr(backend, "_TRITON_IS_INSTALLED", False)
+    assert choose_backend(None, CUDA) == choose_backend("torch", CUDA) == "torch"
+    assert choose_backend("cpp", CPU) == "cpp"
+    with pytest.raises(ValueError, match=r"backend='triton': Triton is not installed .*'torch' works"):
+        choose_backend("triton", CUDA)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

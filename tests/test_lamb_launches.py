@@ -97,6 +97,18 @@ def test_configurations_are_what_is_launched(device, launches, monkeypatch):
     assert len(launched) > 15
 
 
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("name", ["params", "grads", "exp_avgs", "exp_avg_sqs", "averages", "steps"])
+def test_words_are_wide_where_all_tensors_are_aligned(device, launches, name, offset):
+    model = Model(device)
+    getattr(model, name)[1] = misaligned(getattr(model, name)[1], offset)
+    model.step("triton", max_grad_norm=1.0)
+    norm, _, moments, update = (options for _, options in launches)
+    assert norm["ALIGNED"] == (not offset or name != "grads")
+    assert moments["ALIGNED"] == update["ALIGNED"] == (not offset or name in {"grads", "steps"})
+    assert moments["GRAD_ALIGNED"] == (not offset or name == "steps")
+
+
 def test_fp64_runs_in_pytorch_whatever_the_backend(backend, device, launches):
     model, exact = Model(device, dtype=torch.float64), Model(device, dtype=torch.float64)
     model.step(backend, max_grad_norm=1.0)
