@@ -333,7 +333,8 @@ def test_split_puts_every_document_on_one_side_for_good(tmp_path, packed):
     assert sorted(chain(*sides.values())) == sorted(documents)
     assert abs(len(sides["validation"]) - 200) < 60
     assert abs(len(sides["test"]) - 400) < 80
-    assert len(list((tmp_path / "one").iterdir())) == 3
+    files = list((tmp_path / "one").iterdir())
+    assert [file.read_bytes().startswith(b"\x1f\x8b") for file in files] == [packed] * 3
 
 
 @given(st.text(max_size=20), st.floats(0, 0.5, exclude_max=True), st.floats(0, 0.5, exclude_max=True))

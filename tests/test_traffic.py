@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -214,6 +215,16 @@ def test_span_mask_reads_and_writes_each_token_once(length):
     assert plain.broken_bars() == counted.broken_bars() == []
     rows = {128: 4, 129: 3, 513: 1, 4096: 1}[length]
     assert (plain.fewest, counted.fewest) == (rows * (24 * length + 8), rows * (25 * length + 8))
+
+
+@pytest.mark.parametrize("operation", get_args(traffic.Operation))
+def test_each_operation_has_its_jobs(operation, monkeypatch):
+    for name in [name for name in vars(traffic) if name.endswith(("_job", "_jobs"))]:
+        one = CountedJob(name, 1, 1, 1.0, 1)
+        result = [one] if name.endswith("s") else one
+        monkeypatch.setattr(traffic, name, lambda *_, result=result: result)
+    found = {job.name for job in traffic.count(traffic.TrafficConfig(op=(operation,)))}
+    assert {name.rpartition("_")[0] for name in found} == {operation}
 
 
 def test_the_command_interprets_kernels_by_itself(monkeypatch):
