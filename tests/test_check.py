@@ -129,6 +129,14 @@ def test_a_run_has_checked_what_it_launches_and_nothing_else(device):
     assert {line.split(":")[0] for line in names["lamb"].splitlines()} == {"fp32", "a NaN in fp32"}
 
 
+def test_the_check_before_a_run_runs_all_kernels_of_a_run(device, launched):
+    run = dataclasses.replace(RUN, row_lengths=(17,), validation_length=17, mixes=(32, 8))
+    assert failed(check.run_checks(device, "triton", run)) == []
+    listed = set().union(*(kernels_of(op, "triton") for op in TRITON_OPERATIONS))
+    left_out = {name for _, name in listed - launched}
+    assert left_out == {"scale_kernel"}, "the backward of cross_entropy_from_logits, which no run calls"
+
+
 @pytest.mark.parametrize(
     ("change", "op", "shows"),
     [
