@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import kernels
 from kernels import check, cpp
@@ -120,6 +121,21 @@ MUTANTS = {
     "the label like any other": ("out[label] = narrow(", "narrow("),
 }
 
+MARGIN = 4096  # bytes
+# Wrong only in memory that is not theirs.
+PAST_THE_END = {
+    "sums of mixes": ("i < count; i++) sum[i] += weight", "i <= count; i++) sum[i] += weight"),
+    "sums of columns": ("std::copy(sum, sum + count, ", "std::copy(sum, sum + count + 1, "),
+    "a row of the norm": (
+        "for (int64_t i = 0; i < size; i++) out[i]", "for (int64_t i = 0; i <= size; i++) out[i]"
+    ),
+    "an ignored row": ("std::fill(out, out + classes, bf16{0})", "std::fill(out, out + classes + 1, bf16{0})"),
+    "products": ("last = std::min(size, first + BLOCK)", "last = std::min(size + 1, first + BLOCK)"),
+    "a row of weights": (
+        "std::fill(row + range.last, row + length, bf16{0})", "std::fill(row + range.last, row + length + 1, bf16{0})"
+    ),
+}  # fmt: skip
+
 
 def operations_with(text):
     """Operations whose kernel source contains the text; all of them if it is in the shared header."""
@@ -148,3 +164,57 @@ def test_a_planted_bug_in_cpp_is_found(monkeypatch, old, new):
     monkeypatch.setattr(cpp, "library", lambda: mutant)
     monkeypatch.setattr(check, "operations", lambda backend: chosen)
     assert check.first_failure(on_threads(2, check.run_checks, torch.device("cpu"), "cpp"))
+
+
+@pytest.fixture
+def fence():
+    """A byte: of numbers so small that a sum with them is another."""
+    return 1
+
+
+@pytest.fixture
+def trespasses(monkeypatch, fence):
+    """Kernels get copies of their tensors' memory, between fences; the names of those that change a fence."""
+    call, found = cpp.call, []
+
+    def between_fences(name, arguments):
+        tensors = [each for each in arguments if isinstance(each, torch.Tensor) and each.numel()]
+        memories = {tensor.untyped_storage().data_ptr(): content_of(tensor) for tensor in tensors}
+        fenced = {start: F.pad(memory, (MARGIN, MARGIN), value=fence) for start, memory in memories.items()}
+
+        def moved(argument):
+            if not any(argument is tensor for tensor in tensors):
+                return argument
+            start = argument.untyped_storage().data_ptr()
+            return fenced[start][MARGIN + argument.data_ptr() - start :]
+
+        call(name, [moved(argument) for argument in arguments])
+        for start, memory in memories.items():
+            memory.copy_(fenced[start][MARGIN:-MARGIN])
+            if (fenced[start][:MARGIN] != fence).any() or (fenced[start][-MARGIN:] != fence).any():
+                found.append(name)
+
+    monkeypatch.setattr(cpp, "call", between_fences)
+    return found
+
+
+def content_of(tensor):
+    """The bytes of all memory that a tensor is in."""
+    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+
+
+@pytest.mark.parametrize("fence", [1, 255])  # NaN, which what reads it shows
+def test_kernels_touch_the_memory_of_their_tensors_alone(monkeypatch, trespasses):
+    library = cpp.compiled(cpp.source())
+    monkeypatch.setattr(cpp, "library", lambda: library)
+    assert check.first_failure(check.run_checks(torch.device("cpu"), "cpp")) is None
+    assert trespasses == []
+
+
+@pytest.mark.parametrize(("old", "new"), PAST_THE_END.values(), ids=PAST_THE_END)
+def test_what_is_touched_past_the_end_is_found(monkeypatch, trespasses, old, new):
+    (chosen,) = operations_with(old)
+    mutant = cpp.compiled(replaced(cpp.source(*{chosen, "add_bias"}), old, new))
+    monkeypatch.setattr(cpp, "library", lambda: mutant)
+    check.run_checks(torch.device("cpu"), "cpp", ops=[chosen])
+    assert trespasses

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels.padding import padded_rows
 from kernels.span_mask.reference import random_words
 from tests.masking import MASK, SPECIAL, VOCAB, WORD, mask, some_tokens
 
@@ -377,6 +378,7 @@ def test_rows_whose_last_word_is_not_theirs_are_not_loaded_in_words():
     kernel = importlib.import_module("kernels.span_mask.kernel")
     memory = torch.zeros(3 * 144 + 1, dtype=torch.int64)
     assert kernel._has_whole_words(memory[: 3 * 144].view(3, 144)[:, :129])
+    assert kernel._has_whole_words(padded_rows(torch.zeros(3, 129, dtype=torch.int64))), "as in the trainer"
     assert not kernel._has_whole_words(memory[1:].view(3, 144)[:, :129]), "begins inside a word"
     assert not kernel._has_whole_words(memory[: 3 * 129].view(3, 129)), "rows begin inside words"
     short = memory[: 2 * 144 + 129].clone()
