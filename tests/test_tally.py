@@ -8,10 +8,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from gptbert.errors import InputError
 from gptbert.text import tally
+from gptbert.text.corpus import Corpus, CorpusConfig
 from gptbert.text.special_tokens import SPECIAL_TOKENS
 from gptbert.text.tally import Tally
 from tests.test_file_kinds import put
 from tests.texts import jsonl
+from tokenize_scripts import train_tokenizer as tokenizer_script
 from tokenize_scripts.split_corpus import SplitConfig, split_corpus
 from tokenize_scripts.tokenize_corpus import TokenizeConfig, tokenize_corpus
 from tokenize_scripts.train_tokenizer import TrainTokenizerConfig, learn, train_tokenizer
@@ -35,6 +37,16 @@ def run(script, config, capsys, **settings):
     captured = capsys.readouterr()
     lines = captured.err.replace("\r", "\n").splitlines()
     return captured.out.splitlines()[-1], [line.removeprefix("warning: ") for line in lines if "warning: " in line]
+
+
+def test_a_tokenizer_is_tried_on_the_start_of_its_corpus_alone(tmp_path, monkeypatch):
+    """Which is kept in memory meanwhile."""
+    texts = [f"document {number}" for number in range(9)]
+    monkeypatch.setattr(tokenizer_script, "SAMPLED_CHARACTERS", len("".join(texts[:3])))
+    sample = []
+    corpus = Corpus(CorpusConfig(input=(put(tmp_path, "a.jsonl", jsonl(texts)),)))
+    assert list(tokenizer_script._announce_merges(corpus, sample)) == texts
+    assert sample == texts[:3]
 
 
 @pytest.mark.parametrize(("unknown", "warned"), [(0, False), (1, False), (20, True), (490, True), (510, None)])
