@@ -353,5 +353,7 @@ def test_planted_bugs_are_found(name, tmp_path):
 def test_the_check_finds_them_too(tmp_path):
     right = [comparison.passed for comparison in check.compare_fused(CPU, 3, 12, 7, torch.float32)]
     assert all(right)
-    with planted("kernel", *MUTANTS["own weight left out"][1:], tmp_path):
-        assert not all(comparison.passed for comparison in check.compare_fused(CPU, 3, 12, 7, torch.float32))
+    for name in ("own weight left out", "nothing dropped", "gradients not dropped", "another mask"):
+        with planted(*MUTANTS[name], tmp_path):
+            found = [comparison.passed for comparison in check.compare_fused(CPU, 3, 12, 7, torch.float32)]
+        assert not all(found), name

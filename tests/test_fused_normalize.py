@@ -275,6 +275,10 @@ def test_the_check_finds_them_too(tmp_path):
     with mutated("kernels.normalize.kernel", *MUTANTS["LayerNorm without its mean"], tmp_path):
         verdicts = [comparison.passed for comparison in passed()]
     assert verdicts == [True, False, True, False, True]
+    for name in ("what is kept not scaled", "gradients not dropped"):
+        with mutated("kernels.normalize.kernel", *MUTANTS[name], tmp_path):
+            verdicts = [comparison.passed for comparison in passed()]
+        assert not any(verdicts[1:4:2]), f"{name}: both gradients"
     for name in ("overwritten", "parts added twice", "the first columns alone"):
         with mutated("kernels.normalize.kernel", *ADDING_MUTANTS[name], tmp_path):
             assert [comparison.passed for comparison in passed()] == [True] * 4 + [False], name
