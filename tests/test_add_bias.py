@@ -72,5 +72,6 @@ def test_a_bias_and_its_gradient(dtype):
     of_product, of_bias = torch.autograd.grad(kernel, (product, bias), grad)
     assert same([of_product], torch.autograd.grad(plain, [product], grad))
     assert of_bias.dtype == dtype
+    assert torch.equal(of_bias, of_bias.bfloat16().to(dtype)), "rounded, see op.py"
     exact = grad.double().sum(dim=(0, 1))
-    assert_accurate(of_bias.bfloat16(), exact, grad.float().sum(dim=(0, 1)).bfloat16())  # rounded, see op.py
+    assert_accurate(of_bias.bfloat16(), exact, grad.float().sum(dim=(0, 1)).bfloat16())

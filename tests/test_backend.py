@@ -42,6 +42,14 @@ def test_cpp_is_for_cpus(monkeypatch):
         choose_backend(None, CUDA)
 
 
+def test_an_unknown_name_is_refused_wherever_it_comes_from(monkeypatch):
+    with pytest.raises(ValueError, match="backend='cuda': this version has torch, triton, cpp"):
+        choose_backend("cuda", CPU)
+    monkeypatch.setenv("KERNELS_BACKEND", "Torch")
+    with pytest.raises(ValueError, match="KERNELS_BACKEND='Torch': this version has torch, triton, cpp"):
+        choose_backend(None, CPU)
+
+
 def test_without_triton_there_is_pytorch(monkeypatch):
     monkeypatch.setattr(backend, "_TRITON_IS_INSTALLED", False)
     assert choose_backend(None, CUDA) == choose_backend("torch", CUDA) == "torch"

@@ -187,3 +187,10 @@ def test_memory_is_about_a_tenth_of_plain_pytorchs(launches, monkeypatch, shape,
         reference.masked_cross_entropy(*narrow, z_loss_weight=Z_WEIGHT).total.backward()
     assert hidden.shape[0] * weight.shape[0] * 2 < memory.peak
     assert memory.peak <= share * plain.peak, f"{memory.peak / 1e6:.0f} of {plain.peak / 1e6:.0f} MB"
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_gradients_that_lie_apart_are_multiplied_too(backend):
+    gradients = [torch.randn(7, 20)[:, :11], torch.randn(5)[::2]]
+    results = op.multiplied(gradients, torch.tensor(0.5), backend)
+    assert all(torch.equal(result, gradient / 2) for result, gradient in zip(results, gradients, strict=True))

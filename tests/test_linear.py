@@ -142,6 +142,8 @@ def test_gradients_elsewhere_are_left_to_autograd():
     memory = torch.zeros(97, 6)
     weights[0].grad, weights[1].grad = memory[:32], memory[33:]
     assert packed.with_gradient().gradient is None, "a row apart"
+    weights[1].grad = torch.zeros(97, 6)[32:96]
+    assert packed.with_gradient().gradient is None, "at the right place of another tensor"
     weights[1].grad = memory[32:96]
     assert packed.with_gradient().gradient.shape == (96, 6)
     biases[0].grad = torch.zeros(64)[::2]
