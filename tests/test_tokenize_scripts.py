@@ -27,7 +27,6 @@ from gptbert.text.special_tokens import BOS_ID, SPECIAL_TOKENS
 from gptbert.text.tokenizer import load_tokenizer, tokenizer_hash
 from tests.texts import DOCUMENTS, jsonl
 from tokenize_scripts import train_tokenizer as tokenizer_script
-from tokenize_scripts.demo_corpus import DemoConfig, demo_corpus
 from tokenize_scripts.split_corpus import SplitConfig, side_of, split_corpus
 from tokenize_scripts.tokenize_corpus import TokenizeConfig, tokenize_corpus
 from tokenize_scripts.train_tokenizer import TrainTokenizerConfig, _announce_merges, learn, train_tokenizer
@@ -357,21 +356,6 @@ def test_growing_one_side_takes_from_train_only(text, valid, test):
 def test_split_refuses_fractions(tmp_path, valid, test, message):
     with pytest.raises(InputError, match=message):
         split_corpus(SplitConfig(input=(tmp_path,), output_dir=tmp_path, valid_fraction=valid, test_fraction=test))
-
-
-# demo_corpus
-
-
-def test_demo_corpus_is_english_unique_and_the_same_each_time(tmp_path):
-    for name in ("one.jsonl", "two.jsonl"):
-        demo_corpus(DemoConfig(output=tmp_path / name))
-    assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()
-    corpus = Corpus(CorpusConfig(input=(tmp_path / "one.jsonl",)))
-    documents = list(corpus)
-    assert len(set(documents)) == len(documents) > 200
-    assert 1_500_000 < corpus.tally.text_bytes < 4_000_000
-    assert any(text.startswith("json.decoder\n\n") for text in documents)
-    assert not {"antigravity", "this"} & set(sys.modules)
 
 
 # Command lines

@@ -60,7 +60,8 @@ def documents() -> Iterator[str]:
         yield text
     for sections in (*_source_modules(), *_c_modules()):
         pieces = []
-        for heading, text in sections:
+        for heading, docstring in sections:
+            text = docstring.replace("\0", r"\0")  # Python 3.14's base64 has one, which it meant to name
             if text and text not in seen:  # C versions and subclasses repeat docstrings
                 seen.add(text)
                 pieces.append(f"{heading}\n\n{text}")
