@@ -127,8 +127,7 @@ class Machine(Registers):
     def _advance(self, lanes: np.ndarray, active: np.ndarray) -> None:
         """Execute the instruction for the active lanes, and send all of them on."""
         if (self.instruction.name, self.instruction.modifiers) in CONTROL:
-            going_on = self._control(active)
-            self._go(self.position + 1, lanes if going_on is active is lanes else lanes & ~active | going_on)
+            self._go(self.position + 1, lanes & ~active | self._control(active))
             return
         if self.position not in self._handlers:
             self._handlers[self.position] = handler_of(self.instruction)
@@ -138,14 +137,14 @@ class Machine(Registers):
 
     def _control(self, active: np.ndarray) -> np.ndarray:
         """Execute an instruction that says where lanes go; returns those that go to the next one."""
-        instruction, others = self.instruction, self.nobody
-        for operand in instruction.operands:
+        everyone = active
+        for operand in self.instruction.operands:
             if operand.kind == "predicate":  # besides the instruction's own
-                others = others | active
                 active = active & self.condition(operand, active)
-        return others & ~active | self._go_on(active)
+        return everyone & ~active | self._going_on(active)
 
-    def _go_on(self, active: np.ndarray) -> np.ndarray:
+    def _going_on(self, active: np.ndarray) -> np.ndarray:
+        """The same, for lanes whose conditions all hold."""
         instruction = self.instruction
         match instruction.name:
             case "EXIT":
