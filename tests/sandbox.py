@@ -5,6 +5,7 @@ The parent writes a line with a reader's name and a path; the child answers with
 
 import contextlib
 import json
+import multiprocessing
 import resource
 import select
 import subprocess
@@ -123,6 +124,7 @@ def main() -> None:
     """Answer until the parent is gone."""
     with torch.device("meta"):
         GPTBert(TINY)  # torch's one-time side effects, such as creating a folder, must not be attributed to a file
+    multiprocessing.get_context()  # nor those of Python 3.14, which tries out the temporary folder
     answers = sys.stdout
     sys.stdout = sys.stderr
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))

@@ -57,6 +57,12 @@ def run(model, rows, *, causal, dtype=None, length=16):
     return [result.loss.detach(), *(param.grad for param in model.parameters())]
 
 
+def assert_close(compiled, eager):
+    """Loss and each gradient as a whole: single elements depend on the order of additions, which a compiler chooses."""
+    for actual, expected in zip(compiled, eager, strict=True):
+        assert (actual - expected).norm() <= 1e-4 * expected.norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_is_eager_forward_and_gradients_with_dropout(dtype, monkeypatch):
     """In bf16 by the numerics rule, as the two round at different places, and without ALL_CODE up to Inductor."""
@@ -93,7 +99,7 @@ def test_rows_and_objectives_do_not_recompile():
     with torch._dynamo.config.patch(error_on_recompile=True):
         for rows, causal in ((5, True), (2, False), (1, True), (1, False), (8, True)):
             compiled = run(model, rows, causal=causal)
-            torch.testing.assert_close(compiled, run(eager, rows, causal=causal), rtol=1e-4, atol=1e-5)
+            assert_close(compiled, run(eager, rows, causal=causal))
     assert counters["stats"]["unique_graphs"] == graphs == 2
     assert not counters["graph_break"]
 
@@ -104,7 +110,7 @@ def test_without_unbacked_sizes_one_row_has_code_of_its_own(monkeypatch):
     model, eager = make_model(), make_model()
     compile_blocks(model.blocks)
     for rows in (3, 5, 1, 2, 8):
-        torch.testing.assert_close(run(model, rows, causal=True), run(eager, rows, causal=True), rtol=1e-4, atol=1e-5)
+        assert_close(run(model, rows, causal=True), run(eager, rows, causal=True))
     assert counters["stats"]["unique_graphs"] == 4
 
 

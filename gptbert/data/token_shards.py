@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,6 +120,8 @@ def shard_files(path: Path) -> list[Path]:
         raise InputError(f"token file {path}: is a folder; name the token file that tokenize_corpus.py wrote")
     shards = numbered_shards(path)
     if not shards:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()  # from Python 3.14 on, is_file() hides why a path cannot be read
         raise InputError(f"token file {path}: no such file (make one with tokenize_scripts/tokenize_corpus.py)")
     count = int(shards[0].stem.rpartition("-of-")[2])
     present = set(shards)
