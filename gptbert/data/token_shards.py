@@ -2,7 +2,6 @@
 
 import json
 import re
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,6 +105,17 @@ def _fits(offsets: np.ndarray, num_tokens: int) -> bool:
     return all((part[1:] >= part[:-1]).all() for part in slices)
 
 
+def _why_not_there(path: Path) -> str:
+    """Which from Python 3.14 on `is_file` hides."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        return str(error.strerror)
+    return "no such file (make one with tokenize_scripts/tokenize_corpus.py)"
+
+
 def shard_files(path: Path) -> list[Path]:
     """The file itself, or all of its numbered shards in order.
 
@@ -120,9 +130,7 @@ def shard_files(path: Path) -> list[Path]:
         raise InputError(f"token file {path}: is a folder; name the token file that tokenize_corpus.py wrote")
     shards = numbered_shards(path)
     if not shards:
-        with suppress(FileNotFoundError, NotADirectoryError):
-            path.stat()  # from Python 3.14 on, is_file() hides why a path cannot be read
-        raise InputError(f"token file {path}: no such file (make one with tokenize_scripts/tokenize_corpus.py)")
+        raise InputError(f"token file {path}: {_why_not_there(path)}")
     count = int(shards[0].stem.rpartition("-of-")[2])
     present = set(shards)
     for expected in (shard_name(path, i + 1, count) for i in range(count)):
