@@ -13,16 +13,14 @@ import json
 import os
 import sys
 import tempfile
-from types import SimpleNamespace
 
 os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 
-import kernels.backend
 from kernels.configuration import TRITON_OPERATIONS
+from kernels.machine_code.execution import driven
 
 launches = {}
 current = {"check": ""}  # the operation whose check runs
@@ -64,25 +62,16 @@ def no_code(_module, metadata):
     return b""
 
 
-stand_in = SimpleNamespace(
-    get_current_target=lambda: GPUTarget("cuda", 90, 32),
-    get_current_device=lambda: 0,
-    get_current_stream=lambda _: 0,
-    launcher_cls=record,
-    utils=SimpleNamespace(
-        get_device_properties=lambda _: {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32},
-        load_binary=lambda *_: (object(), 0, 0, 0, 1024),
-    ),
-)
+def load(*_):
+    """A kernel that is never executed: its module, itself, registers, spills and the most threads of a block."""
+    return object(), 0, 0, 0, 1024
 
 
 def main() -> None:
     """Run the operations' checks, whose results are meaningless here, and print the recorded launches."""
-    triton.runtime.driver.set_active(stand_in)
     triton.knobs.runtime.add_stages_inspection_hook = without_machine_code
-    kernels.backend.stands_in_for_gpu = True
     torch._assert_async = lambda *_: None  # kernels have not written the values that it asserts on
-    with tempfile.TemporaryDirectory() as triton.knobs.cache.dir:  # of kernels that are empty
+    with driven("sm_90", record, load), tempfile.TemporaryDirectory() as triton.knobs.cache.dir:  # of empty kernels
         for op in sys.argv[1:] or TRITON_OPERATIONS:
             current["check"] = op
             for _ in importlib.import_module(f"kernels.{op}.check").comparisons(torch.device("cpu"), "triton"):

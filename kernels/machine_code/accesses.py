@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from kernels.machine_code.listing import ZERO, Instruction, Operand
+from kernels.machine_code.listing import Instruction, Operand
 from kernels.machine_code.machine import Machine, executes
 from kernels.machine_code.registers import by_warp
 from kernels.machine_code.wavefronts import WORD, lines, wavefronts
@@ -58,7 +58,7 @@ def _sent(machine: Machine, source: Operand, size: int) -> tuple[np.ndarray, np.
     content, undefined = np.empty((2, len(machine.threads), -(-size // 4)), np.uint32)
     for word in range(content.shape[1]):
         content[:, word] = machine.bits(source, word)
-        undefined[:, word] = machine.undefined[source.row + word if source.row != ZERO else ZERO]
+        undefined[:, word] = machine.unknown(source, word)
     machine.doubt()
     return content.view(np.uint8)[:, :size], undefined.view(np.uint8)[:, :size]
 

@@ -50,7 +50,7 @@ class Execution:
 
         def launch(x: int, y: int, z: int, _stream: int, binary: Binary, *more: Any) -> None:
             arguments = dict(zip(names, more[-len(names) :], strict=True))
-            made = Launch(kernel, (x, y, z), arguments, metadata.num_warps)
+            made = Launch(source.fn.__name__, (x, y, z), arguments, metadata.num_warps)
             blocks = [(i, j, k) for k in range(z) for j in range(y) for i in range(x)]
             done = emulate(binary.listing, made, types, binary.shared_bytes, blocks, has_padding=True)
             self.blocks[kernel] = self.blocks.get(kernel, 0) + len(blocks)
@@ -74,9 +74,25 @@ def executed(target: str) -> Iterator[Execution]:
     Yields:
         What was executed so far.
     """
+    execution = Execution()
+    use_right_assembler()
+    with driven(target, execution.launcher, _load):
+        yield execution
+
+
+@contextmanager
+def driven(
+    target: str, launcher: Callable[[Any, Any], Callable[..., None]], load: Callable[..., Any]
+) -> Iterator[None]:
+    """Context manager: Triton kernels take CPU tensors, and a stand-in for the GPU's driver loads and launches them.
+
+    Args:
+        target: a key of `kernels.inspect.TARGETS`.
+        launcher: from a kernel's source and metadata to a function that launches it, as Triton calls it.
+        load: from a kernel's name, file, shared memory and device to what `_load` returns.
+    """
     runtime = importlib.import_module("triton.runtime")
     architecture = importlib.import_module("triton.backends.compiler").GPUTarget(*TARGETS[target][:3])
-    execution = Execution()
     properties = {
         "max_shared_mem": TARGETS[target].shared_bytes,
         "multiprocessor_count": 132,
@@ -86,12 +102,11 @@ def executed(target: str) -> Iterator[Execution]:
         get_current_target=lambda: architecture,
         get_current_device=lambda: 0,
         get_current_stream=lambda _: 0,
-        launcher_cls=execution.launcher,
-        utils=SimpleNamespace(get_device_properties=lambda _: properties, load_binary=_load),
+        launcher_cls=launcher,
+        utils=SimpleNamespace(get_device_properties=lambda _: properties, load_binary=load),
     )
-    use_right_assembler()
     with patch.object(runtime.driver, "_active", driver), patch.object(backend, "stands_in_for_gpu", new=True):
-        yield execution
+        yield
 
 
 def _load(_name: str, cubin: bytes, shared_bytes: int, _device: int) -> tuple[object, Binary, int, int, int]:

@@ -172,10 +172,9 @@ def _add_halves(machine: Machine, instruction: Instruction, lanes: np.ndarray) -
 @executes("I2F I2FP", "F32 S32 U32 U64 RP")
 def from_whole(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> None:
     """An integer as fp32, rounded to the nearest or (RP) up."""
-    source = instruction.operands[1]
-    read = machine.pair if "U64" in instruction.modifiers else machine.whole
-    is_signed = not {"U32", "U64"}.intersection(instruction.modifiers)
-    exact = (machine.signed(source) if is_signed else read(source)).astype(np.longdouble)
+    ways = {"U32": machine.whole, "U64": machine.pair}
+    read = next((way for name, way in ways.items() if name in instruction.modifiers), machine.signed)
+    exact = read(instruction.operands[1]).astype(np.longdouble)
     value = exact.astype(np.float32)
     if "RP" in instruction.modifiers:
         value = np.where(value < exact, np.nextafter(value, np.float32(np.inf)), value)

@@ -121,8 +121,7 @@ def shift(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> None
     machine.settle(lanes)
     value, undefined = _shifted(instruction, machine.whole(low), machine.whole(high), by), np.zeros(1, np.uint32)
     if machine.doubt().any():  # bits that are shifted away do not matter
-        unknown = [machine.undefined[each.row] if each.kind == "register" else undefined for each in (low, high)]
-        undefined = _shifted(instruction, unknown[0], unknown[1], by)
+        undefined = _shifted(instruction, machine.unknown(low), machine.unknown(high), by)
     machine.write(target, value, lanes, undefined=undefined)
 
 
@@ -156,7 +155,7 @@ def logic(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> None
     value = _by_table(table, words)
     undefined = np.zeros(1, np.uint32)
     if machine.doubt().any():  # bits that are the same for any value of the undefined ones are defined
-        unknown = [machine.undefined[operand.row] if operand.kind == "register" else undefined for operand in sources]
+        unknown = list(map(machine.unknown, sources))
         for choice in itertools.product((False, True), repeat=3):
             other = [bits ^ mask if flip else bits for bits, mask, flip in zip(words, unknown, choice, strict=True)]
             undefined = undefined | value ^ _by_table(table, other)
@@ -182,10 +181,7 @@ def permute(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> No
     machine.settle(lanes)
     value, undefined = joined(machine.whole(low), machine.whole(high)), np.zeros(1, np.uint32)
     if machine.doubt().any():  # half of a register is replaced: the other one may never have had a value
-        unknown = [
-            machine.undefined[operand.row] if operand.kind == "register" else undefined for operand in (low, high)
-        ]
-        undefined = _permuted(joined(*unknown), chosen)
+        undefined = _permuted(joined(machine.unknown(low), machine.unknown(high)), chosen)
     machine.write(target, _permuted(value, chosen), lanes, undefined=undefined)
 
 

@@ -24,7 +24,7 @@ _JUMPS = {("BRA", ()), ("CALL", ("REL", "NOINC"))}
 _RETURN = ("RET", ("REL", "NODEC"))
 _BARRIER = ("BAR", ("SYNC", "DEFER_BLOCKING"))
 _MEETINGS = {(name, modifiers) for name in ("BSSY", "BSYNC", "BREAK") for modifiers in ((), ("RECONVERGENT",))}
-CONTROL = {*_JUMPS, *_MEETINGS, _RETURN, _BARRIER, ("EXIT", ())}
+_CONTROL = {*_JUMPS, *_MEETINGS, _RETURN, _BARRIER, ("EXIT", ())}
 
 Handler = Callable[["Machine", Instruction, np.ndarray], None]
 HANDLERS: dict[str, tuple[Handler, frozenset[str]]] = {}
@@ -126,7 +126,7 @@ class Machine(Registers):
 
     def _advance(self, lanes: np.ndarray, active: np.ndarray) -> None:
         """Execute the instruction for the active lanes, and send all of them on."""
-        if (self.instruction.name, self.instruction.modifiers) in CONTROL:
+        if (self.instruction.name, self.instruction.modifiers) in _CONTROL:
             self._go(self.position + 1, lanes & ~active | self._control(active))
             return
         if self.position not in self._handlers:

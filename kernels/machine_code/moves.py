@@ -28,8 +28,7 @@ def chosen(
     undecided = machine.doubt()
     undefined = np.zeros(1, np.uint32)
     if doubt.any() or undecided.any():
-        unknown = [machine.undefined[source.row] if source.kind == "register" else undefined for source in sources]
-        undefined = np.where(undecided, _ALL, np.where(truth, *unknown))
+        undefined = np.where(undecided, _ALL, np.where(truth, *map(machine.unknown, sources)))
     return np.where(truth, first, second), undefined
 
 
@@ -38,10 +37,8 @@ def move(machine: Machine, instruction: Instruction, lanes: np.ndarray) -> None:
     """A register, number or constant, or two of them."""
     target, source = instruction.operands
     for word in range(2 if "64" in instruction.modifiers else 1):
-        value = machine.bits(source, word)
-        doubt = machine.doubt()
-        undefined = machine.undefined[source.row + word] if doubt.any() else np.zeros(1, np.uint32)
-        machine.write(target, value, lanes, word, undefined)
+        machine.write(target, machine.bits(source, word), lanes, word, machine.unknown(source, word))
+        machine.doubt()
 
 
 @executes("CS2R", "32")

@@ -72,6 +72,12 @@ class Registers:
             return operand.words[word]
         raise UnknownInstructionError(f"unknown operand {operand.text} of {self.instruction}")
 
+    def unknown(self, operand: Operand, word: int = 0) -> np.ndarray:
+        """[n] or [1] uint32, which of `bits` have no value; only registers have such."""
+        if operand.kind != "register" or operand.row == ZERO:
+            return np.zeros(1, np.uint32)
+        return self.undefined[operand.row + word]
+
     def whole(self, operand: Operand) -> np.ndarray:
         """uint32, with its sign or inversion."""
         bits = self.bits(operand)
