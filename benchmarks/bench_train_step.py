@@ -229,9 +229,9 @@ def random_trainer(config: TrainConfig, model_config: ModelConfig, world: World)
     store = random_store(model_config.vocab_size)
     inputs = Inputs(model_config, model_config.vocab_size, (store,), store)
     plan = HybridPlan(config, world.world_size)
+    prepare_kernels(config, world)
     with always_compiled():
         is_compiled = compile_choice.choose(config, model_config, plan, world).is_compiled
-    prepare_kernels(config, world)
     prepare_cpp_kernels(config, world, is_compiled=is_compiled)
     return Trainer(config, inputs, plan, world, is_compiled=is_compiled)
 

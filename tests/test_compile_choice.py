@@ -19,6 +19,7 @@ from gptbert.model.compilation import compile_blocks
 from gptbert.train import fit
 from gptbert.training import compile_choice
 from gptbert.training.compile_choice import choose, seconds_saved
+from kernels import wanted
 from tests.runs import MODEL, flags, write_inputs
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -62,6 +63,25 @@ def chosen(make_config):
 )
 def test_a_run_is_compiled_where_it_gains_by_it(chosen, model, device, world_size, settings, compiled):
     assert chosen(model, device, world_size, **settings).is_compiled is compiled
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "compiled"),
+    [
+        (SMALL, {}, False),
+        (SMALL, {"cuda_graph": "off", "seq_length_growth": True}, False),
+        (SMALL, {"parallel": "fsdp", "cuda_graph": "off"}, True),  # sharded, the mixes are not fused
+        (SMALL, {"mixed_precision": False}, True),  # nor is attention in fp32
+        (dataclasses.replace(SMALL, num_attention_heads=8), {}, True),  # nor with heads of 48
+        (dataclasses.replace(SMALL, intermediate_size=8200), {}, True),  # nor the wider gated norm
+    ],
+)
+def test_a_run_is_not_compiled_where_all_is_fused(chosen, model, settings, compiled):
+    """Fused kernels leave nothing between matrix products, and a launch less is what compiling is for."""
+    wanted.use_fused(wanted.FUSED)
+    choice = chosen(model, GPU, 2, **{"max_steps": 4000, "mixed_precision": True} | settings)
+    assert choice.is_compiled is compiled
+    assert ("leave nothing to compile" in choice.reason) is not compiled
 
 
 def test_a_run_of_four_hundred_trillion_flops_saves_minutes(make_config):

@@ -39,7 +39,7 @@ MASK_P = 0.225  # the mean of a run's; one that falls within 35 steps would chan
 
 
 def measure(settings: Settings, name: str) -> Iterator[dict[str, Any]]:
-    """Figures of a case: `ours`, compiled, with the device's kernels and CUDA graphs; then `plain`, with none of them.
+    """Figures of a case: `ours`, with the device's kernels and CUDA graphs; then `plain`, with none of them.
 
     Of one case also `launched`, as ours without CUDA graphs.
     """

@@ -6,12 +6,17 @@ since compiled steps round differently.
 
 from dataclasses import dataclass
 
+import torch
+
 from gptbert.checkpoint.checkpoint import Checkpoint
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.data.micro_batch import micro_batch_rows
 from gptbert.distributed.world import World
+from gptbert.model.gptbert import attention_shape, num_mixes
 from gptbert.monitoring.flops import training_flops
+from kernels import depth_mix, gated_norm
+from kernels.attention_context.fused import is_fused as is_attention_fused
 
 # Per row length of a run, each compiled separately; ten seconds if Inductor has it in its disk cache.
 COMPILE_SECONDS = {"cpu": 30.0, "cuda": 30.0}
@@ -22,10 +27,10 @@ COMPILE_SECONDS = {"cpu": 30.0, "cuda": 30.0}
 # compiled 2,350).
 _CPU_SECONDS_SAVED = 2.5e-7
 
-# On a GPU, where a step is bound by the host or the device. A compiled step of 12 layers has some 2,500 launches per
-# micro-batch, of 10 to 46 µs each on the hosts measured; in a CUDA graph, which the device launches itself, 8 µs each
-# with the kernels' own time where batches are small. Without compiling, twice as many launches and 1.5 times the device
-# time are assumed; neither was measured.
+# On a GPU where not all is fused, a step is bound by the host or the device. A compiled step of 12 layers has some 2,500
+# launches per micro-batch, of 10 to 46 µs each on the hosts measured; in a CUDA graph, which the device launches itself,
+# 8 µs each with the kernels' own time where batches are small. Without compiling, twice as many launches and 1.5 times
+# the device time are assumed; neither was measured.
 _LAUNCHES_SAVED_PER_LAYER = 200
 _SECONDS_PER_LAUNCH = 15e-6
 _SECONDS_PER_RECORDED_LAUNCH = 5e-6
@@ -80,16 +85,20 @@ def choose(
         return CompileChoice(was_compiled, "as the run was that this one goes on from")
     saved = seconds_saved(config, model_config, plan, world)
     cost = COMPILE_SECONDS[device] * len(plan.length_factors)
+    if not saved:
+        return CompileChoice(saved >= cost, "fused kernels leave nothing to compile")
     saves = f"saves {'some ' if saved >= 1 else ''}{_in_words(saved)} of the run"
     gain = f"{saves} and takes {_in_words(cost)}, or a third of it where that is cached"
     return CompileChoice(saved >= cost, f"compiling {gain} (--no_compile: never)")
 
 
 def seconds_saved(config: TrainConfig, model_config: ModelConfig, plan: HybridPlan, world: World) -> float:
-    """Estimated seconds that compiling saves over a whole run, from its first step."""
+    """Estimated seconds that compiling saves over a whole run, from its first step; 0 where `is_fused`."""
     if world.device.type == "cpu":
         tokens = plan.tokens_before(config.max_steps) / world.world_size
         return _CPU_SECONDS_SAVED * tokens * model_config.num_hidden_layers * model_config.hidden_size
+    if is_fused(config, model_config, plan, world):
+        return 0.0
     flops = _flops(model_config, config, plan, world.world_size)
     rows = plan.tokens_before(config.max_steps) / config.seq_length / world.world_size
     most_rows = micro_batch_rows(config, config.seq_length, world.device)
@@ -97,6 +106,24 @@ def seconds_saved(config: TrainConfig, model_config: ModelConfig, plan: HybridPl
     per_launch = _SECONDS_PER_RECORDED_LAUNCH if config.records_steps("cuda") else _SECONDS_PER_LAUNCH
     launches = micro_batches * model_config.num_hidden_layers * _LAUNCHES_SAVED_PER_LAYER
     return max(launches * per_launch, _GPU_SHARE_SAVED * flops / _GPU_FLOPS_PER_SECOND)
+
+
+def is_fused(config: TrainConfig, model_config: ModelConfig, plan: HybridPlan, world: World) -> bool:
+    """Whether fused kernels do all of a block that is between matrix products, at every row length.
+
+    Compiled blocks then launch what the others launch: the graphs of a step of base_32k have the same 602 nodes.
+    """
+    device, dtype = world.device, torch.bfloat16 if config.mixed_precision else torch.float32
+    size, widths = model_config.hidden_size, (model_config.hidden_size, model_config.intermediate_size)
+    _, head_size, num_position_vectors = attention_shape(model_config, device)
+    return (
+        not config.is_sharded(world.world_size)
+        and all(
+            is_attention_fused(device, dtype, length, head_size, num_position_vectors) for length in plan.row_lengths
+        )
+        and all(gated_norm.is_fused(device, dtype, width) for width in widths)
+        and depth_mix.is_fused(device, dtype, size, num_mixes(model_config))
+    )
 
 
 def _flops(model_config: ModelConfig, config: TrainConfig, plan: HybridPlan, world_size: int) -> float:
