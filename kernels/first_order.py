@@ -1,10 +1,12 @@
-"""Backwards have no derivative of their own: whoever asks for one gets an error, instead of a part of it."""
+"""Derivatives that kernels lack, of backwards and in forward mode: an error, instead of a part of them or zeros."""
 
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -25,3 +27,12 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
         return backward(*arguments)
 
     return checked
+
+
+def refuse_tangents(*inputs: Tensor | None) -> None:
+    """Raise RuntimeError if an input has a tangent, as in torch.func.jvp, which a registered operation would drop.
+
+    PyTorch then takes the result for a constant; of a torch.autograd.Function it refuses a tangent itself.
+    """
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in inputs):
+        raise RuntimeError("kernels have no derivative in forward mode, as of torch.func.jvp")

@@ -1,13 +1,15 @@
-"""A second derivative of a kernel is an error: there is none, and in a sum with others it would be missing."""
+"""A second derivative of a kernel, and one in forward mode, is an error: in a sum with others it would be missing."""
 
 import pytest
 import torch
 
 from kernels import cross_entropy_from_logits, masked_cross_entropy
 from kernels.add_bias import add_bias
-from kernels.attention_context import attention_context
+from kernels.attention_context import attention_context, fused_attention
+from kernels.attention_context.fused import distance_tables
+from kernels.dropout import dropouts
 from kernels.gated_norm import gated_norm
-from kernels.normalize import normalize
+from kernels.normalize import activate, embed, normalize
 
 
 def under_autocast(x):
@@ -52,3 +54,30 @@ def test_is_refused_where_another_part_of_the_loss_has_one(name):
     with pytest.raises(RuntimeError, match=r"kernels\..* has no second derivative"):
         torch.autograd.grad(loss, x, create_graph=True, retain_graph=True)
     assert torch.autograd.grad(loss, x)[0].isfinite().all()
+
+
+def in_triton(x):
+    """One row of sixteen positions, without documents' ends."""
+    tables = distance_tables(torch.zeros(31, dtype=torch.int64), 16, x.dtype, "load")
+    rows = torch.zeros(1, 16, dtype=torch.int32), torch.tensor([False])
+    return fused_attention(x[None], x[None], x, x, x[None], tables, *rows, None, 0.0, scale=1.0, num_heads=1)
+
+
+# those that are no torch.autograd.Function, of which PyTorch itself refuses a tangent
+REGISTERED = {
+    "logits": lambda x: cross_entropy_from_logits(x, torch.arange(16), backend="torch").total,
+    "hidden": lambda x: masked_cross_entropy(x, torch.eye(32), torch.arange(16), backend="torch").total,
+    "weight": lambda x: masked_cross_entropy(torch.ones(4, 32), x, torch.arange(4), backend="torch").total,
+    "attention in Triton": in_triton,
+    "embedding": lambda x: embed(torch.arange(16), x, None, 0.0, 1e-5),
+    "activation": lambda x: activate(x, None, 0.0, 1e-5),
+    "dropouts": lambda x: dropouts(x, torch.ones(2, 2, dtype=torch.int32), 0.5, x.dtype),
+}
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+def test_is_refused_in_forward_mode(name):
+    x = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
+    assert REGISTERED[name](x).isfinite().all()
+    with pytest.raises(RuntimeError, match="no derivative in forward mode"):
+        torch.func.jvp(REGISTERED[name], (x,), (x,))

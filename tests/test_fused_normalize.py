@@ -152,7 +152,7 @@ def test_operations_are_registered_rightly():
         torch.library.opcheck(fused.forward, (x.clone().requires_grad_(), own_ids, SEED, 0.2, EPS))
         torch.library.opcheck(fused.backward, (grad, x, own_ids, SEED, 0.2, EPS))
     torch.library.opcheck(fused.add_rows, (table, ids.flatten(), grad.flatten(0, 1)))
-    torch.library.opcheck(dropouts, (table.clone().requires_grad_(), SEEDS, 0.2, torch.float32))
+    torch.library.opcheck(fused_dropout.forward, (table.clone().requires_grad_(), SEEDS, 0.2, torch.float32))
     torch.library.opcheck(fused_dropout.backward, (torch.randn(4, 7, 12), SEEDS, 0.2, torch.float32))
 
 

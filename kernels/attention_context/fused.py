@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kernels import wanted
 from kernels.backend import computes_as_gpu, triton_kernel
+from kernels.first_order import refuse_tangents
 
 TILE = 64  # queries and keys at a time; shorter rows have smaller tiles
 HEAD_SIZES = (32, 64, 128)
@@ -125,6 +126,7 @@ def fused_attention(
     Returns:
         [H, B, T, d], a view of [B, T, D].
     """
+    refuse_tangents(query, key, position_query, position_key, value)
     tensors = (query, key, position_query, position_key, value, *tables, document_ids, is_causal)
     seed = seed if dropout_prob else None
     output = forward(*tensors, seed, dropout_prob, scale, num_heads)[0]

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from kernels import wanted
 from kernels.backend import triton_kernel
+from kernels.first_order import refuse_tangents
 
 
 def is_fused(device: torch.device, backend: str | None = None) -> bool:
@@ -17,7 +18,6 @@ def is_fused(device: torch.device, backend: str | None = None) -> bool:
     return wanted.runs("dropout", device, backend)
 
 
-@torch.library.custom_op("kernels::dropouts", mutates_args=())
 def dropouts(x: Tensor, seeds: Tensor, dropout_prob: float, dtype: torch.dtype) -> Tensor:
     """Dropout of the same tensor by each of several masks; one launch forward, one backward.
 
@@ -30,10 +30,17 @@ def dropouts(x: Tensor, seeds: Tensor, dropout_prob: float, dtype: torch.dtype) 
     Returns:
         [L, *x.shape].
     """
+    refuse_tangents(x)
+    return forward(x, seeds, dropout_prob, dtype)
+
+
+@torch.library.custom_op("kernels::dropouts", mutates_args=())
+def forward(x: Tensor, seeds: Tensor, dropout_prob: float, dtype: torch.dtype) -> Tensor:
+    """See `dropouts`."""
     return triton_kernel("dropout").forward(x.contiguous(), seeds, dropout_prob, dtype)
 
 
-@dropouts.register_fake
+@forward.register_fake
 def _(x, seeds, dropout_prob, dtype):
     return x.new_empty(len(seeds), *x.shape, dtype=dtype)
 
@@ -59,4 +66,4 @@ def _gradients(ctx, grad):
     return backward(grad, *ctx.saved_tensors, ctx.dropout_prob, ctx.dtype), None, None, None
 
 
-dropouts.register_autograd(_gradients, setup_context=_keep_inputs)
+forward.register_autograd(_gradients, setup_context=_keep_inputs)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from kernels import torch_private
 from kernels.backend import choose_backend
+from kernels.first_order import refuse_tangents
 from kernels.linear import Packed
 from kernels.masked_cross_entropy import op
 from kernels.masked_cross_entropy.reference import MaskedCrossEntropy
@@ -52,12 +53,14 @@ def masked_cross_entropy(
     Raises:
         ValueError: shapes, dtypes or devices do not match.
         RuntimeError: a label is neither `ignore_index` nor in 0 … V − 1, or a segment not in 0 … S − 1, or the
-            gradient of weight is in memory and `grad_output` is not 1 (on a GPU: a device assert).
+            gradient of weight is in memory and `grad_output` is not 1 (on a GPU: a device assert); or an input has a
+            tangent of forward mode.
     """
     packed = weight if isinstance(weight, Packed) else Packed((weight,), weight)
     (weight,), matrix, memory, overwrites = packed
     _check_shapes(hidden, weight, labels, bias)
     _check_devices(hidden.device, weight=weight, labels=labels, bias=bias, segments=segments, scales=scales)
+    refuse_tangents(hidden, weight, bias)
     labels = _integers("labels", labels)
     segments, scales = _checked_segments(segments, scales, labels)
     backend = choose_backend(backend, hidden.device)
@@ -116,11 +119,12 @@ def cross_entropy_from_logits(
     Raises:
         ValueError: shapes, dtypes or devices do not match, or both `scale` and `scales` are given.
         RuntimeError: a label is neither `ignore_index` nor in 0 … V − 1, or a segment not in 0 … S − 1 (on a GPU: a
-            device assert), or a second backward.
+            device assert), or a second backward, or a tangent of forward mode.
     """
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)}: expected [N, V] and [N]")
     _check_devices(logits.device, labels=labels, segments=segments, scales=scales)
+    refuse_tangents(logits)
     backend = choose_backend(backend, logits.device)
     with_gradient = torch.is_grad_enabled() and logits.requires_grad
     labels = _integers("labels", labels)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernels import wanted, whole_rows
 from kernels.backend import triton_kernel
-from kernels.first_order import first_order
+from kernels.first_order import first_order, refuse_tangents
 
 
 def is_fused(device: torch.device, size: int, backend: str | None = None) -> bool:
@@ -40,11 +40,13 @@ def embed(
     """
     if memory is not None:
         return _Embed.apply(weight, ids, seed if dropout_prob else None, memory, dropout_prob, eps)
+    refuse_tangents(weight)
     return forward(weight, ids, seed if dropout_prob else None, dropout_prob, eps)
 
 
 def activate(x: Tensor, seed: Tensor | None, dropout_prob: float, eps: float) -> Tensor:
     """dropout(LayerNorm(GELU(x))) of x [..., D], in its dtype; GELU is exact, and the rest as for `embed`."""
+    refuse_tangents(x)
     return forward(x, None, seed if dropout_prob else None, dropout_prob, eps)
 
 

@@ -309,7 +309,7 @@ def opcheck_normalize_backward(device):
 
 def opcheck_dropouts(device):
     seeds = torch.tensor([[77, -5], [3, 4]], dtype=torch.int32, device=device)
-    return dropouts.dropouts, [(random(16, 24, device=device), seeds, 0.1, torch.float32)]
+    return dropouts.forward, [(random(16, 24, device=device), seeds, 0.1, torch.float32)]
 
 
 def opcheck_dropouts_backward(device):
