@@ -128,6 +128,12 @@ def test_more_mixes_than_weights_and_a_second_backward_are_refused():
         total.backward()
 
 
+def test_more_elements_than_int32_counts_are_refused():
+    x = torch.empty(2**21, 1024, device="meta")
+    with pytest.raises(ValueError, match="2097152 rows of 1024 are 2³¹ elements or more"):
+        kernel.forward(None, None, x, *[None] * 7, 0, 1, 0.0, EPS)
+
+
 @pytest.mark.parametrize(("num_mixes", "size"), [(1, 5), (8, 12)])
 def test_every_address_lies_in_a_tensor(num_mixes, size):
     with checked_addresses() as faults:

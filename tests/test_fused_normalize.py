@@ -168,6 +168,11 @@ def test_a_process_wants_them_or_does_without():
     assert not are_dropouts_fused(CPU, backend="torch")
 
 
+def test_dropouts_of_more_elements_than_int32_counts_are_refused():
+    with pytest.raises(ValueError, match="2147483648 elements"):
+        dropout_kernel.forward(torch.empty(2**31, device="meta"), SEEDS, 0.1, torch.bfloat16)
+
+
 @pytest.mark.parametrize("shape", [(5, 7), (64, 33)])
 def test_dropout_by_several_masks_is_dropout_by_each(shape):
     """One block and several; seeds that stand apart."""

@@ -198,8 +198,14 @@ def forward(
     dropout_prob: float,
     eps: float,
 ) -> None:
-    """`kernels.depth_mix.fused.forward` for contiguous tensors."""
+    """`kernels.depth_mix.fused.forward` for contiguous tensors.
+
+    Raises:
+        ValueError: 2³¹ elements or more; places within a representation are int32, which takes fewer registers.
+    """
     rows, size = x.shape
+    if rows * size >= 2**31:
+        raise ValueError(f"depth_mix: {rows} rows of {size} are 2³¹ elements or more; use a smaller batch")
     begin, first = _group(depth), 0
     has_partial = begin > 1
     with torch.cuda.device_of(x):

@@ -22,7 +22,7 @@ def dropouts(x: Tensor, seeds: Tensor, dropout_prob: float, dtype: torch.dtype) 
     """Dropout of the same tensor by each of several masks; one launch forward, one backward.
 
     Args:
-        x: fp32, of any shape.
+        x: fp32, of any shape, fewer than 2³¹ elements.
         seeds: [L, 2] int32; each mask is that of `kernels.dropout.dropout` with its seed.
         dropout_prob: probability of a zero, in [0, 1).
         dtype: of the result.

@@ -60,8 +60,13 @@ def forward(x: Tensor, seeds: Tensor, dropout_prob: float, dtype: torch.dtype) -
 
     Returns:
         [L, *x.shape].
+
+    Raises:
+        ValueError: x has 2³¹ elements or more.
     """
     size, masks = x.numel(), len(seeds)
+    if size >= 2**31:
+        raise ValueError(f"dropouts: {size} elements; places in masks are int32")
     result = x.new_empty(masks, *x.shape, dtype=dtype)
     with torch.cuda.device_of(x):
         forward_kernel[(triton.cdiv(size, BLOCK), masks)](
