@@ -280,6 +280,7 @@ def replace(name, make):
     ("change", "settings", "message"),
     [
         (drop, {}, "grads: 3 tensors for 4 parameters"),
+        (replace("grads", lambda tensor: None), {}, r"grads\[3\]: None; leave the parameter out"),
         (None, {"weight_decay": [0.1]}, "weight_decay: 1 numbers for 4"),
         (None, {"beta2": 1.0}, r"beta2: 1.0 is not in \[0, 1\)"),
         (None, {"max_grad_norm": -1.0}, "max_grad_norm: -1.0 is not a number from 0"),

@@ -103,6 +103,9 @@ def check_lengths(tensors: Tensors) -> None:
     for name, each in tensors._asdict().items():
         if len(each) != count and (each or name != "averages"):
             raise ValueError(f"{name}: {len(each)} tensors for {count} parameters")
+        for index, tensor in enumerate(each):
+            if tensor is None:
+                raise ValueError(f"{name}[{index}]: None; leave the parameter out of all lists")
     for name in ("params", "steps"):  # of which every kernel writes each once, in no fixed order
         if len(set(map(id, getattr(tensors, name)))) < count:
             raise ValueError(f"{name}: one tensor is there twice")
