@@ -10,10 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
-
 from benchmarks import machine
 from benchmarks.bench_train_step import Case
 from benchmarks.gpu.page import page as gpu_page
@@ -23,6 +19,12 @@ from benchmarks.stopwatch import PARTS
 from gptbert.command_line import run_command
 from gptbert.config import ModelConfig
 from gptbert.errors import InputError
+from gptbert.io.imports import explained
+
+with explained():  # matplotlib comes with `make install`, not with the package
+    import matplotlib as mpl
+    from matplotlib import pyplot as plt
+    from matplotlib.axes import Axes
 
 OPERATION_COLUMNS = ("op", "shape", "impl", "p50_ms", "speed_over_reference_eager", "share_of_copy_bandwidth")
 

@@ -105,6 +105,13 @@ def test_commands_in_a_python_without_libraries_end_with_one_line(command):
     assert re.fullmatch(r"error: \w+ is not installed; make install, or source \.venv/bin/activate\n", done.stderr)
 
 
+def test_a_report_without_matplotlib_ends_with_one_line():
+    without = "import runpy, sys; sys.modules['matplotlib'] = None; runpy.run_module('benchmarks.report')"
+    done = subprocess.run([sys.executable, "-c", without], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "error: matplotlib is not installed; make install, or source .venv/bin/activate\n"
+
+
 @pytest.mark.parametrize("command", [["train_distributed.py"], ["-m", "gptbert", "score", "RUN", "PAIRS"]])
 def test_commands_name_it(command):
     environment = os.environ | {"TQDM_NCOLS": "wide"}
