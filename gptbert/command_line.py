@@ -11,6 +11,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn, TypeVar
 
@@ -61,6 +62,7 @@ def run_command(
     try:
         with printing():
             parsed = parse(settings, arguments)
+        _check_paths(parsed)
     except InputError as error:
         _fail(str(error), 1)
     try:
@@ -107,6 +109,23 @@ def parse(settings: type[Settings], arguments: Sequence[str] | None = None) -> S
             raise
         message = switch_with_value(settings, own) or _one_line(errors.getvalue())
         _fail(message + (file.origin(message, own) if file else ""), 2)
+
+
+def _check_paths(settings: Any) -> None:
+    """Refuse paths that cannot be looked up, as without permission: from Python 3.14 on, `exists` says of them no.
+
+    Raises:
+        InputError: names the path; one that is not there is left to the command.
+    """
+    for value in vars(settings).values():
+        for path in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(path, Path):
+                try:
+                    os.stat(f"{path}/.")  # noqa: PTH116  in a folder, too, which pathlib would leave out
+                except (FileNotFoundError, NotADirectoryError):
+                    pass
+                except OSError as error:
+                    raise InputError(f"{path}: {error.strerror}") from error
 
 
 @contextlib.contextmanager

@@ -6,13 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
 
 from gptbert.__main__ import _COMMANDS, main
-from gptbert.command_line import printing
+from gptbert.command_line import printing, run_command
 from tests.runs import ROOT
 
 
@@ -132,3 +133,23 @@ def test_what_an_encoding_lacks_becomes_an_escape(encoding, lines, monkeypatch, 
     assert capsys.readouterr().err.splitlines() == lines * [
         f"standard output is in {encoding}: other characters become escapes; PYTHONIOENCODING=utf-8 keeps them"
     ]
+
+
+@dataclass(frozen=True)
+class PathSettings:
+    one: Path
+    several: tuple[Path, ...] = ()
+
+
+@pytest.mark.parametrize("flag", ["--one", "--several"])
+@pytest.mark.parametrize(
+    ("name", "reason"), [("loop", "Too many levels of symbolic links"), ("n" * 300, "File name too long")]
+)
+def test_a_path_that_cannot_be_looked_up_is_not_taken_for_a_missing_one(name, reason, flag, tmp_path, capsys):
+    """Nor is one without permission, which root, who may run this, has."""
+    (tmp_path / "loop").symlink_to("loop")
+    others = ["--one", str(tmp_path / "missing"), "--several", str(tmp_path), str(tmp_path / "missing" / "too")]
+    run_command(PathSettings, lambda _: None, others)
+    with pytest.raises(SystemExit, match="1"):
+        run_command(PathSettings, lambda _: None, [*others, flag, str(tmp_path / name)])
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {tmp_path / name}: {reason}"
