@@ -14,6 +14,7 @@ import triton.language as tl
 from benchmarks import traffic
 from benchmarks.counted import Counted, CountedJob
 from kernels.backend import interpreted
+from kernels.configuration import TRITON_OPERATIONS
 
 pytestmark = pytest.mark.skipif(not interpreted(), reason="counts in Triton's interpreter; here kernels run on the GPU")
 
@@ -225,6 +226,12 @@ def test_each_operation_has_its_jobs(operation, monkeypatch):
         monkeypatch.setattr(traffic, name, lambda *_, result=result: result)
     found = {job.name for job in traffic.count(traffic.TrafficConfig(op=(operation,)))}
     assert {name.rpartition("_")[0] for name in found} == {operation}
+
+
+def test_every_operation_with_triton_kernels_is_counted():
+    """But attention, whose time goes into products, and dropouts, of the few position vectors alone."""
+    counted = {"masked_cross_entropy" if name == "cross_entropy" else name for name in get_args(traffic.Operation)}
+    assert counted | {"attention_context", "dropout"} == set(TRITON_OPERATIONS)
 
 
 def test_the_command_interprets_kernels_by_itself(monkeypatch):
