@@ -6,6 +6,7 @@ Tensors are on the meta device, which takes the GPU's code path without data; Tr
 import functools
 import importlib
 import weakref
+from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
@@ -194,3 +195,18 @@ def test_gradients_that_lie_apart_are_multiplied_too(backend):
     gradients = [torch.randn(7, 20)[:, :11], torch.randn(5)[::2]]
     results = op.multiplied(gradients, torch.tensor(0.5), backend)
     assert all(torch.equal(result, gradient / 2) for result, gradient in zip(results, gradients, strict=True))
+
+
+@pytest.mark.parametrize(("first", "stride", "gradient_stride"), [(1, 16, 16), (0, 16, 13), (0, 22, 13)])
+def test_a_launch_gets_logits_and_a_gradient_with_the_same_places_in_words(monkeypatch, first, stride, gradient_stride):
+    """The kernel reads a row's last word whole: of one that is not aligned the rest may lie in a page of others."""
+    kernel, launched = importlib.import_module("kernels.masked_cross_entropy.kernel"), []
+    recorded = defaultdict(lambda: lambda *tensors, **_: launched.append((tensors[0], tensors[4])))
+    monkeypatch.setattr(kernel, "rows_kernel", recorded)
+    logits = torch.zeros(first + 4 * stride).as_strided((4, 13), (stride, 1), first)
+    gradient = torch.zeros(4 * gradient_stride).as_strided((4, 13), (gradient_stride, 1))
+    labels = torch.zeros(4, dtype=torch.int64)
+    kernel.rows(logits, labels, labels, torch.ones(1), gradient, -100, 0.0)
+    ((logits, gradient),) = launched
+    assert logits.data_ptr() % 32 == gradient.data_ptr() % 32 == 0
+    assert (logits.stride(0) - gradient.stride(0)) % 8 == 0
