@@ -55,6 +55,7 @@ def test_small_files_of_json_are_documents_unless_one_object_without_text(tmp_pa
     put(tmp_path, "array.json", b'["one", "two"]')
     put(tmp_path, "object.json", b'{"text": "three"}')
     put(tmp_path, "settings.json", b'{"seed": 4}')
+    put(tmp_path, "OTHER.JSON", b'{"seed": 5}')
     texts, lines = listing(capsys, tmp_path)
     assert sorted(texts) == ["one", "three", "two"]
     assert "settings.json (a JSON object without `text`, see --text_field)" in lines[1]

@@ -128,6 +128,15 @@ def test_more_mixes_than_weights_and_a_second_backward_are_refused():
         total.backward()
 
 
+def test_the_first_representation_may_be_used_without_its_norm():
+    weights, first = torch.tensor([2.0, 3.0]), torch.randn(2, 3, 8).requires_grad_()
+    mixes = FusedMixes([weights], torch.float32, 0.0, EPS)
+    x, _ = mixes.start(first)
+    x, _ = mixes.mix(torch.ones(2, 3, 8), None, x, None)
+    (grad,) = torch.autograd.grad(x.sum(), first)
+    torch.testing.assert_close(grad, torch.full_like(first, 2.0 + 3.0))
+
+
 def test_more_elements_than_int32_counts_are_refused():
     x = torch.empty(2**21, 1024, device="meta")
     with pytest.raises(ValueError, match="2097152 rows of 1024 are 2³¹ elements or more"):

@@ -57,6 +57,14 @@ def test_a_zero_gradient_leaves_only_the_decay(backend, device):
     torch.testing.assert_close(moved, torch.tensor([0.5, -1.0, 2.0]))
 
 
+def test_gradients_clipped_to_zero_leave_the_moments_to_decay(backend, device):
+    clipped, without = Model(device), Model(device)
+    without.grads = [torch.zeros_like(grad) for grad in without.grads]
+    clipped.step(backend, max_grad_norm=0.0)
+    without.step(backend)
+    assert same(clipped.state(), without.state())
+
+
 def test_the_ratio_is_not_clamped(backend, device):
     large = torch.full((100,), 1e4)  # ‖p‖ = 1e5, ‖u‖ about 1e4
     moved = one_step(large, torch.ones(100), 1e-6, backend, device)
@@ -284,6 +292,7 @@ def replace(name, make):
         (None, {"weight_decay": [0.1]}, "weight_decay: 1 numbers for 4"),
         (None, {"beta2": 1.0}, r"beta2: 1.0 is not in \[0, 1\)"),
         (None, {"max_grad_norm": -1.0}, "max_grad_norm: -1.0 is not a number from 0"),
+        (None, {"max_grad_norm": math.nan}, "max_grad_norm: nan is not a number from 0"),
         (None, {"gradient_norm": torch.ones(())}, "gradient_norm: clips nothing without max_grad_norm"),
         (None, {"lr": torch.ones(2)}, "lr: torch.float32 of 2 elements"),
         (None, {"lr": torch.ones((), dtype=torch.float64)}, "lr: torch.float64"),

@@ -46,6 +46,15 @@ def test_a_long_line_without_spaces_is_cut_between_characters(tmp_path, monkeypa
         assert read.tally.cut_documents == (len(text) > 1000)
 
 
+def test_whitespace_behind_a_document_is_no_cut_in_it_or_in_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "MAX_DOCUMENT", 100)
+    monkeypatch.setattr("gptbert.text.document_reader.MAX_DOCUMENT", 100)
+    text = "One." + " " * 500 + "\n\nTwo.\n"
+    read, pieces = corpus(put(tmp_path, "a.txt", text.encode()))
+    assert [piece.strip() for piece in pieces] == ["One.", "Two."]
+    assert read.tally.cut_documents == 0
+
+
 @pytest.mark.parametrize("form", ["text", "jsonl", "json", "utf-16", "gzip"])
 def test_every_kind_of_file_is_cut_at_the_same_places(tmp_path, form):
     document = "\n".join(WORDS * (i % 90) for i in range(1, 900)).strip()

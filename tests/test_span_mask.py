@@ -303,7 +303,7 @@ def test_shares_outside_their_range_are_errors(backend, changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tokens": torch.zeros(4)}, r"tokens: torch.float32 \[4\]"),
+        ({"tokens": torch.zeros(4, dtype=torch.int64)}, r"tokens: torch.int64 \[4\]"),
         ({"tokens": torch.zeros(1, 4, dtype=torch.uint8)}, r"tokens: torch.uint8 .*expected signed integers \[B, T\]"),
         ({"row_ids": torch.zeros(2, dtype=torch.int64)}, r"row_ids: .*expected int64 \[1\] on cpu"),
         ({"row_ids": torch.zeros(1, dtype=torch.int32)}, r"row_ids: torch.int32"),

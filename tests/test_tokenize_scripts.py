@@ -260,6 +260,9 @@ def test_shards_hold_what_one_file_holds(tmp_path, tokenizer_path, capsys):
     assert np.array_equal(np.concatenate(many.shards), one.shards[0])
     assert np.array_equal(many.documents(), one.documents())
     assert decoded(tmp_path / "many.safetensors", tokenizer_path) == [document.strip() for document in documents]
+    (tmp_path / "a.jsonl").write_bytes(jsonl(documents[:3]))
+    tokenize_corpus(TokenizeConfig(output=tmp_path / "each.safetensors", shard_tokens=1, **flags))
+    assert len(TokenStore.open(tmp_path / "each.safetensors").shards) == 3
     assert f"200 documents, {sum(len(d.strip()) for d in documents):,} bytes of text" in capsys.readouterr().out
 
 
