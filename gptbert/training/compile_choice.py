@@ -27,8 +27,8 @@ COMPILE_SECONDS = {"cpu": 30.0, "cuda": 30.0}
 # compiled 2,350).
 _CPU_SECONDS_SAVED = 2.5e-7
 
-# On a GPU where not all is fused, a step is bound by the host or the device. A compiled step of 12 layers has some 2,500
-# launches per micro-batch, of 10 to 46 µs each on the hosts measured; in a CUDA graph, which the device launches itself,
+# On a GPU where not all is fused, a step is bound by the host or the device. A compiled one of 12 layers has some 2,500
+# launches per micro-batch, of 10 to 46 µs each on the hosts measured; in a CUDA graph, launched by the device itself,
 # 8 µs each with the kernels' own time where batches are small. Without compiling, twice as many launches and 1.5 times
 # the device time are assumed; neither was measured.
 _LAUNCHES_SAVED_PER_LAYER = 200
