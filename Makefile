@@ -7,7 +7,7 @@ DEMO := demo
 PIP := python -m pip install --quiet --disable-pip-version-check --no-compile
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo test test-torch test-faults fuzz soak lint lint-files docs bench clean install test-gpu gpu
+.PHONY: demo test test-torch test-stand-in test-faults fuzz soak lint lint-files docs bench clean install test-gpu gpu
 
 install: .venv/.installed
 
@@ -64,7 +64,7 @@ TORCH_TESTS := torch_private compilation activation_checkpointing model trainer 
 	span_mask_operation masked_cross_entropy cross_entropy_rows cross_entropy_tolerance attention attention_context \
 	bucket_sums add_bias depth_mix gated_norm dropout normalize muon optim layer_weighting samples likelihood inspect \
 	world fresh_store upstream upstream_tokens linear recorded_step recorded_ranks flat_gradients fused_attention \
-	fused_gated_norm fused_mixes fused_normalize bf16_kernels cross_entropy_launches mps recipes
+	fused_gated_norm fused_mixes fused_normalize bf16_kernels cross_entropy_launches mps recipes stand_in
 
 # Beside the PyTorch of constraints.txt: any other, which brings its own Triton (a build for CUDA, some GB, on CPUs too).
 # TORCH=2.11.0 is the oldest; TORCH=newest takes what pip finds.
@@ -77,6 +77,10 @@ test-torch: .venv/torch-$(TORCH)/.installed
 	$(@D)/bin/$(PIP) -e ".[dev]" $(if $(filter newest,$*),torch,"torch==$*") \
 		$(if $(filter 2.11.%,$*),"numpy<2.4")
 	@touch $@
+
+# The GPU's own tests on a stand-in for one, by a PyTorch for CUDA: TORCH=2.11.0, say (tests/README.md). An hour.
+test-stand-in: .venv/torch-$(TORCH)/.installed
+	GPTBERT_TEST_DEVICE=cuda .venv/torch-$(TORCH)/bin/python -m tests.stand_in python -m pytest -n 2 tests/gpu
 
 # The GPU's own tests. Without a GPU they are skipped; `make test` rehearses them on the CPU.
 test-gpu: install
