@@ -2,7 +2,11 @@
 
 import os
 
-if "STAND_IN_LIBRARY" in os.environ and "STAND_IN_COUNTS" not in os.environ:
+if "STAND_IN_COUNTS" in os.environ:
+    from kernels import linear
+
+    linear.multiplies_into_fp32 = lambda _device: True  # which it finds out by computing
+elif "STAND_IN_LIBRARY" in os.environ:
     from tests.stand_in import machine, operations
 
     operations.install()
