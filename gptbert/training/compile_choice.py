@@ -5,17 +5,15 @@ since compiled steps round differently.
 """
 
 from dataclasses import dataclass
-
-import torch
+from functools import partial
 
 from gptbert.checkpoint.checkpoint import Checkpoint
 from gptbert.config import ModelConfig, TrainConfig
 from gptbert.data.hybrid_plan import HybridPlan
 from gptbert.data.micro_batch import micro_batch_rows
 from gptbert.distributed.world import World
-from gptbert.model.gptbert import attention_shape, num_mixes
 from gptbert.monitoring.flops import training_flops
-from kernels import depth_mix, gated_norm
+from gptbert.training.kernel_check import kernel_settings
 from kernels.attention_context.fused import is_fused as is_attention_fused
 
 # Per row length of a run, each compiled separately; ten seconds if Inductor has it in its disk cache.
@@ -85,11 +83,10 @@ def choose(
         return CompileChoice(was_compiled, "as the run was that this one goes on from")
     saved = seconds_saved(config, model_config, plan, world)
     cost = COMPILE_SECONDS[device] * len(plan.length_factors)
-    if not saved:
-        return CompileChoice(saved >= cost, "fused kernels leave nothing to compile")
     saves = f"saves {'some ' if saved >= 1 else ''}{_in_words(saved)} of the run"
     gain = f"{saves} and takes {_in_words(cost)}, or a third of it where that is cached"
-    return CompileChoice(saved >= cost, f"compiling {gain} (--no_compile: never)")
+    reason = f"compiling {gain} (--no_compile: never)" if saved else "fused kernels leave nothing to compile"
+    return CompileChoice(saved >= cost, reason)
 
 
 def seconds_saved(config: TrainConfig, model_config: ModelConfig, plan: HybridPlan, world: World) -> float:
@@ -113,17 +110,12 @@ def is_fused(config: TrainConfig, model_config: ModelConfig, plan: HybridPlan, w
 
     Compiled blocks then launch what the others launch: the graphs of a step of base_32k have the same 602 nodes.
     """
-    device, dtype = world.device, torch.bfloat16 if config.mixed_precision else torch.float32
-    size, widths = model_config.hidden_size, (model_config.hidden_size, model_config.intermediate_size)
-    _, head_size, num_position_vectors = attention_shape(model_config, device)
-    return (
-        not config.is_sharded(world.world_size)
-        and all(
-            is_attention_fused(device, dtype, length, head_size, num_position_vectors) for length in plan.row_lengths
-        )
-        and all(gated_norm.is_fused(device, dtype, width) for width in widths)
-        and depth_mix.is_fused(device, dtype, size, num_mixes(model_config))
-    )
+    run = kernel_settings(config, model_config, plan, world)
+    if run.attention is None or run.gates is None or run.mixes is None:
+        return False
+    fits = partial(is_attention_fused, world.device, run.logits_type)
+    _, head_size, num_position_vectors = run.attention
+    return all(run.gates) and all(fits(length, head_size, num_position_vectors) for length in plan.row_lengths)
 
 
 def _flops(model_config: ModelConfig, config: TrainConfig, plan: HybridPlan, world_size: int) -> float:
