@@ -1,5 +1,5 @@
-// A stand-in for the matrix products of cuBLAS and cuBLASLt that PyTorch asks for: they are counted. They are computed by
-// operations.py, which has taken their place before PyTorch gets here, unless everything is only counted.
+// A stand-in for the matrix products of cuBLAS and cuBLASLt that PyTorch asks for: they are counted. They are computed
+// by operations.py, which has taken their place before PyTorch gets here, unless everything is only counted.
 //
 // Without cuBLAS's headers, whose own includes do not come with PyTorch: handles and descriptions are pointers.
 #include <stddef.h>

@@ -1,4 +1,4 @@
-// The queues of the stand-in for a GPU; see runtime.cpp.
+// The queues of the stand-in for a GPU; see queues.cpp.
 #pragma once
 #include <functional>
 #include <string>
